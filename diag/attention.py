@@ -1,0 +1,369 @@
+"""One attention call, and the exact softmax statistics of it in memory linear in the number of tokens.
+
+Everything that is measured starts from an `AttentionCall`: the queries, keys, values and output of
+one layer as the model used them. No function here holds a whole token × token matrix, except
+`pattern_rows` when it is asked for every row: what needs the pattern streams blocks of query rows.
+
+Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_j exp s_ij`,
+`A_ij = exp(s_ij - lse_i)`, `y_i = Σ_j A_ij v_j`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+HIDDEN = -9000.0
+"""An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
+Libraries write -inf, the smallest float or -10000; no position bias in use reaches it."""
+
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""How many pattern entries one streamed block may hold: the second-level cache of a core, or 256 MiB."""
+
+BLOCK_ROWS = {"cpu": 128, "cuda": 4096}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of one layer's attention, before the output projection.
+
+    With grouped heads (`kv_head < head`) query head `h` reads KV head `h // (head // kv_head)`.
+    Either `query` and `key` are given, or the `pattern` itself (the route of libraries that
+    materialise it).
+
+    mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
+        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it.
+    log_normaliser: `lse_i`, where the attention kernel returned it.
+    """
+
+    layer: int
+    module: str
+    query: Float[Tensor, "batch head token dim"] | None
+    key: Float[Tensor, "batch kv_head token dim"] | None
+    value: Float[Tensor, "batch kv_head token value_dim"]
+    output: Float[Tensor, "batch head token value_dim"]
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    log_normaliser: Float[Tensor, "batch head token"] | None = None
+    pattern: Float[Tensor, "batch head token token"] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows of the call; more than the inputs of the batch where windows sit in the batch."""
+        return self.output.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.output.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, as queries and as keys."""
+        return self.output.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads; a divisor of `heads`."""
+        return self.value.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+    @cached_property
+    def visibility(self) -> Visibility:
+        """Which keys each query sees."""
+        return Visibility.of(self)
+
+    @cached_property
+    def softmax(self) -> SoftmaxStatistics:
+        """The statistics of every row of the pattern, computed once."""
+        return softmax_statistics(self)
+
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which keys each query sees, kept as structure wherever the mask has one.
+
+    rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`hidden_mask`).
+    keys: keys that any query sees, `[batch or 1, token]`; None if all of them.
+    count: visible keys of each query, `[batch or 1, head or 1, token]`.
+    """
+
+    rule: str
+    keys: Bool[Tensor, "#batch token"] | None
+    count: Tensor
+    visible_rows: Tensor | None = None
+
+    @staticmethod
+    def of(call: AttentionCall) -> Visibility:
+        """Reads the structure off a call's mask; O(rows · token) memory beside the mask itself."""
+        device, tokens = call.output.device, call.tokens
+        position = torch.arange(1, tokens + 1, device=device)
+        if call.mask is None:
+            count = position if call.causal else torch.full_like(position, tokens)
+            return Visibility("causal" if call.causal else "full", None, count[None, None])
+        mask = _four_dimensional(call.mask)
+        visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+        if visible.shape[1] > 1 and bool((visible == visible[:, :1]).all()):
+            visible = visible[:, :1]
+        visible = visible.expand(-1, -1, tokens, tokens)
+        lower = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        if call.causal:
+            visible = visible & lower
+        count = visible.sum(-1)
+        if visible.shape[1] == 1:
+            keys = visible[:, 0].any(1)  # [batch, key]
+            kept = None if bool(keys.all()) else keys
+            for rule, shape in (("full", keys[:, None, :]), ("causal", keys[:, None, :] & lower)):
+                if bool((visible[:, 0] == shape).all()):
+                    return Visibility(rule, kept, count)
+        return Visibility("general", visible.any(2).any(1), count, visible)
+
+    def sum(
+        self, x: Float[Tensor, "batch kv_head token dim"], weights: Float[Tensor, "#batch #kv_head token"]
+    ) -> Float[Tensor, "batch some_head some_token dim"]:
+        """`Σ_j visible_ij · w_j · x_j` for every query i, O(token · dim) memory.
+
+        The head axis of the result is that of `x`, or every query head where the mask differs
+        between heads; the token axis is 1 where all queries see the same keys.
+        """
+        if self.keys is not None:
+            weights = weights * self.keys[:, None, :]
+        if self.rule == "full":
+            return weights[:, :, None, :] @ x
+        x = x * weights[..., None]
+        if self.rule == "causal":
+            return x.cumsum(2)
+        assert self.visible_rows is not None
+        heads = self.visible_rows.shape[1]
+        if heads not in (1, x.shape[1]):
+            x = x.repeat_interleave(heads // x.shape[1], 1)
+        blocks = self.visible_rows.split(256, dim=2)  # each [batch or 1, head or 1, row, key]
+        return torch.cat([block.to(x.dtype) @ x for block in blocks], 2)
+
+    def count_among(self, among: Bool[Tensor, "#batch token"]) -> Tensor:
+        """How many of the keys in `among` each query sees, `[batch or 1, head or 1, token or 1]`."""
+        if self.keys is not None:
+            among = among & self.keys
+        if self.rule == "full":
+            return among.sum(-1)[:, None, None]
+        if self.rule == "causal":
+            return among.cumsum(-1)[:, None, :]
+        assert self.visible_rows is not None
+        blocks = self.visible_rows.split(256, dim=2)
+        return torch.cat([(block & among[:, None, None, :]).sum(-1) for block in blocks], 2)
+
+    @property
+    def sees_itself(self) -> Tensor:
+        """Whether each query sees its own key, broadcastable to `[batch, head, token]`."""
+        if self.rule == "general":
+            assert self.visible_rows is not None
+            return self.visible_rows.diagonal(dim1=-2, dim2=-1)
+        if self.keys is not None:
+            return self.keys[:, None, :]
+        return torch.ones_like(self.count, dtype=torch.bool)
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxStatistics:
+    """Per query row, float32, `[batch, head, token]`. Rows that see no key hold no meaning."""
+
+    log_normaliser: Tensor | None
+    """lse_i; None where only the pattern is known"""
+    entropy: Tensor
+    """-Σ_j A_ij ln A_ij, in nats"""
+    sum_of_squares: Tensor
+    """Σ_j A_ij²"""
+    self_weight: Tensor
+    """A_ii"""
+    first_weight: Tensor
+    """A_i0, the weight on the first key that anyone sees"""
+
+
+def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
+    """Every row statistic of a call's pattern, exact, in O(token) memory (science: section 5).
+
+    Entropy and Σ A² stream blocks of query rows through one matrix product each; the weights on
+    single keys need only the log-normaliser. Float32 arithmetic whatever the model's format.
+    """
+    first = _first_key(call)
+    if call.pattern is not None:
+        pattern = call.pattern.float()
+        index = first[:, None, None, None].expand(pattern.shape[0], call.heads, call.tokens, 1)
+        return SoftmaxStatistics(
+            log_normaliser=None,
+            entropy=-torch.xlogy(pattern, pattern).sum(-1),
+            sum_of_squares=pattern.square().sum(-1),
+            self_weight=pattern.diagonal(dim1=-2, dim2=-1),
+            first_weight=pattern.gather(-1, index)[..., 0],
+        )
+    shape = call.output.shape[:3]
+    entropy = torch.empty(shape, device=call.output.device)
+    squares = torch.empty_like(entropy)
+    known = call.log_normaliser is not None
+    lse = call.log_normaliser.float() if known else torch.empty_like(entropy)  # type: ignore[union-attr]
+    for where, log_pattern in _log_pattern_blocks(call, lse, known):
+        # log_pattern: [block batch, block head, block row, key]
+        pattern = log_pattern.exp()
+        entropy[where] = -torch.linalg.vecdot(pattern, log_pattern)
+        squares[where] = torch.linalg.vecdot(pattern, pattern)
+    position = torch.arange(call.tokens, device=call.output.device)
+    own = _scores_of_pairs(call, position[None, :].expand(shape[0], -1)) - lse
+    leading = _scores_of_pairs(call, first[:, None].expand(shape[0], call.tokens)) - lse
+    return SoftmaxStatistics(lse, entropy, squares, own.exp(), leading.exp())
+
+
+def pattern_rows(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row token"]:
+    """The attention weights of the chosen query rows (all rows if None), float32.
+
+    A row that sees no key is all zero.
+    """
+    if rows is None:
+        rows = torch.arange(call.tokens, device=call.output.device)
+    if call.pattern is not None:
+        return call.pattern[:, :, rows].float()
+    assert call.query is not None and call.key is not None
+    query = call.query[:, :, rows].float().unflatten(1, (call.kv_heads, call.group))
+    key = call.key.float()[:, :, None]
+    scores = (query @ key.transpose(-1, -2)).flatten(1, 2) * call.scale  # [batch, head, row, token]
+    scores = _mask_scores(call, scores, rows)
+    return torch.nan_to_num(scores.softmax(-1), nan=0.0)
+
+
+def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row value_dim"]:
+    """`y = A V` for the chosen rows, rebuilt from the call: what the reconstruction gate compares."""
+    weights = pattern_rows(call, rows).unflatten(1, (call.kv_heads, call.group))
+    return (weights @ call.value.float()[:, :, None]).flatten(1, 2)
+
+
+def _four_dimensional(mask: Tensor) -> Tensor:
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def _first_key(call: AttentionCall) -> Tensor:
+    """Index of the first key that anyone sees, `[batch]`; 0 unless padding is on the left."""
+    keys = call.visibility.keys
+    if keys is None:
+        return torch.zeros(call.batch, dtype=torch.long, device=call.output.device)
+    return keys.int().argmax(-1).expand(call.batch)
+
+
+def _mask_scores(call: AttentionCall, scores: Tensor, rows: Tensor) -> Tensor:
+    """Adds the mask's `rows` and causality to `scores` `[batch, head, row, token]`; hidden is -inf."""
+    if call.mask is not None:
+        mask = _four_dimensional(call.mask)
+        block = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~block, float("-inf"))
+        else:
+            scores = (scores + block.float()).masked_fill(block <= HIDDEN, float("-inf"))
+    if call.causal:
+        position = torch.arange(call.tokens, device=scores.device)
+        scores = scores.masked_fill(position > rows[:, None], float("-inf"))
+    return scores
+
+
+def _scores_of_pairs(call: AttentionCall, keys: Tensor) -> Float[Tensor, "batch head token"]:
+    """`s_ij` of every query i with one key j = `keys[batch, i]`; -inf where it is hidden."""
+    assert call.query is not None and call.key is not None
+    query = call.query.float().unflatten(1, (call.kv_heads, call.group))
+    index = keys[:, None, :, None].expand(-1, call.kv_heads, -1, call.key.shape[-1])
+    key = call.key.float().gather(2, index)[:, :, None]
+    scores = torch.linalg.vecdot(query, key).flatten(1, 2) * call.scale  # [batch, head, token]
+    position = torch.arange(call.tokens, device=scores.device)
+    if call.mask is not None:
+        mask = _four_dimensional(call.mask).expand(-1, -1, call.tokens, call.tokens)
+        pairs = keys[: mask.shape[0], None, :, None].expand(-1, mask.shape[1], -1, -1)
+        entries = mask.expand(pairs.shape[0], -1, -1, -1).gather(-1, pairs)[..., 0]
+        if mask.shape[0] == 1 and keys.shape[0] > 1:
+            pairs = keys[:, None, :, None].expand(-1, mask.shape[1], -1, -1)
+            entries = mask.expand(keys.shape[0], -1, -1, -1).gather(-1, pairs)[..., 0]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~entries, float("-inf"))
+        else:
+            scores = (scores + entries.float()).masked_fill(entries <= HIDDEN, float("-inf"))
+    if call.causal:
+        scores = scores.masked_fill(keys[:, None, :] > position, float("-inf"))
+    return scores
+
+
+def _log_pattern_blocks(
+    call: AttentionCall, lse: Tensor, known: bool
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """Yields `ln A` in blocks `[batch, head, row, key]` with their place; fills `lse` where not known.
+
+    Hidden entries hold a large negative number instead of -inf, so that `A ln A` is 0 and not NaN.
+    """
+    assert call.query is not None and call.key is not None
+    device = "cuda" if call.output.is_cuda else "cpu"
+    budget, rows_at_once = BLOCK_ELEMENTS[device], min(BLOCK_ROWS[device], call.tokens)
+    if call.tokens <= 2 * rows_at_once:
+        rows_at_once = call.tokens
+    rows_at_once = max(1, min(rows_at_once, max(budget // call.tokens, 16)))
+    lanes = max(1, budget // (2 * rows_at_once * call.tokens)) if device == "cuda" else 1
+    heads_at_once = min(call.heads, lanes)
+    batch_at_once = max(1, lanes // call.heads)
+    upper = torch.ones(rows_at_once, rows_at_once, dtype=torch.bool, device=call.output.device).triu(1)
+    mask = None if call.mask is None else _four_dimensional(call.mask)
+    for b in range(0, call.batch, batch_at_once):
+        in_batch = slice(b, min(b + batch_at_once, call.batch))
+        for h in range(0, call.heads, heads_at_once):
+            in_head = slice(h, min(h + heads_at_once, call.heads))
+            query = call.query[in_batch, in_head].float()
+            key = _keys_of_heads(call, in_batch, in_head).float()
+            lanes_shape = query.shape[:2]
+            query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+            for r in range(0, call.tokens, rows_at_once):
+                stop = min(r + rows_at_once, call.tokens)
+                in_row = slice(r, stop)
+                seen = stop if call.causal else call.tokens
+                offset = lse[in_batch, in_head, in_row].flatten(0, 1)[..., None]
+                block = torch.baddbmm(
+                    offset, query[:, in_row], key[:, :, :seen], beta=-1.0 if known else 0.0, alpha=call.scale
+                )
+                block = block.unflatten(0, lanes_shape)  # [batch, head, row, key]
+                if mask is not None:
+                    block = _add_mask_block(block, mask, in_batch, in_head, in_row, seen)
+                if call.causal:
+                    block[..., r:].masked_fill_(upper[: stop - r, : stop - r], -1e30)
+                if not known:
+                    normaliser = block.logsumexp(-1)
+                    lse[in_batch, in_head, in_row] = normaliser
+                    block = block.sub_(normaliser[..., None])
+                yield (in_batch, in_head, in_row), block
+
+
+def _keys_of_heads(call: AttentionCall, in_batch: slice, in_head: slice) -> Tensor:
+    """Keys of the query heads in a slice: a view wherever the slice is one head or heads are not grouped."""
+    assert call.key is not None
+    if call.group == 1:
+        return call.key[in_batch, in_head]
+    if in_head.stop - in_head.start == 1:
+        kv_head = in_head.start // call.group
+        return call.key[in_batch, kv_head : kv_head + 1]
+    owner = torch.arange(in_head.start, in_head.stop, device=call.key.device) // call.group
+    return call.key[in_batch][:, owner]
+
+
+def _add_mask_block(
+    block: Tensor, mask: Tensor, in_batch: slice, in_head: slice, in_row: slice, seen: int
+) -> Tensor:
+    part = mask[
+        in_batch if mask.shape[0] > 1 else slice(None),
+        in_head if mask.shape[1] > 1 else slice(None),
+        in_row if mask.shape[2] > 1 else slice(None),
+        :seen if mask.shape[3] > 1 else None,
+    ]
+    if mask.dtype == torch.bool:
+        return block.masked_fill_(~part, -1e30)
+    return block.add_(part.float()).masked_fill_(part <= HIDDEN, -1e30)

@@ -1,0 +1,123 @@
+"""Plans: what a command will do, checked before anything runs, and the key that identifies its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from diag.errors import UserError
+
+PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "transformer-lens", "numpy", "pandas")
+SHARD_INPUTS = 16
+"""Inputs per shard: what an interruption can lose, whatever the batch size."""
+
+
+class ProbePlan(BaseModel):
+    """Everything that `attnbias probe` needs to know; frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: tuple[str, ...] = Field(min_length=1)
+    images: str | None = None
+    texts: str | None = None
+    limit: int = Field(default=64, gt=0)
+    seq_len: int | None = Field(default=None, gt=0)
+    metrics: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    tokens: tuple[str, ...] | None = None
+    checkpoint: Path | None = None
+    model_args: tuple[str, ...] = ()
+    random_init: bool = False
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    seed: int = Field(default=0, ge=0)
+    save_activations: int = Field(default=0, ge=0)
+    # below: how, not what; they do not change the result
+    device: str = "auto"
+    batch_size: int = Field(default=8, gt=0)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, dtype: str) -> str:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError("is one of float32, bfloat16, float16")
+        return dtype
+
+    def key(self, inputs: dict[str, str]) -> str:
+        """Identifies the result: the plan without its `how`, the inputs' digests and local weights.
+
+        inputs: kind -> digest.
+        """
+        what = self.model_dump(mode="json", exclude={"device", "batch_size"})
+        local = [self.checkpoint, *(Path(name.split(":", 1)[-1]) for name in self.models)]
+        files = {str(path): _stamp(path) for path in local if path is not None and path.exists()}
+        document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def checked(**values: Any) -> ProbePlan:
+    """A plan from options. Raises UserError in the words of the command line."""
+    try:
+        return ProbePlan(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{flag} {reason}", f"given: {first['input']!r}") from error
+
+
+def version() -> str:
+    """The installed version of attnbias."""
+    try:
+        return metadata.version("attnbias")
+    except metadata.PackageNotFoundError:
+        return "0+source"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without anything that names a person or a host. Does not import torch."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "attnbias": version(),
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": versions,
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the source checkout, with a `+` if it has changes; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = [["git", "-C", str(root), *rest] for rest in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+        head, changes = (subprocess.run(r, capture_output=True, text=True, check=True, timeout=5).stdout for r in run)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
+
+
+def _stamp(path: Path) -> list[list[str | int]]:
+    """Names, sizes and times of a file or of the files of a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def command_line() -> str:
+    """The command that is running, as typed."""
+    return " ".join(["attnbias", *sys.argv[1:]])

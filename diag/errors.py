@@ -1,0 +1,44 @@
+"""The errors a user meets: what was given, what is allowed, what to type. Two lines, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. `str(error)` is the first line, `tip` the second; `exit_code` ends the CLI."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, tip: str | None = None) -> None:
+        super().__init__(message)
+        self.tip = tip
+
+
+class UnreadableInput(UserError):
+    """One input that could not be read; the run goes on without it."""
+
+
+class MeasurementError(UserError):
+    """The model ran, but what it did cannot be measured honestly; names the layer."""
+
+    exit_code = 1
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str | None:
+    """The tip for a mistyped name: up to three near names, or None where nothing is near.
+
+    >>> did_you_mean("vit_bse", ["vit_base", "gpt2"])
+    "did you mean 'vit_base'?"
+    """
+    near = difflib.get_close_matches(given, list(allowed), n=3, cutoff=0.6)
+    return f"did you mean {one_of(near)}?" if near else None
+
+
+def one_of(names: Iterable[str]) -> str:
+    """`'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`: a choice in words."""
+    quoted = [f"'{name}'" for name in names]
+    if len(quoted) <= 1:
+        return "".join(quoted)
+    return ", ".join(quoted[:-1]) + " or " + quoted[-1]

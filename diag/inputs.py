@@ -1,0 +1,238 @@
+"""What a model is shown: images and documents, as ordered, re-readable lists of items with an id.
+
+Nothing here knows a model: an image is an RGB PIL image, a document is a string.
+Items are opened lazily, so that 100,000 images cost no memory, and an unreadable file is
+reported where it is read, with its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diag.errors import UnreadableInput, UserError, one_of
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "chelsea": "chelsea.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "hubble_deep_field": "hubble_deep_field.jpg",
+    "immunohistochemistry": "ihc.png",
+    "moon": "moon.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "stereo_motorcycle": "motorcycle_left.png",
+}
+"""The photographs and textures that ship inside scikit-image's wheel: name -> file."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or document: an id for the tables, and how to read it.
+
+    read: gives an RGB image or a string. Raises UnreadableInput.
+    """
+
+    id: str
+    read: Callable[[], Image.Image | str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A finite, ordered collection of items of one kind.
+
+    kind: "images" or "texts". source: what the user typed.
+    digest: identifies the content, so that a run folder can say what it measured: names and sizes
+        for image files, the text itself for texts.
+    """
+
+    kind: str
+    source: str
+    items: Sequence[Item]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @property
+    def tower(self) -> str:
+        """The tower that takes them: "vision" or "text"."""
+        return "vision" if self.kind == "images" else "text"
+
+
+def images(source: str | Path) -> Inputs:
+    """`demo`, an image file, a folder of images (with subfolders), or `hf:NAME[,split=…][,column=…]`.
+
+    Raises UserError if there is no image.
+    """
+    if str(source) == "demo":
+        return demo_images()
+    if str(source).startswith("hf:"):
+        return _hub_images(str(source))
+    path = _existing(source, "--images takes a folder, an image file, hf:NAME or 'demo'")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"no image in '{path}'", f"image files end in {one_of(IMAGE_SUFFIXES)}")
+    root = path.parent if path.is_file() else path
+    items = [Item(str(file.relative_to(root)), partial(open_image, file)) for file in files]
+    sizes = "".join(f"{item.id}\0{file.stat().st_size}\n" for item, file in zip(items, files, strict=True))
+    return Inputs("images", str(source), items, _sha256(sizes))
+
+
+def texts(source: str | Path) -> Inputs:
+    """`demo`, a UTF-8 text file, a folder of .txt files, or `hf:NAME[,config=…][,split=…][,column=…]`.
+
+    A file is one document; the rows of a data set are joined by blank lines into one.
+    Raises UserError if there is no text, or it is not UTF-8.
+    """
+    if str(source) == "demo":
+        return _documents("demo", {"python-help": demo_text()})
+    if str(source).startswith("hf:"):
+        return _hub_texts(str(source))
+    path = _existing(source, "--texts takes a text file, a folder of .txt files, hf:NAME or 'demo'")
+    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+    if not files:
+        raise UserError(f"no text file in '{path}'", "text files end in '.txt'")
+    return _documents(str(source), {file.name: read_text(file) for file in files})
+
+
+def as_inputs(given: object, tower: str) -> Inputs:
+    """What Python users pass: `Inputs`, a source as on the command line, or a list of images or strings."""
+    if isinstance(given, Inputs):
+        return given
+    if isinstance(given, str | Path):
+        return images(given) if tower == "vision" else texts(given)
+    listed = list(given)  # type: ignore[call-overload]
+    if listed and all(isinstance(x, Image.Image) for x in listed):
+        pixels = hashlib.sha256(b"".join(x.convert("RGB").tobytes() for x in listed)).hexdigest()
+        items = [Item(str(i), partial(_rgb, x)) for i, x in enumerate(listed)]
+        return Inputs("images", "python", items, pixels)
+    if listed and all(isinstance(x, str) for x in listed):
+        return _documents("python", {str(i): x for i, x in enumerate(listed)})
+    raise UserError("inputs are neither all PIL images nor all strings", "pass a folder, 'demo', or a list of either")
+
+
+def open_image(file: Path) -> Image.Image:
+    """An image file as RGB, turned as its EXIF says. Raises UnreadableInput."""
+    try:
+        with Image.open(file) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableInput(f"cannot read image '{file.name}': {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file. Raises UserError where it is empty or not UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"'{file}' is not UTF-8 (byte {error.start})", "convert it first: iconv -t utf-8 FILE > NEW"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read '{file}': {error.strerror}") from error
+    if not text.strip():
+        raise UserError(f"'{file}' holds no text", "give a file with text")
+    return text
+
+
+def demo_images() -> Inputs:
+    """The photographs and textures inside scikit-image's wheel, in alphabetical order."""
+    from importlib.resources import files
+
+    folder = Path(str(files("skimage.data")))
+    items = [Item(name, partial(open_image, folder / file)) for name, file in PHOTOGRAPHS.items()]
+    return Inputs("images", "demo", items, _sha256("".join(PHOTOGRAPHS)))
+
+
+def demo_text() -> str:
+    """The help topics of Python's standard library, in alphabetical order, as one text."""
+    import pydoc_data.topics
+
+    return "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+
+
+def _documents(source: str, documents: dict[str, str]) -> Inputs:
+    items = [Item(name, partial(str, text)) for name, text in documents.items()]
+    return Inputs("texts", source, items, _sha256("\0".join(documents.values())))
+
+
+def _hub_images(source: str) -> Inputs:
+    rows, column = _data_set(source, ("image", "jpg", "png", "img", "webp"))
+
+    def read(index: int) -> Image.Image:
+        image = rows[index][column]
+        if not isinstance(image, Image.Image):
+            raise UnreadableInput(f"row {index}: column '{column}' holds no image")
+        return _rgb(image)
+
+    items = [Item(f"{index:06d}", partial(read, index)) for index in range(len(rows))]
+    return Inputs("images", source, items, _sha256(str(getattr(rows, "_fingerprint", source))))
+
+
+def _hub_texts(source: str) -> Inputs:
+    rows, column = _data_set(source, ("text", "content", "document"))
+    text = "\n\n".join(row for row in rows[column] if row and row.strip())
+    if not text:
+        raise UserError(f"'{source}' holds no text in column '{column}'")
+    return _documents(source, {source.removeprefix("hf:").split(",")[0]: text})
+
+
+def _data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
+    """The rows of a Hugging Face data set, and the column that holds what is wanted."""
+    import datasets
+
+    name, *options = source.removeprefix("hf:").split(",")
+    chosen = dict(option.partition("=")[::2] for option in options)
+    for key in chosen:
+        if key not in ("config", "split", "column"):
+            raise UserError(f"unknown option '{key}' in '{source}'", "hf:NAME,config=…,split=…,column=…")
+    split = chosen.get("split", "test")
+    try:
+        rows = datasets.load_dataset(name, chosen.get("config"), split=split)
+    except Exception as error:  # the library raises many kinds, among them bare OSError and ValueError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot load data set '{name}' ({reason})",
+            f"hf download --repo-type dataset {name}   # or give split=, config=: hf:{name},split=train",
+        ) from error
+    wanted = [chosen["column"]] if "column" in chosen else columns
+    for column in wanted:
+        if column in rows.column_names:
+            return rows, column
+    raise UserError(f"data set '{name}' has no column {one_of(wanted)}", f"choose from {one_of(rows.column_names)}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB; deep greyscale is scaled to its own range, where PIL would clip it."""
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        image = image.convert("F").point(lambda x: (x - low) * (255.0 / max(high - low, 1))).convert("L")
+    return image.convert("RGB")
+
+
+def _existing(source: str | Path, tip: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"'{source}' does not exist", tip)
+    return path
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

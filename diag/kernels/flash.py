@@ -1,0 +1,55 @@
+"""Attention that also returns the log-normaliser, where PyTorch's own kernel already has it.
+
+On the CPU, `scaled_dot_product_attention` without a mask *is* the flash operator called here, so the
+output is the same to the bit and `lse_i` is free. Everywhere else the public function runs, and
+whoever needs `lse_i` computes it from the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+_public = torch.nn.functional.scaled_dot_product_attention
+
+
+def attention_with_normaliser(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The public function's output, bit-identical, and `lse` `[batch, head, token]` or None.
+
+    Arguments are those of `scaled_dot_product_attention`.
+    """
+    if _is_cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=None, scale=scale
+        )
+    output = _public(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return output, None
+
+
+def _is_cpu_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> bool:
+    """Whether the public function would choose the flash operator for this call."""
+    plain = query.device.type == "cpu" and query.ndim == 4 and attn_mask is None and not enable_gqa
+    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not plain or trained or dropout_p:
+        return False
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale)
+    return choice == SDPBackend.FLASH_ATTENTION.value

@@ -1,0 +1,438 @@
+"""The statistics: pure functions from one attention call and a set of tokens to numbers per token or per head.
+
+Every function takes a `Selection` and returns a `Reading`. `METRICS` is the one place where a
+metric is registered; `RATIOS` are ratios of two metrics' means, taken later, from tables.
+
+Notation: per head, `v_i` values, `y_i` outputs, `A` the pattern, `v̂ = v/‖v‖`; S the token set. A
+cosine with a zero vector is 0. Which tokens count:
+
+- a token is in S and is a real key (some query sees it);
+- for what is a row's (all but the value statistics) it also sees another key than itself: where a
+  token sees only itself, y = v and A_ii = 1 whatever the model learned. For a causal model this
+  leaves out exactly the first token; it also leaves out rows that see nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention import AttentionCall, SoftmaxStatistics
+from diag.errors import UserError, did_you_mean, one_of
+
+ANCHORS = 16
+"""Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
+
+PERCENTILE = 0.15
+"""The lower percentile of the entropy that Context Broadcasting reports (2210.08457, Fig. 4)."""
+
+
+class Reading(NamedTuple):
+    """Numbers and how much each counts: 0 for not at all.
+
+    Both broadcast to `[batch, head, token]`; the token axis is 1 for numbers of a whole row of the
+    batch, whose weight is then the number of tokens behind them.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+
+class Selection:
+    """One call seen through one token set, with the quantities that several metrics share.
+
+    Per-token tensors are grouped, `[batch, kv_head, group, token]`, so that heads which share a KV
+    head read its values without a copy.
+    """
+
+    def __init__(self, call: AttentionCall, tokens: Bool[Tensor, "#batch token"] | None = None) -> None:
+        self.call = call
+        device = call.output.device
+        among = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if tokens is None else tokens
+        keys = call.visibility.keys
+        self.among = among if keys is None else among & keys
+        """partners, and the tokens of the value statistics: `[batch or 1, token]`"""
+        self.rows = self.among[:, None, :] & (call.visibility.count > 1)
+        """rows that count: `[batch or 1, head or 1, token]`"""
+
+    @cached_property
+    def value(self) -> Float[Tensor, "batch kv_head token dim"]:
+        value, keys = self.call.value.float(), self.call.visibility.keys
+        # padding may hold anything, and 0 · NaN is NaN
+        return value if keys is None else value.masked_fill(~keys[:, None, :, None], 0.0)
+
+    @cached_property
+    def output(self) -> Float[Tensor, "batch kv_head group token dim"]:
+        output, seen = self.call.output.float(), self.call.visibility
+        if seen.keys is not None or seen.rule == "general":
+            output = output.masked_fill((seen.count == 0)[..., None], 0.0)
+        return output.unflatten(1, (self.call.kv_heads, self.call.group))
+
+    @cached_property
+    def value_norm(self) -> Float[Tensor, "batch kv_head 1 token"]:
+        return vector_norm(self.value, dim=-1)[:, :, None]
+
+    @cached_property
+    def output_norm(self) -> Float[Tensor, "batch kv_head group token"]:
+        return vector_norm(self.output, dim=-1)
+
+    @cached_property
+    def per_value_norm(self) -> Tensor:
+        """1/‖v_i‖, 0 for zero vectors."""
+        return _reciprocal(self.value_norm)
+
+    @cached_property
+    def per_output_norm(self) -> Tensor:
+        """1/‖y_i‖, 0 for zero vectors."""
+        return _reciprocal(self.output_norm)
+
+    @cached_property
+    def projection(self) -> Float[Tensor, "batch kv_head group token"]:
+        """y_i · v̂_i"""
+        return vecdot(self.output, self.value[:, :, None]) * self.per_value_norm
+
+    @cached_property
+    def cosine(self) -> Float[Tensor, "batch kv_head group token"]:
+        """cos(y_i, v_i)"""
+        return self.projection * self.per_output_norm
+
+    @cached_property
+    def self_part(self) -> Float[Tensor, "batch kv_head group token"]:
+        """A_ii ‖v_i‖ / ‖y_i‖"""
+        weight = self.softmax.self_weight.unflatten(1, (self.call.kv_heads, self.call.group))
+        return weight * self.value_norm * self.per_output_norm
+
+    @cached_property
+    def exclusive(self) -> Float[Tensor, "batch kv_head group token dim"]:
+        """z_i = y_i - (y_i·v̂_i) v̂_i, what Exclusive Self Attention keeps."""
+        share = (self.projection * self.per_value_norm)[..., None]
+        return torch.addcmul(self.output, share, self.value[:, :, None], value=-1)
+
+    @cached_property
+    def value_similarity(self) -> Float[Tensor, "batch kv_head"]:
+        weights = self.among[:, None, None, :] * self.per_value_norm  # [batch, kv_head, 1, token]
+        total = (weights @ self.value)[:, :, 0]
+        return _mean_pairwise(total, (weights > 0).sum(-1)[..., 0], self.count[:, None])
+
+    @cached_property
+    def partner(self) -> tuple[Tensor, Tensor]:
+        """Mean cosine of y_i with the other visible values of S, and whether there is any."""
+        seen, call = self.call.visibility, self.call
+        weights = self.among[:, None, :] * self.per_value_norm[:, :, 0]
+        own = (self.among[:, None, :] & seen.sees_itself)[:, :, None]  # [.., 1, token]
+        if own.shape[1] == call.heads > 1:
+            own = own[:, :, 0].unflatten(1, (call.kv_heads, call.group))
+        total = self.grouped(seen.sum(self.value, weights))  # [batch, kv_head, group or 1, token or 1, dim]
+        if total.shape[3] == 1:
+            inner = (self.output @ total.transpose(-1, -2))[..., 0]
+        else:
+            inner = vecdot(self.output, total)
+        partners = self.grouped(seen.count_among(self.among)) - own.long()
+        cosines = inner * self.per_output_norm - own * self.cosine
+        return cosines / partners.clamp(min=1), partners > 0
+
+    @cached_property
+    def count(self) -> Tensor:
+        """Number of tokens of S, `[batch or 1]`."""
+        return self.among.sum(-1)
+
+    @property
+    def softmax(self) -> SoftmaxStatistics:
+        return self.call.softmax
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """`[batch, head, …]` to `[batch, kv_head, group, …]`; a head axis of 1 or of KV heads is kept."""
+        if x.shape[1] == self.call.heads and self.call.group > 1:
+            return x.unflatten(1, (self.call.kv_heads, self.call.group))
+        return x[:, :, None]
+
+    def per_row(self, values: Tensor, also: Tensor | None = None) -> Reading:
+        """A reading of grouped numbers per token, on the rows that count."""
+        weights = self.rows if also is None else self.rows & self._ungrouped(also)
+        return Reading(self._ungrouped(values), weights)
+
+    def per_head(self, values: Float[Tensor, "batch kv_head"], least: int = 2) -> Reading:
+        """A reading of one number per KV head; undefined with fewer than `least` tokens."""
+        values = values.repeat_interleave(self.call.group, 1)[..., None]
+        weights = torch.where(self.count >= least, self.count, 0)[:, None, None]
+        return Reading(values, weights.expand(values.shape[0], -1, -1))
+
+    def _ungrouped(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], self.call.kv_heads, self.call.group, x.shape[3])
+        return x.expand(shape).flatten(1, 2)
+
+
+def cos_y_vself(on: Selection) -> Reading:
+    """cos(y_i, v_i): the alignment bias."""
+    return on.per_row(on.cosine)
+
+
+def self_part(on: Selection) -> Reading:
+    """A_ii‖v_i‖/‖y_i‖: the bias that comes from the token attending to itself."""
+    return on.per_row(on.self_part)
+
+
+def context_part(on: Selection) -> Reading:
+    """Σ_{j≠i} A_ij (v_j·v̂_i)/‖y_i‖: the bias that comes from other tokens' values, cos - self part."""
+    return on.per_row(on.cosine - on.self_part)
+
+
+def cos_y_vpartner(on: Selection) -> Reading:
+    """E_j cos(y_i, v_j) over the other visible j in S: the partner null."""
+    return on.per_row(*on.partner)
+
+
+def excess(on: Selection) -> Reading:
+    """cos(y_i, v_i) minus the partner null."""
+    null, defined = on.partner
+    return on.per_row(on.cosine - null, defined)
+
+
+def cos_y_vuniform(on: Selection) -> Reading:
+    """cos(ȳ_i, v_i), ȳ_i the plain mean of the visible v_j in S: the uniform-attention null."""
+    seen = on.call.visibility
+    total = on.grouped(seen.sum(on.value, on.among[:, None, :].float()))
+    value = on.value[:, :, None]
+    inner = (value @ total.transpose(-1, -2))[..., 0] if total.shape[3] == 1 else vecdot(value, total)
+    cosine = inner * on.per_value_norm * _reciprocal(vector_norm(total, dim=-1))
+    return on.per_row(cosine, on.grouped(seen.count_among(on.among)) > 0)
+
+
+def removed_energy(on: Selection) -> Reading:
+    """cos²(y_i, v_i) = 1 - ‖z_i‖²/‖y_i‖²: the share of the output's energy that XSA removes."""
+    return on.per_row(on.cosine.square())
+
+
+def value_similarity(on: Selection) -> Reading:
+    """Mean over pairs i≠j of cos(v_i, v_j)."""
+    return on.per_head(on.value_similarity)
+
+
+def value_similarity_partial(on: Selection) -> Reading:
+    """cos(v_j^⊥i, v_k^⊥i) over j≠k≠i, averaged over sampled anchors i: similarity of values beyond v_i."""
+    ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
+    place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
+    # float64: 1 - cos² loses its digits where values are nearly parallel
+    value = on.value.double()
+    per_norm = _reciprocal(vector_norm(value, dim=-1))[:, :, None]  # [batch, kv_head, 1, token]
+    batch, kv_heads, _, dim = value.shape
+    index = place[:, None, :, None].expand(batch, kv_heads, -1, dim)
+    anchor = value.gather(2, index)
+    anchor = anchor * _reciprocal(vector_norm(anchor, dim=-1, keepdim=True))
+    cosine = anchor @ value.transpose(-1, -2) * per_norm  # [batch, kv_head, anchor, token]
+    other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
+    chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
+    # what is left of v_j without v_i; a value parallel to the anchor leaves nothing
+    left = 1 - cosine.square()
+    scale = torch.where(chosen & ~(left <= 1e-12) & (per_norm != 0), left.rsqrt(), 0.0)
+    total = (scale * per_norm) @ value - (scale * cosine).sum(-1, keepdim=True) * anchor
+    each = _mean_pairwise(total, (scale > 0).sum(-1), (on.count - 1)[:, None, None])
+    return on.per_head((each * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp(min=1), least=3)
+
+
+def value_similarity_partial_reference(on: Selection) -> Reading:
+    """ρ/(1+ρ), ρ the value similarity: the partial similarity of equicorrelated values."""
+    return on.per_head(on.value_similarity / (1 + on.value_similarity))
+
+
+def output_similarity(on: Selection) -> Reading:
+    """Mean over pairs i≠j of cos(y_i, y_j)."""
+    return _pairwise_rows(on, on.output, on.per_output_norm)
+
+
+def exclusive_output_similarity(on: Selection) -> Reading:
+    """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
+    norm = vector_norm(on.exclusive, dim=-1)
+    # rounding leaves a direction where there is none
+    per_norm = torch.where(norm > 4e-6 * on.output_norm, _reciprocal(norm), 0.0)
+    return _pairwise_rows(on, on.exclusive, per_norm)
+
+
+def value_participation_ratio(on: Selection) -> Reading:
+    """tr(C)²/‖C‖_F² of the centred values' covariance: the number of directions that they fill."""
+    weights = on.among[:, None, :, None].to(on.value.dtype)
+    mean = (weights * on.value).sum(2, keepdim=True) / on.count[:, None, None, None].clamp(min=1)
+    centred = (on.value - mean) * weights
+    covariance = centred.transpose(-1, -2) @ centred  # [batch, kv_head, dim, dim]
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    reading = on.per_head(trace.square() * _reciprocal(covariance.square().sum((-1, -2))))
+    # what rounding of the mean leaves is no spread; NaN stays, to be found out
+    none = trace <= 1e-12 * (weights * on.value).square().sum((-1, -2))
+    return Reading(reading.values, reading.weights * ~none.repeat_interleave(on.call.group, 1)[..., None])
+
+
+def self_weight(on: Selection) -> Reading:
+    """A_ii."""
+    return Reading(on.softmax.self_weight, on.rows)
+
+
+def self_weight_ratio(on: Selection) -> Reading:
+    """A_ii × number of visible keys: 1 for uniform attention, whatever the number of tokens."""
+    return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
+
+
+def entropy(on: Selection) -> Reading:
+    """-Σ_j A_ij ln A_ij in nats."""
+    return Reading(on.softmax.entropy, on.rows)
+
+
+def entropy_normalized(on: Selection) -> Reading:
+    """Entropy over its bound ln(number of visible keys)."""
+    return Reading(on.softmax.entropy / on.call.visibility.count.clamp(min=2).log(), on.rows)
+
+
+def effective_keys(on: Selection) -> Reading:
+    """1/Σ_j A_ij²: how many keys share the attention."""
+    return Reading(1 / on.softmax.sum_of_squares, on.rows)
+
+
+def first_weight(on: Selection) -> Reading:
+    """A_i0: attention to the first token (BOS or class token, or the first word or patch)."""
+    return Reading(on.softmax.first_weight, on.rows)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table: how to compute it, and how its tokens become one number per input."""
+
+    compute: Callable[[Selection], Reading]
+    reduce: str = "mean"  # or "percentile"
+
+    @property
+    def definition(self) -> str:
+        """The formula in one line."""
+        return (self.compute.__doc__ or "").strip()
+
+
+METRICS: dict[str, Metric] = {
+    "cos_y_vself": Metric(cos_y_vself),
+    "self_part": Metric(self_part),
+    "context_part": Metric(context_part),
+    "cos_y_vpartner": Metric(cos_y_vpartner),
+    "cos_y_vuniform": Metric(cos_y_vuniform),
+    "excess": Metric(excess),
+    "removed_energy": Metric(removed_energy),
+    "value_similarity": Metric(value_similarity),
+    "value_similarity_partial": Metric(value_similarity_partial),
+    "value_similarity_partial_reference": Metric(value_similarity_partial_reference),
+    "output_similarity": Metric(output_similarity),
+    "exclusive_output_similarity": Metric(exclusive_output_similarity),
+    "value_participation_ratio": Metric(value_participation_ratio),
+    "self_weight": Metric(self_weight),
+    "self_weight_ratio": Metric(self_weight_ratio),
+    "entropy": Metric(entropy),
+    "entropy_p15": Metric(entropy, reduce="percentile"),
+    "entropy_normalized": Metric(entropy_normalized),
+    "effective_keys": Metric(effective_keys),
+    "first_weight": Metric(first_weight),
+}
+
+
+def readings(
+    call: AttentionCall, names: Sequence[str], tokens: Bool[Tensor, "#batch token"] | None = None
+) -> dict[str, Reading]:
+    """The named metrics of one call over one token set (all tokens if None)."""
+    selection = Selection(call, tokens)
+    computed: dict[Callable[[Selection], Reading], Reading] = {}
+    for name in names:
+        function = METRICS[name].compute
+        if function not in computed:
+            computed[function] = function(selection)
+    return {name: computed[METRICS[name].compute] for name in names}
+
+
+def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "input head"]:
+    """One number per input and head from all readings of a layer in one forward pass.
+
+    A call may hold several rows per input (windows in the batch, input by input) and a layer may be
+    called several times (one window after the other): all their tokens are pooled, so that each
+    counts once. NaN where nothing counts; infinite where something that counts is not finite.
+    """
+    values, weights = [], []
+    for part in parts:
+        shape = torch.broadcast_shapes(part.values.shape, part.weights.shape)
+        for x, into in ((part.values, values), (part.weights, weights)):
+            x = x.expand(shape).unflatten(0, (inputs, -1)).movedim(1, 2).flatten(2)  # [input, head, rows · token]
+            into.append(x.double())
+    value, weight = torch.cat(values, -1), torch.cat(weights, -1)
+    total = weight.sum(-1)
+    counted = torch.where(weight > 0, value, 0.0)
+    result = _percentile(value, weight > 0) if how == "percentile" else (counted * weight).sum(-1) / total
+    result = torch.where(counted.isfinite().all(-1), result, torch.inf)
+    return torch.where(total > 0, result, torch.nan)
+
+
+def per_input(
+    call: AttentionCall,
+    names: Sequence[str] | None = None,
+    tokens: Bool[Tensor, "#batch token"] | None = None,
+) -> dict[str, Float64[Tensor, "batch head"]]:
+    """The named metrics (all if None) of one call, one number per row of its batch and query head."""
+    names = list(METRICS) if names is None else names
+    found = readings(call, names, tokens)
+    return {name: reduce([found[name]], call.batch, METRICS[name].reduce) for name in names}
+
+
+def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Checks names of metrics; None is all of them. Raises UserError with the nearest name."""
+    for name in names or ():
+        if name not in known:
+            tip = did_you_mean(name, known) or f"metrics are {one_of(known)}"
+            raise UserError(f"unknown metric '{name}'", tip)
+    return list(known if names is None else dict.fromkeys(names))
+
+
+def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Ranks of the anchor tokens among the tokens that count, and which of them exist: `[batch, number]` each.
+
+    All tokens where there are at most `number`; otherwise one drawn at random from each of `number`
+    equal strata, the same for every input and run, so that a table does not depend on batches.
+    """
+    stratum = torch.arange(number, device=count.device)
+    draw = torch.rand(number, generator=torch.Generator().manual_seed(0)).to(count.device)
+    sampled = ((stratum + draw) / number * count[:, None]).long()
+    ranks = torch.where(count[:, None] <= number, stratum, sampled)
+    valid = ranks < count[:, None]
+    return torch.where(valid, ranks, 0), valid
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 0.0, 1 / x)
+
+
+def _mean_pairwise(total: Tensor, units: Tensor, count: Tensor) -> Tensor:
+    """Mean cosine over ordered pairs, from the sum of the unit vectors: (‖Σ û‖² - units)/(n(n-1)).
+
+    units: how many of the n vectors are not zero.
+    """
+    return (total.square().sum(-1) - units) / (count * (count - 1)).clamp(min=1)
+
+
+def _pairwise_rows(on: Selection, vectors: Tensor, per_norm: Tensor) -> Reading:
+    rows = on.grouped(on.rows)  # [batch or 1, kv_head or 1, group or 1, token]
+    weights = (rows * per_norm)[..., None, :]
+    total = (weights @ vectors)[..., 0, :]
+    count = rows.sum(-1)
+    mean = _mean_pairwise(total, (weights[..., 0, :] > 0).sum(-1), count).flatten(1, 2)[..., None]
+    weight = torch.where(count > 1, count, 0).flatten(1, 2)[..., None]
+    return Reading(mean, weight)
+
+
+def _percentile(values: Tensor, counted: Tensor) -> Tensor:
+    """Linear interpolation between order statistics, over the last axis, among what counts."""
+    ordered = torch.where(counted, values, torch.inf).sort(-1).values
+    place = (counted.sum(-1, keepdim=True) - 1).clamp(min=0) * PERCENTILE
+    below, above = place.floor().long(), place.ceil().long()
+    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
+    return (low + (high - low) * (place - below))[..., 0]
+
+
+RATIOS: dict[str, tuple[str, str]] = {"self_specific_fraction": ("excess", "cos_y_vself")}
+"""Metrics that are a ratio of two others' means over an input: name -> (numerator, denominator)."""

@@ -1,0 +1,223 @@
+"""The run folder: tidy tables out of samples, written so that a half-written file is never read.
+
+    samples.parquet  one value per input, layer, head and metric: everything else follows from it
+    layers.csv       per layer: mean over heads within each input, then statistics over inputs
+    heads.parquet    the same per head
+    manifest.json    written last
+
+The unit of replication is the input. Intervals are 95 % percentile bootstrap intervals of the mean
+over inputs, with the same resamples for every cell. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diag.errors import UserError, one_of
+
+KEYS = ["model", "tower", "layer", "module", "head", "tokens", "metric"]
+STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
+CONSTANTS = [
+    "n_tokens",
+    "patch_size",
+    "image_size",
+    "attn_scope",
+    "first_token",
+    "values",
+    "intervention",
+    "dtype",
+    "seed",
+]
+RESAMPLES = 2000
+
+
+def samples_frame(
+    values: np.ndarray,
+    *,
+    heads_of: str = "head",
+    ids: Sequence[str],
+    first_input: int,
+    token_sets: Sequence[str],
+    metrics: Sequence[str],
+    ratios: Mapping[str, tuple[str, str]],
+    constants: Mapping[str, Any],
+) -> pd.DataFrame:
+    """One layer's block `values[token set, metric, input, head]` as long-form rows.
+
+    ratios: metrics to add, each the ratio of two that are there.
+    constants: columns that are the same in every row (model, tower, layer, module …).
+    """
+    names = list(metrics)
+    added = {k: v for k, v in ratios.items() if v[0] in names and v[1] in names}
+    blocks = [values]
+    for above, below in added.values():
+        blocks.append(_ratio(values[:, names.index(above)], values[:, names.index(below)])[:, None])
+    values = np.concatenate(blocks, axis=1)
+    names += list(added)
+    sets, metrics_n, inputs, heads = values.shape
+    frame = pd.DataFrame(
+        {
+            "tokens": _category(token_sets, np.repeat(np.arange(sets), metrics_n * inputs * heads)),
+            "metric": _category(names, np.tile(np.repeat(np.arange(metrics_n), inputs * heads), sets)),
+            "input": _category(ids, np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)),
+            "input_index": np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n) + first_input,
+            heads_of: np.tile(np.arange(heads), sets * metrics_n * inputs),
+            "value": values.reshape(-1),
+        }
+    )
+    for name, constant in constants.items():
+        frame[name] = _category([constant], np.zeros(len(frame), int)) if isinstance(constant, str) else constant
+    return frame
+
+
+def tables(
+    samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]], *, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`(layers, heads)` from samples.
+
+    A ratio of a layer is the ratio of its components' means over heads, within each input.
+    """
+    heads = _summarise(samples, [*KEYS, *_constants_in(samples)], seed)
+    keys = [key for key in KEYS if key != "head"]
+    within = [*keys, *_constants_in(samples), "input", "input_index"]
+    plain = samples[~samples["metric"].isin(list(ratios))]
+    means = plain.groupby(within, observed=True, sort=False, dropna=False)["value"].mean().reset_index()
+    parts = [means]
+    on = [key for key in within if key != "metric"]
+    for name, (above, below) in ratios.items():
+        if not (samples["metric"] == name).any():
+            continue
+        both = means[means["metric"] == above].merge(means[means["metric"] == below], on=on, suffixes=("", "_below"))
+        both["value"] = _ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
+        parts.append(both.assign(metric=name)[[*within, "value"]])
+    long = pd.concat([part.astype({"metric": str}) for part in parts], ignore_index=True)
+    return _summarise(long, [*keys, *_constants_in(samples)], seed), heads
+
+
+def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
+    """Statistics over inputs for every combination of `by`, model by model."""
+    frames = []
+    for _, part in samples.groupby(["model", "tower"], observed=True, sort=False):
+        grouped = part.groupby(by, observed=True, sort=False, dropna=False)
+        cell = grouped.ngroup().to_numpy()
+        order, column = np.unique(part["input_index"].to_numpy(), return_inverse=True)
+        matrix = np.full((len(order), cell.max() + 1), np.nan)
+        matrix[column, cell] = part["value"].to_numpy(dtype=float)
+        # ngroup numbers groups in order of appearance, as size() lists them
+        rows = grouped.size().reset_index()[by].astype({"metric": str, "tokens": str, "module": str})
+        frames.append(pd.concat([rows, summary(matrix, seed=seed)], axis=1))
+    table = pd.concat(frames, ignore_index=True)
+    front = [key for key in by if key in KEYS]
+    return table[[*front, *STATISTICS, *[key for key in by if key not in front]]]
+
+
+def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Mean, standard deviation (n - 1), 95 % bootstrap interval and n of each column of `values[input, cell]`.
+
+    NaN is missing. With one input there is no interval (NaN).
+    """
+    present = ~np.isnan(values)
+    count = present.sum(0)
+    filled = np.where(present, values, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = filled.sum(0) / count
+        deviation = np.where(present, values - mean, 0.0)
+        std = np.sqrt((deviation**2).sum(0) / (count - 1))
+    std[count < 2] = np.nan
+    low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
+    total = values.shape[0]
+    if total > 1:
+        draws = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=resamples)
+        for start in range(0, values.shape[1], 4096):
+            part = slice(start, start + 4096)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                # deviations from the mean keep the digits of small spreads
+                means = (draws @ deviation[:, part]) / (draws @ present[:, part].astype(float))
+            some = count[part] > 1
+            bounds = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
+            low[part][some], high[part][some] = bounds + mean[part][some]
+    return pd.DataFrame({"mean": mean, "std": std, "ci_low": low, "ci_high": high, "n": count})
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """Writes a table in the format of the path's suffix, atomically. Raises UserError for an unknown suffix."""
+    if path.suffix not in WRITERS:
+        raise UserError(f"cannot write '{path.name}'", f"known formats: {one_of(WRITERS)}")
+    atomically(path, lambda temporary: WRITERS[path.suffix](frame, temporary))
+
+
+def write_json(document: Mapping[str, Any], path: Path) -> None:
+    """Writes a JSON document, atomically."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Calls `write_to` with a temporary name beside `path`, then renames: readers see all of it or nothing.
+
+    Raises UserError if the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_to(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}", "choose another folder with -o") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_layers(folder: Path) -> pd.DataFrame:
+    """`layers.csv` of a run folder."""
+    return pd.read_csv(_finished(folder) / "layers.csv", keep_default_na=True)
+
+
+def read_heads(folder: Path) -> pd.DataFrame:
+    """`heads.parquet` of a run folder."""
+    return pd.read_parquet(_finished(folder) / "heads.parquet")
+
+
+def read_samples(folder: Path) -> pd.DataFrame:
+    """`samples.parquet` of a run folder."""
+    return pd.read_parquet(_finished(folder) / "samples.parquet")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`manifest.json` of a run folder."""
+    return json.loads((_finished(folder) / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _finished(folder: Path) -> Path:
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"'{folder}' is not a finished run (no manifest.json)", "attnbias probe … -o " + str(folder))
+    return folder
+
+
+def _constants_in(samples: pd.DataFrame) -> list[str]:
+    return [name for name in CONSTANTS if name in samples]
+
+
+def _category(names: Sequence[Any], codes: np.ndarray) -> pd.Categorical:
+    unique = list(dict.fromkeys(names))
+    place = np.array([unique.index(name) for name in names])
+    return pd.Categorical.from_codes(place[codes], categories=unique)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below != 0, above / below, np.nan)
+
+
+WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
+    ".csv": lambda frame, path: frame.to_csv(path, index=False, float_format="%.9g"),
+    ".parquet": lambda frame, path: frame.to_parquet(path, index=False, compression="zstd"),
+    ".json": lambda frame, path: frame.to_json(path, orient="records", indent=1),
+}

@@ -1,0 +1,1 @@
+"""Training: so far, the small models that travel inside the package."""
