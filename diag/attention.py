@@ -89,12 +89,11 @@ class AttentionCall:
         return softmax_statistics(self)
 
 
-
 @dataclass(frozen=True, eq=False)
 class Visibility:
     """Which keys each query sees, kept as structure wherever the mask has one.
 
-    rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`hidden_mask`).
+    rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`visible_rows`).
     keys: keys that any query sees, `[batch or 1, token]`; None if all of them.
     count: visible keys of each query, `[batch or 1, head or 1, token]`.
     """
@@ -362,7 +361,7 @@ def _add_mask_block(
         in_batch if mask.shape[0] > 1 else slice(None),
         in_head if mask.shape[1] > 1 else slice(None),
         in_row if mask.shape[2] > 1 else slice(None),
-        :seen if mask.shape[3] > 1 else None,
+        : seen if mask.shape[3] > 1 else None,
     ]
     if mask.dtype == torch.bool:
         return block.masked_fill_(~part, -1e30)

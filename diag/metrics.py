@@ -359,7 +359,9 @@ def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "
     for part in parts:
         shape = torch.broadcast_shapes(part.values.shape, part.weights.shape)
         for x, into in ((part.values, values), (part.weights, weights)):
-            x = x.expand(shape).unflatten(0, (inputs, -1)).movedim(1, 2).flatten(2)  # [input, head, rows · token]
+            x = (
+                x.expand(shape).unflatten(0, (inputs, -1)).movedim(1, 2).flatten(2)
+            )  # [input, head, rows · token]
             into.append(x.double())
     value, weight = torch.cat(values, -1), torch.cat(weights, -1)
     total = weight.sum(-1)

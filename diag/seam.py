@@ -33,7 +33,8 @@ SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PROJECTIONS = {F.linear: 0, torch.addmm: 1, Tensor.addmm: 1}  # function -> which argument is its input
 
 NAMES = re.compile(r"attention|attn", re.IGNORECASE)
-NOT_SELF_ATTENTION = re.compile(r"pool|cross|encdec|encoder_attn|drop|norm|embed|output|residual", re.IGNORECASE)
+CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
+BESIDE = re.compile(r"drop|norm|embed|output|residual", re.IGNORECASE)
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 
@@ -64,25 +65,24 @@ class Sightings:
     projection: dict[str, str] = field(default_factory=dict)
 
 
-def attention_modules(
-    root: nn.Module, *, among: Callable[[str, nn.Module], bool] | None = None, prefix: str = ""
-) -> tuple[Layer, ...]:
+def attention_modules(root: nn.Module, *, prefix: str = "") -> tuple[Layer, ...]:
     """The self-attention modules below `root` in depth order: the innermost modules named as attention.
 
-    among: keeps only modules for which it returns True.
+    Pooling heads, cross-attention and what lies inside them are left out.
     prefix: put before every path.
     """
-    named = [
-        (path, module)
-        for path, module in root.named_modules()
-        if NAMES.search(type(module).__name__)
-        and not NOT_SELF_ATTENTION.search(type(module).__name__)
-        and not NOT_SELF_ATTENTION.search(path)
-    ]
-    paths = {path for path, _ in named}
-    outer = {path for path in paths if any(other.startswith(path + ".") for other in paths)}
-    kept = [(p, m) for p, m in named if p not in outer and (among is None or among(p, m))]
-    return tuple(Layer(i, prefix + path, module) for i, (path, module) in enumerate(kept))
+    named: dict[str, nn.Module] = {}
+    closed: list[str] = []  # where nothing is self-attention
+    for path, module in root.named_modules():
+        words = f"{type(module).__name__} {path.rpartition('.')[2]}"
+        if path.startswith(tuple(closed)):
+            continue
+        if path and CLOSED.search(words):
+            closed.append(f"{path}.")
+        elif NAMES.search(type(module).__name__) and not BESIDE.search(words):
+            named[path] = module
+    inner = [p for p in named if not any(other.startswith(f"{p}.") for other in named)]
+    return tuple(Layer(i, prefix + path, named[path]) for i, path in enumerate(inner))
 
 
 @contextmanager

@@ -20,8 +20,10 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +107,7 @@ class Crops:
         return torch.stack([self.one(int(label)) for label in labels]), torch.from_numpy(labels)
 
 
-def fit(model: nn.Module, recipe: Recipe, loss_at: object, *, name: str) -> None:
+def fit(model: nn.Module, recipe: Recipe, loss_at: Callable[[], Tensor], *, name: str) -> None:
     """Runs the recipe in place; `loss_at()` draws the next batch and returns its loss."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
@@ -129,7 +131,7 @@ def fit(model: nn.Module, recipe: Recipe, loss_at: object, *, name: str) -> None
     model.eval()
 
 
-def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict:
+def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Trains one ViT, writes `vit-p{patch_size}.safetensors` and its card, returns the card."""
     torch.manual_seed(recipe.seed)
     model = build_vit(patch_size)
@@ -159,10 +161,12 @@ def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict:
         "validation_crops": VALIDATION_CROPS,
         "licence": "weights: the licence of this package; photographs: see scikit-image's data/README.txt",
     }
-    return _store(model, card, out / f"vit-p{patch_size}.safetensors", out / f"vit-p{patch_size}.json")
+    stem = out / f"vit-p{patch_size}"
+    arguments = f"vit --patch-size {patch_size}"
+    return _store(model, card, arguments, stem.with_suffix(".safetensors"), stem.with_suffix(".json"))
 
 
-def train_lm(recipe: Recipe, out: Path) -> dict:
+def train_lm(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Trains the language model, writes the Hugging Face folder `lm/` and its card, returns the card."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -221,10 +225,12 @@ def train_lm(recipe: Recipe, out: Path) -> dict:
         "licence": "weights: the licence of this package; text: the licence of Python",
     }
     model.config.save_pretrained(folder)
-    return _store(model, card, folder / "model.safetensors", folder / "card.json")
+    return _store(model, card, "lm", folder / "model.safetensors", folder / "card.json")
 
 
-def _store(model: nn.Module, card: dict, weights: Path, card_file: Path) -> dict:
+def _store(
+    model: nn.Module, card: dict[str, Any], arguments: str, weights: Path, card_file: Path
+) -> dict[str, Any]:
     weights.parent.mkdir(parents=True, exist_ok=True)
     # tied weights are stored once, as Hugging Face does
     tied = {"lm_head.weight"} if "transformer.wte.weight" in model.state_dict() else set()
@@ -234,7 +240,7 @@ def _store(model: nn.Module, card: dict, weights: Path, card_file: Path) -> dict
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": "float16",
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "command": "python -m diag.train.embedded",
+        "command": f"python -m diag.train.embedded {arguments} --out DIR",
         "torch": torch.__version__,
     }
     card_file.write_text(json.dumps(card, indent=2) + "\n")

@@ -1,0 +1,140 @@
+"""Reading the long-form tables: what belongs in one figure, and how a caption describes it.
+
+A *selection* is the rows that may stand in one figure: one model, tower and token set, measured in one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from diag.errors import UserError, one_of
+
+IDENTITY = ("model", "tower", "tokens")
+CONDITIONS = ("values", "intervention", "patch_size", "image_size", "dtype", "seed")
+"""Constants that make two measurements of one model different. `n_tokens`, `attn_scope` and `first_token`
+are not among them: they may change from layer to layer or from metric to metric within one measurement."""
+
+REQUIRED = (*IDENTITY, "layer", "metric", "mean", "ci_low", "ci_high", "n")
+NUMBERS = ("mean", "ci_low", "ci_high", "n")
+
+
+def check_columns(table: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
+    """The table with float numbers (`None` becomes NaN), no categories; UserError if a column is missing."""
+    missing = [column for column in (*REQUIRED, *extra) if column not in table.columns]
+    if missing:
+        raise UserError(
+            f"the table to draw has no column {one_of(missing)}",
+            "give the tables of a run: layers.csv for curves, heads.parquet for heatmaps",
+        )
+    numbers = {column: pd.to_numeric(table[column]).astype(float) for column in NUMBERS}
+    words = {column: table[column].astype(object) for column in (*IDENTITY, "metric")}
+    return table.assign(**numbers, **words)
+
+
+def rows_of(table: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
+    """The rows of these metrics that hold a number; the data behind a figure. May be empty."""
+    return table[table["metric"].isin(list(metrics)) & table["mean"].notna()]
+
+
+def drawable(table: pd.DataFrame, metrics: Sequence[str], figure: str) -> pd.DataFrame:
+    """`rows_of`, or UserError that names the metrics this figure is made of and those that the table has."""
+    rows = rows_of(table, metrics)
+    if rows.empty:
+        there = sorted(table["metric"].dropna().unique())
+        holds = f"only {', '.join(there)}" if there else "no rows"
+        raise UserError(
+            f"nothing to draw: {figure} need other metrics than the table holds ({holds})",
+            f"measure at least one of: --metrics {','.join(metrics)}",
+        )
+    return rows
+
+
+def selections(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The table cut into its selections, in order of first appearance."""
+    keys = [column for column in (*IDENTITY, *CONDITIONS) if column in table.columns]
+    return [rows for _, rows in table.groupby(keys, sort=False, dropna=False, observed=True)]
+
+
+def one_selection(table: pd.DataFrame, figure: str, index: Sequence[str] = ("layer",)) -> pd.DataFrame:
+    """The table itself if it is one selection with one row per metric and `index`; UserError otherwise."""
+    for column in (*IDENTITY, *CONDITIONS):
+        if column in table.columns and table[column].nunique(dropna=False) > 1:
+            found = [str(value) for value in table[column].unique()]
+            shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+            raise UserError(
+                f"{figure} show one {column} at a time, but the table holds {len(found)}: {shown}",
+                f"choose one: table[table[{column!r}] == {table[column].iloc[0]!r}]",
+            )
+    repeated = table[table.duplicated([*index, "metric"])]
+    if not repeated.empty:
+        row = repeated.iloc[0]
+        place = ", ".join(f"{column} {row[column]}" for column in index)
+        raise UserError(
+            f"the table holds more than one value of {row['metric']} at {place}",
+            "give the table of one run; to put runs side by side, use the comparison figure",
+        )
+    return table
+
+
+def profile(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One metric over depth: columns layer, mean, ci_low, ci_high, sorted by layer."""
+    rows = table[table["metric"] == metric].sort_values("layer")
+    return rows[["layer", "mean", "ci_low", "ci_high"]].astype(float).reset_index(drop=True)
+
+
+def span(numbers: pd.Series) -> str:
+    """`14`, or `12–14` where the numbers differ; empty where there are none."""
+    known = pd.to_numeric(numbers).dropna()
+    if known.empty:
+        return ""
+    low, high = f"{known.min():g}", f"{known.max():g}"
+    return low if low == high else f"{low}–{high}"
+
+
+def shorten(name: str, width: int) -> str:
+    """A long name with its middle left out: family (in front) and variant (at the end) tell models apart."""
+    if len(name) <= width:
+        return name
+    front = (width - 1) // 2
+    return f"{name[:front]}…{name[len(name) - (width - 1 - front) :]}"
+
+
+def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
+    """One or two lines under the title: token set, T, n and how it was measured, as far as the rows agree.
+
+    `bands` says what the shading is; it is left out where no row has an interval.
+    """
+    parts = [
+        _agreed(rows, "tower", "{} tower"),
+        _agreed(rows, "tokens", "{} tokens"),
+        _counted(rows, "n_tokens", "T = {}"),
+        _agreed(rows.replace({"first_token": {"included": ""}}), "first_token", "t = 0 {}"),
+        _counted(rows, "n", "n = {} input" if (rows["n"] == 1).all() else "n = {} inputs"),
+        _agreed(rows, "values", "values {}"),
+        _agreed(rows, "intervention", "intervention {}"),
+    ]
+    if np.isfinite(rows["ci_low"]).any():
+        parts.append(bands)
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + len(part) + 3 <= width:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
+
+
+def _agreed(rows: pd.DataFrame, column: str, template: str) -> str:
+    if column not in rows.columns or rows[column].nunique(dropna=False) != 1:
+        return ""
+    value = rows[column].iloc[0]
+    said = "" if pd.isna(value) else str(value).replace("_", " ")
+    return "" if said in ("", "none") else template.format(said)
+
+
+def _counted(rows: pd.DataFrame, column: str, template: str) -> str:
+    counts = span(rows[column]) if column in rows.columns else ""
+    return template.format(counts) if counts else ""

@@ -1,0 +1,41 @@
+"""The model families, one file each; this is the table that finds them, and imports none until it is used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from diag.models.base import Model
+    from diag.models.names import ModelSpec
+
+FAMILIES = {
+    "timm": "diag.models.timm",
+    "open_clip": "diag.models.open_clip",
+    "hf": "diag.models.hf",
+    "tl": "diag.models.lens",
+    "demo": "diag.models.demo",
+}
+"""Family -> the module whose `load(spec, *, device, dtype) -> Model` loads it."""
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads what a spec names, in evaluation mode, with finite weights, and says which weights they are.
+
+    Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
+    model can be seen.
+    """
+    from diag.models.weights import digest
+
+    model = import_module(FAMILIES[spec.family]).load(spec, device=device, dtype=dtype)
+    facts = {
+        "revision": spec.revision,
+        "checkpoint": None if spec.checkpoint is None else str(spec.checkpoint),
+        "model_args": dict(spec.model_args),
+        "weights": "random" if spec.random_init else "loaded",
+        "weights_sha256": digest(model.module),
+    }
+    return replace(model, facts={**facts, **model.facts})

@@ -1,0 +1,110 @@
+"""What every family hands over: towers that turn samples into batches and run them.
+
+A model has one tower per modality ("vision", "text"). A tower is a frozen bundle of plain
+callables; nothing is inherited or overridden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from diag.errors import UserError, one_of
+from diag.inputs import Inputs
+from diag.seam import Layer, OnCall, attention_calls
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input as the model will see it: an id, and how to get the image or the token ids."""
+
+    id: str
+    read: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes.
+
+    data: what the tower's `forward` expects.
+    real: False at padding; None if there is none.
+    """
+
+    ids: tuple[str, ...]
+    data: Any
+    real: Bool[Tensor, "batch token"] | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One stack of self-attention layers and how to feed it.
+
+    layers: its attention modules in depth order.
+    samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
+    encode: samples -> Batch on the tower's device, with the model's own preprocessing.
+    forward: runs the tower on a batch; what it returns is compared, never interpreted.
+    prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
+    max_batch: the most samples that one forward may hold.
+    capture: `capture(layers, on_call)`, the context manager under which calls are seen.
+    facts: constants that explain a number: patch_size, image_size, context, preprocessing, bos …
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    samples: Callable[[Inputs, int | None], Iterator[Sample]]
+    encode: Callable[[Sequence[Sample]], Batch]
+    forward: Callable[[Batch], Any]
+    prefix: tuple[str, ...] = ()
+    max_batch: int | None = None
+    capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def token_sets(self) -> tuple[str, ...]:
+        """The token sets that this tower has; the first one is the default."""
+        if self.name != "vision":
+            return ("all",)
+        return ("patch", "all", *dict.fromkeys(self.prefix))
+
+    def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
+        """Which of `tokens` positions belong to a token set.
+
+        Raises UserError where the tower has no such set.
+        """
+        if token_set not in self.token_sets:
+            raise UserError(
+                f"this model's {self.name} tower has no token set '{token_set}'",
+                f"--tokens takes {one_of(self.token_sets)} here",
+            )
+        kinds = [*self.prefix, *["patch"] * (tokens - len(self.prefix))]
+        return torch.tensor([token_set in ("all", kind) for kind in kinds])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: what was asked for, what it resolved to, and its towers by modality."""
+
+    name: str
+    family: str
+    resolved: str
+    module: nn.Module
+    towers: Mapping[str, Tower]
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def tower(self, kind: str) -> Tower:
+        """The tower for "vision" or "text" inputs. Raises UserError where the model has none."""
+        if kind not in self.towers:
+            flag = {"vision": "--images", "text": "--texts"}
+            given = next(iter(self.towers))
+            raise UserError(
+                f"model '{self.name}' has no {kind} tower",
+                f"it takes {flag[given]} DIR|demo" if given in flag else None,
+            )
+        return self.towers[kind]

@@ -1,0 +1,110 @@
+"""The models that travel inside the package: three ViTs that differ in patch size, and a language model.
+
+`diag.train.embedded` trains them. Their weights are stored in float16 under `EMBEDDED`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diag.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+    from transformers import GPT2LMHeadModel
+
+    from diag.models.base import Model
+    from diag.models.names import ModelSpec
+
+VIT_CONFIG: dict[str, Any] = {"img_size": 64, "embed_dim": 96, "depth": 6, "num_heads": 3}
+LM_CONFIG: dict[str, Any] = {"vocab_size": 2048, "n_positions": 256, "n_embd": 96, "n_layer": 6, "n_head": 3}
+CLASSES = 14
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Folder of the weights: `vit-p16.safetensors` with its card `vit-p16.json` and so on, and `lm/`."""
+
+
+def build_vit(patch_size: int) -> VisionTransformer:
+    """A randomly initialised ViT for 64-pixel images and the bundled photographs as classes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(patch_size=patch_size, num_classes=CLASSES, **VIT_CONFIG)
+
+
+def build_lm() -> GPT2LMHeadModel:
+    """A randomly initialised causal language model with the architecture of GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        **LM_CONFIG, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config)
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `demo:vit-p16|vit-p8|vit-p4|lm`. Raises UserError if the package lacks its weights."""
+    if spec.checkpoint is not None or spec.model_args or spec.random_init:
+        raise UserError(
+            f"'{spec.resolved}' comes with its own weights and sizes", f"use it alone: -m {spec.resolved}"
+        )
+    if spec.name == "lm":
+        return _load_lm(spec, device=device, dtype=dtype)
+    return _load_vit(spec, device=device, dtype=dtype)
+
+
+def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    from torchvision.transforms import v2
+
+    from diag.models.base import Model
+    from diag.models.loading import ready
+    from diag.models.timm import fuse, vision_tower
+    from diag.models.weights import fit, read_checkpoint
+
+    module = build_vit(int(spec.name.removeprefix("vit-p")))
+    weights = EMBEDDED / f"{spec.name}.safetensors"
+    fit(module, read_checkpoint(weights), f"embedded model '{weights.name}'")
+    fuse(module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    size = VIT_CONFIG["img_size"]
+    preprocessing = {
+        "size": [size, size],
+        "crop": "shortest side, centre",
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
+    transform = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.CenterCrop(size),
+            v2.Lambda(lambda pixels: pixels.float() / 127.5 - 1),  # as in training
+        ]
+    )
+    tower = vision_tower(
+        module,
+        transform,
+        source=spec.resolved,
+        preprocessing=preprocessing,
+        image_size=(size, size),
+        device=device,
+        dtype=dtype,
+    )
+    card = EMBEDDED / f"{spec.name}.json"
+    facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
+    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, (), facts)
+
+
+def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    from diag.models import hf
+
+    folder = EMBEDDED / "lm"
+    if not (folder / "model.safetensors").is_file():
+        raise UserError("the package holds no weights of 'demo:lm'", "install it again")
+    model = hf.load(replace(spec, family="hf", name=str(folder)), device=device, dtype=dtype)
+    card = folder / "card.json"
+    facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
+    return replace(model, family=spec.family, resolved=spec.resolved, facts=facts)

@@ -1,0 +1,387 @@
+"""Hugging Face models from a folder or the hub: text, vision, and both towers of contrastive models.
+
+Only models whose attention goes through `scaled_dot_product_attention` are loaded; the others are
+refused by name, because a model that computes softmax itself cannot be seen.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+)
+
+from diag.errors import UserError
+from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.loading import (
+    first_line,
+    frame,
+    hub,
+    image_encoder,
+    image_samples,
+    layers_of,
+    quiet,
+    ready,
+    rgb,
+    text_encoder,
+    text_facts,
+    text_samples,
+    unknown_argument,
+)
+from diag.models.names import ModelSpec
+
+VISION_PARTS = ("vision_model", "visual", "vision_tower")
+TEXT_PARTS = ("text_model", "language_model")
+CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "distillation_token")
+FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
+HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_token", "logit_scale")
+"""Weights that no attention layer reads: a checkpoint may lack them."""
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+Build = Callable[[], Tower]
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `hf:FOLDER` or `hf:ORG/NAME[@REVISION]`. Raises UserError as `diag.models.load` does.
+
+    A tower of several whose tokenizer or image processor is not at hand is left out with a note.
+    """
+    if spec.checkpoint is not None:
+        raise UserError(
+            f"--checkpoint does not go with '{spec.resolved}'",
+            "put the weights into the folder beside config.json and give the folder: -m hf:FOLDER",
+        )
+    config = load_config(spec)
+    module = _load_module(spec, config, dtype)
+    refuse_eager(spec, module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    towers: dict[str, Tower] = {}
+    notes = [spec.note] if spec.note else []
+    refusals = []
+    for kind, build in _builders(spec, module, device=device, dtype=dtype).items():
+        try:
+            towers[kind] = build()
+        except UserError as refusal:
+            refusals.append(refusal)
+            notes.append(f"no {kind} tower: {refusal}")
+    if not towers:
+        raise refusals[0]
+    facts = {"model_type": config.model_type, "commit": commit_of(spec)}
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts)
+
+
+# --- loading
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keeps transformers from logging and from drawing its progress bar."""
+    log = transformers.utils.logging
+    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bar:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
+    """Turns what goes wrong while a file of a model is read into two lines."""
+    try:
+        with silenced(), hub(spec.name, file, download=FILES, revision=spec.revision):
+            yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"'{spec.name}' would run code from its repository: not loaded",
+                "read that code first; if you trust it, add --trust-remote-code",
+            ) from None
+        if "does not appear to have a file" in text and not Path(spec.name).is_dir():
+            revision = f" --revision {spec.revision}" if spec.revision else ""
+            raise UserError(
+                f"'{spec.name}' has no {file}, or it is not on this machine yet",
+                f"where there is a network: hf download {spec.name} {FILES}{revision}",
+            ) from error
+        if "scaled_dot_product_attention" in text:
+            raise _eager(spec, text.split(" ", 1)[0]) from None
+        raise UserError(f"{file} of '{spec.name}' cannot be read: {first_line(error)}", tip) from error
+
+
+def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
+    """The model's config with --model-arg applied and the cache of generation switched off."""
+    with reading(spec, "config.json", tip="save the model again with model.save_pretrained(FOLDER)"):
+        config = transformers.AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    for key, value in spec.model_args.items():
+        if not hasattr(config, key):
+            raise unknown_argument(key, list(config.to_dict()), spec.resolved)
+        setattr(config, key, value)
+    for part in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
+        if isinstance(part, transformers.PretrainedConfig):
+            part.use_cache = False
+    return config
+
+
+def commit_of(spec: ModelSpec) -> str | None:
+    """The commit of the hub repository that was loaded; None for a folder."""
+    if Path(spec.name).is_dir():
+        return None
+    file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer that lies beside the weights. Raises UserError if there is none."""
+    tip = "save it there with tokenizer.save_pretrained(FOLDER)"
+    if not Path(spec.name).is_dir():
+        tip = f"where there is a network: hf download {spec.name} {FILES}"
+    with reading(spec, "tokenizer.json", tip=tip):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"'{spec.name}' has no tokenizer", tip)
+    return tokenizer
+
+
+def is_causal(config: transformers.PretrainedConfig) -> bool:
+    """Whether a text model reads from left to right: a language model that is not a masked one."""
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def refuse_eager(spec: ModelSpec, module: nn.Module) -> None:
+    """Raises UserError for a model, or a part of one, that ended up computing attention by itself."""
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if not isinstance(config, transformers.PretrainedConfig):
+            continue
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        if config._attn_implementation not in (None, "sdpa") or capped:
+            raise _eager(spec, type(part).__name__)
+
+
+def _eager(spec: ModelSpec, architecture: str) -> UserError:
+    return UserError(
+        f"'{spec.resolved}' ({architecture}) computes softmax attention itself: its calls cannot be seen",
+        f"transformer-lens may show it, at short lengths: -m tl:{spec.name}",
+    )
+
+
+def _load_module(spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    encoder_only = config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    auto = transformers.AutoModelForTextEncoding if encoder_only else transformers.AutoModel
+    tip = "check the folder, or download it again: the weights must be those of its config.json"
+    with reading(spec, "model.safetensors", tip=tip):
+        if spec.random_init:
+            return auto.from_config(
+                config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=spec.trust_remote_code
+            )
+        module, report = auto.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation="sdpa",
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
+    if missing:
+        names = ", ".join(f"'{name}'" for name in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"the weights of '{spec.name}' lack {names}{more}: they would be random", tip)
+    return module
+
+
+# --- towers
+
+
+def _builders(
+    spec: ModelSpec, module: Any, *, device: str | torch.device, dtype: torch.dtype
+) -> dict[str, Build]:
+    """How to build each tower that a model has."""
+    config = module.config
+    vision = next((part for part in VISION_PARTS if hasattr(module, part)), None)
+    text = next((part for part in TEXT_PARTS if hasattr(module, part)), None)
+    builders: dict[str, Build] = {}
+    if vision:
+        part = getattr(module, vision)
+        build = _packed_tower if hasattr(config.vision_config, "spatial_merge_size") else _vision_tower
+        builders["vision"] = lambda: build(spec, part, f"{vision}.", device=device, dtype=dtype)
+    if text:
+        inner = getattr(module, text)
+        causal = text == "language_model" or is_causal(inner.config)
+        builders["text"] = lambda: text_tower(spec, inner, f"{text}.", causal=causal, device=device)
+    if builders:
+        return builders
+    if module.main_input_name == "pixel_values":
+        return {"vision": lambda: _vision_tower(spec, module, "", device=device, dtype=dtype)}
+    if module.main_input_name == "input_ids":
+        encoder = module.get_encoder() if config.is_encoder_decoder else module
+        prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
+        causal = is_causal(config)
+        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, device=device)}
+    raise UserError(
+        f"'{spec.resolved}' takes '{module.main_input_name}', neither images nor text",
+        "attnbias measures text and vision models",
+    )
+
+
+def text_tower(
+    spec: ModelSpec, module: nn.Module, prefix: str, *, causal: bool, device: str | torch.device
+) -> Tower:
+    """The tower of a text stack: windows of its tokenizer's tokens.
+
+    A causal model gets bare text (a BOS in front would be the same sink in every window); one that
+    reads both ways, and the text tower of a contrastive model, get their special tokens.
+    """
+    tokenizer = load_tokenizer(spec)
+    before, after = ([], []) if causal else frame(tokenizer)
+    context = context_of(module, tokenizer)
+    return Tower(
+        name="text",
+        layers=layers_of(module, spec.resolved, "text", prefix=prefix),
+        samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
+        encode=text_encoder(device),
+        forward=lambda batch: module(input_ids=batch.data),
+        facts=text_facts(context, before, after),
+    )
+
+
+def tokens_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text -> token ids without special tokens, and without a warning about its length."""
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def context_of(module: nn.Module, tokenizer: Any) -> int | None:
+    """The most tokens that a text model takes; None for no limit.
+
+    Models that count positions from behind the padding index (RoBERTa) lose that many of them.
+    """
+    context = getattr(module.config, "max_position_embeddings", None)
+    if context is None:
+        limit = tokenizer.model_max_length
+        return limit if limit < 1_000_000 else None
+    for path, child in module.named_modules():
+        if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
+            return child.num_embeddings - child.padding_idx - 1
+    return context
+
+
+def _image_processor(spec: ModelSpec) -> Any:
+    tip = "save it there with image_processor.save_pretrained(FOLDER)"
+    with reading(spec, "preprocessor_config.json", tip=tip):
+        return transformers.AutoImageProcessor.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+
+
+def _vision_tower(
+    spec: ModelSpec, module: Any, prefix: str, *, device: str | torch.device, dtype: torch.dtype
+) -> Tower:
+    processor = _image_processor(spec)
+
+    def transform(image: Image.Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    height, width = transform(Image.new("RGB", (96, 64))).shape[-2:]
+    return Tower(
+        name="vision",
+        layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
+        samples=image_samples,
+        encode=image_encoder(transform, device=device, dtype=dtype),
+        forward=lambda batch: module(pixel_values=batch.data),
+        prefix=_prefix(module),
+        facts={
+            "patch_size": getattr(module.config, "patch_size", None),
+            "image_size": height if height == width else (height, width),
+            "preprocessing": _preprocessing(processor),
+        },
+    )
+
+
+def _packed_tower(
+    spec: ModelSpec, module: Any, prefix: str, *, device: str | torch.device, dtype: torch.dtype
+) -> Tower:
+    """Qwen-VL's vision tower: patches of one image as one sequence, in the order of its windows.
+
+    Several images in one forward would share a sequence, so a batch holds one.
+    """
+    processor = _image_processor(spec)
+
+    def encode(samples: Sequence[Sample]) -> Batch:
+        (sample,) = samples
+        packed = processor(images=rgb(sample.read()), return_tensors="pt")
+        pixels = packed["pixel_values"].to(device=device, dtype=dtype)  # [patch, pixels of a patch]
+        return Batch((sample.id,), (pixels, packed["image_grid_thw"].to(device)))
+
+    full = getattr(module.config, "fullatt_block_indexes", None)
+    return Tower(
+        name="vision",
+        layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
+        samples=image_samples,
+        encode=encode,
+        forward=lambda batch: module(batch.data[0], grid_thw=batch.data[1]),
+        max_batch=1,
+        facts={
+            "patch_size": module.config.patch_size,
+            "image_size": "native",
+            "preprocessing": _preprocessing(processor),
+            "full_attention_layers": "all" if full is None else list(full),
+        },
+    )
+
+
+def _prefix(module: nn.Module) -> tuple[str, ...]:
+    names = [name.rpartition(".")[2] for name, _ in module.named_parameters()]
+    registers = getattr(module.config, "num_register_tokens", 0) if "register_tokens" in names else 0
+    return ("cls",) * sum(name in CLASS_TOKENS for name in names) + ("registers",) * registers
+
+
+def _preprocessing(processor: Any) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: side for key, side in value.items() if side is not None}
+        return list(value) if isinstance(value, list | tuple) else value
+
+    settings = processor.to_dict()
+    resample = settings.get("resample")
+    return {
+        "size": plain(settings.get("size")),
+        "crop": plain(settings.get("crop_size")) if settings.get("do_center_crop") else None,
+        "interpolation": None if resample is None else Image.Resampling(resample).name.lower(),
+        "mean": plain(settings.get("image_mean")) if settings.get("do_normalize") else None,
+        "std": plain(settings.get("image_std")) if settings.get("do_normalize") else None,
+    }

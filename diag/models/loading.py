@@ -1,0 +1,250 @@
+"""What the families share: images to pixels, texts to windows, hub errors, a model made ready."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from diag.errors import UserError, did_you_mean
+from diag.inputs import Inputs
+from diag.models.base import Batch, Sample
+from diag.models.weights import refuse_non_finite
+from diag.seam import Layer, attention_modules
+
+DEFAULT_SEQUENCE = 128
+
+
+def ready(module: nn.Module, source: str, *, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves a model, puts it into evaluation mode without gradients, and refuses non-finite weights."""
+    module.requires_grad_(False).eval()
+    module.to(device=device, dtype=dtype)
+    refuse_non_finite(module, source)
+    return module
+
+
+def layers_of(root: nn.Module, source: str, tower: str, *, prefix: str = "") -> tuple[Layer, ...]:
+    """The self-attention layers below `root`.
+
+    Raises UserError for a tower without any.
+    """
+    layers = attention_modules(root, prefix=prefix)
+    if not layers:
+        raise UserError(
+            f"{source}: no self-attention layer found in its {tower} tower",
+            "attnbias measures transformers; 'attnbias models QUERY' finds one",
+        )
+    return layers
+
+
+# --- images
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An RGB image of any PIL mode. 16-bit grey is scaled to 8 bits, transparency is laid over black.
+
+    Pillow clips 16-bit grey to white and keeps whatever colour hides under transparency.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        highest = 65535.0 if values.max(initial=0) > 255 else 255.0
+        image = Image.fromarray((values.clip(0, highest) / highest * 255).round().astype(np.uint8))
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB")
+
+
+def image_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
+    """One sample per image."""
+    for item in inputs:
+        yield Sample(item.id, item.read)
+
+
+def image_encoder(
+    transform: Callable[[Image.Image], Float[Tensor, "channel height width"]],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> Callable[[Sequence[Sample]], Batch]:
+    """Samples -> a batch of pixels `[batch, 3, height, width]`, each image through `transform`."""
+
+    def encode(samples: Sequence[Sample]) -> Batch:
+        pixels = torch.stack([transform(rgb(sample.read())) for sample in samples])
+        return Batch(tuple(sample.id for sample in samples), pixels.to(device=device, dtype=dtype))
+
+    return encode
+
+
+# --- texts
+
+
+def text_samples(
+    tokenise: Callable[[str], list[int]],
+    *,
+    context: int | None,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+    fixed: bool = False,
+) -> Callable[[Inputs, int | None], Iterator[Sample]]:
+    """Cuts each text into windows of exactly `seq_len` tokens, without padding; a rest is dropped.
+
+    context: the most tokens that the model takes; None for no limit. The default length is
+        min(128, context).
+    before, after: special tokens put around each window, counted in its length.
+    fixed: the model takes exactly `context` tokens.
+    Texts shorter than one window give no sample.
+
+    Raises UserError, on the first sample, if the length is not possible.
+    """
+
+    def samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
+        usual = min(DEFAULT_SEQUENCE, context or DEFAULT_SEQUENCE)
+        length = seq_len or (context if fixed and context else usual)
+        if fixed and length != context:
+            raise UserError(
+                f"--seq-len {length}: this text tower takes exactly {context} tokens",
+                f"use --seq-len {context}",
+            )
+        if context is not None and length > context:
+            raise UserError(
+                f"--seq-len {length} is longer than the model's context", f"use at most {context}"
+            )
+        own = length - len(before) - len(after)
+        if own < 1:
+            raise UserError(
+                f"--seq-len {length} leaves no room beside {len(before) + len(after)} special tokens",
+                f"use at least {len(before) + len(after) + 1}",
+            )
+        for item in inputs:
+            text = item.read()
+            assert isinstance(text, str)
+            tokens = tokenise(text)
+            for start in range(0, len(tokens) - own + 1, own):
+                window = [*before, *tokens[start : start + own], *after]
+                yield Sample(f"{item.id}:{start // own:05d}", partial(list, window))
+
+    return samples
+
+
+def text_facts(context: int | None, before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
+    """The constants of a text tower; `bos` says whether anything was put before a window."""
+    return {"context": context, "bos": "yes" if before else "no", "special_tokens": len(before) + len(after)}
+
+
+def text_encoder(device: str | torch.device) -> Callable[[Sequence[Sample]], Batch]:
+    """Samples -> a batch of token ids `[batch, token]`."""
+
+    def encode(samples: Sequence[Sample]) -> Batch:
+        ids: Int[Tensor, "batch token"] = torch.tensor([sample.read() for sample in samples], device=device)
+        return Batch(tuple(sample.id for sample in samples), ids)
+
+    return encode
+
+
+# --- the hub
+
+UNREACHABLE = frozenset(
+    {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError", "URLError"}
+)
+
+
+@contextmanager
+def hub(repository: str, file: str, *, download: str = "", revision: str | None = None) -> Iterator[None]:
+    """Turns a failed download into two lines that name repository, file and the command that fetches it.
+
+    download: what follows the repository in that command.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+        command = f"hf download {repository}"
+        command += (f" {download}" if download else "") + (f" --revision {revision}" if revision else "")
+        if "GatedRepoError" in kinds:
+            raise UserError(
+                f"'{repository}' asks you to accept its licence before '{file}' can be downloaded",
+                f"accept it at https://huggingface.co/{repository}, then: hf auth login",
+            ) from error
+        if "RevisionNotFoundError" in kinds:
+            raise UserError(
+                f"'{repository}' has no revision '{revision}'",
+                f"see https://huggingface.co/{repository}/tree/main",
+            ) from error
+        if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
+            raise UserError(
+                f"'{repository}' is not on the Hugging Face Hub (looking for '{file}')",
+                f"check the name; if it is private: hf auth login, then {command}",
+            ) from error
+        if "RemoteEntryNotFoundError" in kinds:
+            raise UserError(
+                f"'{repository}' has no file '{file}' that can be loaded",
+                f"see https://huggingface.co/{repository}/tree/{revision or 'main'}",
+            ) from error
+        if kinds & UNREACHABLE:
+            raise UserError(
+                f"'{file}' of '{repository}' is not on this machine and the hub cannot be reached",
+                f"where there is a network: {command}",
+            ) from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough for one line of a terminal or two."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def unknown_argument(key: str, allowed: Sequence[str], source: str) -> UserError:
+    """The error for a --model-arg that a model does not take, with near names."""
+    return UserError(
+        f"{source} does not take --model-arg '{key}'",
+        did_you_mean(key, allowed) or "see the model's own options",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps libraries from logging while a model loads; what matters is raised or noted instead.
+
+    `logging.warning` on an unconfigured root installs a handler for good: that is undone too.
+    """
+    root = logging.getLogger()
+    handlers, disabled = list(root.handlers), root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+
+
+def frame(tokenizer: Callable[..., Any]) -> tuple[list[int], list[int]]:
+    """The special tokens that a Hugging Face tokenizer puts before and after a text.
+
+    >>> frame(bert_tokenizer)
+    ([101], [102])
+    """
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []

@@ -1,0 +1,206 @@
+"""open_clip models, both towers: published tags, hub and local folders, or one's own training checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.models.base import Model, Tower
+from diag.models.loading import (
+    first_line,
+    frame,
+    hub,
+    image_encoder,
+    image_samples,
+    layers_of,
+    quiet,
+    ready,
+    text_encoder,
+    text_facts,
+    text_samples,
+    unknown_argument,
+)
+from diag.models.names import OWN_OPEN_CLIP_CONFIGS, ModelSpec
+from diag.models.timm import fuse, patch_size_of, prefix_of
+from diag.models.weights import fit, read_checkpoint
+
+MODEL_ARGUMENTS = ("force_quick_gelu", "force_image_size", "force_context_length", "force_patch_dropout")
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `open_clip:NAME/TAG`, or `open_clip:NAME` with a checkpoint.
+
+    A tower without self-attention, or whose tokenizer is not at hand, is left out with a note.
+    Raises UserError as `diag.models.load` does.
+    """
+    for config in OWN_OPEN_CLIP_CONFIGS.glob("*.json"):
+        if open_clip.get_model_config(config.stem) is None:
+            open_clip.add_model_config(config)
+    notes = [spec.note] if spec.note else []
+    module = _create(spec, notes)
+    if spec.checkpoint is not None:
+        source = f"checkpoint '{spec.checkpoint}'"
+        fit(module, _converted(module, read_checkpoint(spec.checkpoint)), source)
+    fuse(module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    builders: dict[str, Callable[[], Tower]] = {
+        "vision": lambda: _vision(spec, module, device=device, dtype=dtype),
+        "text": lambda: _text(spec, module, device=device),
+    }
+    towers, refusals = {}, []
+    for kind, build in builders.items():
+        try:
+            towers[kind] = build()
+        except UserError as refusal:
+            refusals.append(refusal)
+            notes.append(f"no {kind} tower: {refusal}")
+    if not towers:
+        raise refusals[0]
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes))
+
+
+def _vision(spec: ModelSpec, module: Any, *, device: str | torch.device, dtype: torch.dtype) -> Tower:
+    visual = module.visual
+    trunk = getattr(visual, "trunk", None)
+    settings = PreprocessCfg(**visual.preprocess_cfg)
+    patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
+    size = settings.size
+    return Tower(
+        name="vision",
+        layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
+        samples=image_samples,
+        encode=image_encoder(image_transform_v2(settings, is_train=False), device=device, dtype=dtype),
+        forward=lambda batch: module.encode_image(batch.data),
+        prefix=(("cls",) if trunk is None else prefix_of(trunk)),
+        facts={
+            "patch_size": patch_size[0] if isinstance(patch_size, tuple) else patch_size,
+            "image_size": size if isinstance(size, int) else size[0] if size[0] == size[1] else tuple(size),
+            "preprocessing": {
+                "size": size,
+                "crop": settings.resize_mode,
+                "interpolation": settings.interpolation,
+                "mean": list(settings.mean),
+                "std": list(settings.std),
+            },
+        },
+    )
+
+
+def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
+    separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
+    root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
+    with quiet(), hub(spec.resolved, "tokenizer.json"):
+        tokenizer = open_clip.get_tokenizer(_hub_form(spec))
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        before, after, tokenise = [tokenizer.sot_token_id], [tokenizer.eot_token_id], tokenizer.encode
+    else:
+        before, after = frame(inner)
+
+        def tokenise(text: str) -> list[int]:
+            return inner(tokenizer.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
+
+    context = getattr(
+        separate if separate is not None else module, "context_length", tokenizer.context_length
+    )
+    fixed = separate is None or getattr(separate, "attn_mask", None) is not None
+    return Tower(
+        name="text",
+        layers=layers_of(root, spec.resolved, "text", prefix=prefix),
+        # a causal mask or a plain CLIP's position embeddings are added whole, whatever the length of the text
+        samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
+        encode=text_encoder(device),
+        forward=lambda batch: module.encode_text(batch.data),
+        facts=text_facts(context, before, after),
+    )
+
+
+def _create(spec: ModelSpec, notes: list[str]) -> nn.Module:
+    arguments: dict[str, Any] = dict(spec.model_args)
+    architecture, _, tag = spec.name.partition("/")
+    repository, file = spec.name, "open_clip_config.json"
+    published = spec.checkpoint is None and not spec.random_init
+    if spec.name.startswith(("hf-hub:", "local-dir:")):
+        architecture, tag = _hub_form(spec), ""
+        repository = spec.name.partition(":")[2]
+    elif published:
+        weights = _published(spec, architecture, tag)
+        repository, _, file = weights["hf_hub"].strip("/").partition("/")
+        organisation, (repository, _, file) = repository, file.partition("/")
+        repository, file = f"{organisation}/{repository}", file or "open_clip_model.safetensors"
+        config = open_clip.get_model_config(architecture) or {}
+        if weights.get("quick_gelu") and not config.get("quick_gelu"):
+            arguments["force_quick_gelu"] = True
+            notes.append(f"the weights '{tag}' were trained with QuickGELU: it is used")
+    try:
+        with quiet(), hub(repository, file, download="--include 'open_clip_*'"):
+            return open_clip.create_model(
+                architecture,
+                pretrained=tag if published and tag else None,
+                load_weights=published,
+                pretrained_text=False,
+                require_pretrained=published,
+                **arguments,
+            )
+    except TypeError as error:
+        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if match and match[1] in spec.model_args:
+            raise unknown_argument(match[1], MODEL_ARGUMENTS, spec.resolved) from None
+        raise
+    except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as error:
+        raise UserError(
+            f"{spec.resolved} cannot be loaded: {first_line(error)}", "check the name and --model-arg"
+        ) from error
+
+
+def _hub_form(spec: ModelSpec) -> str:
+    """What open_clip's own functions call the model, without a tag."""
+    if spec.name.startswith(("hf-hub:", "local-dir:")):
+        return f"{spec.name}@{spec.revision}" if spec.revision else spec.name
+    return spec.name.partition("/")[0]
+
+
+def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
+    """open_clip's entry for a tag. Raises UserError where there is none, naming up to three that exist."""
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not tag:
+        first = one_of(f"open_clip:{architecture}/{name}" for name in tags[:3])
+        raise UserError(
+            f"'{spec.resolved}' names an architecture, not its weights",
+            f"use --checkpoint FILE, or {first}" if tags else "use --checkpoint FILE",
+        )
+    weights = open_clip.get_pretrained_cfg(architecture, tag)
+    if not weights:
+        near = did_you_mean(tag, tags) or (f"its tags include {one_of(tags[:3])}" if tags else "it has none")
+        raise UserError(f"open_clip has no weights '{tag}' for '{architecture}'", near)
+    if not weights.get("hf_hub"):
+        raise UserError(
+            f"'{spec.resolved}' is not on the Hugging Face Hub, but at {weights['url']}",
+            f"download that file, then: -m open_clip:{architecture} --checkpoint FILE",
+        )
+    return weights
+
+
+def _converted(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Older and foreign layouts of the same weights, as `open_clip.load_checkpoint` converts them.
+
+    Position embeddings are not resized: a checkpoint of another size is an error, not an interpolation.
+    """
+    tensors = convert_state_dict(module, tensors)
+    if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):
+        tensors = convert_to_custom_text_state_dict(tensors)
+    tensors.pop("text.transformer.embeddings.position_ids", None)
+    for name in ("logit_scale", "logit_bias"):
+        expected = getattr(module, name, None)
+        if name in tensors and expected is not None and expected.numel() == tensors[name].numel():
+            tensors[name] = tensors[name].reshape(expected.shape)
+    return tensors

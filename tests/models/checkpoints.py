@@ -1,0 +1,147 @@
+"""Tiny checkpoints in the formats that people have: written once per session, random weights, seeded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TEXT = "the cat sat on the mat and the dog ran after the cat over the hill . " * 12
+TEXT_SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+VISION_SIZES = TEXT_SIZES | {"image_size": 32, "patch_size": 8}
+VOCABULARY = 300
+
+
+def save_tokenizer(folder: Path, *, special: tuple[str, str] | None = None) -> None:
+    """A byte-level BPE tokenizer; `special` are the tokens that its template puts around a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    if special:
+        pairs = [(token, tokenizer.token_to_id(token)) for token in special]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{special[0]} $A {special[1]}", special_tokens=pairs
+        )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+
+
+def save_language_model(folder: Path, kind: str) -> Path:
+    """A causal or bidirectional text model with its tokenizer in a Hugging Face folder."""
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = TEXT_SIZES | tokens | {"max_position_embeddings": 64}
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **tokens))
+    elif kind == "neox":
+        model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**text))
+    elif kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text, num_key_value_heads=2))
+    elif kind == "qwen3":
+        config = transformers.Qwen3Config(**text, num_key_value_heads=2, head_dim=8)
+        model = transformers.Qwen3ForCausalLM(config)
+    elif kind == "bert":
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**text))
+    elif kind == "t5":
+        sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 64}
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, **tokens, decoder_start_token_id=1)
+        )
+    else:
+        raise KeyError(kind)
+    # biases and norms start at constants, which would hide a route that loses them
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, special=("<s>", "</s>") if kind in ("bert", "t5") else None)
+    return folder
+
+
+def save_vision_model(folder: Path, kind: str) -> Path:
+    """A vision or image-text model with its image processor (and tokenizer) in a Hugging Face folder."""
+    torch.manual_seed(0)
+    side = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    text = TEXT_SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 24}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    processor = transformers.ViTImageProcessor(**side)
+    if kind == "vit":
+        model = transformers.ViTModel(transformers.ViTConfig(**VISION_SIZES))
+    elif kind == "dinov2":
+        model = transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**VISION_SIZES, num_register_tokens=2)
+        )
+    elif kind == "dinov3":
+        model = transformers.DINOv3ViTModel(
+            transformers.DINOv3ViTConfig(**VISION_SIZES, num_register_tokens=2)
+        )
+    elif kind == "clip":
+        model = transformers.CLIPModel(
+            transformers.CLIPConfig(vision_config=VISION_SIZES, text_config=text, projection_dim=16)
+        )
+        processor = transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+        save_tokenizer(folder, special=("<s>", "</s>"))
+    elif kind == "siglip":
+        model = transformers.SiglipModel(
+            transformers.SiglipConfig(vision_config=VISION_SIZES, text_config=text)
+        )
+        processor = transformers.SiglipImageProcessor(**side)
+        save_tokenizer(folder, special=("<s>", "</s>"))
+    elif kind == "qwen2_5_vl":
+        vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "patch_size": 14}
+        vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 56}
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        language = text | {"num_key_value_heads": 2, "rope_parameters": rope}
+        model = transformers.Qwen2_5_VLForConditionalGeneration(
+            transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=language)
+        )
+        processor = transformers.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=140 * 140)
+        save_tokenizer(folder)
+    else:
+        raise KeyError(kind)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_timm(folder: Path, name: str, **arguments: object) -> Path:
+    """A timm model's weights as safetensors."""
+    import timm
+
+    torch.manual_seed(0)
+    file = folder / "weights.safetensors"
+    save_file(timm.create_model(name, **arguments).state_dict(), file)
+    return file
+
+
+OPEN_CLIP_SIZES = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def save_open_clip(folder: Path) -> Path:
+    """An open_clip training checkpoint: a state dict with the prefix of parallel training, and more."""
+    import open_clip
+
+    torch.manual_seed(0)
+    module = open_clip.CLIP(**OPEN_CLIP_SIZES)
+    state = {f"module.{name}": value for name, value in module.state_dict().items()}
+    file = folder / "epoch_1.pt"
+    torch.save({"epoch": 1, "name": "tiny", "state_dict": state, "optimizer": {"state": {}}}, file)
+    return file
