@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -43,6 +44,13 @@ class ProbePlan(BaseModel):
     # below: how, not what; they do not change the result
     device: str = "auto"
     batch_size: int = Field(default=8, gt=0)
+
+    @field_validator("metrics", "layers", "tokens")
+    @classmethod
+    def _not_empty(cls, names: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if names == ():
+            raise ValueError("names nothing")
+        return names
 
     @field_validator("dtype")
     @classmethod
@@ -84,7 +92,7 @@ def version() -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, without anything that names a person or a host. Does not import torch."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -106,18 +114,20 @@ def _git_revision() -> str | None:
         return None
     try:
         run = [["git", "-C", str(root), *rest] for rest in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
-        head, changes = (subprocess.run(r, capture_output=True, text=True, check=True, timeout=5).stdout for r in run)
+        head, changes = (
+            subprocess.run(r, capture_output=True, text=True, check=True, timeout=5).stdout for r in run
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return head.strip() + ("+" if changes.strip() else "")
 
 
 def _stamp(path: Path) -> list[list[str | int]]:
-    """Names, sizes and times of a file or of the files of a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """Names, sizes and times of a file, or of the files that lie directly in a folder."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def command_line() -> str:
-    """The command that is running, as typed."""
-    return " ".join(["attnbias", *sys.argv[1:]])
+    """The command that is running, as a shell would take it."""
+    return shlex.join(["attnbias", *sys.argv[1:]])

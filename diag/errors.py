@@ -32,7 +32,14 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str | None:
     >>> did_you_mean("vit_bse", ["vit_base", "gpt2"])
     "did you mean 'vit_base'?"
     """
-    near = difflib.get_close_matches(given, list(allowed), n=3, cutoff=0.6)
+
+    def likeness(name: str) -> float:
+        # names carry long endings (…_patch32_224.augreg_in21k): compare with the beginning as well
+        pairs = (name, name[: len(given)])
+        return max(difflib.SequenceMatcher(None, given.lower(), text.lower()).ratio() for text in pairs)
+
+    nearest = sorted((-likeness(name), name) for name in set(allowed))[:3]
+    near = [name for score, name in nearest if -score > 0.6]
     return f"did you mean {one_of(near)}?" if near else None
 
 

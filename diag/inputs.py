@@ -8,12 +8,13 @@ reported where it is read, with its name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diag.errors import UnreadableInput, UserError, one_of
@@ -86,7 +87,7 @@ def images(source: str | Path) -> Inputs:
     if str(source).startswith("hf:"):
         return _hub_images(str(source))
     path = _existing(source, "--images takes a folder, an image file, hf:NAME or 'demo'")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p))
     if not files:
         raise UserError(f"no image in '{path}'", f"image files end in {one_of(IMAGE_SUFFIXES)}")
     root = path.parent if path.is_file() else path
@@ -109,7 +110,8 @@ def texts(source: str | Path) -> Inputs:
     files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
     if not files:
         raise UserError(f"no text file in '{path}'", "text files end in '.txt'")
-    return _documents(str(source), {file.name: read_text(file) for file in files})
+    root = path.parent if path.is_file() else path
+    return _documents(str(source), {str(file.relative_to(root)): read_text(file) for file in files})
 
 
 def as_inputs(given: object, tower: str) -> Inputs:
@@ -118,14 +120,16 @@ def as_inputs(given: object, tower: str) -> Inputs:
         return given
     if isinstance(given, str | Path):
         return images(given) if tower == "vision" else texts(given)
-    listed = list(given)  # type: ignore[call-overload]
+    listed = list(given) if isinstance(given, Iterable) else []
     if listed and all(isinstance(x, Image.Image) for x in listed):
         pixels = hashlib.sha256(b"".join(x.convert("RGB").tobytes() for x in listed)).hexdigest()
         items = [Item(str(i), partial(_rgb, x)) for i, x in enumerate(listed)]
         return Inputs("images", "python", items, pixels)
     if listed and all(isinstance(x, str) for x in listed):
         return _documents("python", {str(i): x for i, x in enumerate(listed)})
-    raise UserError("inputs are neither all PIL images nor all strings", "pass a folder, 'demo', or a list of either")
+    raise UserError(
+        "inputs are neither all PIL images nor all strings", "pass a folder, 'demo', or a list of either"
+    )
 
 
 def open_image(file: Path) -> Image.Image:
@@ -190,7 +194,7 @@ def _hub_texts(source: str) -> Inputs:
     rows, column = _data_set(source, ("text", "content", "document"))
     text = "\n\n".join(row for row in rows[column] if row and row.strip())
     if not text:
-        raise UserError(f"'{source}' holds no text in column '{column}'")
+        raise UserError(f"'{source}' holds no text in column '{column}'", "give another with column=NAME")
     return _documents(source, {source.removeprefix("hf:").split(",")[0]: text})
 
 
@@ -216,15 +220,28 @@ def _data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     for column in wanted:
         if column in rows.column_names:
             return rows, column
-    raise UserError(f"data set '{name}' has no column {one_of(wanted)}", f"choose from {one_of(rows.column_names)}")
+    raise UserError(
+        f"data set '{name}' has no column {one_of(wanted)}", f"choose from {one_of(rows.column_names)}"
+    )
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; deep greyscale is scaled to its own range, where PIL would clip it."""
+    """Any mode as RGB: transparency is laid over black, deep greyscale is scaled to its own range.
+
+    PIL would show whatever colour hides under transparency, and clip deep greyscale.
+    """
     if image.mode.startswith(("I", "F")):
-        low, high = image.getextrema()
-        image = image.convert("F").point(lambda x: (x - low) * (255.0 / max(high - low, 1))).convert("L")
+        depth = np.asarray(image, dtype=np.float64)
+        scale = 255 / max(depth.max() - depth.min(), 1)
+        image = Image.fromarray(((depth - depth.min()) * scale).round().astype(np.uint8))
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _existing(source: str | Path, tip: str) -> Path:

@@ -19,7 +19,7 @@ from diag.attention import AttentionCall, attend
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.metrics import METRICS, RATIOS, Reading, readings, reduce
 from diag.models.base import Batch, Sample, Tower
-from diag.seam import Layer
+from diag.seam import Layer, Sightings
 
 GATE_ROWS = 32
 GATE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -47,7 +47,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class LayerValues:
-    """The numbers of one layer for one batch: `values[token set, metric, input, head]`, NaN where undefined."""
+    """One layer's numbers for one batch: `values[token set, metric, input, head]`, NaN where undefined."""
 
     layer: Layer
     facts: LayerFacts
@@ -101,7 +101,9 @@ def measure(
         collected = _Collected(names, sets, tower, batch)
         gate = _Gate() if not facts else None
 
-        def on_call(call: AttentionCall, collected: _Collected = collected, gate: _Gate | None = gate) -> None:
+        def on_call(
+            call: AttentionCall, collected: _Collected = collected, gate: _Gate | None = gate
+        ) -> None:
             collected.add(call)
             if gate is not None:
                 gate.check(call, len(collected.batch.ids))
@@ -113,7 +115,8 @@ def measure(
                 path: why for path, why in sightings.skipped.items() if path not in sightings.calls
             }
             listed = [layer for layer in listed if layer.path not in report.skipped_layers]
-            _all_called(listed, sightings.calls)
+        _all_called(listed, sightings)
+        if gate is not None:
             facts = {
                 layer.index: gate.facts(layer.index, sightings.projection.get(layer.path, "unknown"))
                 for layer in listed
@@ -258,9 +261,20 @@ class _Gate:
         return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
 
 
-def _all_called(layers: Sequence[Layer], calls: dict[str, int]) -> None:
+def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
+    if not layers:
+        path, why = next(iter(sightings.skipped.items()))
+        raise MeasurementError(
+            f"no layer attends to its own tokens ('{path}': {why})", "list others with --layers"
+        )
     for layer in layers:
-        if layer.path not in calls:
+        if sightings.runs.get(layer.path, 1) > 1:
+            raise MeasurementError(
+                f"layer '{layer.path}' ran {sightings.runs[layer.path]} times in one forward pass: "
+                "depths that share weights would be mixed",
+                "leave it out with --layers",
+            )
+        if layer.path not in sightings.calls:
             raise MeasurementError(
                 f"layer '{layer.path}' was never run: something bypassed it",
                 "leave it out with --layers if that is meant",
@@ -275,5 +289,3 @@ def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 
 def _identity(content: object) -> object:
     return content
-
-

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of
 
@@ -41,7 +44,6 @@ RESAMPLES = 2000
 def samples_frame(
     values: np.ndarray,
     *,
-    heads_of: str = "head",
     ids: Sequence[str],
     first_input: int,
     token_sets: Sequence[str],
@@ -68,12 +70,14 @@ def samples_frame(
             "metric": _category(names, np.tile(np.repeat(np.arange(metrics_n), inputs * heads), sets)),
             "input": _category(ids, np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)),
             "input_index": np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n) + first_input,
-            heads_of: np.tile(np.arange(heads), sets * metrics_n * inputs),
+            "head": np.tile(np.arange(heads), sets * metrics_n * inputs),
             "value": values.reshape(-1),
         }
     )
     for name, constant in constants.items():
-        frame[name] = _category([constant], np.zeros(len(frame), int)) if isinstance(constant, str) else constant
+        frame[name] = (
+            _category([constant], np.zeros(len(frame), int)) if isinstance(constant, str) else constant
+        )
     return frame
 
 
@@ -82,8 +86,10 @@ def tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`(layers, heads)` from samples.
 
-    A ratio of a layer is the ratio of its components' means over heads, within each input.
+    A ratio of a layer is the ratio of its components' means over heads, within each input. Where inputs
+    differ in their number of tokens, the tables give the largest, so that a layer stays one row.
     """
+    samples = _largest(samples, ("n_tokens", "attn_scope"))
     heads = _summarise(samples, [*KEYS, *_constants_in(samples)], seed)
     keys = [key for key in KEYS if key != "head"]
     within = [*keys, *_constants_in(samples), "input", "input_index"]
@@ -94,10 +100,12 @@ def tables(
     for name, (above, below) in ratios.items():
         if not (samples["metric"] == name).any():
             continue
-        both = means[means["metric"] == above].merge(means[means["metric"] == below], on=on, suffixes=("", "_below"))
+        both = means[means["metric"] == above].merge(
+            means[means["metric"] == below], on=on, suffixes=("", "_below")
+        )
         both["value"] = _ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
         parts.append(both.assign(metric=name)[[*within, "value"]])
-    long = pd.concat([part.astype({"metric": str}) for part in parts], ignore_index=True)
+    long = pd.concat([_plain(part) for part in parts], ignore_index=True)
     return _summarise(long, [*keys, *_constants_in(samples)], seed), heads
 
 
@@ -111,7 +119,7 @@ def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
         matrix = np.full((len(order), cell.max() + 1), np.nan)
         matrix[column, cell] = part["value"].to_numpy(dtype=float)
         # ngroup numbers groups in order of appearance, as size() lists them
-        rows = grouped.size().reset_index()[by].astype({"metric": str, "tokens": str, "module": str})
+        rows = _plain(grouped.size().reset_index()[by])
         frames.append(pd.concat([rows, summary(matrix, seed=seed)], axis=1))
     table = pd.concat(frames, ignore_index=True)
     front = [key for key in by if key in KEYS]
@@ -119,7 +127,7 @@ def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
 
 
 def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Mean, standard deviation (n - 1), 95 % bootstrap interval and n of each column of `values[input, cell]`.
+    """Mean, standard deviation (n - 1), 95 % bootstrap interval and n of each column, `values[input, cell]`.
 
     NaN is missing. With one input there is no interval (NaN).
     """
@@ -141,13 +149,51 @@ def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.
                 # deviations from the mean keep the digits of small spreads
                 means = (draws @ deviation[:, part]) / (draws @ present[:, part].astype(float))
             some = count[part] > 1
+            if not some.any():
+                continue
             bounds = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
             low[part][some], high[part][some] = bounds + mean[part][some]
     return pd.DataFrame({"mean": mean, "std": std, "ci_low": low, "ci_high": high, "n": count})
 
 
+def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Makes a folder this run's own with its `plan.json`; True if it already holds this run, finished.
+
+    document: what is to be run; its "key" tells runs apart.
+    overwrite: remove what another run (or this one) left, and nothing else.
+    Raises UserError if the folder holds anything else.
+    """
+    plan = folder / "plan.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file", "give a folder with -o")
+    if overwrite and plan.exists():
+        # the manifest goes first: without it the folder is no finished run
+        for name in ("manifest.json", "plan.json", "layers.csv", "heads.parquet", "samples.parquet"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("shards", "figures", "activations"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if plan.exists():
+        if json.loads(plan.read_text(encoding="utf-8")).get("key") != document["key"]:
+            raise UserError(f"'{folder}' holds another run", "give another folder with -o, or --overwrite")
+        return (folder / "manifest.json").exists()
+    if folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty and holds no run", "give another folder with -o")
+    write_json(document, plan)
+    return False
+
+
+def release(folder: Path) -> None:
+    """Gives up a claimed folder in which nothing was measured, so that a corrected command can have it."""
+    if any((folder / "shards").glob("*.parquet")):
+        return
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+    with suppress(OSError):
+        (folder / "plan.json").unlink()
+        folder.rmdir()
+
+
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a table in the format of the path's suffix, atomically. Raises UserError for an unknown suffix."""
+    """Writes a table in the format of the path's suffix, atomically. Raises UserError for an unknown one."""
     if path.suffix not in WRITERS:
         raise UserError(f"cannot write '{path.name}'", f"known formats: {one_of(WRITERS)}")
     atomically(path, lambda temporary: WRITERS[path.suffix](frame, temporary))
@@ -165,14 +211,27 @@ def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
     Raises UserError if the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_to(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into a UserError that names `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_to(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}", "choose another folder with -o") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write '{path}': {reason}",
+            "make room and run the same command again, or choose another folder with -o",
+        ) from error
 
 
 def read_layers(folder: Path) -> pd.DataFrame:
@@ -197,8 +256,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _finished(folder: Path) -> Path:
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"'{folder}' is not a finished run (no manifest.json)", "attnbias probe … -o " + str(folder))
+        raise UserError(
+            f"'{folder}' is not a finished run (no manifest.json)", "attnbias probe … -o " + str(folder)
+        )
     return folder
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Categories as strings: samples need them for their size, tables are easier without."""
+    kinds = {name: str for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)}
+    return frame.astype(kinds)
+
+
+def one_kind(samples: pd.DataFrame) -> pd.DataFrame:
+    """Samples of several models, each constant of one type as Parquet wants it: text where one is text."""
+    mixed = [
+        name
+        for name in _constants_in(samples)
+        if samples[name].dtype == object and any(isinstance(value, str) for value in samples[name].unique())
+    ]
+    return samples.assign(**{name: samples[name].map(str, na_action="ignore") for name in mixed})
+
+
+def _largest(samples: pd.DataFrame, constants: Sequence[str]) -> pd.DataFrame:
+    """Samples with a constant that differs between inputs of one layer replaced by its largest value.
+
+    Of the scopes of attention, "window" is larger than "full": one input was split, so the layer can.
+    """
+    found = {}
+    for name in constants:
+        if name in samples and samples[name].nunique() > 1:
+            text = isinstance(samples[name].dtype, pd.CategoricalDtype)
+            values = samples.assign(**{name: samples[name].astype(str)}) if text else samples
+            found[name] = values.groupby(["model", "tower", "layer"], observed=True)[name].transform("max")
+    return samples.assign(**found)
 
 
 def _constants_in(samples: pd.DataFrame) -> list[str]:
@@ -208,7 +299,7 @@ def _constants_in(samples: pd.DataFrame) -> list[str]:
 def _category(names: Sequence[Any], codes: np.ndarray) -> pd.Categorical:
     unique = list(dict.fromkeys(names))
     place = np.array([unique.index(name) for name in names])
-    return pd.Categorical.from_codes(place[codes], categories=unique)
+    return pd.Categorical.from_codes(place[codes], categories=pd.Index(unique))
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 Every supported family ends in `scaled_dot_product_attention`. A function mode sees those calls,
 wherever the function was imported from; `multi_head_attention_forward` is overridable itself, so
-the mode is off inside it and the attribute is swapped for the time of that one call. An active mode
-also keeps `nn.MultiheadAttention` off its fused fast path, which no hook could see into.
+the mode is off inside it, and for the time of that one call the attribute switches it on again. An
+active mode also keeps `nn.MultiheadAttention` off its fused fast path, which no hook could see
+into. Captures nest.
 
 Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. A listed
 layer that finishes without a call is an error that names it: a blind probe must not look like a
@@ -55,11 +56,14 @@ OnCall = Callable[[AttentionCall], Tensor | None]
 class Sightings:
     """What was seen while capturing, by layer path.
 
+    runs: how often the layer's module ran; more than once where depths share its weights.
+    calls: how often it called attention on its own tokens.
     skipped: why a call was not self-attention.
     projection: "as captured" where the output projection read exactly Y, "modified" where a gate or
         norm came between, "unknown" where no projection was seen.
     """
 
+    runs: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     projection: dict[str, str] = field(default_factory=dict)
@@ -136,9 +140,10 @@ def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
             handle.remove()
     if not found:
         if seam.eager:
+            where = next(iter(seam.eager)) or type(module).__name__
             raise UserError(
-                f"the model computes attention itself, in '{next(iter(seam.eager))}': it cannot be seen",
-                "use torch.nn.functional.scaled_dot_product_attention there",
+                f"the model computes attention itself, in '{where}': it cannot be seen",
+                "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",
             )
         raise UserError(
             f"{type(module).__name__} made no self-attention call",
@@ -151,9 +156,11 @@ def refuse_compiled(layers: Sequence[Layer]) -> None:
     """Raises UserError for traced, scripted, compiled or exported modules: no call of theirs is visible."""
     for layer in layers:
         kind = type(layer.module).__name__
-        if isinstance(layer.module, torch.jit.ScriptModule | torch.fx.GraphModule) or kind == "OptimizedModule":
+        opaque = isinstance(layer.module, torch.jit.ScriptModule | torch.fx.GraphModule)
+        if opaque or kind == "OptimizedModule" or layer.module._compiled_call_impl is not None:
+            name = f"layer '{layer.path}'" if layer.path else "the model"
             raise UserError(
-                f"layer '{layer.path}' is a {kind}: its attention calls are not visible from Python",
+                f"{name} is a compiled {kind}: its attention calls are not visible from Python",
                 "pass the original nn.Module, before torch.compile, torch.jit or torch.export",
             )
 
@@ -181,18 +188,21 @@ class _Seam(TorchFunctionMode):
     def entered(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             self.stack.append(_Frame(layer))
+            self.sightings.runs[layer.path] = self.sightings.runs.get(layer.path, 0) + 1
 
         return hook
 
     def left(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             frame = self.stack.pop()
-            if output is None or not self.strict:  # None: the forward raised; its own error is the one to show
+            # None: the forward raised, and its own error is the one to show
+            if output is None or not self.strict:
                 return
             if frame.calls == 0:
-                eager = "it computes softmax attention itself (eager)" if frame.softmaxes else "nothing was seen"
+                eager = "it computes softmax attention itself (eager)"
                 raise MeasurementError(
-                    f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: {eager}",
+                    f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
+                    f"{eager if frame.softmaxes else 'nothing was seen'}",
                     "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
                 )
             self.sightings.projection.setdefault(layer.path, "unknown")
@@ -204,17 +214,34 @@ class _Seam(TorchFunctionMode):
         if func is SDPA:
             return self.attention(*args, **kwargs)
         if func is MULTI_HEAD:
-            F.scaled_dot_product_attention = self.attention  # type: ignore[assignment]
-            try:
-                return func(*args, **kwargs)
-            finally:
-                F.scaled_dot_product_attention = SDPA
+            return self.multi_head(args, kwargs)
         if self.stack:
             if func in SOFTMAX:
                 self.note_softmax(args)
             elif func in PROJECTIONS and self.stack[-1].unread is not None:
                 self.note_projection(args, PROJECTIONS[func])
         return func(*args, **kwargs)
+
+    def multi_head(self, args: Any, kwargs: Any) -> Any:
+        """Runs the one function inside which every mode is off, and sees its attention call all the same."""
+        public = F.scaled_dot_product_attention
+
+        def seen(*args: Any, **kwargs: Any) -> Tensor:
+            with self:
+                return public(*args, **kwargs)
+
+        frame = self.stack[-1] if self.stack else None
+        before = frame.calls if frame else 0
+        F.scaled_dot_product_attention = seen  # type: ignore[assignment]
+        try:
+            result = MULTI_HEAD(*args, **kwargs)
+        finally:
+            F.scaled_dot_product_attention = public
+        if frame is not None:
+            frame.unread = None  # the output projection was applied out of sight
+            if frame.calls == before:  # need_weights=True
+                self.note_eager(frame)
+        return result
 
     def attention(
         self,
@@ -282,10 +309,12 @@ class _Seam(TorchFunctionMode):
         call.__dict__["visibility"] = self.visibilities[place][1]
 
     def note_softmax(self, args: tuple) -> None:
-        frame = self.stack[-1]
         if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
-            frame.softmaxes += 1
-            self.eager[frame.layer.path] = self.eager.get(frame.layer.path, 0) + 1
+            self.note_eager(self.stack[-1])
+
+    def note_eager(self, frame: _Frame) -> None:
+        frame.softmaxes += 1
+        self.eager[frame.layer.path] = self.eager.get(frame.layer.path, 0) + 1
 
     def note_projection(self, args: tuple, which: int) -> None:
         """Compares what the output projection reads with the output that was captured."""
@@ -314,8 +343,9 @@ class _HeadAxis:
         if query.ndim == 5:  # Hiera: [batch, head, window, token, dim]
             return _HeadAxis("windows", query.shape[1])
         if query.ndim == 3:  # SAM: [batch · head, token, dim]
-            counts = [getattr(module, name) for name in HEAD_COUNTS if isinstance(getattr(module, name, None), int)]
-            return _HeadAxis("merged", counts[0] if counts and query.shape[0] % counts[0] == 0 else 1)
+            counts = [getattr(module, name, None) for name in HEAD_COUNTS]
+            heads = next((count for count in counts if isinstance(count, int)), 1)
+            return _HeadAxis("merged", heads if query.shape[0] % heads == 0 else 1)
         raise MeasurementError(f"attention over {query.ndim} dimensions is not understood")
 
     def split(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.overrides import has_torch_function
 
 _public = torch.nn.functional.scaled_dot_product_attention
 
@@ -50,6 +51,9 @@ def _is_cpu_flash(
     plain = query.device.type == "cpu" and query.ndim == 4 and attn_mask is None and not enable_gqa
     trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if not plain or trained or dropout_p:
+        return False
+    # only the public function is cast by autocast and seen by other function modes
+    if torch.is_autocast_enabled("cpu") or has_torch_function((query, key, value)):
         return False
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale)
     return choice == SDPBackend.FLASH_ATTENTION.value

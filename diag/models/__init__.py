@@ -38,4 +38,5 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         "weights": "random" if spec.random_init else "loaded",
         "weights_sha256": digest(model.module),
     }
-    return replace(model, facts={**facts, **model.facts})
+    notes = (*model.notes, "random weights: nothing was learned") if spec.random_init else model.notes
+    return replace(model, notes=notes, facts={**facts, **model.facts})

@@ -155,7 +155,7 @@ def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict[str, Any]:
         "config": VIT_CONFIG | {"patch_size": patch_size, "num_classes": len(PHOTOGRAPHS)},
         "classes": list(PHOTOGRAPHS),
         "task": "name the photograph that a crop comes from",
-        "data": "14 photographs and textures inside scikit-image's wheel; train: left 60 %, validation: right 35 %",
+        "data": "14 photographs and textures in scikit-image's wheel; left 60 % trains, right 35 % validates",
         "recipe": asdict(recipe),
         "validation_accuracy": correct / VALIDATION_CROPS,
         "validation_crops": VALIDATION_CROPS,

@@ -1,0 +1,107 @@
+"""The README and docs cannot drift: their commands run, their output is what comes, their names exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diag.metrics import METRICS, RATIOS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+CONSOLE = re.findall(r"```console\n\$ (.+)\n([\s\S]*?)```", README)
+COMMANDS = re.findall(r"^    (attnbias .+?)(?:  +#.*)?$", README, re.MULTILINE)
+PYTHON = re.findall(r"```python\n([\s\S]*?)```", README)
+
+
+def attnbias(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "diag", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def rows(output: str) -> list[list[str]]:
+    return [line.split() for line in output.splitlines() if re.match(r" +\d+ ", line)]
+
+
+def test_the_readme_shows_what_the_tests_expect_to_find() -> None:
+    assert len(CONSOLE) == 2
+    assert len(COMMANDS) >= 6
+    assert len(PYTHON) == 2
+    assert "make demo" in README
+    assert "make test" in README
+
+
+@pytest.mark.parametrize(("command", "shown"), CONSOLE, ids=[command for command, _ in CONSOLE])
+def test_shown_output_is_what_comes(command: str, shown: str, tmp_path: Path) -> None:
+    done = attnbias(shlex.split(command)[1:], tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = rows(shown), rows(done.stdout)
+    assert len(ours) == len(theirs) > 0
+    # another Python brings other help topics, other versions other last digits
+    tolerance = 0.05 if "--texts" in command else 0.005
+    for expected, found in zip(ours, theirs, strict=True):
+        assert expected[0] == found[0]
+        numbers = [[float(x) for cell in line for x in re.findall(r"-?\d+\.\d+", cell)] for line in (expected, found)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=tolerance)
+    heads = [re.sub(r"\d+\.\d+", "", line) for line in shown.splitlines() if "·" in line]
+    assert heads == [line for line in done.stdout.splitlines() if "·" in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
+    """Model names resolve and options exist; what needs the hub is not fetched."""
+    from PIL import Image
+
+    (tmp_path / "FILE.txt").write_text("some text " * 50)
+    (tmp_path / "DIR").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "DIR" / "a.png")
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "my_clip.pt").write_bytes(b"")
+    arguments = shlex.split(command.replace("hf:Salesforce/wikitext,config=wikitext-2-raw-v1", "demo"))[1:]
+    done = attnbias([*arguments, "--dry-run"] if arguments[0] == "probe" else arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in PYTHON:
+        exec(block, names)
+    assert len(names["calls"]) == 1  # type: ignore[arg-type]
+
+
+def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
+    listed = set(re.findall(r"^\| `(\w+)`", PAGES["metrics.md"], re.MULTILINE))
+    assert listed == {*METRICS, *RATIOS}
+
+
+def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
+    from diag.cli import app
+    from typer.main import get_command
+
+    probe = get_command(app).commands["probe"]  # type: ignore[attr-defined]
+    known = {option for parameter in probe.params for option in parameter.opts}
+    known |= {"--debug", "--version", "--help", "--out"}
+    for page in ("README.md", "models.md", "metrics.md"):
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page]):
+            assert option in known, f"{page}: {option}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page: str) -> None:
+    for path in re.findall(r"`((?:docs|benchmarks|configs|diag)/[\w./*-]+)`", PAGES[page]):
+        assert list(ROOT.glob(path)), path

@@ -1,0 +1,51 @@
+"""The two lines that a user meets."""
+
+from __future__ import annotations
+
+import pytest
+
+from diag.errors import MeasurementError, UnreadableInput, UserError, did_you_mean, one_of
+
+
+def test_exit_codes_tell_whose_mistake_it_was() -> None:
+    assert UserError("given").exit_code == 2
+    assert UnreadableInput("given").exit_code == 2
+    assert MeasurementError("seen").exit_code == 1
+
+
+def test_message_and_tip_are_apart() -> None:
+    error = UserError("what was given", "what to type")
+    assert (str(error), error.tip) == ("what was given", "what to type")
+    assert UserError("alone").tip is None
+
+
+@pytest.mark.parametrize(
+    ("given", "tip"),
+    [
+        ("entrpy", "did you mean 'entropy'?"),
+        ("ENTROPY", "did you mean 'entropy'?"),
+        ("xyz", None),
+    ],
+)
+def test_near_names(given: str, tip: str | None) -> None:
+    assert did_you_mean(given, ["entropy", "cos_y_vself", "self_weight"]) == tip
+
+
+def test_at_most_three_near_names_the_nearest_first() -> None:
+    tip = did_you_mean("name_1", [f"name_{i}" for i in range(9)])
+    assert tip is not None
+    assert tip.count("'") == 6
+    assert tip.startswith("did you mean 'name_1'")
+
+
+def test_the_beginning_of_a_long_name_is_near() -> None:
+    names = ["vit_base_patch32_224.augreg_in21k", "resnet50.a1_in1k"]
+    assert did_you_mean("vit_bse_patch32", names) == "did you mean 'vit_base_patch32_224.augreg_in21k'?"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [([], ""), (["a"], "'a'"), (["a", "b"], "'a' or 'b'"), (["a", "b", "c"], "'a', 'b' or 'c'")],
+)
+def test_choices_in_words(names: list[str], words: str) -> None:
+    assert one_of(names) == words

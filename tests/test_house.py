@@ -1,0 +1,202 @@
+"""The house: which file may import which, and what stays unloaded until it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import diag
+
+HOUSE = Path(diag.__file__).parent
+FILES = sorted(HOUSE.rglob("*.py"))
+
+FLOORS: dict[str, int] = {
+    "errors": 0,
+    "attention": 0,
+    "records": 0,
+    "kernels": 1,
+    "metrics": 1,
+    "interventions": 1,
+    "moments": 1,
+    "inputs": 1,
+    "seam": 2,
+    "models": 3,
+    "measure": 4,
+    "figures": 4,
+    "activations": 5,
+    "config": 5,
+    "run": 5,
+    "report": 5,
+    "train": 5,
+    "terminal": 5,
+    "cli": 6,
+    "api": 6,
+    "__init__": 6,
+    "__main__": 6,
+}
+"""A file (or folder) imports from lower floors; from its own floor only what `BESIDE` lists."""
+
+BESIDE = {
+    ("records", "errors"),
+    ("attention", "errors"),
+    ("run", "config"),
+    ("run", "activations"),
+    ("__main__", "cli"),
+}
+
+ONLY: dict[str, set[str]] = {
+    "inputs": {"errors"},
+    "kernels": {"errors", "attention"},
+    "models": {"errors", "attention", "inputs", "seam"},
+    "figures": {"errors"},
+    "records": {"errors"},
+}
+"""What a file may import, where that is less than its floor allows."""
+
+LIBRARIES = {
+    "timm": {"models/timm.py"},
+    "open_clip": {"models/open_clip.py"},
+    "transformers": {"models/hf.py"},
+    "transformer_lens": {"models/lens.py"},
+}
+"""Library of a model family -> the files that import it on top, all of them loaded with the family."""
+
+
+def name_of(file: Path) -> str:
+    return ".".join(["diag", *file.relative_to(HOUSE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+MODULES = {name_of(file) for file in FILES}
+
+
+def room_of(module: str) -> str:
+    """`diag.models.timm` -> `models`; `diag` -> `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports_of(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every module that is imported, `from diag import run` counted as `diag.run`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full"
+            base = node.module or ""
+            inner = [f"{base}.{alias.name}" for alias in node.names]
+            found = [name for name in inner if name in MODULES]
+            if len(found) < len(inner):
+                found.append(base)
+            yield from ((name, node) for name in found)
+
+
+def on_top(tree: ast.Module) -> ast.Module:
+    """The statements that run when the module is imported, but for imports of types."""
+    checked = {
+        id(node) for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    }
+    inside = ast.FunctionDef, ast.AsyncFunctionDef
+    return ast.Module([n for n in tree.body if id(n) not in checked and not isinstance(n, inside)], [])
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(HOUSE)) for file in FILES])
+def test_a_file_imports_from_lower_floors_only(file: Path) -> None:
+    room = room_of(name_of(file))
+    assert room in FLOORS, f"'{room}' has no floor yet"
+    for name, node in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
+        if name.split(".")[0] != "diag":
+            continue
+        other = room_of(name)
+        place = f"{file.relative_to(HOUSE)}:{node.lineno} imports {name}"
+        if other == room:
+            continue
+        below = FLOORS[other] < FLOORS[room] or (room, other) in BESIDE
+        assert below, f"{place}: floor {FLOORS[other]} is not below floor {FLOORS[room]}"
+        assert other in ONLY.get(room, FLOORS), f"{place}: '{room}' may import {sorted(ONLY[room])}"
+
+
+def test_the_floors_are_told_apart() -> None:
+    """A negative control: what is read from a file with a wrong import is that import."""
+    tree = ast.parse(
+        "def f():\n    from diag.metrics import METRICS\n    from diag import measure, __all__\n"
+    )
+    assert [name for name, _ in imports_of(tree)] == ["diag.metrics", "diag.measure", "diag"]
+    assert [name for name, _ in imports_of(on_top(tree))] == []
+    assert FLOORS["metrics"] > FLOORS["attention"]
+
+
+def test_imports_go_round_nowhere() -> None:
+    graph = {}
+    for file in FILES:
+        imported = imports_of(on_top(ast.parse(file.read_text(encoding="utf-8"))))
+        graph[name_of(file)] = {name for name, _ in imported if name in MODULES and name != name_of(file)}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert "diag.attention" in graph["diag.seam"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_by_its_family_only(library: str) -> None:
+    importing = set()
+    for file in FILES:
+        tree = on_top(ast.parse(file.read_text(encoding="utf-8")))
+        if any(name.split(".")[0] == library for name, _ in imports_of(tree)):
+            importing.add(file.relative_to(HOUSE).as_posix())
+    assert importing == LIBRARIES[library]
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(HOUSE)) for file in FILES])
+def test_a_file_says_first_what_it_is_for(file: Path) -> None:
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def loaded_after(*modules: str) -> set[str]:
+    """Top-level names in `sys.modules` of a fresh interpreter that imported `modules`."""
+    code = f"import {', '.join(modules)}, sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+FIGURES = ("diag.figures", "diag.figures.curves", "diag.figures.heatmaps", "diag.figures.write")
+DRAWING = ("diag.records", *FIGURES)
+NAMING = ("diag", "diag.cli", "diag.config", "diag.terminal", "diag.models.names", "diag.inputs")
+
+
+def test_neither_tables_nor_figures_load_torch() -> None:
+    loaded = loaded_after(*DRAWING)
+    assert loaded.isdisjoint({"torch", "torchvision", *LIBRARIES})
+    assert {"pandas", "matplotlib"} <= loaded
+
+
+def test_neither_names_nor_inputs_load_torch() -> None:
+    assert loaded_after(*NAMING).isdisjoint({"torch", "torchvision", "matplotlib", *LIBRARIES})
+
+
+@pytest.mark.parametrize("module", ["diag", "diag.cli"])
+def test_help_is_instant(module: str) -> None:
+    assert loaded_after(module).isdisjoint({"torch", "numpy", "pandas", "matplotlib", "PIL", "pydantic"})
+
+
+def test_no_family_is_loaded_before_it_is_named() -> None:
+    loaded = loaded_after(
+        "diag.api",
+        "diag.run",
+        "diag.measure",
+        "diag.models",
+        "diag.models.base",
+        "diag.models.own",
+        "diag.models.demo",
+    )
+    assert "torch" in loaded
+    assert loaded.isdisjoint(LIBRARIES)
+
+
+def test_a_family_loads_its_own_library() -> None:
+    """A negative control of the test above."""
+    loaded = loaded_after("diag.models.timm")
+    assert "timm" in loaded
+    assert loaded.isdisjoint({"open_clip", "transformer_lens"})

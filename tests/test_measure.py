@@ -1,0 +1,542 @@
+"""The loop: streamed equals one-shot, equals the dense reference, and refuses what it cannot measure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import dense_pattern, reference
+from torch import Tensor, nn
+
+from diag import inputs
+from diag.attention import AttentionCall
+from diag.errors import MeasurementError, UnreadableInput, UserError
+from diag.measure import BatchValues, Report, capture, measure
+from diag.metrics import METRICS
+from diag.models import load
+from diag.models.base import Batch, Sample, Tower
+from diag.models.names import parse
+from diag.seam import Layer, OnCall, attention_calls
+
+NAMES = list(METRICS)
+VISION_TOKENS, INPUTS = 12, 5
+
+
+# --- towers -----------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Self-attention over `[batch, token, 16]` with four heads; options go to PyTorch's function."""
+
+    def __init__(self, kv_heads: int = 4, **options: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 8 * kv_heads), nn.Linear(16, 8 * kv_heads)
+        self.out = nn.Linear(32, 16)
+        self.options = options
+
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, mask, **self.options).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.out(self.attend(x, mask))
+
+
+class InTurn(Attention):
+    """Qwen2.5-VL: one call for each window of five or seven tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.out(torch.cat([self.attend(window) for window in x.split((5, 7), 1)], 1))
+
+
+class InBatch(Attention):
+    """Swin: three windows of four tokens of each input, as rows."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.attend(x.unflatten(1, (3, -1)).flatten(0, 1))
+        return x + self.out(y.unflatten(0, (-1, 3)).flatten(1, 2))
+
+
+class Pooled(Attention):
+    """Four queries over all tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        pooled = F.scaled_dot_product_attention(q[:, :, :4], k, v).transpose(1, 2).flatten(2)
+        return x + self.out(pooled).mean(1, keepdim=True)
+
+
+class Skipping(Attention):
+    """Runs, but not when its inputs are as `skip` says."""
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            if not (isinstance(layer, Skipping) and x.shape[0] == 1):
+                x = layer(x, mask)
+        return x
+
+
+def own_samples(inputs: Any, seq_len: int | None) -> Iterator[Sample]:
+    raise NotImplementedError
+
+
+def tower_of(module: nn.Module, *, text: bool = False, **fields: Any) -> Tower:
+    """A tower over tensors `[token, 16]`; texts differ in length and are padded on the right."""
+    module.requires_grad_(False).eval()
+
+    def encode(samples: Sequence[Sample]) -> Batch:
+        read = [sample.read() for sample in samples]
+        ids = tuple(sample.id for sample in samples)
+        padded = nn.utils.rnn.pad_sequence(read, batch_first=True)
+        if not text:
+            return Batch(ids, (padded, None))
+        lengths = torch.tensor([len(x) for x in read])
+        real = torch.arange(padded.shape[1]) < lengths[:, None]
+        causal = torch.ones(padded.shape[1], padded.shape[1], dtype=torch.bool).tril()
+        return Batch(ids, (padded, real[:, None, None] & causal), real)
+
+    layers = tuple(Layer(i, f"layers.{i}", layer) for i, layer in enumerate(module.layers))
+    given = {"prefix": () if text else ("cls", "registers", "registers")} | fields
+    name = "text" if text else "vision"
+    return Tower(name, layers, own_samples, encode, lambda batch: module(*batch.data), **given)
+
+
+def vision_tower(*layers: nn.Module, **fields: Any) -> Tower:
+    torch.manual_seed(0)
+    return tower_of(Stack(*(layers or (Attention(), Attention(), Attention()))), **fields)
+
+
+def text_tower() -> Tower:
+    torch.manual_seed(1)
+    grouped = {"kv_heads": 2, "enable_gqa": True}
+    return tower_of(Stack(Attention(**grouped), Attention(), Attention(**grouped)), text=True)
+
+
+def samples_of(*lengths: int) -> list[Sample]:
+    """Random inputs of some lengths, `[token, 16]`, with a common direction."""
+    generator = torch.Generator().manual_seed(2)
+    shared = torch.randn(1, 16, generator=generator)
+    drawn = [torch.randn(length, 16, generator=generator) + 0.5 * shared for length in lengths]
+    return [Sample(f"input-{i}", partial(torch.clone, x)) for i, x in enumerate(drawn)]
+
+
+IMAGES = samples_of(*[VISION_TOKENS] * INPUTS)
+TEXTS = samples_of(9, 14, 6, 11, 14)
+TOWERS: dict[str, tuple[Callable[[], Tower], list[Sample]]] = {
+    "vision": (vision_tower, IMAGES),
+    "text": (text_tower, TEXTS),
+    "windows in the batch": (lambda: vision_tower(Attention(), InBatch(), prefix=()), IMAGES),
+    "windows in turn": (lambda: vision_tower(InTurn(), Attention(), prefix=()), IMAGES),
+}
+
+
+def table(batches: Sequence[BatchValues]) -> np.ndarray:
+    """`[layer, token set, metric, input, head]`"""
+    return np.concatenate([np.stack([block.values for block in batch.layers]) for batch in batches], 3)
+
+
+def run(tower: Tower, samples: Sequence[Sample], **options: Any) -> np.ndarray:
+    return table(list(measure(tower, samples, **options)))
+
+
+def facts_of(tower: Tower, samples: Sequence[Sample] = IMAGES) -> list[tuple[Any, ...]]:
+    (batch,) = measure(tower, samples, metrics=["self_weight"], batch_size=len(samples))
+    return [(f.n_tokens, f.attn_scope, f.first_token) for f in (block.facts for block in batch.layers)]
+
+
+# --- streamed equals one-shot, equals the reference -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_streamed_equals_one_shot(name: str, batch_size: int) -> None:
+    build, samples = TOWERS[name]
+    tower = build()
+    sets = tower.token_sets[:2]
+    together = run(tower, samples, token_sets=sets, batch_size=INPUTS)
+    streamed = list(measure(tower, samples, token_sets=sets, batch_size=batch_size))
+    assert [len(batch.ids) for batch in streamed] == [
+        min(batch_size, INPUTS - start) for start in range(0, INPUTS, batch_size)
+    ]
+    np.testing.assert_allclose(table(streamed), together, rtol=2e-6, atol=1e-6)
+    # a negative control: inputs differ by more than the tolerance
+    assert np.abs(np.diff(together, axis=3)).max() > 1e-2
+
+
+def test_embedded_models_do_not_depend_on_the_batch_size() -> None:
+    for model, given, kind, length in (
+        ("demo:vit-p16", inputs.demo_images(), "vision", None),
+        ("demo:lm", inputs.texts("demo"), "text", 24),
+    ):
+        tower = load(parse(model), device="cpu", dtype=torch.float32).tower(kind)
+        samples = list(itertools.islice(tower.samples(given, length), 3))
+        together = run(tower, samples, batch_size=3)
+        assert together.shape == (6, 1, len(NAMES), 3, 3)
+        assert np.isfinite(together).all()
+        for batch_size in (1, 2):
+            # six layers pass on how matrix products of other shapes round
+            streamed = run(tower, samples, batch_size=batch_size)
+            np.testing.assert_allclose(streamed, together, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_every_number_is_that_of_the_reference(name: str) -> None:
+    build, samples = TOWERS[name]
+    tower = build()
+    sets = list(tower.token_sets)
+    calls, measured = (
+        capture(tower, tower.encode(samples)),
+        run(tower, samples, token_sets=sets, batch_size=5),
+    )
+    assert len(calls) == len(measured) == 3
+    for call, block in zip(calls, measured, strict=True):
+        real = np.array([[t < len(sample.read()) for t in range(call.tokens)] for sample in samples])
+        for token_set, values in zip(sets, block, strict=True):
+            tokens = torch.from_numpy(real) & tower.tokens_in(token_set, call.tokens)
+            expected = reference(call, tokens)
+            for metric, number in zip(NAMES, values, strict=True):
+                np.testing.assert_allclose(
+                    number, expected[metric].numpy(), rtol=1e-5, atol=1e-5, err_msg=f"{token_set} {metric}"
+                )
+
+
+def test_padding_counts_for_nothing_where_the_model_does_not_hide_it() -> None:
+    """CLIP's text is causal by argument alone: padding on the right changes no real token, but has rows."""
+    torch.manual_seed(3)
+    module = Stack(*(Attention(is_causal=True) for _ in range(2)))
+    tower = replace(tower_of(module, text=True), forward=lambda batch: module(batch.data[0]))
+    alone = run(tower, TEXTS, batch_size=1)
+    np.testing.assert_allclose(run(tower, TEXTS, batch_size=INPUTS), alone, rtol=2e-6, atol=1e-6)
+
+
+def test_token_sets_are_told_apart() -> None:
+    tower = vision_tower()
+    patch, everything, cls, registers = run(
+        tower,
+        IMAGES,
+        token_sets=["patch", "all", "cls", "registers"],
+        metrics=["self_weight", "value_similarity"],
+    )[0]
+    assert np.isnan(cls[1]).all()  # one token has no pair
+    assert np.isfinite(cls[0]).all()
+    assert np.isfinite(registers).all()
+    weighted = (9 * patch[0] + cls[0] + 2 * registers[0]) / VISION_TOKENS
+    np.testing.assert_allclose(weighted, everything[0], rtol=1e-12)
+    default = run(tower, IMAGES, metrics=["self_weight"])
+    np.testing.assert_array_equal(default[0, 0, 0], patch[0])
+
+
+def test_blocks_say_what_they_are() -> None:
+    batches = list(measure(text_tower(), TEXTS, batch_size=2))
+    assert [batch.ids for batch in batches] == [("input-0", "input-1"), ("input-2", "input-3"), ("input-4",)]
+    for batch in batches:
+        assert [(block.layer.index, block.layer.path) for block in batch.layers] == [
+            (i, f"layers.{i}") for i in range(3)
+        ]
+        for block in batch.layers:
+            assert block.values.shape == (1, len(NAMES), len(batch.ids), 4)
+            assert block.values.dtype == np.float64
+
+
+def test_chosen_metrics_are_those_of_the_whole_table() -> None:
+    tower = vision_tower()
+    some = ["entropy_p15", "cos_y_vself", "self_specific_fraction", "entropy"]  # a ratio is taken later
+    together, chosen = run(tower, IMAGES), run(tower, IMAGES, metrics=some)
+    kept = [NAMES.index(name) for name in some if name in NAMES]
+    assert len(kept) == 3
+    np.testing.assert_array_equal(chosen, together[:, :, kept])
+
+
+def test_chosen_layers_are_those_of_the_whole_table() -> None:
+    tower = vision_tower()
+    batches = list(measure(tower, IMAGES, layers=[2, 0, 2]))
+    assert [block.layer.index for block in batches[0].layers] == [0, 2]
+    np.testing.assert_array_equal(table(batches), run(tower, IMAGES)[[0, 2]])
+    assert [call.layer for call in capture(tower, tower.encode(IMAGES), layers=[1])] == [1]
+
+
+def test_a_batch_holds_no_more_than_the_tower_takes() -> None:
+    tower = vision_tower(max_batch=2)
+    assert [len(batch.ids) for batch in measure(tower, IMAGES, batch_size=8)] == [2, 2, 1]
+
+
+def test_no_input_gives_no_batch() -> None:
+    assert list(measure(vision_tower(), [])) == []
+
+
+# --- windows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [InTurn, InBatch])
+def test_the_tokens_of_windows_are_pooled(kind: type[Attention]) -> None:
+    """Each token counts once: the mean over windows, weighted by their tokens."""
+    tower = vision_tower(kind(), prefix=())
+    measured = run(tower, IMAGES, batch_size=INPUTS)[0, 0]
+    calls = capture(tower, tower.encode(IMAGES))
+    parts = []  # one call for every window, a row for every input
+    for call in calls:
+        windows = call.batch // INPUTS
+        for w in range(windows):
+            rows = slice(w, None, windows)
+            cut = {name: getattr(call, name)[rows] for name in ("query", "key", "value", "output")}
+            parts.append(replace(call, **cut, log_normaliser=None))
+    assert [part.tokens for part in parts] == ([5, 7] if kind is InTurn else [4, 4, 4])
+    weights = np.array([part.tokens for part in parts]) / VISION_TOKENS
+    numbers = [reference(part) for part in parts]
+    for name, values in zip(NAMES, measured, strict=True):
+        if name == "entropy_p15":
+            continue
+        expected = sum(w * number[name].numpy() for w, number in zip(weights, numbers, strict=True))
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    patterns = [dense_pattern(part) for part in parts]
+    entropies = np.concatenate([-(p * np.log(p)).sum(-1) for p in patterns], -1)  # [input, head, token]
+    np.testing.assert_allclose(
+        measured[NAMES.index("entropy_p15")], np.percentile(entropies, 15, axis=-1), rtol=1e-5
+    )
+
+
+def test_rows_that_belong_to_no_input_are_refused() -> None:
+    class Doubled(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(torch.cat([x, x[:1]]))[:-1]
+
+    message = r"^layer 'layers\.1' ran 6 rows for 5 inputs: whose they are is unclear$"
+    with pytest.raises(MeasurementError, match=message) as error:
+        list(measure(vision_tower(Attention(), Doubled()), IMAGES))
+    assert "--batch-size 1" in error.value.tip
+
+
+# --- facts of the layers ----------------------------------------------------------------------------
+
+
+def lower(tokens: int = VISION_TOKENS) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+
+class Masked(Attention):
+    """Under a mask of its own."""
+
+    def __init__(self, own: Tensor) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, self.own)
+
+
+LEFT_PADDED = torch.ones(INPUTS, 1, 1, VISION_TOKENS, dtype=torch.bool)
+LEFT_PADDED[1, ..., :4] = False
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (Attention(), (12, "full", "included")),
+        (Attention(is_causal=True), (12, "full", "excluded")),
+        (Masked(lower()), (12, "full", "excluded")),
+        (Masked(lower().triu(-3)), (12, "window", "excluded")),
+        (Masked(lower(12).triu(-3) | lower(12).triu(-3).T), (12, "window", "included")),
+        (Masked(LEFT_PADDED), (12, "full", "included")),
+        (Masked(LEFT_PADDED & lower()), (12, "full", "excluded")),
+        (Masked(torch.randn(1, 4, 12, 12)), (12, "full", "included")),
+        (InTurn(), (7, "window", "included")),
+        (InBatch(), (4, "window", "included")),
+    ],
+)
+def test_facts_of_a_layer(layer: Attention, expected: tuple[int, str, str]) -> None:
+    assert facts_of(vision_tower(Attention(), layer)) == [(12, "full", "included"), expected]
+
+
+def test_padding_is_no_window() -> None:
+    assert facts_of(text_tower(), TEXTS) == [(14, "full", "excluded")] * 3
+
+
+def test_one_token_is_all_there_is() -> None:
+    (batch,) = measure(tower_of(Stack(Attention()), prefix=()), samples_of(1, 1))
+    assert (batch.layers[0].facts.n_tokens, batch.layers[0].facts.first_token) == (1, "included")
+    assert np.isnan(batch.layers[0].values).all()
+
+
+def test_facts_hold_the_gate_and_the_projection() -> None:
+    (batch,) = measure(vision_tower(), IMAGES)
+    for block in batch.layers:
+        assert 0 < block.facts.gate_error < 1e-6
+        assert block.facts.projection == "as captured"
+
+
+# --- the reconstruction gate ------------------------------------------------------------------------
+
+
+def tampering(change: Callable[[AttentionCall], AttentionCall], layer: int = 1) -> Callable[..., Any]:
+    """A `capture` that lies about one layer."""
+
+    def capture(layers: Sequence[Layer], on_call: OnCall) -> Any:
+        return attention_calls(
+            layers, lambda call: on_call(change(call) if call.layer == layer else replace(call))
+        )
+
+    return capture
+
+
+LIES: dict[str, Callable[[AttentionCall], AttentionCall]] = {
+    "scale": lambda call: replace(call, scale=call.scale * 1.01),
+    "causality": lambda call: replace(call, causal=True),
+    "a mask": lambda call: replace(call, mask=lower()),
+    "value heads": lambda call: replace(call, value=call.value.roll(1, dims=1)),
+    "queries": lambda call: replace(call, query=call.query.flip(2)),
+    "one value": lambda call: replace(call, value=call.value.index_fill(2, torch.tensor([5]), 0.0)),
+    "the output": lambda call: replace(call, output=call.output * 1.001),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_call_that_does_not_rebuild_its_output_is_refused(lie: str) -> None:
+    tower = vision_tower()
+    honest = replace(tower, capture=tampering(replace))
+    np.testing.assert_array_equal(run(honest, IMAGES), run(tower, IMAGES))
+    message = (
+        r"^layer 'layers\.1': A V rebuilt from the call differs from what the model used "
+        r"\(relative error \d\.\de[-+]\d+, allowed 1e-05\)$"
+    )
+    with pytest.raises(MeasurementError, match=message):
+        list(measure(replace(tower, capture=tampering(LIES[lie])), IMAGES))
+
+
+def test_half_precision_may_round() -> None:
+    tower = vision_tower(*(Attention().bfloat16() for _ in range(2)))
+    samples = [Sample(s.id, lambda s=s: s.read().bfloat16()) for s in IMAGES]
+    (batch,) = measure(tower, samples)
+    errors = [block.facts.gate_error for block in batch.layers]
+    assert all(1e-5 < error < 1e-2 for error in errors)
+    with pytest.raises(MeasurementError, match=r"layers\.1.*allowed 1e-02"):
+        list(measure(replace(tower, capture=tampering(LIES["one value"])), samples))
+
+
+# --- what cannot be measured ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "tip"),
+    [
+        ({"layers": [0, 3]}, "no layer 3", "layers are 0 to 2"),
+        ({"layers": [-1]}, "no layer -1", "layers are 0 to 2"),
+        ({"token_sets": ["patch", "image"]}, "no token set 'image'", "patch, all, cls or registers"),
+    ],
+)
+def test_unknown_names_are_told_before_any_work(options: dict[str, Any], message: str, tip: str) -> None:
+    unread = [Sample("a", lambda: pytest.fail("an input was read"))]
+    with pytest.raises(UserError, match=message) as error:
+        list(measure(vision_tower(), unread, **options))
+    assert tip in error.value.tip.replace("'", "")
+
+
+def test_a_model_without_attention_is_told() -> None:
+    with pytest.raises(UserError, match="the model has no attention layer"):
+        list(measure(replace(vision_tower(), layers=()), IMAGES))
+
+
+def test_unreadable_inputs_are_noted_and_left_out() -> None:
+    def broken() -> Tensor:
+        raise UnreadableInput("cannot read image 'x.png': truncated")
+
+    given = [IMAGES[0], Sample("x.png", broken), *IMAGES[1:], Sample("y.png", broken)]
+    report, tower = Report(), vision_tower()
+    batches = list(measure(tower, given, batch_size=2, report=report))
+    assert [batch.ids for batch in batches] == [("input-0", "input-1"), ("input-2", "input-3"), ("input-4",)]
+    assert report.failed == dict.fromkeys(("x.png", "y.png"), "cannot read image 'x.png': truncated")
+    np.testing.assert_array_equal(table(batches), run(tower, IMAGES, batch_size=2))
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    def broken() -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(measure(vision_tower(), [Sample("x", broken)]))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_not_finite_name_the_layer(number: float) -> None:
+    tower = vision_tower()
+    tower.layers[1].module.v.weight[3, 2] = number
+    with pytest.raises(UserError, match=r"^layer 'layers\.1' gives values that are not finite") as error:
+        list(measure(tower, IMAGES))
+    assert "NaN or infinity" in error.value.tip
+
+
+def test_one_input_that_is_not_finite_is_named() -> None:
+    """The gate has long passed when it comes."""
+    given = [*IMAGES[:3], Sample("bad", lambda: torch.full((VISION_TOKENS, 16), math.nan)), IMAGES[4]]
+    batches = measure(vision_tower(), given, batch_size=2)
+    assert next(batches).ids == ("input-0", "input-1")
+    message = r"^layer 'layers\.0' gives values that are not finite \(\w+, input 'bad'\)$"
+    with pytest.raises(UserError, match=message):
+        next(batches)
+
+
+def test_a_layer_that_never_runs_is_named() -> None:
+    tower, idle = vision_tower(), Attention()
+    tower = replace(tower, layers=(*tower.layers, Layer(3, "layers.3", idle)))
+    with pytest.raises(MeasurementError, match=r"^layer 'layers\.3' was never run") as error:
+        list(measure(tower, IMAGES))
+    assert "--layers" in error.value.tip
+    assert run(tower, IMAGES, layers=[0, 1, 2]).shape[0] == 3
+
+
+def test_a_layer_that_stops_running_is_named() -> None:
+    batches = measure(vision_tower(Attention(), Skipping()), IMAGES, batch_size=2)
+    assert len(list(itertools.islice(batches, 2))) == 2
+    with pytest.raises(MeasurementError, match=r"^layer 'layers\.1' was never run"):
+        next(batches)
+
+
+def test_depths_that_share_weights_are_not_mixed() -> None:
+    """ALBERT: one module at every depth. Its calls are no windows."""
+    shared = Attention()
+    tower = tower_of(Stack(Attention(), shared, shared))
+    tower = replace(tower, layers=tower.layers[:2])
+    message = r"^layer 'layers\.1' ran 2 times in one forward pass: depths that share weights would be mixed$"
+    with pytest.raises(MeasurementError, match=message):
+        list(measure(tower, IMAGES))
+    assert len(capture(tower, tower.encode(IMAGES))) == 3
+
+
+def test_pooling_is_left_out_with_its_reason() -> None:
+    report, tower = Report(), vision_tower(Attention(), Pooled(), Attention())
+    batches = list(measure(tower, IMAGES, batch_size=2, report=report))
+    assert [[block.layer.index for block in batch.layers] for batch in batches] == [[0, 2]] * 3
+    assert report.skipped_layers == {"layers.1": "4 queries over 12 keys: cross-attention or pooling"}
+
+
+def test_nothing_but_pooling_is_an_error() -> None:
+    message = re.escape("no layer attends to its own tokens ('layers.0': 4 queries over 12 keys")
+    with pytest.raises(MeasurementError, match=message):
+        list(measure(vision_tower(Pooled()), IMAGES))
+
+
+def test_capture_hands_out_the_calls_in_order() -> None:
+    tower = vision_tower(InTurn(), Attention(), prefix=())
+    calls = capture(tower, tower.encode(IMAGES[:2]))
+    assert [(call.layer, call.module, call.tokens) for call in calls] == [
+        (0, "layers.0", 5),
+        (0, "layers.0", 7),
+        (1, "layers.1", 12),
+    ]
+    assert all(call.batch == 2 for call in calls)
+    with pytest.raises(UserError, match="no layer 7"):
+        capture(tower, tower.encode(IMAGES[:2]), layers=[7])
