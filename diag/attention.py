@@ -38,6 +38,7 @@ class AttentionCall:
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
         `[batch, head, token, token]`; None for no mask. `causal` is in addition to it.
+    hidden: the additive entry at or below which a key is hidden.
     log_normaliser: `lse_i`, where the attention kernel returned it.
     """
 
@@ -50,6 +51,7 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     scale: float
+    hidden: float = HIDDEN
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
 
@@ -112,7 +114,7 @@ class Visibility:
             count = position if call.causal else torch.full_like(position, tokens)
             return Visibility("causal" if call.causal else "full", None, count[None, None])
         mask = _four_dimensional(call.mask)
-        visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+        visible = mask if mask.dtype == torch.bool else mask > call.hidden
         if visible.shape[1] > 1 and bool((visible == visible[:, :1]).all()):
             visible = visible[:, :1]
         visible = visible.expand(-1, -1, tokens, tokens)
@@ -231,7 +233,8 @@ def pattern_rows(call: AttentionCall, rows: Tensor | None = None) -> Float[Tenso
         rows = torch.arange(call.tokens, device=call.output.device)
     if call.pattern is not None:
         return call.pattern[:, :, rows].float()
-    assert call.query is not None and call.key is not None
+    assert call.query is not None
+    assert call.key is not None
     query = call.query[:, :, rows].float().unflatten(1, (call.kv_heads, call.group))
     key = call.key.float()[:, :, None]
     scores = (query @ key.transpose(-1, -2)).flatten(1, 2) * call.scale  # [batch, head, row, token]
@@ -262,10 +265,7 @@ def _mask_scores(call: AttentionCall, scores: Tensor, rows: Tensor) -> Tensor:
     if call.mask is not None:
         mask = _four_dimensional(call.mask)
         block = mask if mask.shape[2] == 1 else mask[:, :, rows]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~block, float("-inf"))
-        else:
-            scores = (scores + block.float()).masked_fill(block <= HIDDEN, float("-inf"))
+        scores = _masked(scores, block, call.hidden, float("-inf"))
     if call.causal:
         position = torch.arange(call.tokens, device=scores.device)
         scores = scores.masked_fill(position > rows[:, None], float("-inf"))
@@ -274,7 +274,8 @@ def _mask_scores(call: AttentionCall, scores: Tensor, rows: Tensor) -> Tensor:
 
 def _scores_of_pairs(call: AttentionCall, keys: Tensor) -> Float[Tensor, "batch head token"]:
     """`s_ij` of every query i with one key j = `keys[batch, i]`; -inf where it is hidden."""
-    assert call.query is not None and call.key is not None
+    assert call.query is not None
+    assert call.key is not None
     query = call.query.float().unflatten(1, (call.kv_heads, call.group))
     index = keys[:, None, :, None].expand(-1, call.kv_heads, -1, call.key.shape[-1])
     key = call.key.float().gather(2, index)[:, :, None]
@@ -290,7 +291,7 @@ def _scores_of_pairs(call: AttentionCall, keys: Tensor) -> Float[Tensor, "batch 
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~entries, float("-inf"))
         else:
-            scores = (scores + entries.float()).masked_fill(entries <= HIDDEN, float("-inf"))
+            scores = (scores + entries.float()).masked_fill(entries <= call.hidden, float("-inf"))
     if call.causal:
         scores = scores.masked_fill(keys[:, None, :] > position, float("-inf"))
     return scores
@@ -303,7 +304,8 @@ def _log_pattern_blocks(
 
     Hidden entries hold a large negative number instead of -inf, so that `A ln A` is 0 and not NaN.
     """
-    assert call.query is not None and call.key is not None
+    assert call.query is not None
+    assert call.key is not None
     device = "cuda" if call.output.is_cuda else "cpu"
     budget, rows_at_once = BLOCK_ELEMENTS[device], min(BLOCK_ROWS[device], call.tokens)
     if call.tokens <= 2 * rows_at_once:
@@ -332,7 +334,8 @@ def _log_pattern_blocks(
                 )
                 block = block.unflatten(0, lanes_shape)  # [batch, head, row, key]
                 if mask is not None:
-                    block = _add_mask_block(block, mask, in_batch, in_head, in_row, seen)
+                    part = _mask_part(mask, in_batch, in_head, in_row, seen)
+                    block = _masked(block, part, call.hidden, -1e30)
                 if call.causal:
                     block[..., r:].masked_fill_(upper[: stop - r, : stop - r], -1e30)
                 if not known:
@@ -354,15 +357,17 @@ def _keys_of_heads(call: AttentionCall, in_batch: slice, in_head: slice) -> Tens
     return call.key[in_batch][:, owner]
 
 
-def _add_mask_block(
-    block: Tensor, mask: Tensor, in_batch: slice, in_head: slice, in_row: slice, seen: int
-) -> Tensor:
-    part = mask[
+def _mask_part(mask: Tensor, in_batch: slice, in_head: slice, in_row: slice, seen: int) -> Tensor:
+    return mask[
         in_batch if mask.shape[0] > 1 else slice(None),
         in_head if mask.shape[1] > 1 else slice(None),
         in_row if mask.shape[2] > 1 else slice(None),
         : seen if mask.shape[3] > 1 else None,
     ]
+
+
+def _masked(scores: Tensor, mask: Tensor, hidden: float, fill: float) -> Tensor:
+    """Scores with a boolean or additive mask applied; hidden entries become `fill`."""
     if mask.dtype == torch.bool:
-        return block.masked_fill_(~part, -1e30)
-    return block.add_(part.float()).masked_fill_(part <= HIDDEN, -1e30)
+        return scores.masked_fill(~mask, fill)
+    return (scores + mask.float()).masked_fill_(mask <= hidden, fill)

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from diag.errors import UnreadableInput, UserError, one_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+NO_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are no image, or too much of one."""
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -137,7 +140,7 @@ def open_image(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return _rgb(ImageOps.exif_transpose(image))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except NO_IMAGE as error:
         raise UnreadableInput(f"cannot read image '{file.name}': {error}") from error
 
 
@@ -181,7 +184,10 @@ def _hub_images(source: str) -> Inputs:
     rows, column = _data_set(source, ("image", "jpg", "png", "img", "webp"))
 
     def read(index: int) -> Image.Image:
-        image = rows[index][column]
+        try:
+            image = rows[index][column]  # decodes it
+        except NO_IMAGE as error:
+            raise UnreadableInput(f"cannot read the image in row {index}: {error}") from error
         if not isinstance(image, Image.Image):
             raise UnreadableInput(f"row {index}: column '{column}' holds no image")
         return _rgb(image)

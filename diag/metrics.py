@@ -250,8 +250,9 @@ def output_similarity(on: Selection) -> Reading:
 def exclusive_output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
     norm = vector_norm(on.exclusive, dim=-1)
-    # rounding leaves a direction where there is none
-    per_norm = torch.where(norm > 4e-6 * on.output_norm, _reciprocal(norm), 0.0)
+    # what rounding leaves where y is parallel to v is no direction
+    least = max(4e-6, 4 * torch.finfo(on.call.output.dtype).eps)
+    per_norm = torch.where(norm > least * on.output_norm, _reciprocal(norm), 0.0)
     return _pairwise_rows(on, on.exclusive, per_norm)
 
 

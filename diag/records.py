@@ -166,17 +166,17 @@ def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool
     plan = folder / "plan.json"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file", "give a folder with -o")
-    if overwrite and plan.exists():
+    if plan.exists() and overwrite:
         # the manifest goes first: without it the folder is no finished run
-        for name in ("manifest.json", "plan.json", "layers.csv", "heads.parquet", "samples.parquet"):
+        for name in ("manifest.json", "layers.csv", "heads.parquet", "samples.parquet"):
             (folder / name).unlink(missing_ok=True)
         for name in ("shards", "figures", "activations"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    if plan.exists():
+    elif plan.exists():
         if json.loads(plan.read_text(encoding="utf-8")).get("key") != document["key"]:
             raise UserError(f"'{folder}' holds another run", "give another folder with -o, or --overwrite")
         return (folder / "manifest.json").exists()
-    if folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
+    elif folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
         raise UserError(f"'{folder}' is not empty and holds no run", "give another folder with -o")
     write_json(document, plan)
     return False

@@ -14,6 +14,7 @@ result. Everything is undone on the way out, also after an exception.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.attention import AttentionCall
+from diag.attention import HIDDEN, AttentionCall
 from diag.errors import MeasurementError, UserError
 from diag.kernels.flash import attention_with_normaliser
 
@@ -34,6 +35,11 @@ SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PROJECTIONS = {F.linear: 0, torch.addmm: 1, Tensor.addmm: 1}  # function -> which argument is its input
 
 NAMES = re.compile(r"attention|attn", re.IGNORECASE)
+SHIFTED_WINDOWS = re.compile(r"WindowAttention|Swin")
+SHIFTED_WINDOWS_HIDDEN = -50.0
+"""Swin hides the neighbouring window with -100 on top of a learned bias of a few units; elsewhere such an
+entry may be a distance bias of a key that is seen."""
+
 CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
 BESIDE = re.compile(r"drop|norm|embed|output|residual", re.IGNORECASE)
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -118,7 +124,7 @@ def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
     """The modules of any model that call PyTorch attention on their own tokens, in order of first call.
 
     run: runs the model once on a real batch.
-    Raises UserError if there is none, naming modules that compute softmax attention themselves.
+    Warns of modules that compute softmax attention themselves; raises UserError if there are no others.
     """
     modules = [Layer(i, path, child) for i, (path, child) in enumerate(module.named_modules())]
     refuse_compiled(modules)
@@ -149,6 +155,8 @@ def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
             f"{type(module).__name__} made no self-attention call",
             "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
         )
+    for path in seam.eager:
+        warnings.warn(f"'{path}' computes attention itself: it is not in the table", stacklevel=2)
     return tuple(Layer(i, layer.path, layer.module) for i, layer in enumerate(found.values()))
 
 
@@ -285,6 +293,9 @@ class _Seam(TorchFunctionMode):
             mask=None if attn_mask is None else shape.split_mask(attn_mask),
             causal=is_causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            hidden=SHIFTED_WINDOWS_HIDDEN
+            if SHIFTED_WINDOWS.search(type(frame.layer.module).__name__)
+            else HIDDEN,
             log_normaliser=normaliser,
         )
         self.share_visibility(call)

@@ -99,7 +99,7 @@ def dense_visible(call: AttentionCall) -> Array:
     batch, heads, tokens, _ = call.output.shape
     visible = np.ones((batch, heads, tokens, tokens), dtype=bool)
     if call.mask is not None:
-        shown = call.mask if call.mask.dtype == torch.bool else call.mask.double() > -9000
+        shown = call.mask if call.mask.dtype == torch.bool else call.mask.double() > call.hidden
         visible &= shown.cpu().numpy()
     if call.causal:
         visible &= np.tri(tokens, dtype=bool)
@@ -154,17 +154,17 @@ def pairwise(x: Array) -> float:
     return float(cosines[~np.eye(len(x), dtype=bool)].mean())
 
 
-def without(x: Array, direction: Array) -> Array:
+def without(x: Array, direction: Array, least: float = 1e-6) -> Array:
     """`x` with its component along `direction` removed; `x` itself where the direction is zero.
 
-    Zero where the two are parallel to a millionth: what float32 rounding leaves there is no direction.
+    Zero where no more than `least` of `x` is left: what rounding leaves there is no direction.
     """
     length = np.linalg.norm(direction)
     if length == 0:
         return x
     unit = direction / length
     left = x - (x @ unit) * unit
-    return left if np.linalg.norm(left) > 1e-6 * np.linalg.norm(x) else np.zeros_like(x)
+    return left if np.linalg.norm(left) > least * np.linalg.norm(x) else np.zeros_like(x)
 
 
 def partial_similarity(values: Array, anchor: int) -> float:
@@ -206,13 +206,14 @@ def reference(
     batch, heads, length, _ = output.shape
     group = heads // value.shape[1]
     chosen = np.ones((batch, length), dtype=bool) if tokens is None else tokens.cpu().numpy()
+    least = max(4e-6, 4 * torch.finfo(call.output.dtype).eps)
     result: dict[str, Array] = {}
     for b in range(batch):
         real = visible[b].any(axis=(0, 1))  # a key that any query sees
         counted = [t for t in range(length) if real[t] and chosen[b, t]]
         for h in range(heads):
             row_numbers = rows_of_one_head(
-                pattern[b, h], visible[b, h], value[b, h // group], output[b, h], counted, real
+                pattern[b, h], visible[b, h], value[b, h // group], output[b, h], counted, real, least
             )
             value_numbers = values_of_one_head(
                 value[b, h // group], counted, counted if anchors is None else anchors[b]
@@ -240,7 +241,7 @@ ROW_NAMES += ["effective_keys", "first_weight"]
 
 
 def rows_of_one_head(
-    pattern: Array, visible: Array, values: Array, outputs: Array, counted: list[int], real: Array
+    pattern: Array, visible: Array, values: Array, outputs: Array, counted: list[int], real: Array, least: float
 ) -> dict[str, float]:
     """What is averaged over query rows: those that see at least two keys."""
     rows = [i for i in counted if visible[i].sum() >= 2]
@@ -275,7 +276,7 @@ def rows_of_one_head(
         numbers["effective_keys"].append(1 / (weights**2).sum())
         numbers["first_weight"].append(weights[first])
 
-    exclusive = np.array([without(outputs[i], values[i]) for i in rows])
+    exclusive = np.array([without(outputs[i], values[i], least) for i in rows])
     entropies = numbers["entropy"]
     return {name: mean(column) for name, column in numbers.items()} | {
         "entropy_p15": float(np.percentile(entropies, 15)) if entropies else float("nan"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 from torch.overrides import TorchFunctionMode, has_torch_function
 
-from diag.attention import AttentionCall, Visibility
+from diag.attention import AttentionCall, Visibility, pattern_rows
 from diag.errors import MeasurementError, UserError
 from diag.seam import Layer, attention_calls, attention_modules, discover, refuse_compiled
 
@@ -843,3 +843,18 @@ def test_usual_names_are_found(name: str) -> None:
 def test_pooling_cross_attention_and_parts_are_not_listed(child: dict[str, nn.Module]) -> None:
     assert paths(tree("Block", **child)) == []
     assert paths(tree("Block", self_attn=tree("Attention"), **child)) == ["self_attn"]
+
+
+def test_shifted_windows_hide_what_lies_across_the_border() -> None:
+    """Swin writes -100 where others write -inf; such keys are not seen."""
+    module = build_timm("swin_tiny_patch4_window7_224", **SWIN)
+    calls: list[AttentionCall] = []
+    with torch.inference_mode(), attention_calls(attention_modules(module), calls.append):
+        module(torch.randn(1, 3, 32, 32))
+    plain, shifted = calls[0], calls[1]
+    assert (plain.visibility.count == 16).all()
+    counts = shifted.visibility.count.flatten(1)  # [window, token]
+    # windows of 4 x 4 shifted by 2: the first is whole, two are halved, the last is quartered
+    assert [row.unique().tolist() for row in counts] == [[16], [8], [8], [4]]
+    seen = pattern_rows(shifted) > 0
+    assert torch.equal(seen.sum(-1)[:, 0], counts)
