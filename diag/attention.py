@@ -216,11 +216,10 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     for where, log_pattern in _log_pattern_blocks(call, lse, known):
         # log_pattern: [block batch, block head, block row, key]
         pattern = log_pattern.exp()
-        entropy[where] = -torch.linalg.vecdot(pattern, log_pattern)
-        squares[where] = torch.linalg.vecdot(pattern, pattern)
-    position = torch.arange(call.tokens, device=call.output.device)
-    own = _scores_of_pairs(call, position[None, :].expand(shape[0], -1)) - lse
-    leading = _scores_of_pairs(call, first[:, None].expand(shape[0], call.tokens)) - lse
+        squares[where] = torch.linalg.vector_norm(pattern, dim=-1).square_()
+        entropy[where] = pattern.mul_(log_pattern).sum(-1).neg_()
+    own = _scores_of_own_keys(call) - lse
+    leading = _scores_of_key(call, first) - lse
     return SoftmaxStatistics(lse, entropy, squares, own.exp(), leading.exp())
 
 
@@ -272,28 +271,32 @@ def _mask_scores(call: AttentionCall, scores: Tensor, rows: Tensor) -> Tensor:
     return scores
 
 
-def _scores_of_pairs(call: AttentionCall, keys: Tensor) -> Float[Tensor, "batch head token"]:
-    """`s_ij` of every query i with one key j = `keys[batch, i]`; -inf where it is hidden."""
+def _scores_of_own_keys(call: AttentionCall) -> Float[Tensor, "batch head token"]:
+    """`s_ii` of every query; -inf where a query does not see its own key."""
     assert call.query is not None
     assert call.key is not None
     query = call.query.float().unflatten(1, (call.kv_heads, call.group))
-    index = keys[:, None, :, None].expand(-1, call.kv_heads, -1, call.key.shape[-1])
-    key = call.key.float().gather(2, index)[:, :, None]
-    scores = torch.linalg.vecdot(query, key).flatten(1, 2) * call.scale  # [batch, head, token]
-    position = torch.arange(call.tokens, device=scores.device)
+    scores = torch.linalg.vecdot(query, call.key.float()[:, :, None]).flatten(1, 2) * call.scale
+    if call.mask is None:
+        return scores
+    mask = _four_dimensional(call.mask).expand(-1, -1, call.tokens, call.tokens)
+    return _masked(scores, mask.diagonal(dim1=-2, dim2=-1), call.hidden, float("-inf"))
+
+
+def _scores_of_key(call: AttentionCall, key: Tensor) -> Float[Tensor, "batch head token"]:
+    """`s_ij` of every query i with one key j = `key[batch]`; -inf where it is hidden."""
+    assert call.query is not None
+    assert call.key is not None
+    batch = torch.arange(call.batch, device=key.device)
+    query = call.query.float().unflatten(1, (call.kv_heads, call.group))
+    chosen = call.key[batch, :, key].float()[:, :, None, :, None]  # [batch, kv_head, 1, dim, 1]
+    scores = (query @ chosen)[..., 0].flatten(1, 2) * call.scale  # [batch, head, token]
     if call.mask is not None:
-        mask = _four_dimensional(call.mask).expand(-1, -1, call.tokens, call.tokens)
-        pairs = keys[: mask.shape[0], None, :, None].expand(-1, mask.shape[1], -1, -1)
-        entries = mask.expand(pairs.shape[0], -1, -1, -1).gather(-1, pairs)[..., 0]
-        if mask.shape[0] == 1 and keys.shape[0] > 1:
-            pairs = keys[:, None, :, None].expand(-1, mask.shape[1], -1, -1)
-            entries = mask.expand(keys.shape[0], -1, -1, -1).gather(-1, pairs)[..., 0]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~entries, float("-inf"))
-        else:
-            scores = (scores + entries.float()).masked_fill(entries <= call.hidden, float("-inf"))
+        mask = _four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.tokens)
+        scores = _masked(scores, mask[batch, :, :, key], call.hidden, float("-inf"))
     if call.causal:
-        scores = scores.masked_fill(keys[:, None, :] > position, float("-inf"))
+        position = torch.arange(call.tokens, device=key.device)
+        scores = scores.masked_fill((key[:, None] > position)[:, None], float("-inf"))
     return scores
 
 

@@ -20,11 +20,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import AttentionCall, SoftmaxStatistics
+from diag.attention import BLOCK_ELEMENTS, AttentionCall, SoftmaxStatistics
 from diag.errors import UserError, did_you_mean, one_of
 
 ANCHORS = 16
@@ -64,13 +64,14 @@ class Selection:
 
     @cached_property
     def value(self) -> Float[Tensor, "batch kv_head token dim"]:
-        value, keys = self.call.value.float(), self.call.visibility.keys
+        # batched products copy what does not fold into [batch · head]: once here, not in each of them
+        value, keys = self.call.value.float().contiguous(), self.call.visibility.keys
         # padding may hold anything, and 0 · NaN is NaN
         return value if keys is None else value.masked_fill(~keys[:, None, :, None], 0.0)
 
     @cached_property
     def output(self) -> Float[Tensor, "batch kv_head group token dim"]:
-        output, seen = self.call.output.float(), self.call.visibility
+        output, seen = self.call.output.float().contiguous(), self.call.visibility
         if seen.keys is not None or seen.rule == "general":
             output = output.masked_fill((seen.count == 0)[..., None], 0.0)
         return output.unflatten(1, (self.call.kv_heads, self.call.group))
@@ -219,22 +220,32 @@ def value_similarity_partial(on: Selection) -> Reading:
     """cos(v_j^⊥i, v_k^⊥i) over j≠k≠i, averaged over sampled anchors i: similarity of values beyond v_i."""
     ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
     place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
-    # float64: 1 - cos² loses its digits where values are nearly parallel
-    value = on.value.double()
+    other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
+    chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
+    # a few heads at a time: float64 copies of all values would be the largest tensors of the probe
+    budget = BLOCK_ELEMENTS["cuda" if on.value.is_cuda else "cpu"]
+    heads = max(1, budget // (on.call.batch * on.call.tokens * on.value.shape[-1]))
+    each = torch.cat([_partial_cosines(part, place, chosen) for part in on.value.split(heads, dim=1)], 1)
+    return on.per_head((each * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp(min=1), least=3)
+
+
+def _partial_cosines(
+    value: Float[Tensor, "batch kv_head token dim"],
+    place: Int[Tensor, "#batch anchor"],
+    chosen: Bool[Tensor, "#batch 1 anchor token"],
+) -> Float64[Tensor, "batch kv_head anchor"]:
+    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`."""
+    value = value.double()  # 1 - cos² loses its digits where values are nearly parallel
     per_norm = _reciprocal(vector_norm(value, dim=-1))[:, :, None]  # [batch, kv_head, 1, token]
-    batch, kv_heads, _, dim = value.shape
-    index = place[:, None, :, None].expand(batch, kv_heads, -1, dim)
+    index = place[:, None, :, None].expand(*value.shape[:2], -1, value.shape[-1])
     anchor = value.gather(2, index)
     anchor = anchor * _reciprocal(vector_norm(anchor, dim=-1, keepdim=True))
     cosine = anchor @ value.transpose(-1, -2) * per_norm  # [batch, kv_head, anchor, token]
-    other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
-    chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
     # what is left of v_j without v_i; a value parallel to the anchor leaves nothing
     left = 1 - cosine.square()
-    scale = torch.where(chosen & ~(left <= 1e-12) & (per_norm != 0), left.rsqrt(), 0.0)
+    scale = left.masked_fill_((left <= 1e-12) | ~(chosen & (per_norm != 0)), torch.inf).rsqrt_()
     total = (scale * per_norm) @ value - (scale * cosine).sum(-1, keepdim=True) * anchor
-    each = _mean_pairwise(total, (scale > 0).sum(-1), (on.count - 1)[:, None, None])
-    return on.per_head((each * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp(min=1), least=3)
+    return _mean_pairwise(total, (scale > 0).sum(-1), chosen.sum(-1))
 
 
 def value_similarity_partial_reference(on: Selection) -> Reading:
@@ -258,14 +269,14 @@ def exclusive_output_similarity(on: Selection) -> Reading:
 
 def value_participation_ratio(on: Selection) -> Reading:
     """tr(C)²/‖C‖_F² of the centred values' covariance: the number of directions that they fill."""
-    weights = on.among[:, None, :, None].to(on.value.dtype)
-    mean = (weights * on.value).sum(2, keepdim=True) / on.count[:, None, None, None].clamp(min=1)
-    centred = (on.value - mean) * weights
+    weights = on.among[:, None, None, :].float()
+    mean = weights @ on.value / on.count[:, None, None, None].clamp(min=1)
+    centred = (on.value - mean).mul_(weights.transpose(-1, -2))
     covariance = centred.transpose(-1, -2) @ centred  # [batch, kv_head, dim, dim]
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     reading = on.per_head(trace.square() * _reciprocal(covariance.square().sum((-1, -2))))
     # what rounding of the mean leaves is no spread; NaN stays, to be found out
-    none = trace <= 1e-12 * (weights * on.value).square().sum((-1, -2))
+    none = trace <= 1e-12 * (weights * on.value_norm.square()).sum((-1, -2))
     return Reading(reading.values, reading.weights * ~none.repeat_interleave(on.call.group, 1)[..., None])
 
 
