@@ -9,6 +9,7 @@ failed, 130 or 143 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -229,6 +230,8 @@ def main() -> NoReturn:
     def stop(number: int, frame: object) -> NoReturn:
         raise Interrupted(number)
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a dash that the terminal lacks must not end a run
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:

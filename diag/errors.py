@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend. `str(error)` is the first line, `tip` the second; `exit_code` ends the CLI."""
+    """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the CLI's."""
 
     exit_code = 2
 
@@ -16,7 +16,7 @@ class UserError(Exception):
         self.tip = tip
 
 
-class UnreadableInput(UserError):
+class UnreadableInput(UserError):  # noqa: N818  it is no mistake of anybody's
     """One input that could not be read; the run goes on without it."""
 
 

@@ -1,4 +1,4 @@
-"""The statistics: pure functions from one attention call and a set of tokens to numbers per token or per head.
+"""The statistics: pure functions from one attention call and a token set to numbers per token or head.
 
 Every function takes a `Selection` and returns a `Reading`. `METRICS` is the one place where a
 metric is registered; `RATIOS` are ratios of two metrics' means, taken later, from tables.
@@ -367,7 +367,8 @@ def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "
     called several times (one window after the other): all their tokens are pooled, so that each
     counts once. NaN where nothing counts; infinite where something that counts is not finite.
     """
-    values, weights = [], []
+    values: list[Tensor] = []
+    weights: list[Tensor] = []
     for part in parts:
         shape = torch.broadcast_shapes(part.values.shape, part.weights.shape)
         for x, into in ((part.values, values), (part.weights, weights)):
@@ -404,10 +405,11 @@ def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
 
 
 def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Ranks of the anchor tokens among the tokens that count, and which of them exist: `[batch, number]` each.
+    """Ranks of the anchor tokens among those that count, and which of them exist, `[batch, number]` each.
 
     All tokens where there are at most `number`; otherwise one drawn at random from each of `number`
-    equal strata, the same for every input and run, so that a table does not depend on batches.
+    equal strata (neighbouring strata may share a token where there are few more), the same for every
+    input and run, so that a table does not depend on batches.
     """
     stratum = torch.arange(number, device=count.device)
     draw = torch.rand(number, generator=torch.Generator().manual_seed(0)).to(count.device)

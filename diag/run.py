@@ -317,7 +317,9 @@ def _run_model(
         told = [json.loads(file.read_text()) for file in sorted((folder / "shards").glob(f"{name}-*.json"))]
         for part in told:
             account.failed_inputs |= part["failed"]
-        if all(identity in account.failed_inputs for identity in (sample.id for sample in samples)):
+        if all(sample.id in account.failed_inputs for sample in samples):
+            for file in (folder / "shards").glob(f"{name}-*"):
+                file.unlink()  # they hold nothing, and the inputs may be mended
             raise UserError(
                 f"no input of '{given[kind].source}' could be read: {account.failed_inputs[samples[0].id]}",
                 "give images in JPEG, PNG or WebP",

@@ -241,7 +241,13 @@ ROW_NAMES += ["effective_keys", "first_weight"]
 
 
 def rows_of_one_head(
-    pattern: Array, visible: Array, values: Array, outputs: Array, counted: list[int], real: Array, least: float
+    pattern: Array,
+    visible: Array,
+    values: Array,
+    outputs: Array,
+    counted: list[int],
+    real: Array,
+    least: float,
 ) -> dict[str, float]:
     """What is averaged over query rows: those that see at least two keys."""
     rows = [i for i in counted if visible[i].sum() >= 2]

@@ -54,7 +54,9 @@ def test_shown_output_is_what_comes(command: str, shown: str, tmp_path: Path) ->
     tolerance = 0.05 if "--texts" in command else 0.005
     for expected, found in zip(ours, theirs, strict=True):
         assert expected[0] == found[0]
-        numbers = [[float(x) for cell in line for x in re.findall(r"-?\d+\.\d+", cell)] for line in (expected, found)]
+        numbers = [
+            [float(x) for cell in line for x in re.findall(r"-?\d+\.\d+", cell)] for line in (expected, found)
+        ]
         assert numbers[0] == pytest.approx(numbers[1], abs=tolerance)
     heads = [re.sub(r"\d+\.\d+", "", line) for line in shown.splitlines() if "·" in line]
     assert heads == [line for line in done.stdout.splitlines() if "·" in line]
@@ -90,8 +92,9 @@ def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
 
 
 def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
-    from diag.cli import app
     from typer.main import get_command
+
+    from diag.cli import app
 
     probe = get_command(app).commands["probe"]  # type: ignore[attr-defined]
     known = {option for parameter in probe.params for option in parameter.opts}

@@ -66,10 +66,7 @@ VALIDATION_CROPS = 1400
 
 def photographs() -> list[Tensor]:
     """Every bundled photograph as a uint8 tensor `[3, height, width]`, in the order of the classes."""
-    return [
-        torch.from_numpy(np.asarray(item.read().convert("RGB")).copy()).permute(2, 0, 1)
-        for item in demo_images()
-    ]
+    return [torch.from_numpy(np.asarray(item.read()).copy()).permute(2, 0, 1) for item in demo_images()]
 
 
 class Crops:

@@ -1,4 +1,4 @@
-"""Two independent routes give the same table: PyTorch attention seen at the seam, and transformer-lens' patterns."""
+"""Two independent routes give the same table: attention seen at the seam, and transformer-lens' patterns."""
 
 from __future__ import annotations
 
