@@ -6,8 +6,9 @@
 
 Each measurement runs in a process of its own, so that no method inherits another one's memory, and the
 processes of a round follow each other (plain, probe, dense, lens, plain, …), so that a slow moment of the
-machine hits all of them. Memory is the peak beyond the loaded model. Weights are random: neither
-time nor memory depends on them. Linux only.
+machine hits all of them. With `--threads 1` time is that of the processor, which other programs on the
+machine hardly disturb; with more threads it is the clock's, for a machine that does nothing else. Memory
+is the peak beyond the loaded model. Weights are random: neither time nor memory depends on them. Linux only.
 """
 
 from __future__ import annotations
@@ -78,13 +79,14 @@ class Shape(NamedTuple):
 
 def timed(run: Run, repeats: int) -> Cost:
     """Warms up with one run, then takes the median time of `repeats` runs; the peak is that of all."""
+    clock = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
     before = _restart_peak()
     run()
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return Cost(statistics.median(seconds), _peak() - before)
 
 
@@ -335,7 +337,7 @@ def rounds(jobs: dict[str, list[str]], repeats: int, threads: int) -> dict[str, 
 
 def compare(case: str, methods: list[str], repeats: int, threads: int) -> list[dict[str, Any]]:
     """One row per method of a case, with ratios to plain where plain was measured."""
-    runs = 5 if Shape.of(case).tokens <= 1024 else 2
+    runs = 3 if Shape.of(case).tokens <= 1024 else 1
     jobs = {
         method: ["--child", case, method, str(runs)]
         for method in methods

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the CLI's."""
+    """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the code."""
 
     exit_code = 2
 

@@ -6,57 +6,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import contextlib
-import io
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import Ended, run_cli
 from PIL import Image
 
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended: exit code, stdout and stderr."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        """The lines of stderr."""
-        return self.err.splitlines()
-
-
-def run_cli(*arguments: object) -> Ended:
-    """Runs `attnbias ARGUMENTS` in this process."""
-    from diag.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", ["attnbias", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    assert isinstance(code, int)
-    return Ended(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -86,13 +45,8 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ended]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """A finished run of two token sets with its figures, and how its command ended. Only to be read."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    yield (
-        folder,
-        run_cli(
-            *("probe", "-m", "demo:vit-p16", "--images", "demo", "--limit", 4, "--tokens", "patch,cls"),
-            *("-o", folder, "--seed", 3),
-        ),
-    )
+    given = ("-m", "demo:vit-p16", "--images", "demo", "--limit", 4, "--tokens", "patch,cls", "--seed", 3)
+    return folder, run_cli("probe", *given, "-o", folder)

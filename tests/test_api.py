@@ -137,7 +137,7 @@ def test_a_failed_input_is_told_and_left_out(tmp_path: Path, noise: Path) -> Non
     assert run.layers["n"].eq(2).all()
     for file in tmp_path.iterdir():
         file.write_bytes(b"broken")
-    with pytest.raises(UserError, match="no input could be read: cannot read image '00.png'") as caught:
+    with pytest.raises(UserError, match=r"no input could be read: cannot read image '00\.png'") as caught:
         diag.probe("demo:vit-p16", tmp_path, metrics=FAST)
     assert caught.value.tip
 

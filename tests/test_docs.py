@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import re
 import shlex
@@ -108,3 +110,10 @@ def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
 def test_links_and_files_exist(page: str) -> None:
     for path in re.findall(r"`((?:docs|benchmarks|configs|diag)/[\w./*-]+)`", PAGES[page]):
         assert list(ROOT.glob(path)), path
+
+
+@pytest.mark.parametrize("module", ["diag.errors", "diag.models.names", "diag.api"])
+def test_examples_in_docstrings(module: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried > 0
+    assert failed == 0

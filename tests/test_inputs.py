@@ -117,9 +117,7 @@ def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "no pixels", "bomb"])
-def test_what_cannot_be_read_is_named(
-    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_is_named(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = saved(tmp_path, Image.fromarray(np.tile(COLOUR, (20, 20, 1))))
     whole = file.read_bytes()
     if damage == "bomb":

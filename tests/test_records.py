@@ -328,7 +328,7 @@ def interrupted(path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path: Path) -> None:
     file = tmp_path / "layers.csv"
     file.write_text("old")
-    with pytest.raises(UserError, match="layers.csv': No space left on device") as caught:
+    with pytest.raises(UserError, match=r"layers\.csv': No space left on device") as caught:
         records.atomically(file, full_disk)
     assert "-o" in str(caught.value.tip)
     assert file.read_text() == "old"

@@ -227,9 +227,10 @@ def test_an_interruption_between_tables_and_manifest_is_mended(
         raise KeyboardInterrupt
 
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(run, "draw", stop)
-        run_probe(plan(), folder)
+        with pytest.raises(KeyboardInterrupt):
+            run_probe(plan(), folder)
     assert not (folder / "manifest.json").exists()
     measured.clear()
     run_probe(plan(), folder)
@@ -385,7 +386,7 @@ def test_a_shard_without_any_readable_input_is_no_trouble(tmp_path: Path, noise:
 
 def test_only_unreadable_inputs_are_an_error(tmp_path: Path, noise: Path) -> None:
     album = broken("0 1 2", noise, tmp_path / "album", 3)
-    with pytest.raises(UserError, match="no input of .* could be read: cannot read image '00.png'"):
+    with pytest.raises(UserError, match=r"no input of .* could be read: cannot read image '00\.png'"):
         run_probe(vision(album), tmp_path / "run")
     assert not (tmp_path / "run" / "manifest.json").exists()
 
@@ -454,7 +455,9 @@ def test_saved_calls_rebuild_the_output_and_the_pattern(tmp_path: Path, saved: C
         assert {name.rpartition(".")[0] for name in tensors} == {"layer.01", "layer.04"}
         for layer in ("layer.01", "layer.04"):
             call = json.loads(told[layer])
-            q, k, v, y, a = (tensors[f"{layer}.{part}"] for part in ("query", "key", "value", "output", "pattern"))
+            q, k, v, y, a = (
+                tensors[f"{layer}.{part}"] for part in ("query", "key", "value", "output", "pattern")
+            )
             assert y.shape == (1, 3, 16, 32)
             assert torch.allclose(a @ v, y, atol=1e-5)
             scores = q @ k.transpose(-1, -2) * call["scale"]

@@ -20,7 +20,13 @@ EVERY = [*METRICS, *RATIOS]
 def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
     rows = [
         {
-            **{"model": "demo:vit-p16", "tower": "vision", "layer": layer, "tokens": "patch", "metric": metric},
+            **{
+                "model": "demo:vit-p16",
+                "tower": "vision",
+                "layer": layer,
+                "tokens": "patch",
+                "metric": metric,
+            },
             **{"mean": 0.1 * layer + 0.01 * place, "std": 0.1, "ci_low": -0.123, "ci_high": -0.045, "n": 14},
             **{"n_tokens": 17, "values": "as_computed", "first_token": "included"},
         }
