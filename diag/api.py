@@ -94,8 +94,6 @@ def probe(
     loaded, tower, samples = _prepare(model, inputs, plan)
     report = measure.Report()
     constants = run.constants_of(loaded, tower, plan)
-    if isinstance(model, nn.Module):
-        constants["dtype"] = _dtype_of(model, dtype)
     frames = list(run.shard_frames(tower, samples, plan, constants, report))
     if not frames:
         reason = next(iter(report.failed.values()), "there is none")
@@ -158,9 +156,3 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tow
 def _listed(given: Any) -> tuple[Any, ...] | None:
     """One name or index is a list of one."""
     return None if given is None else (given,) if isinstance(given, str | int) else tuple(given)
-
-
-def _dtype_of(module: nn.Module, default: str) -> str:
-    """The name of the dtype that a user's module computes in: that of its first parameter."""
-    kinds = (str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters())
-    return next(kinds, default)

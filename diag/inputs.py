@@ -126,7 +126,7 @@ def as_inputs(given: object, tower: str) -> Inputs:
     listed = list(given) if isinstance(given, Iterable) else []
     if listed and all(isinstance(x, Image.Image) for x in listed):
         pixels = hashlib.sha256(b"".join(x.convert("RGB").tobytes() for x in listed)).hexdigest()
-        items = [Item(str(i), partial(_rgb, x)) for i, x in enumerate(listed)]
+        items = [Item(str(i), partial(rgb, x)) for i, x in enumerate(listed)]
         return Inputs("images", "python", items, pixels)
     if listed and all(isinstance(x, str) for x in listed):
         return _documents("python", {str(i): x for i, x in enumerate(listed)})
@@ -139,9 +139,26 @@ def open_image(file: Path) -> Image.Image:
     """An image file as RGB, turned as its EXIF says. Raises UnreadableInput."""
     try:
         with Image.open(file) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+            return rgb(ImageOps.exif_transpose(image))
     except NO_IMAGE as error:
         raise UnreadableInput(f"cannot read image '{file.name}': {error}") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An RGB image of any PIL mode. 16-bit grey is scaled to 8 bits, transparency is laid over black.
+
+    Pillow clips 16-bit grey to white and keeps whatever colour hides under transparency.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        highest = 65535.0 if values.max(initial=0) > 255 else 255.0
+        image = Image.fromarray((values.clip(0, highest) / highest * 255).round().astype(np.uint8))
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB")
 
 
 def read_text(file: Path) -> str:
@@ -190,7 +207,7 @@ def _hub_images(source: str) -> Inputs:
             raise UnreadableInput(f"cannot read the image in row {index}: {error}") from error
         if not isinstance(image, Image.Image):
             raise UnreadableInput(f"row {index}: column '{column}' holds no image")
-        return _rgb(image)
+        return rgb(image)
 
     items = [Item(f"{index:06d}", partial(read, index)) for index in range(len(rows))]
     return Inputs("images", source, items, _sha256(str(getattr(rows, "_fingerprint", source))))
@@ -229,21 +246,6 @@ def _data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     raise UserError(
         f"data set '{name}' has no column {one_of(wanted)}", f"choose from {one_of(rows.column_names)}"
     )
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: transparency is laid over black, deep greyscale is scaled to its own range.
-
-    PIL would show whatever colour hides under transparency, and clip deep greyscale.
-    """
-    if image.mode.startswith(("I", "F")):
-        depth = np.asarray(image, dtype=np.float64)
-        scale = 255 / max(depth.max() - depth.min(), 1)
-        image = Image.fromarray(((depth - depth.min()) * scale).round().astype(np.uint8))
-    elif "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
 
 
 def _is_image(path: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -28,7 +28,9 @@ GATE_TOLERANCE_HALF = 1e-2
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a layer turned out to be on the first batch; constants of every row of its table.
+    """What a layer turned out to be; constants of every row of its table.
+
+    All but the sizes are read off the first batch.
 
     n_tokens: keys of one softmax (the largest, if a layer is called once per window).
     attn_scope: "full", or "window" if an input's tokens are split over several softmaxes or a mask
@@ -123,7 +125,10 @@ def measure(
             }
         yield BatchValues(
             batch.ids,
-            tuple(LayerValues(layer, facts[layer.index], block) for layer, block in collected.blocks(listed)),
+            tuple(
+                LayerValues(layer, collected.sized(layer, facts[layer.index]), block)
+                for layer, block in collected.blocks(listed)
+            ),
         )
 
 
@@ -168,6 +173,7 @@ class _Collected:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int], Tensor] = {}
+        self.sizes: dict[int, list[int]] = {}
 
     def add(self, call: AttentionCall) -> None:
         inputs = len(self.batch.ids)
@@ -176,9 +182,16 @@ class _Collected:
                 f"layer '{call.module}' ran {call.batch} rows for {inputs} inputs: whose they are is unclear",
                 "try --batch-size 1",
             )
+        self.sizes.setdefault(call.layer, []).append(call.tokens)
         of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
         for token_set in self.sets:
             of_layer[token_set].append(readings(call, self.names, self.tokens(token_set, call)))
+
+    def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
+        """A layer's facts with the sizes of this batch: images of native resolution differ."""
+        sizes = self.sizes[layer.index]
+        scope = "window" if len(sizes) > 1 else facts.attn_scope
+        return replace(facts, n_tokens=max(sizes), attn_scope=scope)
 
     def tokens(self, token_set: str, call: AttentionCall) -> Tensor:
         """The token set's mask `[batch or 1, token]` on the call's device, without padding."""

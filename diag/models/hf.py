@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from diag.errors import UserError
+from diag.inputs import rgb
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.loading import (
     first_line,
@@ -35,7 +36,6 @@ from diag.models.loading import (
     layers_of,
     quiet,
     ready,
-    rgb,
     text_encoder,
     text_facts,
     text_samples,

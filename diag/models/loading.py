@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean
-from diag.inputs import Inputs
+from diag.inputs import Inputs, rgb
 from diag.models.base import Batch, Sample
 from diag.models.weights import refuse_non_finite
 from diag.seam import Layer, attention_modules
@@ -46,23 +45,6 @@ def layers_of(root: nn.Module, source: str, tower: str, *, prefix: str = "") -> 
 
 
 # --- images
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """An RGB image of any PIL mode. 16-bit grey is scaled to 8 bits, transparency is laid over black.
-
-    Pillow clips 16-bit grey to white and keeps whatever colour hides under transparency.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        highest = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values.clip(0, highest) / highest * 255).round().astype(np.uint8))
-    elif "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
 
 
 def image_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
