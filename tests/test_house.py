@@ -10,8 +10,11 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 import diag
+from diag.attention import AttentionCall
 
 HOUSE = Path(diag.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
@@ -200,3 +203,10 @@ def test_a_family_loads_its_own_library() -> None:
     loaded = loaded_after("diag.models.timm")
     assert "timm" in loaded
     assert loaded.isdisjoint({"open_clip", "transformer_lens"})
+
+
+def test_shapes_of_signatures_are_checked_in_tests() -> None:
+    """The pytest option is on: a call with tensors of the wrong shape does not come into being."""
+    flat = torch.zeros(2, 3)
+    with pytest.raises(TypeCheckError):
+        AttentionCall(0, "x", flat, flat, flat, flat, None, False, 1.0)
