@@ -312,7 +312,9 @@ def in_process(arguments: list[str], threads: int) -> Cost:
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}: out of memory?"])[-1]
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        if done.returncode < 0:
+            last = f"ended by signal {-done.returncode}; 9 is what too little memory looks like"
         raise RuntimeError(f"{' '.join(arguments[:3])}: {last}")
     return Cost(*json.loads(done.stdout.splitlines()[-1]))
 
