@@ -10,7 +10,7 @@ Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -223,13 +223,15 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     return SoftmaxStatistics(lse, entropy, squares, own.exp(), leading.exp())
 
 
-def pattern_rows(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row token"]:
+def pattern_rows(
+    call: AttentionCall, rows: Tensor | Sequence[int] | None = None
+) -> Float[Tensor, "batch head row token"]:
     """The attention weights of the chosen query rows (all rows if None), float32.
 
     A row that sees no key is all zero.
     """
-    if rows is None:
-        rows = torch.arange(call.tokens, device=call.output.device)
+    device = call.output.device
+    rows = torch.arange(call.tokens, device=device) if rows is None else torch.as_tensor(rows, device=device)
     if call.pattern is not None:
         return call.pattern[:, :, rows].float()
     assert call.query is not None

@@ -258,6 +258,10 @@ def test_captured_calls_rebuild_their_output() -> None:
 def test_weights_of_chosen_rows() -> None:
     (call,) = diag.capture("demo:vit-p16", "demo", layers=[3], limit=2)
     assert (call.module, call.batch, call.heads, call.tokens) == ("blocks.3.attn", 2, 3, 17)
+    (causal,) = diag.capture("demo:lm", "demo", layers=[0], seq_len=6, limit=1)
+    assert torch.allclose(
+        diag.pattern_rows(causal, [4, 0]), diag.pattern_rows(causal)[:, :, [4, 0]], atol=1e-6
+    )
     whole = diag.pattern_rows(call)
     rows = diag.pattern_rows(call, [0, 16, 5])
     assert torch.allclose(rows, whole[:, :, [0, 16, 5]], atol=1e-6)
