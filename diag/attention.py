@@ -22,10 +22,12 @@ HIDDEN = -9000.0
 """An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
 Libraries write -inf, the smallest float or -10000; no position bias in use reaches it."""
 
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""How many pattern entries one streamed block may hold: the second-level cache of a core, or 256 MiB."""
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""How many pattern entries one streamed block may hold: 8 MiB, or 256 MiB."""
 
-BLOCK_ROWS = {"cpu": 128, "cuda": 4096}
+BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
+LEAST_BLOCKS = 16
+"""Blocks per head in long sequences: fewer would compute more of what causality hides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,7 +314,10 @@ def _log_pattern_blocks(
     assert call.query is not None
     assert call.key is not None
     device = "cuda" if call.output.is_cuda else "cpu"
-    budget, rows_at_once = BLOCK_ELEMENTS[device], min(BLOCK_ROWS[device], call.tokens)
+    budget, rows_at_once = (
+        BLOCK_ELEMENTS[device],
+        min(BLOCK_ROWS[device], max(128, call.tokens // LEAST_BLOCKS), call.tokens),
+    )
     if call.tokens <= 2 * rows_at_once:
         rows_at_once = call.tokens
     rows_at_once = max(1, min(rows_at_once, max(budget // call.tokens, 16)))

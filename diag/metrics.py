@@ -223,7 +223,7 @@ def value_similarity_partial(on: Selection) -> Reading:
     other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
     chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
     # a few heads at a time: float64 copies of all values would be the largest tensors of the probe
-    budget = BLOCK_ELEMENTS["cuda" if on.value.is_cuda else "cpu"]
+    budget = BLOCK_ELEMENTS["cuda" if on.value.is_cuda else "cpu"] // 4
     heads = max(1, budget // (on.call.batch * on.call.tokens * on.value.shape[-1]))
     each = torch.cat([_partial_cosines(part, place, chosen) for part in on.value.split(heads, dim=1)], 1)
     return on.per_head((each * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp(min=1), least=3)
