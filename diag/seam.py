@@ -107,17 +107,8 @@ def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sighti
     """
     refuse_compiled(layers)
     seam = _Seam(on_call)
-    handles = []
-    try:
-        for layer in layers:
-            handles.append(layer.module.register_forward_pre_hook(seam.entered(layer), prepend=True))
-            handles.append(layer.module.register_forward_hook(seam.left(layer), always_call=True))
-        with seam:
-            yield seam.sightings
-    finally:
-        for handle in handles:
-            handle.remove()
-        seam.stack.clear()
+    with _hooked(seam, layers):
+        yield seam.sightings
 
 
 def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
@@ -134,16 +125,8 @@ def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
         found.setdefault(call.layer, modules[call.layer])
 
     seam = _Seam(on_call, strict=False)
-    handles = []
-    try:
-        for layer in modules:
-            handles.append(layer.module.register_forward_pre_hook(seam.entered(layer), prepend=True))
-            handles.append(layer.module.register_forward_hook(seam.left(layer), always_call=True))
-        with seam:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(seam, modules):
+        run()
     if not found:
         if seam.eager:
             where = next(iter(seam.eager)) or type(module).__name__
@@ -171,6 +154,22 @@ def refuse_compiled(layers: Sequence[Layer]) -> None:
                 f"{name} is a compiled {kind}: its attention calls are not visible from Python",
                 "pass the original nn.Module, before torch.compile, torch.jit or torch.export",
             )
+
+
+@contextmanager
+def _hooked(seam: _Seam, layers: Sequence[Layer]) -> Iterator[None]:
+    """Attaches the seam to every layer and switches it on; undoes both, whatever happens."""
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.module.register_forward_pre_hook(seam.entered(layer), prepend=True))
+            handles.append(layer.module.register_forward_hook(seam.left(layer), always_call=True))
+        with seam:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        seam.stack.clear()
 
 
 @dataclass
