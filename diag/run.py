@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from diag import inputs as sources
 from diag.activations import save_activations
 from diag.config import SHARD_INPUTS, ProbePlan, command_line, environment
 from diag.errors import UserError
+from diag.figures import file_stem
 from diag.inputs import Inputs
 from diag.measure import Report, measure
 from diag.metrics import METRICS, RATIOS, chosen
@@ -115,7 +115,7 @@ def run_probe(
     listener, progress = listener or Silent(), progress or Progress()
     specs, given = prepared(plan)
     key = plan.key({kind: found.digest for kind, found in given.items()})
-    folder = folder or Path("runs") / f"{slug('+'.join(plan.models))[:60]}-{key[:8]}"
+    folder = folder or Path("runs") / f"{file_stem('+'.join(plan.models))[:60]}-{key[:8]}"
     document = {"key": key, "plan": plan.model_dump(mode="json"), "command": command_line()}
     if claim(folder, document, overwrite=overwrite):
         listener.say(f"already complete: {folder} (measure again with --overwrite)")
@@ -268,11 +268,6 @@ def shard_frames(
             listener.advance(len(batch.ids))
 
 
-def slug(name: str) -> str:
-    """A model's name as a file name: what is not a letter, digit, '.', '_' or '-' becomes '-'."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
-
-
 def _run_model(
     spec: ModelSpec,
     number: int,
@@ -299,7 +294,7 @@ def _run_model(
         progress.shards_total += len(shards)
         listener.start(f"{spec.given} {kind}", len(samples))
         constants = constants_of(model, tower, plan)
-        name = f"{number:02d}-{slug(spec.given)}-{kind}"
+        name = f"{number:02d}-{file_stem(spec.given)}-{kind}"
         for place, shard in enumerate(shards):
             # not with_suffix: names of models hold dots
             file = folder / "shards" / f"{name}-{place:05d}.parquet"
@@ -325,7 +320,7 @@ def _run_model(
                 "give images in JPEG, PNG or WebP",
             )
         if plan.save_activations:
-            kept = folder / "activations" / f"{slug(spec.given)}-{kind}"
+            kept = folder / "activations" / f"{file_stem(spec.given)}-{kind}"
             save_activations(tower, samples[: plan.save_activations], kept, plan.layers)
         skipped = told[0]["skipped_layers"] if told else {}
         for path, why in skipped.items():

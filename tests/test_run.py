@@ -493,4 +493,4 @@ def test_silence_is_a_listener() -> None:
     [("hf:org/name@rev", "hf-org-name-rev"), ("/tmp/a b/", "tmp-a-b"), ("vit.tag_1", "vit.tag_1")],
 )
 def test_names_as_file_names(name: str, stem: str) -> None:
-    assert run.slug(name) == stem
+    assert run.file_stem(name) == stem
