@@ -17,11 +17,11 @@ from diag.attention import AttentionCall
 from diag.config import checked
 from diag.errors import UserError
 from diag.inputs import Inputs, as_inputs
-from diag.metrics import METRICS, RATIOS, chosen
+from diag.metrics import METRICS, chosen
 from diag.models import load, own
 from diag.models.base import Model, Sample, Tower
 from diag.models.names import parse
-from diag.records import tables
+from diag.records import RATIOS, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +99,7 @@ def probe(
         reason = next(iter(report.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
     frame = pd.concat(frames, ignore_index=True)
-    return Probe(*tables(frame, RATIOS, seed=seed), frame, report.failed)
+    return Probe(*tables(frame, seed=seed), frame, report.failed)
 
 
 def capture(

@@ -14,7 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from diag import inputs as sources
 from diag.errors import UserError
+from diag.figures import file_stem
+from diag.inputs import Inputs
+from diag.models.names import ModelSpec, parse
 
 PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "transformer-lens", "numpy", "pandas")
 SHARD_INPUTS = 16
@@ -80,6 +84,37 @@ def checked(**values: Any) -> ProbePlan:
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         reason = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{flag} {reason}", f"given: {first['input']!r}") from error
+
+
+def specs_of(plan: ProbePlan) -> list[ModelSpec]:
+    """What the plan's model names resolve to."""
+    return [
+        parse(
+            name,
+            checkpoint=plan.checkpoint,
+            model_args=plan.model_args,
+            random_init=plan.random_init,
+            trust_remote_code=plan.trust_remote_code,
+        )
+        for name in plan.models
+    ]
+
+
+def inputs_of(plan: ProbePlan) -> dict[str, Inputs]:
+    """The plan's inputs by tower; the demo sets of both kinds where none were named."""
+    given = {}
+    if plan.images is not None:
+        given["vision"] = sources.images(plan.images)
+    if plan.texts is not None:
+        given["text"] = sources.texts(plan.texts)
+    if not given:
+        given = {"vision": sources.images("demo"), "text": sources.texts("demo")}
+    return given
+
+
+def run_folder(plan: ProbePlan, key: str, root: Path = Path("runs")) -> Path:
+    """Where a plan's run lies unless the user says otherwise: the models' names and the key of the result."""
+    return root / f"{file_stem('+'.join(plan.models))[:60]}-{key[:8]}"
 
 
 def version() -> str:

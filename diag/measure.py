@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diag.attention import AttentionCall, attend
 from diag.errors import MeasurementError, UnreadableInput, UserError
-from diag.metrics import METRICS, RATIOS, Reading, readings, reduce
+from diag.metrics import METRICS, Reading, readings, reduce
 from diag.models.base import Batch, Sample, Tower
+from diag.records import RATIOS
 from diag.seam import Layer, Sightings
 
 GATE_ROWS = 32

@@ -1,7 +1,7 @@
 """The statistics: pure functions from one attention call and a token set to numbers per token or head.
 
 Every function takes a `Selection` and returns a `Reading`. `METRICS` is the one place where a
-metric is registered; `RATIOS` are ratios of two metrics' means, taken later, from tables.
+metric is registered; `records.RATIOS` are ratios of two metrics' means, taken later, from tables.
 
 Notation: per head, `v_i` values, `y_i` outputs, `A` the pattern, `v̂ = v/‖v‖`; S the token set. A
 cosine with a zero vector is 0. Which tokens count:
@@ -448,7 +448,3 @@ def _percentile(values: Tensor, counted: Tensor) -> Tensor:
     below, above = place.floor().long(), place.ceil().long()
     low, high = ordered.gather(-1, below), ordered.gather(-1, above)
     return (low + (high - low) * (place - below))[..., 0]
-
-
-RATIOS: dict[str, tuple[str, str]] = {"self_specific_fraction": ("excess", "cos_y_vself")}
-"""Metrics that are a ratio of two others' means over an input: name -> (numerator, denominator)."""

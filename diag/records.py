@@ -40,6 +40,12 @@ CONSTANTS = [
 ]
 RESAMPLES = 2000
 
+FORMAT = 1
+"""Of the run folder; written to its manifest. A folder of another format is not read."""
+
+RATIOS: dict[str, tuple[str, str]] = {"self_specific_fraction": ("excess", "cos_y_vself")}
+"""Metrics that are a ratio of two others' means over an input: name -> (numerator, denominator)."""
+
 
 def samples_frame(
     values: np.ndarray,
@@ -82,15 +88,23 @@ def samples_frame(
 
 
 def tables(
-    samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]], *, seed: int
+    samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] = RATIOS, *, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`(layers, heads)` from samples.
 
-    A ratio of a layer is the ratio of its components' means over heads, within each input. Where inputs
-    differ in their number of tokens, the tables give the largest, so that a layer stays one row.
+    Where inputs differ in their number of tokens, the tables give the largest, so that a layer stays one row.
     """
     samples = _largest(samples, ("n_tokens", "attn_scope"))
     heads = _summarise(samples, [*KEYS, *_constants_in(samples)], seed)
+    keys = [key for key in KEYS if key != "head"]
+    return _summarise(layer_samples(samples, ratios), [*keys, *_constants_in(samples)], seed), heads
+
+
+def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] = RATIOS) -> pd.DataFrame:
+    """One value per input, layer and metric: the mean over heads within each input.
+
+    A ratio of a layer is the ratio of its components' means over heads, within each input.
+    """
     keys = [key for key in KEYS if key != "head"]
     within = [*keys, *_constants_in(samples), "input", "input_index"]
     plain = samples[~samples["metric"].isin(list(ratios))]
@@ -105,8 +119,7 @@ def tables(
         )
         both["value"] = _ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
         parts.append(both.assign(metric=name)[[*within, "value"]])
-    long = pd.concat([_plain(part) for part in parts], ignore_index=True)
-    return _summarise(long, [*keys, *_constants_in(samples)], seed), heads
+    return pd.concat([_plain(part) for part in parts], ignore_index=True)
 
 
 def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:

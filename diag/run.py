@@ -19,18 +19,27 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from diag import inputs as sources
 from diag.activations import save_activations
-from diag.config import SHARD_INPUTS, ProbePlan, command_line, environment
+from diag.config import (
+    SHARD_INPUTS,
+    ProbePlan,
+    command_line,
+    environment,
+    inputs_of,
+    run_folder,
+    specs_of,
+)
 from diag.errors import UserError
 from diag.figures import file_stem
 from diag.inputs import Inputs
 from diag.measure import Report, measure
-from diag.metrics import METRICS, RATIOS, chosen
+from diag.metrics import METRICS, chosen
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.models.names import ModelSpec, parse
+from diag.models.names import ModelSpec
 from diag.records import (
+    FORMAT,
+    RATIOS,
     claim,
     one_kind,
     read_heads,
@@ -107,7 +116,7 @@ def run_probe(
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Carries out a plan in `folder` (default: `runs/NAME-KEY`), resuming what is already there.
+    """Carries out a plan in `folder` (default: `config.run_folder(plan)`), resuming what is already there.
 
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several is noted in the manifest, and the run goes on.
@@ -115,7 +124,7 @@ def run_probe(
     listener, progress = listener or Silent(), progress or Progress()
     specs, given = prepared(plan)
     key = plan.key({kind: found.digest for kind, found in given.items()})
-    folder = folder or Path("runs") / f"{file_stem('+'.join(plan.models))[:60]}-{key[:8]}"
+    folder = folder or run_folder(plan, key)
     document = {"key": key, "plan": plan.model_dump(mode="json"), "command": command_line()}
     if claim(folder, document, overwrite=overwrite):
         listener.say(f"already complete: {folder} (measure again with --overwrite)")
@@ -144,32 +153,6 @@ def prepared(plan: ProbePlan) -> tuple[list[ModelSpec], dict[str, Inputs]]:
     chosen(plan.metrics, [*METRICS, *RATIOS])
     device_of(plan.device)
     return specs_of(plan), inputs_of(plan)
-
-
-def specs_of(plan: ProbePlan) -> list[ModelSpec]:
-    """What the plan's model names resolve to."""
-    return [
-        parse(
-            name,
-            checkpoint=plan.checkpoint,
-            model_args=plan.model_args,
-            random_init=plan.random_init,
-            trust_remote_code=plan.trust_remote_code,
-        )
-        for name in plan.models
-    ]
-
-
-def inputs_of(plan: ProbePlan) -> dict[str, Inputs]:
-    """The plan's inputs by tower; the demo sets of both kinds where none were named."""
-    given = {}
-    if plan.images is not None:
-        given["vision"] = sources.images(plan.images)
-    if plan.texts is not None:
-        given["text"] = sources.texts(plan.texts)
-    if not given:
-        given = {"vision": sources.images("demo"), "text": sources.texts("demo")}
-    return given
 
 
 def device_of(name: str) -> torch.device:
@@ -352,13 +335,14 @@ def _finish(
 ) -> Run:
     parts = [pd.read_parquet(file) for file in account.shards]
     samples = one_kind(pd.concat([part for part in parts if len(part)], ignore_index=True))
-    layers, heads = tables(samples, RATIOS, seed=plan.seed)
+    layers, heads = tables(samples, seed=plan.seed)
     write(samples, folder / "samples.parquet")
     write(layers, folder / "layers.csv")
     write(heads, folder / "heads.parquet")
     figures = draw(layers, heads, folder / "figures")
     write_json(
         {
+            "format": FORMAT,
             "status": "partial" if account.failed_models or account.failed_inputs else "complete",
             **document,
             "inputs": {

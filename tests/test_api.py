@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import diag
 from diag.errors import UserError
-from diag.metrics import METRICS, RATIOS
+from diag.metrics import METRICS
+from diag.records import RATIOS
 
 FAST = ["cos_y_vself", "entropy"]
 

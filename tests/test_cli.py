@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 import diag
 from diag import cli
-from diag.metrics import METRICS, RATIOS
+from diag.metrics import METRICS
+from diag.records import RATIOS
 
 Attnbias = Callable[..., Ended]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from diag.metrics import METRICS, RATIOS
+from diag.metrics import METRICS
+from diag.records import RATIOS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -28,6 +28,10 @@ FLOORS: dict[str, int] = {
     "interventions": 1,
     "moments": 1,
     "inputs": 1,
+    "collect": 1,
+    "published": 1,
+    "profiles": 2,
+    "words": 3,
     "seam": 2,
     "models": 3,
     "measure": 4,
@@ -35,6 +39,10 @@ FLOORS: dict[str, int] = {
     "activations": 5,
     "config": 5,
     "run": 5,
+    "cache": 5,
+    "compare": 5,
+    "attend": 5,
+    "writeup": 5,
     "report": 5,
     "train": 5,
     "terminal": 5,
@@ -50,6 +58,14 @@ BESIDE = {
     ("attention", "errors"),
     ("run", "config"),
     ("run", "activations"),
+    ("cache", "config"),
+    ("cache", "run"),
+    ("attend", "config"),
+    ("writeup", "attend"),
+    ("writeup", "cache"),
+    ("writeup", "compare"),
+    ("writeup", "config"),
+    ("report", "compare"),
     ("__main__", "cli"),
 }
 
@@ -57,6 +73,9 @@ ONLY: dict[str, set[str]] = {
     "inputs": {"errors"},
     "kernels": {"errors", "attention"},
     "models": {"errors", "attention", "inputs", "seam"},
+    "collect": {"errors", "records"},
+    "profiles": {"errors", "records", "collect"},
+    "words": {"errors", "records", "collect", "profiles"},
     "figures": {"errors"},
     "records": {"errors"},
 }
@@ -165,8 +184,16 @@ def loaded_after(*modules: str) -> set[str]:
 
 
 FIGURES = ("diag.figures", "diag.figures.curves", "diag.figures.heatmaps", "diag.figures.write")
-DRAWING = ("diag.records", *FIGURES)
-NAMING = ("diag", "diag.cli", "diag.config", "diag.terminal", "diag.models.names", "diag.inputs")
+DRAWING = ("diag.records", "diag.collect", *FIGURES)
+NAMING = (
+    "diag",
+    "diag.cli",
+    "diag.config",
+    "diag.cache",
+    "diag.terminal",
+    "diag.models.names",
+    "diag.inputs",
+)
 
 
 def test_neither_tables_nor_figures_load_torch() -> None:

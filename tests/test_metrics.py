@@ -25,7 +25,8 @@ from torch import Tensor
 from diag import attention, metrics
 from diag.attention import AttentionCall
 from diag.errors import UserError
-from diag.metrics import METRICS, RATIOS, per_input
+from diag.metrics import METRICS, per_input
+from diag.records import RATIOS
 
 every_case = pytest.mark.parametrize("case", CASES)
 

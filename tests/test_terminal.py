@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from diag import terminal
-from diag.metrics import METRICS, RATIOS
+from diag.metrics import METRICS
+from diag.records import RATIOS
 from diag.terminal import COLUMNS, WIDTH, StderrListener, columns, result_table
 
 EVERY = [*METRICS, *RATIOS]

@@ -1,0 +1,13 @@
+"""The command line: the only place where typed names become objects. One file per verb.
+
+stdout carries the result, stderr everything else. Everything heavy is imported inside functions, so
+that `--help` is instant.
+
+Exit codes: 0 done, 1 failed, 2 usage or unreadable input, 3 finished but some models or inputs
+failed, 130 or 143 interrupted.
+"""
+
+from diag.cli import probe, listings  # noqa: I001  in the order of --help
+from diag.cli.app import app, main
+
+__all__ = ["app", "main", "listings", "probe"]

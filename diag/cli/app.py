@@ -1,0 +1,98 @@
+"""The Typer application, and how every command ends: an exit code, two lines where something is wrong."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from diag.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+    help="How much of what attention returns does the token already have?",
+)
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError; typer carries its own copy of click from some version on."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; carries the exit code."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """How much of what attention returns does the token already have?"""
+    if version:
+        from diag.config import version as installed
+
+        print(installed())
+        raise typer.Exit
+    context.obj = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> NoReturn:
+    """Runs the command line and turns every expected failure into two lines and an exit code."""
+    debug = "--debug" in sys.argv
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a dash that the terminal lacks must not end a run
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        code = app(prog_name="attnbias", standalone_mode=False)
+    except UserError as error:
+        if debug:
+            raise
+        two_lines(str(error), error.tip or "'attnbias --help' shows what can be typed")
+        raise SystemExit(error.exit_code) from None
+    except Interrupted as interrupted:
+        say("stopped")
+        raise SystemExit(interrupted.exit_code) from None
+    except Exception as error:
+        if isinstance(error, USAGE_ERROR):
+            context = error.ctx
+            two_lines(error.format_message(), f"{context.command_path if context else 'attnbias'} --help")
+            raise SystemExit(2) from None
+        if debug:
+            raise
+        two_lines(
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            "this was not expected; attnbias --debug … shows the traceback for a report",
+        )
+        raise SystemExit(1) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def two_lines(message: str, tip: str) -> None:
+    """What went wrong and what to type, one line each whatever a library put into its message."""
+    say(f"error: {' '.join(message.split())}")
+    say(f"tip: {' '.join(tip.split())}")
+
+
+def say(text: str) -> None:
+    """A line on stderr; stdout is for results."""
+    print(text, file=sys.stderr)
