@@ -236,13 +236,21 @@ def pattern_rows(
     rows = torch.arange(call.tokens, device=device) if rows is None else torch.as_tensor(rows, device=device)
     if call.pattern is not None:
         return call.pattern[:, :, rows].float()
+    return torch.nan_to_num(score_rows(call, rows).softmax(-1), nan=0.0).float()
+
+
+def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
+    """Masked scores of the chosen query rows, `[batch, head, row, token]`; -inf where a key is hidden.
+
+    In the format of the queries, at least float32. Differentiable.
+    """
     assert call.query is not None
     assert call.key is not None
-    query = call.query[:, :, rows].float().unflatten(1, (call.kv_heads, call.group))
-    key = call.key.float()[:, :, None]
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query = call.query[:, :, rows].to(dtype).unflatten(1, (call.kv_heads, call.group))
+    key = call.key.to(dtype)[:, :, None]
     scores = (query @ key.transpose(-1, -2)).flatten(1, 2) * call.scale  # [batch, head, row, token]
-    scores = _mask_scores(call, scores, rows)
-    return torch.nan_to_num(scores.softmax(-1), nan=0.0)
+    return _mask_scores(call, scores, rows)
 
 
 def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row value_dim"]:
