@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Annotated, Any
 
 import typer
 
-from diag.cli.app import app
+from diag.cli.app import app, say
 from diag.errors import UserError
+
+MEMBERS_SHOWN = 24
 
 
 @app.command()
 def models(
     query: Annotated[str, typer.Argument(help="Part of a name.")] = "",
+    series: Annotated[
+        bool, typer.Option("--series", help="List series of models for controlled comparison.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List names that can be probed and what they resolve to."""
+    if series:
+        _print_series(query, as_json)
+        return
     from diag.models.names import listing
     from diag.terminal import columns
 
@@ -27,6 +36,63 @@ def models(
             "other names work as they are: timm:NAME, open_clip:ARCHITECTURE/WEIGHTS, hf:ORG/NAME",
         )
     print(json.dumps(rows, indent=1) if as_json else columns(rows))
+
+
+def _print_series(query: str, as_json: bool) -> None:
+    from diag.models.series import find, listing
+
+    rows = listing(query)
+    if not rows:
+        find(query)
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    exact = [row for row in rows if row["name"] == query]
+    if exact or len(rows) == 1:
+        print("\n".join(_one_series((exact or rows)[0])))
+        return
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        told = (len(row["members"]), tuple(row["tokens"]), row["varies"], row["control"])
+        alike.setdefault(told, []).append(row["name"])
+    for (count, tokens, varies, control), found in alike.items():
+        print("\n".join(_filled(", ".join(found), "")))
+        counted = [f"{_listed(tokens)} patch tokens"] if tokens else []
+        print("\n".join(_filled(" · ".join([f"{count} models", varies, *counted]), "    ")))
+        print("\n".join(_filled(control, "    ")))
+    say("models --series NAME lists one, attnbias probe --series NAME measures it")
+
+
+def _one_series(row: dict[str, Any]) -> list[str]:
+    """A series with its members, one a line."""
+    told = {"varies": row["varies"], "constant": row["constant"], "control": row["control"]}
+    lines = [row["name"]]
+    for name, text in told.items():
+        lines += _filled(f"{name:8}  {text}", "    ", hanging=10)
+    shown = row["members"][:MEMBERS_SHOWN]
+    width = max(map(len, shown))
+    lines += [
+        f"  {member:{width}}  {tokens:>5} patch tokens" if tokens else f"  {member}"
+        for member, tokens in zip(shown, row["tokens"] or [0] * len(shown), strict=False)
+    ]
+    left = len(row["members"]) - len(shown)
+    return [*lines, f"  and {left} more, to {row['members'][-1]} (--json lists all)"] if left else lines
+
+
+def _listed(tokens: Any) -> str:
+    return ", ".join(map(str, tokens))
+
+
+def _filled(text: str, indent: str, hanging: int = 0) -> list[str]:
+    more = " " * hanging
+    return textwrap.wrap(
+        text,
+        79,
+        initial_indent=indent,
+        subsequent_indent=indent + more,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 @app.command()

@@ -48,10 +48,12 @@ class Tower:
     layers: its attention modules in depth order.
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
-    forward: runs the tower on a batch; what it returns is compared, never interpreted.
+    forward: runs the tower on a batch.
     prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
     max_batch: the most samples that one forward may hold.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
+    language_head: loads what turns the last states of a causal language model into next-token logits.
+    ending: what `forward` ends in: "next-token logits", "class logits", "embedding" or "token states".
     facts: constants that explain a number: patch_size, image_size, context, preprocessing, bos …
     """
 
@@ -63,6 +65,8 @@ class Tower:
     prefix: tuple[str, ...] = ()
     max_batch: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
+    language_head: Callable[[], nn.Module] | None = None
+    ending: str = "token states"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,6 +1,7 @@
 """The models that travel inside the package: three ViTs that differ in patch size, and a language model.
 
-`diag.train.embedded` trains them. Their weights are stored in float16 under `EMBEDDED`.
+`diag.train.embedded` trains them. Their weights are stored in float16 under `EMBEDDED`. The ViTs take
+`img_size=`: their position embeddings are interpolated.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ EMBEDDED = Path(__file__).parent / "embedded"
 """Folder of the weights: `vit-p16.safetensors` with its card `vit-p16.json` and so on, and `lm/`."""
 
 
-def build_vit(patch_size: int) -> VisionTransformer:
-    """A randomly initialised ViT for 64-pixel images and the bundled photographs as classes."""
+def build_vit(patch_size: int, image_size: int = VIT_CONFIG["img_size"]) -> VisionTransformer:
+    """A randomly initialised ViT with the bundled photographs as classes."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(patch_size=patch_size, num_classes=CLASSES, **VIT_CONFIG)
+    config = {**VIT_CONFIG, "img_size": image_size}
+    return VisionTransformer(patch_size=patch_size, num_classes=CLASSES, **config)
 
 
 def build_lm() -> GPT2LMHeadModel:
@@ -46,9 +48,11 @@ def build_lm() -> GPT2LMHeadModel:
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads `demo:vit-p16|vit-p8|vit-p4|lm`. Raises UserError if the package lacks its weights."""
-    if spec.checkpoint is not None or spec.model_args or spec.random_init:
+    taken = set() if spec.name == "lm" else {"img_size"}
+    if spec.checkpoint is not None or spec.random_init or spec.model_args.keys() - taken:
+        also = f", or with an image size: -m {spec.base},img_size=128" if taken else ""
         raise UserError(
-            f"'{spec.resolved}' comes with its own weights and sizes", f"use it alone: -m {spec.resolved}"
+            f"'{spec.base}' comes with its own weights and sizes", f"use it alone: -m {spec.base}{also}"
         )
     if spec.name == "lm":
         return _load_lm(spec, device=device, dtype=dtype)
@@ -60,15 +64,22 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
 
     from diag.models.base import Model
     from diag.models.loading import ready
-    from diag.models.timm import fuse, vision_tower
+    from diag.models.sizes import refuse_remainder, requested
+    from diag.models.timm import fuse, resampled, vision_tower
     from diag.models.weights import fit, read_checkpoint
 
-    module = build_vit(int(spec.name.removeprefix("vit-p")))
+    patch = int(spec.name.removeprefix("vit-p"))
+    height, width = requested(spec.model_args, "img_size", spec.base) or (VIT_CONFIG["img_size"],) * 2
+    if height != width:
+        raise UserError(f"'{spec.base}' takes square images", f"give one number: img_size={height}")
+    size = height
+    refuse_remainder((size, size), (patch, patch), spec.base)
+    module = build_vit(patch, size)
     weights = EMBEDDED / f"{spec.name}.safetensors"
-    fit(module, read_checkpoint(weights), f"embedded model '{weights.name}'")
+    tensors, fit_to = resampled(module, read_checkpoint(weights), spec.name)
+    fit(module, tensors, f"embedded model '{weights.name}'")
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
-    size = VIT_CONFIG["img_size"]
     preprocessing = {
         "size": [size, size],
         "crop": "shortest side, centre",
@@ -90,12 +101,13 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
         source=spec.resolved,
         preprocessing=preprocessing,
         image_size=(size, size),
+        fit_to=fit_to,
         device=device,
         dtype=dtype,
     )
     card = EMBEDDED / f"{spec.name}.json"
     facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
-    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, (), facts)
+    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, fit_to.notes, facts)
 
 
 def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:

@@ -1,23 +1,24 @@
 """Hugging Face models from a folder or the hub: text, vision, and both towers of contrastive models.
 
 Only models whose attention goes through `scaled_dot_product_attention` are loaded; the others are
-refused by name, because a model that computes softmax itself cannot be seen.
+refused by name, because a model that computes softmax itself cannot be seen. `img_size=` makes the image
+processor give that size, and the model interpolate its position embeddings if it has any.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -25,14 +26,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from diag.errors import UserError
-from diag.inputs import rgb
-from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.base import Model, Tower
+from diag.models.hf_head import load_language_head
+from diag.models.hf_vision import packed_tower, vision_tower
 from diag.models.loading import (
     first_line,
     frame,
     hub,
-    image_encoder,
-    image_samples,
     layers_of,
     quiet,
     ready,
@@ -42,10 +42,10 @@ from diag.models.loading import (
     unknown_argument,
 )
 from diag.models.names import ModelSpec
+from diag.models.sizes import IMAGE, PATCH
 
 VISION_PARTS = ("vision_model", "visual", "vision_tower")
 TEXT_PARTS = ("text_model", "language_model")
-CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "distillation_token")
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
 HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_token", "logit_scale")
 """Weights that no attention layer reads: a checkpoint may lack them."""
@@ -70,7 +70,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     """
     if spec.checkpoint is not None:
         raise UserError(
-            f"--checkpoint does not go with '{spec.resolved}'",
+            f"--checkpoint does not go with '{spec.base}'",
             "put the weights into the folder beside config.json and give the folder: -m hf:FOLDER",
         )
     config = load_config(spec)
@@ -80,10 +80,12 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     towers: dict[str, Tower] = {}
     notes = [spec.note] if spec.note else []
     refusals = []
-    for kind, build in _builders(spec, module, device=device, dtype=dtype).items():
+    for kind, build in _builders(spec, module, notes, device=device, dtype=dtype).items():
         try:
             towers[kind] = build()
         except UserError as refusal:
+            if kind == "vision" and IMAGE in spec.model_args:
+                raise  # the size was asked for by name
             refusals.append(refusal)
             notes.append(f"no {kind} tower: {refusal}")
     if not towers:
@@ -138,14 +140,22 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
 
 
 def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
-    """The model's config with --model-arg applied and the cache of generation switched off."""
+    """The model's config with the arguments applied and the cache of generation switched off.
+
+    `img_size` is left to the image processor and the forward pass of a model with a vision tower.
+    """
     with reading(spec, "config.json", tip="save the model again with model.save_pretrained(FOLDER)"):
         config = transformers.AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
+    sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
     for key, value in spec.model_args.items():
+        if key == IMAGE and sees:
+            continue
         if not hasattr(config, key):
-            raise unknown_argument(key, list(config.to_dict()), spec.resolved)
+            raise unknown_argument(key, list(config.to_dict()), spec.base)
+        if key == PATCH and value != config.patch_size and not spec.random_init:
+            raise UserError(f"'{spec.base}' keeps its patch size", "timm: models take patch_size=")
         setattr(config, key, value)
     for part in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
         if isinstance(part, transformers.PretrainedConfig):
@@ -229,17 +239,21 @@ def _load_module(spec: ModelSpec, config: transformers.PretrainedConfig, dtype: 
 
 
 def _builders(
-    spec: ModelSpec, module: Any, *, device: str | torch.device, dtype: torch.dtype
+    spec: ModelSpec, module: Any, notes: list[str], *, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Build]:
-    """How to build each tower that a model has."""
+    """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes."""
     config = module.config
     vision = next((part for part in VISION_PARTS if hasattr(module, part)), None)
     text = next((part for part in TEXT_PARTS if hasattr(module, part)), None)
     builders: dict[str, Build] = {}
+
+    def see(part: Any, prefix: str) -> Tower:
+        packed = hasattr(part.config, "spatial_merge_size")
+        build = packed_tower if packed else vision_tower
+        return build(spec, part, prefix, load_image_processor(spec), notes, device=device, dtype=dtype)
+
     if vision:
-        part = getattr(module, vision)
-        build = _packed_tower if hasattr(config.vision_config, "spatial_merge_size") else _vision_tower
-        builders["vision"] = lambda: build(spec, part, f"{vision}.", device=device, dtype=dtype)
+        builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
     if text:
         inner = getattr(module, text)
         causal = text == "language_model" or is_causal(inner.config)
@@ -247,12 +261,13 @@ def _builders(
     if builders:
         return builders
     if module.main_input_name == "pixel_values":
-        return {"vision": lambda: _vision_tower(spec, module, "", device=device, dtype=dtype)}
+        return {"vision": lambda: see(module, "")}
     if module.main_input_name == "input_ids":
         encoder = module.get_encoder() if config.is_encoder_decoder else module
         prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
         causal = is_causal(config)
-        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, device=device)}
+        head = partial(load_language_head, spec, module, device=device, dtype=dtype) if causal else None
+        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, device=device, head=head)}
     raise UserError(
         f"'{spec.resolved}' takes '{module.main_input_name}', neither images nor text",
         "attnbias measures text and vision models",
@@ -260,7 +275,13 @@ def _builders(
 
 
 def text_tower(
-    spec: ModelSpec, module: nn.Module, prefix: str, *, causal: bool, device: str | torch.device
+    spec: ModelSpec,
+    module: nn.Module,
+    prefix: str,
+    *,
+    causal: bool,
+    device: str | torch.device,
+    head: Callable[[], nn.Module] | None = None,
 ) -> Tower:
     """The tower of a text stack: windows of its tokenizer's tokens.
 
@@ -276,6 +297,7 @@ def text_tower(
         samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
         encode=text_encoder(device),
         forward=lambda batch: module(input_ids=batch.data),
+        language_head=head,
         facts=text_facts(context, before, after),
     )
 
@@ -300,88 +322,10 @@ def context_of(module: nn.Module, tokenizer: Any) -> int | None:
     return context
 
 
-def _image_processor(spec: ModelSpec) -> Any:
+def load_image_processor(spec: ModelSpec) -> Any:
+    """The image processor that lies beside the weights. Raises UserError if there is none."""
     tip = "save it there with image_processor.save_pretrained(FOLDER)"
     with reading(spec, "preprocessor_config.json", tip=tip):
         return transformers.AutoImageProcessor.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-
-
-def _vision_tower(
-    spec: ModelSpec, module: Any, prefix: str, *, device: str | torch.device, dtype: torch.dtype
-) -> Tower:
-    processor = _image_processor(spec)
-
-    def transform(image: Image.Image) -> Tensor:
-        return processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-    height, width = transform(Image.new("RGB", (96, 64))).shape[-2:]
-    return Tower(
-        name="vision",
-        layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
-        samples=image_samples,
-        encode=image_encoder(transform, device=device, dtype=dtype),
-        forward=lambda batch: module(pixel_values=batch.data),
-        prefix=_prefix(module),
-        facts={
-            "patch_size": getattr(module.config, "patch_size", None),
-            "image_size": height if height == width else (height, width),
-            "preprocessing": _preprocessing(processor),
-        },
-    )
-
-
-def _packed_tower(
-    spec: ModelSpec, module: Any, prefix: str, *, device: str | torch.device, dtype: torch.dtype
-) -> Tower:
-    """Qwen-VL's vision tower: patches of one image as one sequence, in the order of its windows.
-
-    Several images in one forward would share a sequence, so a batch holds one.
-    """
-    processor = _image_processor(spec)
-
-    def encode(samples: Sequence[Sample]) -> Batch:
-        (sample,) = samples
-        packed = processor(images=rgb(sample.read()), return_tensors="pt")
-        pixels = packed["pixel_values"].to(device=device, dtype=dtype)  # [patch, pixels of a patch]
-        return Batch((sample.id,), (pixels, packed["image_grid_thw"].to(device)))
-
-    full = getattr(module.config, "fullatt_block_indexes", None)
-    return Tower(
-        name="vision",
-        layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
-        samples=image_samples,
-        encode=encode,
-        forward=lambda batch: module(batch.data[0], grid_thw=batch.data[1]),
-        max_batch=1,
-        facts={
-            "patch_size": module.config.patch_size,
-            "image_size": "native",
-            "preprocessing": _preprocessing(processor),
-            "full_attention_layers": "all" if full is None else list(full),
-        },
-    )
-
-
-def _prefix(module: nn.Module) -> tuple[str, ...]:
-    names = [name.rpartition(".")[2] for name, _ in module.named_parameters()]
-    registers = getattr(module.config, "num_register_tokens", 0) if "register_tokens" in names else 0
-    return ("cls",) * sum(name in CLASS_TOKENS for name in names) + ("registers",) * registers
-
-
-def _preprocessing(processor: Any) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: side for key, side in value.items() if side is not None}
-        return list(value) if isinstance(value, list | tuple) else value
-
-    settings = processor.to_dict()
-    resample = settings.get("resample")
-    return {
-        "size": plain(settings.get("size")),
-        "crop": plain(settings.get("crop_size")) if settings.get("do_center_crop") else None,
-        "interpolation": None if resample is None else Image.Resampling(resample).name.lower(),
-        "mean": plain(settings.get("image_mean")) if settings.get("do_normalize") else None,
-        "std": plain(settings.get("image_std")) if settings.get("do_normalize") else None,
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from diag.errors import UserError, did_you_mean
 from diag.inputs import Inputs, rgb
 from diag.models.base import Batch, Sample
+from diag.models.names import ModelSpec
 from diag.models.weights import refuse_non_finite
 from diag.seam import Layer, attention_modules
 
@@ -195,11 +197,31 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def unknown_argument(key: str, allowed: Sequence[str], source: str) -> UserError:
-    """The error for a --model-arg that a model does not take, with near names."""
+    """The error for an argument that a model does not take, with near names."""
     return UserError(
-        f"{source} does not take --model-arg '{key}'",
+        f"{source} does not take the argument '{key}'",
         did_you_mean(key, allowed) or "see the model's own options",
     )
+
+
+@contextmanager
+def constructing(spec: ModelSpec, allowed: Sequence[str]) -> Iterator[None]:
+    """Turns what a library's constructor says about its arguments into two lines.
+
+    allowed: arguments that people give; the nearest one is proposed for an unknown one.
+    """
+    try:
+        yield
+    except TypeError as error:
+        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if match and match[1] in spec.model_args:
+            raise unknown_argument(match[1], allowed, spec.base) from None
+        raise
+    except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as error:
+        raise UserError(
+            f"{spec.resolved} cannot be built: {first_line(error)}",
+            "check the name and its arguments; 'attnbias models QUERY' shows what is published",
+        ) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a name on the command line stands for: `[family:]name[@revision]` to a `ModelSpec`.
+"""What a name on the command line stands for: `[family:]name[@revision][,key=value]` to a `ModelSpec`.
 
 Resolving is separate from loading and imports nothing heavy; the registries of timm and open_clip
 are asked only where a name could belong to them.
@@ -6,26 +6,31 @@ are asked only where a name could belong to them.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.models.arguments import CHECKPOINT, SCHEMAS, merged, read, split, written
+from diag.models.registries import (
+    aliases,
+    demo_models,
+    every_name,
+    open_clip_configs,
+    open_clip_row,
+    short_rows,
+    timm_pretrained,
+    timm_row,
+)
 
 FAMILIES = ("timm", "open_clip", "hf", "tl", "demo")
-OWN_OPEN_CLIP_CONFIGS = Path(__file__).parent / "open_clip_configs"
 LIST_TIP = "'attnbias models' lists short names, 'attnbias models QUERY' searches every name"
 
 _TIMM_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_SCHEMAS = ("hf-hub:", "local-dir:")
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,15 @@ class ModelSpec:
     note: str | None = None
 
     @property
-    def resolved(self) -> str:
-        """The full name that resolves to the same model without any alias."""
+    def base(self) -> str:
+        """The full name without arguments."""
         return f"{self.family}:{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def resolved(self) -> str:
+        """The full name that resolves to the same model without any alias, arguments in order."""
+        file = {} if self.checkpoint is None else {CHECKPOINT: self.checkpoint}
+        return self.base + written({**self.model_args, **file})
 
 
 def parse(
@@ -65,54 +76,52 @@ def parse(
 ) -> ModelSpec:
     """Resolves one name as typed.
 
-    model_args: `key=value` each; values are Python literals, anything else is a string.
+    checkpoint, model_args: what holds for every model beside what the name itself says; `key=value`
+        each, values are Python literals, anything else is a string.
     Raises UserError for unknown names (with near ones), ambiguous names (with the explicit forms),
-    and arguments that are not `key=value`.
+    arguments that are not `key=value`, and arguments that are given twice and differ.
 
     >>> parse("pythia-160m@step3000").resolved
     'hf:EleutherAI/pythia-160m@step3000'
     """
-    given = text.strip()
-    family, rest = _split_family(given)
-    own_weights = checkpoint is not None or random_init
-    candidates = [_in_family(family, rest, given)] if family else _candidates(given, own_weights)
+    name, pairs = split(text)
+    common = read(model_args)
+    if checkpoint is not None:
+        common[CHECKPOINT] = Path(checkpoint)
+    given = merged(read(pairs, text.strip()), common, text.strip())
+    file = given.pop(CHECKPOINT, None)
+    family, rest = _split_family(name)
+    own_weights = file is not None or random_init
+    candidates = [_in_family(family, rest, name)] if family else _candidates(name, own_weights)
     if not candidates:
-        raise unknown(given)
+        raise unknown(name)
     if len(candidates) > 1:
+        typed = "".join(f",{pair}" for pair in pairs)
         raise UserError(
-            f"model '{given}' is ambiguous",
-            f"write {one_of(dict.fromkeys(spec.resolved for spec in candidates))}",
+            f"model '{name}' is ambiguous",
+            f"write {one_of(dict.fromkeys(spec.base + typed for spec in candidates))}",
         )
     spec = replace(
         candidates[0],
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        model_args={**candidates[0].model_args, **parse_model_args(model_args)},
+        given=text.strip(),
+        checkpoint=file,
+        model_args={**candidates[0].model_args, **given},
         random_init=random_init,
         trust_remote_code=trust_remote_code,
     )
     if own_weights:
-        return replace(spec, name=spec.name.partition("/")[0]) if spec.family == "open_clip" else spec
+        return _without_tag(spec) if spec.family == "open_clip" else spec
     return _native_activation(spec) if spec.family == "timm" else spec
 
 
-def parse_model_args(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["img_size=224", "class_token=false"]` to `{"img_size": 224, "class_token": False}`."""
-    result: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise UserError(f"--model-arg '{pair}' is not key=value", "for example: --model-arg img_size=224")
-        literal = {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
-        try:
-            result[key] = ast.literal_eval(literal)
-        except (ValueError, SyntaxError):
-            result[key] = value
-    return result
+def _without_tag(spec: ModelSpec) -> ModelSpec:
+    """An open_clip architecture whose weights come from elsewhere."""
+    return spec if spec.name.startswith(SCHEMAS) else replace(spec, name=spec.name.partition("/")[0])
 
 
 def unknown(given: str) -> UserError:
     """The error for a name that nothing knows, with up to three near ones."""
-    return UserError(f"model '{given}' not found", did_you_mean(given, _every_name()) or LIST_TIP)
+    return UserError(f"model '{given}' not found", did_you_mean(given, every_name()) or LIST_TIP)
 
 
 def listing(query: str | None = None) -> list[dict[str, str]]:
@@ -121,14 +130,7 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
     Without a query: the short names and the embedded models. With one: every name of every
     registry that contains all its words.
     """
-    rows = [
-        _row(name, entry["model"], entry["tokens"], entry["licence"], entry.get("note", ""))
-        for name, entry in aliases().items()
-    ]
-    rows += [
-        _row(f"demo:{name}", f"demo:{name}", entry["tokens"], "this package's", entry["note"])
-        for name, entry in demo_models().items()
-    ]
+    rows = short_rows()
     if not query:
         return rows
     words = query.lower().split()
@@ -137,43 +139,13 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
         return all(word in text.lower() for word in words)
 
     found = [row for row in rows if matches(f"{row['name']} {row['resolves_to']}")]
-    found += [_timm_row(name) for name in _timm_pretrained() if matches(f"timm:{name}")]
-    found += [
-        _open_clip_row(name, json.loads(file.read_text()))
-        for name, file in open_clip_configs().items()
-        if matches(f"open_clip:{name}")
-    ]
-    return found
-
-
-@cache
-def _tables() -> dict[str, dict[str, dict[str, Any]]]:
-    return tomllib.loads((Path(__file__).parent / "aliases.toml").read_text())
-
-
-def aliases() -> dict[str, dict[str, Any]]:
-    """Short name -> what it stands for, from aliases.toml."""
-    return _tables()["aliases"]
-
-
-def demo_models() -> dict[str, dict[str, Any]]:
-    """The embedded models, without their family prefix."""
-    return _tables()["demo"]
-
-
-@cache
-def open_clip_configs() -> dict[str, Path]:
-    """Name -> config file of every open_clip architecture, with the ones shipped here; imports nothing."""
-    spec = find_spec("open_clip")
-    folders = [OWN_OPEN_CLIP_CONFIGS]
-    if spec is not None and spec.submodule_search_locations:
-        folders.insert(0, Path(spec.submodule_search_locations[0]) / "model_configs")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
+    found += [timm_row(name) for name in timm_pretrained() if matches(f"timm:{name}")]
+    return found + [open_clip_row(name) for name in open_clip_configs() if matches(f"open_clip:{name}")]
 
 
 def _split_family(given: str) -> tuple[str | None, str]:
     head, colon, rest = given.partition(":")
-    if not colon or given.startswith(_SCHEMAS) or "/" in head or len(head) == 1:
+    if not colon or given.startswith(SCHEMAS) or "/" in head or len(head) == 1:
         return None, given
     if head not in FAMILIES:
         near = did_you_mean(head, FAMILIES)
@@ -201,13 +173,15 @@ def _in_family(family: str, rest: str, given: str) -> ModelSpec:
     spec = ModelSpec(given, family, name, revision)
     if not name:
         raise UserError(f"model '{given}' has no name after '{family}:'", LIST_TIP)
+    if "," in name and family != "open_clip" and not _folder(name):
+        raise _no_argument(given)
     if family in ("hf", "tl"):
         return _hub_or_folder(spec)
     if family == "demo":
         if name not in demo_models():
             raise UserError(f"model '{given}' not found", f"embedded models: {_list(demo_models())}")
     elif family == "timm":
-        if not name.startswith(_SCHEMAS):
+        if not name.startswith(SCHEMAS):
             _check_timm(name, given)
     else:
         if revision and not name.startswith("hf-hub:"):
@@ -260,9 +234,19 @@ def _candidates(given: str, own_weights: bool) -> list[ModelSpec]:
         raise UserError(f"model '{given}' not found", near)
     if _TIMM_NAME.fullmatch(name) and _timm_knows(name):
         found.append(_in_family("timm", given, given))
+    if not found and "," in name:
+        raise _no_argument(given)
     if not found and _HUB_NAME.fullmatch(name):
         found.append(ModelSpec(given, "hf", name, revision))
     return found
+
+
+def _no_argument(given: str) -> UserError:
+    name, _, rest = given.partition(",")
+    return UserError(
+        f"'{rest.strip()}' in '{given}' is not key=value",
+        f"for example {name},img_size=384; only open_clip names take ARCHITECTURE,TAG",
+    )
 
 
 def _near_architecture(architecture: str, name: str) -> str | None:
@@ -282,9 +266,13 @@ def _of_alias(given: str, entry: Mapping[str, Any], revision: str | None, own_we
         raise UserError(
             f"model '{given}': open_clip names weights by tag, not by revision", "write open_clip:NAME/TAG"
         )
-    arguments = {} if own else entry.get("model_args", {})
     return ModelSpec(
-        given, family, name, revision, model_args=arguments, note=None if own else entry.get("note")
+        given,
+        family,
+        name,
+        revision,
+        model_args={} if own else entry.get("model_args", {}),
+        note=None if own else entry.get("note"),
     )
 
 
@@ -310,7 +298,7 @@ def _of_folder(given: str, folder: Path) -> ModelSpec:
 
 def _open_clip_name(name: str, given: str) -> str:
     """`ARCHITECTURE` or `ARCHITECTURE/TAG`, checked against the configs that exist."""
-    if name.startswith(_SCHEMAS):
+    if name.startswith(SCHEMAS):
         return name
     architecture, _, tag = name.replace(",", "/", 1).partition("/")
     if architecture not in open_clip_configs():
@@ -330,9 +318,9 @@ def _check_timm(name: str, given: str) -> None:
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = did_you_mean(name, [*_timm_pretrained(), *timm.list_models()])
+        near = did_you_mean(name, [*timm_pretrained(), *timm.list_models()])
         raise UserError(f"model '{given}' not found in timm", near or LIST_TIP)
-    tags = [n.partition(".")[2] for n in _timm_pretrained() if n.partition(".")[0] == architecture]
+    tags = [n.partition(".")[2] for n in timm_pretrained() if n.partition(".")[0] == architecture]
     if tag and tag not in tags:
         some = f"its tags include {one_of(tags[:3])}" if tags else "it has no published weights"
         raise UserError(f"timm's '{architecture}' has no weights '{tag}'", did_you_mean(tag, tags) or some)
@@ -345,7 +333,7 @@ def _native_activation(spec: ModelSpec) -> ModelSpec:
     registry says so in a note. DFN weights carry no note.
     Raises UserError where timm has no such variant.
     """
-    if spec.name.startswith(_SCHEMAS):
+    if spec.name.startswith(SCHEMAS):
         return spec
     from timm.models import get_pretrained_cfg
 
@@ -358,7 +346,7 @@ def _native_activation(spec: ModelSpec) -> ModelSpec:
     if not native:
         return spec
     variant = architecture.replace("_clip_", "_clip_quickgelu_")
-    if f"{variant}.{tag}" in _timm_pretrained():
+    if f"{variant}.{tag}" in timm_pretrained():
         note = f"weights trained with QuickGELU: '{variant}' computes it, '{architecture}' does not"
         return replace(spec, name=f"{variant}.{tag}", note=note)
     size = re.match(r"vit_([a-z]+)_patch(\d+)", architecture)
@@ -368,47 +356,6 @@ def _native_activation(spec: ModelSpec) -> ModelSpec:
     raise UserError(
         f"'{spec.resolved}' would run with GELU, but its weights were trained with QuickGELU", f"use {use}"
     )
-
-
-@cache
-def _timm_pretrained() -> tuple[str, ...]:
-    import timm
-
-    return tuple(timm.list_pretrained())
-
-
-def _every_name() -> list[str]:
-    """Every name that can be typed without a family, and the embedded models."""
-    return [
-        *aliases(),
-        *(f"demo:{name}" for name in demo_models()),
-        *open_clip_configs(),
-        *_timm_pretrained(),
-    ]
-
-
-def _row(name: str, resolves_to: str, tokens: str, licence: str, note: str) -> dict[str, str]:
-    return {"name": name, "resolves_to": resolves_to, "tokens": tokens, "licence": licence, "note": note}
-
-
-def _patches(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> str:
-    sides = [(size, size) if isinstance(size, int) else tuple(size) for size in (image_size, patch_size)]
-    return f"{(sides[0][0] // sides[1][0]) * (sides[0][1] // sides[1][1])} patches"
-
-
-def _timm_row(name: str) -> dict[str, str]:
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name)
-    patch = re.search(r"patch(\d+)", name)
-    tokens = _patches(config.input_size[1:], int(patch[1])) if config and patch else ""
-    return _row(name, f"timm:{name}", tokens, (config.license if config else "") or "", "")
-
-
-def _open_clip_row(name: str, config: Mapping[str, Any]) -> dict[str, str]:
-    vision = config["vision_cfg"]
-    tokens = _patches(vision["image_size"], vision["patch_size"]) if "patch_size" in vision else ""
-    return _row(name, f"open_clip:{name}", tokens, "", "name the weights: NAME/TAG, or --checkpoint FILE")
 
 
 def _list(names: Iterable[str]) -> str:

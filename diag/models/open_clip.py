@@ -1,22 +1,25 @@
-"""open_clip models, both towers: published tags, hub and local folders, or one's own training checkpoint."""
+"""open_clip models, both towers: published tags, hub and local folders, or one's own training checkpoint.
+
+`img_size=` in a name is open_clip's `force_image_size`: position embeddings are interpolated.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.base import Model, Tower
 from diag.models.loading import (
-    first_line,
+    constructing,
     frame,
     hub,
     image_encoder,
@@ -27,13 +30,15 @@ from diag.models.loading import (
     text_encoder,
     text_facts,
     text_samples,
-    unknown_argument,
 )
-from diag.models.names import OWN_OPEN_CLIP_CONFIGS, ModelSpec
-from diag.models.timm import fuse, patch_size_of, prefix_of
+from diag.models.names import ModelSpec
+from diag.models.registries import OWN_OPEN_CLIP_CONFIGS
+from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
+from diag.models.timm import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
 from diag.models.weights import fit, read_checkpoint
 
-MODEL_ARGUMENTS = ("force_quick_gelu", "force_image_size", "force_context_length", "force_patch_dropout")
+FORCED = "force_image_size"
+MODEL_ARGUMENTS = (IMAGE, FORCED, "force_quick_gelu", "force_context_length", "force_patch_dropout")
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -46,14 +51,22 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         if open_clip.get_model_config(config.stem) is None:
             open_clip.add_model_config(config)
     notes = [spec.note] if spec.note else []
-    module = _create(spec, notes)
+    image = _image_size(spec)
+    native = None if image is None else _native(spec, image)
+    module = _create(spec, notes, image)
+    fit_to = NATIVE
     if spec.checkpoint is not None:
-        source = f"checkpoint '{spec.checkpoint}'"
-        fit(module, _converted(module, read_checkpoint(spec.checkpoint)), source)
+        tensors = _converted(module, read_checkpoint(spec.checkpoint))
+        if image is not None:
+            tensors, fit_to = _resampled(module, tensors, spec.name)
+        fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
+    elif native is not None and not spec.random_init:
+        fit_to = _fitted_by_open_clip(module.visual, native.visual, spec.name)
+    notes += fit_to.notes
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
     builders: dict[str, Callable[[], Tower]] = {
-        "vision": lambda: _vision(spec, module, device=device, dtype=dtype),
+        "vision": lambda: _vision(spec, module, fit_to, device=device, dtype=dtype),
         "text": lambda: _text(spec, module, device=device),
     }
     towers, refusals = {}, []
@@ -68,7 +81,9 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes))
 
 
-def _vision(spec: ModelSpec, module: Any, *, device: str | torch.device, dtype: torch.dtype) -> Tower:
+def _vision(
+    spec: ModelSpec, module: Any, fit_to: Fitted, *, device: str | torch.device, dtype: torch.dtype
+) -> Tower:
     visual = module.visual
     trunk = getattr(visual, "trunk", None)
     settings = PreprocessCfg(**visual.preprocess_cfg)
@@ -81,9 +96,11 @@ def _vision(spec: ModelSpec, module: Any, *, device: str | torch.device, dtype: 
         encode=image_encoder(image_transform_v2(settings, is_train=False), device=device, dtype=dtype),
         forward=lambda batch: module.encode_image(batch.data),
         prefix=(("cls",) if trunk is None else prefix_of(trunk)),
+        ending="embedding",
         facts={
             "patch_size": patch_size[0] if isinstance(patch_size, tuple) else patch_size,
             "image_size": size if isinstance(size, int) else size[0] if size[0] == size[1] else tuple(size),
+            **fit_to.facts,
             "preprocessing": {
                 "size": size,
                 "crop": settings.resize_mode,
@@ -120,12 +137,80 @@ def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
         samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
         encode=text_encoder(device),
         forward=lambda batch: module.encode_text(batch.data),
+        ending="embedding",
         facts=text_facts(context, before, after),
     )
 
 
-def _create(spec: ModelSpec, notes: list[str]) -> nn.Module:
-    arguments: dict[str, Any] = dict(spec.model_args)
+# --- other image sizes than that of the weights
+
+
+def _image_size(spec: ModelSpec) -> Sides | None:
+    """The image size that was asked for, by either of its names. Raises UserError for a patch size."""
+    if PATCH in spec.model_args:
+        raise UserError(
+            f"'{spec.base}' keeps its patch size",
+            "timm: models take patch_size=; with open_clip, name an architecture with that patch size",
+        )
+    if {IMAGE, FORCED} <= spec.model_args.keys():
+        raise UserError(f"'{spec.base}': {IMAGE} and {FORCED} are the same", f"give {IMAGE} alone")
+    return requested(spec.model_args, IMAGE, spec.base) or requested(spec.model_args, FORCED, spec.base)
+
+
+def _native(spec: ModelSpec, image: Sides) -> Any:
+    """The model at its own size, without weights.
+
+    Raises UserError where its vision tower cannot take another size, or patches do not fill `image`.
+    """
+    with torch.device("meta"):
+        native: Any = _create(replace(spec, random_init=True), [], None, device="meta")
+    visual = native.visual
+    trunk = getattr(visual, "trunk", None)
+    embed: Any = visual if trunk is None else getattr(trunk, "patch_embed", None)
+    fixed = trunk is not None and not hasattr(trunk, "set_input_size")
+    if fixed or getattr(embed, "grid_size", None) is None:
+        raise UserError(
+            f"'{spec.base}' has a vision tower ({type(trunk or visual).__name__}) of one image size",
+            f"leave {IMAGE} out",
+        )
+    if image != (embed.image_size if trunk is None else embed.img_size):
+        refuse_remainder(image, embed.patch_size, spec.base)
+    return native
+
+
+def _resampled(module: Any, tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], Fitted]:
+    """One's own weights with position embeddings brought to the size of `module`."""
+    visual = module.visual
+    if hasattr(visual, "trunk"):
+        return resampled(visual.trunk, tensors, name, "visual.trunk.")
+    key = "visual.positional_embedding"
+    before = tensors.get(key)
+    if before is None or before.shape[:1] == visual.positional_embedding.shape[:1]:
+        return tensors, NATIVE
+    resized = dict(tensors)
+    resize_pos_embed(resized, module)
+    side = round((before.shape[0] - 1) ** 0.5)
+    return resized, fitted(name, visual.image_size, positions=((side, side), visual.grid_size))
+
+
+def _fitted_by_open_clip(visual: Any, native: Any, name: str) -> Fitted:
+    """What open_clip did to published weights."""
+    if hasattr(visual, "trunk"):
+        return fitted_by_timm(visual.trunk, native.trunk, name)
+    if visual.grid_size == native.grid_size:
+        return NATIVE
+    return fitted(name, visual.image_size, positions=(native.grid_size, visual.grid_size))
+
+
+# --- loading
+
+
+def _create(
+    spec: ModelSpec, notes: list[str], image: Sides | None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    arguments = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, FORCED)}
+    if image is not None:
+        arguments[FORCED] = image[0] if image[0] == image[1] else image
     architecture, _, tag = spec.name.partition("/")
     repository, file = spec.name, "open_clip_config.json"
     published = spec.checkpoint is None and not spec.random_init
@@ -141,25 +226,20 @@ def _create(spec: ModelSpec, notes: list[str]) -> nn.Module:
         if weights.get("quick_gelu") and not config.get("quick_gelu"):
             arguments["force_quick_gelu"] = True
             notes.append(f"the weights '{tag}' were trained with QuickGELU: it is used")
-    try:
-        with quiet(), hub(repository, file, download="--include 'open_clip_*'"):
-            return open_clip.create_model(
-                architecture,
-                pretrained=tag if published and tag else None,
-                load_weights=published,
-                pretrained_text=False,
-                require_pretrained=published,
-                **arguments,
-            )
-    except TypeError as error:
-        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if match and match[1] in spec.model_args:
-            raise unknown_argument(match[1], MODEL_ARGUMENTS, spec.resolved) from None
-        raise
-    except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as error:
-        raise UserError(
-            f"{spec.resolved} cannot be loaded: {first_line(error)}", "check the name and --model-arg"
-        ) from error
+    with (
+        constructing(spec, MODEL_ARGUMENTS),
+        quiet(),
+        hub(repository, file, download="--include 'open_clip_*'"),
+    ):
+        return open_clip.create_model(
+            architecture,
+            pretrained=tag if published and tag else None,
+            device=device,
+            load_weights=published,
+            pretrained_text=False,
+            require_pretrained=published,
+            **arguments,
+        )
 
 
 def _hub_form(spec: ModelSpec) -> str:
@@ -175,7 +255,7 @@ def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
     if not tag:
         first = one_of(f"open_clip:{architecture}/{name}" for name in tags[:3])
         raise UserError(
-            f"'{spec.resolved}' names an architecture, not its weights",
+            f"'{spec.base}' names an architecture, not its weights",
             f"use --checkpoint FILE, or {first}" if tags else "use --checkpoint FILE",
         )
     weights = open_clip.get_pretrained_cfg(architecture, tag)
@@ -184,7 +264,7 @@ def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
         raise UserError(f"open_clip has no weights '{tag}' for '{architecture}'", near)
     if not weights.get("hf_hub"):
         raise UserError(
-            f"'{spec.resolved}' is not on the Hugging Face Hub, but at {weights['url']}",
+            f"'{spec.base}' is not on the Hugging Face Hub, but at {weights['url']}",
             f"download that file, then: -m open_clip:{architecture} --checkpoint FILE",
         )
     return weights
@@ -193,7 +273,8 @@ def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
 def _converted(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Older and foreign layouts of the same weights, as `open_clip.load_checkpoint` converts them.
 
-    Position embeddings are not resized: a checkpoint of another size is an error, not an interpolation.
+    Position embeddings are not resized: without img_size a checkpoint of another size is an error, not an
+    interpolation.
     """
     tensors = convert_state_dict(module, tensors)
     if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):

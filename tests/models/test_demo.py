@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 
 from diag.errors import UserError
 from diag.inputs import Inputs
@@ -57,3 +59,46 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load(parse("demo:lm"), **CPU)
     with pytest.raises(UserError, match=r"vit-p8\.safetensors' does not exist"):
         load(parse("demo:vit-p8"), **CPU)
+
+
+def test_another_image_size_interpolates_the_positions(embedded: Path, photographs: Inputs) -> None:
+    native = load(parse("demo:vit-p8"), **CPU)
+    model = load(parse("demo:vit-p8,img_size=128"), **CPU)
+    stored = load_file(embedded / "vit-p8.safetensors")["pos_embed"].float()
+    assert torch.equal(model.module.pos_embed, resample_abs_pos_embed(stored, [16, 16]))
+    assert (model.name, model.resolved) == ("demo:vit-p8,img_size=128", "demo:vit-p8,img_size=128")
+    assert native.notes == ()
+    assert native.tower("vision").facts["positions"] == "native"
+    tower = model.tower("vision")
+    assert (tower.facts["positions"], tower.facts["image_size"]) == ("interpolated", 128)
+    assert tower.facts["preprocessing"]["size"] == [128, 128]
+    assert "from 8×8 to 16×16" in model.notes[0]
+    calls: list = []
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(tower.encode(list(tower.samples(photographs, None))))
+    assert {call.tokens for call in calls} == {257}
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "tip"),
+    [
+        (
+            "demo:vit-p8,img_size=60",
+            "60 px is not a multiple of the patch size 8",
+            "img_size=56 or img_size=64",
+        ),
+        ("demo:vit-p8,img_size=(64, 128)", "'demo:vit-p8' takes square images", "img_size=64"),
+        (
+            "demo:vit-p8,patch_size=4",
+            "'demo:vit-p8' comes with its own weights",
+            "-m demo:vit-p8,img_size=128",
+        ),
+        ("demo:lm,img_size=64", "'demo:lm' comes with its own weights", "use it alone: -m demo:lm"),
+        ("demo:vit-p8,checkpoint=w.pt", "'demo:vit-p8' comes with its own weights", "use it alone"),
+    ],
+)
+def test_sizes_that_cannot_be(name: str, message: str, tip: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(parse(name), **CPU)
+    assert message in str(error.value)
+    assert tip in (error.value.tip or "")

@@ -195,7 +195,7 @@ def test_code_in_a_repository_does_not_run(tmp_path: Path) -> None:
 def test_arguments(folder_of: Folders) -> None:
     model = load_folder(folder_of("gpt2"), model_args=["n_layer=1"])
     assert len(model.tower("text").layers) == 1
-    with pytest.raises(UserError, match="does not take --model-arg 'n_layers'") as error:
+    with pytest.raises(UserError, match="does not take the argument 'n_layers'") as error:
         load_folder(folder_of("gpt2"), model_args=["n_layers=1"])
     assert "'n_layer'" in (error.value.tip or "")
     with pytest.raises(UserError, match="--checkpoint does not go with"):
@@ -220,3 +220,87 @@ def test_one_packed_image_for_each_batch(folder_of: Folders, photographs: Inputs
     whole = [call.tokens for call in calls if call.layer == 1]
     assert len(windows) > len(whole) == 1
     assert sum(windows) == sum(whole)
+
+
+# --- other image sizes than that of the weights
+
+
+def tokens_seen(model: Model, photographs: Inputs) -> int:
+    tower = model.tower("vision")
+    calls: list = []
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(tower.encode([next(tower.samples(photographs, None))]))
+    return calls[0].tokens - len(tower.prefix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [
+        ("vit", "interpolated"),
+        ("clip", "interpolated"),
+        ("siglip", "interpolated"),
+        ("dinov2", "interpolated"),
+        ("dinov3", "native"),
+    ],
+)
+def test_another_image_size(folder_of: Folders, photographs: Inputs, kind: str, positions: str) -> None:
+    model = load(parse(f"hf:{folder_of(kind)},img_size=64"), **CPU)
+    facts = model.tower("vision").facts
+    assert (facts["image_size"], facts["positions"], facts["patch_embedding"]) == (64, positions, "native")
+    words = "position embeddings interpolated from 4×4 to 8×8: off the training distribution"
+    assert model.notes == ((words,) if positions == "interpolated" else ())
+    assert tokens_seen(model, photographs) == 64
+    assert 64 in facts["preprocessing"]["size"].values()
+    native = load_folder(folder_of(kind))
+    assert native.tower("vision").facts["positions"] == "native"
+    assert tokens_seen(native, photographs) == 16
+
+
+def test_the_proportion_of_resizing_to_cropping_is_kept(folder_of: Folders, tmp_path: Path) -> None:
+    folder = broken(folder_of, "clip", tmp_path / "clip")
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    facts = load(parse(f"hf:{folder},img_size=64"), **CPU).tower("vision").facts["preprocessing"]
+    assert (facts["size"], facts["crop"]) == ({"shortest_edge": 80}, {"height": 64, "width": 64})
+
+
+def test_a_processor_that_differs_from_the_config_is_marked(folder_of: Folders, tmp_path: Path) -> None:
+    """Published DINOv2 is stored for 518 px and prepared at 224: its positions are always interpolated."""
+    folder = broken(folder_of, "dinov2", tmp_path / "dinov2")
+    transformers.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+    model = load_folder(folder)
+    assert model.tower("vision").facts["positions"] == "interpolated"
+    assert "from 4×4 to 6×6" in model.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message", "tip"),
+    [
+        ("vit", "60", "60 px is not a multiple of the patch size 8", "img_size=56 or img_size=64"),
+        ("clip", "(64, 32)", "takes square images", "img_size=64"),
+        ("qwen2_5_vl", "64", "does not take img_size: it takes every image at the image's own size", "leave"),
+        ("gpt2", "64", "does not take the argument 'img_size'", ""),
+    ],
+)
+def test_sizes_that_cannot_be(folder_of: Folders, kind: str, size: str, message: str, tip: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(parse(f"hf:{folder_of(kind)},img_size={size}"), **CPU)
+    assert message in str(error.value)
+    assert tip in (error.value.tip or "")
+
+
+def test_another_patch_size_is_refused_by_name(folder_of: Folders) -> None:
+    with pytest.raises(UserError, match="keeps its patch size") as error:
+        load(parse(f"hf:{folder_of('vit')},patch_size=4"), **CPU)
+    assert error.value.tip == "timm: models take patch_size="
+    assert load(parse(f"hf:{folder_of('vit')},patch_size=8"), **CPU).tower("vision").facts["patch_size"] == 8
+
+
+def test_a_model_whose_forward_does_not_interpolate_is_refused_by_name(
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diag.models.hf_vision.FLAG", "another_flag")
+    with pytest.raises(UserError, match="does not take img_size: its position embeddings are of one size"):
+        load(parse(f"hf:{folder_of('vit')},img_size=64"), **CPU)
+    assert load_folder(folder_of("vit")).tower("vision").facts["positions"] == "native"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from diag.errors import UserError
-from diag.models.names import ModelSpec, listing, parse, parse_model_args
+from diag.models.arguments import read
+from diag.models.names import ModelSpec, listing, parse
 
 
 @pytest.mark.parametrize(
@@ -42,11 +43,12 @@ def test_what_people_type_resolves(typed: str, resolved: str | None) -> None:
 
 def test_vit_b_14_says_that_no_public_clip_exists() -> None:
     spec = parse("vit-b-14")
-    assert spec.resolved == "timm:vit_base_patch14_dinov2.lvd142m"
+    assert spec.resolved == "timm:vit_base_patch14_dinov2.lvd142m,img_size=224"
     assert spec.model_args == {"img_size": 224}
     assert "no public CLIP ViT-B/14" in (spec.note or "")
     own = parse("vit-b-14", checkpoint="weights.pt")
-    assert (own.resolved, own.model_args, own.note) == ("open_clip:ViT-B-14", {}, None)
+    assert (own.base, own.model_args, own.note) == ("open_clip:ViT-B-14", {}, None)
+    assert own.resolved == "open_clip:ViT-B-14,checkpoint=weights.pt"
 
 
 def test_a_checkpoint_replaces_the_tag() -> None:
@@ -130,7 +132,7 @@ def test_a_folder_is_recognised_by_its_config(tmp_path: Path, monkeypatch: pytes
 
 def test_model_arguments_are_literals() -> None:
     given = ["img_size=224", "class_token=false", "window=(4, 4)", "pool=avg", "tag=none"]
-    assert parse_model_args(given) == {
+    assert read(given) == {
         "img_size": 224,
         "class_token": False,
         "window": (4, 4),
@@ -139,7 +141,7 @@ def test_model_arguments_are_literals() -> None:
     }
     assert parse("vit-b-14", model_args=["img_size=518"]).model_args == {"img_size": 518}
     with pytest.raises(UserError, match="'img_size' is not key=value"):
-        parse_model_args(["img_size"])
+        read(["img_size"])
 
 
 def test_listing_searches_every_registry() -> None:

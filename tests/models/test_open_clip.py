@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from checkpoints import OPEN_CLIP_SIZES, save_open_clip
+from safetensors.torch import save_file
 
 from diag.errors import UserError
 from diag.inputs import Inputs
 from diag.models import load
+from diag.models.base import Model
 from diag.models.names import ModelSpec, parse
 from diag.models.weights import digest
 
@@ -147,6 +150,114 @@ def test_weights_trained_with_quickgelu_run_with_it(monkeypatch: pytest.MonkeyPa
 
 def test_an_unknown_argument(tiny: None) -> None:
     spec = ModelSpec("tiny", "open_clip", "tiny", random_init=True, model_args={"force_image_sise": 64})
-    with pytest.raises(UserError, match="does not take --model-arg 'force_image_sise'") as error:
+    with pytest.raises(UserError, match="does not take the argument 'force_image_sise'") as error:
         load(spec, **CPU)
     assert error.value.tip == "did you mean 'force_image_size'?"
+
+
+# --- other image sizes than that of the weights
+
+
+def tokens_seen(model: Model, photographs: Inputs) -> int:
+    tower = model.tower("vision")
+    calls: list = []
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(tower.encode([next(tower.samples(photographs, None))]))
+    return calls[0].tokens
+
+
+def test_another_image_size_interpolates_the_positions(
+    tmp_path: Path, tiny: None, photographs: Inputs
+) -> None:
+    file = save_open_clip(tmp_path)
+    stored = torch.load(file)["state_dict"]["module.visual.positional_embedding"]
+    spec = ModelSpec("tiny", "open_clip", "tiny", checkpoint=file, model_args={"img_size": 64})
+    model = load(spec, **CPU)
+    larger = {**OPEN_CLIP_SIZES["vision_cfg"], "image_size": 64}
+    expected = open_clip.CLIP(**{**OPEN_CLIP_SIZES, "vision_cfg": larger})
+    state = {"visual.positional_embedding": stored}
+    open_clip.model.resize_pos_embed(state, expected)
+    positions = model.module.visual.positional_embedding
+    assert torch.equal(positions, state["visual.positional_embedding"])
+    assert torch.equal(positions[0], stored[0])
+    facts = model.tower("vision").facts
+    assert (facts["positions"], facts["patch_embedding"], facts["image_size"]) == (
+        "interpolated",
+        "native",
+        64,
+    )
+    assert model.notes == ("position embeddings interpolated from 4×4 to 8×8: off the training distribution",)
+    assert tokens_seen(model, photographs) == 65
+    same = load(
+        ModelSpec("tiny", "open_clip", "tiny", checkpoint=file, model_args={"force_image_size": 32}), **CPU
+    )
+    assert same.tower("vision").facts["positions"] == "native"
+    assert same.notes == ()
+
+
+def test_published_weights_of_a_folder_at_another_size(
+    tmp_path: Path, tiny: None, photographs: Inputs
+) -> None:
+    torch.manual_seed(0)
+    module = open_clip.CLIP(**OPEN_CLIP_SIZES)
+    save_file(module.state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP_SIZES}))
+    native = load(parse(f"open_clip:local-dir:{tmp_path}"), **CPU)
+    assert native.tower("vision").facts["positions"] == "native"
+    model = load(parse(f"{tmp_path},img_size=48"), **CPU)
+    assert model.tower("vision").facts["positions"] == "interpolated"
+    assert "from 4×4 to 6×6" in model.notes[0]
+    assert tokens_seen(model, photographs) == 37
+
+
+def test_a_timm_trunk_at_another_size(tmp_path: Path, tiny: None, photographs: Inputs) -> None:
+    torch.manual_seed(0)
+    base = open_clip.create_model("trunk", pretrained_text=False)
+    save_file(base.state_dict(), tmp_path / "w.safetensors")
+    spec = ModelSpec(
+        "x", "open_clip", "trunk", checkpoint=tmp_path / "w.safetensors", model_args={"img_size": 96}
+    )
+    model = load(spec, **CPU)
+    assert model.module.visual.trunk.pos_embed.shape == (1, 37, 192)
+    assert model.tower("vision").facts["positions"] == "interpolated"
+    assert "from 14×14 to 6×6" in model.notes[0]
+    assert tokens_seen(model, photographs) == 37
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message", "tip"),
+    [
+        ("convolutional", {"img_size": 64}, "vision tower (ModifiedResNet) of one image size", "img_size"),
+        (
+            "tiny",
+            {"img_size": 36},
+            "36 px is not a multiple of the patch size 8",
+            "img_size=32 or img_size=40",
+        ),
+        ("tiny", {"patch_size": 4}, "keeps its patch size", "timm: models take patch_size="),
+        ("tiny", {"img_size": 64, "force_image_size": 64}, "are the same", "give img_size alone"),
+    ],
+)
+def test_sizes_that_cannot_be(
+    tiny: None, name: str, arguments: dict[str, int], message: str, tip: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(ModelSpec("x", "open_clip", name, random_init=True, model_args=arguments), **CPU)
+    assert message in str(error.value)
+    assert tip in (error.value.tip or "")
+
+
+def test_two_own_checkpoints_of_the_shipped_b_14(tmp_path: Path) -> None:
+    """What `-m open_clip:ViT-B-14,checkpoint=A -m open_clip:ViT-B-14,checkpoint=B` loads."""
+    hashes = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        small = open_clip.CLIP(**OPEN_CLIP_SIZES)
+        torch.save(small.state_dict(), tmp_path / f"{seed}.pt")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-14", OPEN_CLIP_SIZES)
+            model = load(parse(f"open_clip:ViT-B-14,checkpoint={tmp_path}/{seed}.pt"), **CPU)
+        assert model.name == f"open_clip:ViT-B-14,checkpoint={tmp_path}/{seed}.pt"
+        assert model.facts["weights_sha256"] == digest(small)
+        hashes.add(model.facts["weights_sha256"])
+    assert len(hashes) == 2

@@ -1,0 +1,113 @@
+"""Arguments inside a model's name: `NAME,key=value,key=value`, taken off, read, and written back.
+
+They say what a name alone cannot: an image size, a patch size, a file with one's own weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diag.errors import UserError
+
+CHECKPOINT = "checkpoint"
+"""The argument that no constructor gets: a file with the weights."""
+
+SCHEMAS = ("hf-hub:", "local-dir:")
+
+_COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=)")
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def split(text: str) -> tuple[str, tuple[str, ...]]:
+    """Takes the arguments off a name. A comma without a `=` behind it belongs to the name (open_clip's tag).
+
+    A folder whose name looks like that has no arguments.
+
+    >>> split("ViT-B-16,datacomp_xl_s13b_b90k,img_size=384")
+    ('ViT-B-16,datacomp_xl_s13b_b90k', ('img_size=384',))
+    """
+    text = text.strip()
+    if _path(text).is_dir():
+        return text, ()
+    name, *pairs = _COMMA.split(text)
+    return name.strip(), tuple(pair.strip() for pair in pairs)
+
+
+def read(pairs: Iterable[str], given: str | None = None) -> dict[str, Any]:
+    """`["img_size=224", "class_token=false"]` to `{"img_size": 224, "class_token": False}`.
+
+    Values are Python literals, anything else is a string; a checkpoint is a path.
+    given: the name that the pairs come from; None if they come from --model-arg.
+
+    Raises UserError for what is not `key=value`, and for a key that is given twice in one name.
+    """
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier() or not value:
+            if given is None:
+                raise UserError(
+                    f"--model-arg '{pair}' is not key=value", "for example: --model-arg img_size=224"
+                )
+            raise UserError(f"'{pair}' in '{given}' is not key=value", f"give {key} a value: {key}=VALUE")
+        if given is not None and key in result:
+            raise UserError(f"'{given}' gives {key} twice", f"leave one {key}= out")
+        result[key] = Path(value).expanduser() if key == CHECKPOINT else _literal(value)
+    return result
+
+
+def merged(named: Mapping[str, Any], common: Mapping[str, Any], given: str) -> dict[str, Any]:
+    """Arguments of one name and those for all models. Raises UserError where they disagree."""
+    for key in named:
+        if key in common and common[key] != named[key]:
+            flag = "--checkpoint" if key == CHECKPOINT else f"--model-arg {key}="
+            between = " " if key == CHECKPOINT else ""
+            raise UserError(
+                f"'{given}' and {flag}{between}{_written(common[key])} disagree",
+                f"give {key} in one place: in each name, or once for all models",
+            )
+    return {**common, **named}
+
+
+def written(arguments: Mapping[str, Any]) -> str:
+    """Arguments as the end of a name, sorted, such that `read` gives them back.
+
+    >>> written({"patch_size": 24, "img_size": 240})
+    ',img_size=240,patch_size=24'
+    """
+    return "".join(f",{key}={_written(arguments[key])}" for key in sorted(arguments))
+
+
+def local_files(text: str) -> list[Path]:
+    """What a name points to on this disk: a folder, a checkpoint, both or nothing."""
+    name, pairs = split(text)
+    checkpoint = read(pairs, text).get(CHECKPOINT)
+    return [path for path in (_path(name), checkpoint) if path is not None and path.exists()]
+
+
+def _path(name: str) -> Path:
+    """What a name would be as a folder, without family and schema."""
+    for prefix in ("timm:", "open_clip:", "hf:", "tl:", *SCHEMAS):
+        name = name.removeprefix(prefix)
+    return Path(name).expanduser()
+
+
+def _literal(value: str) -> Any:
+    if value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        return value if _literal(value) == value else repr(value)
+    return repr(value)

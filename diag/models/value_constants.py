@@ -1,0 +1,262 @@
+"""The constant that biases put into every value of a layer, read off the weights: `c = b_V + W_V β`.
+
+Rows of the pattern sum to 1, so such a constant enters every value and every output. b_V is the
+bias of the value projection. β is the shift of the norm whose output the projection reads, in blocks
+that normalise before attention. Where attention reads the residual stream itself (post-norm blocks
+such as BERT's), the shift of an earlier norm is part of the stream and stays: only b_V is a constant.
+transformer-lens folds the same two terms, for the same blocks (`supports_fold_ln`, `fold_value_biases`).
+
+`ROWS` is the one table: what is not in it is refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diag.errors import UserError
+from diag.seam import Layer
+
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Projection(NamedTuple):
+    """The rows of a projection that make values, KV heads in order, and their bias."""
+
+    weight: Float[Tensor, "channel width"]
+    bias: Float[Tensor, " channel"] | None
+
+
+Read = Callable[[Any], Projection]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one kind of attention inside one kind of block reads its values.
+
+    block, attention: library and class; the block with the file that it is in. The attention lies in
+        the block, however deep.
+    norm: the norm that feeds the projection, by its name beside the attention module; None where the
+        projection reads the residual stream; or a function of the block that says which.
+    read: from the attention module to its value projection.
+    """
+
+    block: str
+    attention: str
+    norm: str | Callable[[Any], str | None] | None
+    read: Read
+
+
+def value_constants(root: nn.Module, layers: Sequence[Layer]) -> dict[int, Float[Tensor, " channel"]]:
+    """The constant of each layer's values, by layer index: KV heads one after the other, float32.
+
+    root: the model that holds the layers.
+    Nothing is run, and the model is not changed.
+
+    Raises UserError, naming the first layer whose projection, or the norm before it, is not known.
+    """
+    paths = {module: path for path, module in root.named_modules()}
+    constants = {}
+    for layer in layers:
+        try:
+            with torch.no_grad():
+                constants[layer.index] = _constant(root, paths.get(layer.module, ""), layer.module)
+        except _UnknownError as why:
+            name = type(_inner(layer.module)).__name__
+            raise UserError(
+                f"values of layer '{layer.path}' ({name}) cannot be made bias-free: {why}",
+                "measure them as computed, the default, or leave the layer out with --layers",
+            ) from None
+    return constants
+
+
+class _UnknownError(Exception):
+    """Why the constant of one layer is not known."""
+
+
+def _constant(root: nn.Module, path: str, module: nn.Module) -> Tensor:
+    attention = _inner(module)
+    around = list(_ancestors(root, path))
+    kind = f"{_library(attention)}.{type(attention).__name__}"
+    places = [(f"{_library(block)}.{_file(block)}.{type(block).__name__}", kind) for block in around]
+    found = next((n for n, place in enumerate(places) if place in _ROWS), None)
+    if found is None:
+        raise _UnknownError("its value projection is not known")
+    row = _ROWS[places[found]]
+    projection = row.read(module) if attention is module else _projection_of_bridge(module)
+    constant = torch.zeros_like(projection.weight[:, 0], dtype=torch.float64)
+    if projection.bias is not None:
+        constant += projection.bias
+    norm = row.norm(around[found]) if callable(row.norm) else row.norm
+    shift = None if norm is None else _shift(_inner(getattr(around[0], norm)))
+    if shift is not None:
+        constant += projection.weight.double() @ shift.double()
+    return constant.float()
+
+
+def _shift(norm: nn.Module) -> Tensor | None:
+    """The β of `x̂ γ + β`; None for a norm without one. What holds more than γ and β is no such norm."""
+    parameters = dict(norm.named_parameters())
+    if not parameters.keys() <= {"weight", "bias"} or dict(norm.named_buffers()):
+        raise _UnknownError(f"the norm before its projection, {type(norm).__name__}, is not known")
+    return parameters.get("bias")
+
+
+def _ancestors(root: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules around a path, from the innermost."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield root.get_submodule(path)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """What a bridge of transformer-lens wraps; every other module is itself."""
+    return getattr(module, "_original_component", module)
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _file(module: nn.Module) -> str:
+    return type(module).__module__.rpartition(".")[2].removeprefix("modeling_")
+
+
+# --- reading a projection
+
+
+def _linear(linear: Any) -> Projection:
+    """A plain linear layer as `[out, in]`. GPT-2's Conv1D is one that is stored `[in, out]`."""
+    transposed = type(linear).__name__ == "Conv1D"
+    plain = transposed or isinstance(linear, nn.Linear)  # an adapter wraps one, and adds to it
+    if not plain or linear.weight.dtype not in FORMATS:
+        raise _UnknownError(f"its value projection, {type(linear).__name__}, is not a plain linear layer")
+    return Projection(linear.weight.T if transposed else linear.weight, linear.bias)
+
+
+def own(name: str) -> Read:
+    """Values have a layer of their own."""
+    return lambda attention: _linear(getattr(attention, name))
+
+
+def last_third(name: str) -> Read:
+    """One layer makes queries, keys and values, in this order."""
+
+    def read(attention: Any) -> Projection:
+        weight, bias = _linear(getattr(attention, name))
+        return Projection(weight.chunk(3)[2], None if bias is None else bias.chunk(3)[2])
+
+    return read
+
+
+def timm_qkv(attention: Any) -> Projection:
+    """timm: fused or not; BEiT and EVA keep the fused layer's biases beside it, as `q_bias` and `v_bias`."""
+    if attention.qkv is None:
+        return _linear(attention.v_proj)
+    weight, bias = last_third("qkv")(attention)
+    return Projection(weight, getattr(attention, "v_bias", None) if bias is None else bias)
+
+
+def in_proj(attention: Any) -> Projection:
+    """`nn.MultiheadAttention`."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    weight = attention.v_proj_weight if weight is None else weight.chunk(3)[2]
+    return Projection(weight, None if bias is None else bias.chunk(3)[2])
+
+
+def query_key_value(attention: Any) -> Projection:
+    """GPT-NeoX: the rows of a head are its query, its key, its value."""
+    weight, bias = _linear(attention.query_key_value)
+
+    def values(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, 3, attention.head_size))[:, 2].flatten(0, 1)
+
+    return Projection(values(weight), None if bias is None else values(bias))
+
+
+def _projection_of_bridge(bridge: Any) -> Projection:
+    """transformer-lens: every bridge holds a value layer of its own, also where the model's is fused."""
+    return _linear(_inner(bridge.v))
+
+
+# --- the table
+
+ROWS = (
+    Row("timm.vision_transformer.Block", "timm.Attention", "norm1", timm_qkv),
+    Row("timm.vision_transformer.ResPostBlock", "timm.Attention", None, timm_qkv),
+    Row("timm.vision_transformer.ParallelThingsBlock", "timm.Attention", "norm", timm_qkv),
+    Row("timm.vision_transformer_relpos.RelPosBlock", "timm.RelPosAttention", "norm1", timm_qkv),
+    Row("timm.vision_transformer_relpos.ResPostRelPosBlock", "timm.RelPosAttention", None, timm_qkv),
+    Row("timm.vision_transformer_sam.Block", "timm.Attention", "norm1", timm_qkv),
+    Row("timm.beit.Block", "timm.Attention", "norm1", timm_qkv),
+    Row("timm.eva.EvaBlock", "timm.EvaAttention", "norm1", timm_qkv),
+    Row("timm.eva.EvaBlock", "timm.AttentionRope", "norm1", timm_qkv),
+    Row("timm.eva.EvaBlockPostNorm", "timm.EvaAttention", None, timm_qkv),
+    Row("timm.eva.EvaBlockPostNorm", "timm.AttentionRope", None, timm_qkv),
+    Row("timm.swin_transformer.SwinTransformerBlock", "timm.WindowAttention", "norm1", timm_qkv),
+    Row("timm.hiera.HieraBlock", "timm.MaskUnitAttention", "norm1", timm_qkv),
+    Row("open_clip.transformer.ResidualAttentionBlock", "torch.MultiheadAttention", "ln_1", in_proj),
+    Row("torchvision.vision_transformer.EncoderBlock", "torch.MultiheadAttention", "ln_1", in_proj),
+    Row(
+        "torch.transformer.TransformerEncoderLayer",
+        "torch.MultiheadAttention",
+        lambda block: "norm1" if block.norm_first else None,
+        in_proj,
+    ),
+    Row("transformers.gpt2.GPT2Block", "transformers.GPT2Attention", "ln_1", last_third("c_attn")),
+    Row(
+        "transformers.gpt_neox.GPTNeoXLayer",
+        "transformers.GPTNeoXAttention",
+        "input_layernorm",
+        query_key_value,
+    ),
+    Row(
+        "transformers.opt.OPTDecoderLayer",
+        "transformers.OPTAttention",
+        lambda block: "self_attn_layer_norm" if block.do_layer_norm_before else None,
+        own("v_proj"),
+    ),
+    Row("transformers.t5.T5LayerSelfAttention", "transformers.T5Attention", "layer_norm", own("v")),
+    Row("transformers.bert.BertLayer", "transformers.BertSelfAttention", None, own("value")),
+    Row("transformers.roberta.RobertaLayer", "transformers.RobertaSelfAttention", None, own("value")),
+    Row(
+        "transformers.xlm_roberta.XLMRobertaLayer", "transformers.XLMRobertaSelfAttention", None, own("value")
+    ),
+    Row("transformers.electra.ElectraLayer", "transformers.ElectraSelfAttention", None, own("value")),
+    Row(
+        "transformers.distilbert.TransformerBlock", "transformers.DistilBertSelfAttention", None, own("v_lin")
+    ),
+    Row(
+        "transformers.qwen2_5_vl.Qwen2_5_VLVisionBlock",
+        "transformers.Qwen2_5_VLVisionAttention",
+        "norm1",
+        last_third("qkv"),
+    ),
+    *(
+        Row(f"transformers.{file}.{name}{layer}", f"transformers.{name}Attention", norm, own("v_proj"))
+        for layer, norm, names in (
+            (
+                "DecoderLayer",
+                "input_layernorm",
+                "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL "
+                "gemma.Gemma gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
+            ),
+            ("DecoderLayer", None, "olmo2.Olmo2"),
+            ("Layer", "layernorm_before", "vit.ViT deit.DeiT beit.Beit"),
+            (
+                "Layer",
+                "norm1",
+                "dinov2.Dinov2 dinov2_with_registers.Dinov2WithRegisters dinov3_vit.DINOv3ViT",
+            ),
+            ("EncoderLayer", "layer_norm1", "clip.CLIP siglip.Siglip siglip2.Siglip2"),
+        )
+        for file, name in (entry.split(".") for entry in names.split())
+    ),
+)
+
+_ROWS = {(row.block, row.attention): row for row in ROWS}
