@@ -1,0 +1,217 @@
+"""`attnbias attend`: one token of one input → what it attends to, whose values, and its output's parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diag.cli.app import app, say
+from diag.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from diag.attend import Attended
+
+
+@app.command()
+def attend(
+    model: Annotated[
+        list[str],
+        typer.Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
+    ],
+    image: Annotated[str | None, typer.Option(help="An image file, or demo:NAME (demo:astronaut).")] = None,
+    text: Annotated[str | None, typer.Option(help="The text itself, a text file, or 'demo'.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Depth index; -1 is the last.")] = None,
+    depth: Annotated[
+        float | None, typer.Option(help="Instead of --layer: 0 is the first layer, 1 the last.")
+    ] = None,
+    head: Annotated[int | None, typer.Option(help="One query head [default: the mean over heads].")] = None,
+    patch: Annotated[
+        str | None, typer.Option(help="The target patch as ROW,COLUMN of the first model's grid.")
+    ] = None,
+    pixel: Annotated[
+        str | None, typer.Option(help="Instead of --patch: X,Y in the first model's resized image.")
+    ] = None,
+    token: Annotated[int | None, typer.Option(help="The target token of a text; -1 is the last.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of the text [default: 128, or as many as there are].")
+    ] = None,
+    top: Annotated[int, typer.Option(help="List so many of the most attended tokens.")] = 10,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="key=value for the model's constructor, repeatable.")
+    ] = None,
+    random_init: Annotated[
+        bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/attend-NAME-KEY].")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Measure again what the folder holds.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of a table.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")] = False,
+) -> None:
+    """Show what one patch or token attends to, how alike their values are, and what it gets back."""
+    from diag.attend import checked, read, run_attend
+    from diag.terminal import StderrListener
+
+    plan = checked(
+        models=tuple(model),
+        image=image,
+        text=text,
+        layer=layer,
+        depth=depth,
+        head=head,
+        patch=_pair(patch, "--patch", "ROW,COLUMN"),
+        pixel=_pair(pixel, "--pixel", "X,Y"),
+        token=token,
+        seq_len=seq_len,
+        top=top,
+        checkpoint=checkpoint,
+        model_args=tuple(model_arg or ()),
+        random_init=random_init,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        device=device,
+    )
+    with StderrListener(quiet=quiet) as listener:
+        folder = run_attend(plan, out, overwrite=overwrite, listener=listener)
+    found = read(folder)
+    if as_json:
+        print(json.dumps(_document(found, folder, top), indent=1, ensure_ascii=False))
+    elif quiet:
+        print(folder)
+    else:
+        print(_table(found, top))
+        say(f"folder: {folder}")
+    if found.failed:
+        say(f"{len(found.failed)} failed:")
+        for name, why in found.failed.items():
+            say(f"  {name}: {why}")
+        raise SystemExit(3)
+
+
+def _pair(text: str | None, flag: str, form: str) -> tuple[int, int] | None:
+    """`3,4` → (3, 4). Raises UserError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*", text)
+    if not found:
+        raise UserError(f"{flag} does not understand '{text}'", f"{flag} {form}, for example {flag} 3,4")
+    return int(found[1]), int(found[2])
+
+
+def _table(found: Attended, top: int) -> str:
+    """Per model: the target, its most attended tokens, and its split. At most 80 columns wide."""
+    return "\n\n".join("\n".join(_block(entry, found, top)) for entry in found.models)
+
+
+def _block(entry: Any, found: Attended, top: int) -> list[str]:
+    from diag.figures.strip import printable
+    from diag.figures.tables import shorten
+    from diag.terminal import WIDTH, columns
+
+    tokens, numbers = _of_model(entry, found)
+    first, visible = tokens.iloc[0], int(tokens["weight"].notna().sum())
+    mean = first["head"] == "mean"
+    head = f"mean over {entry['heads']} heads" if mean else f"head {first['head']}"
+    if entry["tower"] == "vision":
+        target = "patch {},{} of {}×{}".format(*entry["target"], *entry["grid"])
+    else:
+        target = f"token {entry['target']} '{printable(entry['target_text'])}'"
+    rows = [
+        {
+            "rank": f"{token['rank']:>4}",
+            "token": _name(token),
+            "weight": f"{token['weight']:>6.4f}",
+            "× uniform": f"{token['weight'] * visible:>9.1f}",
+            "value cosine": f"{token['value_cosine']:>12.3f}",
+        }
+        for _, token in _most(tokens, top).iterrows()
+    ]
+    said = f"{entry['input']} · layer {entry['layer']} · {head} · target {target} · sees {visible}"
+    return [
+        shorten(entry["given"], WIDTH),
+        *textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  "),
+        *columns(rows).splitlines(),
+        *_split(numbers, mean),
+    ]
+
+
+def _split(numbers: pd.Series, mean: bool) -> list[str]:
+    """cos(y, v) in its two parts, its nulls, and ‖y‖² in its two parts."""
+    bias, own, context, uniform, partner = (
+        "–" if numbers[name] != numbers[name] else f"{numbers[name]:.3f}"
+        for name in ("cos_y_vself", "self_part", "context_part", "cos_y_vuniform", "cos_y_vpartner")
+    )
+    energy = numbers["removed_energy"]
+    shares = f"{energy:.0%} along v, {1 - energy:.0%} exclusive"
+    norms = "means over heads"  # norms and signed projections of several heads do not add up
+    if not mean:
+        norms = "‖y‖ {output_norm:.3f}, along v {projection:.3f}, exclusive {exclusive_norm:.3f}".format(
+            **numbers
+        )
+    return [
+        f"cos(y,v) {bias} = self {own} + context {context}",
+        f"nulls    uniform {uniform}, partner {partner}",
+        f"‖y‖²     {shares} ({norms})",
+    ]
+
+
+def _document(found: Attended, folder: Path, top: int) -> dict[str, Any]:
+    models = []
+    for entry in found.models:
+        tokens, numbers = _of_model(entry, found)
+        heads = found.decomposition[found.decomposition["model"] == entry["given"]]
+        models.append(
+            {
+                **{key: entry[key] for key in ("given", "resolved", "layer", "module", "target", "n_tokens")},
+                "head": tokens["head"].iloc[0],
+                "most_attended": _records(_most(tokens, top)),
+                "decomposition": _records(numbers.to_frame().T.infer_objects())[0],
+                "heads": _records(heads[heads["head"] != "mean"]),
+            }
+        )
+    return {"folder": str(folder), "models": models, "failed": dict(found.failed)}
+
+
+def _of_model(entry: Any, found: Attended) -> tuple[pd.DataFrame, pd.Series]:
+    """The tokens of one model, and the numbers of the head (or mean) that they are of."""
+    tokens = found.tokens[found.tokens["model"] == entry["given"]]
+    heads = found.decomposition[found.decomposition["model"] == entry["given"]]
+    return tokens, heads[heads["head"] == tokens["head"].iloc[0]].iloc[0]
+
+
+def _most(tokens: pd.DataFrame, top: int) -> pd.DataFrame:
+    return tokens[tokens["rank"] <= top].sort_values("rank")
+
+
+def _name(token: pd.Series) -> str:
+    from diag.figures.strip import printable
+
+    if token["kind"] == "text":
+        name = f"{token['token']} '{printable(token['text'])}'"
+    else:
+        name = f"{token['row']},{token['col']}" if token["kind"] == "patch" else f"{token['kind']}"
+    return f"{name} (itself)" if token["is_target"] else name
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return json.loads(frame.to_json(orient="records"))
