@@ -56,6 +56,8 @@ def probe(
     metrics: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
+    values: str = "as_computed",
+    intervene: Sequence[str] = (),
     limit: int = 64,
     seq_len: int | None = None,
     batch_size: int = 8,
@@ -71,6 +73,9 @@ def probe(
         that the module takes; every row of a batch is one input. A module runs where it is, as it is.
     metrics, tokens, layers: names, token sets and depth indices; defaults are all metrics, the
         tower's first token set, and all layers.
+    values: "as_computed", or "bias_free": without the constant that biases add to every value.
+
+    intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
 
     Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
 
@@ -83,6 +88,8 @@ def probe(
         metrics=_listed(metrics),
         tokens=_listed(tokens),
         layers=_listed(layers),
+        values=values,
+        intervene=_listed(intervene),
         limit=limit,
         seq_len=seq_len,
         batch_size=batch_size,
@@ -94,7 +101,9 @@ def probe(
     loaded, tower, samples = _prepare(model, inputs, plan)
     report = measure.Report()
     constants = run.constants_of(loaded, tower, plan)
-    frames = list(run.shard_frames(tower, samples, plan, constants, report))
+    removed = run.constants_to_remove(loaded, tower, plan)
+    blocks = run.blocks_to_change(loaded, tower, plan)
+    frames = list(run.shard_frames(tower, samples, plan, constants, report, removed=removed, blocks=blocks))
     if not frames:
         reason = next(iter(report.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")

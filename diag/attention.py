@@ -11,12 +11,14 @@ Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from diag.errors import MeasurementError
 
 HIDDEN = -9000.0
 """An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
@@ -257,6 +259,35 @@ def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "ba
     """`y = A V` for the chosen rows, rebuilt from the call: what the reconstruction gate compares."""
     weights = pattern_rows(call, rows).unflatten(1, (call.kv_heads, call.group))
     return (weights @ call.value.float()[:, :, None]).flatten(1, 2)
+
+
+def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -> AttentionCall:
+    """The call with a constant c taken out of every value, and so out of every output.
+
+    Rows of A sum to 1, so A (V - 1 cᵀ) = Y - 1 cᵀ exactly. A row that sees no key sums to 0 and keeps
+    its output. Queries, keys, mask and pattern stay.
+
+    constant: c of each of the model's KV heads, one after the other. The model may have repeated
+        them in the call.
+
+    Raises MeasurementError if the call's heads cannot be those of the constant.
+    """
+    heads, rest = divmod(constant.numel(), call.value.shape[-1])
+    if rest or heads == 0 or call.kv_heads % heads:
+        raise MeasurementError(
+            f"layer '{call.module}': a constant of {constant.numel()} numbers does not fit "
+            f"{call.kv_heads} value heads of {call.value.shape[-1]}",
+            "please report the model; without --values bias-free it can be measured",
+        )
+    each = constant.to(call.value.device).float().view(heads, 1, -1)
+    each = each.repeat_interleave(call.kv_heads // heads, 0)  # [kv_head, 1, dim]
+    sees = (call.visibility.count > 0)[..., None]
+    output = call.output - torch.where(sees, each.repeat_interleave(call.group, 0), 0.0)
+    changed = replace(
+        call, value=(call.value - each).to(call.value.dtype), output=output.to(call.output.dtype)
+    )
+    changed.__dict__["visibility"] = call.visibility  # that of the mask, which several layers may share
+    return changed
 
 
 def _four_dimensional(mask: Tensor) -> Tensor:

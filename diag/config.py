@@ -8,9 +8,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,9 +19,12 @@ from diag import inputs as sources
 from diag.errors import UserError
 from diag.figures import file_stem
 from diag.inputs import Inputs
+from diag.models.arguments import local_files
 from diag.models.names import ModelSpec, parse
 
 PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "transformer-lens", "numpy", "pandas")
+Plan = TypeVar("Plan", bound=BaseModel)
+
 SHARD_INPUTS = 16
 """Inputs per shard: what an interruption can lose, whatever the batch size."""
 
@@ -38,6 +42,8 @@ class ProbePlan(BaseModel):
     metrics: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     tokens: tuple[str, ...] | None = None
+    values: str = "as_computed"
+    intervene: tuple[str, ...] = ()
     checkpoint: Path | None = None
     model_args: tuple[str, ...] = ()
     random_init: bool = False
@@ -56,6 +62,13 @@ class ProbePlan(BaseModel):
             raise ValueError("names nothing")
         return names
 
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, values: str) -> str:
+        if values.replace("-", "_") not in ("as_computed", "bias_free"):
+            raise ValueError("is as-computed or bias-free")
+        return values.replace("-", "_")
+
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, dtype: str) -> str:
@@ -69,16 +82,23 @@ class ProbePlan(BaseModel):
         inputs: kind -> digest.
         """
         what = self.model_dump(mode="json", exclude={"device", "batch_size"})
-        local = [self.checkpoint, *(Path(name.split(":", 1)[-1]) for name in self.models)]
-        files = {str(path): _stamp(path) for path in local if path is not None and path.exists()}
+        local = [path for name in self.models for path in local_files(name)]
+        if self.checkpoint is not None and self.checkpoint.exists():
+            local.append(self.checkpoint)
+        files = {str(path): _stamp(path) for path in local}
         document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def checked(**values: Any) -> ProbePlan:
     """A plan from options. Raises UserError in the words of the command line."""
+    return checked_as(ProbePlan, values)
+
+
+def checked_as(kind: type[Plan], values: Mapping[str, Any]) -> Plan:
+    """A plan of some kind from options. Raises UserError in the words of the command line."""
     try:
-        return ProbePlan(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")

@@ -7,7 +7,7 @@ average over inputs is taken here; tables do that, from the blocks of all batche
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diag.attention import AttentionCall, attend
+from diag.attention import AttentionCall, attend, without_constant
+from diag.blocks import Block
+from diag.edited import check_layers, edited_branches, heads_return
 from diag.errors import MeasurementError, UnreadableInput, UserError
+from diag.interventions import Edit
 from diag.metrics import METRICS, Reading, readings, reduce
 from diag.models.base import Batch, Sample, Tower
 from diag.records import RATIOS
@@ -80,6 +83,9 @@ def measure(
     metrics: Sequence[str] | None = None,
     token_sets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
+    value_constants: Mapping[int, Tensor] | None = None,
+    edits: Sequence[Edit] = (),
+    blocks: Sequence[Block] = (),
     batch_size: int = 8,
     report: Report | None = None,
 ) -> Iterator[BatchValues]:
@@ -87,6 +93,10 @@ def measure(
 
     metrics: names from `METRICS`; all of them if None. layers: depth indices; all if None.
     token_sets: the tower's default set if None.
+    value_constants: what is taken out of the values and outputs of each layer before they are measured
+        (`diag.models.value_constants`), by depth index; the model itself goes on with them. Nothing if None.
+    edits: what is done to the model while it runs; what it goes on with is what is measured.
+    blocks: the layers' blocks, where an edit changes a whole branch.
     Inputs that cannot be read are noted in `report.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
     output, and UserError where values are not finite.
@@ -96,22 +106,39 @@ def measure(
     for token_set in sets:
         tower.tokens_in(token_set, len(tower.prefix))  # an unknown set is told before any work
     listed = pick_layers(tower.layers, layers)
+    measured = {layer.index for layer in listed}
+    watched = [
+        layer for layer in tower.layers if layer.index in measured or any(e.at(layer.index) for e in edits)
+    ]
+    check_layers(edits, tower.layers)
     report = Report() if report is None else report
     facts: dict[int, LayerFacts] = {}
     size = min(batch_size, tower.max_batch or batch_size)
-    for chunk in _chunks(readable(samples, report), size):
+    for chunk in chunks(readable(samples, report), size):
         batch = tower.encode(chunk)
         collected = _Collected(names, sets, tower, batch)
         gate = _Gate() if not facts else None
 
         def on_call(
             call: AttentionCall, collected: _Collected = collected, gate: _Gate | None = gate
-        ) -> None:
-            collected.add(call)
-            if gate is not None:
+        ) -> Tensor | None:
+            if gate is not None and call.layer in measured:
                 gate.check(call, len(collected.batch.ids))
+            changed = any(edit.where == "attention" and edit.at(call.layer) for edit in edits)
+            if changed:
+                output, visibility = heads_return(edits, call), call.visibility
+                call = replace(call, output=output)
+                call.__dict__["visibility"] = visibility
+            if call.layer in measured:
+                free = None if value_constants is None else value_constants[call.layer]
+                collected.add(call if free is None else without_constant(call, free))
+            return call.output if changed else None
 
-        with torch.inference_mode(), tower.capture(listed, on_call) as sightings:
+        with (
+            torch.inference_mode(),
+            edited_branches(blocks, edits),
+            tower.capture(watched, on_call) as sightings,
+        ):
             tower.forward(batch)
         if gate is not None:
             report.skipped_layers = {
@@ -295,7 +322,8 @@ def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
             )
 
 
-def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Samples in lists of `size`; the last may be shorter."""
     iterator = iter(samples)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk

@@ -31,6 +31,8 @@ CONSTANTS = [
     "n_tokens",
     "patch_size",
     "image_size",
+    "positions",
+    "patch_embedding",
     "attn_scope",
     "first_token",
     "values",
@@ -320,8 +322,32 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return np.where(below != 0, above / below, np.nan)
 
 
+LATEX = {"−": "$-$", "±": "$\\pm$", "×": "$\\times$", "→": "$\\rightarrow$", "–": "--", "…": "\\dots{}", "·": "$\\cdot$"}
+"""Signs that not every TeX engine has in its fonts."""
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    """A `tabular` between booktabs' rules, everything escaped: text to the left, numbers to the right."""
+    numbers = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+    styler = frame.style.hide(axis="index").format(escape="latex", precision=3, na_rep="--")
+    styler = styler.format_index(escape="latex", axis=1)
+    text = styler.to_latex(hrules=True, column_format="".join("r" if number else "l" for number in numbers))
+    for sign, command in LATEX.items():
+        text = text.replace(sign, command)
+    return "% needs \\usepackage{booktabs}\n" + text
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    """A pipe table. A bar inside a cell would end it."""
+    cells = frame.map(lambda cell: cell.replace("|", "\\|") if isinstance(cell, str) else cell)
+    # numbers that are text already keep their digits
+    return cells.to_markdown(index=False, floatfmt=".3f", disable_numparse=True) + "\n"
+
+
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False, float_format="%.9g"),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False, compression="zstd"),
     ".json": lambda frame, path: frame.to_json(path, orient="records", indent=1),
+    ".tex": lambda frame, path: path.write_text(_latex(frame), encoding="utf-8"),
+    ".md": lambda frame, path: path.write_text(_markdown(frame), encoding="utf-8"),
 }

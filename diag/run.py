@@ -12,14 +12,16 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from diag.activations import save_activations
+from diag.blocks import Block, find_blocks
 from diag.config import (
     SHARD_INPUTS,
     ProbePlan,
@@ -32,11 +34,14 @@ from diag.config import (
 from diag.errors import UserError
 from diag.figures import file_stem
 from diag.inputs import Inputs
-from diag.measure import Report, measure
+from diag.interventions import Edit
+from diag.interventions import parse as parse_edit
+from diag.measure import Report, measure, pick_layers
 from diag.metrics import METRICS, chosen
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names import ModelSpec
+from diag.models.value_constants import value_constants
 from diag.records import (
     FORMAT,
     RATIOS,
@@ -151,6 +156,7 @@ def open_run(folder: Path) -> Run:
 def prepared(plan: ProbePlan) -> tuple[list[ModelSpec], dict[str, Inputs]]:
     """What a plan's names stand for, with everything checked that needs no model. Raises UserError."""
     chosen(plan.metrics, [*METRICS, *RATIOS])
+    edits_of(plan)
     device_of(plan.device)
     return specs_of(plan), inputs_of(plan)
 
@@ -185,11 +191,38 @@ def constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
         "tower": tower.name,
         "patch_size": _size(tower.facts.get("patch_size")),
         "image_size": _size(tower.facts.get("image_size")),
-        "values": tower.facts.get("values", "as_computed"),
-        "intervention": "none",
+        "positions": tower.facts.get("positions"),
+        "patch_embedding": tower.facts.get("patch_embedding"),
+        "values": plan.values,
+        "intervention": " ".join(plan.intervene) or "none",
         "dtype": _dtype_of(model),
         "seed": plan.seed,
     }
+
+
+def constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[int, Tensor] | None:
+    """What `--values bias-free` takes out of each layer's values; None for values as computed.
+
+    Raises UserError, naming the layer, if one of the plan's layers cannot be made bias-free.
+    """
+    if plan.values == "as_computed":
+        return None
+    return value_constants(model.module, pick_layers(tower.layers, plan.layers))
+
+
+def edits_of(plan: ProbePlan) -> list[Edit]:
+    """What the plan does to the model. Raises UserError for an unknown intervention."""
+    return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
+
+
+def blocks_to_change(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
+    """The tower's blocks where the plan changes whole branches; none otherwise.
+
+    Raises UserError, naming the layer, if a block is not understood.
+    """
+    if all(edit.where == "attention" for edit in edits_of(plan)):
+        return ()
+    return find_blocks(model.module, tower.layers)
 
 
 def _dtype_of(model: Model) -> str:
@@ -210,10 +243,16 @@ def shard_frames(
     constants: Mapping[str, Any],
     report: Report,
     *,
+    removed: Mapping[int, Tensor] | None = None,
+    blocks: Sequence[Block] = (),
     first_input: int = 0,
     listener: Listener | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Measures samples and yields a long-form frame per batch and layer."""
+    """Measures samples and yields a long-form frame per batch and layer.
+
+    removed: what `constants_to_remove` gave. blocks: what `blocks_to_change` gave.
+    """
+    edits = edits_of(plan)
     position = first_input
     names = chosen(plan.metrics, [*METRICS, *RATIOS])
     needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
@@ -224,6 +263,9 @@ def shard_frames(
         metrics=needed,
         token_sets=sets,
         layers=plan.layers,
+        value_constants=removed,
+        edits=edits,
+        blocks=blocks,
         batch_size=plan.batch_size,
         report=report,
     ):
@@ -277,6 +319,7 @@ def _run_model(
         progress.shards_total += len(shards)
         listener.start(f"{spec.given} {kind}", len(samples))
         constants = constants_of(model, tower, plan)
+        removed, blocks = constants_to_remove(model, tower, plan), blocks_to_change(model, tower, plan)
         name = f"{number:02d}-{file_stem(spec.given)}-{kind}"
         for place, shard in enumerate(shards):
             # not with_suffix: names of models hold dots
@@ -286,7 +329,17 @@ def _run_model(
             else:
                 first, report = place * SHARD_INPUTS, Report()
                 frames = list(
-                    shard_frames(tower, shard, plan, constants, report, first_input=first, listener=listener)
+                    shard_frames(
+                        tower,
+                        shard,
+                        plan,
+                        constants,
+                        report,
+                        removed=removed,
+                        blocks=blocks,
+                        first_input=first,
+                        listener=listener,
+                    )
                 )
                 # the account of a shard is there before the shard is
                 write_json(asdict(report), file.with_name(f"{name}-{place:05d}.json"))

@@ -30,6 +30,8 @@ CHANGES: dict[str, Any] = {
     "metrics": ("entropy",),
     "layers": (0,),
     "tokens": ("cls",),
+    "values": "bias_free",
+    "intervene": ("xsa",),
     "checkpoint": Path("weights.safetensors"),
     "model_args": ("img_size=96",),
     "random_init": True,
@@ -100,6 +102,7 @@ def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
         ({"tokens": ()}, "--tokens names nothing", "given: ()"),
         ({"layers": ("x",)}, "--layers", "given: 'x'"),
         ({"models": ()}, "--models", "given: ()"),
+        ({"values": "centred"}, "--values is as-computed or bias-free", "given: 'centred'"),
         ({"colour": 1}, "--colour", "given: 1"),
     ],
 )

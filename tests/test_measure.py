@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import dense_pattern, reference
+from reference import CASES, dense_pattern, make_call, reference, with_dense_output
 from torch import Tensor, nn
 
 from diag import inputs
-from diag.attention import AttentionCall
+from diag.attention import AttentionCall, without_constant
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.measure import BatchValues, Report, capture, measure
 from diag.metrics import METRICS
@@ -377,6 +377,94 @@ def test_facts_hold_the_gate_and_the_projection() -> None:
     for block in batch.layers:
         assert 0 < block.facts.gate_error < 1e-6
         assert block.facts.projection == "as captured"
+
+
+# --- bias-free values ---------------------------------------------------------------------------------
+
+
+def constants_of(tower: Tower, samples: Sequence[Sample], size: float = 1.0) -> dict[int, Tensor]:
+    """A random constant for each KV head of each layer."""
+    generator = torch.Generator().manual_seed(4)
+    calls = capture(tower, tower.encode(samples))
+    return {c.layer: size * torch.randn(c.kv_heads * c.value.shape[-1], generator=generator) for c in calls}
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_a_constant_is_taken_out_of_every_value_and_output(name: str) -> None:
+    """Against the reference, whose outputs are made anew from the pattern and the values without it."""
+    build, samples = TOWERS[name]
+    tower = build()
+    constants = constants_of(tower, samples)
+    measured = run(tower, samples, value_constants=constants, token_sets=["all"], batch_size=INPUTS)
+    plain = run(tower, samples, token_sets=["all"], batch_size=INPUTS)
+    calls = capture(tower, tower.encode(samples))
+    for call, values, before in zip(calls, measured, plain, strict=True):
+        real = torch.tensor([[t < len(sample.read()) for t in range(call.tokens)] for sample in samples])
+        constant = constants[call.layer].view(call.kv_heads, 1, -1)
+        made_anew = with_dense_output(replace(call, value=call.value - constant))
+        expected = reference(made_anew, real)
+        for metric, number, old in zip(NAMES, values[0], before[0], strict=True):
+            np.testing.assert_allclose(number, expected[metric].numpy(), rtol=1e-5, atol=2e-5, err_msg=metric)
+            attention = metric.startswith(("self_weight", "entropy", "effective", "first"))
+            assert np.array_equal(number, old) == attention, metric
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_nothing_taken_out_is_the_table_as_computed(name: str) -> None:
+    """Bit for bit: what a model without biases gives."""
+    build, samples = TOWERS[name]
+    tower = build()
+    nothing = {index: 0 * constant for index, constant in constants_of(tower, samples).items()}
+    measured = run(tower, samples, value_constants=nothing, batch_size=2)
+    np.testing.assert_array_equal(measured, run(tower, samples, batch_size=2))
+
+
+def test_the_gate_sees_the_call_as_captured() -> None:
+    """Without a constant far larger than the values, A V could not be rebuilt to the gate's tolerance."""
+    tower = vision_tower()
+    constants = constants_of(tower, IMAGES, size=1e4)
+    (plain,) = measure(tower, IMAGES)
+    (free,) = measure(tower, IMAGES, value_constants=constants)
+    assert [block.facts for block in plain.layers] == [block.facts for block in free.layers]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("zero vectors")])
+def test_the_pattern_gives_the_same_output_from_values_without_a_constant(name: str) -> None:
+    """Rows that see nothing keep theirs: it is 0 on both sides."""
+    call = CASES[name]
+    constant = torch.randn(call.kv_heads * call.value.shape[-1], generator=torch.Generator().manual_seed(5))
+    free = without_constant(call, constant)
+    value = (call.value - constant.view(call.kv_heads, 1, -1)).to(call.value.dtype)
+    expected = with_dense_output(replace(call, value=value))
+    assert torch.equal(free.value, value)
+    tolerance = 1e-5 if call.output.dtype in (torch.float32, torch.float64) else 0.05
+    torch.testing.assert_close(free.output, expected.output, rtol=tolerance, atol=tolerance)
+    for kept in ("query", "key", "mask", "pattern", "log_normaliser", "causal", "scale", "visibility"):
+        assert getattr(free, kept) is getattr(call, kept), kept
+
+
+def test_heads_that_the_model_repeated_share_a_constant() -> None:
+    grouped = make_call(heads=4, kv_heads=2)
+    each = {name: getattr(grouped, name).repeat_interleave(2, 1) for name in ("key", "value")}
+    constant = torch.arange(2.0 * grouped.value.shape[-1])
+    one, other = without_constant(grouped, constant), without_constant(replace(grouped, **each), constant)
+    torch.testing.assert_close(one.output, other.output)
+    torch.testing.assert_close(one.value.repeat_interleave(2, 1), other.value)
+
+
+def test_half_precision_stays_half_precision() -> None:
+    call = make_call(dtype=torch.bfloat16)
+    free = without_constant(call, torch.ones(64))
+    assert (free.value.dtype, free.output.dtype) == (torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(free.value.float(), call.value.float() - 1, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("numbers", [0, 31, 48])
+def test_a_constant_of_another_size_is_refused(numbers: int) -> None:
+    with pytest.raises(
+        MeasurementError, match=f"constant of {numbers} numbers does not fit 4 value heads of 16"
+    ):
+        without_constant(make_call(), torch.ones(numbers))
 
 
 # --- the reconstruction gate ------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import typer
 
 from diag.cli.app import Interrupted, app, say
 from diag.cli.options import names, ranges
+from diag.errors import UserError
 
 FAILURES_SHOWN = 20
 
@@ -17,9 +18,17 @@ FAILURES_SHOWN = 20
 @app.command()
 def probe(
     model: Annotated[
-        list[str],
-        typer.Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
-    ],
+        list[str] | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="Model name, repeatable: [family:]name[@revision][,key=value], or a folder.",
+        ),
+    ] = None,
+    series: Annotated[
+        list[str] | None,
+        typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
+    ] = None,
     images: Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")] = None,
     texts: Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")] = 64,
@@ -31,6 +40,13 @@ def probe(
     tokens: Annotated[
         str | None,
         typer.Option(help="patch, all, cls or registers, comma-separated [default: patch; all for text]."),
+    ] = None,
+    values: Annotated[
+        str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
+    ] = "as-computed",
+    intervene: Annotated[
+        list[str] | None,
+        typer.Option(help="Change attention while measuring: NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable."),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")
@@ -67,7 +83,7 @@ def probe(
     from diag.config import checked
 
     plan = checked(
-        models=tuple(dict.fromkeys(model)),
+        models=_models(model or [], series or []),
         images=images,
         texts=texts,
         limit=limit,
@@ -75,6 +91,8 @@ def probe(
         metrics=names(metrics),
         layers=ranges(layers),
         tokens=names(tokens),
+        values=values,
+        intervene=tuple(intervene or ()),
         checkpoint=checkpoint,
         model_args=tuple(model_arg or ()),
         random_init=random_init,
@@ -121,15 +139,25 @@ def probe(
         raise SystemExit(3)
 
 
+def _models(given: list[str], series: list[str]) -> tuple[str, ...]:
+    """The models that were named, one by one and as series. Raises UserError if there is none."""
+    from diag.models.series import members
+
+    found = [*given, *(name for one in series for name in members(one))]
+    if not found:
+        raise UserError(
+            "name what to measure with -m/--model NAME or --series NAME",
+            "for example -m demo:vit-p8, or --series demo; attnbias probe --help shows more",
+        )
+    return tuple(dict.fromkeys(found))
+
+
 def _print_plan(plan: Any, as_json: bool) -> None:
     from diag.run import prepared
 
     specs, found = prepared(plan)
     document = {
-        "models": {
-            spec.given: f"{spec.family}:{spec.name}" + (f"@{spec.revision}" if spec.revision else "")
-            for spec in specs
-        },
+        "models": {spec.given: spec.resolved for spec in specs},
         "inputs": {kind: f"{len(given)} {given.kind} from '{given.source}'" for kind, given in found.items()},
         "plan": plan.model_dump(mode="json"),
     }
