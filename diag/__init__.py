@@ -8,6 +8,9 @@
     calls = diag.capture("demo:lm", ["some text …"], layers=[0], seq_len=16)
     diag.pattern_rows(calls[0])   # attention weights
 
+    folder = diag.measured(diag.ProbePlan(models=("demo:vit-p16", "demo:vit-p8"), images="demo"))
+    pandas.read_csv(folder / "layers.csv")
+
 Names are imported when first used: `import diag` costs nothing.
 """
 
@@ -20,6 +23,8 @@ _HOME = {
     "probe": "diag.api",
     "capture": "diag.api",
     "Probe": "diag.api",
+    "ProbePlan": "diag.config",
+    "measured": "diag.cache",
     "images": "diag.inputs",
     "texts": "diag.inputs",
     "pattern_rows": "diag.attention",
