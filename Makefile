@@ -16,11 +16,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,check]'
 	touch $@
 
-demo: $(READY)  ## probe the embedded models: three patch sizes and a language model, offline
+demo: $(READY)  ## probe, compare and report on the embedded models, offline
 	$(BIN)/attnbias probe -m demo:vit-p16 -m demo:vit-p8 -m demo:vit-p4 --images demo -o runs/demo-vision --overwrite
 	$(BIN)/attnbias probe -m demo:lm --texts demo -o runs/demo-language --overwrite
+	$(BIN)/attnbias compare runs/demo-vision -o runs/demo-comparison
+	$(BIN)/attnbias report runs/demo-vision runs/demo-language -o runs/demo-report.html
 	@echo
-	@echo "figures: runs/demo-vision/figures and runs/demo-language/figures"
+	@echo "figures: runs/demo-vision/figures and runs/demo-language/figures; a page to open: runs/demo-report.html"
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n 2
@@ -34,10 +36,11 @@ fix: $(READY)  ## mend what can be mended by machine
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: demo  ## draw the figures of the embedded models again
+figures: $(READY)  ## draw every figure and table of the embedded models, under figures/
+	$(BIN)/attnbias figures configs/demo.yaml -o figures
 
 docs: $(READY)  ## check that the commands in README and docs are real
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:  ## remove the virtual environment and runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs figures

@@ -33,9 +33,11 @@ WORDS = {"n_tokens": "T = {}", "image_size": "{} px", "values": "{}", "dtype": "
 class Collection:
     """Tables of several runs, one under the other.
 
-    layers, heads: as in a run folder, with two more columns: `run`, the folder's name, and `label`,
-        a short text that is unique to each line. Lines follow each other in the order given.
-    samples: one value per input, layer and metric (mean over heads within each input), same columns.
+    layers, heads: as in a run folder, with three more columns: `run`, the folder's name; `label`, a short
+        text that is unique to each line; `layer_count`, how many layers the model has, also where only
+        some were measured. Lines follow each other in the order given.
+    samples: one value per input, layer and metric (mean over heads within each input), same columns, and
+        `source`: lines of one source have the same input wherever they have the same `input` id.
     folders, manifests: by run. problems: folders that could not be read, with the reason.
     """
 
@@ -73,7 +75,8 @@ def collect(folders: Iterable[Path]) -> Collection:
             continue
         name = _free(folder.resolve().name, found)
         found[name], manifests[name] = folder, manifest
-        parts.append(tuple(table.assign(run=name) for table in tables))  # type: ignore[arg-type]
+        layers, heads, samples = (_counted(table.assign(run=name), manifest) for table in tables)
+        parts.append((layers, heads, samples.assign(source=_sources(samples, manifest))))
     if first is not None and not parts:
         raise first
     if not parts:
@@ -86,12 +89,49 @@ def collect(folders: Iterable[Path]) -> Collection:
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
     manifest = read_manifest(folder)
+    if (kind := manifest.get("kind", "probe")) != "probe":
+        raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"'{folder}' has format {manifest.get('format')}; this version reads {FORMAT}",
             "measure it again with attnbias probe … --overwrite",
         )
     return manifest
+
+
+def _entries(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """What the manifest says of each model and tower."""
+    return {(entry["given"], entry["tower"]): entry for entry in manifest.get("models", ())}
+
+
+def _counted(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """The table with the number of layers that each model has: the measured ones may be fewer."""
+    entries = _entries(manifest)
+    measured = table.groupby(["model", "tower"], sort=False)["layer"].max() + 1
+    counts = {
+        line: max(int(entries.get(line, {}).get("layers") or 0), int(count))  # type: ignore[call-overload]
+        for line, count in measured.items()
+    }
+    lines = zip(table["model"], table["tower"], strict=True)
+    return table.assign(layer_count=[counts[line] for line in lines])
+
+
+def _sources(samples: pd.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
+    """What makes an input id mean the same input: where it is from and, for texts, how they were cut.
+
+    Window 7 of a text is another stretch of it where windows have another length or tokens are others.
+    """
+    entries, found = _entries(manifest), {}
+    counted = samples.assign(n_tokens=samples.get("n_tokens", 0)).groupby(["model", "tower"])["n_tokens"]
+    length = dict(counted.max())
+    for line in set(zip(samples["model"], samples["tower"], strict=True)):
+        model, tower = line
+        content = manifest.get("inputs", {}).get(tower, {}).get("sha256") or manifest.get("key", "unknown")
+        entry = entries.get(line, {})
+        tokens = entry.get("tokenizer") or str(entry.get("resolved", model)).split("@")[0].split(",")[0]
+        cut = "" if tower == "vision" else f"/{tokens}/{length[line]}"
+        found[line] = f"{content[:16]}{cut}"
+    return [found[line] for line in zip(samples["model"], samples["tower"], strict=True)]
 
 
 def _free(name: str, taken: Iterable[str]) -> str:

@@ -322,7 +322,15 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return np.where(below != 0, above / below, np.nan)
 
 
-LATEX = {"−": "$-$", "±": "$\\pm$", "×": "$\\times$", "→": "$\\rightarrow$", "–": "--", "…": "\\dots{}", "·": "$\\cdot$"}
+LATEX = {
+    "−": "$-$",
+    "±": "$\\pm$",
+    "×": "$\\times$",
+    "→": "$\\rightarrow$",
+    "·": "$\\cdot$",
+    "–": "--",
+    "…": "\\dots{}",
+}
 """Signs that not every TeX engine has in its fonts."""
 
 

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from diag.figures.overlay import draw_overlay, overlays
 from diag.figures.page import page
 from diag.figures.panels import COMPARISON, COMPARISON_METRICS, CURVE_METRICS, CURVES, Panel
 from diag.figures.style import BAND_OPACITY, OKABE_ITO, ordered_colours, style
 from diag.figures.tables import (
     CONDITIONS,
+    LABEL,
     caption,
     check_columns,
     drawable,
@@ -38,12 +40,14 @@ LONE_MARKERS = {"-": "o", "--": "D", ":": "x"}
 DASHES = ("-", "--", ":", "-.")
 
 
-def layer_curves(layers: pd.DataFrame) -> Figure:
+def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """The diagnostics of one model over depth: bias with its nulls, its split, similarities, attention.
 
-    `layers` is the long-form table of one (model, tower, tokens). Panels whose metrics were not measured
-    are left out. The panels of cosines share their limits. Lines join the measured layers in order of
-    depth, also across layers that were left out; more than 16 layers are marked every second, third, ...
+    `layers` is the long-form table of one (model, tower, tokens). `published`: values to lay over it, as
+    hollow grey markers (columns model, metric, layer, value, uncertainty, source). Panels whose metrics
+    were not measured are left out. The panels of cosines share their limits. Lines join the measured
+    layers in order of depth, also across layers that were left out; more than 16 layers are marked every
+    second, third, ...
 
     Raises UserError if the table holds several selections or none of the metrics.
     """
@@ -51,25 +55,36 @@ def layer_curves(layers: pd.DataFrame) -> Figure:
     one_selection(rows, "layer curves")
     panels = [panel for panel in CURVES if not rows_of(rows, (line.metric for line in panel.lines)).empty]
     cosines = {line.metric for panel in panels if not panel.unit_interval for line in panel.lines}
-    limits = _cosine_limits(rows_of(rows, cosines))
+    known = overlays(published)
+    shown = [overlay.of(cosines).rows for overlay in known]
+    limits = _cosine_limits(rows_of(rows, cosines), shown)
+    deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
     with style():
         model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
         figure, axes = page(len(panels), row_height=2.45, title=model, caption=said)
+        drawn: set[str] = set()
         for letter, panel, ax in zip(string.ascii_lowercase, panels, axes, strict=False):
             _draw_panel(ax, panel, rows)
+            fresh = {line.metric for line in panel.lines} - drawn  # a metric of two panels once
+            for overlay in known:
+                draw_overlay(ax, overlay.of(fresh))
+            drawn |= fresh
             ax.set_title(f"({letter}) {panel.title}")
             ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
             ax.set_ylabel(panel.y_label)
-            _layer_axis(ax, rows["layer"])
+            _layer_axis(ax, deep)
         _legends(axes)
     return figure
 
 
-def model_comparison(layers: pd.DataFrame) -> Figure:
+def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Small multiples: one panel per metric, one line per model over relative depth, layer / (last layer).
 
-    A model measured on two token sets or in two ways gives two lines. Where every patch size occurs once,
-    the lines with a patch size go from dark (coarse) to light (fine); all others take Okabe-Ito colours.
+    A model measured on two token sets or in two ways gives two lines; where the table has a `label` column,
+    every label is a line. Where every patch size occurs once, the lines with a patch size go from dark
+    (coarse) to light (fine), and so does one model at several T (few to many); all others take Okabe-Ito
+    colours. `published`: values to lay over them, as in `layer_curves`; depth is relative to the last
+    published layer.
     Self weight is shown relative to uniform weight if every model has it so: 49 and 256 tokens compare.
 
     Raises UserError if the table holds none of the metrics, or several values for one layer of one line.
@@ -81,6 +96,9 @@ def model_comparison(layers: pd.DataFrame) -> Figure:
         # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
         columns = max(1, min(len(entries), 104 // (max(len(entry.label) for entry in entries) + 8)))
         legend_height = 0.15 * math.ceil(len(entries) / columns) + 0.1
+        known = [overlay.of(metrics) for overlay in overlays(published)]
+        known = [overlay for overlay in known if not overlay.rows.empty]
+        legend_height += 0.15 * len(known)
         figure, axes = page(
             len(metrics),
             row_height=2.1,
@@ -101,6 +119,8 @@ def model_comparison(layers: pd.DataFrame) -> Figure:
                     dashes=entry.dashes,
                     marker=entry.marker,
                 )
+            for overlay in known:
+                draw_overlay(ax, overlay.of([metric]), relative=True)
             if metric == "self_weight_ratio":
                 ax.axhline(1, color="0.35", linewidth=0.7, linestyle=":")  # uniform attention
             elif ax.get_ylim()[0] < 0:
@@ -113,7 +133,9 @@ def model_comparison(layers: pd.DataFrame) -> Figure:
             line.get_label(): line for ax in axes for line in ax.get_lines() if line.get_gid() == "model"
         }
         shown = [entry.label for entry in entries if entry.label in handles]
-        figure.legend([handles[label] for label in shown], shown, loc="outside lower center", ncols=columns)
+        marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
+        names = [*shown, *(overlay.label for overlay in known)]
+        figure.legend(marks, names, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -129,13 +151,18 @@ class _Entry:
 
     @property
     def last(self) -> float:
-        """The last measured layer, which stands at relative depth 1 (a model of one layer stands at 0)."""
-        return max(float(self.rows["layer"].max()), 1.0)
+        """What stands at relative depth 1: the model's last layer where the table knows it, else the last
+        measured one. A model of one layer stands at 0.
+        """
+        counted = self.rows["layer_count"].max() - 1 if "layer_count" in self.rows else 0
+        return max(float(self.rows["layer"].max()), float(counted), 1.0)
 
 
 def _entries(rows: pd.DataFrame) -> list[_Entry]:
     parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
     patches = [_patch_size(part) for part in parts]
+    if set(patches) == {None} and rows["model"].nunique() == 1:
+        patches = [_few_first(part) for part in parts]
     sized = sorted({patch for patch in patches if patch is not None}, reverse=True)
     ordered = len(sized) > 1 and len(sized) == sum(patch is not None for patch in patches)
     if ordered:  # coarse to fine, then the models without patches
@@ -166,8 +193,18 @@ def _patch_size(part: pd.DataFrame) -> float | None:
     return None if pd.isna(size) else float(size)
 
 
+def _few_first(part: pd.DataFrame) -> float | None:
+    """The number of tokens as a place in the order of `_entries`, where the largest number comes first."""
+    size = part["n_tokens"].max() if "n_tokens" in part.columns else float("nan")
+    return None if pd.isna(size) else -float(size)
+
+
 def _label(part: pd.DataFrame, everything: pd.DataFrame) -> str:
     """The model's name, what tells this line from the model's other lines, and its number of tokens."""
+    length = span(part["n_tokens"]) if "n_tokens" in part.columns else ""
+    if LABEL in part.columns:
+        name = str(part[LABEL].iloc[0])
+        return shorten(name, 60) + (f" (T = {length})" if length and " T = " not in name else "")
     model = part["model"].iloc[0]
     family = everything[everything["model"] == model]
     telling = [
@@ -177,7 +214,6 @@ def _label(part: pd.DataFrame, everything: pd.DataFrame) -> str:
         for column in ("tower", "tokens", *CONDITIONS)
         if column in family.columns and family[column].nunique(dropna=False) > 1
     ]
-    length = span(part["n_tokens"]) if "n_tokens" in part.columns else ""
     name = " · ".join([shorten(str(model), 60), *telling])
     return f"{name} (T = {length})" if length else name
 
@@ -266,9 +302,10 @@ def _layer_axis(ax: Axes, layers: pd.Series) -> None:
     ax.set_xlabel("layer")
 
 
-def _cosine_limits(rows: pd.DataFrame) -> tuple[float, float]:
+def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame] = ()) -> tuple[float, float]:
     """Common limits of the panels of cosines: all means and intervals, and zero, with a margin."""
-    numbers = rows[["mean", "ci_low", "ci_high"]]
-    low, high = min(numbers.min().min(), 0.0), max(numbers.max().max(), 0.0)
+    ends = [part["value"] + sign * part["uncertainty"].fillna(0) for part in published for sign in (-1, 1)]
+    numbers = pd.concat([*(rows[name] for name in ("mean", "ci_low", "ci_high")), *ends]).astype(float)
+    low, high = min(numbers.min(), 0.0), max(numbers.max(), 0.0)
     margin = 0.04 * max(high - low, 0.05)
     return (low - margin, high + margin)

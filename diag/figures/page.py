@@ -1,4 +1,4 @@
-"""A page of panels: title, caption, and panels two to a row."""
+"""A page of panels: title, caption, and panels two to a row, or three."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ TITLE_LENGTH = 66
 
 
 def page(
-    count: int, *, row_height: float, title: str, caption: str, extra: float = 0.0
+    count: int, *, row_height: float, title: str, caption: str, extra: float = 0.0, columns: int = 2
 ) -> tuple[Figure, list[Axes]]:
     """A page-wide figure with `count` panels.
 
-    Heights in inches; `extra` is room for a legend below the panels. Call it inside `style()`.
+    Heights in inches; `extra` is room for a legend below the panels; columns: panels to a row, at most.
+    Call it inside `style()`.
     """
-    columns, rows = min(count, 2), math.ceil(count / 2)
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(PAGE_WIDTH, row_height * rows + 0.6 + extra))
     # Constrained layout keeps room for one heading per figure; the caption, in its own size, needs a second.
     body = figure.subfigures(1, 1, squeeze=False)[0, 0]

@@ -1,6 +1,7 @@
 """Reading the long-form tables: what belongs in one figure, and how a caption describes it.
 
-A *selection* is the rows that may stand in one figure: one model, tower and token set, measured in one way.
+A *selection* is the rows that may stand in one figure: one model, tower and token set, measured in one way;
+in a table of several runs, one `label`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import pandas as pd
 from diag.errors import UserError, one_of
 
 IDENTITY = ("model", "tower", "tokens")
+LABEL = "label"
+"""Column of tables of several runs: unique to each line, also where one model was run on several lengths."""
 CONDITIONS = ("values", "intervention", "patch_size", "image_size", "dtype", "seed")
 """Constants that make two measurements of one model different. `n_tokens`, `attn_scope` and `first_token`
 are not among them: they may change from layer to layer or from metric to metric within one measurement."""
@@ -54,13 +57,13 @@ def drawable(table: pd.DataFrame, metrics: Sequence[str], figure: str) -> pd.Dat
 
 def selections(table: pd.DataFrame) -> list[pd.DataFrame]:
     """The table cut into its selections, in order of first appearance."""
-    keys = [column for column in (*IDENTITY, *CONDITIONS) if column in table.columns]
+    keys = [column for column in (LABEL, *IDENTITY, *CONDITIONS) if column in table.columns]
     return [rows for _, rows in table.groupby(keys, sort=False, dropna=False, observed=True)]
 
 
 def one_selection(table: pd.DataFrame, figure: str, index: Sequence[str] = ("layer",)) -> pd.DataFrame:
     """The table itself if it is one selection with one row per metric and `index`; UserError otherwise."""
-    for column in (*IDENTITY, *CONDITIONS):
+    for column in (*IDENTITY, *CONDITIONS, LABEL):
         if column in table.columns and table[column].nunique(dropna=False) > 1:
             found = [str(value) for value in table[column].unique()]
             shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")

@@ -1,0 +1,275 @@
+"""`attnbias compare`: runs or models → profiles, differences, a verdict, and a folder with figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diag.cli.app import app, say
+from diag.cli.options import names, ranges
+from diag.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from diag.compare import Comparison
+    from diag.config import ProbePlan
+
+FAILURES_SHOWN = 20
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN…]", help="Run folders.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("-m", "--model", help="Model to probe if there is no run of it yet, repeatable."),
+    ] = None,
+    series: Annotated[
+        list[str] | None,
+        typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")] = None,
+    texts: Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")] = 64,
+    seq_len: Annotated[
+        str | None, typer.Option(help="Tokens per window of text; several (64,128,256) are compared.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels, one or several (224,448): every model at each.")
+    ] = None,
+    patch_size: Annotated[
+        str | None, typer.Option(help="Pixels, one or several (48,32,16): every model at each.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated names [default: all].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="patch, all, cls or registers, comma-separated [default: patch; all for text]."),
+    ] = None,
+    values: Annotated[
+        str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
+    ] = "as-computed",
+    growth: Annotated[
+        str | None, typer.Option(help="Two layers such as 5,11: growth between them [default: first, last].")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Lay published curves of these models over the figures.")
+    ] = False,
+    random_init: Annotated[
+        bool, typer.Option("--random-init", help="Build models without pretrained weights.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/compare-NAMES-KEY].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of tables.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")] = False,
+) -> None:
+    """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
+    between = _pair(growth)
+    sweeps = {
+        "seq_len": numbers(seq_len, "--seq-len"),
+        "img_size": numbers(image_size, "--image-size"),
+        "patch_size": numbers(patch_size, "--patch-size"),
+    }
+    common = {
+        "images": images,
+        "texts": texts,
+        "limit": limit,
+        "metrics": names(metrics),
+        "layers": ranges(layers),
+        "tokens": names(tokens),
+        "values": values,
+        "random_init": random_init,
+        "device": device,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    plans = _plans(model or [], series or [], sweeps, common)
+    if not plans and not runs:
+        raise UserError(
+            "name what to compare: run folders, -m/--model NAME or --series NAME",
+            "for example attnbias compare runs/demo-vision, or attnbias compare --series demo",
+        )
+    if not plans and any(sweeps.values()):
+        raise UserError(
+            "--seq-len, --image-size and --patch-size are for models to be measured",
+            "name models with -m or --series; runs are compared as they are",
+        )
+    if dry_run:
+        _print_plans(runs or [], plans, as_json)
+        return
+    folders, failed = _measured(plans, quiet)
+    found = _compared([*(runs or []), *folders], between, seed, published, quiet)
+    from diag.compare import default_folder, screen, write_comparison
+    from diag.config import command_line
+
+    folder = out or default_folder(found)
+    write_comparison(found, folder, command=command_line())
+    if as_json:
+        print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
+    elif quiet:
+        print(folder)
+    else:
+        print(screen(found))
+    failed = {**failed, **found.collection.problems, **_incomplete(found, folders)}
+    if failed:
+        say(f"{len(failed)} failed:")
+        for name, why in list(failed.items())[:FAILURES_SHOWN]:
+            say(f"  {name}: {why}")
+        if len(failed) > FAILURES_SHOWN:
+            say(f"  and {len(failed) - FAILURES_SHOWN} more")
+    if not as_json and not quiet:
+        say(f"folder: {folder}")
+    if failed:
+        raise SystemExit(3)
+
+
+def numbers(text: str | None, flag: str) -> tuple[int, ...]:
+    """`64,128` → (64, 128); None → (). Raises UserError for anything but positive whole numbers."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not re.fullmatch(r"[0-9]+", part) or int(part) == 0:
+            raise UserError(f"{flag} does not understand '{part}'", f"for example {flag} 64,128")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]+)\s*,\s*([0-9]+)\s*", text)
+    if not found or int(found[1]) == int(found[2]):
+        raise UserError(f"--growth takes two layers, not '{text}'", "for example --growth 5,11")
+    return int(found[1]), int(found[2])
+
+
+def _plans(
+    given: Sequence[str],
+    series: Sequence[str],
+    sweeps: dict[str, tuple[int, ...]],
+    common: dict[str, Any],
+) -> list[ProbePlan]:
+    """A plan per model, argument and length, so that a run is found again whatever it is compared with."""
+    from diag.config import checked
+    from diag.models.series import members
+
+    models = [*given, *(name for one in series for name in members(one))]
+    for argument in ("patch_size", "img_size"):
+        if sweeps[argument]:
+            models = [f"{name},{argument}={size}" for name in models for size in sweeps[argument]]
+    return [
+        checked(models=(name,), seq_len=length, **common)
+        for name in dict.fromkeys(models)
+        for length in sweeps["seq_len"] or (None,)
+    ]
+
+
+def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool) -> None:
+    from diag.cache import folder_of, is_measured
+    from diag.config import specs_of
+
+    rows: list[dict[str, Any]] = [
+        {"run": str(run), "measured": (run / "manifest.json").is_file()} for run in runs
+    ]
+    rows += [
+        {
+            "run": str(folder_of(plan)),
+            "measured": is_measured(plan),
+            "model": specs_of(plan)[0].resolved,
+            "seq_len": plan.seq_len,
+        }
+        for plan in plans
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        length = f" · T = {row['seq_len']}" if row.get("seq_len") else ""
+        what = f" ← {row['model']}{length}" if "model" in row else ""
+        missing = "missing " if "model" not in row else "measure "
+        print(f"{'there   ' if row['measured'] else missing}{row['run']}{what}")
+
+
+def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict[str, str]]:
+    """The run folders of plans, measured where they are missing, and what failed. UserError if all did."""
+    from diag.cache import measured
+    from diag.config import specs_of
+    from diag.terminal import StderrListener
+
+    for plan in plans:
+        specs_of(plan)  # a mistyped name ends the command before anything is measured
+    folders: list[Path] = []
+    failed: dict[str, str] = {}
+    last: UserError | None = None
+    with StderrListener(quiet=quiet) as listener:
+        for plan in plans:
+            name = plan.models[0] + (f" (T = {plan.seq_len})" if plan.seq_len else "")
+            try:
+                folders.append(measured(plan, listener=listener))
+            except UserError as error:
+                failed[name], last = str(error), error
+    if last is not None and not folders:
+        raise last
+    return folders, failed
+
+
+def _compared(
+    folders: Sequence[Path], growth: tuple[int, int] | None, seed: int, published: bool, quiet: bool
+) -> Comparison:
+    """The comparison of run folders; says what lines lack."""
+    from diag.collect import collect
+    from diag.compare import compare as compared
+    from diag.compare import published_for
+
+    collection = collect(folders)
+    overlay = None
+    notes: list[str] = []
+    if published:
+        overlay, notes = published_for(collection)
+    found = compared(collection, growth=growth, seed=seed, published=overlay)
+    notes += [f"{label}: not measured: {', '.join(lacking)}" for label, lacking in found.missing.items()]
+    if not quiet:
+        for note in notes:
+            say(note)
+    return found
+
+
+def _incomplete(found: Comparison, measured: Sequence[Path]) -> dict[str, str]:
+    """Models and inputs that failed in the runs that this command measured."""
+    failed: dict[str, str] = {}
+    for name, folder in found.collection.folders.items():
+        if folder in measured:
+            manifest = found.collection.manifests[name]
+            failed |= {**manifest.get("failed_models", {}), **manifest.get("failed_inputs", {})}
+    return failed
+
+
+def _document(found: Comparison, folder: Path, failed: dict[str, str]) -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "runs": {name: str(path) for name, path in found.collection.folders.items()},
+        "problems": {**failed, **found.collection.problems},
+        "labels": found.labels,
+        "missing": found.missing,
+        "settings": found.settings,
+        "profiles": _records(found.profiles),
+        "differences": _records(found.differences),
+        "verdict": found.verdict,
+    }
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return json.loads(frame.to_json(orient="records"))

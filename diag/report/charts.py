@@ -1,0 +1,206 @@
+"""Curves as geometry: numbers in, positions and SVG paths out; the template only writes them down."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+WIDTH, HEIGHT = 380, 236
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 38
+"""Margins of the axes in units of the view box, which is about as wide as a phone."""
+
+MARKERS = {
+    "o": "M-2.7 0a2.7 2.7 0 1 0 5.4 0a2.7 2.7 0 1 0-5.4 0z",
+    "s": "M-2.4-2.4h4.8v4.8h-4.8z",
+    "^": "M0-3.1L3 2.3H-3z",
+    "D": "M0-3.4L3.4 0L0 3.4L-3.4 0z",
+    "v": "M0 3.1L3-2.3H-3z",
+    "P": "M-1-3h2v2h2v2h-2v2h-2v-2h-2v-2h2z",
+    "X": "M-3-1.8l1.2-1.2L0-1.2L1.8-3L3-1.8L1.2 0L3 1.8L1.8 3L0 1.2L-1.8 3L-3 1.8L-1.2 0z",
+}
+"""Marker -> its outline around (0, 0)."""
+
+DASHES = {"-": "", "--": "6 3", ":": "1.5 3", "-.": "7 3 1.5 3"}
+LONE = {"-": "o", "--": "D", ":": "X", "-.": "s"}
+"""What tells lines without markers apart where there is only one layer, and so no line."""
+MARKS = 16
+"""At most so many markers on a line."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line to draw.
+
+    points: columns x (what the axis shows), layer, mean, ci_low, ci_high, sorted by x; NaN interval: no band.
+    colour: name of a CSS variable. said: how tooltips call a point, such as `layer 5`; by default its layer.
+    """
+
+    label: str
+    points: pd.DataFrame
+    colour: str
+    dashes: str = "-"
+    marker: str = "o"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A curve as SVG: paths, marker places, and its look."""
+
+    label: str
+    colour: str
+    dash: str
+    outline: str
+    path: str
+    band: str
+    bars: str
+    marks: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One pair of axes with its curves. `data` is what tooltips read: positions and numbers."""
+
+    name: str
+    title: str
+    hint: str
+    description: str
+    x_label: str
+    y_label: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    rule: float | None
+    curves: tuple[Drawn, ...]
+    data: dict[str, Any]
+
+
+def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
+    """From the lowest to the highest mean or interval, zero included, with a margin."""
+    numbers = pd.concat([curve.points[["mean", "ci_low", "ci_high"]] for curve in curves])
+    low, high = min(float(numbers.min().min()), 0.0), max(float(numbers.max().max()), 0.0)
+    margin = 0.04 * max(high - low, 0.05)
+    return (low - margin if low < 0 else 0.0), high + margin
+
+
+def chart(
+    name: str,
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    hint: str,
+    y_label: str,
+    limits: tuple[float, float],
+    relative: bool = False,
+    rule: float | None = 0.0,
+) -> Chart:
+    """Places curves in the axes. Curves without points are left out.
+
+    relative: x is depth from 0 to 1 and curves need not share their points; otherwise x is the layer.
+    rule: where a thin line is drawn across, such as zero; none if outside the limits.
+    """
+    there = [curve for curve in curves if not curve.points.empty]
+    xs = pd.concat([curve.points["x"] for curve in there]).astype(float)
+    first, last = (0.0, 1.0) if relative else (float(xs.min()), float(xs.max()))
+    margin = 0.5 if first == last else 0.03 * (last - first)
+    across = _scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
+    up = _scale(limits[0], limits[1], HEIGHT - BOTTOM, TOP)
+    locator = MaxNLocator(nbins=6 if relative else 8, integer=not relative, min_n_ticks=1)
+    x_ticks = [tick for tick in locator.tick_values(first, last) if first <= tick <= last]
+    upwards = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(*limits)
+    y_ticks = [tick for tick in upwards if limits[0] <= tick <= limits[1] + 1e-9]
+    return Chart(
+        name=name,
+        title=title,
+        hint=hint,
+        description=_described(there),
+        x_label="relative depth" if relative else "layer",
+        y_label=y_label,
+        x_ticks=tuple((round(across(tick), 1), f"{tick:g}") for tick in x_ticks),
+        y_ticks=tuple((round(up(tick), 1), text) for tick, text in _named(y_ticks)),
+        rule=round(up(rule), 1) if rule is not None and limits[0] <= rule <= limits[1] else None,
+        curves=tuple(_drawn(curve, across, up) for curve in there),
+        data={"exact": not relative, "curves": [_read(curve, across, up) for curve in there]},
+    )
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Any:
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _named(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Ticks with as many decimals as tell them apart."""
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1
+    decimals += round(step * 10**decimals, 6) % 1 > 0
+    return [(tick, f"{tick:.{decimals}f}".replace("-", "−")) for tick in (t + 0.0 for t in ticks)]
+
+
+def _drawn(curve: Curve, across: Any, up: Any) -> Drawn:
+    points = curve.points
+    xs = [f"{across(x):.1f}" for x in points["x"]]
+    ys, lows, highs = ([f"{up(y):.1f}" for y in points[name]] for name in ("mean", "ci_low", "ci_high"))
+    known = points["ci_low"].notna() & points["ci_high"].notna()
+    places = [place for place, there in enumerate(known) if there]
+    alone = len(points) == 1
+    band = (
+        ""
+        if alone
+        else "L".join(
+            [f"{xs[place]} {highs[place]}" for place in places]
+            + [f"{xs[place]} {lows[place]}" for place in reversed(places)]
+        )
+    )
+    step = math.ceil(len(points) / MARKS)
+    outline = curve.marker or (LONE[curve.dashes] if alone else "")
+    return Drawn(
+        label=curve.label,
+        colour=curve.colour,
+        dash=DASHES[curve.dashes],
+        outline=MARKERS[outline] if outline else "",
+        path="" if alone else "M" + "L".join(f"{x} {y}" for x, y in zip(xs, ys, strict=True)),
+        band=f"M{band}z" if band else "",
+        bars=f"M{xs[0]} {lows[0]}V{highs[0]}" if alone and places else "",
+        marks=tuple((float(x), float(y)) for x, y in zip(xs[::step], ys[::step], strict=True))
+        if outline
+        else (),
+    )
+
+
+def _read(curve: Curve, across: Any, up: Any) -> dict[str, Any]:
+    """Positions and numbers of a curve for tooltips; `null` where there is no interval."""
+    points = curve.points
+    return {
+        "label": curve.label,
+        "colour": curve.colour,
+        "layer": [int(layer) for layer in points["layer"]],
+        "x": [round(across(x), 1) for x in points["x"]],
+        "y": [round(up(y), 1) for y in points["mean"]],
+        **{
+            short: [None if pd.isna(number) else round(float(number), 4) for number in points[name]]
+            for short, name in (("mean", "mean"), ("low", "ci_low"), ("high", "ci_high"))
+        },
+    }
+
+
+def _described(curves: Sequence[Curve]) -> str:
+    """The chart for those who do not see it: where each line begins, turns and ends."""
+    return " ".join(_trend(curve) for curve in curves)
+
+
+def _trend(curve: Curve) -> str:
+    points = curve.points.reset_index(drop=True)
+    first, last = points.iloc[0], points.iloc[-1]
+    if len(points) == 1:
+        return f"{curve.label}: {first['mean']:.3f} in layer {int(first['layer'])}."
+    low, high = points.iloc[int(points["mean"].argmin())], points.iloc[int(points["mean"].argmax())]
+    return (
+        f"{curve.label}: from {first['mean']:.3f} in layer {int(first['layer'])} "
+        f"to {last['mean']:.3f} in layer {int(last['layer'])}; "
+        f"lowest {low['mean']:.3f} in layer {int(low['layer'])}, "
+        f"highest {high['mean']:.3f} in layer {int(high['layer'])}."
+    )
