@@ -277,11 +277,13 @@ def to_stream(block: Block) -> Callable[[Tensor], Tensor] | None:
     flipped = type(projection).__name__ == "Conv1D"  # transformers' weights the other way round
     if block.arrangement == RES_POST or not (flipped or isinstance(projection, nn.Linear)):
         return None
-    weight = projection.weight.T if flipped else projection.weight
+    # statistics read weights, they do not train them
+    weight = (projection.weight.T if flipped else projection.weight).detach()
+    scale = None if block.scale is None else block.scale.detach().float()
 
     def project(heads: Tensor) -> Tensor:
         joined = heads.transpose(1, 2).flatten(2).float()
         projected = F.linear(joined, weight.float())
-        return projected if block.scale is None else projected * block.scale.float()
+        return projected if scale is None else projected * scale
 
     return project

@@ -63,7 +63,7 @@ def result_table(layers: pd.DataFrame) -> str:
                 break
             cells |= more
             legend |= {f"{heading}: {meaning}": None} if meaning else {}
-        blocks.append("\n".join([*_filled(_title(part), " · "), *_right_aligned(cells)]))
+        blocks.append("\n".join([*_filled(_title(part), " · "), *aligned(cells)]))
     blocks.append("\n".join(_filled([*legend], "; ")))
     return "\n\n".join(blocks)
 
@@ -73,6 +73,8 @@ def _title(part: pd.DataFrame) -> list[str]:
     size = str(sizes.min()) if sizes.min() == sizes.max() else f"{sizes.min()}–{sizes.max()}"
     title = [first["model"], first["tower"], f"{first['tokens']} tokens (T = {size})"]
     title += [f"n = {part['n'].max()}", f"values {first['values']}"]
+    if first.get("intervention", "none") != "none":
+        title.append(f"with {first['intervention']}")
     return [*title, "t=0 excluded"] if first["first_token"] == "excluded" else title
 
 
@@ -84,7 +86,8 @@ def _width(cells: Mapping[str, Sequence[str]]) -> int:
     return sum(_widths(cells)) + len(cells) - 1
 
 
-def _right_aligned(cells: Mapping[str, Sequence[str]]) -> list[str]:
+def aligned(cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """Columns under their headings, aligned on the right."""
     lines = [tuple(cells), *zip(*cells.values(), strict=True)]
     widths = _widths(cells)
     return [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

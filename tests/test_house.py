@@ -34,6 +34,9 @@ FLOORS: dict[str, int] = {
     "words": 3,
     "seam": 2,
     "models": 3,
+    "shape": 1,
+    "shape_blocks": 1,
+    "edited": 4,
     "measure": 4,
     "figures": 4,
     "activations": 5,
@@ -43,6 +46,7 @@ FLOORS: dict[str, int] = {
     "compare": 5,
     "attend": 5,
     "writeup": 5,
+    "intervene": 5,
     "report": 5,
     "train": 5,
     "terminal": 5,
@@ -58,9 +62,15 @@ BESIDE = {
     ("attention", "errors"),
     ("run", "config"),
     ("run", "activations"),
+    ("measure", "edited"),
+    ("intervene", "config"),
+    ("intervene", "cache"),
+    ("intervene", "run"),
+    ("intervene", "terminal"),
     ("cache", "config"),
     ("cache", "run"),
     ("attend", "config"),
+    ("attend", "run"),
     ("writeup", "attend"),
     ("writeup", "cache"),
     ("writeup", "compare"),
@@ -183,7 +193,7 @@ def loaded_after(*modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
-FIGURES = ("diag.figures", "diag.figures.curves", "diag.figures.heatmaps", "diag.figures.write")
+FIGURES = ("diag.figures", "diag.figures.attend", "diag.figures.strip", "diag.figures.curves", "diag.figures.heatmaps", "diag.figures.write")
 DRAWING = ("diag.records", "diag.collect", *FIGURES)
 NAMING = (
     "diag",

@@ -52,6 +52,7 @@ class Tower:
     prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
     max_batch: the most samples that one forward may hold.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
+    decode: token ids -> their text; None for images.
     language_head: loads what turns the last states of a causal language model into next-token logits.
     ending: what `forward` ends in: "next-token logits", "class logits", "embedding" or "token states".
     facts: constants that explain a number: patch_size, image_size, context, preprocessing, bos …
@@ -65,6 +66,7 @@ class Tower:
     prefix: tuple[str, ...] = ()
     max_batch: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
+    decode: Callable[[Sequence[int]], str] | None = None
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +94,10 @@ class Tower:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: what was asked for, what it resolved to, and its towers by modality."""
+    """A loaded model: what was asked for, what it resolved to, and its towers by modality.
+
+    zero_shot: names of classes → a function from image embeddings to class logits; None where there is none.
+    """
 
     name: str
     family: str
@@ -101,6 +106,7 @@ class Model:
     towers: Mapping[str, Tower]
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    zero_shot: Callable[[Sequence[str]], Callable[[Tensor], Tensor]] | None = None
 
     def tower(self, kind: str) -> Tower:
         """The tower for "vision" or "text" inputs. Raises UserError where the model has none."""

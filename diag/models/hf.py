@@ -297,6 +297,7 @@ def text_tower(
         samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
         encode=text_encoder(device),
         forward=lambda batch: module(input_ids=batch.data),
+        decode=tokenizer.decode,
         language_head=head,
         facts=text_facts(context, before, after),
     )

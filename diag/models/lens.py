@@ -58,6 +58,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
         encode=text_encoder(device),
         forward=lambda batch: bridge(batch.data, return_type="logits"),
+        decode=tokenizer.decode,
         ending="next-token logits" if causal else "token states",
         capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
         facts=text_facts(context, before, after),

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -78,7 +79,23 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             notes.append(f"no {kind} tower: {refusal}")
     if not towers:
         raise refusals[0]
-    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes))
+    zero_shot = partial(_zero_shot, spec, module, device) if {"vision", "text"} <= set(towers) else None
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), zero_shot=zero_shot)
+
+
+def _zero_shot(
+    spec: ModelSpec, module: Any, device: str | torch.device, names: Sequence[str]
+) -> Callable[[Tensor], Tensor]:
+    """Image embeddings → similarities to class names, in open_clip's seven simple templates."""
+    with torch.inference_mode():
+        classes = open_clip.build_zero_shot_classifier(
+            module,
+            open_clip.get_tokenizer(_hub_form(spec)),
+            [name.replace("_", " ") for name in names],
+            open_clip.SIMPLE_IMAGENET_TEMPLATES,
+            device=device,
+        )  # [dim, class]
+    return lambda embedding: 100 * torch.nn.functional.normalize(embedding, dim=-1) @ classes
 
 
 def _vision(

@@ -1,0 +1,194 @@
+"""What a change of a model costs or gains, per input: losses, divergences, changes of embeddings.
+
+Every function takes the untouched and the changed outcome of one batch and gives one number per input,
+float64, so that effects are paired by input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one forward pass ended in; None where the model has no such thing.
+
+    next_logits: `[batch, token, vocabulary]` of a causal language model. ids: its input tokens.
+    bytes: `[batch]`, UTF-8 bytes of the predicted tokens (all but the first).
+    class_logits: `[batch, class]` of a classifier, or similarities to class names (zero-shot).
+    embedding: `[batch, dim]`, pooled. states: `[batch, token, dim]`, tokens after the last block.
+    labels: `[batch]`, the true class, -1 where it is not known.
+    """
+
+    next_logits: Tensor | None = None
+    ids: Tensor | None = None
+    bytes: Tensor | None = None
+    class_logits: Tensor | None = None
+    embedding: Tensor | None = None
+    states: Tensor | None = None
+    labels: Tensor | None = None
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch token vocabulary"], ids: Int[Tensor, "batch token"]
+) -> Float[Tensor, " batch"]:
+    """Mean cross-entropy of the next token over a window, nats per token: T − 1 predictions."""
+    # float32 as the libraries do; a batch of logits in float64 would be the largest tensor of all
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return each.double().mean(1)
+
+
+def divergence(
+    before: Float[Tensor, "batch class"], after: Float[Tensor, "batch class"]
+) -> Float[Tensor, " batch"]:
+    """KL(before ‖ after) of the predicted distributions, in nats."""
+    first, second = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def in_top(
+    logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"], k: int
+) -> Float[Tensor, " batch"]:
+    """1 where the true class is among the k most likely, 0 where not, NaN without a label."""
+    found = (logits.topk(min(k, logits.shape[-1]), -1).indices == labels[:, None]).any(-1).double()
+    return torch.where(labels >= 0, found, torch.nan)
+
+
+def agreement(
+    before: Float[Tensor, "batch class"], after: Float[Tensor, "batch class"]
+) -> Float[Tensor, " batch"]:
+    """1 where both predict the same class."""
+    return (before.argmax(-1) == after.argmax(-1)).double()
+
+
+def direction_change(
+    before: Float[Tensor, "batch *token dim"], after: Float[Tensor, "batch *token dim"]
+) -> Float[Tensor, " batch"]:
+    """1 − cos(before, after), averaged over tokens where there are any."""
+    cosine = F.cosine_similarity(before.double(), after.double(), dim=-1, eps=1e-30)
+    return 1 - cosine.flatten(1).mean(1) if cosine.ndim > 1 else 1 - cosine
+
+
+def norm_ratio(
+    before: Float[Tensor, "batch *token dim"], after: Float[Tensor, "batch *token dim"]
+) -> Float[Tensor, " batch"]:
+    """‖after‖ / ‖before‖, averaged over tokens where there are any; NaN for a zero vector."""
+    norms = [torch.linalg.vector_norm(x.double(), dim=-1) for x in (after, before)]
+    ratio = torch.where(norms[1] > 0, norms[0] / norms[1], torch.nan)
+    return ratio.flatten(1).mean(1) if ratio.ndim > 1 else ratio
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One line of the table.
+
+    needs: the fields of `Outcome` that it reads.
+    compute: `(untouched, changed) → one number per input`.
+    unchanged: what it is where nothing changed.
+    worse: +1 if a larger number is a worse model, -1 if a smaller one is, 0 if it only tells a change.
+    """
+
+    definition: str
+    needs: tuple[str, ...]
+    compute: Callable[[Outcome, Outcome], Tensor]
+    unchanged: float = 0.0
+    worse: int = 0
+
+
+def _loss_change(before: Outcome, after: Outcome) -> Tensor:
+    return _loss(after) - _loss(before)
+
+
+def _loss_change_per_byte(before: Outcome, after: Outcome) -> Tensor:
+    assert before.ids is not None
+    assert before.bytes is not None
+    return _loss_change(before, after) * (before.ids.shape[1] - 1) / before.bytes.double()
+
+
+def _loss(outcome: Outcome) -> Tensor:
+    assert outcome.next_logits is not None
+    assert outcome.ids is not None
+    return next_token_loss(outcome.next_logits, outcome.ids)
+
+
+def _right(outcome: Outcome, k: int) -> Tensor:
+    assert outcome.class_logits is not None
+    assert outcome.labels is not None
+    return in_top(outcome.class_logits, outcome.labels, k)
+
+
+EFFECTS: dict[str, Effect] = {
+    "loss_change": Effect(
+        "next-token loss after − before, nats per token", ("next_logits", "ids"), _loss_change, worse=1
+    ),
+    "loss_change_per_byte": Effect(
+        "next-token loss after − before, nats per byte of text",
+        ("next_logits", "ids", "bytes"),
+        _loss_change_per_byte,
+        worse=1,
+    ),
+    "top1_change": Effect(
+        "share of inputs whose most likely class is the true one, after − before",
+        ("class_logits", "labels"),
+        lambda before, after: _right(after, 1) - _right(before, 1),
+        worse=-1,
+    ),
+    "top5_change": Effect(
+        "share of inputs whose true class is among the five most likely, after − before",
+        ("class_logits", "labels"),
+        lambda before, after: _right(after, 5) - _right(before, 5),
+        worse=-1,
+    ),
+    "class_divergence": Effect(
+        "KL(before ‖ after) of the predicted classes, nats",
+        ("class_logits",),
+        lambda before, after: divergence(before.class_logits, after.class_logits),  # type: ignore[arg-type]
+        worse=1,
+    ),
+    "same_class": Effect(
+        "share of inputs with the same most likely class",
+        ("class_logits",),
+        lambda before, after: agreement(before.class_logits, after.class_logits),  # type: ignore[arg-type]
+        unchanged=1.0,
+        worse=-1,
+    ),
+    "embedding_change": Effect(
+        "1 − cosine of the pooled embedding with the untouched one",
+        ("embedding",),
+        lambda before, after: direction_change(before.embedding, after.embedding),  # type: ignore[arg-type]
+        worse=1,
+    ),
+    "embedding_norm": Effect(
+        "norm of the pooled embedding over the untouched one",
+        ("embedding",),
+        lambda before, after: norm_ratio(before.embedding, after.embedding),  # type: ignore[arg-type]
+        unchanged=1.0,
+    ),
+    "token_change": Effect(
+        "1 − cosine of each token after the last block with the untouched one, averaged over tokens",
+        ("states",),
+        lambda before, after: direction_change(before.states, after.states),  # type: ignore[arg-type]
+        worse=1,
+    ),
+    "token_norm": Effect(
+        "norm of each token after the last block over the untouched one, averaged over tokens",
+        ("states",),
+        lambda before, after: norm_ratio(before.states, after.states),  # type: ignore[arg-type]
+        unchanged=1.0,
+    ),
+}
+
+
+def effects(before: Outcome, after: Outcome) -> Mapping[str, Float[Tensor, " batch"]]:
+    """Every effect that the outcomes allow, one number per input each."""
+    return {
+        name: effect.compute(before, after)
+        for name, effect in EFFECTS.items()
+        if all(getattr(before, need) is not None for need in effect.needs)
+    }
