@@ -16,12 +16,12 @@ from diag import measure, run
 from diag.attention import AttentionCall
 from diag.config import checked
 from diag.errors import UserError
+from diag.groups import metric_names
 from diag.inputs import Inputs, as_inputs
-from diag.metrics import METRICS, chosen
 from diag.models import load, own
 from diag.models.base import Model, Sample, Tower
 from diag.models.names import parse
-from diag.records import RATIOS, tables
+from diag.records import tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,12 +97,12 @@ def probe(
         dtype=dtype,
         seed=seed,
     )
-    chosen(plan.metrics, [*METRICS, *RATIOS])
+    metric_names(plan.metrics)
     loaded, tower, samples = _prepare(model, inputs, plan)
     report = measure.Report()
     constants = run.constants_of(loaded, tower, plan)
     removed = run.constants_to_remove(loaded, tower, plan)
-    blocks = run.blocks_to_change(loaded, tower, plan)
+    blocks = run.blocks_of(loaded, tower, plan)
     frames = list(run.shard_frames(tower, samples, plan, constants, report, removed=removed, blocks=blocks))
     if not frames:
         reason = next(iter(report.failed.values()), "there is none")

@@ -64,6 +64,15 @@ class Comparison:
         return self.collection.labels
 
     @property
+    def notes(self) -> list[str]:
+        """What could not be computed and why, a note per line (and reason)."""
+        said = [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
+        if self.settings["growth"] is not None:
+            lost = self.profiles[(self.profiles["quantity"] == "growth") & self.profiles["value"].isna()]
+            said += dict.fromkeys(f"{row.label}: no growth from {row.word}" for row in lost.itertuples())
+        return said
+
+    @property
     def key(self) -> str:
         """Identifies the result: the runs' own keys, and how they were compared."""
         runs = [manifest.get("key") for manifest in self.collection.manifests.values()]

@@ -146,7 +146,8 @@ class Intervention:
 
     where: "attention" (what a head returns), "attention branch" or "mlp branch" (what a branch adds to the
         stream).
-    change: `(AttentionCall, strength per head) → output` for attention, else `(update, real, strength) → update`.
+    change: `(AttentionCall, strength per head) → output` for attention, for branches
+        `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
     """
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from diag.attention import AttentionCall, attend, without_constant
 from diag.blocks import Block
+from diag.branches import stream_states
+from diag.collected import OF_HEADS, Collected, CollectedStream, LayerFacts, Report, on_host
 from diag.edited import check_layers, edited_branches, heads_return
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.interventions import Edit
-from diag.metrics import METRICS, Reading, readings, reduce
+from diag.metrics import METRICS
 from diag.models.base import Batch, Sample, Tower
-from diag.records import RATIOS
 from diag.seam import Layer, Sightings
+from diag.stream import STREAM_METRICS
 
 GATE_ROWS = 32
 GATE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -31,33 +34,17 @@ GATE_TOLERANCE_HALF = 1e-2
 
 
 @dataclass(frozen=True)
-class LayerFacts:
-    """What a layer turned out to be; constants of every row of its table.
-
-    All but the sizes are read off the first batch.
-
-    n_tokens: keys of one softmax (the largest, if a layer is called once per window).
-    attn_scope: "full", or "window" if an input's tokens are split over several softmaxes or a mask
-        hides real keys beyond causality.
-    first_token: "excluded" where the first token sees only itself (causal), else "included".
-    projection: whether the output projection read Y "as captured", "modified" or "unknown".
-    gate_error: relative error of A V rebuilt from the call.
-    """
-
-    n_tokens: int
-    attn_scope: str
-    first_token: str
-    projection: str
-    gate_error: float
-
-
-@dataclass(frozen=True)
 class LayerValues:
-    """One layer's numbers for one batch: `values[token set, metric, input, head]`, NaN where undefined."""
+    """One layer's numbers for one batch: `values[token set, metric, input, head]`, NaN where undefined.
+
+    metrics: names along the metric axis. of_heads: False for numbers of a whole layer; the head axis is 1.
+    """
 
     layer: Layer
     facts: LayerFacts
     values: np.ndarray
+    metrics: tuple[str, ...]
+    of_heads: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,14 +53,6 @@ class BatchValues:
 
     ids: tuple[str, ...]
     layers: tuple[LayerValues, ...]
-
-
-@dataclass
-class Report:
-    """What happened beside the numbers; filled while the loop runs."""
-
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped_layers: dict[str, str] = field(default_factory=dict)
 
 
 def measure(
@@ -91,17 +70,19 @@ def measure(
 ) -> Iterator[BatchValues]:
     """Runs a tower over samples and yields each batch's numbers.
 
-    metrics: names from `METRICS`; all of them if None. layers: depth indices; all if None.
+    metrics: names from `METRICS`, `SHAPE_METRICS` and `STREAM_METRICS`; all of `METRICS` if None.
+    layers: depth indices; all if None.
     token_sets: the tower's default set if None.
     value_constants: what is taken out of the values and outputs of each layer before they are measured
         (`diag.models.value_constants`), by depth index; the model itself goes on with them. Nothing if None.
     edits: what is done to the model while it runs; what it goes on with is what is measured.
-    blocks: the layers' blocks, where an edit changes a whole branch.
+    blocks: the layers' blocks, for stream metrics and where an edit changes a whole branch.
     Inputs that cannot be read are noted in `report.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
     output, and UserError where values are not finite.
     """
-    names = list(METRICS) if metrics is None else [name for name in metrics if name not in RATIOS]
+    names = list(METRICS) if metrics is None else [name for name in metrics if name in OF_HEADS]
+    of_stream = [name for name in metrics or () if name in STREAM_METRICS]
     sets = list(token_sets) if token_sets is not None else [tower.token_sets[0]]
     for token_set in sets:
         tower.tokens_in(token_set, len(tower.prefix))  # an unknown set is told before any work
@@ -116,11 +97,20 @@ def measure(
     size = min(batch_size, tower.max_batch or batch_size)
     for chunk in chunks(readable(samples, report), size):
         batch = tower.encode(chunk)
-        collected = _Collected(names, sets, tower, batch)
+        collected = Collected(names, sets, tower, batch)
         gate = _Gate() if not facts else None
+        around = [block for block in blocks if block.index in {layer.index for layer in listed}]
+        stream = (
+            CollectedStream(of_stream, collected, around, edits, report, gate is not None)
+            if of_stream
+            else None
+        )
 
         def on_call(
-            call: AttentionCall, collected: _Collected = collected, gate: _Gate | None = gate
+            call: AttentionCall,
+            collected: Collected = collected,
+            gate: _Gate | None = gate,
+            stream: CollectedStream | None = stream,
         ) -> Tensor | None:
             if gate is not None and call.layer in measured:
                 gate.check(call, len(collected.batch.ids))
@@ -131,13 +121,17 @@ def measure(
                 call.__dict__["visibility"] = visibility
             if call.layer in measured:
                 free = None if value_constants is None else value_constants[call.layer]
-                collected.add(call if free is None else without_constant(call, free))
+                used = call if free is None else without_constant(call, free)
+                collected.add(used)
+                if stream is not None:
+                    stream.calls.setdefault(call.layer, []).append((call, used))
             return call.output if changed else None
 
         with (
             torch.inference_mode(),
             edited_branches(blocks, edits),
             tower.capture(watched, on_call) as sightings,
+            nullcontext() if stream is None else stream_states(around, stream.add),
         ):
             tower.forward(batch)
         if gate is not None:
@@ -151,11 +145,14 @@ def measure(
                 layer.index: gate.facts(layer.index, sightings.projection.get(layer.path, "unknown"))
                 for layer in listed
             }
+        found = collected.blocks(listed) if names else []
+        if stream is not None:
+            found += stream.blocks(listed)
         yield BatchValues(
             batch.ids,
             tuple(
-                LayerValues(layer, collected.sized(layer, facts[layer.index]), block)
-                for layer, block in collected.blocks(listed)
+                LayerValues(layer, collected.sized(layer, facts[layer.index]), values, chosen, of_heads)
+                for layer, chosen, of_heads, values in on_host(found, batch.ids)
             ),
         )
 
@@ -192,72 +189,6 @@ def readable(samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
             report.failed[sample.id] = str(error)
             continue
         yield Sample(sample.id, partial(_identity, content))
-
-
-class _Collected:
-    """Readings of one forward pass, by layer, until every call of a layer has been seen."""
-
-    def __init__(self, names: Sequence[str], sets: Sequence[str], tower: Tower, batch: Batch) -> None:
-        self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
-        self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
-        self.masks: dict[tuple[str, int, int], Tensor] = {}
-        self.sizes: dict[int, list[int]] = {}
-
-    def add(self, call: AttentionCall) -> None:
-        inputs = len(self.batch.ids)
-        if call.batch % inputs:
-            raise MeasurementError(
-                f"layer '{call.module}' ran {call.batch} rows for {inputs} inputs: whose they are is unclear",
-                "try --batch-size 1",
-            )
-        self.sizes.setdefault(call.layer, []).append(call.tokens)
-        of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
-        for token_set in self.sets:
-            of_layer[token_set].append(readings(call, self.names, self.tokens(token_set, call)))
-
-    def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
-        """A layer's facts with the sizes of this batch: images of native resolution differ."""
-        sizes = self.sizes[layer.index]
-        scope = "window" if len(sizes) > 1 else facts.attn_scope
-        return replace(facts, n_tokens=max(sizes), attn_scope=scope)
-
-    def tokens(self, token_set: str, call: AttentionCall) -> Tensor:
-        """The token set's mask `[batch or 1, token]` on the call's device, without padding."""
-        place = (token_set, call.tokens, call.batch)
-        if place not in self.masks:
-            mask = self.tower.tokens_in(token_set, call.tokens)[None]
-            real = self.batch.real
-            if real is not None and real.shape == (call.batch, call.tokens):
-                mask = mask & real.cpu()
-            self.masks[place] = mask.to(call.output.device)
-        return self.masks[place]
-
-    def blocks(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, np.ndarray]]:
-        """Each layer with its `[token set, metric, input, head]`; the device is read once, at the end."""
-        inputs = len(self.batch.ids)
-        on_device = []
-        for layer in layers:
-            of_layer = self.readings.pop(layer.index)
-            reduced = [
-                reduce([part[name] for part in of_layer[token_set]], inputs, METRICS[name].reduce)
-                for token_set in self.sets
-                for name in self.names
-            ]
-            heads = reduced[0].shape[-1]
-            on_device.append(torch.stack(reduced).view(len(self.sets), len(self.names), inputs, heads))
-        flat = torch.cat([block.flatten() for block in on_device]).cpu().numpy()
-        start = 0
-        for layer, block in zip(layers, on_device, strict=True):
-            values = flat[start : start + block.numel()].reshape(block.shape)
-            start += block.numel()
-            if np.isinf(values).any():
-                metric, who = np.argwhere(np.isinf(values))[0][1:3]
-                raise UserError(
-                    f"layer '{layer.path}' gives values that are not finite ({self.names[metric]}, "
-                    f"input '{self.batch.ids[who]}')",
-                    "the weights or activations hold NaN or infinity; try --dtype float32",
-                )
-            yield layer, values
 
 
 class _Gate:

@@ -42,6 +42,9 @@ CONSTANTS = [
 ]
 RESAMPLES = 2000
 
+WHOLE_LAYER = -1
+"""The `head` of a number that belongs to a layer; such rows are in samples.parquet and layers.csv only."""
+
 FORMAT = 1
 """Of the run folder; written to its manifest. A folder of another format is not read."""
 
@@ -58,9 +61,11 @@ def samples_frame(
     metrics: Sequence[str],
     ratios: Mapping[str, tuple[str, str]],
     constants: Mapping[str, Any],
+    of_heads: bool = True,
 ) -> pd.DataFrame:
     """One layer's block `values[token set, metric, input, head]` as long-form rows.
 
+    of_heads: False for numbers of a whole layer, whose `head` is -1.
     ratios: metrics to add, each the ratio of two that are there.
     constants: columns that are the same in every row (model, tower, layer, module …).
     """
@@ -78,7 +83,7 @@ def samples_frame(
             "metric": _category(names, np.tile(np.repeat(np.arange(metrics_n), inputs * heads), sets)),
             "input": _category(ids, np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)),
             "input_index": np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n) + first_input,
-            "head": np.tile(np.arange(heads), sets * metrics_n * inputs),
+            "head": np.tile(np.arange(heads) if of_heads else [WHOLE_LAYER], sets * metrics_n * inputs),
             "value": values.reshape(-1),
         }
     )
@@ -97,7 +102,8 @@ def tables(
     Where inputs differ in their number of tokens, the tables give the largest, so that a layer stays one row.
     """
     samples = _largest(samples, ("n_tokens", "attn_scope"))
-    heads = _summarise(samples, [*KEYS, *_constants_in(samples)], seed)
+    of_heads = samples[samples["head"] != WHOLE_LAYER]
+    heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], seed)
     keys = [key for key in KEYS if key != "head"]
     return _summarise(layer_samples(samples, ratios), [*keys, *_constants_in(samples)], seed), heads
 
@@ -136,8 +142,10 @@ def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
         # ngroup numbers groups in order of appearance, as size() lists them
         rows = _plain(grouped.size().reset_index()[by])
         frames.append(pd.concat([rows, summary(matrix, seed=seed)], axis=1))
-    table = pd.concat(frames, ignore_index=True)
     front = [key for key in by if key in KEYS]
+    if not frames:
+        return pd.DataFrame(columns=[*front, *STATISTICS, *[key for key in by if key not in front]])
+    table = pd.concat(frames, ignore_index=True)
     return table[[*front, *STATISTICS, *[key for key in by if key not in front]]]
 
 

@@ -33,11 +33,11 @@ from diag.config import (
 )
 from diag.errors import UserError
 from diag.figures import file_stem
+from diag.groups import metric_names
 from diag.inputs import Inputs
 from diag.interventions import Edit
 from diag.interventions import parse as parse_edit
 from diag.measure import Report, measure, pick_layers
-from diag.metrics import METRICS, chosen
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names import ModelSpec
@@ -57,6 +57,7 @@ from diag.records import (
     write_json,
     writing,
 )
+from diag.stream import STREAM_METRICS
 
 
 class Listener(Protocol):
@@ -155,7 +156,7 @@ def open_run(folder: Path) -> Run:
 
 def prepared(plan: ProbePlan) -> tuple[list[ModelSpec], dict[str, Inputs]]:
     """What a plan's names stand for, with everything checked that needs no model. Raises UserError."""
-    chosen(plan.metrics, [*METRICS, *RATIOS])
+    metric_names(plan.metrics)
     edits_of(plan)
     device_of(plan.device)
     return specs_of(plan), inputs_of(plan)
@@ -215,14 +216,16 @@ def edits_of(plan: ProbePlan) -> list[Edit]:
     return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
 
 
-def blocks_to_change(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
-    """The tower's blocks where the plan changes whole branches; none otherwise.
+def blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
+    """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
 
-    Raises UserError, naming the layer, if a block is not understood.
+    None where neither needs them. Raises UserError, naming the layer, if a block is not understood.
     """
-    if all(edit.where == "attention" for edit in edits_of(plan)):
+    if any(edit.where != "attention" for edit in edits_of(plan)):
+        return find_blocks(model.module, tower.layers)
+    if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
         return ()
-    return find_blocks(model.module, tower.layers)
+    return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
 
 
 def _dtype_of(model: Model) -> str:
@@ -250,11 +253,11 @@ def shard_frames(
 ) -> Iterator[pd.DataFrame]:
     """Measures samples and yields a long-form frame per batch and layer.
 
-    removed: what `constants_to_remove` gave. blocks: what `blocks_to_change` gave.
+    removed: what `constants_to_remove` gave. blocks: what `blocks_of` gave.
     """
     edits = edits_of(plan)
     position = first_input
-    names = chosen(plan.metrics, [*METRICS, *RATIOS])
+    names = metric_names(plan.metrics)
     needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
     sets = plan.tokens or (tower.token_sets[0],)
     for batch in measure(
@@ -275,8 +278,9 @@ def shard_frames(
                 ids=batch.ids,
                 first_input=position,
                 token_sets=sets,
-                metrics=needed,
-                ratios={name: RATIOS[name] for name in RATIOS if plan.metrics is None or name in names},
+                metrics=block.metrics,
+                of_heads=block.of_heads,
+                ratios={name: RATIOS[name] for name in RATIOS if name in names},
                 constants={
                     **constants,
                     "layer": block.layer.index,
@@ -319,7 +323,7 @@ def _run_model(
         progress.shards_total += len(shards)
         listener.start(f"{spec.given} {kind}", len(samples))
         constants = constants_of(model, tower, plan)
-        removed, blocks = constants_to_remove(model, tower, plan), blocks_to_change(model, tower, plan)
+        removed, blocks = constants_to_remove(model, tower, plan), blocks_of(model, tower, plan)
         name = f"{number:02d}-{file_stem(spec.given)}-{kind}"
         for place, shard in enumerate(shards):
             # not with_suffix: names of models hold dots
@@ -361,6 +365,13 @@ def _run_model(
         skipped = told[0]["skipped_layers"] if told else {}
         for path, why in skipped.items():
             listener.say(f"{spec.given}: {path} left out, {why}")
+        unprojected = told[0].get("unprojected", []) if told else []
+        if unprojected:
+            more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
+            listener.say(
+                f"{spec.given}: value_stream_cosine and output_value_cosine are empty where the way from "
+                f"heads to the stream is not understood: {unprojected[0]}{more}"
+            )
         account.shards += sorted((folder / "shards").glob(f"{name}-*.parquet"))
         account.models.append(
             {

@@ -38,6 +38,22 @@ COLUMNS = {
     "entropy_p15": ("H p15", "15th percentile of entropy"),
     "effective_keys": ("keys", "how many share the attention"),
     "first_weight": ("A_i0", "weight on the first token"),
+    "attention_stream_cosine": ("Δattn·x", "cosine of the attention update with the stream"),
+    "mlp_stream_cosine": ("Δmlp·x", "cosine of the MLP update with the stream"),
+    "value_stream_cosine": ("Wv·x", "cosine of W_O v with the stream"),
+    "output_value_cosine": ("Wy·Wv", "cosine of W_O y with W_O v"),
+    "block_influence": ("BI", "block influence, 1 - cos(x_in, x_out)"),
+    "token_similarity": ("x~x", "similarity of tokens after the block"),
+    "massive_activation": ("max/med", "largest over median activation"),
+    "attention_update_ratio": ("|Δattn|", "norm of the attention update over the stream's"),
+    "mlp_update_ratio": ("|Δmlp|", "norm of the MLP update over the stream's"),
+    "token_distance": ("X-mean", "distance of tokens from their mean, over their norm"),
+    "attention_stream_energy": ("Δattn·x²", "share of the attention update along the stream"),
+    "mlp_stream_energy": ("Δmlp·x²", "share of the MLP update along the stream"),
+    "update_cosine_previous": ("Δattn·prev", "cosine of the attention update with the one before"),
+    "delta_cosine_previous": ("Δ·prev", "cosine of the block's update with the one before"),
+    "secondary_sinks": ("sinks", "secondary sinks that begin here"),
+    "secondary_sink_lifetime": ("life", "share of layers in which they stand"),
 }
 """Metric -> its heading and what that means. The table shows as many as fit, in this order."""
 
@@ -52,7 +68,8 @@ def result_table(layers: pd.DataFrame) -> str:
         wide = part.pivot_table(index="layer", columns="metric", values="mean", aggfunc="first", dropna=False)
         spread = part[part["metric"] == "cos_y_vself"].set_index("layer")
         cells = {"layer": [str(layer) for layer in wide.index]}
-        for name, (heading, meaning) in COLUMNS.items():
+        others = {name: (name, "") for name in wide if name not in COLUMNS}
+        for name, (heading, meaning) in (COLUMNS | others).items():
             if name not in wide:
                 continue
             more = {heading: [_number(value) for value in wide[name]]}

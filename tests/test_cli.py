@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 
 import diag
 from diag import cli
+from diag.groups import GROUPS
 from diag.metrics import METRICS
 from diag.records import RATIOS
+from diag.shape import SHAPE_METRICS
+from diag.stream import STREAM_METRICS
 
 Attnbias = Callable[..., Ended]
 
@@ -32,7 +35,8 @@ FAST = ("--metrics", "cos_y_vself")
 
 KEYS = ["model", "tower", "layer", "module", "tokens", "metric"]
 STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
-CONSTANTS = ["n_tokens", "patch_size", "image_size", "attn_scope", "first_token"]
+CONSTANTS = ["n_tokens", "patch_size", "image_size", "positions", "patch_embedding"]
+CONSTANTS += ["attn_scope", "first_token"]
 CONSTANTS += ["values", "intervention", "dtype", "seed"]
 
 
@@ -351,8 +355,12 @@ def test_models_are_listed_and_searched(attnbias: Attnbias) -> None:
 def test_metrics_are_listed_with_their_definitions(attnbias: Attnbias) -> None:
     ended = attnbias("metrics")
     assert ended.code == 0
-    names = [line for line in ended.out.splitlines() if not line.startswith(" ")]
-    assert names == [*METRICS, *RATIOS]
+    heads = [line for line in ended.out.splitlines() if line and not line.startswith(" ")]
+    groups = [line.removeprefix("--metrics ") for line in heads if line.startswith("--metrics ")]
+    names = [line for line in heads if not line.startswith("--metrics ")]
+    assert groups == list(GROUPS)
+    assert names == [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS]
+    assert max(map(len, ended.out.splitlines())) <= 80
     found = strict(attnbias("metrics", "--json").out)
     assert list(found) == names
     assert all(found.values())

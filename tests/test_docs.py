@@ -15,6 +15,8 @@ import pytest
 
 from diag.metrics import METRICS
 from diag.records import RATIOS
+from diag.shape import SHAPE_METRICS
+from diag.stream import STREAM_METRICS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -112,7 +114,7 @@ def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
     listed = set(re.findall(r"^\| `(\w+)`", PAGES["metrics.md"], re.MULTILINE))
-    assert listed == {*METRICS, *RATIOS}
+    assert listed == {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS}
 
 
 def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:

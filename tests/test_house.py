@@ -34,7 +34,13 @@ FLOORS: dict[str, int] = {
     "words": 3,
     "seam": 2,
     "models": 3,
-    "shape": 1,
+    "shape": 2,
+    "groups": 3,
+    "collected": 4,
+    "secondary_sinks": 1,
+    "stream": 2,
+    "blocks": 2,
+    "branches": 3,
     "shape_blocks": 1,
     "edited": 4,
     "measure": 4,
@@ -63,6 +69,8 @@ BESIDE = {
     ("run", "config"),
     ("run", "activations"),
     ("measure", "edited"),
+    ("measure", "collected"),
+    ("blocks", "seam"),
     ("intervene", "config"),
     ("intervene", "cache"),
     ("intervene", "run"),
@@ -193,7 +201,14 @@ def loaded_after(*modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
-FIGURES = ("diag.figures", "diag.figures.attend", "diag.figures.strip", "diag.figures.curves", "diag.figures.heatmaps", "diag.figures.write")
+FIGURES = (
+    "diag.figures",
+    "diag.figures.attend",
+    "diag.figures.strip",
+    "diag.figures.curves",
+    "diag.figures.heatmaps",
+    "diag.figures.write",
+)
 DRAWING = ("diag.records", "diag.collect", *FIGURES)
 NAMING = (
     "diag",

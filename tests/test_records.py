@@ -312,7 +312,7 @@ def test_tables_come_back(tmp_path: Path, suffix: str) -> None:
 def test_unknown_formats_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write 'layers.xlsx'") as caught:
         records.write(pd.DataFrame(), tmp_path / "layers.xlsx")
-    assert caught.value.tip == "known formats: '.csv', '.parquet' or '.json'"
+    assert caught.value.tip == "known formats: '.csv', '.parquet', '.json', '.tex' or '.md'"
 
 
 def full_disk(path: Path) -> None:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
+from commands import Ended
 from reference import make_call
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -19,10 +21,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from diag.attention import AttentionCall
 from diag.blocks import find_blocks
 from diag.branches import check_states, projection_error, stream_states
+from diag.measure import measure
 from diag.metrics import reduce
 from diag.models import lens
-from diag.models.base import Batch
+from diag.models.base import Batch, Sample
+from diag.models.demo import build_vit
 from diag.models.names import parse
+from diag.models.timm import fuse, vision_tower
 from diag.seam import attention_calls, attention_modules
 from diag.secondary_sinks import alike_first, secondary_sink_lives
 from diag.stream import STREAM_METRICS, BlockStates, Stream, StreamReadings, Updates, per_input
@@ -555,3 +560,82 @@ def test_a_model_of_two_layers_is_read_through_both_seams() -> None:
     for (layer, name), values in numbers.items():
         missing = (name in first and layer == 0) or name == "secondary_sink_lifetime"
         assert bool(values.isnan().all()) == missing, (layer, name)
+
+
+def test_the_loop_gives_the_numbers_of_the_functions() -> None:
+    """Batches, token sets and heads: what `measure` yields is what `per_input` says of the same states."""
+    torch.manual_seed(0)
+    module = build_vit(16).eval()
+    fuse(module)
+    tower = vision_tower(
+        module, lambda image: image, source="x", preprocessing={}, image_size=(64, 64), device="cpu",
+        dtype=torch.float32,
+    )  # fmt: skip
+    images = torch.randn(5, 3, 64, 64)
+    tower = replace(
+        tower, encode=lambda chunk: Batch(tuple(s.id for s in chunk), torch.stack([s.read() for s in chunk]))
+    )
+    samples = [Sample(str(i), lambda i=i: images[i]) for i in range(5)]  # type: ignore[misc]
+    blocks, names = find_blocks(module, tower.layers), ["cos_y_vself", *STREAM_METRICS]
+    sets = ["patch", "cls"]
+    batches = list(measure(tower, samples, metrics=names, token_sets=sets, blocks=blocks, batch_size=3))
+    calls: list[AttentionCall] = []
+    states: list[BlockStates] = []
+    with (
+        torch.inference_mode(),
+        attention_calls(tower.layers, calls.append),
+        stream_states(blocks, states.append),
+    ):
+        module(images)
+    for layer in range(6):
+        of_layer = [
+            [part for part in batch.layers if part.layer.index == layer and not part.of_heads]
+            for batch in batches
+        ]
+        values = np.concatenate([part.values for (part,) in of_layer], axis=2)
+        assert values.shape == (2, len(STREAM_METRICS), 5, 1)
+        for number, token_set in enumerate(sets):
+            expected = per_input(
+                replace(states[layer], call=calls[layer]), WITHIN, tower.tokens_in(token_set, 17)[None]
+            )
+            for place, name in enumerate(STREAM_METRICS):
+                if name in WITHIN and not name.endswith("previous"):
+                    np.testing.assert_allclose(
+                        values[number, place, :, 0], expected[name], rtol=2e-5, atol=2e-6, err_msg=name
+                    )
+    of_heads = [part for part in batches[0].layers if part.of_heads]
+    assert {part.metrics for part in of_heads} == {("cos_y_vself",)}
+    assert [part.values.shape for part in of_heads] == [(2, 1, 3, 3)] * 6
+
+
+def test_numbers_of_layers_are_in_the_tables_of_layers_only(attnbias: Callable[..., Ended]) -> None:
+    ended = attnbias(
+        "probe", "-m", "demo:lm", "--texts", "demo", "--limit", 2, "--metrics", "stream,entropy", "-o", "run"
+    )
+    assert ended.code == 0
+    layers, heads = pd.read_csv("run/layers.csv"), pd.read_parquet("run/heads.parquet")
+    assert set(layers["metric"]) == {*STREAM_METRICS, "entropy"}
+    assert set(heads["metric"]) == {"entropy"}
+    samples = pd.read_parquet("run/samples.parquet")
+    assert set(samples.loc[samples["metric"] == "block_influence", "head"]) == {-1}
+    assert layers.loc[layers["metric"] == "block_influence", "n"].tolist() == [2] * 6
+
+
+def test_a_run_of_stream_metrics_alone(attnbias: Callable[..., Ended]) -> None:
+    ended = attnbias(
+        "probe",
+        "-m",
+        "demo:vit-p16",
+        "--images",
+        "demo",
+        "--limit",
+        2,
+        "--metrics",
+        "block_influence",
+        "-o",
+        "run",
+    )
+    assert ended.code == 0
+    assert "BI" in ended.out
+    assert len(pd.read_csv("run/layers.csv")) == 6
+    assert pd.read_parquet("run/heads.parquet").empty

@@ -272,6 +272,28 @@ class TestDrawing:
             points(samples, lines, metrics=("excess",), against="step")
 
 
+class TestOwnPairs:
+    def test_pairs_of_a_probe_and_token_sets(self, there: Path) -> None:
+        """A class token alone has no pairs: its value similarity is no number and makes no second line."""
+        (there / "pairs.yaml").write_text(
+            "title: t\nprobes:\n  p: {models: [demo:vit-p16, demo:vit-p8], images: demo, limit: 4,"
+            " tokens: [patch, cls], metrics: [value_similarity, cos_y_vself, entropy]}\n"
+            "figures:\n  - kind: trained-similarity\n    name: own\n    probe: p\n"
+            "    pairs: [{name: a pair, baseline: demo:vit-p16, trained: demo:vit-p8}]\n"
+            "tables:\n  - {kind: layers, probe: p, tokens: cls, metrics: cos_y_vself}\n"
+            "  - {kind: layers, name: none, probe: p, tokens: clss, metrics: cos_y_vself}\n"
+        )
+        ended = run_cli("figures", "pairs.yaml", "--json")
+        assert ended.code == 3
+        (outcome,) = json.loads(ended.out)["plans"]
+        assert outcome["failed"] == {"none": "probe 'p' has no tokens 'clss'"}
+        rows = pd.read_csv("figures/pairs/own.csv")
+        assert list(rows.groupby("side").size()) == [6, 6]
+        assert rows["mean"].notna().all()
+        table = pd.read_csv("figures/pairs/layers-p.csv")
+        assert set(table["tokens"]) == {"cls"}
+
+
 class TestDocs:
     """docs/figures.md shows what comes."""
 

@@ -240,9 +240,8 @@ def _compared(
     if published:
         overlay, notes = published_for(collection)
     found = compared(collection, growth=growth, seed=seed, published=overlay)
-    notes += [f"{label}: not measured: {', '.join(lacking)}" for label, lacking in found.missing.items()]
     if not quiet:
-        for note in notes:
+        for note in [*notes, *found.notes]:
             say(note)
     return found
 

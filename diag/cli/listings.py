@@ -116,16 +116,26 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 @app.command()
 def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the metrics with their definitions."""
+    """List the metrics with their definitions, by group."""
+    from diag.groups import GROUPS
     from diag.metrics import METRICS
     from diag.records import RATIOS
+    from diag.shape import SHAPE_METRICS
+    from diag.stream import STREAM_METRICS
 
     found = {name: metric.definition for name, metric in METRICS.items()}
     found |= {
         name: f"{above} / {below}, of their means over an input." for name, (above, below) in RATIOS.items()
     }
+    for optional in (STREAM_METRICS, SHAPE_METRICS):
+        found |= {
+            name: f"{metric.definition} ({metric.unit}; {metric.source})" for name, metric in optional.items()
+        }
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
-    for name, definition in found.items():
-        print(f"{name}\n    {definition}")
+    for group, names in GROUPS.items():
+        print(f"--metrics {group}\n")
+        for name in names:
+            print("\n".join([name, *_filled(found[name], "    ")]))
+        print()

@@ -35,7 +35,9 @@ def probe(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help="Comma-separated names [default: all].")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names or groups, comma-separated; see 'attnbias metrics'.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")] = None,
     tokens: Annotated[
         str | None,

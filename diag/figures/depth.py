@@ -73,8 +73,10 @@ def depth_profiles(
         for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
             for number, metric in enumerate(shown):
                 colour, marker = _looks(metric, number)
-                line(ax, depth_curve(part, metric), label=_word(metric), colour=colour, marker=marker)
                 theirs = known[(known["label"] == label) & (known["metric"] == metric)]
+                # under open points, a line's own markers would look like some of them filled
+                own = "" if len(theirs) else marker
+                line(ax, depth_curve(part, metric), label=_word(metric), colour=colour, marker=own)
                 published_points(ax, theirs, colour=colour, marker=marker)
             ax.set_ylim(low, high)
             _mark_minimum(ax, depth_curve(part, shown[0]))

@@ -67,7 +67,7 @@ def line(
 
 
 def published_points(
-    ax: Axes, values: pd.DataFrame, *, colour: Colour, marker: str = "o", size: float = 5
+    ax: Axes, values: pd.DataFrame, *, colour: Colour, marker: str = "o", size: float = 4.2
 ) -> Line2D | None:
     """Published values as open markers without a line, above what was measured; with their uncertainty.
 

@@ -43,13 +43,14 @@ def load_language_head(
     if spec.random_init:
         raise UserError(f"'{spec.base}' has no head with random weights", "give a model with weights")
     with reading(spec, "model.safetensors", tip="the weights must be those of a language model"):
-        whole, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             spec.name,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
         )
+    whole, report = loaded
     head = whole.get_output_embeddings()
     if head is None or any("lm_head" in key or "embed_out" in key for key in report["missing_keys"]):
         raise UserError(

@@ -36,9 +36,9 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
     elif control is not None:
         yield f"Controlled series: {control}"
     elif varying := _varying(_facts(collection), FACTORS):
-        said = f"Of patch size, image size, T and weights only {varying[0]} {'differ' if varying == ['weights'] else 'differs'}"
-        windows = "; windows of another length are other stretches of the text"
-        yield f"{said}{windows if varying == ['T'] else ''}."
+        differs = "differ" if varying == ["weights"] else "differs"
+        windows = "; windows of another length are other stretches of the text" if varying == ["T"] else ""
+        yield f"Of patch size, image size, T and weights only {varying[0]} {differs}{windows}."
     yield from _surprised(collection)
 
 

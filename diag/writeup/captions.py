@@ -29,12 +29,14 @@ def settings(rows: pd.DataFrame, inputs: Sequence[str]) -> str:
     if "n" not in rows or rows.empty:
         return ""
     found = _placeholders(rows, inputs)
+    changed = _listed(rows, "intervention") or "none"
     parts = [
         found["models"],
         f"{found['tokens']} tokens" if found["tokens"] else "",
         f"T = {found['T']}" if found["T"] else "",
         f"n = {found['n']} {found['inputs']}" if found["inputs"] else f"n = {found['n']}",
         f"values {found['values']}" if found["values"] else "",
+        f"intervention {changed}" if changed != "none" else "",
         "t = 0 excluded" if _listed(rows, "first_token") == "excluded" else "",
         _listed(rows, "dtype"),
         "95 % bootstrap intervals over inputs" if "ci_low" in rows and rows["ci_low"].notna().any() else "",

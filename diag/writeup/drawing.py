@@ -186,6 +186,7 @@ def _trained(item: Trained, stem: str, material: Material) -> list[Drawn]:
         words = "Published values: value similarity of CLIP models trained on CC12M without and with XSA."
     else:
         rows = known_metrics(material.collection(item).layers, ("value_similarity",), item.probe)
+        rows = rows[rows["mean"].notna()]  # one class token has no pairs
         sides = [(pair, side) for pair in item.pairs for side in ("baseline", "trained")]
         named = {"baseline": "baseline", "trained": "XSA-trained"}
         parts = [
@@ -193,6 +194,11 @@ def _trained(item: Trained, stem: str, material: Material) -> list[Drawn]:
             for pair, side in sides
         ]
         table = pd.concat(parts, ignore_index=True)
+        if table.duplicated(["pair", "side", "layer"]).any():
+            raise UserError(
+                f"probe '{item.probe}' measures a model of a pair in several ways",
+                "one length, one token set",
+            )
         words = "Value similarity of baseline and XSA-trained models."
     return [Drawn(stem, trained_similarity(table), table, f"{words} Dotted: mean over layers.")]
 

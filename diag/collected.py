@@ -1,0 +1,201 @@
+"""What one forward pass leaves behind: readings of every layer, then read off the device at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diag.attention import AttentionCall
+from diag.blocks import Block
+from diag.branches import check_states, projection_error, tolerance
+from diag.errors import MeasurementError, UserError
+from diag.interventions import Edit
+from diag.metrics import METRICS, Metric, Reading, readings, reduce
+from diag.models.base import Batch, Tower
+from diag.seam import Layer
+from diag.shape import SHAPE_METRICS, ShapeMetric, shape_readings
+from diag.shape_blocks import TEXT, Geometry, Neighbour
+from diag.stream import BlockStates, StreamReadings
+
+OF_HEADS: dict[str, Metric | ShapeMetric] = {**METRICS, **SHAPE_METRICS}
+"""Every metric of an attention call; by default only those of `METRICS` are measured."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer turned out to be; constants of every row of its table.
+
+    All but the sizes are read off the first batch.
+
+    n_tokens: keys of one softmax (the largest, if a layer is called once per window).
+    attn_scope: "full", or "window" if an input's tokens are split over several softmaxes or a mask
+        hides real keys beyond causality.
+    first_token: "excluded" where the first token sees only itself (causal), else "included".
+    projection: whether the output projection read Y "as captured", "modified" or "unknown".
+    gate_error: relative error of A V rebuilt from the call.
+    """
+
+    n_tokens: int
+    attn_scope: str
+    first_token: str
+    projection: str
+    gate_error: float
+
+
+@dataclass
+class Report:
+    """What happened beside the numbers; filled while the loop runs.
+
+    unprojected: layers whose output projection is not understood, so that what needs it is undefined there.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped_layers: dict[str, str] = field(default_factory=dict)
+    unprojected: list[str] = field(default_factory=list)
+
+
+class Collected:
+    """Readings of one forward pass, by layer, until every call of a layer has been seen."""
+
+    def __init__(self, names: Sequence[str], sets: Sequence[str], tower: Tower, batch: Batch) -> None:
+        self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
+        self.plain = [name for name in names if name in METRICS]
+        self.shape = [name for name in names if name in SHAPE_METRICS]
+        self.neighbour = Neighbour(len(batch.ids))
+        self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
+        self.masks: dict[tuple[str, int, int], Tensor] = {}
+        self.sizes: dict[int, list[int]] = {}
+
+    def add(self, call: AttentionCall) -> None:
+        inputs = len(self.batch.ids)
+        if call.batch % inputs:
+            raise MeasurementError(
+                f"layer '{call.module}' ran {call.batch} rows for {inputs} inputs: whose they are is unclear",
+                "try --batch-size 1",
+            )
+        self.sizes.setdefault(call.layer, []).append(call.tokens)
+        of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
+        masks = [self.tokens(token_set, call) for token_set in self.sets]
+        found = [readings(call, self.plain, mask) for mask in masks]
+        if self.shape:
+            shape = shape_readings(
+                call, self.shape, masks, geometry=self.geometry(call), neighbour=self.neighbour
+            )
+            found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
+        for token_set, part in zip(self.sets, found, strict=True):
+            of_layer[token_set].append(part)
+
+    def geometry(self, call: AttentionCall) -> Geometry:
+        """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
+        if self.tower.name != "vision":
+            return TEXT
+        windows = call.batch // len(self.batch.ids)
+        size = self.tower.facts.get("image_size")
+        return Geometry.of_image(call.tokens, len(self.tower.prefix), size, windows)
+
+    def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
+        """A layer's facts with the sizes of this batch: images of native resolution differ."""
+        sizes = self.sizes[layer.index]
+        scope = "window" if len(sizes) > 1 else facts.attn_scope
+        return replace(facts, n_tokens=max(sizes), attn_scope=scope)
+
+    def tokens(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
+        """The token set's mask `[batch or 1, token]`, without padding."""
+        device = of.output.device if isinstance(of, AttentionCall) else of.before.device
+        place = (token_set, of.tokens, of.batch)
+        if place not in self.masks:
+            mask = self.tower.tokens_in(token_set, of.tokens)[None]
+            real = self.batch.real
+            if real is not None and real.shape == (of.batch, of.tokens):
+                mask = mask & real.cpu()
+            self.masks[place] = mask.to(device)
+        return self.masks[place]
+
+    def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
+        """Each layer with its `[token set, metric, input, head]`, on the device."""
+        inputs = len(self.batch.ids)
+        found: list[LayerBlock] = []
+        for layer in layers:
+            of_layer = self.readings.pop(layer.index)
+            reduced = [
+                reduce([part[name] for part in of_layer[token_set]], inputs, OF_HEADS[name].reduce)
+                for token_set in self.sets
+                for name in self.names
+            ]
+            heads = reduced[0].shape[-1]
+            block = torch.stack(reduced).view(len(self.sets), len(self.names), inputs, heads)
+            found.append((layer, tuple(self.names), True, block))
+        return found
+
+
+class CollectedStream:
+    """Stream metrics of one forward pass: a layer's calls are kept until its block has finished."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        collected: Collected,
+        blocks: Sequence[Block],
+        edits: Sequence[Edit],
+        report: Report,
+        gated: bool,
+    ) -> None:
+        self.names, self.collected, self.report, self.gated = tuple(names), collected, report, gated
+        on_branch = [edit for edit in edits if edit.where == "attention branch"]
+        self.changed = {block.index for block in blocks if any(edit.at(block.index) for edit in on_branch)}
+        self.known = {block.index: block for block in blocks}
+        self.readings = StreamReadings(names, len(collected.tower.layers))
+        self.calls: dict[int, list[tuple[AttentionCall, AttentionCall]]] = {}
+
+    def add(self, states: BlockStates) -> None:
+        calls = self.calls.pop(states.layer, [])
+        if len(calls) == 1:
+            call, used = calls[0]
+            if self.gated and call.batch == states.batch and states.layer not in self.changed:
+                error = projection_error(self.known[states.layer], replace(states, call=call))
+                if not error < tolerance(states.after.dtype):
+                    self.report.unprojected.append(states.path)
+            states = replace(states, call=used)
+        if self.gated:
+            check_states(self.known[states.layer], states)
+        if states.path in self.report.unprojected:
+            states = replace(states, to_stream=None)
+        sets = self.collected.sets
+        self.readings.add(states, {name: self.collected.tokens(name, states) for name in sets})
+
+    def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
+        """Each layer with its `[token set, metric, input, 1]`, on the device."""
+        self.readings.finished()
+        inputs = len(self.collected.batch.ids)
+        return [
+            (layer, self.names, False, self.readings.block(layer.index, inputs))
+            for layer in layers
+            if layer.index in self.readings.readings
+        ]
+
+
+LayerBlock = tuple[Layer, tuple[str, ...], bool, Tensor]
+"""A layer, its metrics, whether they are of heads, and their numbers."""
+
+
+def on_host(
+    found: Sequence[LayerBlock], ids: Sequence[str]
+) -> Iterator[tuple[Layer, tuple[str, ...], bool, np.ndarray]]:
+    """The blocks with their numbers on the CPU; the device is read once for all of them."""
+    flat = torch.cat([block.flatten() for *_, block in found]).cpu().numpy()
+    start = 0
+    for layer, names, of_heads, block in found:
+        values = flat[start : start + block.numel()].reshape(block.shape)
+        start += block.numel()
+        if np.isinf(values).any():
+            metric, who = np.argwhere(np.isinf(values))[0][1:3]
+            raise UserError(
+                f"layer '{layer.path}' gives values that are not finite ({names[metric]}, "
+                f"input '{ids[who]}')",
+                "the weights or activations hold NaN or infinity; try --dtype float32",
+            )
+        yield layer, names, of_heads, values

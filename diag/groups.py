@@ -1,0 +1,27 @@
+"""What `--metrics` may name: every metric, and groups of them. Optional ones have to be named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diag import shape
+from diag.metrics import METRICS, chosen
+from diag.records import RATIOS
+from diag.shape import SHAPE_METRICS
+from diag.stream import STREAM_METRICS
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "default": (*METRICS, *RATIOS),
+    "stream": tuple(STREAM_METRICS),
+    **shape.GROUPS,
+}
+"""Name of a group -> its metrics."""
+
+
+def metric_names(names: Sequence[str] | None) -> list[str]:
+    """What `--metrics` stands for: the default metrics if None, groups written out.
+
+    Raises UserError with the nearest name.
+    """
+    written = [part for name in names or ("default",) for part in GROUPS.get(name, (name,))]
+    return chosen(written, [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *GROUPS])

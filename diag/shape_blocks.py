@@ -1,0 +1,364 @@
+"""One pass over blocks of query rows for everything that needs the pattern itself.
+
+What a single row holds (`entropy`, `distance`, …) comes out as `[batch, head, token]`; what a key
+receives from many rows is summed up on the way. No token × token matrix: memory is O(rows · token)
+for the block at hand, and O(token) for what is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention import BLOCK_ELEMENTS, AttentionCall, _first_key, _log_pattern_blocks
+
+NEAR_TOKENS = 16
+"""How far apart two tokens of a text may be and still be near each other."""
+
+NEAR_PATCHES = 1
+"""The same for patches, up or down and sideways: the 3 × 3 patches around one."""
+
+NOTHING = -1e30
+"""The logarithm of a weight of zero: finite, so that `A ln A` is 0."""
+
+QUANTITIES = ("own", "first", "previous", "prefix", "near", "entropy", "received", "distance", "norms", "top")
+"""What `stream` can be asked for."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the tokens of one softmax lie: a line of tokens (text), or a grid of patches (image).
+
+    prefix: tokens before the first position (class token, registers); they have no place.
+    rows, cols: patches downwards and sideways; the default is one line of all tokens.
+    patch_size: from a position to the next, in pixels; 1 for tokens of a text.
+    """
+
+    prefix: int = 0
+    rows: int = 1
+    cols: int | None = None
+    patch_size: float = 1.0
+
+    @staticmethod
+    def unknown(prefix: int = 0) -> Geometry:
+        """Of tokens whose places are not known: distances are undefined, the prefix is known."""
+        return Geometry(prefix, 0, 0)
+
+    @staticmethod
+    def of_image(tokens: int, prefix: int, image_size: Any, windows: int = 1) -> Geometry:
+        """The grid of one call of a vision model, from the size of the whole image.
+
+        image_size: one side in pixels, or (height, width); anything else is not known.
+        windows: how many softmaxes the image is split over. They are taken for squares of neighbouring
+            patches (Swin); windows of scattered patches (the grid attention of MaxViT) would read too near.
+        """
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        patches = tokens - prefix
+        if not isinstance(sides, tuple | list) or len(sides) != 2 or patches < 1 or windows < 1:
+            return Geometry.unknown(prefix)
+        height, width = sides
+        step = math.sqrt(height * width / (patches * windows))
+        rows, cols = round(height / step), round(width / step)
+        if rows * cols != patches * windows:
+            return Geometry.unknown(prefix)
+        if windows > 1:
+            rows = cols = math.isqrt(patches)
+            if rows * cols != patches:
+                return Geometry.unknown(prefix)
+        return Geometry(prefix, rows, cols, step)
+
+    def grid(self, tokens: int) -> tuple[int, int] | None:
+        """(rows, cols) of so many tokens; None where the places are not known."""
+        cols = tokens - self.prefix if self.cols is None else self.cols
+        fits = self.rows > 0 and cols > 0 and self.prefix + self.rows * cols == tokens
+        return (self.rows, cols) if fits else None
+
+    def steps(self, tokens: int) -> Float[Tensor, "rows cols rows cols"]:
+        """Euclidean distance of all pairs of places as a view of O(token) numbers.
+
+        Entry [-1 - r, -1 - c] is the map of distances from the place (r, c).
+        """
+        rows, cols = self.grid(tokens) or (0, 0)
+        down = torch.arange(1 - rows, rows, dtype=torch.float32)
+        sideways = torch.arange(1 - cols, cols, dtype=torch.float32)
+        table = torch.hypot(down[:, None], sideways) * self.patch_size
+        return table.unfold(0, rows, 1).unfold(1, cols, 1)
+
+    def near(self, places: Tensor, others: Tensor, tokens: int) -> Bool[Tensor, "place other"]:
+        """Whether two places, counted after the prefix, are near each other."""
+        rows, cols = self.grid(tokens) or (1, 1)
+        reach = NEAR_TOKENS if rows == 1 else NEAR_PATCHES
+        down = places[:, None] // cols - others // cols
+        sideways = places[:, None] % cols - others % cols
+        return (down.abs() <= reach) & (sideways.abs() <= reach)
+
+    def band(self, tokens: int) -> int:
+        """How far apart in the sequence two near tokens can be."""
+        rows, cols = self.grid(tokens) or (1, 1)
+        return NEAR_TOKENS if rows == 1 else NEAR_PATCHES * (cols + 1)
+
+
+TEXT = Geometry()
+"""One line of tokens, without a prefix."""
+
+
+class Distances:
+    """Blocks of the distances from query rows to all places; kept where all of them are small."""
+
+    def __init__(self, geometry: Geometry, tokens: int, device: torch.device) -> None:
+        self.prefix = geometry.prefix
+        self.cols = (geometry.grid(tokens) or (1, 1))[1]
+        self.steps = geometry.steps(tokens).to(device)
+        self.keep = tokens**2 <= BLOCK_ELEMENTS[device.type]
+        self.kept: dict[int, Tensor] = {}
+
+    def block(self, rows: slice) -> Float[Tensor, "row place"]:
+        """From the query rows to the places, in order; of a prefix row, which has no place, any numbers."""
+        if rows.start in self.kept:
+            return self.kept[rows.start]
+        place = torch.arange(rows.start, rows.stop, device=self.steps.device) - self.prefix
+        place = place.clamp(min=0)
+        down, sideways = place // self.cols, place % self.cols
+        height, width = self.steps.shape[:2]
+        block = self.steps[height - 1 - down, width - 1 - sideways].flatten(1)
+        if self.keep:
+            self.kept[rows.start] = block
+        return block
+
+
+def stream(
+    call: AttentionCall,
+    wanted: Collection[str],
+    rows: Sequence[Bool[Tensor, "#batch #head token"]],
+    live: Bool[Tensor, "#batch #head token"],
+    *,
+    geometry: Geometry,
+    norms: Float[Tensor, "batch head token"] | None = None,
+    top: int = 1,
+) -> dict[str, Tensor]:
+    """The wanted quantities of every live query row, in one pass; other rows hold zeros.
+
+    rows: for each token set, the rows that give to `received`.
+    live: the rows that any reader looks at; the others may hold anything, NaN included.
+
+    Per row, `[batch, head, token]`, float32: `own` A_ii, `first` (weight on the first key that anyone
+    sees), `previous` A_i,i-1, `prefix` (weight on the prefix tokens), `near` (on near places),
+    `entropy` in nats, `distance` and `distance_square` (means over places, weights renormalised) with
+    `placed`, the weight on all places; `norms`: `norm_total` Σ A n and `norm_entropy` of the shares
+    A n / Σ A n, n = `norms`; `top`: the keys of largest weight, `[…, top]`, largest first, -1 where
+    there are fewer.
+    Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, token]`.
+    """
+    unknown = set(wanted) - set(QUANTITIES)
+    assert not unknown, unknown
+    shape, device = call.output.shape[:3], call.output.device
+    tokens = call.tokens
+    placed = geometry.grid(tokens) is not None
+    names = [name for name in QUANTITIES if name in wanted and name not in ("received", "top", "norms")]
+    if "distance" in names:
+        names = [name for name in names if name != "distance"]
+        names += ["distance", "distance_square", "placed"] if placed else []
+    if not placed and "near" in names:
+        names.remove("near")
+    if "norms" in wanted:
+        names += ["norm_total", "norm_entropy"]
+    found = {name: torch.zeros(shape, device=device) for name in names}
+    distances = Distances(geometry, tokens, device) if "distance" in names else None
+    first = _first_key(call)
+    givers = None
+    if "received" in wanted:
+        givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]
+        found["received"] = torch.zeros(len(rows), *shape, device=device)
+    if "top" in wanted:
+        found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
+    of_keys = None
+    if "norms" in wanted:
+        assert norms is not None
+        of_keys = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
+    for where, logs, seen in _live_blocks(call, live):
+        in_batch, in_head, in_row = where
+        if "top" in found:
+            number = min(top, seen)
+            found["top"][where][..., :number] = logs.topk(number, -1).indices.int()
+            if len(found) == 1:
+                continue
+        pattern = logs.exp()
+        if givers is not None:
+            found["received"][:, in_batch, in_head, :seen] += (
+                givers[in_batch, in_head, :, in_row] @ pattern
+            ).movedim(2, 0)
+        if "own" in found:
+            found["own"][where] = pattern[..., in_row].diagonal(dim1=-2, dim2=-1)
+        if "first" in found:
+            index = first[in_batch].clamp(max=seen - 1)[:, None, None, None].expand(*pattern.shape[:3], 1)
+            found["first"][where] = pattern.gather(-1, index)[..., 0]
+        if "previous" in found:
+            before = pattern.diagonal(in_row.start - 1, -2, -1)
+            found["previous"][where][..., pattern.shape[2] - before.shape[-1] :] = before
+        if "prefix" in found:
+            found["prefix"][where] = pattern[..., : geometry.prefix].sum(-1)
+        if "near" in found:
+            found["near"][where] = _on_near_places(pattern, in_row, geometry, tokens)
+        if distances is not None:
+            on_places = pattern[..., geometry.prefix :]
+            lengths = distances.block(in_row)[:, : on_places.shape[-1]]
+            mass = on_places.sum(-1)
+            found["placed"][where] = mass
+            travelled = on_places * lengths
+            found["distance"][where] = travelled.sum(-1) / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+            squares = travelled.mul_(lengths).sum(-1)
+            found["distance_square"][where] = squares / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        if of_keys is not None:
+            sums = pattern @ of_keys[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
+        if "entropy" in found or of_keys is not None:
+            products = pattern.mul_(logs)
+        if "entropy" in found:
+            found["entropy"][where] = products.sum(-1).neg_()
+        if of_keys is not None:
+            total = sums[..., 0].clamp(min=torch.finfo(sums.dtype).tiny)
+            weighted = (products @ of_keys[in_batch, in_head, :seen, :1])[..., 0]
+            found["norm_total"][where] = sums[..., 0]
+            found["norm_entropy"][where] = total.log() - (weighted + sums[..., 1]) / total
+    return found
+
+
+def uniform(
+    call: AttentionCall, geometry: Geometry, wanted: Collection[str]
+) -> dict[str, Float[Tensor, "#batch #head token"]]:
+    """What `distance` and `near` would be if each query attended alike to every key that it sees.
+
+    One pass over the visible keys, shared by all heads where the mask is. Zeros where no place is seen.
+    """
+    tokens, device, seen = call.tokens, call.output.device, call.visibility
+    if geometry.grid(tokens) is None:
+        return {}
+    distances = Distances(geometry, tokens, device) if "distance" in wanted else None
+    shape = (*seen.count.shape[:2], tokens)
+    # filled in place: small results kept between large temporary blocks would hold the heap open
+    found = {name: torch.zeros(shape, device=device) for name in ("distance", "near") if name in wanted}
+    rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * shape[0] * shape[1] * tokens))
+    for start in range(0, tokens, rows_at_once):
+        in_row = slice(start, min(start + rows_at_once, tokens))
+        visible = _visible(call, in_row)  # [.., row or 1, key]
+        if distances is not None:
+            places = visible[..., geometry.prefix :].float()
+            count = places.sum(-1).clamp(min=1)
+            found["distance"][..., in_row] = (places * distances.block(in_row)).sum(-1) / count
+        if "near" in found:
+            found["near"][..., in_row] = _on_near_places(visible, in_row, geometry, tokens)
+            found["near"][..., in_row] /= seen.count[..., in_row].clamp(min=1)
+    return found
+
+
+def norms_of(
+    value: Float[Tensor, "batch kv_head token value_dim"],
+    heads: int,
+    projection: Float[Tensor, "head value_dim width"] | None = None,
+) -> Float[Tensor, "batch head token"]:
+    """‖f(v_j)‖ for every query head: f(v) = v W_O with that head's `projection`, or v without one."""
+    group = heads // value.shape[1]
+    if projection is None:
+        return vector_norm(value, dim=-1).repeat_interleave(group, 1)
+    projection = projection.float().unflatten(0, (value.shape[1], group))
+    gram = projection @ projection.transpose(-1, -2)  # ‖v W‖² = v W Wᵀ vᵀ: width is large, value_dim small
+    squares = vecdot(value[:, :, None] @ gram, value[:, :, None])  # [batch, kv_head, group, token]
+    return squares.clamp(min=0).sqrt().flatten(1, 2)
+
+
+def overlap(one: Tensor, other: Tensor, top: int) -> Float[Tensor, "batch head token"]:
+    """Share of the `top` keys of each query that are in both, `[batch, head, token, top]` each."""
+    parts = [
+        (a[..., :, None] == b[..., None, :]).any(-1).sum(-1).float() / top
+        for a, b in zip(one.split(1024, 2), other.split(1024, 2), strict=True)
+    ]
+    return torch.cat(parts, -1)
+
+
+class Neighbour:
+    """Top keys of the layer before, in one forward pass; O(token · top) memory.
+
+    Layers are neighbours if their depth indices follow each other and each attends once, over the
+    same tokens. A layer split over windows has none: its rows are not the next layer's rows.
+
+    inputs: how many inputs the batch holds.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.layer: int | None = None
+        self.top: Tensor | None = None
+
+    def before(self, call: AttentionCall, top: Tensor) -> Tensor | None:
+        """The top keys of the layer before, None if there is none; keeps `top` for the next layer."""
+        last, last_layer = self.top, self.layer
+        again = call.layer == last_layer
+        self.layer = call.layer
+        self.top = None if again or call.batch != self.inputs else top
+        if last is None or self.top is None or last_layer is None or call.layer != last_layer + 1:
+            return None
+        return last if last.shape == top.shape else None
+
+
+def _live_blocks(
+    call: AttentionCall, live: Tensor
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
+    """Blocks of `ln A` with their place and number of keys; rows that are not live hold `NOTHING`."""
+    live = live.expand(call.output.shape[:3])
+    some_dead = (~live).flatten(0, 1).any(0).tolist()
+    for where, logs in _pattern_blocks(call):
+        if any(some_dead[where[2]]):
+            logs = logs.masked_fill(~live[where][..., None], NOTHING)
+        yield where, logs, logs.shape[-1]
+
+
+def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    if call.pattern is None:
+        lse = call.log_normaliser
+        if lse is None and "softmax" in vars(call):
+            lse = call.softmax.log_normaliser
+        known = lse is not None
+        lse = torch.empty(call.output.shape[:3], device=call.output.device) if lse is None else lse.float()
+        yield from _log_pattern_blocks(call, lse, known)
+        return
+    budget = BLOCK_ELEMENTS[call.output.device.type]
+    rows_at_once = max(1, min(call.tokens, budget // call.tokens))
+    lanes = max(1, budget // (rows_at_once * call.tokens))
+    heads = min(call.heads, lanes)
+    batch = max(1, lanes // call.heads)
+    for b in range(0, call.batch, batch):
+        for h in range(0, call.heads, heads):
+            for r in range(0, call.tokens, rows_at_once):
+                where = (
+                    slice(b, min(b + batch, call.batch)),
+                    slice(h, min(h + heads, call.heads)),
+                    slice(r, min(r + rows_at_once, call.tokens)),
+                )
+                yield where, call.pattern[where].float().log().clamp(min=NOTHING)
+
+
+def _on_near_places(weights: Tensor, in_row: slice, geometry: Geometry, tokens: int) -> Tensor:
+    """The weight of each row on near places; only a band of keys around the rows can hold it."""
+    band, prefix = geometry.band(tokens), geometry.prefix
+    low, high = max(prefix, in_row.start - band), min(weights.shape[-1], in_row.stop + band)
+    index = torch.arange(tokens, device=weights.device) - prefix
+    near = geometry.near(index[in_row], index[low:high], tokens)
+    return (weights[..., low:high] * near).sum(-1)
+
+
+def _visible(call: AttentionCall, in_row: slice) -> Bool[Tensor, "#batch #head #row token"]:
+    seen, device = call.visibility, call.output.device
+    if seen.rule == "general":
+        assert seen.visible_rows is not None
+        return seen.visible_rows[:, :, in_row]
+    index = torch.arange(call.tokens, device=device)
+    keys = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if seen.keys is None else seen.keys
+    if seen.rule == "full":
+        return keys[:, None, None, :]
+    return keys[:, None, None, :] & (index <= index[in_row, None])
