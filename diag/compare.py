@@ -296,7 +296,7 @@ def _similarity(shown: Mapping[str, Profile]) -> str:
             row |= {"onset": f"{onset.value:.0f}" if onset.known else "–"}
             rows.append(row | {"shape": _shape(profile, "value_similarity")})
             words.append(growth.word.split(":")[0])
-    said = words[0] if len(set(words)) == 1 else "first to last layer"
+    said = words[0] if len(set(words)) == 1 else "first to last"
     title = f"Value similarity over depth (growth: {said}; after the onset it grows)\n"
     return title + _table(rows) if rows else ""
 

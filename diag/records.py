@@ -49,7 +49,7 @@ FORMAT = 1
 """Of the run folder; written to its manifest. A folder of another format is not read."""
 
 RATIOS: dict[str, tuple[str, str]] = {"self_specific_fraction": ("excess", "cos_y_vself")}
-"""Metrics that are a ratio of two others' means over an input: name -> (numerator, denominator)."""
+"""Metrics that are a ratio of two others' means over inputs: name -> (numerator, denominator)."""
 
 
 def samples_frame(
@@ -103,9 +103,10 @@ def tables(
     """
     samples = _largest(samples, ("n_tokens", "attn_scope"))
     of_heads = samples[samples["head"] != WHOLE_LAYER]
-    heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], seed)
+    heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], ratios, seed)
     keys = [key for key in KEYS if key != "head"]
-    return _summarise(layer_samples(samples, ratios), [*keys, *_constants_in(samples)], seed), heads
+    layers = layer_samples(samples, ratios)
+    return _summarise(layers, [*keys, *_constants_in(samples)], ratios, seed), heads
 
 
 def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] = RATIOS) -> pd.DataFrame:
@@ -130,8 +131,14 @@ def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] =
     return pd.concat([_plain(part) for part in parts], ignore_index=True)
 
 
-def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
-    """Statistics over inputs for every combination of `by`, model by model."""
+def _summarise(
+    samples: pd.DataFrame, by: list[str], ratios: Mapping[str, tuple[str, str]], seed: int
+) -> pd.DataFrame:
+    """Statistics over inputs for every combination of `by`, model by model.
+
+    A ratio is that of its components' means over inputs, resampled together: an input whose denominator is
+    near zero would otherwise outweigh all others. It has no standard deviation of its own.
+    """
     frames = []
     for _, part in samples.groupby(["model", "tower"], observed=True, sort=False):
         grouped = part.groupby(by, observed=True, sort=False, dropna=False)
@@ -141,12 +148,53 @@ def _summarise(samples: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
         matrix[column, cell] = part["value"].to_numpy(dtype=float)
         # ngroup numbers groups in order of appearance, as size() lists them
         rows = _plain(grouped.size().reset_index()[by])
-        frames.append(pd.concat([rows, summary(matrix, seed=seed)], axis=1))
+        table = pd.concat([rows, summary(matrix, seed=seed)], axis=1)
+        others = [key for key in by if key != "metric"]
+        for name, (above, below) in ratios.items():
+            places = _components(rows, others, name, above, below)
+            if len(places):
+                own, one, other = places.T
+                table.loc[own, STATISTICS] = ratio_of_means(matrix[:, one], matrix[:, other], seed=seed)
+        frames.append(table)
     front = [key for key in by if key in KEYS]
     if not frames:
         return pd.DataFrame(columns=[*front, *STATISTICS, *[key for key in by if key not in front]])
     table = pd.concat(frames, ignore_index=True)
     return table[[*front, *STATISTICS, *[key for key in by if key not in front]]]
+
+
+def _components(rows: pd.DataFrame, keys: list[str], name: str, above: str, below: str) -> np.ndarray:
+    """Where each cell of a ratio is in `rows`, and where its two components are: `[cell, 3]`."""
+    code = rows.groupby(keys, sort=False, dropna=False, observed=True).ngroup()
+    place = {pair: row for row, pair in enumerate(zip(code, rows["metric"], strict=True))}
+    return np.array(
+        [
+            (row, place[group, above], place[group, below])
+            for (group, metric), row in place.items()
+            if metric == name and (group, above) in place and (group, below) in place
+        ],
+        dtype=int,
+    ).reshape(-1, 3)
+
+
+def ratio_of_means(above: np.ndarray, below: np.ndarray, *, seed: int) -> np.ndarray:
+    """Ratios of means over inputs, both `[input, cell]`, as `[cell, mean std low high n]`.
+
+    The interval is the 95 % bootstrap over inputs, numerator and denominator resampled together.
+    NaN is missing; there is no standard deviation.
+    """
+    both = ~np.isnan(above) & ~np.isnan(below)
+    above, below, count = np.where(both, above, 0.0), np.where(both, below, 0.0), both.sum(0)
+    found = np.full((above.shape[1], 5), np.nan)
+    found[:, 0], found[:, 4] = _ratio(above.sum(0), below.sum(0)), count
+    total = len(above)
+    if total > 1:
+        draws = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=RESAMPLES)
+        drawn = _ratio(draws @ above, draws @ below)
+        some = (count > 1) & ~np.isnan(drawn).all(0)
+        if some.any():
+            found[some, 2:4] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0).T
+    return found
 
 
 def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.DataFrame:

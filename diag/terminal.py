@@ -68,7 +68,7 @@ def result_table(layers: pd.DataFrame) -> str:
         wide = part.pivot_table(index="layer", columns="metric", values="mean", aggfunc="first", dropna=False)
         spread = part[part["metric"] == "cos_y_vself"].set_index("layer")
         cells = {"layer": [str(layer) for layer in wide.index]}
-        others = {name: (name, "") for name in wide if name not in COLUMNS}
+        others = {str(name): (str(name), "") for name in wide if name not in COLUMNS}
         for name, (heading, meaning) in (COLUMNS | others).items():
             if name not in wide:
                 continue

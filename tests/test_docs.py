@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diag.metrics import METRICS
@@ -99,8 +100,10 @@ def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "FOLDER" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "my_clip.pt").write_bytes(b"")
-    arguments = shlex.split(command.replace("hf:Salesforce/wikitext,config=wikitext-2-raw-v1", "demo"))[1:]
-    done = attnbias([*arguments, "--dry-run"] if arguments[0] == "probe" else arguments, tmp_path)
+    here = command.replace("hf:Salesforce/wikitext,config=wikitext-2-raw-v1", "demo")
+    arguments = shlex.split(here.replace("configs/", f"{ROOT}/configs/"))[1:]
+    dry = ["--dry-run"] if arguments[0] in ("probe", "compare", "figures") else []
+    done = attnbias([*arguments, *dry], tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -122,12 +125,13 @@ def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
 
     from diag.cli import app
 
-    probe = get_command(app).commands["probe"]  # type: ignore[attr-defined]
-    known = {option for parameter in probe.params for option in parameter.opts}
-    known |= {"--debug", "--version", "--help", "--out"}
-    for page in ("README.md", "models.md", "metrics.md"):
-        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page]):
-            assert option in known, f"{page}: {option}"
+    verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
+    known = {option for verb in verbs for parameter in verb.params for option in parameter.opts}
+    # of other programs
+    known |= {"--debug", "--version", "--help", "--out", "--methods", "--nproc-per-node"}
+    for page, text in PAGES.items():
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
+            assert option in known or page == "benchmarks.md", f"{page}: {option}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -141,3 +145,33 @@ def test_examples_in_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried > 0
     assert failed == 0
+
+
+def test_what_the_vision_page_says_is_what_the_published_data_say() -> None:
+    from diag.published import curves
+
+    text = PAGES["vision-post.md"]
+    table = curves()
+    wide = table.pivot_table(index="layer", columns=["metric", "model"], values="value")
+    names = {size: f"clip-vit-b-{size}-cc12m" for size in (32, 16, 14)}
+    bias = {size: wide["cos_y_vself", name] for size, name in names.items()}
+    alike = {size: wide["value_similarity", name] for size, name in names.items()}
+    highest = max(curve.max() for curve in bias.values())
+    assert f"{highest:.3f} (B/14, layer 6)" in text
+    assert bias[14].idxmax() == 6
+    assert f"at most {highest**2:.0%}".replace("%", " %") in text
+    for size, curve in bias.items():
+        assert f"B/{size} {curve.iloc[0]:.3f} → {curve[11]:.3f}" in text
+    assert (
+        f"{alike[14].min():.3f} at layer {alike[14].idxmin()} → {alike[14].iloc[-1]:.3f} at layer 11" in text
+    )
+    for layer in (9, 10, 11):
+        rho, seen = alike[14][layer], bias[14][layer]
+        assert f"| {layer} | {rho:.3f} | {rho**0.5:.2f} | {seen:.3f} |" in text
+        assert seen < rho**0.5
+    for size, name in names.items():
+        changed = wide["value_similarity", f"{name}-xsa"].mean()
+        assert f"{alike[size].mean():.3f} → {changed:.3f}" in text
+    means, gains = [alike[size].mean() for size in (32, 16, 14)], [-7.47, -2.35, 3.44]
+    assert f"r = {np.corrcoef(means, gains)[0, 1]:.2f}" in text
+    assert f"r = {np.corrcoef(np.log([32, 16, 14]), gains)[0, 1]:.2f}".replace("-", "−") in text

@@ -54,7 +54,7 @@ def test_layer_curves_show_each_published_metric_once_as_hollow_grey_points(laye
     assert to_hex(marks.get_markeredgecolor()) == to_hex("0.45")
     assert marks.get_linestyle() == "None"
     np.testing.assert_allclose(bars[0].get_segments()[1], [[1, 0.29], [1, 0.31]])
-    assert "published (a study)" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend(figure) == ["published (a study)"]
 
 
 def test_limits_hold_the_published_points(layers: pd.DataFrame) -> None:

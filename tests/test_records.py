@@ -130,16 +130,28 @@ def test_a_layer_is_the_mean_over_heads_within_each_input_first() -> None:
     assert first["std"] == pytest.approx(values[0, 0, 1:, 0].std(ddof=1), rel=1e-12)
 
 
-def test_a_layers_ratio_is_the_ratio_of_means_within_each_input() -> None:
+def test_a_ratio_is_the_ratio_of_means_over_inputs() -> None:
     values = random(1, 2, 5, 3)
     layers, heads = tables(frame(values), RATIOS, seed=0)
     above, below = values[0].mean(axis=2)
     row = pick(layers, "fraction")
-    assert row["mean"] == pytest.approx((above / below).mean(), rel=1e-12)
-    assert row["mean"] != pytest.approx((values[0, 0] / values[0, 1]).mean(), rel=1e-6)
-    assert row["mean"] != pytest.approx(above.mean() / below.mean(), rel=1e-6)
+    assert row["mean"] == pytest.approx(above.mean() / below.mean(), rel=1e-12)
+    assert row["mean"] != pytest.approx((above / below).mean(), rel=1e-6)
+    assert row["n"] == 5
+    assert np.isnan(row["std"])
+    draws = np.random.default_rng(0).multinomial(5, np.full(5, 0.2), size=2000)
+    low, high = np.percentile(draws @ above / (draws @ below), [2.5, 97.5])
+    assert (row["ci_low"], row["ci_high"]) == (pytest.approx(low), pytest.approx(high))
     head = pick(heads, "fraction", head=2)
-    assert head["mean"] == pytest.approx((values[0, 0, :, 2] / values[0, 1, :, 2]).mean(), rel=1e-12)
+    assert head["mean"] == pytest.approx(values[0, 0, :, 2].mean() / values[0, 1, :, 2].mean(), rel=1e-12)
+
+
+def test_an_input_whose_denominator_is_near_zero_does_not_outweigh_the_others() -> None:
+    values = np.ones((1, 2, 6, 1))
+    values[0, 0] = 0.5
+    values[0, :, 3, 0] = (0.4, 1e-9)
+    row = pick(tables(frame(values), RATIOS, seed=0)[0], "fraction")
+    assert row["mean"] == pytest.approx(2.9 / 5)
 
 
 def test_layers_may_differ_in_their_number_of_heads() -> None:

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_runs import CURVES, Make, made_run
 
 from diag.collect import Collection, collect
 from diag.profiles import differences, profiles
 from diag.words import comparison, control, summary, uncontrolled
-from diag.words.phrases import Found, listed, number, percent, share
+from diag.words.phrases import Found, listed, number, percent, share, widening
 
 DEEP = {"cos_y_vself": [0.6, 0.3, 0.5], "cos_y_vpartner": [0.6, 0.3, 0.5], "cos_y_vuniform": [0.7, 0.4, 0.6]}
 GEOMETRY = CURVES | DEEP | {"excess": [0.0, 0.0, 0.0]}
@@ -100,7 +101,7 @@ class TestSummary:
     def test_a_negative_bias(self, make: Make) -> None:
         negative = {name: [-value for value in curve] for name, curve in CURVES.items()}
         text = told(collect([make(curves=negative)]))
-        assert "the bias is −0.40" in text
+        assert "the bias is -0.40" in text
         assert "%)" not in text.splitlines()[1]
 
     def test_one_layer(self, make: Make) -> None:
@@ -120,7 +121,7 @@ class TestComparison:
         text = said(self.pair(make))
         assert text.startswith("Strongest mean bias: demo:a, 0.5")
         assert "it is the strongest in 100 % of resamples" in text
-        assert "With n = 8, intervals are somewhat too narrow." in text
+        assert "With n = 8, intervals are somewhat too narrow; what follows allows for that." in text
         assert re.search(
             r"The next, demo:b, is 0\.1\d\d lower \(.*, paired by input\): distinguishable\.", text
         )
@@ -134,7 +135,7 @@ class TestComparison:
 
     def test_other_inputs_are_not_paired(self, make: Make) -> None:
         text = said(self.pair(make, sha256="others"))
-        assert "not paired, inputs differ): distinguishable." in text
+        assert "not paired): distinguishable." in text
         assert "Not a controlled comparison: inputs differ" in text
 
     def test_nulls_that_reach_the_bias(self, make: Make) -> None:
@@ -281,7 +282,7 @@ class TestControl:
 
 
 def test_phrases() -> None:
-    assert (number(-0.0042), number(0.25, sign=True)) == ("−0.004", "+0.250")
+    assert (number(-0.0042), number(0.25, sign=True)) == ("-0.004", "+0.250")
     assert [percent(value) for value in (0.0, 0.001, 0.5, 0.9996, 1.0)] == [
         "0%",
         "<1%",
@@ -298,4 +299,29 @@ def test_phrases() -> None:
     ]
     assert Found(0.1, 0.0, 0.2, 20).judged() == "not distinguishable from 0"
     assert Found(0.1, 0.05, 0.2, 20).judged() == "above 0"
+    assert Found(0.1, 0.05, 0.2, 20).judged("clear") == "clear"
+    assert Found(0.1, 0.005, 0.2, 14).judged() == "too close to 0 to call with n = 14"
+    assert Found(0.1, 0.005, 0.2, 400).judged() == "above 0"
+    assert Found(0.1, 0.05, 0.2, 4).judged() == "with too few inputs to judge"
     assert Found(-0.1, -0.2, -0.05, 20).judged() == "below 0"
+
+
+def test_few_inputs_are_allowed_for() -> None:
+    """2,000 studies of 8 inputs without an effect: one in twenty is called one, more by intervals alone."""
+    n, rng = 8, np.random.default_rng(0)
+    weights = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), size=1000) / n
+    called = outside = 0
+    for _ in range(2000):
+        values = rng.normal(size=n)
+        low, high = np.percentile(weights @ values, [2.5, 97.5])
+        found = Found(float(values.mean()), float(low), float(high), n)
+        called += found.above or found.below
+        outside += low > 0 or high < 0
+    assert called / 2000 < 0.07
+    assert outside / 2000 > 0.09
+
+
+def test_widening() -> None:
+    """Of the normal's quantile to the t distribution's: 2.365 at 7 degrees of freedom, 2.093 at 19."""
+    for n, quantile in ((8, 2.365), (20, 2.093)):
+        assert widening(n) == pytest.approx(quantile / 1.96 * (n / (n - 1)) ** 0.5, rel=0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,7 +119,7 @@ def interventions(as_json: Annotated[bool, typer.Option("--json", help="Print JS
         return
     for name, entry in INTERVENTIONS.items():
         print(f"{name}" + ("" if entry.strength is None else f"={entry.strength:g}"))
-        print(f"    {entry.definition}")
+        print(textwrap.fill(entry.definition, 80, initial_indent="    ", subsequent_indent="    "))
 
 
 def _document(found: Any) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
     found = {name: metric.definition for name, metric in METRICS.items()}
     found |= {
-        name: f"{above} / {below}, of their means over an input." for name, (above, below) in RATIOS.items()
+        name: f"{above} / {below}, of their means over inputs." for name, (above, below) in RATIOS.items()
     }
     for optional in (STREAM_METRICS, SHAPE_METRICS):
         found |= {

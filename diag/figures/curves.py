@@ -55,13 +55,14 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     one_selection(rows, "layer curves")
     panels = [panel for panel in CURVES if not rows_of(rows, (line.metric for line in panel.lines)).empty]
     cosines = {line.metric for panel in panels if not panel.unit_interval for line in panel.lines}
-    known = overlays(published)
+    known = [overlay for found in overlays(published) if len((overlay := found.of(CURVE_METRICS)).rows)]
     shown = [overlay.of(cosines).rows for overlay in known]
     limits = _cosine_limits(rows_of(rows, cosines), shown)
     deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
     with style():
         model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
-        figure, axes = page(len(panels), row_height=2.45, title=model, caption=said)
+        room = 0.15 * len(known) + 0.1 if known else 0.0
+        figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
         drawn: set[str] = set()
         for letter, panel, ax in zip(string.ascii_lowercase, panels, axes, strict=False):
             _draw_panel(ax, panel, rows)
@@ -74,6 +75,8 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
             ax.set_ylabel(panel.y_label)
             _layer_axis(ax, deep)
         _legends(axes)
+        if known:
+            figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
     return figure
 
 

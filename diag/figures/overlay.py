@@ -52,7 +52,12 @@ def overlays(published: pd.DataFrame | None) -> list[Overlay]:
             f"the published values have no column {one_of(missing)}", f"columns: {','.join(COLUMNS)}"
         )
     several = published["model"].nunique() > 1
-    groups = published.dropna(subset=["value"]).groupby(["model", "source"], sort=False, observed=True)
+    # two lines of one model have the same published values
+    groups = (
+        published.dropna(subset=["value"])
+        .drop_duplicates(subset=list(COLUMNS))
+        .groupby(["model", "source"], sort=False, observed=True)
+    )
     return [
         Overlay(
             rows,
@@ -64,7 +69,10 @@ def overlays(published: pd.DataFrame | None) -> list[Overlay]:
 
 
 def draw_overlay(ax: Axes, overlay: Overlay, *, relative: bool = False) -> None:
-    """The values over layers, or over depth relative to the last published layer. Empty: nothing."""
+    """The values over layers, or over depth relative to the last published layer. Empty: nothing.
+
+    They have no label: names of sources are too long for a panel's legend, see `Overlay.handle`.
+    """
     rows = overlay.rows.sort_values("layer")
     for _, points in rows.groupby("metric", sort=False):
         layer = points["layer"].astype(float)
@@ -75,7 +83,6 @@ def draw_overlay(ax: Axes, overlay: Overlay, *, relative: bool = False) -> None:
             linestyle="",
             ecolor=GREY,
             elinewidth=0.8,
-            label=overlay.label,
             zorder=4,
             **_look(overlay.marker),  # type: ignore[arg-type]
         )

@@ -42,7 +42,7 @@ MEANINGS: dict[str, Meaning] = {
     "self_specific_fraction": Meaning(
         "specific share",
         "excess / bias",
-        "The excess as a share of the bias, taken input by input; it leaps where a bias is near zero.",
+        "The excess as a share of the bias, both averaged over inputs; it leaps where the bias is near zero.",
     ),
     "self_part": Meaning(
         "self part", "Aᵢᵢ‖vᵢ‖ / ‖yᵢ‖", "The part of the bias that comes from attending to oneself."

@@ -1,7 +1,8 @@
 """Profiles in plain sentences: what one line shows, which of several is strongest, and how sure that is.
 
-Nothing is claimed beyond the data: where an interval includes 0, the sentence says "not distinguishable";
-with fewer than five inputs it says that nothing is decided. No torch.
+Nothing is claimed beyond the data. Where an interval includes 0, the sentence says "not distinguishable";
+where it leaves out 0 only because it is too narrow for so few inputs, "too close to call"; with fewer than
+five inputs, that they are too few to judge. No torch.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def _most(found: Profile, sure: pd.Series) -> str:
     if len(sure) > 1 and pd.notna(sure.iloc[0]) and bias.n >= FEWEST:
         said += f"; it is the strongest in {share(sure.iloc[0])} of resamples"
     if FEWEST <= bias.n < FEW:
-        said += f". With n = {bias.n}, intervals are somewhat too narrow"
+        said += f". With n = {bias.n}, intervals are somewhat too narrow; what follows allows for that"
     return f"{said}."
 
 
@@ -219,11 +220,9 @@ def _next(label: str, difference: Difference) -> str:
     said = f"The next, {label}, is {number(difference.value)} lower"
     if difference.n < 2:
         return f"{said}; one input does not tell how sure that is."
-    how = "paired by input" if difference.paired else "not paired, inputs differ"
+    how = "paired by input" if difference.paired else "not paired"
     spread = f"({number(difference.low)} to {number(difference.high)}, {how})"
-    if difference.n < FEWEST:
-        return f"{said} {spread}, with too few inputs to judge."
-    return f"{said} {spread}: {'distinguishable' if difference.above else 'not distinguishable'}."
+    return f"{said} {spread}: {difference.judged('distinguishable', 'not distinguishable')}."
 
 
 def _nulls(found: dict[str, Profile], labels: Sequence[str]) -> str:

@@ -313,4 +313,6 @@ def test_what_is_measured_under_an_intervention(attnbias: Callable[..., Ended]) 
 
 def test_listing(attnbias: Callable[..., Ended]) -> None:
     done = attnbias("interventions")
-    assert [line.partition("=")[0] for line in done.out.splitlines()[::2]] == list(INTERVENTIONS)
+    names = [line.partition("=")[0] for line in done.out.splitlines() if not line.startswith(" ")]
+    assert names == list(INTERVENTIONS)
+    assert max(map(len, done.out.splitlines())) <= 80
