@@ -72,7 +72,7 @@ def assert_alike(shown: str, found: str, tolerance: float) -> None:
             raise AssertionError(f"not in the output: {ours}")
         skipping = False
         assert same_words(ours, line), f"shown: {ours}\nfound: {line}"
-        numbers = [[float(x) for x in NUMBER.findall(text)] for text in (ours, line)]
+        numbers = [[float(x.replace("−", "-")) for x in NUMBER.findall(text)] for text in (ours, line)]
         assert numbers[0] == pytest.approx(numbers[1], abs=tolerance, rel=0.02), f"{ours}\n{line}"
     assert skipping or not list(theirs), "more came than is shown"
 
@@ -162,9 +162,8 @@ def test_what_the_vision_page_says_is_what_the_published_data_say() -> None:
     assert f"at most {highest**2:.0%}".replace("%", " %") in text
     for size, curve in bias.items():
         assert f"B/{size} {curve.iloc[0]:.3f} → {curve[11]:.3f}" in text
-    assert (
-        f"{alike[14].min():.3f} at layer {alike[14].idxmin()} → {alike[14].iloc[-1]:.3f} at layer 11" in text
-    )
+    lowest, last = alike[14].idxmin(), alike[14][11]
+    assert f"{alike[14].min():.3f} at layer {lowest} → {last:.3f} at layer 11" in text
     for layer in (9, 10, 11):
         rho, seen = alike[14][layer], bias[14][layer]
         assert f"| {layer} | {rho:.3f} | {rho**0.5:.2f} | {seen:.3f} |" in text

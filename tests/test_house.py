@@ -209,7 +209,15 @@ FIGURES = (
     "diag.figures.heatmaps",
     "diag.figures.write",
 )
-DRAWING = ("diag.records", "diag.collect", *FIGURES)
+DRAWING = (
+    "diag.records",
+    "diag.collect",
+    "diag.profiles",
+    "diag.words",
+    "diag.compare",
+    "diag.report",
+    *FIGURES,
+)
 NAMING = (
     "diag",
     "diag.cli",

@@ -40,6 +40,7 @@ from diag.models.loading import (
     text_facts,
     text_samples,
     unknown_argument,
+    vocabulary_digest,
 )
 from diag.models.names import ModelSpec
 from diag.models.sizes import IMAGE, PATCH
@@ -299,7 +300,7 @@ def text_tower(
         forward=lambda batch: module(input_ids=batch.data),
         decode=tokenizer.decode,
         language_head=head,
-        facts=text_facts(context, before, after),
+        facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
     )
 
 

@@ -19,7 +19,14 @@ from diag.attention import AttentionCall
 from diag.errors import MeasurementError, UserError
 from diag.models.base import Model, Tower
 from diag.models.hf import commit_of, context_of, is_causal, load_config, load_tokenizer, reading, tokens_of
-from diag.models.loading import frame, ready, text_encoder, text_facts, text_samples
+from diag.models.loading import (
+    frame,
+    ready,
+    text_encoder,
+    text_facts,
+    text_samples,
+    vocabulary_digest,
+)
 from diag.models.names import ModelSpec
 from diag.seam import Layer, OnCall, Sightings
 
@@ -61,7 +68,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         decode=tokenizer.decode,
         ending="next-token logits" if causal else "token states",
         capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
-        facts=text_facts(context, before, after),
+        facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
     )
     notes = (spec.note,) if spec.note else ()
     return Model(

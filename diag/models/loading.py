@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,12 @@ def text_samples(
 def text_facts(context: int | None, before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
     """The constants of a text tower; `bos` says whether anything was put before a window."""
     return {"context": context, "bos": "yes" if before else "no", "special_tokens": len(before) + len(after)}
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Tells whether two models cut a text into the same windows: a hash of the tokenizer's vocabulary."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
 
 def text_encoder(device: str | torch.device) -> Callable[[Sequence[Sample]], Batch]:

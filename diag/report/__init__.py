@@ -133,12 +133,15 @@ def page(
 
 def words(collection: Collection) -> tuple[dict[str, list[str]], list[str]]:
     """Sentences about every line, by label, and about their differences where there are several."""
+    from diag.compare import series_control
     from diag.profiles import profiles
     from diag.words import comparison, summary
 
     found = profiles(collection.samples, seed=SEED)
     sentences = {label: summary(collection, found, label) for label in collection.labels}
-    return sentences, comparison(collection, found) if len(sentences) > 1 else []
+    if len(sentences) == 1:
+        return sentences, []
+    return sentences, comparison(collection, found, control=series_control(collection))
 
 
 def default_title(lines: Sequence[Line]) -> str:
