@@ -44,7 +44,7 @@ class TestSummary:
             "the mean cosine between what attention returns to a token and that token's own value; 40 % of "
             "the energy of what it returns lies along that value."
         )
-        assert lines[1] == "Uniform attention over the same values reaches 0.200 of these 0.600 (33 %)."
+        assert lines[1] == "Uniform attention over the same values would give 0.200 of the 0.600 (33 %)."
         assert lines[2] == (
             "Compared with another token's value instead of its own, the cosine is 0.300; the excess of "
             "0.300 (0.300 to 0.300) is above 0."
@@ -62,8 +62,8 @@ class TestSummary:
 
     def test_geometry_is_not_sold_as_bias(self, make: Make) -> None:
         text = told(collect([make(curves=GEOMETRY)]))
-        assert "reaches 0.7" in text
-        assert "more than there is" in text
+        assert "would give 0.7" in text
+        assert "that is there" in text
         assert "is not distinguishable from 0" in text
         assert "falls and rises again (U)" in text
         assert "lowest 0.3" in text
@@ -79,7 +79,7 @@ class TestSummary:
     def test_one_input(self, make: Make) -> None:
         text = told(collect([make(n=1)]))
         assert "(one input, no interval)" in text
-        assert "with too few inputs to judge" in text
+        assert "inputs are too few" in text
         assert "Too few inputs to name its shape" in text
         assert "nan" not in text
         assert "above 0" not in text
@@ -87,7 +87,7 @@ class TestSummary:
     def test_few_inputs_are_not_judged(self, make: Make) -> None:
         text = told(collect([make(n=3)]))
         assert "above 0" not in text
-        assert "with too few inputs to judge" in text
+        assert "inputs are too few" in text
 
     @pytest.mark.parametrize("metric", ["cos_y_vself", "value_similarity", "cos_y_vuniform", "self_part"])
     def test_what_was_not_measured_is_left_out(self, make: Make, metric: str) -> None:
@@ -161,7 +161,7 @@ class TestComparison:
         assert "It is more than the one null that was measured" in said(collect([make(curves=only)]))
 
     @pytest.mark.parametrize(
-        ("n", "words"), [(1, "one input does not tell"), (3, "with too few inputs to judge")]
+        ("n", "words"), [(1, "one input does not tell"), (3, "not judged: 3 inputs are too few")]
     )
     def test_few_inputs_claim_nothing(self, make: Make, n: int, words: str) -> None:
         collection = collect(
@@ -302,7 +302,7 @@ def test_phrases() -> None:
     assert Found(0.1, 0.05, 0.2, 20).judged("clear") == "clear"
     assert Found(0.1, 0.005, 0.2, 14).judged() == "too close to 0 to call with n = 14"
     assert Found(0.1, 0.005, 0.2, 400).judged() == "above 0"
-    assert Found(0.1, 0.05, 0.2, 4).judged() == "with too few inputs to judge"
+    assert Found(0.1, 0.05, 0.2, 4).judged() == "not judged: 4 inputs are too few"
     assert Found(-0.1, -0.2, -0.05, 20).judged() == "below 0"
 
 

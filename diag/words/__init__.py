@@ -119,11 +119,12 @@ def _strongest_layer(layers: pd.DataFrame) -> Iterator[str]:
     yield f"{said}."
     if "cos_y_vuniform" in at:
         uniform = at["cos_y_vuniform"].value
-        said = (
-            f"Uniform attention over the same values reaches {number(uniform)} of these {number(bias.value)}"
-        )
-        part = f" ({share(uniform / bias.value)})" if bias.value > 0 else ""
-        yield f"{said}: more than there is." if uniform > bias.value else f"{said}{part}."
+        said = f"Uniform attention over the same values would give {number(uniform)}"
+        if uniform > bias.value:
+            yield f"{said}, more than the {number(bias.value)} that is there."
+        else:
+            part = f" ({share(uniform / bias.value)})" if bias.value > 0 else ""
+            yield f"{said} of the {number(bias.value)}{part}."
     if "cos_y_vpartner" in at:
         said = "Compared with another token's value instead of its own, the cosine is "
         said += number(at["cos_y_vpartner"].value)

@@ -45,7 +45,7 @@ class Found:
     def judged(self, yes: str = "", no: str = "not distinguishable from 0") -> str:
         """`above 0`, `below 0` (or `yes`), or what else can be said."""
         if self.n < FEWEST:
-            return "with too few inputs to judge"
+            return f"not judged: {self.n} inputs are too few"
         if self.above or self.below:
             return yes or ("above 0" if self.above else "below 0")
         return f"too close to 0 to call with n = {self.n}" if self.close else no
