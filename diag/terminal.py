@@ -54,6 +54,26 @@ COLUMNS = {
     "delta_cosine_previous": ("Δ·prev", "cosine of the block's update with the one before"),
     "secondary_sinks": ("sinks", "secondary sinks that begin here"),
     "secondary_sink_lifetime": ("life", "share of layers in which they stand"),
+    "first_key_received": ("α_0", "attention that the first key receives"),
+    "sink_rate": ("α_0>.3", "share of heads that do"),
+    "sink_share": ("top c", "share of all attention that one key receives"),
+    "sink_strength": ("log c", "log10 of the largest over the median received attention"),
+    "received_gini": ("gini", "inequality of received attention"),
+    "sink_value_norm": ("‖v_s‖", "norm of the sink's value over the median"),
+    "attention_distance": ("dist", "mean distance of attention in pixels or tokens"),
+    "attention_distance_rms": ("rms", "root mean square distance"),
+    "attention_distance_uniform": ("dist u", "distance of uniform attention"),
+    "attention_distance_ratio": ("d/d_u", "distance over that of uniform attention"),
+    "attention_nmi": ("NMI", "0 where all queries see the same map"),
+    "top_key_overlap": ("top-10", "share of the 10 top keys kept from the layer before"),
+    "top_key_overlap_chance": ("chance", "that share by chance"),
+    "previous_weight": ("A_i,i-1", "weight on the token before"),
+    "near_share": ("near", "share within 16 tokens or the next patches"),
+    "near_share_uniform": ("near u", "that share of uniform attention"),
+    "prefix_share": ("prefix", "share on class token and registers"),
+    "norm_weighted_self": ("self‖v‖", "self weight, weighted with norms of values"),
+    "norm_weighted_first": ("first‖v‖", "weight on the first key, weighted with norms"),
+    "norm_weighted_entropy": ("H‖v‖", "entropy, weighted with norms"),
 }
 """Metric -> its heading and what that means. The table shows as many as fit, in this order."""
 
@@ -68,7 +88,7 @@ def result_table(layers: pd.DataFrame) -> str:
         wide = part.pivot_table(index="layer", columns="metric", values="mean", aggfunc="first", dropna=False)
         spread = part[part["metric"] == "cos_y_vself"].set_index("layer")
         cells = {"layer": [str(layer) for layer in wide.index]}
-        others = {str(name): (str(name), "") for name in wide if name not in COLUMNS}
+        others = {str(name): (str(name), "") for name in part["metric"].unique() if name not in COLUMNS}
         for name, (heading, meaning) in (COLUMNS | others).items():
             if name not in wide:
                 continue

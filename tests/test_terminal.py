@@ -13,6 +13,7 @@ import pytest
 from diag import terminal
 from diag.metrics import METRICS
 from diag.records import RATIOS
+from diag.shape import SHAPE_METRICS
 from diag.stream import STREAM_METRICS
 from diag.terminal import COLUMNS, WIDTH, StderrListener, columns, result_table
 
@@ -39,7 +40,7 @@ def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
 
 
 def test_every_metric_has_a_heading_of_its_own() -> None:
-    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS}
+    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS}
     headings = [heading for heading, _ in COLUMNS.values()]
     assert len(set(headings)) == len(headings)
 
