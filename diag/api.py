@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from diag import measure, run
+from diag import measure, run, shards
 from diag.attention import AttentionCall
 from diag.config import checked
 from diag.errors import UserError
@@ -100,10 +100,8 @@ def probe(
     metric_names(plan.metrics)
     loaded, tower, samples = _prepare(model, inputs, plan)
     report = measure.Report()
-    constants = run.constants_of(loaded, tower, plan)
-    removed = run.constants_to_remove(loaded, tower, plan)
-    blocks = run.blocks_of(loaded, tower, plan)
-    frames = list(run.shard_frames(tower, samples, plan, constants, report, removed=removed, blocks=blocks))
+    work = shards.Work.of(loaded, tower, plan)
+    frames = list(shards.shard_frames(work, samples, report))
     if not frames:
         reason = next(iter(report.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
@@ -159,7 +157,7 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tow
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
     tower = loaded.tower(kind)
-    return loaded, tower, run.tower_samples(tower, as_inputs(inputs, kind), plan)
+    return loaded, tower, shards.tower_samples(tower, as_inputs(inputs, kind), plan)
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

@@ -7,21 +7,19 @@ skips what is there.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from diag.activations import save_activations
-from diag.blocks import Block, find_blocks
+from diag.collected import Report
 from diag.config import (
     SHARD_INPUTS,
     ProbePlan,
@@ -35,29 +33,23 @@ from diag.errors import UserError
 from diag.figures import file_stem
 from diag.groups import metric_names
 from diag.inputs import Inputs
-from diag.interventions import Edit
-from diag.interventions import parse as parse_edit
-from diag.measure import Report, measure, pick_layers
 from diag.models import load
-from diag.models.base import Model, Sample, Tower
+from diag.models.base import Model
 from diag.models.names import ModelSpec
-from diag.models.value_constants import value_constants
 from diag.records import (
     FORMAT,
-    RATIOS,
     claim,
     one_kind,
     read_heads,
     read_layers,
     read_manifest,
     release,
-    samples_frame,
     tables,
     write,
     write_json,
     writing,
 )
-from diag.stream import STREAM_METRICS
+from diag.shards import Work, edits_of, shard_frames, tower_samples
 
 
 class Listener(Protocol):
@@ -174,129 +166,6 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def tower_samples(tower: Tower, given: Inputs, plan: ProbePlan) -> list[Sample]:
-    """The first `limit` samples of a tower. Raises UserError if there is none."""
-    found = list(itertools.islice(tower.samples(given, plan.seq_len), plan.limit))
-    if not found:
-        raise UserError(
-            f"'{given.source}' gives no sample for the {tower.name} tower",
-            "the text is shorter than one window: give more text, or a smaller --seq-len",
-        )
-    return found
-
-
-def constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
-    """The columns that are the same in every row of one tower."""
-    return {
-        "model": model.name,
-        "tower": tower.name,
-        "patch_size": _size(tower.facts.get("patch_size")),
-        "image_size": _size(tower.facts.get("image_size")),
-        "positions": tower.facts.get("positions"),
-        "patch_embedding": tower.facts.get("patch_embedding"),
-        "values": plan.values,
-        "intervention": " ".join(plan.intervene) or "none",
-        "dtype": _dtype_of(model),
-        "seed": plan.seed,
-    }
-
-
-def constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[int, Tensor] | None:
-    """What `--values bias-free` takes out of each layer's values; None for values as computed.
-
-    Raises UserError, naming the layer, if one of the plan's layers cannot be made bias-free.
-    """
-    if plan.values == "as_computed":
-        return None
-    return value_constants(model.module, pick_layers(tower.layers, plan.layers))
-
-
-def edits_of(plan: ProbePlan) -> list[Edit]:
-    """What the plan does to the model. Raises UserError for an unknown intervention."""
-    return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
-
-
-def blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
-    """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
-
-    None where neither needs them. Raises UserError, naming the layer, if a block is not understood.
-    """
-    if any(edit.where != "attention" for edit in edits_of(plan)):
-        return find_blocks(model.module, tower.layers)
-    if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
-        return ()
-    return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
-
-
-def _dtype_of(model: Model) -> str:
-    """The format that the model runs in, `float32` for one without parameters."""
-    found = next((parameter.dtype for parameter in model.module.parameters()), torch.float32)
-    return str(found).removeprefix("torch.")
-
-
-def _size(size: Any) -> Any:
-    """A size as a table has it: one number, or `64x32` where height and width differ."""
-    return "x".join(map(str, size)) if isinstance(size, tuple | list) else size
-
-
-def shard_frames(
-    tower: Tower,
-    samples: Sequence[Sample],
-    plan: ProbePlan,
-    constants: Mapping[str, Any],
-    report: Report,
-    *,
-    removed: Mapping[int, Tensor] | None = None,
-    blocks: Sequence[Block] = (),
-    first_input: int = 0,
-    listener: Listener | None = None,
-) -> Iterator[pd.DataFrame]:
-    """Measures samples and yields a long-form frame per batch and layer.
-
-    removed: what `constants_to_remove` gave. blocks: what `blocks_of` gave.
-    """
-    edits = edits_of(plan)
-    position = first_input
-    names = metric_names(plan.metrics)
-    needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
-    sets = plan.tokens or (tower.token_sets[0],)
-    for batch in measure(
-        tower,
-        samples,
-        metrics=needed,
-        token_sets=sets,
-        layers=plan.layers,
-        value_constants=removed,
-        edits=edits,
-        blocks=blocks,
-        batch_size=plan.batch_size,
-        report=report,
-    ):
-        for block in batch.layers:
-            yield samples_frame(
-                block.values,
-                ids=batch.ids,
-                first_input=position,
-                token_sets=sets,
-                metrics=block.metrics,
-                of_heads=block.of_heads,
-                ratios={name: RATIOS[name] for name in RATIOS if name in names},
-                constants={
-                    **constants,
-                    "layer": block.layer.index,
-                    "module": block.layer.path,
-                    "n_tokens": block.facts.n_tokens,
-                    "attn_scope": block.facts.attn_scope,
-                    "first_token": block.facts.first_token,
-                    "projection": block.facts.projection,
-                    "gate_error": block.facts.gate_error,
-                },
-            )
-        position += len(batch.ids)
-        if listener is not None:
-            listener.advance(len(batch.ids))
-
-
 def _run_model(
     spec: ModelSpec,
     number: int,
@@ -317,76 +186,78 @@ def _run_model(
     if not named:
         kinds = kinds[:1]
     for kind in kinds:
-        tower = model.tower(kind)
-        samples = tower_samples(tower, given[kind], plan)
-        shards = [samples[i : i + SHARD_INPUTS] for i in range(0, len(samples), SHARD_INPUTS)]
-        progress.shards_total += len(shards)
-        listener.start(f"{spec.given} {kind}", len(samples))
-        constants = constants_of(model, tower, plan)
-        removed, blocks = constants_to_remove(model, tower, plan), blocks_of(model, tower, plan)
-        name = f"{number:02d}-{file_stem(spec.given)}-{kind}"
-        for place, shard in enumerate(shards):
-            # not with_suffix: names of models hold dots
-            file = folder / "shards" / f"{name}-{place:05d}.parquet"
-            if file.exists():
-                listener.advance(len(shard))
-            else:
-                first, report = place * SHARD_INPUTS, Report()
-                frames = list(
-                    shard_frames(
-                        tower,
-                        shard,
-                        plan,
-                        constants,
-                        report,
-                        removed=removed,
-                        blocks=blocks,
-                        first_input=first,
-                        listener=listener,
-                    )
-                )
-                # the account of a shard is there before the shard is
-                write_json(asdict(report), file.with_name(f"{name}-{place:05d}.json"))
-                write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), file)
-            progress.shards_done += 1
-        told = [json.loads(file.read_text()) for file in sorted((folder / "shards").glob(f"{name}-*.json"))]
-        for part in told:
-            account.failed_inputs |= part["failed"]
-        if all(sample.id in account.failed_inputs for sample in samples):
-            for file in (folder / "shards").glob(f"{name}-*"):
-                file.unlink()  # they hold nothing, and the inputs may be mended
-            raise UserError(
-                f"no input of '{given[kind].source}' could be read: {account.failed_inputs[samples[0].id]}",
-                "give images in JPEG, PNG or WebP",
+        _run_tower(spec, number, model, given[kind], plan, folder, account, listener, progress)
+
+
+def _run_tower(
+    spec: ModelSpec,
+    number: int,
+    model: Model,
+    given: Inputs,
+    plan: ProbePlan,
+    folder: Path,
+    account: _Account,
+    listener: Listener,
+    progress: Progress,
+) -> None:
+    tower = model.tower(given.tower)
+    samples = tower_samples(tower, given, plan)
+    work = Work.of(model, tower, plan)
+    shards = [samples[i : i + SHARD_INPUTS] for i in range(0, len(samples), SHARD_INPUTS)]
+    progress.shards_total += len(shards)
+    listener.start(f"{spec.given} {tower.name}", len(samples))
+    name = f"{number:02d}-{file_stem(spec.given)}-{tower.name}"
+    for place, shard in enumerate(shards):
+        # not with_suffix: names of models hold dots
+        file = folder / "shards" / f"{name}-{place:05d}.parquet"
+        if file.exists():
+            listener.advance(len(shard))
+        else:
+            report = Report()
+            frames = list(
+                shard_frames(work, shard, report, first_input=place * SHARD_INPUTS, advance=listener.advance)
             )
-        if plan.save_activations:
-            kept = folder / "activations" / f"{file_stem(spec.given)}-{kind}"
-            save_activations(tower, samples[: plan.save_activations], kept, plan.layers)
-        skipped = told[0]["skipped_layers"] if told else {}
-        for path, why in skipped.items():
-            listener.say(f"{spec.given}: {path} left out, {why}")
-        unprojected = told[0].get("unprojected", []) if told else []
-        if unprojected:
-            more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
-            listener.say(
-                f"{spec.given}: value_stream_cosine and output_value_cosine are empty where the way from "
-                f"heads to the stream is not understood: {unprojected[0]}{more}"
-            )
-        account.shards += sorted((folder / "shards").glob(f"{name}-*.parquet"))
-        account.models.append(
-            {
-                "given": spec.given,
-                "resolved": model.resolved,
-                "family": model.family,
-                "tower": kind,
-                "layers": len(tower.layers),
-                "inputs": len(samples),
-                "notes": list(model.notes),
-                "skipped_layers": skipped,
-                **dict(model.facts),
-                **dict(tower.facts),
-            }
+            # the account of a shard is there before the shard is
+            write_json(asdict(report), file.with_name(f"{name}-{place:05d}.json"))
+            write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), file)
+        progress.shards_done += 1
+    told = [json.loads(file.read_text()) for file in sorted((folder / "shards").glob(f"{name}-*.json"))]
+    for part in told:
+        account.failed_inputs |= part["failed"]
+    if all(sample.id in account.failed_inputs for sample in samples):
+        for file in (folder / "shards").glob(f"{name}-*"):
+            file.unlink()  # they hold nothing, and the inputs may be mended
+        raise UserError(
+            f"no input of '{given.source}' could be read: {account.failed_inputs[samples[0].id]}",
+            "give images in JPEG, PNG or WebP",
         )
+    if plan.save_activations:
+        kept = folder / "activations" / f"{file_stem(spec.given)}-{tower.name}"
+        save_activations(tower, samples[: plan.save_activations], kept, plan.layers)
+    skipped = told[0]["skipped_layers"] if told else {}
+    for path, why in skipped.items():
+        listener.say(f"{spec.given}: {path} left out, {why}")
+    if unprojected := told[0].get("unprojected", []) if told else []:
+        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
+        listener.say(
+            f"{spec.given}: value_stream_cosine and output_value_cosine are empty where the way from "
+            f"heads to the stream is not understood: {unprojected[0]}{more}"
+        )
+    account.shards += sorted((folder / "shards").glob(f"{name}-*.parquet"))
+    account.models.append(
+        {
+            "given": spec.given,
+            "resolved": model.resolved,
+            "family": model.family,
+            "tower": tower.name,
+            "layers": len(tower.layers),
+            "inputs": len(samples),
+            "notes": list(model.notes),
+            "skipped_layers": skipped,
+            **dict(model.facts),
+            **dict(tower.facts),
+        }
+    )
 
 
 def _finish(

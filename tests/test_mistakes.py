@@ -231,7 +231,7 @@ def test_layers_that_cannot_be_seen_end_with_one(attnbias: Attnbias, monkeypatch
     def blind(*_: object, **__: object) -> None:
         raise MeasurementError("layer 'a' was never run", "leave it out")
 
-    monkeypatch.setattr("diag.run.measure", blind)
+    monkeypatch.setattr("diag.shards.measure", blind)
     assert_two_lines(attnbias(*VIT, "-q"), 1, "layer 'a' was never run", "leave it out")
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diag import records, run
+from diag import records, run, shards
 from diag.config import SHARD_INPUTS, checked
 from diag.errors import UserError
 from diag.models import demo
@@ -53,13 +53,13 @@ class Ears:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the inputs that are really measured, as they are."""
     seen: list[str] = []
-    original = run.measure
+    original = shards.measure
 
     def counting(tower: Any, samples: Sequence[Any], **options: Any) -> Any:
         seen.extend(sample.id for sample in samples)
         return original(tower, samples, **options)
 
-    monkeypatch.setattr(run, "measure", counting)
+    monkeypatch.setattr(shards, "measure", counting)
     return seen
 
 
@@ -416,7 +416,7 @@ def test_a_model_that_fails_does_not_take_the_others_along(tmp_path: Path, noise
 def test_a_model_that_fails_half_way_leaves_no_rows(
     tmp_path: Path, noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = run.measure, [0]
+    original, calls = shards.measure, [0]
 
     def failing(tower: Any, *arguments: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -424,7 +424,7 @@ def test_a_model_that_fails_half_way_leaves_no_rows(
             raise UserError("layer 'blocks.3.attn' gives values that are not finite", "…")
         return original(tower, *arguments, **options)
 
-    monkeypatch.setattr(run, "measure", failing)
+    monkeypatch.setattr(shards, "measure", failing)
     both = vision(noise, models=("demo:vit-p16", "demo:vit-p8"), layers=(0,))
     found = run_probe(both, tmp_path / "run")
     assert list(found.manifest["failed_models"]) == ["demo:vit-p16"]

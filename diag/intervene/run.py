@@ -25,7 +25,8 @@ from diag.measure import Report, pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.records import claim, layer_samples, read_layers, read_samples, write, write_json, writing
-from diag.run import Listener, Silent, device_of, tower_samples
+from diag.run import Listener, Silent, device_of
+from diag.shards import tower_samples
 
 FOLDER = Path("runs")
 

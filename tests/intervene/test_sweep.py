@@ -27,7 +27,7 @@ from diag.models import load
 from diag.models.base import Batch, Model, Tower
 from diag.models.demo import EMBEDDED
 from diag.models.names import parse as parse_name
-from diag.run import tower_samples
+from diag.shards import tower_samples
 
 LM = ("demo:lm", "text")
 VIT = ("demo:vit-p16", "vision")

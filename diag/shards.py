@@ -1,0 +1,170 @@
+"""One tower measured as a plan says: its samples, what is constant about it, its numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diag.blocks import Block, find_blocks
+from diag.collected import Report
+from diag.config import ProbePlan
+from diag.errors import UserError
+from diag.groups import metric_names
+from diag.inputs import Inputs
+from diag.interventions import Edit
+from diag.interventions import parse as parse_edit
+from diag.measure import measure, pick_layers
+from diag.models.base import Model, Sample, Tower
+from diag.models.value_constants import value_constants
+from diag.records import RATIOS, samples_frame
+from diag.stream import STREAM_METRICS
+
+
+@dataclass(frozen=True)
+class Work:
+    """A tower and all that a plan needs to measure it.
+
+    constants: the columns that are the same in every row. removed: what `--values bias-free` takes out of
+    each layer's values. blocks: where whole branches are changed, or the stream is measured.
+    """
+
+    tower: Tower
+    plan: ProbePlan
+    constants: Mapping[str, Any]
+    removed: Mapping[int, Tensor] | None
+    blocks: Sequence[Block]
+
+    @staticmethod
+    def of(model: Model, tower: Tower, plan: ProbePlan) -> Work:
+        """Raises UserError, naming the layer, where the plan asks for what this model does not allow."""
+        return Work(
+            tower,
+            plan,
+            _constants_of(model, tower, plan),
+            _constants_to_remove(model, tower, plan),
+            _blocks_of(model, tower, plan),
+        )
+
+
+def tower_samples(tower: Tower, given: Inputs, plan: ProbePlan) -> list[Sample]:
+    """The first `limit` samples of a tower. Raises UserError if there is none."""
+    found = list(itertools.islice(tower.samples(given, plan.seq_len), plan.limit))
+    if not found:
+        raise UserError(
+            f"'{given.source}' gives no sample for the {tower.name} tower",
+            "the text is shorter than one window: give more text, or a smaller --seq-len",
+        )
+    return found
+
+
+def edits_of(plan: ProbePlan) -> list[Edit]:
+    """What the plan does to the model. Raises UserError for an unknown intervention."""
+    return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
+
+
+def shard_frames(
+    work: Work,
+    samples: Sequence[Sample],
+    report: Report,
+    *,
+    first_input: int = 0,
+    advance: Callable[[int], object] = lambda inputs: None,
+) -> Iterator[pd.DataFrame]:
+    """Measures samples and yields a long-form frame per batch and layer.
+
+    first_input: the number of the first sample within the run. advance: told how many inputs are done.
+    """
+    tower, plan = work.tower, work.plan
+    position = first_input
+    names = metric_names(plan.metrics)
+    needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
+    sets = plan.tokens or (tower.token_sets[0],)
+    for batch in measure(
+        tower,
+        samples,
+        metrics=needed,
+        token_sets=sets,
+        layers=plan.layers,
+        value_constants=work.removed,
+        edits=edits_of(plan),
+        blocks=work.blocks,
+        batch_size=plan.batch_size,
+        report=report,
+    ):
+        for block in batch.layers:
+            yield samples_frame(
+                block.values,
+                ids=batch.ids,
+                first_input=position,
+                token_sets=sets,
+                metrics=block.metrics,
+                of_heads=block.of_heads,
+                ratios={name: RATIOS[name] for name in RATIOS if name in names},
+                constants={
+                    **work.constants,
+                    "layer": block.layer.index,
+                    "module": block.layer.path,
+                    "n_tokens": block.facts.n_tokens,
+                    "attn_scope": block.facts.attn_scope,
+                    "first_token": block.facts.first_token,
+                    "projection": block.facts.projection,
+                    "gate_error": block.facts.gate_error,
+                },
+            )
+        position += len(batch.ids)
+        advance(len(batch.ids))
+
+
+def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
+    """The columns that are the same in every row of one tower."""
+    return {
+        "model": model.name,
+        "tower": tower.name,
+        "patch_size": _size(tower.facts.get("patch_size")),
+        "image_size": _size(tower.facts.get("image_size")),
+        "positions": tower.facts.get("positions"),
+        "patch_embedding": tower.facts.get("patch_embedding"),
+        "values": plan.values,
+        "intervention": " ".join(plan.intervene) or "none",
+        "dtype": _dtype_of(model),
+        "seed": plan.seed,
+    }
+
+
+def _constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[int, Tensor] | None:
+    """What `--values bias-free` takes out of each layer's values; None for values as computed.
+
+    Raises UserError, naming the layer, if one of the plan's layers cannot be made bias-free.
+    """
+    if plan.values == "as_computed":
+        return None
+    return value_constants(model.module, pick_layers(tower.layers, plan.layers))
+
+
+def _blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
+    """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
+
+    None where neither needs them. Raises UserError, naming the layer, if a block is not understood.
+    """
+    if any(edit.where != "attention" for edit in edits_of(plan)):
+        return find_blocks(model.module, tower.layers)
+    if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
+        return ()
+    return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
+
+
+def _dtype_of(model: Model) -> str:
+    """The format that the model runs in, `float32` for one without parameters."""
+    found = next((parameter.dtype for parameter in model.module.parameters()), torch.float32)
+    return str(found).removeprefix("torch.")
+
+
+def _size(size: Any) -> Any:
+    """A size as a table has it: one number, or `64x32` where height and width differ."""
+    return "x".join(map(str, size)) if isinstance(size, tuple | list) else size
