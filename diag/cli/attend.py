@@ -11,6 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diag.cli.app import app, say
+from diag.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    ModelArg,
+    Overwrite,
+    QuietFolder,
+    RandomInit,
+    TrustRemoteCode,
+)
 from diag.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,30 +54,18 @@ def attend(
         int | None, typer.Option(help="Tokens of the text [default: 128, or as many as there are].")
     ] = None,
     top: Annotated[int, typer.Option(help="List so many of the most attended tokens.")] = 10,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(help="key=value for the model's constructor, repeatable.")
-    ] = None,
-    random_init: Annotated[
-        bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    model_arg: ModelArg = None,
+    random_init: RandomInit = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/attend-NAME-KEY].")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure again what the folder holds.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of a table.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")] = False,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    quiet: QuietFolder = False,
 ) -> None:
     """Show what one patch or token attends to, how alike their values are, and what it gets back."""
     from diag.attend import checked, read, run_attend

@@ -11,7 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diag.cli.app import app, say
-from diag.cli.options import names, ranges
+from diag.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Images,
+    Layers,
+    Limit,
+    Metrics,
+    QuietFolder,
+    RandomInit,
+    Series,
+    Texts,
+    Tokens,
+    Values,
+    names,
+    ranges,
+)
 from diag.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,13 +47,10 @@ def compare(
         list[str] | None,
         typer.Option("-m", "--model", help="Model to probe if there is no run of it yet, repeatable."),
     ] = None,
-    series: Annotated[
-        list[str] | None,
-        typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
-    ] = None,
-    images: Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")] = None,
-    texts: Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")] = 64,
+    series: Series = None,
+    images: Images = None,
+    texts: Texts = None,
+    limit: Limit = 64,
     seq_len: Annotated[
         str | None, typer.Option(help="Tokens per window of text; several (64,128,256) are compared.")
     ] = None,
@@ -46,36 +60,27 @@ def compare(
     patch_size: Annotated[
         str | None, typer.Option(help="Pixels, one or several (48,32,16): every model at each.")
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help="Comma-separated names [default: all].")] = None,
-    layers: Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(help="patch, all, cls or registers, comma-separated [default: patch; all for text]."),
-    ] = None,
-    values: Annotated[
-        str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
-    ] = "as-computed",
+    metrics: Metrics = None,
+    layers: Layers = None,
+    tokens: Tokens = None,
+    values: Values = "as-computed",
     growth: Annotated[
         str | None, typer.Option(help="Two layers such as 5,11: growth between them [default: first, last].")
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Lay published curves of these models over the figures.")
     ] = False,
-    random_init: Annotated[
-        bool, typer.Option("--random-init", help="Build models without pretrained weights.")
-    ] = False,
+    random_init: RandomInit = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/compare-NAMES-KEY].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of tables.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")] = False,
+    as_json: AsJson = False,
+    quiet: QuietFolder = False,
 ) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
     between = _pair(growth)

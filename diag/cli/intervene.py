@@ -10,7 +10,23 @@ from typing import Annotated, Any
 import typer
 
 from diag.cli.app import app, say
-from diag.cli.options import ranges
+from diag.cli.options import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Dtype,
+    Images,
+    Layers,
+    Length,
+    Limit,
+    ModelArg,
+    Overwrite,
+    QuietFolder,
+    RandomInit,
+    Texts,
+    ranges,
+)
 
 
 @app.command()
@@ -30,39 +46,27 @@ def intervene(
     heads: Annotated[
         bool, typer.Option("--heads", help="Also every head alone: layers × heads more passes.")
     ] = False,
-    images: Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")] = None,
-    texts: Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")] = None,
+    images: Images = None,
+    texts: Texts = None,
     labelled: Annotated[
         bool, typer.Option("--labelled", help="The image folder is DIR/class/*.jpg: also accuracy.")
     ] = False,
-    limit: Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")] = 32,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(help="key=value for the model's constructor, repeatable.")
-    ] = None,
-    random_init: Annotated[
-        bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
-    ] = False,
+    limit: Limit = 32,
+    seq_len: Length = None,
+    layers: Layers = None,
+    checkpoint: Checkpoint = None,
+    model_arg: ModelArg = None,
+    random_init: RandomInit = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/intervene-NAME-KEY].")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure again what the folder holds.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Inputs per forward pass.")] = 8,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of random directions.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of a table.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")] = False,
+    as_json: AsJson = False,
+    quiet: QuietFolder = False,
 ) -> None:
     """Change each layer's attention in turn: what it costs, and whether the bias predicts it."""
     from diag.intervene.plan import checked

@@ -1,10 +1,50 @@
-"""Words of options as Python values."""
+"""Options that several verbs share, and words of options as Python values."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from diag.errors import UserError
+
+Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
+Texts = Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")]
+Limit = Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")]
+Length = Annotated[int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")]
+Series = Annotated[
+    list[str] | None,
+    typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
+]
+Metrics = Annotated[
+    str | None, typer.Option(help="Names or groups, comma-separated; see 'attnbias metrics'.")
+]
+Layers = Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(help="patch, all, cls or registers, comma-separated [default: patch; all for text]."),
+]
+Values = Annotated[
+    str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")]
+ModelArg = Annotated[
+    list[str] | None, typer.Option(help="key=value for the model's constructor, repeatable.")
+]
+RandomInit = Annotated[
+    bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what the folder holds.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:0.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+QuietFolder = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")]
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

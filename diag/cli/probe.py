@@ -9,7 +9,28 @@ from typing import Annotated, Any
 import typer
 
 from diag.cli.app import Interrupted, app, say
-from diag.cli.options import names, ranges
+from diag.cli.options import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Dtype,
+    Images,
+    Layers,
+    Length,
+    Limit,
+    Metrics,
+    ModelArg,
+    Overwrite,
+    RandomInit,
+    Series,
+    Texts,
+    Tokens,
+    TrustRemoteCode,
+    Values,
+    names,
+    ranges,
+)
 from diag.errors import UserError
 
 FAILURES_SHOWN = 20
@@ -25,60 +46,36 @@ def probe(
             help="Model name, repeatable: [family:]name[@revision][,key=value], or a folder.",
         ),
     ] = None,
-    series: Annotated[
-        list[str] | None,
-        typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
-    ] = None,
-    images: Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")] = None,
-    texts: Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")] = 64,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")
-    ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(help="Names or groups, comma-separated; see 'attnbias metrics'.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(help="patch, all, cls or registers, comma-separated [default: patch; all for text]."),
-    ] = None,
-    values: Annotated[
-        str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
-    ] = "as-computed",
+    series: Series = None,
+    images: Images = None,
+    texts: Texts = None,
+    limit: Limit = 64,
+    seq_len: Length = None,
+    metrics: Metrics = None,
+    layers: Layers = None,
+    tokens: Tokens = None,
+    values: Values = "as-computed",
     intervene: Annotated[
         list[str] | None,
         typer.Option(help="Change attention while measuring: NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(help="key=value for the model's constructor, repeatable.")
-    ] = None,
-    random_init: Annotated[
-        bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    model_arg: ModelArg = None,
+    random_init: RandomInit = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Run folder [default: runs/NAME-KEY].")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure again what the folder holds.")
-    ] = False,
+    overwrite: Overwrite = False,
     save_activations: Annotated[
         int, typer.Option(help="Also write the attention calls of the first N inputs.")
     ] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of a table.")
-    ] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
 ) -> None:
     """Measure the attention bias of pretrained models, layer by layer and head by head."""
