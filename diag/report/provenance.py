@@ -11,12 +11,12 @@ VALUES = {
     "as_computed": (
         "values as_computed: biases are in the values. Each row of the attention pattern sums to 1, so a "
         "constant in V (the projection's bias, the norm's shift) enters every output and every value and "
-        "lifts their cosine without any redundancy between tokens. Libraries that fold biases away report "
-        "lower numbers."
+        "moves their cosine without any redundancy between tokens. Libraries that fold biases away report "
+        "other numbers."
     ),
     "bias_free": (
         "values bias_free: the constant that the projection's bias and the norm's shift add to every value "
-        "was taken out before anything was measured. Libraries that keep biases report higher cosines."
+        "was taken out before anything was measured. Libraries that keep biases report other cosines."
     ),
 }
 """What the convention of values means."""
