@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diag.config import ProbePlan, inputs_of, run_folder
+from diag.config import RUNS, ProbePlan, inputs_of, run_folder
 
 if TYPE_CHECKING:
     from diag.run import Listener
 
-ROOT = Path("runs")
-"""Where `attnbias probe` writes unless told otherwise, so that its runs are found as well."""
 
-
-def folder_of(plan: ProbePlan, root: Path = ROOT) -> Path:
+def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
     """The folder that a plan's run has, whether it is there or not. Does not import torch.
 
     Raises UserError if a model or an input is not known.
@@ -23,12 +20,12 @@ def folder_of(plan: ProbePlan, root: Path = ROOT) -> Path:
     return run_folder(plan, plan.key(digests), root)
 
 
-def is_measured(plan: ProbePlan, root: Path = ROOT) -> bool:
+def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:
     """Whether a plan's run is there, finished."""
     return (folder_of(plan, root) / "manifest.json").is_file()
 
 
-def measured(plan: ProbePlan, root: Path = ROOT, *, listener: Listener | None = None) -> Path:
+def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = None) -> Path:
     """The run folder of a plan: as it is if it is finished, else measured (or resumed) now.
 
     Raises UserError as `run.run_probe` does.

@@ -25,6 +25,9 @@ from diag.models.names import ModelSpec, parse
 PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "transformer-lens", "numpy", "pandas")
 Plan = TypeVar("Plan", bound=BaseModel)
 
+RUNS = Path("runs")
+"""Where every verb writes unless told otherwise, so that one finds what another measured."""
+
 SHARD_INPUTS = 16
 """Inputs per shard: what an interruption can lose, whatever the batch size."""
 
@@ -132,7 +135,7 @@ def inputs_of(plan: ProbePlan) -> dict[str, Inputs]:
     return given
 
 
-def run_folder(plan: ProbePlan, key: str, root: Path = Path("runs")) -> Path:
+def run_folder(plan: ProbePlan, key: str, root: Path = RUNS) -> Path:
     """Where a plan's run lies unless the user says otherwise: the models' names and the key of the result."""
     return root / f"{file_stem('+'.join(plan.models))[:60]}-{key[:8]}"
 

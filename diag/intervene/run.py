@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from diag.cache import measured
-from diag.config import ProbePlan, command_line, environment, inputs_of, run_folder, specs_of
+from diag.config import RUNS, ProbePlan, command_line, environment, inputs_of, run_folder, specs_of
 from diag.edited import check_layers
 from diag.errors import UserError
+from diag.inputs import Inputs
 from diag.intervene.labels import class_names, labels
 from diag.intervene.plan import IntervenePlan
 from diag.intervene.sweep import cases, sweep
@@ -24,11 +25,10 @@ from diag.intervene.words import CONTROL, main_effect
 from diag.measure import Report, pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.records import claim, layer_samples, read_layers, read_samples, write, write_json, writing
+from diag.models.names import ModelSpec
+from diag.records import claim, layer_samples, read_layers, read_samples, release, write, write_json, writing
 from diag.run import Listener, Silent, device_of
 from diag.shards import tower_samples
-
-FOLDER = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_intervene(
     (spec,) = specs_of(plan)
     given = inputs_of(plan)
     key = plan.key({kind: found.digest for kind, found in given.items()})
-    folder = folder or FOLDER / f"intervene-{run_folder(plan, key).name}"
+    folder = folder or RUNS / f"intervene-{run_folder(plan, key).name}"
     document = {
         "kind": "intervene",
         "key": key,
@@ -69,6 +69,21 @@ def run_intervene(
     }
     if claim(folder, document, overwrite=overwrite):
         return open_sweep(folder)
+    try:
+        return _carried_out(plan, spec, given, folder, document, listener)
+    except UserError:
+        release(folder)
+        raise
+
+
+def _carried_out(
+    plan: IntervenePlan,
+    spec: ModelSpec,
+    given: Mapping[str, Inputs],
+    folder: Path,
+    document: Mapping[str, Any],
+    listener: Listener,
+) -> Sweep:
     started = time.time()
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
     probed = measured(ProbePlan(**shared), listener=listener)

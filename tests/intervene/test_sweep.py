@@ -297,6 +297,26 @@ def test_mistakes(arguments: tuple[str, ...], message: str, attnbias: Callable[.
     assert len([line for line in done.lines if line.startswith(("error:", "tip:"))]) == 2
 
 
+def test_a_corrected_command_can_have_the_folder(attnbias: Callable[..., Ended]) -> None:
+    given = (
+        "-m",
+        "demo:vit-p16",
+        "--images",
+        "demo",
+        "--limit",
+        1,
+        "--layers",
+        0,
+        "--scope",
+        "one",
+        "-o",
+        "out",
+    )
+    assert attnbias("intervene", *given, "--intervene", "xsa:0/7").code == 2
+    assert not Path("out").exists()
+    assert attnbias("intervene", *given, "--intervene", "xsa:0/2").code == 0
+
+
 def test_what_is_measured_under_an_intervention(attnbias: Callable[..., Ended]) -> None:
     given = ("-m", "demo:lm", "--texts", "demo", "--limit", 2, "--seq-len", 24)
     done = attnbias("probe", *given, "--intervene", "xsa:2-5", "-o", "changed")
