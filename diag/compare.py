@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from diag.collect import Collection
+from diag.config import RUNS
 from diag.errors import UserError
 from diag.figures import file_stem
 from diag.profiles import differences, missing, profiles
@@ -150,7 +151,7 @@ def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
 # --- the folder
 
 
-def default_folder(found: Comparison, root: Path = Path("runs")) -> Path:
+def default_folder(found: Comparison, root: Path = RUNS) -> Path:
     """`runs/compare-NAMES-KEY`: the same comparison has the same folder."""
     runs = (re.sub(r"-[0-9a-f]{8}$", "", name) for name in found.collection.folders)  # without their own keys
     names = file_stem("+".join(dict.fromkeys(runs)))[:50].strip("-.+")

@@ -88,6 +88,7 @@ BESIDE = {
     ("writeup", "compare"),
     ("writeup", "config"),
     ("report", "compare"),
+    ("compare", "config"),
     ("__main__", "cli"),
 }
 

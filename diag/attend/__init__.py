@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diag.attend.folder import Attended, read, write
-from diag.attend.plan import ROOT, AttendPlan, checked, folder_of
+from diag.attend.plan import AttendPlan, checked, folder_of
 from diag.config import command_line
 from diag.records import claim, release
 
@@ -48,7 +48,7 @@ def run_attend(
 
     Raises UserError as `attend` does, and if the folder holds something else.
     """
-    folder = folder or folder_of(plan, ROOT)
+    folder = folder or folder_of(plan)
     document = {"key": plan.key(), "plan": plan.model_dump(mode="json"), "command": command_line()}
     if claim(folder, document, overwrite=overwrite):
         if listener is not None:

@@ -10,12 +10,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from diag import inputs as sources
-from diag.config import ProbePlan, checked_as
+from diag.config import RUNS, ProbePlan, checked_as
 from diag.errors import UserError, did_you_mean, one_of
 from diag.figures import file_stem
 from diag.inputs import Inputs
 
-ROOT = Path("runs")
 DEMO = "demo:"
 IMAGE_TIP = "--image takes an image file, or demo:NAME such as demo:astronaut"
 
@@ -126,7 +125,7 @@ def checked(**values: Any) -> AttendPlan:
     return checked_as(AttendPlan, values)
 
 
-def folder_of(plan: AttendPlan, root: Path = ROOT) -> Path:
+def folder_of(plan: AttendPlan, root: Path = RUNS) -> Path:
     """The folder that a plan's result has unless the user says otherwise, whether it is there or not."""
     return root / f"{file_stem('attend', '+'.join(plan.models))[:60]}-{plan.key()[:8]}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,6 +22,8 @@ app = typer.Typer(
     },
     help="How much of what attention returns does the token already have?",
 )
+
+FAILURES_SHOWN = 20
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; typer carries its own copy of click from some version on."""
@@ -91,6 +94,15 @@ def two_lines(message: str, tip: str) -> None:
     """What went wrong and what to type, one line each whatever a library put into its message."""
     say(f"error: {' '.join(message.split())}")
     say(f"tip: {' '.join(tip.split())}")
+
+
+def say_failures(failures: Mapping[str, str], more: str = "") -> None:
+    """What failed and why, the first few by name. more: where the others are listed."""
+    say(f"{len(failures)} failed:")
+    for name, why in list(failures.items())[:FAILURES_SHOWN]:
+        say(f"  {name}: {why}")
+    if len(failures) > FAILURES_SHOWN:
+        say(f"  and {len(failures) - FAILURES_SHOWN} more{more}")
 
 
 def say(text: str) -> None:

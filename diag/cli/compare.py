@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diag.cli.app import app, say
+from diag.cli.app import app, say, say_failures
 from diag.cli.options import (
     AsJson,
     BatchSize,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from diag.compare import Comparison
     from diag.config import ProbePlan
-
-FAILURES_SHOWN = 20
 
 
 @app.command()
@@ -132,11 +130,7 @@ def compare(
         print(screen(found))
     failed = {**failed, **found.collection.problems, **_incomplete(found, folders)}
     if failed:
-        say(f"{len(failed)} failed:")
-        for name, why in list(failed.items())[:FAILURES_SHOWN]:
-            say(f"  {name}: {why}")
-        if len(failed) > FAILURES_SHOWN:
-            say(f"  and {len(failed) - FAILURES_SHOWN} more")
+        say_failures(failed)
     if not as_json and not quiet:
         say(f"folder: {folder}")
     if failed:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diag.cli.app import Interrupted, app, say
+from diag.cli.app import Interrupted, app, say, say_failures
 from diag.cli.options import (
     AsJson,
     BatchSize,
@@ -32,8 +32,6 @@ from diag.cli.options import (
     ranges,
 )
 from diag.errors import UserError
-
-FAILURES_SHOWN = 20
 
 
 @app.command()
@@ -127,11 +125,7 @@ def probe(
         print(result_table(found.layers))
     failures = {**found.manifest["failed_models"], **found.manifest["failed_inputs"]}
     if failures:
-        say(f"{len(failures)} failed:")
-        for name, why in list(failures.items())[:FAILURES_SHOWN]:
-            say(f"  {name}: {why}")
-        if len(failures) > FAILURES_SHOWN:
-            say(f"  and {len(failures) - FAILURES_SHOWN} more, in manifest.json")
+        say_failures(failures, ", in manifest.json")
     if not as_json and not quiet:
         say(f"run: {found.folder}")
     if failures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,20 +33,20 @@ def head_heatmaps(heads: pd.DataFrame) -> Figure:
     one_selection(rows, "head heatmaps", index=("layer", "head"))
     head_maps = [head_map for head_map in HEAD_MAPS if not rows_of(rows, [head_map.metric]).empty]
     places = _places(rows)
-    fields = {head_map.metric: _field(rows, head_map.metric, places) for head_map in head_maps}
+    first, shape = places[0], (places[1] - places[0] + 1, places[2])
+    fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in head_maps}
     blank = any(np.isnan(field).any() for field in fields.values())
     said = caption(rows.assign(ci_low=math.nan), bands="")
-    layers = places[1] - places[0] + 1
     with style():
         figure, axes = page(
             len(head_maps),
-            row_height=1.0 + float(np.clip(0.085 * layers, 0.6, 3.0)),
+            row_height=1.0 + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
             title=str(rows["model"].iloc[0]),
             caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
         )
         for letter, head_map, ax in zip(string.ascii_lowercase, head_maps, axes, strict=False):
             shared = [fields[other.metric] for other in head_maps if other.scale == head_map.scale]
-            _draw_map(ax, fields[head_map.metric], head_map, _range(head_map.scale, shared), places)
+            _draw_map(ax, fields[head_map.metric], head_map, colour_range(head_map.scale, shared), places)
             ax.set_title(f"({letter}) {head_map.title}")
     return figure
 
@@ -55,16 +56,15 @@ def _places(rows: pd.DataFrame) -> tuple[int, int, int]:
     return int(rows["layer"].min()), int(rows["layer"].max()), int(rows["head"].max()) + 1
 
 
-def _field(rows: pd.DataFrame, metric: str, places: tuple[int, int, int]) -> np.ndarray:
-    """The means as [layer, head], NaN where the table has none."""
-    first, last, heads = places
+def field_of(rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int]) -> np.ndarray:
+    """The means of a metric as [layer, head], NaN where there is none; row 0 is layer `first`."""
     part = rows[rows["metric"] == metric]
-    field = np.full((last - first + 1, heads), np.nan)
+    field = np.full(shape, np.nan)
     field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part["mean"].to_numpy(float)
     return field
 
 
-def _range(scale: str, fields: list[np.ndarray]) -> tuple[float, float]:
+def colour_range(scale: str, fields: Sequence[np.ndarray]) -> tuple[float, float]:
     """The colour range of the maps of one scale; never empty, also where every value is zero."""
     low = min(float(np.nanmin(field)) for field in fields)
     high = max(float(np.nanmax(field)) for field in fields)

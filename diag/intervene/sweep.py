@@ -26,8 +26,8 @@ from diag.seam import Layer
 
 SCOPES = {
     "one": "one layer at a time",
-    "first": "all layers from the first up to this one",
-    "last": "all layers from this one up to the last",
+    "first": "from the first layer up to this one",
+    "last": "from this layer up to the last",
 }
 
 

@@ -10,16 +10,12 @@ from typing import Any
 import pandas as pd
 
 from diag.intervene.effect import EFFECTS
+from diag.intervene.sweep import SCOPES
 from diag.terminal import WIDTH, aligned
 
 FIRST_EFFECTS = ("loss_change", "top1_change", "class_divergence", "embedding_change", "token_change")
 """The effect that is shown first is the first of these that was measured."""
 
-SCOPES = {
-    "one": "one layer at a time",
-    "first": "from the first layer up to this one",
-    "last": "from this layer up to the last",
-}
 CONTROL = "random_direction"
 PREDICTORS = {"cos_y_vself": "bias", "excess": "excess over partner"}
 SIDE_BY_SIDE = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -12,7 +11,7 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
-from diag.figures.heatmaps import COLOURS
+from diag.figures.heatmaps import COLOURS, colour_range, field_of
 from diag.figures.panels import HEAD_MAPS, HeadMap
 from diag.figures.tables import rows_of
 
@@ -62,28 +61,9 @@ def head_maps(heads: pd.DataFrame, name: str) -> list[Map]:
     found = []
     for head_map in shown:
         alike = [fields[other.metric] for other in shown if other.scale == head_map.scale]
-        limits = _range(head_map.scale, alike)
+        limits = colour_range(head_map.scale, alike)
         found.append(_map(f"{name}-{head_map.metric}", head_map, fields[head_map.metric], first, limits))
     return found
-
-
-def field_of(rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int]) -> np.ndarray:
-    """The means of a metric as [layer, head], NaN where the table has none."""
-    part = rows[rows["metric"] == metric]
-    field = np.full(shape, np.nan)
-    field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part["mean"].to_numpy(float)
-    return field
-
-
-def _range(scale: str, fields: Sequence[np.ndarray]) -> tuple[float, float]:
-    """As in the figures: cosines share a range, signed maps are centred on zero, weights begin at zero."""
-    low = min(float(np.nanmin(field)) for field in fields)
-    high = max(float(np.nanmax(field)) for field in fields)
-    if scale == "signed":
-        reach = max(abs(low), abs(high), 1e-3)
-        return -reach, reach
-    low = min(low, 0.0)
-    return low, max(high, low + 1e-3)
 
 
 def _map(name: str, head_map: HeadMap, field: np.ndarray, first: int, limits: tuple[float, float]) -> Map:

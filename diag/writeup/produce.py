@@ -21,9 +21,9 @@ from diag.attend.folder import read as read_look
 from diag.attend.folder import read_manifest as read_look_manifest
 from diag.attend.plan import AttendPlan
 from diag.attend.plan import folder_of as folder_of_look
-from diag.cache import ROOT, folder_of, measured
+from diag.cache import folder_of, measured
 from diag.collect import Collection, collect
-from diag.config import version
+from diag.config import RUNS, version
 from diag.errors import UserError
 from diag.records import read_manifest, write, write_json
 from diag.writeup.captions import caption, look_settings
@@ -108,7 +108,7 @@ def produce(
     document: Document,
     out: Path,
     *,
-    root: Path = ROOT,
+    root: Path = RUNS,
     check: bool = False,
     listener: Listener | None = None,
 ) -> Outcome:
