@@ -156,7 +156,7 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tow
     elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Path):
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
-    tower = loaded.tower(kind)
+    tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
     return loaded, tower, shards.tower_samples(tower, as_inputs(inputs, kind), plan)
 
 

@@ -126,10 +126,11 @@ def _sources(samples: pd.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
     length = dict(counted.max())
     for line in set(zip(samples["model"], samples["tower"], strict=True)):
         model, tower = line
-        content = manifest.get("inputs", {}).get(tower, {}).get("sha256") or manifest.get("key", "unknown")
         entry = entries.get(line, {})
+        takes = entry.get("takes", tower)
+        content = manifest.get("inputs", {}).get(takes, {}).get("sha256") or manifest.get("key", "unknown")
         tokens = entry.get("tokenizer") or str(entry.get("resolved", model)).split("@")[0].split(",")[0]
-        cut = "" if tower == "vision" else f"/{tokens}/{length[line]}"
+        cut = "" if takes == "vision" else f"/{tokens}/{length[line]}"
         found[line] = f"{content[:16]}{cut}"
     return [found[line] for line in zip(samples["model"], samples["tower"], strict=True)]
 

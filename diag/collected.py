@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from diag.attention import AttentionCall
 from diag.blocks import Block
 from diag.branches import check_states, projection_error, tolerance
+from diag.divergence import DIVERGENCE_METRICS, DivergenceMetric, divergence_readings
 from diag.errors import MeasurementError, UserError
 from diag.interventions import Edit
 from diag.metrics import METRICS, Metric, Reading, readings, reduce
@@ -21,7 +22,11 @@ from diag.shape import SHAPE_METRICS, ShapeMetric, shape_readings
 from diag.shape_blocks import TEXT, Geometry, Neighbour
 from diag.stream import BlockStates, StreamReadings
 
-OF_HEADS: dict[str, Metric | ShapeMetric] = {**METRICS, **SHAPE_METRICS}
+OF_HEADS: dict[str, Metric | ShapeMetric | DivergenceMetric] = {
+    **METRICS,
+    **SHAPE_METRICS,
+    **DIVERGENCE_METRICS,
+}
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 
@@ -59,12 +64,25 @@ class Report:
 
 
 class Collected:
-    """Readings of one forward pass, by layer, until every call of a layer has been seen."""
+    """Readings of one forward pass, by layer, until every call of a layer has been seen.
 
-    def __init__(self, names: Sequence[str], sets: Sequence[str], tower: Tower, batch: Batch) -> None:
+    neutral: outputs of the same inputs with a neutral image, by layer in the order of its calls; for
+        divergence metrics.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sets: Sequence[str],
+        tower: Tower,
+        batch: Batch,
+        neutral: Mapping[int, list[Tensor]] | None = None,
+    ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.plain = [name for name in names if name in METRICS]
         self.shape = [name for name in names if name in SHAPE_METRICS]
+        self.diverging = [name for name in names if name in DIVERGENCE_METRICS]
+        self.neutral = neutral or {}
         self.neighbour = Neighbour(len(batch.ids))
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int], Tensor] = {}
@@ -86,6 +104,12 @@ class Collected:
                 call, self.shape, masks, geometry=self.geometry(call), neighbour=self.neighbour
             )
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
+        if self.diverging:
+            other = self.neutral[call.layer].pop(0)
+            found = [
+                part | divergence_readings(call, other, self.diverging, mask)
+                for part, mask in zip(found, masks, strict=True)
+            ]
         for token_set, part in zip(self.sets, found, strict=True):
             of_layer[token_set].append(part)
 
@@ -108,12 +132,24 @@ class Collected:
         device = of.output.device if isinstance(of, AttentionCall) else of.before.device
         place = (token_set, of.tokens, of.batch)
         if place not in self.masks:
-            mask = self.tower.tokens_in(token_set, of.tokens)[None]
-            real = self.batch.real
+            mask, real = self.marked(token_set, of), self.batch.real
             if real is not None and real.shape == (of.batch, of.tokens):
                 mask = mask & real.cpu()
             self.masks[place] = mask.to(device)
         return self.masks[place]
+
+    def marked(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
+        """The token set's mask `[batch or 1, token]` on the CPU, from the batch or by position."""
+        if token_set not in self.batch.sets:
+            return self.tower.tokens_in(token_set, of.tokens)[None]
+        mask = self.batch.sets[token_set].cpu()
+        if mask.shape != (of.batch, of.tokens):
+            raise MeasurementError(
+                f"a layer sees {of.batch} × {of.tokens} tokens where {tuple(mask.shape)} were given: "
+                f"which of them are '{token_set}' is unclear",
+                "measure --tokens all",
+            )
+        return mask
 
     def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
         """Each layer with its `[token set, metric, input, head]`, on the device."""

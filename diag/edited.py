@@ -14,17 +14,23 @@ from diag.attention import AttentionCall
 from diag.blocks import Block
 from diag.branches import branch_edits
 from diag.errors import UserError
-from diag.interventions import INTERVENTIONS, Edit
+from diag.gates import check_gates, gate_edits
+from diag.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
 from diag.models.base import Tower
 from diag.seam import Layer
 
 
 @contextmanager
 def edited(
-    tower: Tower, layers: Sequence[Layer], blocks: Sequence[Block], edits: Sequence[Edit]
+    tower: Tower,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    edits: Sequence[Edit],
+    real: Tensor | None = None,
 ) -> Iterator[None]:
     """Under this, the tower runs with the edits, in the order given; afterwards it is as it was.
 
+    real: False at padding, for the batches that run inside; None if there is none.
     Layers that no edit names run the library's own code, bit for bit.
     """
     on_heads = [edit for edit in edits if edit.where == "attention"]
@@ -32,7 +38,7 @@ def edited(
     with ExitStack() as stack:
         if touched:
             stack.enter_context(tower.capture(touched, partial(heads_return, on_heads)))
-        stack.enter_context(edited_branches(blocks, edits))
+        stack.enter_context(edited_modules(layers, blocks, edits, real))
         yield
 
 
@@ -45,25 +51,35 @@ def heads_return(edits: Sequence[Edit], call: AttentionCall) -> Tensor:
 
 
 @contextmanager
-def edited_branches(blocks: Sequence[Block], edits: Sequence[Edit]) -> Iterator[None]:
-    """Under this, the edits of whole branches take effect; those of heads do not."""
+def edited_modules(
+    layers: Sequence[Layer], blocks: Sequence[Block], edits: Sequence[Edit], real: Tensor | None = None
+) -> Iterator[None]:
+    """Under this, the edits of branches and gates take effect; those of heads do not.
+
+    real: as in `edited`.
+    """
     with ExitStack() as stack:
         for edit in edits:
-            if edit.where != "attention":
+            if edit.where == GATE:
+                gated = [layer for layer in layers if edit.at(layer.index)]
+                stack.enter_context(gate_edits(gated, INTERVENTIONS[edit.name].change))
+            elif edit.where in BRANCHES:
                 which: Literal["attention", "mlp"] = "mlp" if edit.where == "mlp branch" else "attention"
                 changed = {block.index: partial(_changed, edit) for block in blocks if edit.at(block.index)}
-                stack.enter_context(branch_edits(blocks, changed, which))
+                stack.enter_context(branch_edits(blocks, changed, which, real))
         yield
 
 
 def check_layers(edits: Sequence[Edit], layers: Sequence[Layer]) -> None:
-    """Raises UserError for an edit of a layer that is not there."""
+    """Raises UserError for an edit of a layer, or of an output gate, that is not there."""
     known = {layer.index for layer in layers}
     for edit in edits:
         for index in sorted((edit.layers or frozenset()) - known):
             raise UserError(
                 f"--intervene {edit.text}: there is no layer {index}", f"layers are 0 to {max(known)}"
             )
+        if edit.where == GATE:
+            check_gates([layer for layer in layers if edit.at(layer.index)])
 
 
 def _changed(edit: Edit, update: Tensor, real: Tensor | None) -> Tensor:

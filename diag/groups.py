@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diag import shape
+from diag.divergence import DIVERGENCE_METRICS
 from diag.metrics import METRICS, chosen
 from diag.records import RATIOS
 from diag.shape import SHAPE_METRICS
@@ -14,6 +15,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "default": (*METRICS, *RATIOS),
     "stream": tuple(STREAM_METRICS),
     **shape.GROUPS,
+    "divergence": tuple(DIVERGENCE_METRICS),
 }
 """Name of a group -> its metrics."""
 
@@ -24,4 +26,4 @@ def metric_names(names: Sequence[str] | None) -> list[str]:
     Raises UserError with the nearest name.
     """
     written = [part for name in names or ("default",) for part in GROUPS.get(name, (name,))]
-    return chosen(written, [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *GROUPS])
+    return chosen(written, [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS, *GROUPS])

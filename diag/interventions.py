@@ -19,6 +19,7 @@ from torch.linalg import vecdot
 
 from diag.attention import BLOCK_ELEMENTS, AttentionCall, score_rows
 from diag.errors import UserError, did_you_mean
+from diag.ranges import ranges
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
@@ -133,6 +134,11 @@ def scaled_context_broadcasting(update: Update, real: Real | None, strength: flo
     return update + strength * _token_mean(update, real)
 
 
+def without_gate(logits: Tensor) -> Tensor:
+    """Y ⊙ σ(X W_θ) → Y: the model's own output gate is switched off (refused where there is none)."""
+    return torch.full_like(logits, float("inf"))  # σ(∞) is exactly 1
+
+
 def _token_mean(update: Update, real: Real | None) -> Float[Tensor, "batch 1 dim"]:
     if real is None:
         return update.mean(1, keepdim=True)
@@ -140,14 +146,20 @@ def _token_mean(update: Update, real: Real | None) -> Float[Tensor, "batch 1 dim
     return (update * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
+BRANCHES = ("attention branch", "mlp branch")
+"""Places where a whole branch is changed."""
+
+GATE = "output gate"
+
+
 @dataclass(frozen=True)
 class Intervention:
     """One way to change a model.
 
-    where: "attention" (what a head returns), "attention branch" or "mlp branch" (what a branch adds to the
-        stream).
-    change: `(AttentionCall, strength per head) → output` for attention, for branches
-        `(update, real, strength) → update`.
+    where: "attention" (what a head returns), "output gate" (between heads and W_O), "attention branch" or
+        "mlp branch" (what a branch adds to the stream).
+    change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
+        output gate, for branches `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
     """
 
@@ -169,6 +181,7 @@ INTERVENTIONS: dict[str, Intervention] = {
     "mask_self": Intervention("attention", mask_self, "-"),
     "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
     "identity": Intervention("attention", identity, "SoftPAG", 1.0),
+    "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)"),
     "skip": Intervention("attention branch", without_branch, "LayerBoost"),
     "cb": Intervention("mlp branch", context_broadcasting, "Context Broadcasting 2210.08457"),
     "cb_s": Intervention("mlp branch", scaled_context_broadcasting, "Context Broadcasting 2210.08457", 1.0),
@@ -235,7 +248,10 @@ def parse(text: str) -> Edit:
     if match[2] and entry.strength is None:
         raise UserError(f"--intervene {text}: '{name}' takes no strength", f"write {name}")
     if match[4] and entry.where != "attention":
-        raise UserError(f"--intervene {text}: '{name}' changes a whole branch, not heads", "give layers only")
+        whole = "branch" if entry.where in BRANCHES else "layer"
+        raise UserError(
+            f"--intervene {text}: '{name}' changes a whole {whole}, not heads", "give layers only"
+        )
     strength = _strength(match[2], text) if match[2] else (1.0 if entry.strength is None else entry.strength)
     if isinstance(strength, Mapping) and entry.where != "attention":
         raise UserError(f"--intervene {text}: '{name}' takes one number", f"for example {name}=0.5")
@@ -263,13 +279,4 @@ def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
 
 
 def _numbers(given: str | None, text: str) -> frozenset[int] | None:
-    if not given:
-        return None
-    found: set[int] = set()
-    for part in given.split(","):
-        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
-        span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
-        if not span:
-            raise UserError(f"--intervene {text}: '{part}' is no range", "for example xsa:0,5-11")
-        found |= set(span)
-    return frozenset(found)
+    return frozenset(ranges(given, f"--intervene {text}:", "xsa:0,5-11")) if given else None

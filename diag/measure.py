@@ -20,7 +20,8 @@ from diag.attention import AttentionCall, attend, without_constant
 from diag.blocks import Block
 from diag.branches import stream_states
 from diag.collected import OF_HEADS, Collected, CollectedStream, LayerFacts, Report, on_host
-from diag.edited import check_layers, edited_branches, heads_return
+from diag.divergence import DIVERGENCE_METRICS, neutral_image
+from diag.edited import check_layers, edited_modules, heads_return
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.interventions import Edit
 from diag.metrics import METRICS
@@ -70,34 +71,43 @@ def measure(
 ) -> Iterator[BatchValues]:
     """Runs a tower over samples and yields each batch's numbers.
 
-    metrics: names from `METRICS`, `SHAPE_METRICS` and `STREAM_METRICS`; all of `METRICS` if None.
+    metrics: names from `METRICS`, `SHAPE_METRICS`, `STREAM_METRICS` and `DIVERGENCE_METRICS` (a second
+        forward pass, with neutral images); all of `METRICS` if None.
     layers: depth indices; all if None.
-    token_sets: the tower's default set if None.
+    token_sets: the tower's default sets if None.
     value_constants: what is taken out of the values and outputs of each layer before they are measured
         (`diag.models.value_constants`), by depth index; the model itself goes on with them. Nothing if None.
     edits: what is done to the model while it runs; what it goes on with is what is measured.
     blocks: the layers' blocks, for stream metrics and where an edit changes a whole branch.
     Inputs that cannot be read are noted in `report.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
-    output, and UserError where values are not finite.
+    output, and UserError where values are not finite, or divergence metrics are asked of a text tower.
     """
     names = list(METRICS) if metrics is None else [name for name in metrics if name in OF_HEADS]
     of_stream = [name for name in metrics or () if name in STREAM_METRICS]
-    sets = list(token_sets) if token_sets is not None else [tower.token_sets[0]]
+    diverging = [name for name in names if name in DIVERGENCE_METRICS]
+    if diverging and tower.input_kind != "vision":
+        raise UserError(
+            f"'{diverging[0]}' compares an image with a neutral one; the {tower.name} tower takes none",
+            "give --images, or leave the divergence metrics out",
+        )
+    sets = list(token_sets) if token_sets is not None else list(tower.default_sets)
     for token_set in sets:
-        tower.tokens_in(token_set, len(tower.prefix))  # an unknown set is told before any work
+        tower.check_set(token_set)  # an unknown set is told before any work
     listed = pick_layers(tower.layers, layers)
     measured = {layer.index for layer in listed}
     watched = [
         layer for layer in tower.layers if layer.index in measured or any(e.at(layer.index) for e in edits)
     ]
+    removed = value_constants or {}
     check_layers(edits, tower.layers)
     report = Report() if report is None else report
     facts: dict[int, LayerFacts] = {}
     size = min(batch_size, tower.max_batch or batch_size)
     for chunk in chunks(readable(samples, report), size):
         batch = tower.encode(chunk)
-        collected = Collected(names, sets, tower, batch)
+        neutral = _neutral_outputs(tower, chunk, watched, edits, blocks, removed) if diverging else None
+        collected = Collected(names, sets, tower, batch, neutral)
         gate = _Gate() if not facts else None
         around = [block for block in blocks if block.index in {layer.index for layer in listed}]
         stream = (
@@ -114,14 +124,9 @@ def measure(
         ) -> Tensor | None:
             if gate is not None and call.layer in measured:
                 gate.check(call, len(collected.batch.ids))
-            changed = any(edit.where == "attention" and edit.at(call.layer) for edit in edits)
-            if changed:
-                output, visibility = heads_return(edits, call), call.visibility
-                call = replace(call, output=output)
-                call.__dict__["visibility"] = visibility
+            call, changed = _edited_call(call, edits)
             if call.layer in measured:
-                free = None if value_constants is None else value_constants[call.layer]
-                used = call if free is None else without_constant(call, free)
+                used = without_constant(call, removed[call.layer]) if removed else call
                 collected.add(used)
                 if stream is not None:
                     stream.calls.setdefault(call.layer, []).append((call, used))
@@ -129,7 +134,7 @@ def measure(
 
         with (
             torch.inference_mode(),
-            edited_branches(blocks, edits),
+            edited_modules(tower.layers, blocks, edits, batch.real),
             tower.capture(watched, on_call) as sightings,
             nullcontext() if stream is None else stream_states(around, stream.add),
         ):
@@ -155,6 +160,50 @@ def measure(
                 for layer, chosen, of_heads, values in on_host(found, batch.ids)
             ),
         )
+
+
+def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionCall, bool]:
+    """The call as the model goes on with it, and whether that is another one."""
+    if not any(edit.where == "attention" and edit.at(call.layer) for edit in edits):
+        return call, False
+    output, visibility = heads_return(edits, call), call.visibility
+    call = replace(call, output=output)
+    call.__dict__["visibility"] = visibility
+    return call, True
+
+
+def _neutral_outputs(
+    tower: Tower,
+    chunk: Sequence[Sample],
+    watched: Sequence[Layer],
+    edits: Sequence[Edit],
+    blocks: Sequence[Block],
+    removed: Mapping[int, Tensor],
+) -> dict[int, list[Tensor]]:
+    """What heads return for the same inputs with neutral images, by layer in the order of its calls.
+
+    The model is changed, and constants are taken out, as in the pass that is measured.
+    """
+    outputs: dict[int, list[Tensor]] = {}
+
+    def on_call(call: AttentionCall) -> Tensor | None:
+        call, changed = _edited_call(call, edits)
+        used = without_constant(call, removed[call.layer]) if call.layer in removed else call
+        outputs.setdefault(call.layer, []).append(used.output)
+        return call.output if changed else None
+
+    batch = tower.encode([Sample(sample.id, partial(_neutral, sample)) for sample in chunk])
+    with (
+        torch.inference_mode(),
+        edited_modules(tower.layers, blocks, edits, batch.real),
+        tower.capture(watched, on_call),
+    ):
+        tower.forward(batch)
+    return outputs
+
+
+def _neutral(sample: Sample) -> object:
+    return neutral_image(sample.read())
 
 
 def capture(tower: Tower, batch: Batch, layers: Sequence[int] | None = None) -> list[AttentionCall]:

@@ -34,7 +34,7 @@ from diag.figures import file_stem
 from diag.groups import metric_names
 from diag.inputs import Inputs
 from diag.models import load
-from diag.models.base import Model
+from diag.models.base import Model, Tower
 from diag.models.names import ModelSpec
 from diag.records import (
     FORMAT,
@@ -179,20 +179,24 @@ def _run_model(
     model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
     for note in (f"{spec.given} → {model.resolved}", *model.notes):
         listener.say(note)
-    kinds = [kind for kind in given if kind in model.towers]
+    kinds = [kind for kind in given if model.takers(kind)]
     if not kinds:
         model.tower(next(iter(given)))
     named = {kind for kind, flag in (("vision", plan.images), ("text", plan.texts)) if flag is not None}
     if not named:
         kinds = kinds[:1]
     for kind in kinds:
-        _run_tower(spec, number, model, given[kind], plan, folder, account, listener, progress)
+        for tower in model.takers(kind, plan.tokens):
+            own = plan.tokens and tuple(name for name in plan.tokens if name in tower.token_sets)
+            part = plan.model_copy(update={"tokens": own})
+            _run_tower(spec, number, model, tower, given[kind], part, folder, account, listener, progress)
 
 
 def _run_tower(
     spec: ModelSpec,
     number: int,
     model: Model,
+    tower: Tower,
     given: Inputs,
     plan: ProbePlan,
     folder: Path,
@@ -200,7 +204,6 @@ def _run_tower(
     listener: Listener,
     progress: Progress,
 ) -> None:
-    tower = model.tower(given.tower)
     samples = tower_samples(tower, given, plan)
     work = Work.of(model, tower, plan)
     shards = [samples[i : i + SHARD_INPUTS] for i in range(0, len(samples), SHARD_INPUTS)]
@@ -250,6 +253,7 @@ def _run_tower(
             "resolved": model.resolved,
             "family": model.family,
             "tower": tower.name,
+            "takes": tower.input_kind,
             "layers": len(tower.layers),
             "inputs": len(samples),
             "notes": list(model.notes),
@@ -283,7 +287,7 @@ def _finish(
             "inputs": {
                 kind: {"source": found.source, "count": len(found), "sha256": found.digest}
                 for kind, found in given.items()
-                if any(entry["tower"] == kind for entry in account.models)
+                if any(entry["takes"] == kind for entry in account.models)
             },
             "models": account.models,
             "failed_models": account.failed_models,

@@ -17,7 +17,7 @@ from diag.config import ProbePlan
 from diag.errors import UserError
 from diag.groups import metric_names
 from diag.inputs import Inputs
-from diag.interventions import Edit
+from diag.interventions import BRANCHES, Edit
 from diag.interventions import parse as parse_edit
 from diag.measure import measure, pick_layers
 from diag.models.base import Model, Sample, Tower
@@ -84,7 +84,7 @@ def shard_frames(
     position = first_input
     names = metric_names(plan.metrics)
     needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
-    sets = plan.tokens or (tower.token_sets[0],)
+    sets = plan.tokens or tower.default_sets
     for batch in measure(
         tower,
         samples,
@@ -152,7 +152,7 @@ def _blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
 
     None where neither needs them. Raises UserError, naming the layer, if a block is not understood.
     """
-    if any(edit.where != "attention" for edit in edits_of(plan)):
+    if any(edit.where in BRANCHES for edit in edits_of(plan)):
         return find_blocks(model.module, tower.layers)
     if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
         return ()

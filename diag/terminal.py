@@ -71,6 +71,8 @@ COLUMNS = {
     "near_share": ("near", "share within 16 tokens or the next patches"),
     "near_share_uniform": ("near u", "that share of uniform attention"),
     "prefix_share": ("prefix", "share on class token and registers"),
+    "head_divergence": ("‖y-y⁰‖", "distance of heads' outputs from those of a neutral image"),
+    "head_divergence_relative": ("Δy rel", "that distance over the outputs' mean norm, 0 to 2"),
     "norm_weighted_self": ("self‖v‖", "self weight, weighted with norms of values"),
     "norm_weighted_first": ("first‖v‖", "weight on the first key, weighted with norms"),
     "norm_weighted_entropy": ("H‖v‖", "entropy, weighted with norms"),

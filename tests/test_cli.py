@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import diag
 from diag import cli
+from diag.divergence import DIVERGENCE_METRICS
 from diag.groups import GROUPS
 from diag.metrics import METRICS
 from diag.records import RATIOS
@@ -359,7 +360,7 @@ def test_metrics_are_listed_with_their_definitions(attnbias: Attnbias) -> None:
     groups = [line.removeprefix("--metrics ") for line in heads if line.startswith("--metrics ")]
     names = [line for line in heads if not line.startswith("--metrics ")]
     assert groups == list(GROUPS)
-    assert names == [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS]
+    assert names == [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS]
     assert max(map(len, ended.out.splitlines())) <= 80
     found = strict(attnbias("metrics", "--json").out)
     assert list(found) == names

@@ -227,7 +227,7 @@ def test_spelling(text: str, layers: set[int] | None, heads: set[int] | None, st
     [
         ("xsb", "there is no intervention 'xsb'", "did you mean 'xsa'?"),
         ("xsa=0.5", "'xsa' takes no strength", "write xsa"),
-        ("xsa:5-2", "'5-2' is no range", "for example xsa:0,5-11"),
+        ("xsa:5-2", "does not understand '5-2'", "for example xsa:0,5-11"),
         ("gated_xsa=much", "'much' is neither a number nor a file", "for example gated_xsa=0.5"),
         ("skip:1/2", "'skip' changes a whole branch, not heads", "give layers only"),
     ],
@@ -260,5 +260,5 @@ def test_context_broadcasting() -> None:
 def test_every_line_of_the_table_explains_itself(name: str) -> None:
     entry = INTERVENTIONS[name]
     assert entry.definition.endswith((".", ":", "."))
-    assert entry.where in ("attention", "attention branch", "mlp branch")
+    assert entry.where in ("attention", "output gate", "attention branch", "mlp branch")
     assert entry.source

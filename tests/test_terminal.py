@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from diag import terminal
+from diag.divergence import DIVERGENCE_METRICS
 from diag.metrics import METRICS
 from diag.records import RATIOS
 from diag.shape import SHAPE_METRICS
@@ -40,7 +41,7 @@ def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
 
 
 def test_every_metric_has_a_heading_of_its_own() -> None:
-    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS}
+    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
     headings = [heading for heading, _ in COLUMNS.values()]
     assert len(set(headings)) == len(headings)
 

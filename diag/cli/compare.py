@@ -26,8 +26,8 @@ from diag.cli.options import (
     Texts,
     Tokens,
     Values,
+    layer_ranges,
     names,
-    ranges,
 )
 from diag.errors import UserError
 
@@ -92,7 +92,7 @@ def compare(
         "texts": texts,
         "limit": limit,
         "metrics": names(metrics),
-        "layers": ranges(layers),
+        "layers": layer_ranges(layers),
         "tokens": names(tokens),
         "values": values,
         "random_init": random_init,

@@ -25,7 +25,9 @@ from diag.cli.options import (
     QuietFolder,
     RandomInit,
     Texts,
-    ranges,
+    Tokens,
+    layer_ranges,
+    names,
 )
 
 
@@ -54,6 +56,7 @@ def intervene(
     limit: Limit = 32,
     seq_len: Length = None,
     layers: Layers = None,
+    tokens: Tokens = None,
     checkpoint: Checkpoint = None,
     model_arg: ModelArg = None,
     random_init: RandomInit = False,
@@ -84,7 +87,8 @@ def intervene(
         texts=texts,
         limit=limit,
         seq_len=seq_len,
-        layers=ranges(layers),
+        layers=layer_ranges(layers),
+        tokens=names(tokens),
         checkpoint=checkpoint,
         model_args=tuple(model_arg or ()),
         random_init=random_init,

@@ -117,6 +117,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 @app.command()
 def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the metrics with their definitions, by group."""
+    from diag.divergence import DIVERGENCE_METRICS
     from diag.groups import GROUPS
     from diag.metrics import METRICS
     from diag.records import RATIOS
@@ -127,7 +128,7 @@ def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     found |= {
         name: f"{above} / {below}, of their means over inputs." for name, (above, below) in RATIOS.items()
     }
-    for optional in (STREAM_METRICS, SHAPE_METRICS):
+    for optional in (STREAM_METRICS, SHAPE_METRICS, DIVERGENCE_METRICS):
         found |= {
             name: f"{metric.definition} ({metric.unit}; {metric.source})" for name, metric in optional.items()
         }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diag.errors import UserError
+from diag.ranges import ranges
 
 Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
 Texts = Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")]
@@ -24,7 +23,10 @@ Metrics = Annotated[
 Layers = Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")]
 Tokens = Annotated[
     str | None,
-    typer.Option(help="patch, all, cls or registers, comma-separated [default: patch; all for text]."),
+    typer.Option(
+        help="patch, all, cls or registers; all for text; image, text, last or all where a language model "
+        "reads images. Comma-separated [default: patch; all for text; image,text]."
+    ),
 ]
 Values = Annotated[
     str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
@@ -54,15 +56,6 @@ def names(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip())
 
 
-def ranges(text: str | None) -> tuple[int, ...] | None:
+def layer_ranges(text: str | None) -> tuple[int, ...] | None:
     """`0,5-11` → (0, 5, …, 11). Raises UserError."""
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
-        span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
-        if not span:
-            raise UserError(f"--layers does not understand '{part.strip()}'", "for example --layers 0,5-11")
-        found.extend(span)
-    return tuple(dict.fromkeys(found))
+    return None if text is None else ranges(text, "--layers", "--layers 0,5-11")

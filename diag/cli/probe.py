@@ -28,8 +28,8 @@ from diag.cli.options import (
     Tokens,
     TrustRemoteCode,
     Values,
+    layer_ranges,
     names,
-    ranges,
 )
 from diag.errors import UserError
 
@@ -86,7 +86,7 @@ def probe(
         limit=limit,
         seq_len=seq_len,
         metrics=names(metrics),
-        layers=ranges(layers),
+        layers=layer_ranges(layers),
         tokens=names(tokens),
         values=values,
         intervene=tuple(intervene or ()),

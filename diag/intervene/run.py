@@ -88,17 +88,20 @@ def _carried_out(
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
     probed = measured(ProbePlan(**shared), listener=listener)
     model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
-    kind = next((kind for kind in given if kind in model.towers), None)
-    tower = model.tower(kind or next(iter(given)))
-    samples = tower_samples(tower, given[tower.name], plan)
+    kind = next((kind for kind in given if model.takers(kind)), next(iter(given)))
+    tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)
+    samples = tower_samples(tower, given[kind], plan)
     layers = pick_layers(tower.layers, plan.layers)
     before = read_samples(probed)
-    before = before[(before["tower"] == tower.name) & (before["tokens"] == before["tokens"].iloc[0])]
+    before = before[before["tower"] == tower.name]
+    before = before[before["tokens"] == before["tokens"].iloc[0]]
     check_layers(plan.edits(), layers)
     heads = int(before["head"].max()) + 1 if plan.heads else 0
     todo = cases(plan.edits(), layers, plan.scopes, heads=heads)
     truth, classify = _truth(model, tower, samples) if plan.labelled else (None, None)
     listener.say(f"{spec.given}: {len(todo)} changes of {len(layers)} layers, on {len(samples)} inputs")
+    if tower.language_head is not None and any(edit.where == "mlp branch" for edit in plan.edits()):
+        listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
     listener.start(f"{spec.given} changed", len(samples))
     report = Report()
     rows = sweep(
@@ -122,7 +125,9 @@ def _carried_out(
     )
     for name, frame in (("samples.parquet", rows), ("sensitivity.csv", table), ("relations.csv", relation)):
         write(frame.assign(model=spec.given, tower=tower.name), folder / name)
-    figures = draw(table, relation, read_layers(probed), folder / "figures", title=spec.given)
+    probe = read_layers(probed)
+    probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
+    figures = draw(table, relation, probe, folder / "figures", title=spec.given)
     write_json(
         {
             **document,
@@ -133,8 +138,8 @@ def _carried_out(
             "ends_in": tower.ending,
             "probe": probed.name,
             "inputs": {
-                "source": given[tower.name].source,
-                "sha256": given[tower.name].digest,
+                "source": given[kind].source,
+                "sha256": given[kind].digest,
                 "n": len(samples),
             },
             "failed_inputs": report.failed,
@@ -157,7 +162,7 @@ def _truth(
     if model.zero_shot is None:
         raise UserError(
             f"'{model.name}' neither classifies nor takes class names: accuracy is not defined",
-            "leave --labelled out, or give a timm classifier or an open_clip model",
+            "leave --labelled out, or give a timm classifier or a CLIP model (open_clip:, hf:)",
         )
     names = class_names(ids)
     return labels(ids, len(names), named=True), model.zero_shot(names)

@@ -138,7 +138,7 @@ class _Runner:
 
         handle = self.blocks[-1].module.register_forward_hook(keep)
         try:
-            with torch.inference_mode(), edited(tower, self.layers, self.blocks, edits):
+            with torch.inference_mode(), edited(tower, self.layers, self.blocks, edits, batch.real):
                 result = tower.forward(batch)
                 ended = result if isinstance(result, Tensor) else None
                 logits = ended if tower.ending == "next-token logits" else None
@@ -146,9 +146,10 @@ class _Runner:
                     logits = self.head(result.last_hidden_state)
         finally:
             handle.remove()
+        embedding = ended if tower.ending == "embedding" else getattr(result, "pooler_output", None)
         scores = ended if tower.ending == "class logits" else None
-        if self.classify is not None and ended is not None:
-            scores = self.classify(ended)
+        if self.classify is not None and embedding is not None:
+            scores = self.classify(embedding)
         return Outcome(
             next_logits=logits,
             ids=None if logits is None else batch.data,
@@ -156,7 +157,7 @@ class _Runner:
             if logits is None or tower.decode is None
             else predicted_bytes(tower.decode, batch.data),
             class_logits=scores,
-            embedding=ended if tower.ending == "embedding" else getattr(result, "pooler_output", None),
+            embedding=embedding,
             states=states[-1],
             labels=labels.to(states[-1].device) if (labels >= 0).any() else None,
         )

@@ -1,7 +1,7 @@
 """What every family hands over: towers that turn samples into batches and run them.
 
-A model has one tower per modality ("vision", "text"). A tower is a frozen bundle of plain
-callables; nothing is inherited or overridden.
+A model has one tower per modality ("vision", "text"); one that reads images and text in one sequence has
+a tower "language" besides. A tower is a frozen bundle of plain callables; nothing is inherited or overridden.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ class Batch:
 
     data: what the tower's `forward` expects.
     real: False at padding; None if there is none.
+    sets: which positions belong to a token set, for those that the tower does not know by position
+        (`Tower.marks`); without padding.
     """
 
     ids: tuple[str, ...]
     data: Any
     real: Bool[Tensor, "batch token"] | None = None
+    sets: Mapping[str, Bool[Tensor, "batch token"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,10 @@ class Tower:
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
     forward: runs the tower on a batch.
+    takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
     prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
+    marks: token sets whose positions each batch brings with it. together: those that are measured where
+        none is named; the first one if there are none.
     max_batch: the most samples that one forward may hold.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
     decode: token ids -> their text; None for images.
@@ -63,7 +69,10 @@ class Tower:
     samples: Callable[[Inputs, int | None], Iterator[Sample]]
     encode: Callable[[Sequence[Sample]], Batch]
     forward: Callable[[Batch], Any]
+    takes: str | None = None
     prefix: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
     max_batch: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
     decode: Callable[[Sequence[int]], str] | None = None
@@ -74,20 +83,36 @@ class Tower:
     @property
     def token_sets(self) -> tuple[str, ...]:
         """The token sets that this tower has; the first one is the default."""
+        if self.marks:
+            return (*self.marks, "all")
         if self.name != "vision":
             return ("all",)
         return ("patch", "all", *dict.fromkeys(self.prefix))
 
-    def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
-        """Which of `tokens` positions belong to a token set.
+    @property
+    def default_sets(self) -> tuple[str, ...]:
+        """The token sets that are measured where none is named."""
+        return self.together or self.token_sets[:1]
 
-        Raises UserError where the tower has no such set.
-        """
+    @property
+    def input_kind(self) -> str:
+        """The kind of inputs that it takes: "vision" for images, "text" for texts."""
+        return self.takes or self.name
+
+    def check_set(self, token_set: str) -> None:
+        """Raises UserError where the tower has no such token set."""
         if token_set not in self.token_sets:
             raise UserError(
                 f"this model's {self.name} tower has no token set '{token_set}'",
                 f"--tokens takes {one_of(self.token_sets)} here",
             )
+
+    def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
+        """Which of `tokens` positions belong to a token set that is the same for every input.
+
+        Raises UserError where the tower has no such set.
+        """
+        self.check_set(token_set)
         kinds = [*self.prefix, *["patch"] * (tokens - len(self.prefix))]
         return torch.tensor([token_set in ("all", kind) for kind in kinds])
 
@@ -107,6 +132,24 @@ class Model:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     zero_shot: Callable[[Sequence[str]], Callable[[Tensor], Tensor]] | None = None
+
+    def takers(self, kind: str, token_sets: Sequence[str] | None = None) -> list[Tower]:
+        """The towers that take "vision" or "text" inputs; with token sets, those that have one of them.
+
+        Raises UserError for a token set that none of them has.
+        """
+        found = [tower for tower in self.towers.values() if tower.input_kind == kind]
+        if not found or token_sets is None:
+            return found
+        for token_set in token_sets:
+            if not any(token_set in tower.token_sets for tower in found):
+                if len(found) == 1:
+                    found[0].check_set(token_set)
+                known = dict.fromkeys(name for tower in found for name in tower.token_sets)
+                raise UserError(
+                    f"this model has no token set '{token_set}'", f"--tokens takes {one_of(known)} here"
+                )
+        return [tower for tower in found if not set(token_sets).isdisjoint(tower.token_sets)]
 
     def tower(self, kind: str) -> Tower:
         """The tower for "vision" or "text" inputs. Raises UserError where the model has none."""

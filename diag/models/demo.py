@@ -1,12 +1,15 @@
-"""The models that travel inside the package: three ViTs that differ in patch size, and a language model.
+"""The models that travel inside the package: ViTs that differ in patch size, and a language model.
 
-`diag.train.embedded` trains them. Their weights are stored in float16 under `EMBEDDED`. The ViTs take
-`img_size=`: their position embeddings are interpolated.
+`vit-p16`, `vit-p8` and `vit-p4` are trained well; `grid-p16-sa`, `grid-p16-xsa` and so on are pairs of seed 0
+of the experiment in docs/experiments/patch-sizes.md, trained shorter. `diag.train.embedded` makes them. Their
+weights are stored in float16 under `EMBEDDED`. The ViTs take `img_size=`: their position embeddings are
+interpolated.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +50,10 @@ def build_lm() -> GPT2LMHeadModel:
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    """Loads `demo:vit-p16|vit-p8|vit-p4|lm`. Raises UserError if the package lacks its weights."""
+    """Loads `demo:vit-pN`, `demo:grid-pN-sa|xsa` (N = 16, 8, 4) or `demo:lm`.
+
+    Raises UserError if the package lacks its weights.
+    """
     taken = set() if spec.name == "lm" else {"img_size"}
     if spec.checkpoint is not None or spec.random_init or spec.model_args.keys() - taken:
         also = f", or with an image size: -m {spec.base},img_size=128" if taken else ""
@@ -66,9 +72,10 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
     from diag.models.loading import ready
     from diag.models.sizes import refuse_remainder, requested
     from diag.models.timm import fuse, resampled, vision_tower
-    from diag.models.weights import fit, read_checkpoint
+    from diag.models.weights import fit, read_checkpoint, read_variants
+    from diag.variants import described, restore
 
-    patch = int(spec.name.removeprefix("vit-p"))
+    patch = int(re.search(r"-p(\d+)", spec.name)[1])  # type: ignore[index]
     height, width = requested(spec.model_args, "img_size", spec.base) or (VIT_CONFIG["img_size"],) * 2
     if height != width:
         raise UserError(f"'{spec.base}' takes square images", f"give one number: img_size={height}")
@@ -76,7 +83,9 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
     refuse_remainder((size, size), (patch, patch), spec.base)
     module = build_vit(patch, size)
     weights = EMBEDDED / f"{spec.name}.safetensors"
-    tensors, fit_to = resampled(module, read_checkpoint(weights), spec.name)
+    stored = read_checkpoint(weights)
+    restore(module, read_variants(weights))
+    tensors, fit_to = resampled(module, stored, spec.name)
     fit(module, tensors, f"embedded model '{weights.name}'")
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
@@ -107,7 +116,8 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
     )
     card = EMBEDDED / f"{spec.name}.json"
     facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
-    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, fit_to.notes, facts)
+    notes = (*fit_to.notes, *described(module))
+    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, notes, facts)
 
 
 def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:

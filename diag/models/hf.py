@@ -1,4 +1,5 @@
-"""Hugging Face models from a folder or the hub: text, vision, and both towers of contrastive models.
+"""Hugging Face models from a folder or the hub: text, vision, both towers of contrastive models, and the
+vision tower and language model of vision-language models.
 
 Only models whose attention goes through `scaled_dot_product_attention` are loaded; the others are
 refused by name, because a model that computes softmax itself cannot be seen. `img_size=` makes the image
@@ -8,7 +9,7 @@ processor give that size, and the model interpolate its position embeddings if i
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -28,7 +29,10 @@ from transformers.models.auto.modeling_auto import (
 from diag.errors import UserError
 from diag.models.base import Model, Tower
 from diag.models.hf_head import load_language_head
+from diag.models.hf_variants import restore_variants
 from diag.models.hf_vision import packed_tower, vision_tower
+from diag.models.hf_vlm import PROMPT, image_token, language_tower
+from diag.models.hf_zero_shot import is_contrastive, zero_shot
 from diag.models.loading import (
     first_line,
     frame,
@@ -44,6 +48,8 @@ from diag.models.loading import (
 )
 from diag.models.names import ModelSpec
 from diag.models.sizes import IMAGE, PATCH
+from diag.variants import described
+from diag.variants.in_transformers import HF_NAME
 
 VISION_PARTS = ("vision_model", "visual", "vision_tower")
 TEXT_PARTS = ("text_model", "language_model")
@@ -91,8 +97,15 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             notes.append(f"no {kind} tower: {refusal}")
     if not towers:
         raise refusals[0]
+    notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
-    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts)
+    scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
+    classes = partial(_zero_shot, spec, module) if scores else None
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
+
+
+def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    return zero_shot(module, load_tokenizer(spec), names)
 
 
 # --- loading
@@ -143,15 +156,17 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
 def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
     """The model's config with the arguments applied and the cache of generation switched off.
 
-    `img_size` is left to the image processor and the forward pass of a model with a vision tower.
+    `img_size` is left to the image processor and the forward pass of a model with a vision tower, `prompt`
+    to the language tower of a vision-language model.
     """
     with reading(spec, "config.json", tip="save the model again with model.save_pretrained(FOLDER)"):
         config = transformers.AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
+    asked = {IMAGE: sees, PROMPT: image_token(config) is not None}
     for key, value in spec.model_args.items():
-        if key == IMAGE and sees:
+        if asked.get(key, False):
             continue
         if not hasattr(config, key):
             raise unknown_argument(key, list(config.to_dict()), spec.base)
@@ -199,7 +214,7 @@ def refuse_eager(spec: ModelSpec, module: nn.Module) -> None:
         if not isinstance(config, transformers.PretrainedConfig):
             continue
         capped = getattr(config, "attn_logit_softcapping", None) is not None
-        if config._attn_implementation not in (None, "sdpa") or capped:
+        if config._attn_implementation not in (None, "sdpa", HF_NAME) or capped:
             raise _eager(spec, type(part).__name__)
 
 
@@ -233,6 +248,7 @@ def _load_module(spec: ModelSpec, config: transformers.PretrainedConfig, dtype: 
         names = ", ".join(f"'{name}'" for name in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"the weights of '{spec.name}' lack {names}{more}: they would be random", tip)
+    restore_variants(module, Path(spec.name))
     return module
 
 
@@ -259,6 +275,10 @@ def _builders(
         inner = getattr(module, text)
         causal = text == "language_model" or is_causal(inner.config)
         builders["text"] = lambda: text_tower(spec, inner, f"{text}.", causal=causal, device=device)
+    if vision and text and (token := image_token(config)) is not None:
+        builders["language"] = lambda: language_tower(
+            spec, module, f"{text}.", load_processor(spec), token, device=device, dtype=dtype
+        )
     if builders:
         return builders
     if module.main_input_name == "pixel_values":
@@ -329,5 +349,14 @@ def load_image_processor(spec: ModelSpec) -> Any:
     tip = "save it there with image_processor.save_pretrained(FOLDER)"
     with reading(spec, "preprocessor_config.json", tip=tip):
         return transformers.AutoImageProcessor.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+
+
+def load_processor(spec: ModelSpec) -> Any:
+    """What makes one input of an image and a prompt. Raises UserError if there is none."""
+    tip = "save it there with processor.save_pretrained(FOLDER)"
+    with reading(spec, "processor_config.json", tip=tip):
+        return transformers.AutoProcessor.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )

@@ -36,7 +36,8 @@ from diag.models.names import ModelSpec
 from diag.models.registries import OWN_OPEN_CLIP_CONFIGS
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
 from diag.models.timm import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
-from diag.models.weights import fit, read_checkpoint
+from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.variants import described, restore
 
 FORCED = "force_image_size"
 MODEL_ARGUMENTS = (IMAGE, FORCED, "force_quick_gelu", "force_context_length", "force_patch_dropout")
@@ -58,12 +59,13 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     fit_to = NATIVE
     if spec.checkpoint is not None:
         tensors = _converted(module, read_checkpoint(spec.checkpoint))
+        restore(module, read_variants(spec.checkpoint))
         if image is not None:
             tensors, fit_to = _resampled(module, tensors, spec.name)
         fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
     elif native is not None and not spec.random_init:
         fit_to = _fitted_by_open_clip(module.visual, native.visual, spec.name)
-    notes += fit_to.notes
+    notes += (*fit_to.notes, *described(module))
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
     builders: dict[str, Callable[[], Tower]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -40,22 +41,24 @@ from diag.models.sizes import (
     requested,
     sides,
 )
-from diag.models.weights import fit, read_checkpoint
+from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.variants import described, restore
 
 MODEL_ARGUMENTS = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads")
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads `timm:NAME`. Raises UserError as `diag.models.load` does."""
-    own = spec.checkpoint is not None or spec.random_init
+    file = spec.checkpoint or _changed_weights(spec)
     sizes = _sizes(spec)
-    module = _create(spec, pretrained=not own)
+    module = _create(spec, pretrained=file is None and not spec.random_init)
     fit_to = NATIVE
-    if spec.checkpoint is not None:
-        tensors = read_checkpoint(spec.checkpoint)
+    if file is not None:
+        tensors = read_checkpoint(file)
+        restore(module, read_variants(file))
         if sizes:
             tensors, fit_to = resampled(module, tensors, spec.name)
-        fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
+        fit(module, tensors, f"checkpoint '{file}'")
     elif sizes and not spec.random_init:
         fit_to = fitted_by_timm(module, sizes, spec.name)
     fuse(module)
@@ -71,7 +74,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         device=device,
         dtype=dtype,
     )
-    notes = (*((spec.note,) if spec.note else ()), *fit_to.notes)
+    notes = (*((spec.note,) if spec.note else ()), *fit_to.notes, *described(module))
     licence = getattr(module, "pretrained_cfg", {}).get("license")
     return Model(
         spec.given,
@@ -82,6 +85,13 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         notes,
         {"licence": licence} if licence else {},
     )
+
+
+def _changed_weights(spec: ModelSpec) -> Path | None:
+    """The weights of a local folder whose attention was changed in training: timm would lose the change."""
+    file = Path(spec.name.removeprefix("local-dir:")) / "model.safetensors"
+    local = spec.name.startswith("local-dir:") and not spec.random_init and file.is_file()
+    return file if local and read_variants(file) else None
 
 
 def vision_tower(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diag.errors import UserError
+from diag.variants import METADATA
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training programs put the weights, beside the optimiser's state."""
@@ -39,6 +41,26 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"checkpoint '{file}' holds no named tensors", "save it with torch.save(model.state_dict(), FILE)"
         )
     return tensors
+
+
+def read_variants(file: Path) -> dict[str, str]:
+    """Path → variant of the modules that were changed when a checkpoint was saved (`diag.variants`).
+
+    Read from the header of a safetensors file, or from the metadata of a state dict; empty where nothing
+    was changed. The file is one that `read_checkpoint` has read.
+    """
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            return json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+    loaded = _unwrapped(_pickle(file))
+    said = {path: entry.get(METADATA) for path, entry in getattr(loaded, "_metadata", {}).items()}
+    return {_without_prefixes(path): kind for path, kind in said.items() if kind}
+
+
+def _without_prefixes(path: str) -> str:
+    for prefix in PREFIXES:
+        path = path.removeprefix(prefix)
+    return path
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
@@ -72,11 +94,16 @@ def _damaged(file: Path, error: Exception) -> UserError:
     return UserError(f"checkpoint '{file}' cannot be read: {reason}", "copy or download the file again")
 
 
-def _state_dict(loaded: Any) -> dict[str, Tensor]:
+def _unwrapped(loaded: Any) -> Any:
+    """The state dict inside a training checkpoint."""
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
+            return loaded[key]
+    return loaded
+
+
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
+    loaded = _unwrapped(loaded)
     if not isinstance(loaded, Mapping):
         return {}
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}

@@ -118,6 +118,70 @@ def save_vision_model(folder: Path, kind: str) -> Path:
     return folder
 
 
+IMAGE_WORDS = ("<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def save_vision_language_model(folder: Path, kind: str) -> Path:
+    """A LLaVA or Qwen2.5-VL with its whole processor in a Hugging Face folder."""
+    torch.manual_seed(0)
+    save_tokenizer(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_WORDS)})
+    ids = dict(zip(IMAGE_WORDS, tokenizer.convert_tokens_to_ids(list(IMAGE_WORDS)), strict=True))
+    text = TEXT_SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "num_key_value_heads": 2}
+    text |= {"initializer_range": 0.3}  # small weights make all tokens alike
+    if kind == "llava":
+        model = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(**VISION_SIZES),
+                text_config=transformers.LlamaConfig(**text),
+                image_token_id=ids["<image>"],
+            )
+        )
+        processor = transformers.LlavaProcessor(
+            transformers.CLIPImageProcessor(
+                size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+            ),
+            tokenizer,
+            patch_size=8,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    elif kind == "qwen2_5_vl_whole":
+        vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "patch_size": 14}
+        vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 56}
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        config = transformers.Qwen2_5_VLConfig(
+            vision_config=vision,
+            text_config=text | {"rope_parameters": rope},
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+        )
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+        sides = {"min_pixels": 56 * 56, "max_pixels": 140 * 140}
+        processor = transformers.Qwen2_5_VLProcessor(
+            transformers.Qwen2VLImageProcessor(**sides),
+            tokenizer,
+            transformers.Qwen2VLVideoProcessor(**sides),
+            chat_template=(
+                "{% for message in messages %}{% for part in message['content'] %}"
+                "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+                "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer :"
+            ),
+        )
+    else:
+        raise KeyError(kind)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def save_timm(folder: Path, name: str, **arguments: object) -> Path:
     """A timm model's weights as safetensors."""
     import timm

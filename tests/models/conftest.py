@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TEXT, save_language_model, save_tokenizer, save_vision_model
+from checkpoints import (
+    TEXT,
+    save_language_model,
+    save_tokenizer,
+    save_vision_language_model,
+    save_vision_model,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,6 +31,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if kind not in made:
             text = kind in ("gpt2", "neox", "llama", "qwen3", "bert", "t5")
             save = save_language_model if text else save_vision_model
+            if kind in ("llava", "qwen2_5_vl_whole"):
+                save = save_vision_language_model
             made[kind] = save(tmp_path_factory.mktemp(kind), kind)
         return made[kind]
 

@@ -1,0 +1,173 @@
+"""Trainable attention variants as changes to existing models: no fork, same parameters, names and seeds.
+
+    from diag.variants import apply, parse
+    model = timm.create_model("vit_small_patch16_224")
+    apply(model, parse("xsa:6-11"))          # before the optimiser, DDP or torch.compile
+
+`sa` is the model as it is. A model says what it is in its state dict's metadata (`variants_in`), and
+`restore` makes another model the same, so that a checkpoint can be loaded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from diag.errors import UserError
+from diag.variants.changes import BASELINE, BROADCASTS, CHANGES, Broadcast, Change, GatedExclusive
+from diag.variants.text import NAMES, Variant, parse
+
+__all__ = [
+    "BASELINE",
+    "METADATA",
+    "NAMES",
+    "Variant",
+    "alphas",
+    "apply",
+    "described",
+    "parse",
+    "restore",
+    "variants_in",
+]
+
+METADATA = "attnbias_variant"
+"""Under which a module's state dict, a safetensors header and an HF config say what was changed."""
+
+CHANGEABLE = "timm ViTs, nn.MultiheadAttention (open_clip) and transformers models with sdpa can be"
+
+
+def apply(model: nn.Module, variant: Variant, *, seed: int = 0) -> tuple[str, ...]:
+    """Changes a model in place and returns the paths of the changed modules, in depth order.
+
+    seed: of what a variant draws (random directions, gates' weights); the model's own weights and the
+        global generator are left alone, so that variants of one seed start from the same weights.
+    Raises UserError where no layer is understood, a layer is not there, or one is changed already.
+    """
+    if variant.name == BASELINE:
+        return ()
+    layers = attention_layers(model)
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no attention that could be changed", CHANGEABLE)
+    for layer in variant.layers or ():
+        if layer >= len(layers):
+            raise UserError(
+                f"variant {variant.name}: there is no layer {layer}", f"layers are 0 to {len(layers) - 1}"
+            )
+    chosen = [path for index, path in enumerate(layers) if variant.layers is None or index in variant.layers]
+    paths = [_mlp_beside(model, path) for path in chosen] if variant.name in BROADCASTS else chosen
+    for path in paths:
+        _change(model, path, variant.kind, seed)
+    return tuple(paths)
+
+
+def restore(model: nn.Module, kinds: Mapping[str, str]) -> None:
+    """Changes a model as `variants_in` says another was changed; the weights are the caller's.
+
+    Raises UserError where a path is not there or cannot be changed.
+    """
+    for path, kind in kinds.items():
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise UserError(
+                f"the checkpoint changes '{path}', which the model does not have",
+                "name the architecture it was trained with",
+            ) from None
+        _change(model, path, kind, 0)
+
+
+def variants_in(model: nn.Module) -> dict[str, str]:
+    """Path → `NAME[=FORM]` of every changed module; empty for a model as its library built it."""
+    return {path: module.variant_kind for path, module in model.named_modules() if _is_changed(module)}
+
+
+def described(model: nn.Module) -> tuple[str, ...]:
+    """A line for each variant in a model, for people: `trained with xsa in 6 modules`."""
+    counts = Counter(variants_in(model).values())
+    return tuple(f"trained with {kind} in {count} modules" for kind, count in counts.items())
+
+
+def alphas(model: nn.Module) -> dict[int, torch.Tensor]:
+    """The learned α of each layer, `[head]`, by depth index; of layers that have one."""
+    layers = list(attention_layers(model))
+    found = {}
+    for path, module in model.named_modules():
+        change = getattr(module, "change", None)
+        if isinstance(change, GatedExclusive):
+            found[layers.index(path)] = change.alpha.detach().float().cpu()
+    return found
+
+
+def attention_layers(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the self-attention modules that can be, or are, changed, in depth order; pooling is none."""
+    from diag.variants.attention import can_be_changed
+
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if "pool" not in path
+        and ((_is_changed(module) and isinstance(module.change, Change)) or can_be_changed(module))
+    )
+
+
+def _is_changed(module: nn.Module) -> Any:
+    return isinstance(getattr(module, "change", None), Change | Broadcast)
+
+
+def _change(model: nn.Module, path: str, kind: str, seed: int) -> None:
+    variant = parse(kind)
+    module: Any = model.get_submodule(path)
+    if _is_changed(module):
+        raise UserError(f"'{path}' is changed already, to {module.variant_kind}", "build the model again")
+    if variant.name in BROADCASTS:
+        _broadcast(model, path, module, variant)
+    else:
+        _exclude(path, module, variant, seed)
+    module.variant_kind = variant.kind
+    module._register_state_dict_hook(_remember)
+
+
+def _exclude(path: str, module: nn.Module, variant: Variant, seed: int) -> None:
+    from diag.variants.attention import can_be_changed, sizes_of, swap
+
+    if not can_be_changed(module):
+        raise UserError(f"'{path}' is a {type(module).__name__}, which cannot be changed", CHANGEABLE)
+    # torch's generator on the CPU looks at the low 32 bits of a seed only
+    generator = torch.Generator().manual_seed(zlib.crc32(path.encode(), seed))
+    swap(module, path, CHANGES[variant.name](sizes_of(module), variant.form, generator))
+
+
+def _broadcast(model: nn.Module, path: str, module: Any, variant: Variant) -> None:
+    from diag.variants.branch import broadcasting_class
+
+    parameter = list(module.parameters())[-1]  # the output's bias, or its weight
+    config = getattr(model, "config", None)
+    channels = parameter.shape[0] if config is None else config.hidden_size
+    # transformers' attention says whether it is causal; a vision tower's has nothing to say
+    beside = model.get_submodule(path.rpartition(".")[0]).children()
+    causal = any(getattr(child, "is_causal", False) for child in beside)
+    module.change = Broadcast(variant.name == "cb_s", channels, causal).to(parameter.device)
+    module.__class__ = broadcasting_class(type(module))
+
+
+def _mlp_beside(model: nn.Module, attention: str) -> str:
+    """Path of the MLP in the block of an attention module. Raises UserError where there is none."""
+    from diag.variants.branch import MLP_NAMES
+
+    block = attention.rpartition(".")[0]
+    for name in MLP_NAMES:
+        if isinstance(getattr(model.get_submodule(block), name, None), nn.Module):
+            return f"{block}.{name}"
+    raise UserError(
+        f"block '{block}' has no module called {', '.join(MLP_NAMES)}", "cb and cb_s are put at the MLP's end"
+    )
+
+
+def _remember(module: Any, tensors: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    """A state dict hook: what a module is travels with its weights, beside them."""
+    metadata[METADATA] = module.variant_kind
