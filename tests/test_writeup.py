@@ -32,7 +32,10 @@ from diag.writeup.produce import portable
 from diag.writeup.schema import read_plan
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    file for file in (ROOT / "configs").glob("*.yaml") if not file.stem.startswith(("train-", "clip-"))
+)
+"""Plans of figures; the others are plans of training."""
 
 SMALL = """\
 title: A small one

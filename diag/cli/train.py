@@ -1,0 +1,81 @@
+"""`attnbias train` and `attnbias variants`: a grid of small trainings, and what can be trained."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diag.cli.app import Interrupted, app, say
+from diag.cli.options import AsJson, Device, QuietFolder
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A plan in YAML, see configs/.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/train-KEY].")
+    ] = None,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train again what the folder holds.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
+    as_json: AsJson = False,
+    quiet: QuietFolder = False,
+) -> None:
+    """Train patch sizes × attention variants × seeds, probe them all, and say what removing V_self gains."""
+    from diag.train.cells import cells_of
+    from diag.train.plan import read_plan
+
+    plan = read_plan(config)
+    if dry_run:
+        cells = [cell.name for cell in cells_of(plan)]
+        document = {"plan": plan.model_dump(mode="json"), "cells": cells}
+        print(json.dumps(document, indent=1) if as_json else "\n".join(cells))
+        return
+    from diag.terminal import StderrListener
+    from diag.train.grid import run_train
+    from diag.train.said import shown
+
+    try:
+        with StderrListener(quiet=quiet) as listener:
+            found = run_train(
+                plan, out, device=device, workers=workers, overwrite=overwrite, listener=listener
+            )
+    except (Interrupted, KeyboardInterrupt) as stop:
+        say("stopped; run the same command again to resume")
+        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+    if found is None:
+        return
+    if as_json:
+        print(json.dumps({"folder": str(found.folder), "manifest": found.manifest}, indent=1, default=str))
+    elif quiet:
+        print(found.folder)
+    else:
+        table = shown(found.tables)
+        named = [str(column) for column in table]
+        by_accuracy = any(column.startswith("accuracy") for column in named)
+        kept = [column for column in named if not (by_accuracy and column.startswith("loss"))]
+        print(table[kept].to_string(index=False))
+        print("", *(textwrap.fill(sentence, 100) for sentence in found.words), sep="\n")
+        say(f"folder: {found.folder}")
+
+
+@app.command()
+def variants(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the attention variants that can be trained, with definitions."""
+    from diag.variants.text import listing
+
+    rows = listing()
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for name, row in rows.items():
+        forms = row["forms"]
+        print(name + (f"[={'|'.join(forms)}]" if forms else ""))
+        print(textwrap.fill(row["definition"], 80, initial_indent="    ", subsequent_indent="    "))

@@ -1,0 +1,198 @@
+"""A grid carried out: every cell trained, every trained model probed, tables and figures written.
+
+    plan.json  cells/CELL/…  probe/ (a run folder over all cells)  probed/ (its inputs)
+    results.csv (a row per cell)  outcomes.csv  gains.csv  …  figures/  manifest.json (written last)
+
+Cells are independent: each process under torchrun takes every n-th, and the last to finish goes on to the
+probe. Running the same command again resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diag.config import RUNS, checked, command_line, environment
+from diag.errors import UserError
+from diag.records import claim, read_layers, read_manifest, write, write_json
+from diag.run import Listener, Silent, device_of, run_probe
+from diag.train.cells import Cell, card_of, cells_of, train_cell
+from diag.train.outcomes import outcome_tables
+from diag.train.plan import TrainPlan
+from diag.train.said import words
+from diag.train.tasks import Task, task_of
+
+RESULTS = (
+    "accuracy",
+    "loss",
+    "held_out",
+    "steps",
+    "parameters",
+    "seconds_per_step",
+    "initial_sha256",
+    "sha256",
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finished grid: its folder, tables by name, and what they say in words."""
+
+    folder: Path
+    tables: Mapping[str, pd.DataFrame]
+    words: Sequence[str]
+    manifest: Mapping[str, Any]
+
+
+def run_train(
+    plan: TrainPlan,
+    folder: Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Grid | None:
+    """Trains, probes and tabulates a grid in `folder` (default: `runs/train-KEY`); None from a process that
+    leaves the rest to others.
+
+    Raises UserError for what the user can mend.
+    """
+    listener = listener or Silent()
+    folder = folder or RUNS / f"train-{plan.key[:8]}"
+    document = {
+        "kind": "train",
+        "key": plan.key,
+        "plan": plan.model_dump(mode="json"),
+        "command": command_line(),
+    }
+    if overwrite and (folder / "plan.json").exists():
+        shutil.rmtree(folder / "cells", ignore_errors=True)
+    if claim(folder, document, overwrite=overwrite):
+        listener.say(f"already complete: {folder} (train again with --overwrite)")
+        return open_grid(folder)
+    started = time.time()
+    task = task_of(plan)
+    cells = cells_of(plan)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = cells[rank::world]
+    place = device_of(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and device == "cuda" else device)
+    listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {place}")
+    for cell in mine:
+        listener.start(cell.name, plan.recipe.steps)
+        train_cell(
+            plan,
+            cell,
+            task,
+            folder / "cells" / cell.name,
+            device=place,
+            workers=workers,
+            advance=listener.advance,
+        )
+    if not all((folder / "cells" / cell.name / "card.json").exists() for cell in cells):
+        listener.say("other processes have cells to finish; the last one goes on")
+        return None
+    return _finish(plan, cells, task, folder, document, str(place), listener, started)
+
+
+def open_grid(folder: Path) -> Grid:
+    """A finished grid folder. Raises UserError if it is not one."""
+    manifest = read_manifest(folder)
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in manifest["tables"]}
+    return Grid(folder, tables, manifest["words"], manifest)
+
+
+def _finish(
+    plan: TrainPlan,
+    cells: Sequence[Cell],
+    task: Task,
+    folder: Path,
+    document: Mapping[str, Any],
+    device: str,
+    listener: Listener,
+    started: float,
+) -> Grid:
+    from diag.figures.training import outcome_figures
+    from diag.figures.write import save
+
+    layers = _probe(plan, cells, task, folder, device, listener)
+    results = pd.DataFrame(
+        [{**cell.facts, **_results(card_of(folder / "cells" / cell.name))} for cell in cells]
+    )
+    monitor, log = (_curves(cells, folder, name) for name in ("monitor", "log"))
+    tables = {
+        "results": results,
+        **outcome_tables(results, layers, _alphas(cells, folder), monitor, log),
+    }
+    for name, table in tables.items():
+        write(table, folder / f"{name}.csv")
+    figures = [
+        path
+        for stem, (figure, data) in outcome_figures(tables).items()
+        for path in save(figure, data, folder / "figures", stem)
+    ]
+    said = words(tables)
+    write_json(
+        {
+            **document,
+            "status": "complete",
+            "tables": list(tables),
+            "words": said,
+            "figures": [str(path.relative_to(folder)) for path in figures],
+            "device": device,
+            "seconds": round(time.time() - started, 3),
+            "environment": environment(),
+        },
+        folder / "manifest.json",
+    )
+    return open_grid(folder)
+
+
+def _probe(
+    plan: TrainPlan, cells: Sequence[Cell], task: Task, folder: Path, device: str, listener: Listener
+) -> pd.DataFrame:
+    """The layers table of every trained model; the model column holds the cell's name."""
+    paths = {str(folder / "cells" / cell.name / "model"): cell.name for cell in cells}
+    run = run_probe(
+        checked(models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")),
+        folder / "probe",
+        listener=listener,
+    )
+    if run.manifest["failed_models"]:
+        name, why = next(iter(run.manifest["failed_models"].items()))
+        raise UserError(f"'{name}' could not be probed: {why}", "run the same command again")
+    layers = read_layers(folder / "probe")
+    return layers.assign(model=layers["model"].map(paths))
+
+
+def _results(card: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: card.get(name) for name in RESULTS}
+
+
+def _alphas(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:
+    """cell, patch_size, variant, seed, layer, head, alpha; empty where nothing was learned."""
+    rows = [
+        {**cell.facts, "layer": int(layer), "head": head, "alpha": alpha}
+        for cell in cells
+        for layer, found in card_of(folder / "cells" / cell.name)["alphas"].items()
+        for head, alpha in enumerate(found)
+    ]
+    columns = [*cells[0].facts, "layer", "head", "alpha"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _curves(cells: Sequence[Cell], folder: Path, name: str) -> pd.DataFrame:
+    """`log.csv` or `monitor.csv` of every cell, one below the other, behind the cell's columns."""
+    frames = []
+    for cell in cells:
+        file = folder / "cells" / cell.name / f"{name}.csv"
+        frame = pd.read_csv(file) if file.stat().st_size > 1 else pd.DataFrame()
+        frames.append(frame.assign(**cell.facts))
+    return pd.concat(frames, ignore_index=True)

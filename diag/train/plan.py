@@ -1,0 +1,129 @@
+"""What `attnbias train` does: a grid of patch sizes × variants × seeds on one task, checked before work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diag.errors import UserError
+from diag.variants import BASELINE, parse
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class Recipe(BaseModel):
+    """One training run: AdamW, linear warm-up, cosine decay to 0, clipped gradients.
+
+    clip: largest norm of the gradient. ema: decay of a moving average of the weights, which is then what is
+        kept; none if empty. precision: of the forward pass; bfloat16 by autocast.
+    gate_rate: learning rate of learned α and λ over that of the weights. Adam moves a number by about its
+        rate in a step, so that few steps at the weights' rate could not open a gate.
+    held_out: examples (images, or windows of text) of the evaluation. checkpoint_every: steps that an
+        interruption can lose.
+    """
+
+    model_config = STRICT
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: int = Field(default=50, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(default=1.0, gt=0)
+    gate_rate: float = Field(default=10.0, gt=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    held_out: int = Field(default=1400, gt=0)
+    checkpoint_every: int = Field(default=100, gt=0)
+
+
+class TrainPlan(BaseModel):
+    """A grid of cells; frozen, and unknown keys are refused.
+
+    task: "crops" (name the bundled photograph that a crop comes from), "images" (a labelled folder or
+        WebDataset tars) or "language" (next token).
+    train, validation: the data of "images"; train alone, a text file, that of "language" (empty: the
+        bundled text, of which the last tenth is held out).
+    model: for images the name of a timm ViT under `architecture`, and arguments of its constructor; for
+        language those of transformers' GPT2Config.
+    variants: as `attnbias variants` lists them; the baseline `sa` is what gains are measured against.
+    monitor_every: steps between two measurements while training; 0 for none.
+    probe_limit: inputs of the probe of every finished cell.
+    """
+
+    model_config = STRICT
+
+    title: str
+    about: str = ""
+    task: Literal["crops", "images", "language"]
+    train: str | None = None
+    validation: str | None = None
+    patch_sizes: tuple[int, ...] = ()
+    variants: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    model: dict[str, Any] = Field(default_factory=dict)
+    recipe: Recipe
+    monitor_every: int = Field(default=50, ge=0)
+    probe_limit: int = Field(default=64, gt=0)
+
+    @field_validator("variants")
+    @classmethod
+    def _known(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for variant in variants:
+                parse(variant)
+        except UserError as error:
+            raise ValueError(f"{error} ({error.tip})") from None
+        if BASELINE not in variants:
+            raise ValueError(f"lack the baseline {BASELINE}: gains are measured against it")
+        return variants
+
+    @model_validator(mode="after")
+    def _fits_task(self) -> TrainPlan:
+        if bool(self.patch_sizes) == (self.task == "language"):
+            raise ValueError(
+                "task language takes no patch_sizes" if self.patch_sizes else "patch_sizes are missing"
+            )
+        if self.task == "images" and not (self.train and self.validation):
+            raise ValueError("task images takes train: and validation:, each DIR/class/*.jpg or tars")
+        if self.task == "crops" and (self.train or self.validation):
+            raise ValueError("task crops brings its own images: leave train and validation out")
+        for name in ("patch_sizes", "variants", "seeds"):
+            given = getattr(self, name)
+            if len(set(given)) != len(given):
+                raise ValueError(f"{name} name something twice")
+        return self
+
+    @property
+    def key(self) -> str:
+        """Identifies the result: everything but the words about it."""
+        document = self.model_dump(mode="json", exclude={"title", "about"})
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def read_plan(file: Path) -> TrainPlan:
+    """A plan from YAML. Raises UserError that names the key."""
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"plan '{file}' cannot be read: {error}", "give a YAML file: configs/*.yaml"
+        ) from None
+    if not isinstance(document, dict):
+        raise UserError(f"plan '{file}' is no mapping", "see configs/train-smoke.yaml")
+    try:
+        return TrainPlan(**document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"plan '{file}': {where + ' ' if where else ''}{reason}", "see docs/train.md"
+        ) from None
