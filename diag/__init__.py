@@ -25,6 +25,8 @@ _HOME = {
     "Probe": "diag.api",
     "ProbePlan": "diag.config",
     "measured": "diag.cache",
+    "Monitor": "diag.monitor",
+    "MonitorCallback": "diag.monitor_hf",
     "images": "diag.inputs",
     "texts": "diag.inputs",
     "pattern_rows": "diag.attention",

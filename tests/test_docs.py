@@ -10,10 +10,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from diag.divergence import DIVERGENCE_METRICS
 from diag.metrics import METRICS
 from diag.records import RATIOS
 from diag.shape import SHAPE_METRICS
@@ -117,20 +119,29 @@ def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert len(names["calls"]) == 1  # type: ignore[arg-type]
 
 
+def test_the_monitor_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n([\s\S]*?)```", PAGES["monitor.md"]):
+        exec(block, names)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "10", "20"]
+    assert "attention_stream_cosine" in set(names["monitor"].history["metric"])
+
+
 def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
     listed = set(re.findall(r"^\| `(\w+)`", PAGES["metrics.md"], re.MULTILINE))
-    assert listed == {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS}
+    assert listed == {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
 
 
 def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
     from typer.main import get_command
 
     from diag.cli import app
+    from diag.train.clip_arguments import known_flags
 
     verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
     known = {option for verb in verbs for parameter in verb.params for option in parameter.opts}
     # of other programs
-    known |= {"--debug", "--version", "--help", "--out", "--methods", "--nproc-per-node"}
+    known |= {"--debug", "--version", "--help", "--out", "--methods", "--nproc-per-node", *known_flags()}
     for page, text in PAGES.items():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
             assert option in known or page == "benchmarks.md", f"{page}: {option}"

@@ -21,11 +21,14 @@ FILES = sorted(HOUSE.rglob("*.py"))
 
 FLOORS: dict[str, int] = {
     "errors": 0,
+    "ranges": 0,
     "attention": 0,
     "records": 0,
     "kernels": 1,
     "metrics": 1,
     "interventions": 1,
+    "variants": 1,
+    "aside": 1,
     "moments": 1,
     "inputs": 1,
     "collect": 1,
@@ -35,12 +38,14 @@ FLOORS: dict[str, int] = {
     "seam": 2,
     "models": 3,
     "shape": 2,
+    "divergence": 2,
     "groups": 3,
     "collected": 4,
     "secondary_sinks": 1,
     "stream": 2,
     "blocks": 2,
     "branches": 3,
+    "gates": 3,
     "shape_blocks": 1,
     "edited": 4,
     "measure": 4,
@@ -56,6 +61,8 @@ FLOORS: dict[str, int] = {
     "intervene": 5,
     "report": 5,
     "train": 5,
+    "monitor": 5,
+    "monitor_hf": 5,
     "terminal": 5,
     "cli": 6,
     "api": 6,
@@ -66,6 +73,7 @@ FLOORS: dict[str, int] = {
 
 BESIDE = {
     ("records", "errors"),
+    ("ranges", "errors"),
     ("attention", "errors"),
     ("run", "config"),
     ("run", "shards"),
@@ -76,6 +84,11 @@ BESIDE = {
     ("measure", "collected"),
     ("blocks", "seam"),
     ("intervene", "config"),
+    ("train", "config"),
+    ("train", "run"),
+    ("train", "intervene"),
+    ("train", "monitor"),
+    ("monitor_hf", "monitor"),
     ("intervene", "cache"),
     ("intervene", "run"),
     ("intervene", "terminal"),
@@ -95,7 +108,8 @@ BESIDE = {
 ONLY: dict[str, set[str]] = {
     "inputs": {"errors"},
     "kernels": {"errors", "attention"},
-    "models": {"errors", "attention", "inputs", "seam"},
+    "models": {"errors", "ranges", "attention", "inputs", "seam", "variants"},
+    "variants": {"errors", "ranges"},
     "collect": {"errors", "records"},
     "profiles": {"errors", "records", "collect"},
     "words": {"errors", "records", "collect", "profiles"},
@@ -105,9 +119,9 @@ ONLY: dict[str, set[str]] = {
 """What a file may import, where that is less than its floor allows."""
 
 LIBRARIES = {
-    "timm": {"models/timm.py"},
+    "timm": {"models/timm.py", "train/folders.py", "variants/in_timm.py"},
     "open_clip": {"models/open_clip.py"},
-    "transformers": {"models/hf.py"},
+    "transformers": {"models/hf.py", "monitor_hf.py", "variants/in_transformers.py"},
     "transformer_lens": {"models/lens.py"},
 }
 """Library of a model family -> the files that import it on top, all of them loaded with the family."""
@@ -213,6 +227,12 @@ FIGURES = (
     "diag.figures.curves",
     "diag.figures.heatmaps",
     "diag.figures.write",
+    "diag.figures.training",
+    "diag.figures.alphas",
+    "diag.figures.compensation",
+    "diag.figures.gain",
+    "diag.figures.gain_relation",
+    "diag.figures.training_curves",
 )
 DRAWING = (
     "diag.records",
@@ -221,6 +241,8 @@ DRAWING = (
     "diag.words",
     "diag.compare",
     "diag.report",
+    "diag.train.outcomes",
+    "diag.train.said",
     *FIGURES,
 )
 NAMING = (
@@ -257,6 +279,7 @@ def test_no_family_is_loaded_before_it_is_named() -> None:
         "diag.models",
         "diag.models.base",
         "diag.models.own",
+        "diag.monitor",
         "diag.models.demo",
     )
     assert "torch" in loaded

@@ -7,7 +7,19 @@ Exit codes: 0 done, 1 failed, 2 usage or unreadable input, 3 finished but some m
 failed, 130 or 143 interrupted.
 """
 
-from diag.cli import probe, compare, attend, figures, report, intervene, listings  # noqa: I001  in the order of --help
+from diag.cli import probe, compare, attend, figures, report, intervene, train, train_clip, listings  # noqa: I001  in the order of --help
 from diag.cli.app import app, main
 
-__all__ = ["app", "main", "attend", "compare", "figures", "intervene", "listings", "probe", "report"]
+__all__ = [
+    "app",
+    "main",
+    "attend",
+    "compare",
+    "figures",
+    "intervene",
+    "listings",
+    "probe",
+    "report",
+    "train",
+    "train_clip",
+]

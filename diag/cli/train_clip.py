@@ -1,0 +1,38 @@
+"""`attnbias train-clip`: open_clip's own training with changed attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diag.cli.app import Interrupted, app, say
+
+
+@app.command(name="train-clip")
+def train_clip(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="-- ARGUMENTS", help="open_clip_train's own arguments.")
+    ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(help="Vision tower: NAME[=FORM][:LAYERS], such as xsa or gated_xsa:0-5; sa: unchanged."),
+    ] = "sa",
+    text_attention: Annotated[str, typer.Option(help="Text tower, in the same way.")] = "sa",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of arguments; those after '--' go over them.")
+    ] = None,
+) -> None:
+    """Train a CLIP model with open_clip_train, its attention changed. Runs under torchrun.
+
+    torchrun --nproc-per-node 8 -m diag train-clip --attention xsa --config configs/clip-cc12m-b16.yaml --
+    --train-data 'DIR/cc12m-train-{0000..2175}.tar' --imagenet-val DIR
+    """
+    from diag.train.clip import train_clip as run
+
+    try:
+        run(arguments or [], attention=attention, text_attention=text_attention, config=config)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        say("stopped; the same command with '--resume latest' goes on from the last checkpoint")
+        raise SystemExit(getattr(stop, "exit_code", 130)) from None
