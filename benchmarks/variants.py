@@ -1,6 +1,6 @@
 """What a trainable variant costs: time of a whole training step over that of the baseline.
 
-    python benchmarks/variants.py                        # ViT-B/14 shape, 4 layers on the CPU (about two minutes)
+    python benchmarks/variants.py                        # ViT-B/14 shape, 4 layers, on the CPU (two minutes)
     python benchmarks/variants.py --device cuda --layers 12 --batch 64 --compile
 
 Weights and data are random; time does not depend on them. A step is forward, backward and AdamW, on a GPU

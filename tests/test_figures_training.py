@@ -69,7 +69,8 @@ class TestLooks:
             "#000000",
             "--",
         )
-        assert len(set(found.values())) == len(names)
+        found |= looks(["random_direction", *names])
+        assert len(set(found.values())) == len({*names, "random_direction"})
         assert looks(["sa", *names])["xsa"] == found["xsa"]
 
 
@@ -204,7 +205,7 @@ class TestAlphas:
         table = outcome_tables(results, NOTHING, alphas[some], NOTHING, NOTHING)["alpha"]
         found = panels(alpha_maps(table))
         assert len(found) == 6
-        assert found[3].get_title(loc="left") == "(d) patch 16 · gated_xs…moid:2-5"
+        assert found[3].get_title(loc="left") == "(d) patch 16\ngated_xsa=sigmoid:2-5"
         assert np.isnan(np.ma.filled(found[3].images[0].get_array(), np.nan)[:2]).all()
         with pytest.raises(UserError, match="no learned α"):
             alpha_maps(table.head(0))

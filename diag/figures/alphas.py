@@ -38,7 +38,7 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
     with style():
         figure, axes = page(
             len(drawn),
-            row_height=1.1 + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
+            row_height=1.1 + 0.15 * (len(variants) > 1) + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
             title="Learned α: the share of the part along V_self that a head removes",
             caption=f"{task} · means, {seeds_word(table['n'])} · below 0, a head adds to that part",
             columns=columns_for(len(drawn)),
@@ -61,7 +61,7 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
             ax.set_xlabel("head")
             ax.set_ylabel("layer")
             letter = f"({string.ascii_lowercase[place % 26]}) " if len(drawn) > 1 else ""
-            of = patch_word(patch, task) + (f" · {shorten(variant, 18)}" if len(variants) > 1 else "")
+            of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
             ax.set_title(letter + of)
         bar = axes[0].figure.colorbar(image, ax=axes, pad=0.02, aspect=25, label="α")
         bar.outline.set_linewidth(0.4)

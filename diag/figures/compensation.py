@@ -44,7 +44,10 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
     task, patches = str(rows["task"].iloc[0]), patches_of(rows)
     shown = looks([BASELINE, *rows["variant"]])
     rows = rows.assign(low=rows["baseline"] + rows["ci_low"], high=rows["baseline"] + rows["ci_high"])
-    low, high = finite_range(rows[["baseline", "changed", "low", "high"]])
+    low, high = finite_range(rows[["baseline", "changed"]])
+    room = max(high - low, 0.05)  # bands of two seeds reach far beyond, and would flatten the curves
+    ends = rows[["low", "high"]].clip(low - room, high + room)
+    low, high = finite_range(pd.concat([rows[["baseline", "changed"]], ends], axis=1))
     margin = 0.05 * max(high - low, 0.05)
     name = LABELS.get(metric) or metric.replace("_", " ")
     with style():

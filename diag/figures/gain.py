@@ -24,6 +24,8 @@ from diag.figures.variants import (
     zero_line,
 )
 
+SIDE_BY_SIDE = 24
+"""Means in a panel from which it takes the width of the page."""
 WIDTH = 0.7
 """Of the place of one patch size that its variants fill."""
 BETTER = {"accuracy": "above 0: better", "loss": "below 0: better"}
@@ -52,6 +54,7 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
             caption=f"{task} · {seeds_word(rows['n'])} · small: one seed; "
             "large: mean and 95 % t interval over seeds",
             extra=0.15 * math.ceil(len(shown) / 4) + 0.15,
+            columns=1 if len(shown) * len(patches) > SIDE_BY_SIDE else 2,
         )
         for letter, outcome, ax in zip(string.ascii_lowercase, outcomes, axes, strict=False):
             zero_line(ax)

@@ -31,15 +31,16 @@ class Look:
 
 
 def looks(variants: Sequence[str]) -> dict[str, Look]:
-    """A look for each variant: the baseline blue, the control black and dashed, others in their order."""
+    """A look for each variant: the baseline blue, controls black and broken, others in their order."""
     found: dict[str, Look] = {}
-    others = 0
+    others = controls = 0
     for name in dict.fromkeys(variants):
         base = name.partition(":")[0].partition("=")[0]
         if base == BASELINE:
             found[name] = Look(OKABE_ITO["blue"], "o", "-")
         elif base == CONTROL:
-            found[name] = Look(OKABE_ITO["black"], "d", "--")
+            found[name] = Look(OKABE_ITO["black"], "dx1*"[controls % 4], ("--", ":")[controls % 2])
+            controls += 1
         else:
             turn, place = divmod(others, len(COLOURS))
             dashes = DASHES[turn % len(DASHES)]
