@@ -252,9 +252,10 @@ class TestAll:
 
     def test_tasks_have_figures_of_their_own(self, language: Tables) -> None:
         small = outcome_tables(grid(seeds=1, patches=(8,), variants=("sa", "xsa")), *[NOTHING] * 4)
-        # an empty table would change the types of the other's columns
         both = {
-            name: pd.concat([t for t in (small[name], table) if len(t)]) for name, table in language.items()
+            # an empty table would change the types of the other's columns
+            name: pd.concat([part for part in (small[name], table) if len(part)] or [table])
+            for name, table in language.items()
         }
         drawn = outcome_figures(both)
         assert list(drawn)[:2] == ["gain-crops", "gain-language"]

@@ -43,9 +43,8 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
             caption=f"{task} · means, {seeds_word(table['n'])} · below 0, a head adds to that part",
             columns=columns_for(len(drawn)),
         )
-        image = None
         for place, (((patch, variant), _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
-            image = ax.imshow(
+            ax.imshow(
                 field,
                 cmap=COLOURS["signed"],
                 vmin=low,
@@ -63,6 +62,6 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
             letter = f"({string.ascii_lowercase[place % 26]}) " if len(drawn) > 1 else ""
             of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
             ax.set_title(letter + of)
-        bar = axes[0].figure.colorbar(image, ax=axes, pad=0.02, aspect=25, label="α")
+        bar = axes[0].figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, aspect=25, label="α")
         bar.outline.set_linewidth(0.4)
     return figure

@@ -92,7 +92,5 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
             ax.set_xticks(range(len(patches)), [patch_word(patch, task) for patch in patches])
             ax.set_xlim(-0.5, len(patches) - 0.5)
             ax.grid(False, axis="x")
-        legend_below(figure, shown)
-        for handle in figure.legends[0].legend_handles:
-            handle.set_linestyle("")
+        legend_below(figure, shown, lines=False)
     return figure

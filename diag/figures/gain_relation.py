@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from diag.errors import UserError
+from diag.figures.lines import Colour
 from diag.figures.page import page
 from diag.figures.style import OKABE_ITO, ordered_colours, style
 from diag.figures.variants import BASELINE, UNITS, at_patch, patch_word, patches_of, zero_line
@@ -37,7 +39,7 @@ def gain_against_baseline(points: pd.DataFrame, relations: pd.DataFrame, *, outc
         raise UserError("there is no pair of cells to draw", "probe the baseline's cells")
     variants, patches = list(dict.fromkeys(rows["variant"])), patches_of(rows)
     task, several = str(rows["task"].iloc[0]), len(patches) > 1
-    colours = ordered_colours(len(patches)) if several else [OKABE_ITO["blue"]]
+    colours: Sequence[Colour] = ordered_colours(len(patches)) if several else [OKABE_ITO["blue"]]
     one = rows[rows["predictor"] == predictors[0]]
     cells = one.groupby("variant", sort=False).size()
     counted = f"{cells.min()}" if cells.min() == cells.max() else f"{cells.min()}–{cells.max()}"
@@ -92,10 +94,11 @@ def _said(found: pd.DataFrame, *, within: bool) -> str:
     """`all: r = 0.70 [0.10, 0.94]`, and a line for within patch sizes, with what chance gives."""
     lines = []
     for cells, word in (("all", "all"), ("within patch sizes", "within sizes"))[: 2 if within else 1]:
-        if cells not in found.index or pd.isna(found.loc[cells, "value"]):
+        rows = found[(found.index == cells) & found["value"].notna()]
+        if rows.empty:
             lines.append(f"{word}: too few cells for an r")
             continue
-        row = found.loc[cells]
+        row = rows.iloc[0]
         said = f"{word}: r = {row['value']:.2f}"
         if pd.notna(row["ci_low"]):
             said += f" [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"

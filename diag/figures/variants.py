@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,9 @@ BASELINE = "sa"
 CONTROL = "random_direction"
 COLOURS = ("vermillion", "green", "orange", "purple", "sky")
 MARKERS = "s^vPX"
-DASHES = ("-", ":", "-.")
+Dashes = Literal["-", "--", ":", "-."]
+DASHES: tuple[Dashes, ...] = ("-", ":", "-.")
+CONTROL_DASHES: tuple[Dashes, ...] = ("--", ":")
 UNITS = {"accuracy": "accuracy, points", "loss": "loss, nats"}
 
 
@@ -27,7 +30,7 @@ class Look:
 
     colour: str
     marker: str
-    dashes: str
+    dashes: Dashes
 
 
 def looks(variants: Sequence[str]) -> dict[str, Look]:
@@ -39,7 +42,7 @@ def looks(variants: Sequence[str]) -> dict[str, Look]:
         if base == BASELINE:
             found[name] = Look(OKABE_ITO["blue"], "o", "-")
         elif base == CONTROL:
-            found[name] = Look(OKABE_ITO["black"], "dx1*"[controls % 4], ("--", ":")[controls % 2])
+            found[name] = Look(OKABE_ITO["black"], "dH8p"[controls % 4], CONTROL_DASHES[controls % 2])
             controls += 1
         else:
             turn, place = divmod(others, len(COLOURS))
@@ -76,10 +79,18 @@ def zero_line(ax: Axes) -> None:
     ax.axhline(0, color="0.35", linewidth=0.7, zorder=1)
 
 
-def legend_below(figure: Figure, shown: dict[str, Look]) -> None:
+def legend_below(figure: Figure, shown: dict[str, Look], *, lines: bool = True) -> None:
     """One legend of the variants under all panels; its entries do not depend on what a panel lacks."""
     handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.dashes, markersize=4, label=name)
+        Line2D(
+            [],
+            [],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dashes if lines else "",
+            markersize=4,
+            label=name,
+        )
         for name, look in shown.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))

@@ -1,7 +1,7 @@
 """A grid carried out: every cell trained, every trained model probed, tables and figures written.
 
     plan.json  cells/CELL/…  probe/ (a run folder over all cells)  probed/ (its inputs)
-    results.csv (a row per cell)  outcomes.csv  gains.csv  …  figures/  manifest.json (written last)
+    results.md  results.csv (a row per cell)  outcomes.csv  gains.csv  …  figures/  manifest.json (written last)
 
 Cells are independent: each process under torchrun takes every n-th, and the last to finish goes on to the
 probe. Running the same command again resumes.
@@ -26,7 +26,7 @@ from diag.run import Listener, Silent, device_of, run_probe
 from diag.train.cells import Cell, card_of, cells_of, train_cell
 from diag.train.outcomes import outcome_tables
 from diag.train.plan import TrainPlan
-from diag.train.said import words
+from diag.train.said import shown, words
 from diag.train.tasks import Task, task_of
 
 RESULTS = (
@@ -133,6 +133,7 @@ def _finish(
     }
     for name, table in tables.items():
         write(table, folder / f"{name}.csv")
+    write(shown(tables), folder / "results.md")
     figures = [
         path
         for stem, (figure, data) in outcome_figures(tables).items()

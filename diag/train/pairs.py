@@ -9,6 +9,7 @@ same inputs. No torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,12 +71,12 @@ def checked(results: pd.DataFrame) -> pd.DataFrame:
                 f"cell '{twice['cell'].iloc[0]}' is in the results twice", "give the results of one grid"
             )
     if "steps" in table:
-        for (task, patch), part in table.groupby(CASE, sort=False, dropna=False):
+        for key, part in grouped(table, CASE):
             if part["steps"].nunique() > 1:
-                size = "" if pd.isna(patch) else f" at patch size {patch:g}"
+                size = "" if pd.isna(key["patch_size"]) else f" at patch size {key['patch_size']:g}"
                 found = ", ".join(f"{steps:g}" for steps in sorted(part["steps"].unique()))
                 raise UserError(
-                    f"cells of task {task}{size} were trained for {found} steps",
+                    f"cells of task {key['task']}{size} were trained for {found} steps",
                     "only cells of one recipe can be compared",
                 )
     places = {name: {key: i for i, key in enumerate(table[name].unique())} for name in ("task", "variant")}
@@ -115,7 +116,7 @@ def pairs(results: pd.DataFrame) -> pd.DataFrame:
     return rows[[*COMPARED, "seed", "difference"]].reset_index(drop=True)
 
 
-def over_seeds(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+def over_seeds(values: Sequence[float] | np.ndarray | pd.Series) -> dict[str, float]:
     """Mean, sd (n − 1), 95 % t interval of the mean and n of one number per seed; NaN is missing.
 
     The interval is NaN with one seed, and where all seeds agree to rounding: a spread of 0 says that the
@@ -137,7 +138,7 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {"mean": mean, "sd": sd, "ci_low": mean - reach, "ci_high": mean + reach, "n": n}
 
 
-def grouped(table: pd.DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+def grouped(table: pd.DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Parts of a table with their keys by name, in order of appearance; NaN is a key like any other."""
     for names, part in table.groupby(keys, sort=False, dropna=False, observed=True):
         yield dict(zip(keys, names, strict=True)), part

@@ -39,9 +39,9 @@ def relation_points(pairs: pd.DataFrame, probed: pd.DataFrame) -> pd.DataFrame:
     """
     baseline = probed[(probed["variant"] == BASELINE) & probed["metric"].isin(list(PREDICTORS))]
     means = baseline.groupby([*CASE, "seed", "metric"], sort=False, dropna=False)["value"].mean()
-    means = means.reset_index().rename(columns={"metric": "predictor"})
+    values = means.reset_index().rename(columns={"metric": "predictor"})
     ours = pairs[pairs["against"] == BASELINE].drop(columns="against")
-    points = ours.rename(columns={"difference": "gain"}).merge(means, on=[*CASE, "seed"])
+    points = ours.rename(columns={"difference": "gain"}).merge(values, on=[*CASE, "seed"])
     order = [place for name in PREDICTORS for place in points.index[points["predictor"] == name]]
     return points.loc[order].reset_index(drop=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.train.pairs import BASELINE, CONTROL, base_of
+from diag.train.pairs import BASELINE, CONTROL, base_of, grouped
 from diag.words.phrases import listed
 
 DIGITS = {"points": 2, "nats": 4, "": 3}
@@ -39,7 +39,7 @@ def shown(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The results as a table of words: a row per patch size and variant, without empty columns."""
     table = tables["outcomes"]
     rows = []
-    for row in table.to_dict("records"):
+    for row in _records(table):
         cells = {
             "task": str(row["task"]),
             "patch": _number(row["patch_size"], digits=0),
@@ -50,8 +50,8 @@ def shown(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             cells[word] = _spread(row[name], row[f"{name}_sd"], digits)
             unit = "points" if name == "accuracy" else "nats"
             for key, heading in (("gain", f"{name} − {BASELINE}"), ("over_control", f"{name} − control")):
-                ends = (row[f"{name}_{key}{end}"] for end in ("", "_low", "_high"))
-                cells[f"{heading}, {unit} [95 %]"] = _with_interval(*ends, digits)
+                mean, low, high = (row[f"{name}_{key}{end}"] for end in ("", "_low", "_high"))
+                cells[f"{heading}, {unit} [95 %]"] = _with_interval(mean, low, high, digits)
         rows.append(cells)
     words = pd.DataFrame(rows)
     if len(words) and words["task"].nunique() == 1:
@@ -131,7 +131,7 @@ def _control(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
         return
     for (variant, against), part in compared.groupby(["variant", "against"], sort=False):
         said = f"{variant} − its control {against}: {_judged_all(part)}"
-        if not any(_sure(row) for row in part.to_dict("records")):
+        if not any(_sure(row) for row in _records(part)):
             said += ": that the token's own value matters more than a random direction is not shown"
         yield f"{said}."
 
@@ -147,7 +147,7 @@ def _predicted(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     rows = rows[rows["outcome"] == outcome]
     ours = [v for v in dict.fromkeys(rows["variant"]) if base_of(v) in CONTROLLED]
     variant = ours[0] if ours else rows["variant"].iloc[0]
-    by = {row["cells"]: row for row in rows[rows["variant"] == variant].to_dict("records")}
+    by = {row["cells"]: row for row in _records(rows[rows["variant"] == variant])}
     whole, within = by["all"], by["within patch sizes"]
     sizes = int(whole["n_patch_sizes"])
     over = f"{int(whole['n_cells'])} pairs of cells"
@@ -183,7 +183,7 @@ def _inside(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
         parts = [
             f"{_at(row)}{_number(row['baseline'])} in {BASELINE} and {_number(row['changed'])} in {variant}, "
             f"a difference of {_judged(row)}"
-            for row in part.to_dict("records")
+            for row in _records(part)
         ]
         yield f"The {name}, mean over layers, is {'; '.join(parts)}."
 
@@ -192,14 +192,12 @@ def _learned(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     """What α became: mean over heads and layers, its extremes, and how many heads agree over seeds."""
     for variant, part in of["alpha"].groupby("variant", sort=False):
         parts = []
-        for patch, table in sorted(
-            part.groupby("patch_size", sort=False, dropna=False), key=lambda item: -item[0]
-        ):
-            least, most = table.loc[table["mean"].idxmin()], table.loc[table["mean"].idxmax()]
+        for key, table in grouped(part, ["patch_size"]):
+            rows = _records(table.sort_values("mean"))
+            least, most = rows[0], rows[-1]
             apart = ((table["ci_low"] > 0) | (table["ci_high"] < 0)).sum()
-            size = "" if pd.isna(patch) else f"at patch {patch:g} "
             said = (
-                f"{size}a mean of {_number(table['mean'].mean(), sign=True)} over heads, from "
+                f"{_at(key)}a mean of {_number(table['mean'].mean(), sign=True)} over heads, from "
                 f"{_number(least['mean'], sign=True)} (layer {int(least['layer'])}) to "
                 f"{_number(most['mean'], sign=True)} (layer {int(most['layer'])})"
             )
@@ -220,7 +218,11 @@ def _main(rows: pd.DataFrame) -> str:
 def _one(table: pd.DataFrame, **keys: Any) -> dict[str, Any] | None:
     for name, value in keys.items():
         table = table[table[name] == value]
-    return table.iloc[0].to_dict() if len(table) else None
+    return next(iter(_records(table)), None)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.itertuples(index=False)]
 
 
 def _at(row: Mapping[str, Any]) -> str:
@@ -251,7 +253,7 @@ def _judged(row: Mapping[str, Any]) -> str:
 
 def _judged_all(rows: pd.DataFrame) -> str:
     """`_judged` of every patch size; a judgement that all share is said once."""
-    parts = [(_at(row), _judged(row)) for row in rows.to_dict("records")]
+    parts = [(_at(row), _judged(row)) for row in _records(rows)]
     ends = {said.rpartition("), ")[2] for _, said in parts}
     if len(parts) > 1 and len(ends) == 1 and all("), " in said for _, said in parts):
         end = ends.pop()
