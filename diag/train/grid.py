@@ -1,7 +1,7 @@
 """A grid carried out: every cell trained, every trained model probed, tables and figures written.
 
     plan.json  cells/CELL/…  probe/ (a run folder over all cells)  probed/ (its inputs)
-    results.md  results.csv (a row per cell)  outcomes.csv  gains.csv  …  figures/  manifest.json (written last)
+    results.md  results.csv (a row per cell)  outcomes.csv  …  figures/  manifest.json (written last)
 
 Cells are independent: each process under torchrun takes every n-th, and the last to finish goes on to the
 probe. Running the same command again resumes.
