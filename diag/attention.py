@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diag.errors import MeasurementError
+from diag.sampling import RowSample
 
 HIDDEN = -9000.0
 """An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
@@ -28,6 +29,7 @@ BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """How many pattern entries one streamed block may hold: 8 MiB, or 256 MiB."""
 
 BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
+SAMPLED_BLOCK_ROWS = {"cpu": 64, "cuda": 4096}
 LEAST_BLOCKS = 16
 """Blocks per head in long sequences: fewer would compute more of what causality hides."""
 
@@ -44,6 +46,7 @@ class AttentionCall:
         `[batch, head, token, token]`; None for no mask. `causal` is in addition to it.
     hidden: the additive entry at or below which a key is hidden.
     log_normaliser: `lse_i`, where the attention kernel returned it.
+    sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
     """
 
     layer: int
@@ -58,6 +61,7 @@ class AttentionCall:
     hidden: float = HIDDEN
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
+    sample: RowSample | None = None
 
     @property
     def batch(self) -> int:
@@ -93,6 +97,11 @@ class AttentionCall:
     def softmax(self) -> SoftmaxStatistics:
         """The statistics of every row of the pattern, computed once."""
         return softmax_statistics(self)
+
+    @cached_property
+    def controls(self) -> Float[Tensor, "control batch head token"]:
+        """What goes with the entropy of a row and costs no pattern: for estimates from sampled rows."""
+        return row_controls(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +190,10 @@ class Visibility:
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxStatistics:
-    """Per query row, float32, `[batch, head, token]`. Rows that see no key hold no meaning."""
+    """Per query row, float32, `[batch, head, token]`. Rows that see no key hold no meaning.
+
+    Entropy and Σ A² are those of the call's sampled rows, `[batch, head, row]`, where it has a sample.
+    """
 
     log_normaliser: Tensor | None
     """lse_i; None where only the pattern is known"""
@@ -196,11 +208,16 @@ class SoftmaxStatistics:
 
 
 def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
-    """Every row statistic of a call's pattern, exact, in O(token) memory (science: section 5).
+    """Every row statistic of a call's pattern in O(token) memory (science: section 5).
 
-    Entropy and Σ A² stream blocks of query rows through one matrix product each; the weights on
-    single keys need only the log-normaliser. Float32 arithmetic whatever the model's format.
+    Entropy and Σ A² stream blocks of query rows through one matrix product each, all rows or the call's
+    sampled ones; the weights on single keys need only the log-normaliser and are of all rows.
+    Float32 arithmetic whatever the model's format. On CUDA one fused kernel gives the same numbers.
     """
+    from diag.kernels import fused_statistics  # it stands on this module
+
+    if (fused := fused_statistics(call)) is not None:
+        return fused
     first = _first_key(call)
     if call.pattern is not None:
         pattern = call.pattern.float()
@@ -212,12 +229,15 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
             self_weight=pattern.diagonal(dim1=-2, dim2=-1),
             first_weight=pattern.gather(-1, index)[..., 0],
         )
-    shape = call.output.shape[:3]
-    entropy = torch.empty(shape, device=call.output.device)
-    squares = torch.empty_like(entropy)
+    batch, heads, tokens = call.output.shape[:3]
     known = call.log_normaliser is not None
-    lse = call.log_normaliser.float() if known else torch.empty_like(entropy)  # type: ignore[union-attr]
-    for where, log_pattern in _log_pattern_blocks(call, lse, known):
+    lse = torch.empty(batch, heads, tokens, device=call.output.device)
+    lse = call.log_normaliser.float() if known else lse  # type: ignore[union-attr]
+    entropy = torch.empty(
+        batch, heads, tokens if call.sample is None else call.sample.rows, device=lse.device
+    )
+    squares = torch.empty_like(entropy)
+    for where, log_pattern in log_pattern_blocks(call, lse, known):
         # log_pattern: [block batch, block head, block row, key]
         pattern = log_pattern.exp()
         squares[where] = torch.linalg.vector_norm(pattern, dim=-1).square_()
@@ -225,6 +245,55 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     own = _scores_of_own_keys(call) - lse
     leading = _scores_of_key(call, first) - lse
     return SoftmaxStatistics(lse, entropy, squares, own.exp(), leading.exp())
+
+
+def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token"]:
+    """Quantities of every row, in O(token) memory, that the entropy and its kind go with.
+
+    The divergence D of uniform attention from that of the row is exact: D = lse - ln n - the mean score,
+    n the visible keys. Were scores normally distributed with variance σ², the entropy would be ln n - D,
+    n e^-D keys by it and n e^-2D keys by Σ A². The spread of all keys along the query stands in for σ²,
+    and the weights on oneself and on the first key tell what a sink takes. (They need to be like the
+    truth only; a mask that is no plain causal one enters by the log-normaliser alone.)
+    """
+    softmax, seen = call.softmax, call.visibility
+    assert call.query is not None
+    assert call.key is not None
+    assert softmax.log_normaliser is not None
+    query = call.query.unflatten(1, (call.kv_heads, call.group))
+    key = call.key.float()
+    if seen.keys is not None:
+        key = key.masked_fill(~seen.keys[:, None, :, None], 0.0)  # padding may hold anything
+    number = seen.count.clamp(min=1)
+    if seen.rule == "causal":
+        middle = key.cumsum(2) / number[..., None]
+        score = torch.linalg.vecdot(query.float(), middle[:, :, None])
+        total = middle[:, :, -1:]
+    else:
+        total = key.sum(2, keepdim=True) / number.amax(-1)[..., None, None]
+        score = (query.float() @ total[:, :, None].transpose(-1, -2))[..., 0]
+    centred = key - total
+    if seen.keys is not None:
+        centred = centred.masked_fill(~seen.keys[:, None, :, None], 0.0)
+    spread = (
+        centred.transpose(-1, -2) @ centred / number.amax(-1)[..., None, None]
+    )  # [batch, kv_head, dim, dim]
+    along = torch.linalg.vecdot(query.float() @ spread[:, :, None], query.float()) * call.scale**2
+    divergence = softmax.log_normaliser - number.log() - score.flatten(1, 2) * call.scale
+    own, first = softmax.self_weight, softmax.first_weight
+    return torch.stack(
+        [
+            divergence,
+            divergence.square(),
+            number * (-divergence).exp(),
+            number * (-2 * divergence).exp(),
+            along.flatten(1, 2),
+            own,
+            torch.xlogy(own, own),
+            first,
+            torch.xlogy(first, first),
+        ]
+    )
 
 
 def pattern_rows(
@@ -290,6 +359,13 @@ def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -
     return changed
 
 
+def all_rows(call: AttentionCall) -> AttentionCall:
+    """The call without its sample of rows; what was computed of all rows is kept."""
+    whole = replace(call, sample=None, log_normaliser=call.softmax.log_normaliser)
+    whole.__dict__["visibility"] = call.visibility
+    return whole
+
+
 def _four_dimensional(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.ndim)]
 
@@ -343,13 +419,68 @@ def _scores_of_key(call: AttentionCall, key: Tensor) -> Float[Tensor, "batch hea
     return scores
 
 
-def _log_pattern_blocks(
+def log_pattern_blocks(
     call: AttentionCall, lse: Tensor, known: bool
 ) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
     """Yields `ln A` in blocks `[batch, head, row, key]` with their place; fills `lse` where not known.
 
-    Hidden entries hold a large negative number instead of -inf, so that `A ln A` is 0 and not NaN.
+    Rows are those of the call's sample, where it has one; `lse` is that of all rows. Keys after the last
+    that a causal block sees are left out. Hidden entries hold a large negative number instead of -inf, so
+    that `A ln A` is 0 and not NaN.
     """
+    if call.sample is None:
+        yield from _all_blocks(call, lse, known)
+        return
+    if not known:
+        for _ in _all_blocks(call, lse, known):
+            pass
+    yield from _sampled_blocks(call, call.sample, lse)
+
+
+def positions(call: AttentionCall, where: tuple[slice, slice, slice]) -> Int[Tensor, " row"]:
+    """Which query rows a block of `log_pattern_blocks` holds; with a sample it is of one input."""
+    if call.sample is None:
+        return torch.arange(where[2].start, where[2].stop, device=call.output.device)
+    return call.sample.index[where[0].start, where[2]]
+
+
+def _sampled_blocks(
+    call: AttentionCall, sample: RowSample, lse: Tensor
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """The blocks of the sampled rows: every input has rows of its own, so a block is of one input."""
+    assert call.query is not None
+    device = "cuda" if call.output.is_cuda else "cpu"
+    budget = BLOCK_ELEMENTS[device]
+    rows_at_once = max(1, min(sample.rows, SAMPLED_BLOCK_ROWS[device], max(budget // call.tokens, 16)))
+    heads_at_once = max(1, budget // (2 * rows_at_once * call.tokens)) if device == "cuda" else 1
+    mask = None if call.mask is None else _four_dimensional(call.mask)
+    last = sample.index[:, rows_at_once - 1 :: rows_at_once].tolist() if call.causal else None
+    for b in range(call.batch):
+        in_batch = slice(b, b + 1)
+        for h in range(0, call.heads, heads_at_once):
+            in_head = slice(h, min(h + heads_at_once, call.heads))
+            key = _keys_of_heads(call, in_batch, in_head)[0].float().transpose(1, 2)
+            for number, r in enumerate(range(0, sample.rows, rows_at_once)):
+                in_row = slice(r, min(r + rows_at_once, sample.rows))
+                rows = sample.index[b, in_row]
+                seen = call.tokens
+                if last is not None and number < len(last[b]):
+                    seen = last[b][number] + 1
+                query = call.query[b, in_head].index_select(1, rows).float()
+                offset = lse[b, in_head].index_select(1, rows)[..., None]
+                block = torch.baddbmm(offset, query, key[..., :seen], beta=-1.0, alpha=call.scale)
+                if mask is not None:
+                    part = _mask_part(mask, in_batch, in_head, slice(None), seen)
+                    part = part[0] if part.shape[2] == 1 else part[0].index_select(1, rows)
+                    block = _masked(block, part, call.hidden, -1e30)
+                if call.causal:
+                    block.masked_fill_(torch.arange(seen, device=rows.device) > rows[:, None], -1e30)
+                yield (in_batch, in_head, in_row), block[None]
+
+
+def _all_blocks(
+    call: AttentionCall, lse: Tensor, known: bool
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
     assert call.query is not None
     assert call.key is not None
     device = "cuda" if call.output.is_cuda else "cpu"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -26,23 +26,14 @@ from torch.linalg import vecdot, vector_norm
 
 from diag.attention import BLOCK_ELEMENTS, AttentionCall, SoftmaxStatistics
 from diag.errors import UserError, did_you_mean, one_of
+from diag.kernels import fused_values
+from diag.readings import Controls, Reading, reduce
+
+if TYPE_CHECKING:
+    from diag.kernels.triton_values import ValueStatistics
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
-
-PERCENTILE = 0.15
-"""The lower percentile of the entropy that Context Broadcasting reports (2210.08457, Fig. 4)."""
-
-
-class Reading(NamedTuple):
-    """Numbers and how much each counts: 0 for not at all.
-
-    Both broadcast to `[batch, head, token]`; the token axis is 1 for numbers of a whole row of the
-    batch, whose weight is then the number of tokens behind them.
-    """
-
-    values: Tensor
-    weights: Tensor
 
 
 class Selection:
@@ -77,11 +68,25 @@ class Selection:
         return output.unflatten(1, (self.call.kv_heads, self.call.group))
 
     @cached_property
+    def fused(self) -> ValueStatistics | None:
+        """On CUDA, what most of the following is made of, in one pass; None where it is plain PyTorch."""
+        return fused_values(self.call, self.among, self.rows, self.least)
+
+    @property
+    def least(self) -> float:
+        """How much of ‖y‖ is more than what rounding leaves where y is parallel to v."""
+        return max(4e-6, 4 * torch.finfo(self.call.output.dtype).eps)
+
+    @cached_property
     def value_norm(self) -> Float[Tensor, "batch kv_head 1 token"]:
+        if self.fused is not None:
+            return self.fused.value_norm[:, :, None]
         return vector_norm(self.value, dim=-1)[:, :, None]
 
     @cached_property
     def output_norm(self) -> Float[Tensor, "batch kv_head group token"]:
+        if self.fused is not None:
+            return self.of_heads(self.fused.output_norm)
         return vector_norm(self.output, dim=-1)
 
     @cached_property
@@ -97,6 +102,8 @@ class Selection:
     @cached_property
     def projection(self) -> Float[Tensor, "batch kv_head group token"]:
         """y_i · v̂_i"""
+        if self.fused is not None:
+            return self.of_heads(self.fused.product) * self.per_value_norm
         return vecdot(self.output, self.value[:, :, None]) * self.per_value_norm
 
     @cached_property
@@ -119,7 +126,7 @@ class Selection:
     @cached_property
     def value_similarity(self) -> Float[Tensor, "batch kv_head"]:
         weights = self.among[:, None, None, :] * self.per_value_norm  # [batch, kv_head, 1, token]
-        total = (weights @ self.value)[:, :, 0]
+        total = (weights @ self.value)[:, :, 0] if self.fused is None else self.fused.value_total
         return _mean_pairwise(total, (weights > 0).sum(-1)[..., 0], self.count[:, None])
 
     @cached_property
@@ -130,12 +137,13 @@ class Selection:
         own = (self.among[:, None, :] & seen.sees_itself)[:, :, None]  # [.., 1, token]
         if own.shape[1] == call.heads > 1:
             own = own[:, :, 0].unflatten(1, (call.kv_heads, call.group))
-        total = self.grouped(seen.sum(self.value, weights))  # [batch, kv_head, group or 1, token or 1, dim]
-        if total.shape[3] == 1:
-            inner = (self.output @ total.transpose(-1, -2))[..., 0]
-        else:
-            inner = vecdot(self.output, total)
         partners = self.grouped(seen.count_among(self.among)) - own.long()
+        if self.fused is not None:
+            inner = self.of_heads(self.fused.partner)
+        else:
+            total = self.grouped(seen.sum(self.value, weights))
+            # total: [batch, kv_head, group or 1, token or 1, dim]
+            inner = _inner(self.output, total)
         cosines = inner * self.per_output_norm - own * self.cosine
         return cosines / partners.clamp(min=1), partners > 0
 
@@ -148,6 +156,10 @@ class Selection:
     def softmax(self) -> SoftmaxStatistics:
         return self.call.softmax
 
+    def of_heads(self, x: Float[Tensor, "batch head *rest"]) -> Float[Tensor, "batch kv_head group *rest"]:
+        """Numbers of query heads beside those of the KV head that they share."""
+        return x.unflatten(1, (self.call.kv_heads, self.call.group))
+
     def grouped(self, x: Tensor) -> Tensor:
         """`[batch, head, …]` to `[batch, kv_head, group, …]`; a head axis of 1 or of KV heads is kept."""
         if x.shape[1] == self.call.heads and self.call.group > 1:
@@ -158,6 +170,18 @@ class Selection:
         """A reading of grouped numbers per token, on the rows that count."""
         weights = self.rows if also is None else self.rows & self._ungrouped(also)
         return Reading(self._ungrouped(values), weights)
+
+    def at(self, x: Tensor) -> Tensor:
+        """`[batch or 1, head or 1, token]` at the call's sampled rows; as it is where all rows are there."""
+        return x if self.call.sample is None else self.call.sample.at(x)
+
+    def of_pattern(self, values: Float[Tensor, "batch head row"], rows: Tensor | None = None) -> Reading:
+        """A reading of what needs whole rows of the pattern, on the rows that count (or those of `rows`)."""
+        rows, sample = self.rows if rows is None else rows, self.call.sample
+        if sample is None:
+            return Reading(values, rows)
+        weights = sample.at(rows) * sample.weight[:, None]
+        return Reading(values, weights, sample, Controls(self.call.controls, rows))
 
     def per_head(self, values: Float[Tensor, "batch kv_head"], least: int = 2) -> Reading:
         """A reading of one number per KV head; undefined with fewer than `least` tokens."""
@@ -199,10 +223,12 @@ def excess(on: Selection) -> Reading:
 def cos_y_vuniform(on: Selection) -> Reading:
     """cos(ȳ_i, v_i), ȳ_i the plain mean of the visible v_j in S: the uniform-attention null."""
     seen = on.call.visibility
-    total = on.grouped(seen.sum(on.value, on.among[:, None, :].float()))
-    value = on.value[:, :, None]
-    inner = (value @ total.transpose(-1, -2))[..., 0] if total.shape[3] == 1 else vecdot(value, total)
-    cosine = inner * on.per_value_norm * _reciprocal(vector_norm(total, dim=-1))
+    if on.fused is not None:
+        inner, norm = on.fused.uniform[:, :, None], on.fused.uniform_norm[:, :, None]
+    else:
+        total = on.grouped(seen.sum(on.value, on.among[:, None, :].float()))
+        inner, norm = _inner(on.value[:, :, None], total), vector_norm(total, dim=-1)
+    cosine = inner * on.per_value_norm * _reciprocal(norm)
     return on.per_row(cosine, on.grouped(seen.count_among(on.among)) > 0)
 
 
@@ -255,16 +281,17 @@ def value_similarity_partial_reference(on: Selection) -> Reading:
 
 def output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(y_i, y_j)."""
-    return _pairwise_rows(on, on.output, on.per_output_norm)
+    total = None if on.fused is None else on.of_heads(on.fused.output_total)
+    return _pairwise_rows(on, on.per_output_norm, lambda: on.output, total)
 
 
 def exclusive_output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
-    norm = vector_norm(on.exclusive, dim=-1)
-    # what rounding leaves where y is parallel to v is no direction
-    least = max(4e-6, 4 * torch.finfo(on.call.output.dtype).eps)
-    per_norm = torch.where(norm > least * on.output_norm, _reciprocal(norm), 0.0)
-    return _pairwise_rows(on, on.exclusive, per_norm)
+    fused = on.fused
+    norm = vector_norm(on.exclusive, dim=-1) if fused is None else on.of_heads(fused.exclusive_norm)
+    per_norm = torch.where(norm > on.least * on.output_norm, _reciprocal(norm), 0.0)
+    total = None if fused is None else on.of_heads(fused.exclusive_total)
+    return _pairwise_rows(on, per_norm, lambda: on.exclusive, total)
 
 
 def value_participation_ratio(on: Selection) -> Reading:
@@ -292,17 +319,17 @@ def self_weight_ratio(on: Selection) -> Reading:
 
 def entropy(on: Selection) -> Reading:
     """-Σ_j A_ij ln A_ij in nats."""
-    return Reading(on.softmax.entropy, on.rows)
+    return on.of_pattern(on.softmax.entropy)
 
 
 def entropy_normalized(on: Selection) -> Reading:
     """Entropy over its bound ln(number of visible keys)."""
-    return Reading(on.softmax.entropy / on.call.visibility.count.clamp(min=2).log(), on.rows)
+    return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).log())
 
 
 def effective_keys(on: Selection) -> Reading:
     """1/Σ_j A_ij²: how many keys share the attention."""
-    return Reading(1 / on.softmax.sum_of_squares, on.rows)
+    return on.of_pattern(1 / on.softmax.sum_of_squares)
 
 
 def first_weight(on: Selection) -> Reading:
@@ -360,30 +387,6 @@ def readings(
     return {name: computed[METRICS[name].compute] for name in names}
 
 
-def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "input head"]:
-    """One number per input and head from all readings of a layer in one forward pass.
-
-    A call may hold several rows per input (windows in the batch, input by input) and a layer may be
-    called several times (one window after the other): all their tokens are pooled, so that each
-    counts once. NaN where nothing counts; infinite where something that counts is not finite.
-    """
-    values: list[Tensor] = []
-    weights: list[Tensor] = []
-    for part in parts:
-        shape = torch.broadcast_shapes(part.values.shape, part.weights.shape)
-        for x, into in ((part.values, values), (part.weights, weights)):
-            x = (
-                x.expand(shape).unflatten(0, (inputs, -1)).movedim(1, 2).flatten(2)
-            )  # [input, head, rows · token]
-            into.append(x.double())
-    value, weight = torch.cat(values, -1), torch.cat(weights, -1)
-    total = weight.sum(-1)
-    counted = torch.where(weight > 0, value, 0.0)
-    result = _percentile(value, weight > 0) if how == "percentile" else (counted * weight).sum(-1) / total
-    result = torch.where(counted.isfinite().all(-1), result, torch.inf)
-    return torch.where(total > 0, result, torch.nan)
-
-
 def per_input(
     call: AttentionCall,
     names: Sequence[str] | None = None,
@@ -431,20 +434,19 @@ def _mean_pairwise(total: Tensor, units: Tensor, count: Tensor) -> Tensor:
     return (total.square().sum(-1) - units) / (count * (count - 1)).clamp(min=1)
 
 
-def _pairwise_rows(on: Selection, vectors: Tensor, per_norm: Tensor) -> Reading:
+def _inner(x: Tensor, total: Tensor) -> Tensor:
+    """x_i · total_i, where the token axis of `total` may be 1."""
+    return (x @ total.transpose(-1, -2))[..., 0] if total.shape[3] == 1 else vecdot(x, total)
+
+
+def _pairwise_rows(
+    on: Selection, per_norm: Tensor, vectors: Callable[[], Tensor], total: Tensor | None
+) -> Reading:
+    """Mean cosine of the rows that count, from their unit vectors or from the known `total` of these."""
     rows = on.grouped(on.rows)  # [batch or 1, kv_head or 1, group or 1, token]
     weights = (rows * per_norm)[..., None, :]
-    total = (weights @ vectors)[..., 0, :]
+    total = (weights @ vectors())[..., 0, :] if total is None else total
     count = rows.sum(-1)
     mean = _mean_pairwise(total, (weights[..., 0, :] > 0).sum(-1), count).flatten(1, 2)[..., None]
     weight = torch.where(count > 1, count, 0).flatten(1, 2)[..., None]
     return Reading(mean, weight)
-
-
-def _percentile(values: Tensor, counted: Tensor) -> Tensor:
-    """Linear interpolation between order statistics, over the last axis, among what counts."""
-    ordered = torch.where(counted, values, torch.inf).sort(-1).values
-    place = (counted.sum(-1, keepdim=True) - 1).clamp(min=0) * PERCENTILE
-    below, above = place.floor().long(), place.ceil().long()
-    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
-    return (low + (high - low) * (place - below))[..., 0]

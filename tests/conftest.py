@@ -17,6 +17,8 @@ from commands import Ended, run_cli
 from PIL import Image
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on the CPU; read when Triton is imported
 
 
 @pytest.fixture
