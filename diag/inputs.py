@@ -8,6 +8,8 @@ reported where it is read, with its name.
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from diag import tars
 from diag.errors import UnreadableInput, UserError, one_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -55,6 +58,25 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Listing(Sequence[Item]):
+    """Items that come into being when they are asked for: 100,000 cost their ids.
+
+    read: what reads the image at a place.
+    """
+
+    ids: Sequence[str]
+    read: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: Any) -> Any:  # an item, or a list of them for a slice
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        return Item(self.ids[place], partial(self.read, range(len(self))[place]))
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A finite, ordered collection of items of one kind.
 
@@ -81,22 +103,32 @@ class Inputs:
 
 
 def images(source: str | Path) -> Inputs:
-    """`demo`, an image file, a folder of images (with subfolders), or `hf:NAME[,split=…][,column=…]`.
+    """`demo`, an image, a folder of images (with subfolders), tars, or `hf:NAME[,split=…][,column=…]`.
 
+    Tars are one `FILE.tar`, a range `DIR/{00000..00099}.tar`, or a folder with tars and without loose images;
+    their images have ids `tar/member`.
     Raises UserError if there is no image.
     """
     if str(source) == "demo":
         return demo_images()
     if str(source).startswith("hf:"):
         return _hub_images(str(source))
-    path = _existing(source, "--images takes a folder, an image file, hf:NAME or 'demo'")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p))
-    if not files:
-        raise UserError(f"no image in '{path}'", f"image files end in {one_of(IMAGE_SUFFIXES)}")
-    root = path.parent if path.is_file() else path
-    items = [Item(str(file.relative_to(root)), partial(open_image, file)) for file in files]
-    sizes = "".join(f"{item.id}\0{file.stat().st_size}\n" for item, file in zip(items, files, strict=True))
-    return Inputs("images", str(source), items, _sha256(sizes))
+    if named := tars.named_tars(str(source)):
+        return _tar_images(str(source), named, tars.common_root(named))
+    path = _existing(source, "--images takes a folder, an image or .tar file, hf:NAME or 'demo'")
+    if path.is_file():
+        found, root = [(path.name, path.stat().st_size)], path.parent
+    else:
+        found, root = sorted(_image_files(path), key=lambda file: file[0].split(os.sep)), path
+    if not found:
+        if packed := sorted(path.rglob(f"*{tars.SUFFIX}")):
+            return _tar_images(str(source), packed, path)
+        raise UserError(f"no image in '{path}'", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}")
+    ids = [name for name, _ in found]
+    sizes = "".join(f"{name}\0{size}\n" for name, size in found)
+    return Inputs(
+        "images", str(source), Listing(ids, lambda place: open_image(root / ids[place])), _sha256(sizes)
+    )
 
 
 def texts(source: str | Path) -> Inputs:
@@ -137,11 +169,15 @@ def as_inputs(given: object, tower: str) -> Inputs:
 
 def open_image(file: Path) -> Image.Image:
     """An image file as RGB, turned as its EXIF says. Raises UnreadableInput."""
+    return _decoded(file, file.name)
+
+
+def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with Image.open(source) as image:
             return rgb(ImageOps.exif_transpose(image))
     except NO_IMAGE as error:
-        raise UnreadableInput(f"cannot read image '{file.name}': {error}") from error
+        raise UnreadableInput(f"cannot read image '{name}': {error}") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -192,6 +228,19 @@ def demo_text() -> str:
     return "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
 
 
+def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
+    index = tars.listed(named, root, IMAGE_SUFFIXES)
+    if len(index.unreadable) == len(index.ids):
+        problem = next(iter(index.unreadable.values()), f"members must end in {one_of(IMAGE_SUFFIXES)}")
+        raise UserError(f"no image in '{source}'", problem)
+
+    def read(place: int) -> Image.Image:
+        return _decoded(io.BytesIO(index.read(place)), index.ids[place].rpartition("/")[2])
+
+    sizes = "".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True))
+    return Inputs("images", source, Listing(index.ids, read), _sha256(sizes))
+
+
 def _documents(source: str, documents: dict[str, str]) -> Inputs:
     items = [Item(name, partial(str, text)) for name, text in documents.items()]
     return Inputs("texts", source, items, _sha256("\0".join(documents.values())))
@@ -209,7 +258,7 @@ def _hub_images(source: str) -> Inputs:
             raise UnreadableInput(f"row {index}: column '{column}' holds no image")
         return rgb(image)
 
-    items = [Item(f"{index:06d}", partial(read, index)) for index in range(len(rows))]
+    items = Listing([f"{index:06d}" for index in range(len(rows))], read)
     return Inputs("images", source, items, _sha256(str(getattr(rows, "_fingerprint", source))))
 
 
@@ -248,8 +297,17 @@ def _data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     )
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _image_files(folder: Path, before: str = "") -> Iterator[tuple[str, int]]:
+    """Image files below a folder as (path from it, bytes): one look at each, none through linked folders."""
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _image_files(folder / entry.name, f"{before}{entry.name}{os.sep}")
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
+            yield before + entry.name, entry.stat().st_size
 
 
 def _existing(source: str | Path, tip: str) -> Path:

@@ -10,7 +10,7 @@ from diag.errors import UserError
 def class_names(ids: Sequence[str]) -> list[str]:
     """The class folders of images `class/name.jpg`, sorted. Raises UserError for an image outside any."""
     for name in ids:
-        if "/" not in name:
+        if "/" not in name or ".tar/" in name:
             raise UserError(f"image '{name}' lies in no class folder", "--labelled takes DIR/class/*.jpg")
     return sorted({name.partition("/")[0] for name in ids})
 

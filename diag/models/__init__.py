@@ -6,6 +6,8 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from diag.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,8 +30,14 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
     model can be seen.
     """
+    from diag.models.spread import SPREAD
     from diag.models.weights import digest
 
+    if device == SPREAD and spec.family != "hf":
+        raise UserError(
+            f"'{spec.given}' is loaded onto one device, only hf: models can be spread",
+            "--device auto or cuda:0",
+        )
     model = import_module(FAMILIES[spec.family]).load(spec, device=device, dtype=dtype)
     facts = {
         "revision": spec.revision,

@@ -51,6 +51,9 @@ class Tower:
     layers: its attention modules in depth order.
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
+    prepare: the part of that preprocessing that one image goes through on the CPU, and another process may
+        do: content of a sample -> what `encode` takes as well. What it made itself it returns as it is.
+        Raises UnreadableInput. None where there is nothing worth it.
     forward: runs the tower on a batch.
     takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
     prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
@@ -70,6 +73,7 @@ class Tower:
     encode: Callable[[Sequence[Sample]], Batch]
     forward: Callable[[Batch], Any]
     takes: str | None = None
+    prepare: Callable[[Any], Any] | None = None
     prefix: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     together: tuple[str, ...] = ()

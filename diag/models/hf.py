@@ -9,7 +9,7 @@ processor give that size, and the model interpolate its position embeddings if i
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from diag.models.loading import (
 )
 from diag.models.names import ModelSpec
 from diag.models.sizes import IMAGE, PATCH
+from diag.models.spread import SPREAD, entrance, placement, refuse_offloaded
 from diag.variants import described
 from diag.variants.in_transformers import HF_NAME
 
@@ -81,13 +82,16 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             "put the weights into the folder beside config.json and give the folder: -m hf:FOLDER",
         )
     config = load_config(spec)
-    module = _load_module(spec, config, dtype)
+    spread = device == SPREAD
+    module = _load_module(spec, config, dtype, placement() if spread else {})
     refuse_eager(spec, module)
-    ready(module, spec.resolved, device=device, dtype=dtype)
+    refuse_offloaded(module, spec.resolved)
+    # not the format: rotary frequencies, and what a model keeps in float32, would be rounded with the rest
+    ready(module, spec.resolved, device=None if spread else device, dtype=None)
     towers: dict[str, Tower] = {}
     notes = [spec.note] if spec.note else []
     refusals = []
-    for kind, build in _builders(spec, module, notes, device=device, dtype=dtype).items():
+    for kind, build in _builders(spec, module, notes, dtype=dtype).items():
         try:
             towers[kind] = build()
         except UserError as refusal:
@@ -225,12 +229,17 @@ def _eager(spec: ModelSpec, architecture: str) -> UserError:
     )
 
 
-def _load_module(spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def _load_module(
+    spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
+) -> nn.Module:
+    """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
     encoder_only = config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     auto = transformers.AutoModelForTextEncoding if encoder_only else transformers.AutoModel
     tip = "check the folder, or download it again: the weights must be those of its config.json"
     with reading(spec, "model.safetensors", tip=tip):
         if spec.random_init:
+            if placing:
+                raise UserError("--device spread does not go with --random-init", "give a model with weights")
             return auto.from_config(
                 config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=spec.trust_remote_code
             )
@@ -242,6 +251,7 @@ def _load_module(spec: ModelSpec, config: transformers.PretrainedConfig, dtype: 
             attn_implementation="sdpa",
             dtype=dtype,
             output_loading_info=True,
+            **placing,
         )
     missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
     if missing:
@@ -255,9 +265,7 @@ def _load_module(spec: ModelSpec, config: transformers.PretrainedConfig, dtype: 
 # --- towers
 
 
-def _builders(
-    spec: ModelSpec, module: Any, notes: list[str], *, device: str | torch.device, dtype: torch.dtype
-) -> dict[str, Build]:
+def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dtype) -> dict[str, Build]:
     """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes."""
     config = module.config
     vision = next((part for part in VISION_PARTS if hasattr(module, part)), None)
@@ -267,17 +275,18 @@ def _builders(
     def see(part: Any, prefix: str) -> Tower:
         packed = hasattr(part.config, "spatial_merge_size")
         build = packed_tower if packed else vision_tower
-        return build(spec, part, prefix, load_image_processor(spec), notes, device=device, dtype=dtype)
+        processor = load_image_processor(spec)
+        return build(spec, part, prefix, processor, notes, device=entrance(part), dtype=dtype)
 
     if vision:
         builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
     if text:
         inner = getattr(module, text)
         causal = text == "language_model" or is_causal(inner.config)
-        builders["text"] = lambda: text_tower(spec, inner, f"{text}.", causal=causal, device=device)
+        builders["text"] = lambda: text_tower(spec, inner, f"{text}.", causal=causal)
     if vision and text and (token := image_token(config)) is not None:
         builders["language"] = lambda: language_tower(
-            spec, module, f"{text}.", load_processor(spec), token, device=device, dtype=dtype
+            spec, module, f"{text}.", load_processor(spec), token, device=entrance(module), dtype=dtype
         )
     if builders:
         return builders
@@ -287,8 +296,9 @@ def _builders(
         encoder = module.get_encoder() if config.is_encoder_decoder else module
         prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
         causal = is_causal(config)
+        device = entrance(module)
         head = partial(load_language_head, spec, module, device=device, dtype=dtype) if causal else None
-        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, device=device, head=head)}
+        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, head=head)}
     raise UserError(
         f"'{spec.resolved}' takes '{module.main_input_name}', neither images nor text",
         "attnbias measures text and vision models",
@@ -301,7 +311,6 @@ def text_tower(
     prefix: str,
     *,
     causal: bool,
-    device: str | torch.device,
     head: Callable[[], nn.Module] | None = None,
 ) -> Tower:
     """The tower of a text stack: windows of its tokenizer's tokens.
@@ -316,7 +325,7 @@ def text_tower(
         name="text",
         layers=layers_of(module, spec.resolved, "text", prefix=prefix),
         samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
-        encode=text_encoder(device),
+        encode=text_encoder(entrance(module)),
         forward=lambda batch: module(input_ids=batch.data),
         decode=tokenizer.decode,
         language_head=head,

@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.inputs import rgb
 from diag.models.base import Batch, Sample, Tower
-from diag.models.loading import image_encoder, image_samples, layers_of
+from diag.models.loading import image_encoder, image_preparation, image_samples, layers_of, preparation
 from diag.models.names import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, refuse_remainder, requested, sides
 
@@ -53,11 +52,13 @@ def vision_tower(
         raise _refusal(spec, f"its image processor gives {height}×{width}")
     fit_to, flags = _fit(spec, module, (height, width))
     notes += fit_to.notes
+    prepare = image_preparation(transform, dtype)
     return Tower(
         name="vision",
         layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
         samples=image_samples,
-        encode=image_encoder(transform, device=device, dtype=dtype),
+        prepare=prepare,
+        encode=image_encoder(prepare, device),
         forward=lambda batch: module(pixel_values=batch.data, **flags),
         prefix=_prefix(module),
         facts={
@@ -87,17 +88,23 @@ def packed_tower(
     if IMAGE in spec.model_args:
         raise _refusal(spec, "it takes every image at the image's own size")
 
+    def pack(image: Image.Image) -> tuple[Tensor, Tensor]:
+        packed = processor(images=image, return_tensors="pt")
+        return packed["pixel_values"].to(dtype), packed["image_grid_thw"]  # [patch, pixels of a patch]
+
+    prepare = preparation(pack)
+
     def encode(samples: Sequence[Sample]) -> Batch:
         (sample,) = samples
-        packed = processor(images=rgb(sample.read()), return_tensors="pt")
-        pixels = packed["pixel_values"].to(device=device, dtype=dtype)  # [patch, pixels of a patch]
-        return Batch((sample.id,), (pixels, packed["image_grid_thw"].to(device)))
+        pixels, grid = prepare(sample.read())
+        return Batch((sample.id,), (pixels.to(device), grid.to(device)))
 
     full = getattr(module.config, "fullatt_block_indexes", None)
     return Tower(
         name="vision",
         layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
         samples=image_samples,
+        prepare=prepare,
         encode=encode,
         forward=lambda batch: module(batch.data[0], grid_thw=batch.data[1]),
         max_batch=1,

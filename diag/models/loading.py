@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from diag.errors import UserError, did_you_mean
+from diag.errors import UnreadableInput, UserError, did_you_mean
 from diag.inputs import Inputs, rgb
 from diag.models.base import Batch, Sample
 from diag.models.names import ModelSpec
@@ -25,8 +26,13 @@ from diag.seam import Layer, attention_modules
 DEFAULT_SEQUENCE = 128
 
 
-def ready(module: nn.Module, source: str, *, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """Moves a model, puts it into evaluation mode without gradients, and refuses non-finite weights."""
+def ready(
+    module: nn.Module, source: str, *, device: str | torch.device | None, dtype: torch.dtype | None
+) -> nn.Module:
+    """Moves a model, puts it into evaluation mode without gradients, and refuses non-finite weights.
+
+    device, dtype: None for a model that has them already.
+    """
     module.requires_grad_(False).eval()
     module.to(device=device, dtype=dtype)
     refuse_non_finite(module, source)
@@ -56,19 +62,51 @@ def image_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
         yield Sample(item.id, item.read)
 
 
+def preparation(transform: Callable[[Image.Image], Any]) -> Callable[[Any], Any]:
+    """A tower's `prepare`: any image in RGB through `transform`, which gives no image.
+
+    Its errors are of that image, such as one too narrow to be resized: UnreadableInput.
+    """
+
+    def prepare(content: Any) -> Any:
+        if not isinstance(content, Image.Image):
+            return content  # was here before
+        try:
+            return transform(rgb(content))
+        except (ValueError, RuntimeError, TypeError, ArithmeticError, IndexError, MemoryError) as error:
+            raise UnreadableInput(f"cannot preprocess the image: {first_line(error)}") from error
+
+    return prepare
+
+
+def image_preparation(
+    transform: Callable[[Image.Image], Float[Tensor, "channel height width"]], dtype: torch.dtype
+) -> Callable[[Any], Float[Tensor, "channel height width"]]:
+    """A tower's `prepare` for pixels in the model's format, half of the bytes to move where it is a half."""
+    return preparation(lambda image: transform(image).to(dtype))
+
+
 def image_encoder(
-    transform: Callable[[Image.Image], Float[Tensor, "channel height width"]],
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
+    prepare: Callable[[Any], Float[Tensor, "channel height width"]], device: str | torch.device
 ) -> Callable[[Sequence[Sample]], Batch]:
-    """Samples -> a batch of pixels `[batch, 3, height, width]`, each image through `transform`."""
+    """Samples -> a batch of pixels `[batch, 3, height, width]`, each image through `prepare`."""
 
     def encode(samples: Sequence[Sample]) -> Batch:
-        pixels = torch.stack([transform(rgb(sample.read())) for sample in samples])
-        return Batch(tuple(sample.id for sample in samples), pixels.to(device=device, dtype=dtype))
+        pixels = [prepare(sample.read()) for sample in samples]
+        return Batch(tuple(sample.id for sample in samples), _on_device(pixels, torch.device(device)))
 
     return encode
+
+
+def _on_device(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    first = images[0]
+    alike = all(image.shape == first.shape for image in images)  # copy_ would broadcast
+    if device.type != "cuda" or not alike or not first.is_pinned():
+        return torch.stack(list(images)).to(device)
+    batch = torch.empty((len(images), *first.shape), dtype=first.dtype, device=device)
+    for row, image in zip(batch, images, strict=True):
+        row.copy_(image, non_blocking=True)  # the GPU fetches it; nothing is copied here
+    return batch
 
 
 # --- texts
@@ -114,12 +152,16 @@ def text_samples(
         for item in inputs:
             text = item.read()
             assert isinstance(text, str)
-            tokens = tokenise(text)
+            tokens = np.asarray(tokenise(text), dtype=np.int32)  # four bytes each; in a list it would be 36
             for start in range(0, len(tokens) - own + 1, own):
-                window = [*before, *tokens[start : start + own], *after]
-                yield Sample(f"{item.id}:{start // own:05d}", partial(list, window))
+                window = tokens[start : start + own]
+                yield Sample(f"{item.id}:{start // own:05d}", partial(_framed, before, window, after))
 
     return samples
+
+
+def _framed(before: Sequence[int], window: np.ndarray, after: Sequence[int]) -> list[int]:
+    return [*before, *window.tolist(), *after]
 
 
 def text_facts(context: int | None, before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from diag.models.loading import (
     frame,
     hub,
     image_encoder,
+    image_preparation,
     image_samples,
     layers_of,
     quiet,
@@ -108,11 +109,13 @@ def _vision(
     settings = PreprocessCfg(**visual.preprocess_cfg)
     patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
     size = settings.size
+    prepare = image_preparation(image_transform_v2(settings, is_train=False), dtype)
     return Tower(
         name="vision",
         layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
         samples=image_samples,
-        encode=image_encoder(image_transform_v2(settings, is_train=False), device=device, dtype=dtype),
+        prepare=prepare,
+        encode=image_encoder(prepare, device),
         forward=lambda batch: module.encode_image(batch.data),
         prefix=(("cls",) if trunk is None else prefix_of(trunk)),
         ending="embedding",

@@ -24,6 +24,7 @@ from diag.models.loading import (
     constructing,
     hub,
     image_encoder,
+    image_preparation,
     image_samples,
     layers_of,
     quiet,
@@ -106,11 +107,13 @@ def vision_tower(
     dtype: torch.dtype,
 ) -> Tower:
     """The tower of a timm module; `transform` takes an RGB image to `[3, height, width]`."""
+    prepare = image_preparation(transform, dtype)
     return Tower(
         name="vision",
         layers=layers_of(module, source, "vision"),
         samples=image_samples,
-        encode=image_encoder(transform, device=device, dtype=dtype),
+        prepare=prepare,
+        encode=image_encoder(prepare, device),
         forward=lambda batch: module(batch.data),
         prefix=prefix_of(module),
         ending="class logits" if getattr(module, "num_classes", 0) else "embedding",

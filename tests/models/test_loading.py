@@ -6,12 +6,14 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
-from diag.errors import UserError
+from diag.errors import UnreadableInput, UserError
 from diag.inputs import Inputs, Item
-from diag.models.loading import hub, quiet, rgb, text_samples
+from diag.models.base import Sample
+from diag.models.loading import hub, image_encoder, image_preparation, quiet, rgb, text_samples
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,25 @@ def test_windows_are_whole_adjacent_and_framed() -> None:
     assert windows("abcdefgh", 5, before=[1], after=[2]) == [[1, 97, 98, 99, 2], [1, 100, 101, 102, 2]]
     assert windows("abcdefghij", None) == [[*range(97, 107)]]
     assert len(windows("a" * 300, None, context=None)[0]) == 128
+
+
+def test_an_image_is_prepared_once_and_its_errors_are_its_own() -> None:
+    def transform(image: Image.Image) -> torch.Tensor:
+        assert image.mode == "RGB"
+        if image.width < 3:
+            raise ValueError("too narrow\nfor this")
+        return torch.ones(3, image.height, image.width) / 3
+
+    prepare = image_preparation(transform, torch.bfloat16)
+    prepared = prepare(Image.new("L", (5, 4)))
+    assert (prepared.shape, prepared.dtype) == ((3, 4, 5), torch.bfloat16)
+    assert prepare(prepared) is prepared
+    with pytest.raises(UnreadableInput, match=r"^cannot preprocess the image: too narrow$"):
+        prepare(Image.new("RGB", (2, 5)))
+    samples = [Sample("image", lambda: Image.new("RGB", (5, 4))), Sample("prepared", lambda: prepared)]
+    batch = image_encoder(prepare, "cpu")(samples)
+    assert batch.ids == ("image", "prepared")
+    assert torch.equal(batch.data, torch.stack([prepared, prepared]))
 
 
 @pytest.mark.parametrize(
