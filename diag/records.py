@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +50,10 @@ FORMAT = 1
 
 RATIOS: dict[str, tuple[str, str]] = {"self_specific_fraction": ("excess", "cos_y_vself")}
 """Metrics that are a ratio of two others' means over inputs: name -> (numerator, denominator)."""
+
+
+class CannotWrite(UserError):  # noqa: N818  it says what is the matter
+    """A full disk, or a folder that cannot be written: nothing that follows could be kept either."""
 
 
 def samples_frame(
@@ -101,7 +105,7 @@ def tables(
 
     Where inputs differ in their number of tokens, the tables give the largest, so that a layer stays one row.
     """
-    samples = _largest(samples, ("n_tokens", "attn_scope"))
+    samples = largest(samples)
     of_heads = samples[samples["head"] != WHOLE_LAYER]
     heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], ratios, seed)
     keys = [key for key in KEYS if key != "head"]
@@ -227,42 +231,6 @@ def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.
     return pd.DataFrame({"mean": mean, "std": std, "ci_low": low, "ci_high": high, "n": count})
 
 
-def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Makes a folder this run's own with its `plan.json`; True if it already holds this run, finished.
-
-    document: what is to be run; its "key" tells runs apart.
-    overwrite: remove what another run (or this one) left, and nothing else.
-    Raises UserError if the folder holds anything else.
-    """
-    plan = folder / "plan.json"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"'{folder}' is a file", "give a folder with -o")
-    if plan.exists() and overwrite:
-        # the manifest goes first: without it the folder is no finished run
-        for name in ("manifest.json", "layers.csv", "heads.parquet", "samples.parquet"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("shards", "figures", "activations"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    elif plan.exists():
-        if json.loads(plan.read_text(encoding="utf-8")).get("key") != document["key"]:
-            raise UserError(f"'{folder}' holds another run", "give another folder with -o, or --overwrite")
-        return (folder / "manifest.json").exists()
-    elif folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
-        raise UserError(f"'{folder}' is not empty and holds no run", "give another folder with -o")
-    write_json(document, plan)
-    return False
-
-
-def release(folder: Path) -> None:
-    """Gives up a claimed folder in which nothing was measured, so that a corrected command can have it."""
-    if any((folder / "shards").glob("*.parquet")):
-        return
-    shutil.rmtree(folder / "shards", ignore_errors=True)
-    with suppress(OSError):
-        (folder / "plan.json").unlink()
-        folder.rmdir()
-
-
 def write(frame: pd.DataFrame, path: Path) -> None:
     """Writes a table in the format of the path's suffix, atomically. Raises UserError for an unknown one."""
     if path.suffix not in WRITERS:
@@ -272,20 +240,29 @@ def write(frame: pd.DataFrame, path: Path) -> None:
 
 def write_json(document: Mapping[str, Any], path: Path) -> None:
     """Writes a JSON document, atomically."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
+    text = json_text(document)
     atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """A JSON document as it is written."""
+    return json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
     """Calls `write_to` with a temporary name beside `path`, then renames: readers see all of it or nothing.
 
-    Raises UserError if the disk is full or the folder cannot be written.
+    Raises CannotWrite if the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # two machines may have a process of the same number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_to(temporary)
+            # a file system may find only now that it is full
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
             temporary.replace(path)
         finally:
             with suppress(OSError):
@@ -294,12 +271,12 @@ def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into a UserError that names `path`."""
+    """Turns a full disk or a folder that cannot be written into CannotWrite, which names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
+        raise CannotWrite(
             f"cannot write '{path}': {reason}",
             "make room and run the same command again, or choose another folder with -o",
         ) from error
@@ -349,13 +326,13 @@ def one_kind(samples: pd.DataFrame) -> pd.DataFrame:
     return samples.assign(**{name: samples[name].map(str, na_action="ignore") for name in mixed})
 
 
-def _largest(samples: pd.DataFrame, constants: Sequence[str]) -> pd.DataFrame:
-    """Samples with a constant that differs between inputs of one layer replaced by its largest value.
+def largest(samples: pd.DataFrame) -> pd.DataFrame:
+    """Samples with what may differ between inputs of one layer replaced by its largest value.
 
     Of the scopes of attention, "window" is larger than "full": one input was split, so the layer can.
     """
     found = {}
-    for name in constants:
+    for name in ("n_tokens", "attn_scope"):
         if name in samples and samples[name].nunique() > 1:
             text = isinstance(samples[name].dtype, pd.CategoricalDtype)
             values = samples.assign(**{name: samples[name].astype(str)}) if text else samples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -364,63 +363,3 @@ def test_an_unfinished_run_is_not_read(tmp_path: Path, read: str) -> None:
     (tmp_path / "layers.csv").write_text("model\n")
     with pytest.raises(UserError, match="is not a finished run"):
         getattr(records, read)(tmp_path)
-
-
-# --- whose folder it is
-
-
-def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "run"
-    mine, other = {"key": "a", "plan": {}}, {"key": "b", "plan": {}}
-    assert records.claim(folder, mine, overwrite=False) is False
-    assert json.loads((folder / "plan.json").read_text()) == mine
-    assert records.claim(folder, mine, overwrite=False) is False  # not finished: goes on
-    with pytest.raises(UserError, match="holds another run"):
-        records.claim(folder, other, overwrite=False)
-    (folder / "manifest.json").write_text("{}")
-    assert records.claim(folder, mine, overwrite=False) is True
-    with pytest.raises(UserError, match="holds another run"):
-        records.claim(folder, other, overwrite=False)
-
-
-def test_overwriting_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
-    records.claim(tmp_path, {"key": "a"}, overwrite=False)
-    for name in ("manifest.json", "layers.csv", "notes.txt"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "shards").mkdir()
-    assert records.claim(tmp_path, {"key": "b"}, overwrite=True) is False
-    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "plan.json"]
-    assert json.loads((tmp_path / "plan.json").read_text()) == {"key": "b"}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_foreign_folder_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        records.claim(tmp_path, {"key": "a"}, overwrite=overwrite)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
-
-
-def test_a_claim_that_was_interrupted_can_be_made_again(tmp_path: Path) -> None:
-    (tmp_path / ".plan.json.17.tmp").write_text("{")
-    assert records.claim(tmp_path, {"key": "a"}, overwrite=False) is False
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        records.claim(tmp_path / "run", {"key": "a"}, overwrite=True)
-
-
-def test_a_folder_is_given_up_only_if_nothing_was_measured(tmp_path: Path) -> None:
-    empty, begun, shared = (tmp_path / name for name in ("empty", "begun", "shared"))
-    for folder in (empty, begun, shared):
-        records.claim(folder, {"key": "a"}, overwrite=False)
-        (folder / "shards").mkdir()
-    (begun / "shards" / "00-m-vision-00000.parquet").write_text("")
-    (shared / "notes.txt").write_text("")
-    for folder in (empty, begun, shared):
-        records.release(folder)
-    assert not empty.exists()
-    assert (begun / "plan.json").exists()
-    assert os.listdir(shared) == ["notes.txt"]

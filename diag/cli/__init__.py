@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 failed, 2 usage or unreadable input, 3 finished but some m
 failed, 130 or 143 interrupted.
 """
 
-from diag.cli import probe, compare, attend, figures, report, intervene, train, train_clip, listings  # noqa: I001  in the order of --help
+from diag.cli import probe, merge, compare, attend, figures, report, intervene, train, train_clip, listings  # noqa: I001  in the order of --help
 from diag.cli.app import app, main
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "figures",
     "intervene",
     "listings",
+    "merge",
     "probe",
     "report",
     "train",

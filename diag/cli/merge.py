@@ -1,0 +1,42 @@
+"""`attnbias merge`: a run whose shards are all there, finished without measuring anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diag.cli.app import app, say
+from diag.cli.options import AsJson
+from diag.cli.probe import show
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Folder of a run whose shards are all there.", metavar="RUN")],
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders of the same run, measured elsewhere; copied into RUN.", metavar="[MORE]…"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
+) -> None:
+    """Finish a run that several processes measured: tables, figures and manifest out of its shards."""
+    from diag.finish import check_whole, finish, gather
+    from diag.ledger import is_finished, lock_file, read_plan
+    from diag.records import read_layers, read_manifest
+    from diag.share import Locks
+
+    if is_finished(run):
+        if not quiet:
+            say(f"already complete: {run}")
+    else:
+        document = read_plan(run)
+        gather(run, more or [])
+        check_whole(run, document)
+        with Locks(lock_file(run)) as locks:
+            finish(run, locks, say=(lambda text: None) if quiet else say)
+    show(run, read_manifest(run), read_layers(run), as_json=as_json, quiet=quiet)
