@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -37,12 +38,15 @@ if TYPE_CHECKING:
 CASES = {
     "vit-196": "ViT-B/16, 196 patches, batch 8",
     "vit-4096": "ViT-B/16, 4,096 patches, batch 1",
+    "vit-16384": "ViT-B/16, 16,384 patches, batch 1",
     "gpt2-1024": "GPT-2 small, 1,024 tokens, batch 1",
     "gpt2-4096": "GPT-2 small, 4,096 tokens, batch 1",
+    "gpt2-16384": "GPT-2 small, 16,384 tokens, batch 1",
 }
 METHODS = {
     "plain": "the model's forward, PyTorch's fused attention",
-    "probe": "every metric of attnbias, streamed from the same attention",
+    "probe": "every metric of attnbias, beyond 2,048 tokens from 1,024 sampled query rows",
+    "exact": "every metric of attnbias from every query row",
     "dense": "eager attention with patterns kept, token x token cosines, 4 statistics",
     "lens": "TransformerLens run_with_cache, then the same 4 statistics",
 }
@@ -103,7 +107,9 @@ def child(case: str, method: str, repeats: int) -> Cost:
     else:
         model = build(shape, eager=method == "dense")
         data = model_input(shape)
-        run = {"plain": plain_run, "probe": probe_run, "dense": dense_run}[method](model, data, shape)
+        runs = {"plain": plain_run, "probe": probe_run, "dense": dense_run}
+        runs["exact"] = functools.partial(probe_run, exact=True)
+        run = runs[method](model, data, shape)
     with torch.inference_mode():
         return timed(run, repeats)
 
@@ -138,16 +144,18 @@ def plain_run(model: nn.Module, data: Tensor, shape: Shape) -> Run:
     return lambda: model(data)
 
 
-def probe_run(model: nn.Module, data: Tensor, shape: Shape) -> Run:
+def probe_run(model: nn.Module, data: Tensor, shape: Shape, *, exact: bool = False) -> Run:
     """The package's own loop, as `attnbias probe` runs it; its first batch, the warm-up, passes the gate."""
     from diag.measure import measure
     from diag.models.base import Sample
+    from diag.sampling import RowSampling
 
     def endless() -> Iterator[Sample]:
         while True:
             yield Sample("input", lambda: None)
 
-    batches = measure(tower_of(model, data, shape), endless(), batch_size=shape.batch)
+    tower, sampling = tower_of(model, data, shape), RowSampling(above=None) if exact else RowSampling()
+    batches = measure(tower, endless(), sampling=sampling, batch_size=shape.batch)
     return lambda: next(batches)
 
 
@@ -258,7 +266,10 @@ def growth_child(method: str, tokens: int, repeats: int) -> Cost:
         output, normaliser = attention_with_normaliser(query, key, value, None, 0.0, True, None, False)
         if method == "statistics":
             scale = HEAD_DIM**-0.5
-            per_input(AttentionCall(0, "layer", query, key, value, output, None, True, scale, normaliser))
+            call = AttentionCall(
+                0, "layer", query, key, value, output, None, True, scale, log_normaliser=normaliser
+            )
+            per_input(call)
 
     torch.manual_seed(0)
     with torch.inference_mode():

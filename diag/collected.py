@@ -15,8 +15,10 @@ from diag.branches import check_states, projection_error, tolerance
 from diag.divergence import DIVERGENCE_METRICS, DivergenceMetric, divergence_readings
 from diag.errors import MeasurementError, UserError
 from diag.interventions import Edit
-from diag.metrics import METRICS, Metric, Reading, readings, reduce
+from diag.metrics import METRICS, Metric, readings
 from diag.models.base import Batch, Tower
+from diag.readings import Reading, condensed, reduce, sampling_error
+from diag.sampling import RowSampling, draw
 from diag.seam import Layer
 from diag.shape import SHAPE_METRICS, ShapeMetric, shape_readings
 from diag.shape_blocks import TEXT, Geometry, Neighbour
@@ -28,6 +30,12 @@ OF_HEADS: dict[str, Metric | ShapeMetric | DivergenceMetric] = {
     **DIVERGENCE_METRICS,
 }
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
+
+FEW_KEYS = 64
+"""Rows that see no more keys than this are a kind of their own when rows are sampled."""
+
+SAMPLING_ERROR = "_sampling_error"
+"""What follows the name of a metric in the name of its standard error from sampled query rows."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,18 @@ class Collected:
         sets: Sequence[str],
         tower: Tower,
         batch: Batch,
+        sampling: RowSampling,
         neutral: Mapping[int, list[Tensor]] | None = None,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
+        self.sampling = sampling
         self.plain = [name for name in names if name in METRICS]
         self.shape = [name for name in names if name in SHAPE_METRICS]
         self.diverging = [name for name in names if name in DIVERGENCE_METRICS]
         self.neutral = neutral or {}
         self.neighbour = Neighbour(len(batch.ids))
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
-        self.masks: dict[tuple[str, int, int], Tensor] = {}
+        self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
         self.sizes: dict[int, list[int]] = {}
 
     def add(self, call: AttentionCall) -> None:
@@ -98,6 +108,7 @@ class Collected:
         self.sizes.setdefault(call.layer, []).append(call.tokens)
         of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
         masks = [self.tokens(token_set, call) for token_set in self.sets]
+        call = self.sampled(call, masks)
         found = [readings(call, self.plain, mask) for mask in masks]
         if self.shape:
             shape = shape_readings(
@@ -111,7 +122,34 @@ class Collected:
                 for part, mask in zip(found, masks, strict=True)
             ]
         for token_set, part in zip(self.sets, found, strict=True):
-            of_layer[token_set].append(part)
+            of_layer[token_set].append(
+                {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
+            )
+
+    def sampled(self, call: AttentionCall, masks: Sequence[Tensor]) -> AttentionCall:
+        """The call with the query rows that stand for all of them, where its sequence is long.
+
+        The rows follow from the input's id: they do not depend on batches, and are the same in every
+        layer. Where heads differ in which rows count, all rows are computed.
+        """
+        if call.pattern is not None or not self.sampling.applies(call.tokens):
+            return call
+        seen = call.visibility
+        counts = seen.count > 1
+        if counts.shape[1] > 1 and bool((counts != counts[:, :1]).any()):
+            return call
+        real = counts[:, 0] if seen.keys is None else counts[:, 0] & seen.keys
+        # rows that see few keys are like no others, and a prefix would be missed in a set of all tokens
+        alone = torch.arange(call.tokens, device=real.device) < len(self.tower.prefix)
+        alone = alone | (seen.count[:, 0] <= FEW_KEYS)
+        sets = [mask & real for mask in masks]
+        sets.append(torch.stack(torch.broadcast_tensors(*sets)).any(0) & alone)
+        windows = range(call.batch // len(self.batch.ids))
+        place = len(self.sizes[call.layer])
+        keys = [f"{name}/{place}/{window}" for name in self.batch.ids for window in windows]
+        changed = replace(call, sample=draw(sets, keys, self.sampling))
+        changed.__dict__["visibility"] = seen
+        return changed
 
     def geometry(self, call: AttentionCall) -> Geometry:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
@@ -130,7 +168,7 @@ class Collected:
     def tokens(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
         """The token set's mask `[batch or 1, token]`, without padding."""
         device = of.output.device if isinstance(of, AttentionCall) else of.before.device
-        place = (token_set, of.tokens, of.batch)
+        place = (token_set, of.tokens, of.batch, device)
         if place not in self.masks:
             mask, real = self.marked(token_set, of), self.batch.real
             if real is not None and real.shape == (of.batch, of.tokens):
@@ -152,19 +190,38 @@ class Collected:
         return mask
 
     def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
-        """Each layer with its `[token set, metric, input, head]`, on the device."""
+        """Each layer with its `[token set, metric, input, head]`, on the device.
+
+        Where rows were sampled, the standard error that comes from it follows as a metric of its own.
+        """
         inputs = len(self.batch.ids)
         found: list[LayerBlock] = []
         for layer in layers:
             of_layer = self.readings.pop(layer.index)
-            reduced = [
-                reduce([part[name] for part in of_layer[token_set]], inputs, OF_HEADS[name].reduce)
+            parts = {
+                (token_set, name): [part[name] for part in of_layer[token_set]]
                 for token_set in self.sets
                 for name in self.names
+            }
+            sampled = [
+                name
+                for name in self.names
+                if any(
+                    part.variance is not None for token_set in self.sets for part in parts[token_set, name]
+                )
             ]
-            heads = reduced[0].shape[-1]
-            block = torch.stack(reduced).view(len(self.sets), len(self.names), inputs, heads)
-            found.append((layer, tuple(self.names), True, block))
+            rows: list[Tensor] = []
+            for token_set in self.sets:
+                numbers = {
+                    name: reduce(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in self.names
+                }
+                rows += numbers.values()
+                rows += [
+                    sampling_error(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in sampled
+                ]
+            names = (*self.names, *(name + SAMPLING_ERROR for name in sampled))
+            block = torch.stack(rows).view(len(self.sets), len(names), inputs, rows[0].shape[-1])
+            found.append((layer, names, True, block))
         return found
 
 
@@ -188,6 +245,8 @@ class CollectedStream:
         self.calls: dict[int, list[tuple[AttentionCall, AttentionCall]]] = {}
 
     def add(self, states: BlockStates) -> None:
+        here = states.after.device  # of a model over several GPUs, what enters a block may lie on another
+        states = replace(states, before=states.before.to(here), middle=states.middle.to(here))
         calls = self.calls.pop(states.layer, [])
         if len(calls) == 1:
             call, used = calls[0]
@@ -221,12 +280,17 @@ LayerBlock = tuple[Layer, tuple[str, ...], bool, Tensor]
 def on_host(
     found: Sequence[LayerBlock], ids: Sequence[str]
 ) -> Iterator[tuple[Layer, tuple[str, ...], bool, np.ndarray]]:
-    """The blocks with their numbers on the CPU; the device is read once for all of them."""
-    flat = torch.cat([block.flatten() for *_, block in found]).cpu().numpy()
-    start = 0
+    """The blocks with their numbers on the CPU; each device is read once for all of its layers."""
+    devices = dict.fromkeys(block.device for *_, block in found)
+    flat = {
+        device: torch.cat([block.flatten() for *_, block in found if block.device == device]).cpu().numpy()
+        for device in devices
+    }
+    start = dict.fromkeys(devices, 0)
     for layer, names, of_heads, block in found:
-        values = flat[start : start + block.numel()].reshape(block.shape)
-        start += block.numel()
+        first = start[block.device]
+        values = flat[block.device][first : first + block.numel()].reshape(block.shape)
+        start[block.device] += block.numel()
         if np.isinf(values).any():
             metric, who = np.argwhere(np.isinf(values))[0][1:3]
             raise UserError(

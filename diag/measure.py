@@ -7,16 +7,18 @@ average over inputs is taken here; tables do that, from the blocks of all batche
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diag.attention import AttentionCall, attend, without_constant
+from diag.batches import Batches, BatchSize, is_out_of_memory
 from diag.blocks import Block
 from diag.branches import stream_states
 from diag.collected import OF_HEADS, Collected, CollectedStream, LayerFacts, Report, on_host
@@ -26,6 +28,7 @@ from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.interventions import Edit
 from diag.metrics import METRICS
 from diag.models.base import Batch, Sample, Tower
+from diag.sampling import RowSampling
 from diag.seam import Layer, Sightings
 from diag.stream import STREAM_METRICS
 
@@ -66,7 +69,8 @@ def measure(
     value_constants: Mapping[int, Tensor] | None = None,
     edits: Sequence[Edit] = (),
     blocks: Sequence[Block] = (),
-    batch_size: int = 8,
+    sampling: RowSampling | None = None,
+    batch_size: int | BatchSize = 8,
     report: Report | None = None,
 ) -> Iterator[BatchValues]:
     """Runs a tower over samples and yields each batch's numbers.
@@ -79,6 +83,8 @@ def measure(
         (`diag.models.value_constants`), by depth index; the model itself goes on with them. Nothing if None.
     edits: what is done to the model while it runs; what it goes on with is what is measured.
     blocks: the layers' blocks, for stream metrics and where an edit changes a whole branch.
+    sampling: which query rows stand for all of them in long sequences; as `RowSampling` has it if None.
+    batch_size: inputs per forward pass. A batch that does not fit into memory is run again in halves.
     Inputs that cannot be read are noted in `report.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
     output, and UserError where values are not finite, or divergence metrics are asked of a text tower.
@@ -95,36 +101,105 @@ def measure(
     for token_set in sets:
         tower.check_set(token_set)  # an unknown set is told before any work
     listed = pick_layers(tower.layers, layers)
-    measured = {layer.index for layer in listed}
-    watched = [
-        layer for layer in tower.layers if layer.index in measured or any(e.at(layer.index) for e in edits)
-    ]
-    removed = value_constants or {}
     check_layers(edits, tower.layers)
     report = Report() if report is None else report
+    forward = _Forward(
+        tower,
+        names,
+        of_stream,
+        sets,
+        listed,
+        value_constants,
+        edits,
+        blocks,
+        sampling or RowSampling(),
+        report,
+    )
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+    # the neutral twin is made of the image itself, not of what was prepared for the model
+    prepare = None if diverging else tower.prepare
+    batches = Batches(readable(samples, report, prepare), size, most=tower.max_batch)
     facts: dict[int, LayerFacts] = {}
-    size = min(batch_size, tower.max_batch or batch_size)
-    for chunk in chunks(readable(samples, report), size):
-        batch = tower.encode(chunk)
-        neutral = _neutral_outputs(tower, chunk, watched, edits, blocks, removed) if diverging else None
-        collected = Collected(names, sets, tower, batch, neutral)
+    for chunk in batches:
         gate = _Gate() if not facts else None
-        around = [block for block in blocks if block.index in {layer.index for layer in listed}]
-        stream = (
-            CollectedStream(of_stream, collected, around, edits, report, gate is not None)
-            if of_stream
-            else None
+        before = size.begin()
+        full: str | None = None
+        try:
+            collected, stream, sightings = forward.run(chunk, gate)
+            if gate is not None:
+                report.skipped_layers = {
+                    path: why for path, why in sightings.skipped.items() if path not in sightings.calls
+                }
+                listed = [layer for layer in listed if layer.path not in report.skipped_layers]
+            _all_called(listed, sightings)
+            found = collected.blocks(listed) if names else []
+            if stream is not None:
+                found += stream.blocks(listed)
+            on_cpu = list(on_host(found, collected.batch.ids))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            full = str(error)
+        if full is not None:  # here the error and what its frames held are gone
+            batches.give_back(chunk, full)
+            continue
+        size.grow(len(chunk), before)
+        if gate is not None:
+            facts = {
+                layer.index: gate.facts(layer.index, sightings.projection.get(layer.path, "unknown"))
+                for layer in listed
+            }
+        yield BatchValues(
+            collected.batch.ids,
+            tuple(
+                LayerValues(layer, collected.sized(layer, facts[layer.index]), values, chosen, of_heads)
+                for layer, chosen, of_heads, values in on_cpu
+            ),
         )
 
-        def on_call(
-            call: AttentionCall,
-            collected: Collected = collected,
-            gate: _Gate | None = gate,
-            stream: CollectedStream | None = stream,
-        ) -> Tensor | None:
+
+@dataclass(frozen=True)
+class _Forward:
+    """One forward pass with everything around it; the fields are the arguments of `measure`."""
+
+    tower: Tower
+    names: Sequence[str]
+    of_stream: Sequence[str]
+    sets: Sequence[str]
+    listed: Sequence[Layer]
+    value_constants: Mapping[int, Tensor] | None
+    edits: Sequence[Edit]
+    blocks: Sequence[Block]
+    sampling: RowSampling
+    report: Report
+
+    def run(
+        self, samples: Sequence[Sample], gate: _Gate | None
+    ) -> tuple[Collected, CollectedStream | None, Sightings]:
+        """Runs the tower over one batch; on the first one a `gate` checks every call."""
+        measured = {layer.index for layer in self.listed}
+        watched = [
+            layer
+            for layer in self.tower.layers
+            if layer.index in measured or any(edit.at(layer.index) for edit in self.edits)
+        ]
+        removed = self.value_constants or {}
+        batch = self.tower.encode(samples)
+        neutral = None
+        if not DIVERGENCE_METRICS.keys().isdisjoint(self.names):
+            neutral = _neutral_outputs(self.tower, samples, watched, self.edits, self.blocks, removed)
+        collected = Collected(self.names, self.sets, self.tower, batch, self.sampling, neutral)
+        around = [block for block in self.blocks if block.index in measured]
+        stream = None
+        if self.of_stream:
+            stream = CollectedStream(
+                self.of_stream, collected, around, self.edits, self.report, gate is not None
+            )
+
+        def on_call(call: AttentionCall) -> Tensor | None:
             if gate is not None and call.layer in measured:
-                gate.check(call, len(collected.batch.ids))
-            call, changed = _edited_call(call, edits)
+                gate.check(call, len(batch.ids))
+            call, changed = _edited_call(call, self.edits)
             if call.layer in measured:
                 used = without_constant(call, removed[call.layer]) if removed else call
                 collected.add(used)
@@ -134,32 +209,12 @@ def measure(
 
         with (
             torch.inference_mode(),
-            edited_modules(tower.layers, blocks, edits, batch.real),
-            tower.capture(watched, on_call) as sightings,
+            edited_modules(self.tower.layers, self.blocks, self.edits, batch.real),
+            self.tower.capture(watched, on_call) as sightings,
             nullcontext() if stream is None else stream_states(around, stream.add),
         ):
-            tower.forward(batch)
-        if gate is not None:
-            report.skipped_layers = {
-                path: why for path, why in sightings.skipped.items() if path not in sightings.calls
-            }
-            listed = [layer for layer in listed if layer.path not in report.skipped_layers]
-        _all_called(listed, sightings)
-        if gate is not None:
-            facts = {
-                layer.index: gate.facts(layer.index, sightings.projection.get(layer.path, "unknown"))
-                for layer in listed
-            }
-        found = collected.blocks(listed) if names else []
-        if stream is not None:
-            found += stream.blocks(listed)
-        yield BatchValues(
-            batch.ids,
-            tuple(
-                LayerValues(layer, collected.sized(layer, facts[layer.index]), values, chosen, of_heads)
-                for layer, chosen, of_heads, values in on_host(found, batch.ids)
-            ),
-        )
+            self.tower.forward(batch)
+        return collected, stream, sightings
 
 
 def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionCall, bool]:
@@ -229,11 +284,16 @@ def pick_layers(layers: Sequence[Layer], chosen: Sequence[int] | None) -> list[L
     return [known[index] for index in sorted(set(known if chosen is None else chosen))]
 
 
-def readable(samples: Iterable[Sample], report: Report) -> Iterator[Sample]:
-    """The samples that could be read, held in memory; the others are noted with the reason."""
+def readable(
+    samples: Iterable[Sample], report: Report, prepare: Callable[[Any], Any] | None = None
+) -> Iterator[Sample]:
+    """The samples that could be read, held in memory; the others are noted with the reason.
+
+    prepare: the tower's, for contents as it makes them (`diag.prefetch.ahead` may have done so already).
+    """
     for sample in samples:
         try:
-            content = sample.read()
+            content = sample.read() if prepare is None else prepare(sample.read())
         except UnreadableInput as error:
             report.failed[sample.id] = str(error)
             continue

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diag.attention import AttentionCall
-from diag.metrics import Reading, Selection
+from diag.attention import AttentionCall, all_rows
+from diag.metrics import Selection
+from diag.readings import Reading
 from diag.shape_blocks import TEXT, Geometry, Neighbour, norms_of, overlap, stream, uniform
 
 SINK = 0.3
@@ -36,6 +37,7 @@ class View:
     """One call through one token set, with what the pass over its blocks found.
 
     found, uniform: what `stream` and `uniform` of `diag.shape_blocks` give, `received` of this set only.
+        With sampled rows they hold those, but `own` and `first` all rows.
     norms: ‖f(v_j)‖ of each key, `[batch, head, token]`. top_before: of the neighbouring layer.
     """
 
@@ -57,13 +59,23 @@ class View:
         place = torch.arange(self.on.call.tokens, device=self.on.among.device) >= self.geometry.prefix
         return self.on.rows & place & (self.on.call.visibility.count_among(place[None]) > 0)
 
-    def per_row(self, values: Tensor | None, rows: Tensor | None = None) -> Reading:
-        """A reading of numbers per token on the rows that count; undefined where there are none."""
-        rows = self.on.rows if rows is None else rows
-        shape = self.on.call.output.shape[:3]
+    def per_row(
+        self, values: Tensor | None, rows: Tensor | None = None, also: Tensor | None = None
+    ) -> Reading:
+        """A reading of numbers per row of the pass, on the rows that count; undefined where there are none.
+
+        rows: those that count, `[batch or 1, head or 1, token]`. also: among the rows of the pass.
+        """
+        call = self.on.call
         if values is None:
-            return Reading(rows.new_zeros(()).float().expand(shape), torch.zeros_like(rows))
-        return Reading(values.expand(shape), rows)
+            nothing = self.on.rows.new_zeros((call.batch, call.heads, 1))
+            return Reading(nothing.float(), nothing)
+        reading = self.on.of_pattern(values.expand(call.batch, call.heads, -1), rows)
+        return reading if also is None else reading._replace(weights=reading.weights * also)
+
+    def at(self, x: Tensor) -> Tensor:
+        """`[batch or 1, head or 1, token]` at the rows of the pass."""
+        return self.on.at(x)
 
     def per_head(self, values: Float[Tensor, "batch head"], defined: Tensor) -> Reading:
         """A reading of one number per head of a call, which weighs as much as it has rows."""
@@ -92,7 +104,7 @@ def first_key_received(view: View) -> Reading:
 
 def sink_rate(view: View) -> Reading:
     """Whether α > .3, α = first_key_received of one softmax; its mean over heads is the sink rate."""
-    values, rows = first_key_received(view)
+    values, rows = first_key_received(view)[:2]
     rows = rows.expand(values.shape)
     count = rows.sum(-1)
     alpha = torch.where(rows, values, 0.0).double().sum(-1) / count.clamp(min=1)
@@ -138,13 +150,13 @@ def sink_value_norm(view: View) -> Reading:
 
 def attention_distance(view: View) -> Reading:
     """Σ_j A_ij D_ij over keys that have a place, weights renormalised: pixels on a grid, tokens in a text."""
-    return view.per_row(view.found.get("distance"), _with_mass(view))
+    return view.per_row(view.found.get("distance"), view.placed, _mass(view))
 
 
 def attention_distance_rms(view: View) -> Reading:
     """√(Σ_j A_ij D_ij²) of the same weights: far keys count more."""
     squares = view.found.get("distance_square")
-    return view.per_row(None if squares is None else squares.sqrt(), _with_mass(view))
+    return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
 
 
 def attention_distance_uniform(view: View) -> Reading:
@@ -158,7 +170,7 @@ def attention_distance_ratio(view: View) -> Reading:
         return view.per_row(None)
     reference = view.uniform["distance"]
     ratio = view.found["distance"] / torch.where(reference == 0, 1.0, reference)
-    return view.per_row(ratio, _with_mass(view) & (reference != 0))
+    return view.per_row(ratio, view.placed, (view.found["placed"] != 0) & (reference != 0))
 
 
 # --- all queries alike?
@@ -192,7 +204,7 @@ def top_key_overlap_chance(view: View) -> Reading:
     if view.top_before is None:
         return view.per_row(None)
     top = view.found["top"].shape[-1]
-    return view.per_row(top / view.on.call.visibility.count.clamp(min=1), _with_choice(view))
+    return view.per_row(top / view.at(view.on.call.visibility.count).clamp(min=1), _with_choice(view))
 
 
 # --- relative position
@@ -232,7 +244,7 @@ def prefix_share(view: View) -> Reading:
 def norm_weighted_self(view: View) -> Reading:
     """A_ii ‖f(v_i)‖ / Σ_j A_ij ‖f(v_j)‖: the token's own share of what is added up."""
     assert view.norms is not None
-    return _norm_share(view, view.found["own"] * view.norms)
+    return _norm_share(view, view.at(view.found["own"] * view.norms))
 
 
 def norm_weighted_first(view: View) -> Reading:
@@ -243,12 +255,12 @@ def norm_weighted_first(view: View) -> Reading:
     if keys is not None:  # the first key is the first that anyone sees
         first = keys.int().argmax(-1).expand(norms.shape[0])[:, None, None]
         norms = norms.gather(-1, first.expand(-1, norms.shape[1], 1))
-    return _norm_share(view, view.found["first"] * norms[..., :1])
+    return _norm_share(view, view.at(view.found["first"] * norms[..., :1]))
 
 
 def norm_weighted_entropy(view: View) -> Reading:
     """-Σ_j P_ij ln P_ij in nats, P_ij = A_ij ‖f(v_j)‖ / Σ_j A_ij ‖f(v_j)‖."""
-    return view.per_row(view.found["norm_entropy"], view.on.rows & (view.found["norm_total"] != 0))
+    return view.per_row(view.found["norm_entropy"], also=view.found["norm_total"] != 0)
 
 
 # --- the table
@@ -335,33 +347,55 @@ def shape_readings(
     token_sets: masks of tokens; None is all of them. geometry: where the tokens lie.
     neighbour: of this forward pass; without it there is no overlap with another layer.
     projection: W_O of each query head, so that f(v) = v W_O as in Kobayashi 2020; f(v) = v without it.
+
+    Where the call has a sample of rows, what is a mean over query rows is estimated from it; what a key
+    receives is a sum over all rows, and is summed up over all of them.
     """
+    summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
+    if call.sample is not None and summed:
+        whole = shape_readings(all_rows(call), summed, token_sets, geometry=geometry)
+        others = shape_readings(
+            call,
+            [name for name in names if name not in summed],
+            token_sets,
+            geometry=geometry,
+            neighbour=neighbour,
+            projection=projection,
+            top_keys=top_keys,
+        )
+        return [one | other for one, other in zip(whole, others, strict=True)]
     needs = {need for name in names for need in SHAPE_METRICS[name].needs}
     if neighbour is None:
         needs -= {"top"}
     selections = [Selection(call, tokens) for tokens in token_sets]
     norms = norms_of(selections[0].value, call.heads, projection) if "norms" in needs else None
-    streamed = {need for need in needs if not need.startswith("uniform ")}
+    references = {need for need in needs if need.startswith("uniform ")}
+    streamed = needs - references
     found: dict[str, Tensor] = {}
+    of_single_keys = {"own": "self_weight", "first": "first_weight"}
+    if call.sample is not None:
+        # these need the log-normaliser only: they stay exact
+        found = {need: getattr(call.softmax, of_single_keys[need]) for need in streamed & {*of_single_keys}}
+        streamed -= found.keys()
     if streamed:
         live = torch.zeros_like(call.visibility.count, dtype=torch.bool)
         for on in selections:
             live = live | (on.among[:, None, :] & (call.visibility.count > 0))
-        rows = [on.rows for on in selections]
-        found = stream(call, streamed, rows, live, geometry=geometry, norms=norms, top=top_keys)
-    references = uniform(call, geometry, {need.removeprefix("uniform ") for need in needs - streamed})
+        rows, live = [on.rows for on in selections], selections[0].at(live)
+        found |= stream(call, streamed, rows, live, geometry=geometry, norms=norms, top=top_keys)
+    of_uniform = uniform(call, geometry, {need.removeprefix("uniform ") for need in references})
     before = neighbour.before(call, found["top"]) if neighbour is not None and "top" in found else None
     results = []
     for number, on in enumerate(selections):
         own = {name: x[number] if name == "received" else x for name, x in found.items()}
-        view = View(on, geometry, own, references, norms, before)
+        view = View(on, geometry, own, of_uniform, norms, before)
         results.append({name: SHAPE_METRICS[name].compute(view) for name in names})
     return results
 
 
-def _with_mass(view: View) -> Tensor:
-    placed = view.placed
-    return placed & (view.found["placed"] != 0) if "placed" in view.found else placed
+def _mass(view: View) -> Tensor | None:
+    """Whether each row of the pass has weight on keys that have a place."""
+    return view.found["placed"] != 0 if "placed" in view.found else None
 
 
 def _with_choice(view: View) -> Tensor:
@@ -370,7 +404,7 @@ def _with_choice(view: View) -> Tensor:
 
 def _norm_share(view: View, weighted: Tensor) -> Reading:
     total = view.found["norm_total"]
-    return view.per_row(weighted / torch.where(total == 0, 1.0, total), view.on.rows & (total != 0))
+    return view.per_row(weighted / torch.where(total == 0, 1.0, total), also=total != 0)
 
 
 def _median(values: Float[Tensor, "batch head token"], among: Tensor) -> Float[Tensor, "batch head"]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import BLOCK_ELEMENTS, AttentionCall, _first_key, _log_pattern_blocks
+from diag.attention import BLOCK_ELEMENTS, AttentionCall, _first_key, log_pattern_blocks, positions
 
 NEAR_TOKENS = 16
 """How far apart two tokens of a text may be and still be near each other."""
@@ -91,18 +91,21 @@ class Geometry:
         table = torch.hypot(down[:, None], sideways) * self.patch_size
         return table.unfold(0, rows, 1).unfold(1, cols, 1)
 
-    def near(self, places: Tensor, others: Tensor, tokens: int) -> Bool[Tensor, "place other"]:
-        """Whether two places, counted after the prefix, are near each other."""
+    def near(self, places: Tensor, others: Tensor, tokens: int) -> Tensor:
+        """Whether two places, counted after the prefix, are near each other; both broadcast."""
         rows, cols = self.grid(tokens) or (1, 1)
         reach = NEAR_TOKENS if rows == 1 else NEAR_PATCHES
-        down = places[:, None] // cols - others // cols
-        sideways = places[:, None] % cols - others % cols
+        down = places // cols - others // cols
+        sideways = places % cols - others % cols
         return (down.abs() <= reach) & (sideways.abs() <= reach)
 
-    def band(self, tokens: int) -> int:
-        """How far apart in the sequence two near tokens can be."""
+    def around(self, tokens: int) -> Int[Tensor, " near"]:
+        """How far apart in the sequence a token and one near it can be: all steps from one to the other."""
         rows, cols = self.grid(tokens) or (1, 1)
-        return NEAR_TOKENS if rows == 1 else NEAR_PATCHES * (cols + 1)
+        if rows == 1:
+            return torch.arange(-NEAR_TOKENS, NEAR_TOKENS + 1)
+        side = torch.arange(-NEAR_PATCHES, NEAR_PATCHES + 1)
+        return (side[:, None] * cols + side).flatten().unique()
 
 
 TEXT = Geometry()
@@ -112,24 +115,26 @@ TEXT = Geometry()
 class Distances:
     """Blocks of the distances from query rows to all places; kept where all of them are small."""
 
-    def __init__(self, geometry: Geometry, tokens: int, device: torch.device) -> None:
+    def __init__(self, geometry: Geometry, tokens: int, device: torch.device, *, keep: bool = True) -> None:
         self.prefix = geometry.prefix
         self.cols = (geometry.grid(tokens) or (1, 1))[1]
         self.steps = geometry.steps(tokens).to(device)
-        self.keep = tokens**2 <= BLOCK_ELEMENTS[device.type]
+        self.keep = keep and tokens**2 <= BLOCK_ELEMENTS[device.type]
         self.kept: dict[int, Tensor] = {}
 
-    def block(self, rows: slice) -> Float[Tensor, "row place"]:
-        """From the query rows to the places, in order; of a prefix row, which has no place, any numbers."""
-        if rows.start in self.kept:
-            return self.kept[rows.start]
-        place = torch.arange(rows.start, rows.stop, device=self.steps.device) - self.prefix
-        place = place.clamp(min=0)
+    def block(self, rows: Int[Tensor, " row"], start: int) -> Float[Tensor, "row place"]:
+        """From the query rows to the places, in order; of a prefix row, which has no place, any numbers.
+
+        start: tells blocks of rows apart, if they are to be kept.
+        """
+        if start in self.kept:
+            return self.kept[start]
+        place = (rows - self.prefix).clamp(min=0)
         down, sideways = place // self.cols, place % self.cols
         height, width = self.steps.shape[:2]
         block = self.steps[height - 1 - down, width - 1 - sideways].flatten(1)
         if self.keep:
-            self.kept[rows.start] = block
+            self.kept[start] = block
         return block
 
 
@@ -137,13 +142,16 @@ def stream(
     call: AttentionCall,
     wanted: Collection[str],
     rows: Sequence[Bool[Tensor, "#batch #head token"]],
-    live: Bool[Tensor, "#batch #head token"],
+    live: Bool[Tensor, "#batch #head row"],
     *,
     geometry: Geometry,
     norms: Float[Tensor, "batch head token"] | None = None,
     top: int = 1,
 ) -> dict[str, Tensor]:
     """The wanted quantities of every live query row, in one pass; other rows hold zeros.
+
+    Rows are those of the call's sample where it has one: `[…, token]` reads `[…, row]` below. `received`
+    is a sum over all rows, and is asked for without a sample.
 
     rows: for each token set, the rows that give to `received`.
     live: the rows that any reader looks at; the others may hold anything, NaN included.
@@ -158,8 +166,9 @@ def stream(
     """
     unknown = set(wanted) - set(QUANTITIES)
     assert not unknown, unknown
-    shape, device = call.output.shape[:3], call.output.device
-    tokens = call.tokens
+    assert call.sample is None or "received" not in wanted
+    tokens, device = call.tokens, call.output.device
+    shape = (call.batch, call.heads, tokens if call.sample is None else call.sample.rows)
     placed = geometry.grid(tokens) is not None
     names = [name for name in QUANTITIES if name in wanted and name not in ("received", "top", "norms")]
     if "distance" in names:
@@ -170,7 +179,9 @@ def stream(
     if "norms" in wanted:
         names += ["norm_total", "norm_entropy"]
     found = {name: torch.zeros(shape, device=device) for name in names}
-    distances = Distances(geometry, tokens, device) if "distance" in names else None
+    distances = None
+    if "distance" in names:
+        distances = Distances(geometry, tokens, device, keep=call.sample is None)
     first = _first_key(call)
     givers = None
     if "received" in wanted:
@@ -184,6 +195,7 @@ def stream(
         of_keys = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
     for where, logs, seen in _live_blocks(call, live):
         in_batch, in_head, in_row = where
+        at = positions(call, where)
         if "top" in found:
             number = min(top, seen)
             found["top"][where][..., :number] = logs.topk(number, -1).indices.int()
@@ -195,20 +207,19 @@ def stream(
                 givers[in_batch, in_head, :, in_row] @ pattern
             ).movedim(2, 0)
         if "own" in found:
-            found["own"][where] = pattern[..., in_row].diagonal(dim1=-2, dim2=-1)
+            found["own"][where] = _of_keys(pattern, at)
         if "first" in found:
             index = first[in_batch].clamp(max=seen - 1)[:, None, None, None].expand(*pattern.shape[:3], 1)
             found["first"][where] = pattern.gather(-1, index)[..., 0]
         if "previous" in found:
-            before = pattern.diagonal(in_row.start - 1, -2, -1)
-            found["previous"][where][..., pattern.shape[2] - before.shape[-1] :] = before
+            found["previous"][where] = _of_keys(pattern, (at - 1).clamp(min=0)) * (at > 0)
         if "prefix" in found:
             found["prefix"][where] = pattern[..., : geometry.prefix].sum(-1)
         if "near" in found:
-            found["near"][where] = _on_near_places(pattern, in_row, geometry, tokens)
+            found["near"][where] = _on_near_places(pattern, at, geometry, tokens)
         if distances is not None:
             on_places = pattern[..., geometry.prefix :]
-            lengths = distances.block(in_row)[:, : on_places.shape[-1]]
+            lengths = distances.block(at, in_row.start)[:, : on_places.shape[-1]]
             mass = on_places.sum(-1)
             found["placed"][where] = mass
             travelled = on_places * lengths
@@ -234,26 +245,35 @@ def uniform(
 ) -> dict[str, Float[Tensor, "#batch #head token"]]:
     """What `distance` and `near` would be if each query attended alike to every key that it sees.
 
-    One pass over the visible keys, shared by all heads where the mask is. Zeros where no place is seen.
+    One pass over the visible keys of the rows at hand (those of the call's sample, where it has one),
+    shared by all heads where the mask is. Zeros where no place is seen.
     """
-    tokens, device, seen = call.tokens, call.output.device, call.visibility
-    if geometry.grid(tokens) is None:
+    tokens, device, seen, sample = call.tokens, call.output.device, call.visibility, call.sample
+    if not wanted or geometry.grid(tokens) is None:
         return {}
-    distances = Distances(geometry, tokens, device) if "distance" in wanted else None
-    shape = (*seen.count.shape[:2], tokens)
+    distances = Distances(geometry, tokens, device, keep=sample is None) if "distance" in wanted else None
+    batch, heads = seen.count.shape[:2]
+    if sample is not None:
+        batch = call.batch
     # filled in place: small results kept between large temporary blocks would hold the heap open
+    shape = (batch, heads, tokens if sample is None else sample.rows)
     found = {name: torch.zeros(shape, device=device) for name in ("distance", "near") if name in wanted}
+    count = seen.count if sample is None else sample.at(seen.count)
     rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * shape[0] * shape[1] * tokens))
-    for start in range(0, tokens, rows_at_once):
-        in_row = slice(start, min(start + rows_at_once, tokens))
-        visible = _visible(call, in_row)  # [.., row or 1, key]
-        if distances is not None:
-            places = visible[..., geometry.prefix :].float()
-            count = places.sum(-1).clamp(min=1)
-            found["distance"][..., in_row] = (places * distances.block(in_row)).sum(-1) / count
-        if "near" in found:
-            found["near"][..., in_row] = _on_near_places(visible, in_row, geometry, tokens)
-            found["near"][..., in_row] /= seen.count[..., in_row].clamp(min=1)
+    for b in [slice(None)] if sample is None else [slice(b, b + 1) for b in range(batch)]:
+        for start in range(0, shape[2], rows_at_once):
+            in_row = slice(start, min(start + rows_at_once, shape[2]))
+            at = torch.arange(in_row.start, in_row.stop, device=device)
+            if sample is not None:
+                at = sample.index[b.start, in_row]
+            visible = _visible(call, b, at)  # [.., row or 1, key]
+            if distances is not None:
+                places = visible[..., geometry.prefix :].float()
+                far = (places * distances.block(at, start)).sum(-1)
+                found["distance"][b, :, in_row] = far / places.sum(-1).clamp(min=1)
+            if "near" in found:
+                near = _on_near_places(visible, at, geometry, tokens)
+                found["near"][b, :, in_row] = near / count[b, :, in_row].clamp(min=1)
     return found
 
 
@@ -285,7 +305,8 @@ class Neighbour:
     """Top keys of the layer before, in one forward pass; O(token · top) memory.
 
     Layers are neighbours if their depth indices follow each other and each attends once, over the
-    same tokens. A layer split over windows has none: its rows are not the next layer's rows.
+    same tokens and, where rows are sampled, the same rows. A layer split over windows has none: its rows
+    are not the next layer's rows.
 
     inputs: how many inputs the batch holds.
     """
@@ -294,23 +315,31 @@ class Neighbour:
         self.inputs = inputs
         self.layer: int | None = None
         self.top: Tensor | None = None
+        self.rows: Tensor | None = None
 
     def before(self, call: AttentionCall, top: Tensor) -> Tensor | None:
         """The top keys of the layer before, None if there is none; keeps `top` for the next layer."""
-        last, last_layer = self.top, self.layer
+        last, last_layer, last_rows = self.top, self.layer, self.rows
         again = call.layer == last_layer
-        self.layer = call.layer
+        self.layer, self.rows = call.layer, None if call.sample is None else call.sample.index
         self.top = None if again or call.batch != self.inputs else top
         if last is None or self.top is None or last_layer is None or call.layer != last_layer + 1:
             return None
-        return last if last.shape == top.shape else None
+        if last.shape != top.shape:
+            return None
+        alike = last_rows is self.rows or (
+            last_rows is not None
+            and self.rows is not None
+            and torch.equal(last_rows.to(self.rows.device), self.rows)
+        )
+        return last.to(top.device) if alike else None  # the layer before may lie on another GPU
 
 
 def _live_blocks(
     call: AttentionCall, live: Tensor
 ) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
     """Blocks of `ln A` with their place and number of keys; rows that are not live hold `NOTHING`."""
-    live = live.expand(call.output.shape[:3])
+    live = live.expand(call.batch, call.heads, -1)
     some_dead = (~live).flatten(0, 1).any(0).tolist()
     for where, logs in _pattern_blocks(call):
         if any(some_dead[where[2]]):
@@ -325,7 +354,7 @@ def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, s
             lse = call.softmax.log_normaliser
         known = lse is not None
         lse = torch.empty(call.output.shape[:3], device=call.output.device) if lse is None else lse.float()
-        yield from _log_pattern_blocks(call, lse, known)
+        yield from log_pattern_blocks(call, lse, known)
         return
     budget = BLOCK_ELEMENTS[call.output.device.type]
     rows_at_once = max(1, min(call.tokens, budget // call.tokens))
@@ -343,22 +372,32 @@ def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, s
                 yield where, call.pattern[where].float().log().clamp(min=NOTHING)
 
 
-def _on_near_places(weights: Tensor, in_row: slice, geometry: Geometry, tokens: int) -> Tensor:
-    """The weight of each row on near places; only a band of keys around the rows can hold it."""
-    band, prefix = geometry.band(tokens), geometry.prefix
-    low, high = max(prefix, in_row.start - band), min(weights.shape[-1], in_row.stop + band)
-    index = torch.arange(tokens, device=weights.device) - prefix
-    near = geometry.near(index[in_row], index[low:high], tokens)
-    return (weights[..., low:high] * near).sum(-1)
+def _of_keys(pattern: Tensor, keys: Int[Tensor, " row"]) -> Float[Tensor, "batch head row"]:
+    """Of each row of a block its weight on one key."""
+    return pattern.gather(-1, keys[:, None].expand(*pattern.shape[:3], 1))[..., 0]
 
 
-def _visible(call: AttentionCall, in_row: slice) -> Bool[Tensor, "#batch #head #row token"]:
+def _on_near_places(weights: Tensor, rows: Tensor, geometry: Geometry, tokens: int) -> Tensor:
+    """The weight of each row, `[.., row or 1, key]`, on near places; a few keys around it can hold it."""
+    prefix, keys = geometry.prefix, weights.shape[-1]
+    around = rows[:, None] + geometry.around(tokens).to(rows.device)  # [row, near]
+    inside = (around >= prefix) & (around < keys)
+    around = around.clamp(0, keys - 1)
+    inside &= geometry.near((rows - prefix)[:, None], around - prefix, tokens)
+    lanes = weights.expand(*weights.shape[:2], len(rows), keys)
+    return (lanes.gather(-1, around.expand(*lanes.shape[:2], -1, -1)) * inside).sum(-1)
+
+
+def _visible(call: AttentionCall, in_batch: slice, rows: Tensor) -> Bool[Tensor, "#batch #head #row token"]:
+    """Whether the query rows see each key; what all inputs share keeps a batch axis of 1."""
     seen, device = call.visibility, call.output.device
     if seen.rule == "general":
         assert seen.visible_rows is not None
-        return seen.visible_rows[:, :, in_row]
+        visible = seen.visible_rows
+        return (visible if visible.shape[0] == 1 else visible[in_batch])[:, :, rows]
     index = torch.arange(call.tokens, device=device)
     keys = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if seen.keys is None else seen.keys
+    keys = keys if keys.shape[0] == 1 else keys[in_batch]
     if seen.rule == "full":
         return keys[:, None, None, :]
-    return keys[:, None, None, :] & (index <= index[in_row, None])
+    return keys[:, None, None, :] & (index <= rows[:, None])

@@ -1,7 +1,7 @@
 """The residual stream around one block, and its statistics: pure functions from states to numbers per token.
 
 Every function takes a `Stream`, the states of one block seen through one token set, and returns a
-`Reading` with a head axis of 1, which `metrics.reduce` turns into one number per input. `STREAM_METRICS`
+`Reading` with a head axis of 1, which `readings.reduce` turns into one number per input. `STREAM_METRICS`
 is the one place where such a metric is registered. `StreamReadings` collects them over one forward pass,
 and adds what needs several layers at once.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from diag.attention import AttentionCall
-from diag.metrics import Reading, reduce
+from diag.readings import Reading, reduce
 from diag.secondary_sinks import alike_first, secondary_sink_lives
 
 
@@ -364,17 +364,18 @@ class StreamReadings:
         shapes = {self.alike[layer][0].shape for layer in layers}
         whole = layers == list(range(self.depth)) and len(shapes) == 1
         if whole:
-            similar = torch.stack([self.alike[layer][0] for layer in layers])
-            norms = torch.stack([self.alike[layer][1] for layer in layers])
+            here = self.alike[layers[0]][0].device  # layers of one model may lie on several
+            similar = torch.stack([self.alike[layer][0].to(here) for layer in layers])
+            norms = torch.stack([self.alike[layer][1].to(here) for layer in layers])
             created, lifetime = secondary_sink_lives(similar, norms)
         for layer, of_layer in self.readings.items():
             for token_set, of_set in of_layer.items():
                 among = self.masks[layer][token_set]
                 weight = among.any(-1).float()[:, None, None] * whole
-                here = created[layer] & among if whole else torch.zeros_like(among)
-                lives = lifetime if whole else torch.zeros_like(among, dtype=torch.float32)
+                own = created[layer].to(among.device) & among if whole else torch.zeros_like(among)
+                lives = lifetime.to(among.device) if whole else torch.zeros_like(among, dtype=torch.float32)
                 of_set |= {
-                    name: STREAM_METRICS[name].compute(Sinks(here, lives, weight)) for name in self.across
+                    name: STREAM_METRICS[name].compute(Sinks(own, lives, weight)) for name in self.across
                 }
         return self.readings
 
@@ -388,7 +389,8 @@ class StreamReadings:
         fits = last is not None and last[0] == states.layer - 1
         if last is None or not fits or last[1].block.shape != states.after.shape:
             return states
-        return replace(states, previous=last[1])
+        here = states.after.device
+        return replace(states, previous=Updates(last[1].attention.to(here), last[1].block.to(here)))
 
 
 def per_input(

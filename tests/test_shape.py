@@ -30,7 +30,8 @@ from diag import attention, shape, shape_blocks
 from diag.attention import AttentionCall
 from diag.errors import UserError
 from diag.groups import metric_names
-from diag.metrics import METRICS, reduce
+from diag.metrics import METRICS
+from diag.readings import reduce
 from diag.records import RATIOS
 from diag.shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.shape_blocks import TEXT, Geometry, Neighbour

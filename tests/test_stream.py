@@ -22,12 +22,12 @@ from diag.attention import AttentionCall
 from diag.blocks import find_blocks
 from diag.branches import check_states, projection_error, stream_states
 from diag.measure import measure
-from diag.metrics import reduce
 from diag.models import lens
 from diag.models.base import Batch, Sample
 from diag.models.demo import build_vit
 from diag.models.names import parse
 from diag.models.timm import fuse, vision_tower
+from diag.readings import reduce
 from diag.seam import attention_calls, attention_modules
 from diag.secondary_sinks import alike_first, secondary_sink_lives
 from diag.stream import STREAM_METRICS, BlockStates, Stream, StreamReadings, Updates, per_input

@@ -1,0 +1,295 @@
+"""Numbers with weights, how they become one number per input and head, and the error of sampled rows.
+
+A mean over sampled rows is a regression estimate (Cochran 1977, chapter 7; Särndal, Swensson and
+Wretman 1992, chapter 6): quantities that go with the one that is measured and are known of all rows, the
+controls, tell how the drawn rows differ from the others. Whatever the controls are, the estimate has no
+bias beyond that of a fitted slope, which is small against its standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from diag.sampling import RowSample
+
+PERCENTILE = 0.15
+"""The lower percentile of the entropy that Context Broadcasting reports (2210.08457, Fig. 4)."""
+
+PAIRS_PER_CONTROL = 8
+"""Fewer drawn strata than this for each control leave them unused."""
+
+NEIGHBOURS = 33
+"""Over how many drawn rows what the controls leave is averaged, to predict the rows between them."""
+
+
+SMOOTHING = 0.1
+"""Width of the ramps that stand for steps in an estimated percentile, in standard deviations."""
+
+BISECTIONS = 24
+
+
+class Controls(NamedTuple):
+    """What is known of all rows. known: the quantities; counts: the rows that count."""
+
+    known: Float[Tensor, "control batch head token"]
+    counts: Bool[Tensor, "#batch #head token"]
+
+
+class Reading(NamedTuple):
+    """Numbers and how much each counts: 0 for not at all.
+
+    Both broadcast to `[batch, head, token]`; the token axis is 1 for numbers of a whole row of the
+    batch, whose weight is then the number of tokens behind them. With a `sample` the token axis holds the
+    drawn rows, and the weights say how many tokens each stands for. `variance`: of numbers that were
+    estimated.
+    """
+
+    values: Tensor
+    weights: Tensor
+    sample: RowSample | None = None
+    controls: Controls | None = None
+    variance: Tensor | None = None
+
+
+def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "input head"]:
+    """One number per input and head from all readings of a layer in one forward pass.
+
+    A call may hold several rows per input (windows in the batch, input by input) and a layer may be
+    called several times (one window after the other): all their tokens are pooled, so that each
+    counts once. NaN where nothing counts; infinite where something that counts is not finite.
+
+    how: "mean" or "percentile". The percentile of several windows whose rows are sampled is the mean of
+    their percentiles.
+    """
+    parts = [condensed(part, inputs, how) for part in parts] if _any_sampled(parts) else parts
+    value, weight = _pooled([(part.values, part.weights) for part in parts], inputs)
+    total = weight.sum(-1)
+    counted = torch.where(weight > 0, value, 0.0)
+    if how == "percentile" and not _any_sampled(parts):
+        result = _percentile(value, weight, torch.full_like(total, PERCENTILE))
+    else:
+        result = (counted * weight).sum(-1) / total
+    result = torch.where(counted.isfinite().all(-1), result, torch.inf)
+    return torch.where(total > 0, result, torch.nan)
+
+
+def sampling_error(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "input head"]:
+    """Standard error of `reduce` that comes from sampling rows; 0 where all rows are there."""
+    total: Tensor | float = 0.0
+    variance: Tensor | float = 0.0
+    for part in [condensed(part, inputs, how) for part in parts]:
+        _, weight = _pooled([(part.values, part.weights)], inputs)
+        total = total + weight.sum(-1)
+        if part.variance is not None:
+            variance = variance + (weight.square() * part.variance).sum(-1)
+    error = torch.as_tensor(variance).sqrt() / torch.as_tensor(total)
+    return torch.where(torch.as_tensor(total) > 0, error, torch.nan)
+
+
+def condensed(part: Reading, inputs: int, how: str) -> Reading:
+    """A reading that says the same in less memory, where its tokens are no longer needed one by one.
+
+    A layer's readings wait until the forward pass has ended: whole, they would grow with depth × tokens.
+    """
+    if part.sample is not None:
+        value, weight, variance = _estimated(part, how)
+        pooled = _pooled([(value[..., None], weight[..., None])], inputs)
+        spread, _ = _pooled([(variance[..., None], weight[..., None])], inputs)
+        total = pooled[1].sum(-1, keepdim=True)
+        share = torch.where(total > 0, pooled[1] / total, 0.0)
+        values = reduce([Reading(value[..., None], weight[..., None])], inputs, "mean")[..., None]
+        return Reading(values, total, variance=(share.square() * spread).sum(-1, keepdim=True))
+    if part.variance is not None or how != "mean":
+        return part
+    _, weight = _pooled([(part.values, part.weights)], inputs)
+    return Reading(reduce([part], inputs, how)[..., None], weight.sum(-1, keepdim=True))
+
+
+def _any_sampled(parts: Sequence[Reading]) -> bool:
+    return any(part.sample is not None or part.variance is not None for part in parts)
+
+
+def _estimated(part: Reading, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate, number of rows behind it and variance of each row of the batch, `[batch, head]`, float64.
+
+    With two rows a, b in each stratum of N, the estimated variance of a sum is Σ N(N-2)(e_a - e_b)²/4
+    (Cochran 1977, section 5.4), e what the controls leave of the values.
+    """
+    sample = part.sample
+    assert sample is not None
+    values = part.values.double()
+    weights = part.weights.double().expand(values.shape)
+    inside, total = weights > 0, weights.sum(-1)
+    some = total.clamp(min=1)
+    wild = (inside & ~values.isfinite()).any(-1)
+    values = torch.where(inside & values.isfinite(), values, 0.0)
+    centred = torch.where(inside, values - ((weights * values).sum(-1) / some)[..., None], 0.0)
+    # each stratum of N rows comes twice, and the weight of its rows is N / 2
+    pairs = (sample.weight.double() * (sample.weight.double() - 1) / 2).clamp(min=0)[:, None]
+    left, lever, predicted = centred, torch.zeros_like(centred), None
+    if part.controls is not None:
+        explained, lever, predicted = _explained(part.controls, sample, centred, inside, pairs)
+        left = torch.where(inside, centred - explained, 0.0)
+    mean = (weights * (values - centred + left)).sum(-1) / some
+    if how == "mean":
+        variance = _variance(left, sample, pairs, some, lever)
+    else:
+        mean, variance = _estimated_percentile(part, values, weights, mean, left, predicted, pairs)
+    return torch.where(wild, torch.inf, mean), total, variance
+
+
+def _variance(
+    left: Tensor, sample: RowSample, pairs: Tensor, total: Tensor, lever: Tensor | float = 0.0
+) -> Tensor:
+    """lever: how much of each difference the slopes took for themselves (MacKinnon and White 1985, HC3)."""
+    return (pairs * (_apart(left, sample) / (1 - lever)).square()).sum(-1) / total.square()
+
+
+def _apart(x: Tensor, sample: RowSample) -> Tensor:
+    """Of each drawn row its number minus that of the other row of its stratum, over the last axis."""
+    return x - x.gather(-1, sample.partner[:, None].expand(x.shape))
+
+
+def _explained(
+    controls: Controls, sample: RowSample, values: Tensor, inside: Tensor, pairs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the controls say of the drawn rows `[batch, head, row]`, their leverages, and of all rows.
+
+    Slopes are those that leave least variance between the two rows of each stratum. Everything is
+    relative to the mean over all rows that count.
+    """
+    counts = controls.counts.expand(controls.known.shape[1:])
+    number = counts.sum(-1).clamp(min=1)
+    known = [torch.where(counts & x.isfinite(), x, 0.0) for x in controls.known]
+    means = [x.sum(-1, dtype=torch.float64) / number for x in known]  # each [batch, head]
+    drawn = torch.stack(
+        [
+            torch.where(inside, sample.at(x).double() - mean[..., None], 0.0)
+            for x, mean in zip(known, means, strict=True)
+        ],
+        2,
+    )  # [batch, head, control, row]
+    apart = torch.stack([_apart(x, sample) for x in drawn.unbind(2)], 2)
+    gram = (apart * pairs[:, :, None]) @ apart.transpose(-1, -2)
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)[..., None]
+    # controls go together: a little ridge keeps the slopes of what they share finite
+    ridge = 1e-6 * torch.eye(len(known), device=gram.device, dtype=gram.dtype)
+    solved = torch.linalg.solve(gram / scale / scale.transpose(-1, -2) + ridge, apart / scale) / scale
+    used = ((pairs > 0) & inside).sum(-1) / 2 >= PAIRS_PER_CONTROL * len(known)
+    solved = torch.where(used[..., None, None], solved, 0.0)  # [batch, head, control, row]
+    slopes = (solved @ (pairs * _apart(values, sample))[..., None])[..., 0]
+    # both rows of a stratum are the same difference
+    lever = (2 * pairs * (solved * apart).sum(2)).clamp(max=0.9)
+    of_drawn = (slopes[..., None, :] @ drawn)[..., 0, :]
+    everywhere = torch.zeros_like(known[0])
+    for place, (x, mean) in enumerate(zip(known, means, strict=True)):
+        everywhere += (slopes[..., place, None] * (x - mean[..., None])).float()
+    return of_drawn, lever, everywhere
+
+
+def _estimated_percentile(
+    part: Reading,
+    values: Tensor,
+    weights: Tensor,
+    mean: Tensor,
+    left: Tensor,
+    predicted: Tensor | None,
+    pairs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The percentile and its variance.
+
+    The share of rows below the percentile of what is predicted of all rows is corrected by the drawn rows
+    (the difference estimator of Rao, Kovar and Mantel 1990); its error is that of the corrected share over
+    the density of the rows there.
+    """
+    sample = part.sample
+    assert sample is not None
+    total = weights.sum(-1).clamp(min=1)
+    at = torch.full_like(total, PERCENTILE)
+    index = sample.index[:, None].expand(values.shape)
+    if predicted is None or part.controls is None:
+        points, masses, of_drawn = values, weights, torch.full_like(values, 1e30)
+    else:
+        counts = part.controls.counts.expand(predicted.shape)
+        tokens = torch.arange(predicted.shape[-1], device=predicted.device)
+        nearest = torch.searchsorted(sample.index, tokens.expand(len(sample.index), -1).contiguous())
+        nearest = nearest.clamp(max=sample.rows - 1)[:, None].expand(predicted.shape)
+        around = (avg_pool1d(x, NEIGHBOURS, 1, NEIGHBOURS // 2) for x in (left, (weights > 0).double()))
+        smooth = torch.nan_to_num(torch.div(*around))
+        every = predicted + mean[..., None] + smooth.gather(-1, nearest)
+        of_drawn = every.gather(-1, index)
+        points = torch.cat([every, values, of_drawn], -1)
+        masses = torch.cat([counts.double(), weights, -weights], -1)
+    width = SMOOTHING * ((weights * (values - mean[..., None]).square()).sum(-1) / total).sqrt()
+    middle = _quantile(points, masses, at * total, width)
+    share = _share_below(values, middle, width) - _share_below(of_drawn, middle, width)
+    share = share - (weights * share).sum(-1, keepdim=True) / total[..., None]
+    error = _variance(torch.where(weights > 0, share, 0.0), sample, pairs, total).sqrt()
+    near = (1.5 * width).clamp(min=torch.finfo(width.dtype).tiny)
+    below, above = (
+        (masses * _share_below(points, middle + sign * near, width)).sum(-1) / total for sign in (-1, 1)
+    )
+    # where hardly any row lies, a tenth of what an even spread over ten deviations would have
+    density = torch.maximum((above - below) / (2 * near), 0.015 * SMOOTHING / near)
+    # where every row was drawn nothing is estimated
+    whole = ((weights > 0).sum(-1) >= weights.sum(-1)) & (weights <= 1).all(-1)
+    middle = torch.where(whole, _percentile(values, weights, at), middle)
+    return middle, torch.where(whole, 0.0, (error / density).square())
+
+
+def _share_below(points: Tensor, bound: Tensor, width: Tensor) -> Tensor:
+    """Whether each point is below the bound, as a ramp of some width: 0, 1 or between."""
+    tiny = torch.finfo(points.dtype).tiny
+    return ((bound[..., None] - points) / width[..., None].clamp(min=tiny) + 0.5).clamp(0, 1)
+
+
+def _quantile(points: Tensor, masses: Tensor, reached: Tensor, width: Tensor) -> Tensor:
+    """Up to where the masses, some of which are negative, sum up to `reached`; by bisection.
+
+    Points count as ramps: steps that lie close together would change places with the last digit.
+    """
+    there = masses != 0
+    low = torch.where(there, points, torch.inf).amin(-1) - width
+    high = torch.where(there, points, -torch.inf).amax(-1) + width
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        less = (masses * _share_below(points, middle, width)).sum(-1) < reached
+        low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+    return (low + high) / 2
+
+
+def _percentile(values: Tensor, weights: Tensor, at: Tensor) -> Tensor:
+    """The percentile `at` `[input, head]` of the values of positive weight, over the last axis.
+
+    A value of weight w stands for w order statistics, and lies in the middle of them; between such
+    places it is linear. With weights of 1 this is linear interpolation between order statistics.
+    """
+    ordered, order = torch.where(weights > 0, values, torch.inf).sort(-1)
+    weights = weights.gather(-1, order)
+    summed = weights.cumsum(-1)
+    centre = summed - (weights + 1) / 2
+    place = ((summed[..., -1:] - 1) * at[..., None]).clamp(min=0)
+    last = ((weights > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    below = (torch.searchsorted(centre, place, right=True) - 1).clamp(min=0).minimum(last)
+    above = (below + 1).minimum(last)
+    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
+    start, end = centre.gather(-1, below), centre.gather(-1, above)
+    share = torch.where(end > start, (place - start) / (end - start), 0.0).clamp(0, 1)
+    return (low + (high - low) * share)[..., 0]
+
+
+def _pooled(parts: Sequence[tuple[Tensor, Tensor]], inputs: int) -> tuple[Tensor, Tensor]:
+    """Values and weights of all parts, `[input, head, rows · token]`, float64."""
+    pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for part in parts:
+        shape = torch.broadcast_shapes(*(x.shape for x in part))
+        for x, into in zip(part, pooled, strict=True):
+            into.append(x.expand(shape).unflatten(0, (inputs, -1)).movedim(1, 2).flatten(2).double())
+    return torch.cat(pooled[0], -1), torch.cat(pooled[1], -1)
