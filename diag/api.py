@@ -61,6 +61,7 @@ def probe(
     limit: int = 64,
     seq_len: int | None = None,
     batch_size: int = 8,
+    exact: bool = False,
     device: str = "auto",
     dtype: str = "float32",
     seed: int = 0,
@@ -75,6 +76,8 @@ def probe(
         tower's first token set, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
 
+    batch_size: inputs per forward pass; 0 for as many as memory allows.
+    exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
 
     Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
@@ -93,6 +96,7 @@ def probe(
         limit=limit,
         seq_len=seq_len,
         batch_size=batch_size,
+        exact=exact,
         device=device,
         dtype=dtype,
         seed=seed,

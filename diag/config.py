@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -28,8 +29,13 @@ Plan = TypeVar("Plan", bound=BaseModel)
 RUNS = Path("runs")
 """Where every verb writes unless told otherwise, so that one finds what another measured."""
 
+HOW = frozenset({"device", "batch_size", "workers"})
+"""What a plan says of how it is carried out, not of what is measured."""
+
 SHARD_INPUTS = 16
-"""Inputs per shard: what an interruption can lose, whatever the batch size."""
+"""Inputs per shard: what an interruption can lose. Larger batches and very many inputs have larger shards."""
+MOST_SHARD_INPUTS = 256
+MANY_SHARDS, FEW_SHARDS = 1024, 16
 
 
 class ProbePlan(BaseModel):
@@ -54,9 +60,13 @@ class ProbePlan(BaseModel):
     dtype: str = "float32"
     seed: int = Field(default=0, ge=0)
     save_activations: int = Field(default=0, ge=0)
+    keep_samples: int = Field(default=4096, ge=0)
+    exact: bool = False
+    sampled_rows: int | None = Field(default=None, ge=64)
     # below: how, not what; they do not change the result
     device: str = "auto"
-    batch_size: int = Field(default=8, gt=0)
+    batch_size: int = Field(default=8, ge=0)  # 0: as many as memory allows
+    workers: int | None = Field(default=None, ge=0)
 
     @field_validator("metrics", "layers", "tokens")
     @classmethod
@@ -72,6 +82,13 @@ class ProbePlan(BaseModel):
             raise ValueError("is as-computed or bias-free")
         return values.replace("-", "_")
 
+    @field_validator("sampled_rows")
+    @classmethod
+    def _pairs_of_rows(cls, rows: int | None) -> int | None:
+        if rows is not None and rows % 2:
+            raise ValueError("is an even number: rows are drawn in pairs")
+        return rows
+
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, dtype: str) -> str:
@@ -84,7 +101,7 @@ class ProbePlan(BaseModel):
 
         inputs: kind -> digest.
         """
-        what = self.model_dump(mode="json", exclude={"device", "batch_size"})
+        what = self.model_dump(mode="json", exclude=set(HOW))
         local = [path for name in self.models for path in local_files(name)]
         if self.checkpoint is not None and self.checkpoint.exists():
             local.append(self.checkpoint)
@@ -121,6 +138,19 @@ def specs_of(plan: ProbePlan) -> list[ModelSpec]:
         )
         for name in plan.models
     ]
+
+
+def shard_inputs(plan: ProbePlan) -> int:
+    """Inputs per shard of a run that begins: 16, doubled while there would be more than 1,024 shards.
+
+    A batch does not go beyond its shard: where its size is found automatically, few shards leave it room.
+    A folder keeps the size that it began with.
+    """
+    many = MANY_SHARDS if plan.batch_size else FEW_SHARDS
+    size = SHARD_INPUTS
+    while size < MOST_SHARD_INPUTS and size * many < plan.limit:
+        size *= 2
+    return max(size, plan.batch_size)
 
 
 def inputs_of(plan: ProbePlan) -> dict[str, Inputs]:
@@ -187,5 +217,6 @@ def _stamp(path: Path) -> list[list[str | int]]:
 
 
 def command_line() -> str:
-    """The command that is running, as a shell would take it."""
-    return shlex.join(["attnbias", *sys.argv[1:]])
+    """The command that is running, as a shell would take it, without this process's share of it."""
+    words = shlex.join(["attnbias", *sys.argv[1:]])
+    return re.sub(r" --shard[ =]\S+", "", words)

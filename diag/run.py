@@ -1,17 +1,17 @@
 """A plan carried out: models × shards of inputs → shard files → tables, figures and manifest in a run folder.
 
-Every shard is written under a temporary name and renamed, and holds the samples themselves, so the
-folder can be finished from its shards whatever happened in between: running the same command again
-skips what is there.
+Every shard is written under a temporary name and renamed, so that the folder can be finished from its
+shards whatever happened in between: running the same command again skips what is there. Several
+processes may work on one folder, each on its share of the shards; whoever finds all of them there
+finishes the run.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,37 +19,54 @@ import pandas as pd
 import torch
 
 from diag.activations import save_activations
+from diag.claims import check_room, claim, release
 from diag.collected import Report
 from diag.config import (
-    SHARD_INPUTS,
     ProbePlan,
     command_line,
-    environment,
     inputs_of,
     run_folder,
+    shard_inputs,
     specs_of,
 )
+from diag.divergence import DIVERGENCE_METRICS
 from diag.errors import UserError
 from diag.figures import file_stem
+from diag.finish import draw, finish
 from diag.groups import metric_names
 from diag.inputs import Inputs
+from diag.ledger import (
+    Part,
+    failure_file,
+    forget_failures,
+    is_finished,
+    lock_file,
+    read_plan,
+    standing,
+)
 from diag.models import load
-from diag.models.base import Model, Tower
+from diag.models.base import Model, Sample, Tower
 from diag.models.names import ModelSpec
+from diag.models.spread import SPREAD
+from diag.moments import cells_of
+from diag.prefetch import shards_ahead, workers_for
 from diag.records import (
-    FORMAT,
-    claim,
-    one_kind,
+    CannotWrite,
     read_heads,
     read_layers,
     read_manifest,
-    release,
-    tables,
     write,
     write_json,
     writing,
 )
-from diag.shards import Work, edits_of, shard_frames, tower_samples
+from diag.shards import Work, edits_of, frame_of, ratios_of, shard_pieces, tower_samples
+from diag.share import WHOLE, Locks, Share
+
+PATIENCE = 0.2
+"""Seconds between looks at what another process has in hand."""
+
+ROOM = 32_000_000
+"""Bytes that must be free before anything begins: a small run with its figures."""
 
 
 class Listener(Protocol):
@@ -96,14 +113,24 @@ class Run:
         return self.manifest["status"] == "complete"
 
 
-@dataclass
-class _Account:
-    """What the manifest says beside the plan, collected while the run goes on."""
+@dataclass(frozen=True)
+class _Job:
+    """What all models of a run share. size: inputs per shard, as the folder's first process chose it."""
 
-    models: list[dict[str, Any]] = field(default_factory=list)
-    shards: list[Path] = field(default_factory=list)
-    failed_models: dict[str, str] = field(default_factory=dict)
-    failed_inputs: dict[str, str] = field(default_factory=dict)
+    plan: ProbePlan
+    folder: Path
+    given: Mapping[str, Inputs]
+    share: Share
+    device: torch.device | str
+    size: int
+    locks: Locks
+    listener: Listener
+    progress: Progress
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether what the model reads goes to a GPU."""
+        return torch.cuda.is_available() if self.device == SPREAD else self.device != torch.device("cpu")
 
 
 def run_probe(
@@ -119,26 +146,64 @@ def run_probe(
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several is noted in the manifest, and the run goes on.
     """
+    found = run_share(plan, folder, WHOLE, overwrite=overwrite, listener=listener, progress=progress)
+    assert found is not None, "a process that does everything finishes the run"
+    return found
+
+
+def run_share(
+    plan: ProbePlan,
+    folder: Path | None,
+    share: Share,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    progress: Progress | None = None,
+) -> Run | None:
+    """One process's part of `run_probe`. None where the run is left to others: their shards are missing yet.
+
+    Raises UserError as `run_probe` does, and for `overwrite` where others may have begun already.
+    """
     listener, progress = listener or Silent(), progress or Progress()
     specs, given = prepared(plan)
+    device = device_of(plan.device, share.local_rank)
     key = plan.key({kind: found.digest for kind, found in given.items()})
     folder = folder or run_folder(plan, key)
-    document = {"key": key, "plan": plan.model_dump(mode="json"), "command": command_line()}
-    if claim(folder, document, overwrite=overwrite):
+    if overwrite and share.of > 1:
+        raise UserError(
+            "--overwrite would remove what other processes have just measured",
+            f"remove the folder first: rm -r '{folder}'",
+        )
+    if claim(folder, _document(plan, key, given), overwrite=overwrite):
+        shutil.rmtree(folder / "shards", ignore_errors=True)  # of a process that was killed at the very end
         listener.say(f"already complete: {folder} (measure again with --overwrite)")
         return open_run(folder)
-    started = time.time()
-    account = _Account()
-    for number, spec in enumerate(specs):
-        try:
-            _run_model(spec, number, given, plan, folder, account, listener, progress)
-        except UserError as error:
-            account.failed_models[spec.given] = str(error)
-            if len(account.failed_models) == len(specs):
-                release(folder)
-                raise
-            listener.say(f"{spec.given} failed: {error}")
-    return _finish(folder, plan, document, given, account, started)
+    document = read_plan(folder)
+    try:
+        check_room(folder, ROOM)
+        with _locks(folder) as locks:
+            forget_failures(folder, share)
+            size = document["shard_inputs"]
+            job = _Job(plan, folder, given, share, device, size, locks, listener, progress)
+            _run_models(job, specs)
+            state = standing(folder, document)
+            if not state.missing and not is_finished(folder):
+                finish(folder, locks, wait=share.of == 1, say=listener.say, drawing=draw)
+    except FileNotFoundError:
+        if not is_finished(folder):  # else another process has finished the run, and the shards are gone
+            raise
+    except UserError:
+        if share.of == 1:  # others may be at work in it
+            release(folder)
+        raise
+    if is_finished(folder):
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        return open_run(folder)
+    listener.say(
+        f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "
+        f"(attnbias merge '{folder}' does, too)"
+    )
+    return None
 
 
 def open_run(folder: Path) -> Run:
@@ -154,10 +219,24 @@ def prepared(plan: ProbePlan) -> tuple[list[ModelSpec], dict[str, Inputs]]:
     return specs_of(plan), inputs_of(plan)
 
 
-def device_of(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU. Raises UserError for a device that is not there."""
+def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
+    """`auto` is the first CUDA device, else the CPU. Raises UserError for a device that is not there.
+
+    local_rank: which of several processes on this machine asks; each gets a device of its own from `auto`.
+    `spread` stays what it is: whoever loads the model chooses the devices of its layers.
+    """
+    if name == SPREAD:
+        if local_rank is not None:
+            raise UserError("--device spread takes every GPU of a machine", "start one process per machine")
+        return name
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if local_rank is None:
+            return torch.device("cuda")
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # kernels are started on the current device
+        return device
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -166,152 +245,162 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _run_model(
-    spec: ModelSpec,
-    number: int,
-    given: Mapping[str, Inputs],
-    plan: ProbePlan,
-    folder: Path,
-    account: _Account,
-    listener: Listener,
-    progress: Progress,
-) -> None:
-    model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
-    for note in (f"{spec.given} → {model.resolved}", *model.notes):
-        listener.say(note)
-    kinds = [kind for kind in given if model.takers(kind)]
+def _document(plan: ProbePlan, key: str, given: Mapping[str, Inputs]) -> dict[str, Any]:
+    """What the first process of a run writes about it, for all others and for the manifest."""
+    return {
+        "key": key,
+        "plan": plan.model_dump(mode="json"),
+        "command": command_line(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "shard_inputs": shard_inputs(plan),
+        "inputs": {
+            kind: {"source": found.source, "count": len(found), "sha256": found.digest}
+            for kind, found in given.items()
+        },
+    }
+
+
+def _locks(folder: Path) -> Locks:
+    with writing(folder / "shards"):
+        lock_file(folder).parent.mkdir(exist_ok=True)
+        return Locks(lock_file(folder))
+
+
+def _run_models(job: _Job, specs: Sequence[ModelSpec]) -> None:
+    """Every model, one after the other. Raises the last one's error if all fail."""
+    failed = 0
+    for number, spec in enumerate(specs):
+        if is_finished(job.folder):
+            return
+        try:
+            _run_model(job, spec, number)
+        except CannotWrite:
+            raise
+        except UserError as error:
+            failed += 1
+            write_json({"error": str(error)}, failure_file(job.folder, number, spec.given, job.share))
+            if failed == len(specs):
+                raise
+            job.listener.say(f"{spec.given} failed: {error}")
+
+
+def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
+    plan = job.plan
+    model = load(spec, device=job.device, dtype=getattr(torch, plan.dtype))
+    for line in (f"{spec.given} → {model.resolved}", *model.notes):
+        job.listener.say(line)
+    kinds = [kind for kind in job.given if model.takers(kind)]
     if not kinds:
-        model.tower(next(iter(given)))
+        model.tower(next(iter(job.given)))
     named = {kind for kind, flag in (("vision", plan.images), ("text", plan.texts)) if flag is not None}
     if not named:
         kinds = kinds[:1]
-    for kind in kinds:
-        for tower in model.takers(kind, plan.tokens):
-            own = plan.tokens and tuple(name for name in plan.tokens if name in tower.token_sets)
-            part = plan.model_copy(update={"tokens": own})
-            _run_tower(spec, number, model, tower, given[kind], part, folder, account, listener, progress)
-
-
-def _run_tower(
-    spec: ModelSpec,
-    number: int,
-    model: Model,
-    tower: Tower,
-    given: Inputs,
-    plan: ProbePlan,
-    folder: Path,
-    account: _Account,
-    listener: Listener,
-    progress: Progress,
-) -> None:
-    samples = tower_samples(tower, given, plan)
-    work = Work.of(model, tower, plan)
-    shards = [samples[i : i + SHARD_INPUTS] for i in range(0, len(samples), SHARD_INPUTS)]
-    progress.shards_total += len(shards)
-    listener.start(f"{spec.given} {tower.name}", len(samples))
-    name = f"{number:02d}-{file_stem(spec.given)}-{tower.name}"
-    for place, shard in enumerate(shards):
-        # not with_suffix: names of models hold dots
-        file = folder / "shards" / f"{name}-{place:05d}.parquet"
-        if file.exists():
-            listener.advance(len(shard))
-        else:
-            report = Report()
-            frames = list(
-                shard_frames(work, shard, report, first_input=place * SHARD_INPUTS, advance=listener.advance)
-            )
-            # the account of a shard is there before the shard is
-            write_json(asdict(report), file.with_name(f"{name}-{place:05d}.json"))
-            write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), file)
-        progress.shards_done += 1
-    told = [json.loads(file.read_text()) for file in sorted((folder / "shards").glob(f"{name}-*.json"))]
-    for part in told:
-        account.failed_inputs |= part["failed"]
-    if all(sample.id in account.failed_inputs for sample in samples):
-        for file in (folder / "shards").glob(f"{name}-*"):
-            file.unlink()  # they hold nothing, and the inputs may be mended
-        raise UserError(
-            f"no input of '{given.source}' could be read: {account.failed_inputs[samples[0].id]}",
-            "give images in JPEG, PNG or WebP",
-        )
-    if plan.save_activations:
-        kept = folder / "activations" / f"{file_stem(spec.given)}-{tower.name}"
-        save_activations(tower, samples[: plan.save_activations], kept, plan.layers)
-    skipped = told[0]["skipped_layers"] if told else {}
-    for path, why in skipped.items():
-        listener.say(f"{spec.given}: {path} left out, {why}")
-    if unprojected := told[0].get("unprojected", []) if told else []:
-        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
-        listener.say(
-            f"{spec.given}: value_stream_cosine and output_value_cosine are empty where the way from "
-            f"heads to the stream is not understood: {unprojected[0]}{more}"
-        )
-    account.shards += sorted((folder / "shards").glob(f"{name}-*.parquet"))
-    account.models.append(
-        {
-            "given": spec.given,
-            "resolved": model.resolved,
-            "family": model.family,
-            "tower": tower.name,
-            "takes": tower.input_kind,
-            "layers": len(tower.layers),
-            "inputs": len(samples),
-            "notes": list(model.notes),
-            "skipped_layers": skipped,
-            **dict(model.facts),
-            **dict(tower.facts),
+    towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
+    for kind, tower in towers:
+        own = plan.tokens and tuple(name for name in plan.tokens if name in tower.token_sets)
+        of_tower = replace(job, plan=plan.model_copy(update={"tokens": own}))
+        if not DIVERGENCE_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
+            tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
+        given = job.given[kind]
+        samples = tower_samples(tower, given, plan)
+        part = Part(job.folder, number, spec.given, tower.name)
+        shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
+        note = {
+            "towers": [tower.name for _, tower in towers],
+            "shards": len(shards),
+            "source": given.source,
+            "device": str(job.device),
+            "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
         }
-    )
+        write_json(note, part.note)
+        _run_tower(of_tower, part, model, tower, shards)
 
 
-def _finish(
-    folder: Path,
-    plan: ProbePlan,
-    document: Mapping[str, Any],
-    given: Mapping[str, Inputs],
-    account: _Account,
-    started: float,
-) -> Run:
-    parts = [pd.read_parquet(file) for file in account.shards]
-    samples = one_kind(pd.concat([part for part in parts if len(part)], ignore_index=True))
-    layers, heads = tables(samples, seed=plan.seed)
-    write(samples, folder / "samples.parquet")
-    write(layers, folder / "layers.csv")
-    write(heads, folder / "heads.parquet")
-    figures = draw(layers, heads, folder / "figures")
-    write_json(
-        {
-            "format": FORMAT,
-            "status": "partial" if account.failed_models or account.failed_inputs else "complete",
-            **document,
-            "inputs": {
-                kind: {"source": found.source, "count": len(found), "sha256": found.digest}
-                for kind, found in given.items()
-                if any(entry["takes"] == kind for entry in account.models)
-            },
-            "models": account.models,
-            "failed_models": account.failed_models,
-            "failed_inputs": account.failed_inputs,
-            "device": str(device_of(plan.device)),
-            "seconds": round(time.time() - started, 3),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "environment": environment(),
-            "figures": [str(path.relative_to(folder)) for path in figures],
-        },
-        folder / "manifest.json",
-    )
-    shutil.rmtree(folder / "shards", ignore_errors=True)
-    return open_run(folder)
+def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
+    """What the manifest says of one tower."""
+    entry = {
+        "given": spec.given,
+        "resolved": model.resolved,
+        "family": model.family,
+        "tower": tower.name,
+        "takes": tower.input_kind,
+        "layers": len(tower.layers),
+        "inputs": inputs,
+        "notes": list(model.notes),
+        **dict(model.facts),
+        **dict(tower.facts),
+    }
+    if inputs > keep:
+        entry |= {"samples_kept": keep, "interval": "Student's t, of the moments of all inputs"}
+    return entry
 
 
-def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
-    """Every figure of a run, written as PDF, PNG and the CSV behind it."""
-    from diag.figures import draw_run
-    from diag.figures.write import save
+def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequence[Sequence[Sample]]) -> None:
+    """Measures this process's shards that are not there. What another process has in hand is waited for."""
+    own = [place for place in range(len(shards)) if job.share.has(part.number, place)]
+    job.progress.shards_total += len(own)
+    if not own:
+        return
+    work = Work.of(model, tower, job.plan)
+    job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
+    missing = [place for place in own if not part.shard(place).exists()]
+    workers = workers_for(job.plan.workers, on_gpu=job.on_gpu)
+    with shards_ahead(tower, shards, missing, workers=workers, pin=job.on_gpu) as take:
+        said, checked = False, False
+        while own and not is_finished(job.folder):
+            left = []
+            for place in own:
+                if not part.shard(place).exists() and not job.locks.take(part.lock(place)):
+                    left.append(place)
+                    continue
+                try:
+                    if part.shard(place).exists():
+                        job.listener.advance(len(shards[place]))
+                    else:
+                        _write_shard(job, part, work, shards, place, take(place))
+                        if not checked:
+                            _check_room(part, place, shards, job.plan.keep_samples)
+                        checked = True
+                finally:
+                    job.locks.give(part.lock(place))
+                job.progress.shards_done += 1
+            if left == own:
+                if not said:
+                    job.listener.say(f"waiting for another process, which measures {part.shard(own[0]).stem}")
+                said = True
+                time.sleep(PATIENCE)
+            own = left
 
-    with writing(folder):
-        return [
-            path
-            for stem, (figure, data) in draw_run(layers, heads).items()
-            for path in save(figure, data, folder, stem)
-        ]
+
+def _write_shard(
+    job: _Job,
+    part: Part,
+    work: Work,
+    shards: Sequence[Sequence[Sample]],
+    place: int,
+    samples: Iterable[Sample],
+) -> None:
+    """Measures one shard. What belongs to it is there before it is. samples: its own, at hand."""
+    began, report, ratios = time.time(), Report(), ratios_of(job.plan)
+    first, keep = place * job.size, job.plan.keep_samples
+    pieces = list(shard_pieces(work, samples, report, first_input=first, advance=job.listener.advance))
+    if place == 0 and job.plan.save_activations:
+        kept = job.folder / "activations" / f"{file_stem(part.given)}-{part.tower}"
+        first_ones = [sample for shard in shards for sample in shard][: job.plan.save_activations]
+        save_activations(work.tower, first_ones, kept, job.plan.layers)
+    if pieces and sum(map(len, shards)) > keep:
+        write(cells_of(pieces, ratios).frame(), part.cells(place))
+    frames = [frame_of(piece, ratios) for piece in (piece.until(keep) for piece in pieces) if piece]
+    write_json({**asdict(report), "seconds": time.time() - began}, part.account(place))
+    write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), part.shard(place))
+
+
+def _check_room(part: Part, place: int, shards: Sequence[Sequence[Sample]], keep: int) -> None:
+    """Raises CannotWrite if the shards to come will not fit, as the first one tells; it is kept."""
+    size, total = len(shards[0]), sum(map(len, shards))
+    missing = sum(not part.shard(number).exists() for number in range(len(shards)))
+    samples = part.shard(place).stat().st_size if place * size < keep else 0
+    cells = part.cells(place).stat().st_size if part.cells(place).exists() else 0
+    kept = min(total, keep) / size
+    # the samples of all shards are written once more in the end
+    check_room(part.folder, int(samples * (min(missing, kept) + kept) + cells * missing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from diag.batches import BatchSize
 from diag.blocks import Block, find_blocks
 from diag.collected import Report
 from diag.config import ProbePlan
@@ -22,7 +23,9 @@ from diag.interventions import parse as parse_edit
 from diag.measure import measure, pick_layers
 from diag.models.base import Model, Sample, Tower
 from diag.models.value_constants import value_constants
+from diag.moments import Piece
 from diag.records import RATIOS, samples_frame
+from diag.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
 from diag.stream import STREAM_METRICS
 
 
@@ -31,7 +34,8 @@ class Work:
     """A tower and all that a plan needs to measure it.
 
     constants: the columns that are the same in every row. removed: what `--values bias-free` takes out of
-    each layer's values. blocks: where whole branches are changed, or the stream is measured.
+    each layer's values. blocks: where whole branches are changed, or the stream is measured. size: of the
+    next batch; it follows the memory, from shard to shard.
     """
 
     tower: Tower
@@ -39,6 +43,7 @@ class Work:
     constants: Mapping[str, Any]
     removed: Mapping[int, Tensor] | None
     blocks: Sequence[Block]
+    size: BatchSize
 
     @staticmethod
     def of(model: Model, tower: Tower, plan: ProbePlan) -> Work:
@@ -49,6 +54,7 @@ class Work:
             _constants_of(model, tower, plan),
             _constants_to_remove(model, tower, plan),
             _blocks_of(model, tower, plan),
+            BatchSize(plan.batch_size) if plan.batch_size else BatchSize.automatic(_device_of(model)),
         )
 
 
@@ -68,15 +74,20 @@ def edits_of(plan: ProbePlan) -> list[Edit]:
     return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
 
 
-def shard_frames(
+def sampling_of(plan: ProbePlan) -> RowSampling:
+    """Which query rows stand for all of them in long sequences."""
+    return RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed)
+
+
+def shard_pieces(
     work: Work,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     report: Report,
     *,
     first_input: int = 0,
     advance: Callable[[int], object] = lambda inputs: None,
-) -> Iterator[pd.DataFrame]:
-    """Measures samples and yields a long-form frame per batch and layer.
+) -> Iterator[Piece]:
+    """Measures samples and yields the numbers of each batch and layer.
 
     first_input: the number of the first sample within the run. advance: told how many inputs are done.
     """
@@ -94,19 +105,19 @@ def shard_frames(
         value_constants=work.removed,
         edits=edits_of(plan),
         blocks=work.blocks,
-        batch_size=plan.batch_size,
+        sampling=sampling_of(plan),
+        batch_size=work.size,
         report=report,
     ):
         for block in batch.layers:
-            yield samples_frame(
+            yield Piece(
                 block.values,
-                ids=batch.ids,
-                first_input=position,
-                token_sets=sets,
-                metrics=block.metrics,
-                of_heads=block.of_heads,
-                ratios={name: RATIOS[name] for name in RATIOS if name in names},
-                constants={
+                batch.ids,
+                position,
+                sets,
+                block.metrics,
+                block.of_heads,
+                {
                     **work.constants,
                     "layer": block.layer.index,
                     "module": block.layer.path,
@@ -119,6 +130,32 @@ def shard_frames(
             )
         position += len(batch.ids)
         advance(len(batch.ids))
+
+
+def frame_of(piece: Piece, ratios: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """A piece as long-form rows, with the ratios that it has the parts of."""
+    return samples_frame(
+        piece.values,
+        ids=piece.ids,
+        first_input=piece.first_input,
+        token_sets=piece.token_sets,
+        metrics=piece.metrics,
+        of_heads=piece.of_heads,
+        ratios=ratios,
+        constants=piece.constants,
+    )
+
+
+def ratios_of(plan: ProbePlan) -> dict[str, tuple[str, str]]:
+    """Those of the plan's metrics that are ratios, with their parts."""
+    names = metric_names(plan.metrics)
+    return {name: parts for name, parts in RATIOS.items() if name in names}
+
+
+def shard_frames(work: Work, samples: Sequence[Sample], report: Report) -> Iterator[pd.DataFrame]:
+    """Measures samples and yields a long-form frame per batch and layer."""
+    for piece in shard_pieces(work, samples, report):
+        yield frame_of(piece, ratios_of(work.plan))
 
 
 def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
@@ -157,6 +194,11 @@ def _blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
     if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
         return ()
     return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
+
+
+def _device_of(model: Model) -> torch.device:
+    found = next((parameter.device for parameter in model.module.parameters()), None)
+    return torch.device("cpu") if found is None else found
 
 
 def _dtype_of(model: Model) -> str:

@@ -39,8 +39,11 @@ CHANGES: dict[str, Any] = {
     "dtype": "bfloat16",
     "seed": 1,
     "save_activations": 2,
+    "keep_samples": 8,
+    "exact": True,
+    "sampled_rows": 128,
 }
-HOW: dict[str, Any] = {"device": "cpu", "batch_size": 3}
+HOW: dict[str, Any] = {"device": "cpu", "batch_size": 3, "workers": 3}
 
 
 def test_every_option_is_either_what_or_how() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = shards.measure
 
-    def counting(tower: Any, samples: Sequence[Any], **options: Any) -> Any:
-        seen.extend(sample.id for sample in samples)
-        return original(tower, samples, **options)
+    def counting(tower: Any, samples: Iterable[Any], **options: Any) -> Any:
+        listed = list(samples)
+        seen.extend(sample.id for sample in listed)
+        return original(tower, listed, **options)
 
     monkeypatch.setattr(shards, "measure", counting)
     return seen

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from diag.attend.folder import Attended, read, write
 from diag.attend.plan import AttendPlan, checked, folder_of
+from diag.claims import claim, release
 from diag.config import command_line
-from diag.records import claim, release
 
 if TYPE_CHECKING:
     from diag.run import Listener

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from diag.errors import UserError
 from diag.ranges import ranges
 
 Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
@@ -42,9 +43,28 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what the folder holds.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda:0.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")]
+AutoBatchSize = Annotated[
+    str, typer.Option(help="Inputs per forward pass, or auto: as many as memory allows; same table.")
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Compute every query row, also beyond 2,048 tokens.")]
+SampledRows = Annotated[
+    int | None,
+    typer.Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024]."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU]."),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says]."),
+]
+KeepSamples = Annotated[
+    int, typer.Option(help="Keep the values of the first N inputs, and of all others moments and quantiles.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 QuietFolder = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")]
 
@@ -54,6 +74,15 @@ def names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     return tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip())
+
+
+def inputs_at_once(text: str) -> int:
+    """`8` → 8, `auto` → 0. Raises UserError."""
+    if text == "auto":
+        return 0
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise UserError(f"--batch-size does not understand '{text}'", "a number of inputs, or auto")
+    return int(text)
 
 
 def layer_ranges(text: str | None) -> tuple[int, ...] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +13,13 @@ import typer
 from diag.cli.app import Interrupted, app, say, say_failures
 from diag.cli.options import (
     AsJson,
-    BatchSize,
+    AutoBatchSize,
     Checkpoint,
     Device,
     Dtype,
+    Exact,
     Images,
+    KeepSamples,
     Layers,
     Length,
     Limit,
@@ -23,11 +27,15 @@ from diag.cli.options import (
     ModelArg,
     Overwrite,
     RandomInit,
+    SampledRows,
     Series,
+    Shard,
     Texts,
     Tokens,
     TrustRemoteCode,
     Values,
+    Workers,
+    inputs_at_once,
     layer_ranges,
     names,
 )
@@ -68,9 +76,14 @@ def probe(
     save_activations: Annotated[
         int, typer.Option(help="Also write the attention calls of the first N inputs.")
     ] = 0,
+    keep_samples: KeepSamples = 4096,
+    shard: Shard = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    batch_size: BatchSize = 8,
+    batch_size: AutoBatchSize = "8",
+    exact: Exact = False,
+    sampled_rows: SampledRows = None,
+    workers: Workers = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: AsJson = False,
@@ -78,6 +91,7 @@ def probe(
 ) -> None:
     """Measure the attention bias of pretrained models, layer by layer and head by head."""
     from diag.config import checked
+    from diag.share import share_of
 
     plan = checked(
         models=_models(model or [], series or []),
@@ -97,37 +111,50 @@ def probe(
         dtype=dtype,
         seed=seed,
         save_activations=save_activations,
+        keep_samples=keep_samples,
         device=device,
-        batch_size=batch_size,
+        batch_size=inputs_at_once(batch_size),
+        exact=exact,
+        sampled_rows=sampled_rows,
+        workers=workers,
     )
     if dry_run:
         _print_plan(plan, as_json)
         return
-    from diag.run import Progress, run_probe
-    from diag.terminal import StderrListener, result_table
+    from diag.run import Progress, run_share
+    from diag.terminal import StderrListener
 
-    progress = Progress()
+    share, progress = share_of(shard, os.environ), Progress()
     try:
-        with StderrListener(quiet=quiet) as listener:
-            found = run_probe(plan, out, overwrite=overwrite, listener=listener, progress=progress)
+        # of the processes that share a terminal, one says what all would say
+        with StderrListener(quiet=quiet or bool(share.local_rank)) as listener:
+            found = run_share(plan, out, share, overwrite=overwrite, listener=listener, progress=progress)
     except (Interrupted, KeyboardInterrupt) as stop:
         say(
             f"stopped after {progress.shards_done}/{progress.shards_total} shards; "
             "run the same command again to resume"
         )
         raise SystemExit(getattr(stop, "exit_code", 130)) from None
+    if found is not None:
+        show(found.folder, found.manifest, found.layers, as_json=as_json, quiet=quiet)
+
+
+def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: bool, quiet: bool) -> None:
+    """Prints a finished run. Raises SystemExit with code 3 if something failed on the way."""
+    from diag.terminal import result_table
+
     if as_json:
-        document = {"run": str(found.folder), "manifest": found.manifest, "layers": _records(found.layers)}
+        document = {"run": str(folder), "manifest": manifest, "layers": _records(layers)}
         print(json.dumps(document, indent=1, default=str))
     elif quiet:
-        print(found.folder)
+        print(folder)
     else:
-        print(result_table(found.layers))
-    failures = {**found.manifest["failed_models"], **found.manifest["failed_inputs"]}
+        print(result_table(layers))
+    failures = {**manifest["failed_models"], **manifest["failed_inputs"]}
     if failures:
         say_failures(failures, ", in manifest.json")
     if not as_json and not quiet:
-        say(f"run: {found.folder}")
+        say(f"run: {folder}")
     if failures:
         raise SystemExit(3)
 
@@ -146,12 +173,14 @@ def _models(given: list[str], series: list[str]) -> tuple[str, ...]:
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
-    from diag.run import prepared
+    from diag.forecast import forecast
+    from diag.run import device_of, prepared
 
     specs, found = prepared(plan)
     document = {
         "models": {spec.given: spec.resolved for spec in specs},
         "inputs": {kind: f"{len(given)} {given.kind} from '{given.source}'" for kind, given in found.items()},
+        "memory": forecast(plan, specs, found, device_of(plan.device)),
         "plan": plan.model_dump(mode="json"),
     }
     if as_json:
@@ -161,6 +190,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         print(f"model  {name} → {resolved}")
     for kind, given in document["inputs"].items():
         print(f"input  {kind}: {given}, at most {plan.limit}")
+    for name, words in document["memory"].items():
+        print(f"memory {name}: {words}")
 
 
 def _records(frame: Any) -> list[dict[str, Any]]:

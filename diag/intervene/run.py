@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diag.cache import measured
+from diag.claims import claim, release
 from diag.config import RUNS, ProbePlan, command_line, environment, inputs_of, run_folder, specs_of
 from diag.edited import check_layers
 from diag.errors import UserError
@@ -26,7 +27,7 @@ from diag.measure import Report, pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names import ModelSpec
-from diag.records import claim, layer_samples, read_layers, read_samples, release, write, write_json, writing
+from diag.records import layer_samples, read_layers, read_samples, write, write_json, writing
 from diag.run import Listener, Silent, device_of
 from diag.shards import tower_samples
 

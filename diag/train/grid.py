@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
+from diag.claims import claim
 from diag.config import RUNS, checked, command_line, environment
 from diag.errors import UserError
-from diag.records import claim, read_layers, read_manifest, write, write_json
+from diag.records import read_layers, read_manifest, write, write_json
 from diag.run import Listener, Silent, device_of, run_probe
+from diag.share import Locks, share_of
 from diag.train.cells import Cell, card_of, cells_of, train_cell
 from diag.train.outcomes import outcome_tables
 from diag.train.plan import TrainPlan
@@ -81,25 +84,35 @@ def run_train(
     started = time.time()
     task = task_of(plan)
     cells = cells_of(plan)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = cells[rank::world]
-    place = device_of(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and device == "cuda" else device)
+    share = share_of(None, os.environ)
+    place = device_of(device, share.local_rank)
+    if not isinstance(place, torch.device):
+        raise UserError(f"--device {device} is for one large model", "--device auto, cpu or cuda:0")
+    mine = [number for number in range(len(cells)) if number % share.of == share.rank]
     listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {place}")
-    for cell in mine:
-        listener.start(cell.name, plan.recipe.steps)
-        train_cell(
-            plan,
-            cell,
-            task,
-            folder / "cells" / cell.name,
-            device=place,
-            workers=workers,
-            advance=listener.advance,
-        )
-    if not all((folder / "cells" / cell.name / "card.json").exists() for cell in cells):
-        listener.say("other processes have cells to finish; the last one goes on")
-        return None
-    return _finish(plan, cells, task, folder, document, str(place), listener, started)
+    (folder / "cells").mkdir(exist_ok=True)
+    with Locks(folder / "cells" / ".lock") as locks:
+        for number in mine:
+            cell = cells[number]
+            if not locks.take(number):
+                listener.say(f"{cell.name} is in the hands of another process")
+                continue
+            listener.start(cell.name, plan.recipe.steps)
+            train_cell(
+                plan,
+                cell,
+                task,
+                folder / "cells" / cell.name,
+                device=place,
+                workers=workers,
+                advance=listener.advance,
+            )
+            locks.give(number)
+        unfinished = [cell for cell in cells if not (folder / "cells" / cell.name / "card.json").exists()]
+        if unfinished or not locks.take(len(cells)):
+            listener.say("other processes are at work; the last one probes and tabulates")
+            return None
+        return _finish(plan, cells, task, folder, document, str(place), listener, started)
 
 
 def open_grid(folder: Path) -> Grid:

@@ -1,16 +1,17 @@
-"""The image task: naming the class of an image, on labelled folders `DIR/class/*.jpg`."""
+"""The image task: naming the class of an image, on labelled folders `DIR/class/*.jpg` or WebDataset tars."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diag import inputs
+from diag import inputs, tars
 from diag.errors import UserError
 from diag.intervene.labels import class_names
 from diag.train.plan import TrainPlan
@@ -24,20 +25,24 @@ WATCHED = 32
 class LabelledTask(ImageTask):
     """Images of `train` in random crops, those of `validation` whole, resized and cut at the centre.
 
-    Raises UserError if either is no labelled folder, or validation has a class that training lacks.
+    Raises UserError if an image of either has no class, or validation has a class that training lacks.
     """
 
     def __init__(self, plan: TrainPlan) -> None:
         assert plan.train is not None
         assert plan.validation is not None
         self.training, self.testing = inputs.images(plan.train), inputs.images(plan.validation)
-        super().__init__(plan, class_names([item.id for item in self.training]))
-        for item in self.testing:
-            if item.id.partition("/")[0] not in self.classes:
-                raise UserError(
-                    f"'{plan.validation}' has the class of '{item.id}', which '{plan.train}' lacks",
-                    "give both the same class folders",
-                )
+        self.named = {
+            id(given): classes_of(source, [item.id for item in given])
+            for source, given in ((plan.train, self.training), (plan.validation, self.testing))
+        }
+        super().__init__(plan, sorted(set(self.named[id(self.training)])))
+        lacking = set(self.named[id(self.testing)]) - set(self.classes)
+        if lacking:
+            raise UserError(
+                f"'{plan.validation}' has the class '{min(lacking)}', which '{plan.train}' lacks",
+                "give both the same classes",
+            )
 
     @cached_property
     def transforms(self) -> tuple[Any, Any]:
@@ -74,9 +79,31 @@ class LabelledTask(ImageTask):
         return {"images": str(self.plan.validation)}
 
     def _read(self, given: inputs.Inputs, places: Any, transform: Any) -> dict[str, Tensor]:
-        items = [given.items[int(place)] for place in places]
-        labels = [self.classes.index(item.id.partition("/")[0]) for item in items]
-        return {
-            "images": torch.stack([transform(item.read()) for item in items]),
-            "labels": torch.tensor(labels),
-        }
+        images = [transform(given.items[int(place)].read()) for place in places]
+        named = self.named[id(given)]
+        labels = [self.classes.index(named[int(place)]) for place in places]
+        return {"images": torch.stack(images), "labels": torch.tensor(labels)}
+
+
+def classes_of(source: str, ids: Sequence[str]) -> list[str]:
+    """The class of each image: its folder in `DIR/class/*.jpg`, or the `.cls` member beside it in a tar.
+
+    source: what the ids were listed from. Raises UserError for an image that has neither.
+    """
+    if not any(".tar/" in name for name in ids):
+        class_names(ids)
+        return [name.partition("/")[0] for name in ids]
+    named = tars.named_tars(source)
+    root = tars.common_root(named) if named else Path(source)
+    index = tars.listed(named or sorted(root.rglob(f"*{tars.SUFFIX}")), root, (".cls",))
+    classes = {_key(name): index.read(place).decode().strip() for place, name in enumerate(index.ids)}
+    for name in ids:
+        if _key(name) not in classes:
+            raise UserError(f"image '{name}' has no class", f"put {_key(name)}.cls beside it in the tar")
+    return [classes[_key(name)] for name in ids]
+
+
+def _key(name: str) -> str:
+    """What members of one sample share, as WebDataset has it: all before the first dot of the file's name."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"

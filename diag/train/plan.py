@@ -92,7 +92,7 @@ class TrainPlan(BaseModel):
                 "task language takes no patch_sizes" if self.patch_sizes else "patch_sizes are missing"
             )
         if self.task == "images" and not (self.train and self.validation):
-            raise ValueError("task images takes train: and validation:, each DIR/class/*.jpg or tars")
+            raise ValueError("task images takes train: and validation:, DIR/class/*.jpg or tars with .cls")
         if self.task == "crops" and (self.train or self.validation):
             raise ValueError("task crops brings its own images: leave train and validation out")
         for name in ("patch_sizes", "variants", "seeds"):

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from diag.attend.plan import AttendPlan
 from diag.attend.plan import folder_of as folder_of_look
 from diag.cache import is_measured
-from diag.config import ProbePlan, specs_of
+from diag.config import HOW, ProbePlan, specs_of
 from diag.errors import UserError, did_you_mean, one_of
 from diag.figures.entropy import METRICS as ENTROPY_METRICS
 from diag.models import series
@@ -220,9 +220,8 @@ def _need_of_look(look: AttendPlan, root: Path) -> Need:
 
 
 def _alike(plan: ProbePlan, known: Mapping[str, Any]) -> bool:
-    how = {"device", "batch_size"}
-    mine = plan.model_dump(mode="json", exclude=how)
-    return mine == {key: value for key, value in known.items() if key not in how}
+    mine = plan.model_dump(mode="json", exclude=set(HOW))
+    return mine == {key: value for key, value in known.items() if key not in HOW}
 
 
 def _finished_plans(root: Path) -> tuple[Mapping[str, Any], ...]:

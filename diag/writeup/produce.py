@@ -23,7 +23,7 @@ from diag.attend.plan import AttendPlan
 from diag.attend.plan import folder_of as folder_of_look
 from diag.cache import folder_of, measured
 from diag.collect import Collection, collect
-from diag.config import RUNS, version
+from diag.config import HOW, RUNS, version
 from diag.errors import UserError
 from diag.records import read_manifest, write, write_json
 from diag.writeup.captions import caption, look_settings
@@ -310,7 +310,7 @@ def _document(plan: Plan, material: Material, account: _Account, drawn: Path) ->
 
 def _resolved(run: Run, folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    how = {"device", "batch_size", "save_activations"}
+    how = HOW | {"save_activations"}
     return {
         "run": folder.name,
         "key": manifest["key"],
@@ -319,7 +319,7 @@ def _resolved(run: Run, folder: Path) -> dict[str, Any]:
             kind: {**given, "source": portable(str(given["source"]))}
             for kind, given in manifest["inputs"].items()
         },
-        "plan": _portable(run.plan.model_dump(mode="json", exclude=how, exclude_defaults=True)),
+        "plan": _portable(run.plan.model_dump(mode="json", exclude=set(how), exclude_defaults=True)),
     }
 
 

@@ -230,8 +230,9 @@ def test_labels() -> None:
     assert labels(["n01440764/a.png"], 1000) == {"n01440764/a.png": 0}
     with pytest.raises(UserError, match="which is which is unclear"):
         labels(ids, 5)
-    with pytest.raises(UserError, match="lies in no class folder"):
-        labels(["a.png"], 5)
+    for name in ("a.png", "00000.tar/cat/a.png"):  # a tar is no class
+        with pytest.raises(UserError, match="lies in no class folder"):
+            labels([name], 1)
 
 
 # --- the folder and the command line ----------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,22 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(request: pytest.FixtureRequest, labelled: Path) -> TrainPlan:
     data = {"train": str(labelled / "train"), "validation": str(labelled / "validation")}
     return plan_of(request.param, **(data if request.param == "images" else {}))
+
+
+@pytest.fixture(scope="module")
+def packed(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in two tars each, their classes in `.cls` members."""
+    root = tmp_path_factory.mktemp("packed")
+    for part in ("train", "validation"):
+        for number in range(2):
+            with tarfile.open(root / f"{part}-{number}.tar", "w") as tar:
+                for file in sorted((labelled / part).rglob("*.png"))[number::2]:
+                    stem = f"{file.parent.name}-{file.stem}"
+                    for suffix, content in (("png", file.read_bytes()), ("cls", file.parent.name.encode())):
+                        member = tarfile.TarInfo(f"{stem}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    return root
 
 
 def trained(plan: TrainPlan, cell: Cell, folder: Path, **options: Any) -> dict[str, Any]:
@@ -175,6 +193,41 @@ def test_held_out_and_probed_data_are_the_same_every_time(plan: TrainPlan, tmp_p
     second.probed(tmp_path / "b")
     assert kind == ("texts" if plan.task == "language" else "images")
     assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_tars_are_labelled_images(packed: Path, labelled: Path) -> None:
+    both = {part: f"{packed}/{part}-{{0..1}}.tar" for part in ("train", "validation")}
+    task: Any = task_of(plan_of("images", **both))
+    assert task.classes == ("blue", "red", "yellow")
+    loose: Any = task_of(
+        plan_of("images", train=str(labelled / "train"), validation=str(labelled / "validation"))
+    )
+
+    def seen(task: Any) -> set[tuple[float, int]]:
+        (batch,) = task.held_out()
+        sums = batch["images"].double().sum((1, 2, 3)).tolist()
+        return set(zip(sums, batch["labels"].tolist(), strict=True))
+
+    assert len(seen(task)) == 12
+    assert seen(task) == seen(loose)
+
+
+def test_images_without_a_class(packed: Path, labelled: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
+    with pytest.raises(UserError, match=r"image 'loose\.png' lies in no class folder"):
+        task_of(plan_of("images", train=str(tmp_path), validation=str(labelled / "validation")))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "loose.png", "x.png")
+    with pytest.raises(UserError, match=r"image 'a\.tar/x\.png' has no class"):
+        task_of(plan_of("images", train=str(tmp_path / "a.tar"), validation=str(labelled / "validation")))
+    with pytest.raises(UserError, match="has the class 'blue', which"):
+        task_of(plan_of("images", train=_one_class(tmp_path), validation=str(labelled / "validation")))
+
+
+def _one_class(root: Path) -> str:
+    (root / "one" / "red").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(root / "one" / "red" / "a.png")
+    return str(root / "one")
 
 
 # --- the loop ------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_processes_share_the_cells(grid: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert run_train(small, tmp_path / "run", device="cpu") is None
-    assert [path.name for path in (tmp_path / "run" / "cells").iterdir()] == ["p16-sa-s0"]
+    assert [path.parent.name for path in (tmp_path / "run" / "cells").glob("*/card.json")] == ["p16-sa-s0"]
     monkeypatch.setenv("RANK", "1")
     found = run_train(small, tmp_path / "run", device="cpu")
     assert found is not None
