@@ -81,15 +81,14 @@ def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "
 
 def sampling_error(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "input head"]:
     """Standard error of `reduce` that comes from sampling rows; 0 where all rows are there."""
-    total: Tensor | float = 0.0
-    variance: Tensor | float = 0.0
-    for part in [condensed(part, inputs, how) for part in parts]:
-        _, weight = _pooled([(part.values, part.weights)], inputs)
-        total = total + weight.sum(-1)
+    parts = [condensed(part, inputs, how) for part in parts]
+    weights = [_pooled([(part.values, part.weights)], inputs)[1] for part in parts]
+    total = torch.stack([weight.sum(-1) for weight in weights]).sum(0)
+    variance = torch.zeros_like(total)
+    for part, weight in zip(parts, weights, strict=True):
         if part.variance is not None:
-            variance = variance + (weight.square() * part.variance).sum(-1)
-    error = torch.as_tensor(variance).sqrt() / torch.as_tensor(total)
-    return torch.where(torch.as_tensor(total) > 0, error, torch.nan)
+            variance += (weight.square() * part.variance).sum(-1)
+    return torch.where(total > 0, variance.sqrt() / total, torch.nan)
 
 
 def condensed(part: Reading, inputs: int, how: str) -> Reading:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diag import inputs
 from diag.attention import AttentionCall
-from diag.collected import SAMPLING_ERROR, Collected
+from diag.collected import FEW_KEYS, SAMPLING_ERROR, Collected
 from diag.measure import BatchValues, measure
 from diag.metrics import METRICS, Selection
 from diag.models import load
@@ -121,7 +121,7 @@ CALLS: dict[str, AttentionCall] = {
 def sampled(call: AttentionCall, seed: int = 0, tokens: Tensor | None = None) -> AttentionCall:
     """The call with rows drawn as the loop draws them."""
     rows = Selection(call, tokens).rows[:, 0]
-    few = rows & (call.visibility.count[:, 0] <= 16)
+    few = rows & (call.visibility.count[:, 0] <= FEW_KEYS)
     keys = [str(b) for b in range(call.batch)]
     return replace(call, sample=draw([rows, few], keys, replace(SAMPLING, seed=seed)))
 
