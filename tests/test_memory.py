@@ -54,8 +54,7 @@ def test_the_predicted_peak_is_near_the_measured_one(size: tuple[int, int, int])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     measured, expected, loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded < measured
-    # a kernel that reclaims what lies idle makes the measured peak smaller on a busy machine
-    assert 0.7 < expected / measured < 1.6, (expected >> 20, measured >> 20, loaded >> 20)
+    assert abs(expected / measured - 1) < 0.3, (expected >> 20, measured >> 20, loaded >> 20)
 
 
 def test_widths_are_read_off_the_matrices() -> None:

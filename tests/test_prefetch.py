@@ -227,7 +227,7 @@ def slow(number):
     time.sleep(0.05)
     return torch.zeros(3, 4, 4)
 
-tower = Tower("vision", (), None, None, None, slow)
+tower = Tower("vision", (), None, None, None, prepare=slow)
 given = [Sample(str(number), partial(int, number)) for number in range(2500)]
 try:
     with ahead(tower, given, workers=2) as stream:
