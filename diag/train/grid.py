@@ -76,15 +76,20 @@ def run_train(
         "plan": plan.model_dump(mode="json"),
         "command": command_line(),
     }
+    share = share_of(None, os.environ)
+    if overwrite and share.of > 1:
+        raise UserError(
+            "--overwrite with several processes would remove what others train", f"rm -r {folder}"
+        )
     if overwrite and (folder / "plan.json").exists():
-        shutil.rmtree(folder / "cells", ignore_errors=True)
+        for name in ("cells", "probe", "probed"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     if claim(folder, document, overwrite=overwrite):
         listener.say(f"already complete: {folder} (train again with --overwrite)")
         return open_grid(folder)
     started = time.time()
     task = task_of(plan)
     cells = cells_of(plan)
-    share = share_of(None, os.environ)
     place = device_of(device, share.local_rank)
     if not isinstance(place, torch.device):
         raise UserError(f"--device {device} is for one large model", "--device auto, cpu or cuda:0")

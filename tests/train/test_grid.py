@@ -111,6 +111,20 @@ def test_processes_share_the_cells(grid: Path, tmp_path: Path, monkeypatch: pyte
         assert row["sha256"] == whole.loc[name, "sha256"]
 
 
+def test_overwriting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = PLAN.model_copy(update={"variants": ("sa",), "seeds": (0,), "monitor_every": 0})
+    first = run_train(small, tmp_path / "run", device="cpu")
+    changed = small.model_copy(update={"recipe": small.recipe.model_copy(update={"steps": 3})})
+    second = run_train(changed, tmp_path / "run", device="cpu", overwrite=True)
+    assert first is not None
+    assert second is not None
+    assert first.tables["results"]["sha256"][0] != second.tables["results"]["sha256"][0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="would remove what others train"):
+        run_train(changed, tmp_path / "run", device="cpu", overwrite=True)
+
+
 def test_seed_0_is_shipped_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diag.models import load
     from diag.models.names import parse
