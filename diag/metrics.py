@@ -17,20 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import BLOCK_ELEMENTS, AttentionCall, SoftmaxStatistics
+from diag.attention import AttentionCall, SoftmaxStatistics
 from diag.errors import UserError, did_you_mean, one_of
-from diag.kernels import fused_values
 from diag.readings import Controls, Reading, reduce
-
-if TYPE_CHECKING:
-    from diag.kernels.triton_values import ValueStatistics
+from diag.values import ValueStatistics, of_inputs, reciprocal, value_blocks, value_statistics
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
@@ -54,23 +50,9 @@ class Selection:
         """rows that count: `[batch or 1, head or 1, token]`"""
 
     @cached_property
-    def value(self) -> Float[Tensor, "batch kv_head token dim"]:
-        # batched products copy what does not fold into [batch · head]: once here, not in each of them
-        value, keys = self.call.value.float().contiguous(), self.call.visibility.keys
-        # padding may hold anything, and 0 · NaN is NaN
-        return value if keys is None else value.masked_fill(~keys[:, None, :, None], 0.0)
-
-    @cached_property
-    def output(self) -> Float[Tensor, "batch kv_head group token dim"]:
-        output, seen = self.call.output.float().contiguous(), self.call.visibility
-        if seen.keys is not None or seen.rule == "general":
-            output = output.masked_fill((seen.count == 0)[..., None], 0.0)
-        return output.unflatten(1, (self.call.kv_heads, self.call.group))
-
-    @cached_property
-    def fused(self) -> ValueStatistics | None:
-        """On CUDA, what most of the following is made of, in one pass; None where it is plain PyTorch."""
-        return fused_values(self.call, self.among, self.rows, self.least)
+    def values(self) -> ValueStatistics:
+        """Norms, products and sums of values and outputs."""
+        return value_statistics(self.call, self.among, self.rows, self.least)
 
     @property
     def least(self) -> float:
@@ -79,72 +61,40 @@ class Selection:
 
     @cached_property
     def value_norm(self) -> Float[Tensor, "batch kv_head 1 token"]:
-        if self.fused is not None:
-            return self.fused.value_norm[:, :, None]
-        return vector_norm(self.value, dim=-1)[:, :, None]
+        """‖v_i‖"""
+        return self.values.value_norm[:, :, None]
 
     @cached_property
-    def output_norm(self) -> Float[Tensor, "batch kv_head group token"]:
-        if self.fused is not None:
-            return self.of_heads(self.fused.output_norm)
-        return vector_norm(self.output, dim=-1)
-
-    @cached_property
-    def per_value_norm(self) -> Tensor:
+    def per_value_norm(self) -> Float[Tensor, "batch kv_head 1 token"]:
         """1/‖v_i‖, 0 for zero vectors."""
-        return _reciprocal(self.value_norm)
+        return reciprocal(self.value_norm)
 
     @cached_property
-    def per_output_norm(self) -> Tensor:
+    def per_output_norm(self) -> Float[Tensor, "batch kv_head group token"]:
         """1/‖y_i‖, 0 for zero vectors."""
-        return _reciprocal(self.output_norm)
-
-    @cached_property
-    def projection(self) -> Float[Tensor, "batch kv_head group token"]:
-        """y_i · v̂_i"""
-        if self.fused is not None:
-            return self.of_heads(self.fused.product) * self.per_value_norm
-        return vecdot(self.output, self.value[:, :, None]) * self.per_value_norm
+        return self.of_heads(reciprocal(self.values.output_norm))
 
     @cached_property
     def cosine(self) -> Float[Tensor, "batch kv_head group token"]:
         """cos(y_i, v_i)"""
-        return self.projection * self.per_output_norm
+        return self.of_heads(self.values.product) * self.per_value_norm * self.per_output_norm
 
     @cached_property
     def self_part(self) -> Float[Tensor, "batch kv_head group token"]:
         """A_ii ‖v_i‖ / ‖y_i‖"""
-        weight = self.softmax.self_weight.unflatten(1, (self.call.kv_heads, self.call.group))
-        return weight * self.value_norm * self.per_output_norm
-
-    @cached_property
-    def exclusive(self) -> Float[Tensor, "batch kv_head group token dim"]:
-        """z_i = y_i - (y_i·v̂_i) v̂_i, what Exclusive Self Attention keeps."""
-        share = (self.projection * self.per_value_norm)[..., None]
-        return torch.addcmul(self.output, share, self.value[:, :, None], value=-1)
+        return self.of_heads(self.softmax.self_weight) * self.value_norm * self.per_output_norm
 
     @cached_property
     def value_similarity(self) -> Float[Tensor, "batch kv_head"]:
-        weights = self.among[:, None, None, :] * self.per_value_norm  # [batch, kv_head, 1, token]
-        total = (weights @ self.value)[:, :, 0] if self.fused is None else self.fused.value_total
-        return _mean_pairwise(total, (weights > 0).sum(-1)[..., 0], self.count[:, None])
+        units = self.among[:, None] & (self.values.value_norm > 0)
+        return _mean_pairwise(self.values.value_total, units.sum(-1), self.count[:, None])
 
     @cached_property
     def partner(self) -> tuple[Tensor, Tensor]:
         """Mean cosine of y_i with the other visible values of S, and whether there is any."""
-        seen, call = self.call.visibility, self.call
-        weights = self.among[:, None, :] * self.per_value_norm[:, :, 0]
-        own = (self.among[:, None, :] & seen.sees_itself)[:, :, None]  # [.., 1, token]
-        if own.shape[1] == call.heads > 1:
-            own = own[:, :, 0].unflatten(1, (call.kv_heads, call.group))
-        partners = self.grouped(seen.count_among(self.among)) - own.long()
-        if self.fused is not None:
-            inner = self.of_heads(self.fused.partner)
-        else:
-            total = self.grouped(seen.sum(self.value, weights))
-            # total: [batch, kv_head, group or 1, token or 1, dim]
-            inner = _inner(self.output, total)
-        cosines = inner * self.per_output_norm - own * self.cosine
+        own = self.grouped(self.among[:, None] & self.call.visibility.sees_itself)  # [.., 1 or group, token]
+        partners = self.grouped(self.call.visibility.count_among(self.among)) - own.long()
+        cosines = self.of_heads(self.values.partner) * self.per_output_norm - own * self.cosine
         return cosines / partners.clamp(min=1), partners > 0
 
     @cached_property
@@ -222,14 +172,9 @@ def excess(on: Selection) -> Reading:
 
 def cos_y_vuniform(on: Selection) -> Reading:
     """cos(ȳ_i, v_i), ȳ_i the plain mean of the visible v_j in S: the uniform-attention null."""
-    seen = on.call.visibility
-    if on.fused is not None:
-        inner, norm = on.fused.uniform[:, :, None], on.fused.uniform_norm[:, :, None]
-    else:
-        total = on.grouped(seen.sum(on.value, on.among[:, None, :].float()))
-        inner, norm = _inner(on.value[:, :, None], total), vector_norm(total, dim=-1)
-    cosine = inner * on.per_value_norm * _reciprocal(norm)
-    return on.per_row(cosine, on.grouped(seen.count_among(on.among)) > 0)
+    inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
+    cosine = inner * on.per_value_norm * reciprocal(norm)
+    return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
 
 
 def removed_energy(on: Selection) -> Reading:
@@ -248,11 +193,12 @@ def value_similarity_partial(on: Selection) -> Reading:
     place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
     other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
     chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
-    # a few heads at a time: float64 copies of all values would be the largest tensors of the probe
-    budget = BLOCK_ELEMENTS["cuda" if on.value.is_cuda else "cpu"] // 4
-    heads = max(1, budget // (on.call.batch * on.call.tokens * on.value.shape[-1]))
-    each = torch.cat([_partial_cosines(part, place, chosen) for part in on.value.split(heads, dim=1)], 1)
-    return on.per_head((each * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp(min=1), least=3)
+    found = torch.empty(on.call.batch, on.call.kv_heads, device=place.device, dtype=torch.float64)
+    for where, value in value_blocks(on.call):  # float64 copies of all values would be large
+        of, there, exist = (of_inputs(x, where[0]) for x in (place, chosen, valid))
+        each = _partial_cosines(value, of, there)
+        found[where] = (each * exist[:, None]).sum(-1) / exist.sum(-1)[:, None].clamp(min=1)
+    return on.per_head(found, least=3)
 
 
 def _partial_cosines(
@@ -260,18 +206,22 @@ def _partial_cosines(
     place: Int[Tensor, "#batch anchor"],
     chosen: Bool[Tensor, "#batch 1 anchor token"],
 ) -> Float64[Tensor, "batch kv_head anchor"]:
-    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`."""
-    value = value.double()  # 1 - cos² loses its digits where values are nearly parallel
-    per_norm = _reciprocal(vector_norm(value, dim=-1))[:, :, None]  # [batch, kv_head, 1, token]
+    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`.
+
+    In float64: 1 - cos² loses its digits where values are nearly parallel.
+    """
+    norm = vector_norm(value, dim=-1, keepdim=True, dtype=torch.float64)
+    unit = value * reciprocal(norm)
     index = place[:, None, :, None].expand(*value.shape[:2], -1, value.shape[-1])
-    anchor = value.gather(2, index)
-    anchor = anchor * _reciprocal(vector_norm(anchor, dim=-1, keepdim=True))
-    cosine = anchor @ value.transpose(-1, -2) * per_norm  # [batch, kv_head, anchor, token]
-    # what is left of v_j without v_i; a value parallel to the anchor leaves nothing
-    left = 1 - cosine.square()
-    scale = left.masked_fill_((left <= 1e-12) | ~(chosen & (per_norm != 0)), torch.inf).rsqrt_()
-    total = (scale * per_norm) @ value - (scale * cosine).sum(-1, keepdim=True) * anchor
-    return _mean_pairwise(total, (scale > 0).sum(-1), chosen.sum(-1))
+    anchor = unit.gather(2, index)
+    cosine = anchor @ unit.transpose(-1, -2)  # [batch, kv_head, anchor, token]
+    # what is left of v̂_j without its part along the anchor; of what was not chosen, nothing
+    left = torch.addcmul(chosen.double(), cosine, cosine, value=-1)
+    scale = left.masked_fill_(left <= 1e-12, torch.inf).rsqrt_()
+    total = scale @ unit
+    total = torch.addcmul(total, vecdot(total, anchor)[..., None], anchor, value=-1)
+    units = (scale > 0).sum(-1) - (chosen & (norm[..., None, :, 0] == 0)).sum(-1)
+    return _mean_pairwise(total, units, chosen.sum(-1))
 
 
 def value_similarity_partial_reference(on: Selection) -> Reading:
@@ -281,30 +231,31 @@ def value_similarity_partial_reference(on: Selection) -> Reading:
 
 def output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(y_i, y_j)."""
-    total = None if on.fused is None else on.of_heads(on.fused.output_total)
-    return _pairwise_rows(on, on.per_output_norm, lambda: on.output, total)
+    return _pairwise_rows(on, on.values.output_total, on.values.output_norm > 0)
 
 
 def exclusive_output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
-    fused = on.fused
-    norm = vector_norm(on.exclusive, dim=-1) if fused is None else on.of_heads(fused.exclusive_norm)
-    per_norm = torch.where(norm > on.least * on.output_norm, _reciprocal(norm), 0.0)
-    total = None if fused is None else on.of_heads(fused.exclusive_total)
-    return _pairwise_rows(on, per_norm, lambda: on.exclusive, total)
+    found = on.values
+    return _pairwise_rows(on, found.exclusive_total, found.exclusive_norm > on.least * found.output_norm)
 
 
 def value_participation_ratio(on: Selection) -> Reading:
     """tr(C)²/‖C‖_F² of the centred values' covariance: the number of directions that they fill."""
-    weights = on.among[:, None, None, :].float()
-    mean = weights @ on.value / on.count[:, None, None, None].clamp(min=1)
-    centred = (on.value - mean).mul_(weights.transpose(-1, -2))
-    covariance = centred.transpose(-1, -2) @ centred  # [batch, kv_head, dim, dim]
-    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-    reading = on.per_head(trace.square() * _reciprocal(covariance.square().sum((-1, -2))))
-    # what rounding of the mean leaves is no spread; NaN stays, to be found out
-    none = trace <= 1e-12 * (weights * on.value_norm.square()).sum((-1, -2))
-    return Reading(reading.values, reading.weights * ~none.repeat_interleave(on.call.group, 1)[..., None])
+    ratio = torch.empty(on.call.batch, on.call.kv_heads, device=on.among.device)
+    some = torch.empty_like(ratio, dtype=torch.bool)
+    for where, value in value_blocks(on.call):
+        weights, count = (of_inputs(x, where[0]) for x in (on.among[:, None, None, :].float(), on.count))
+        mean = weights @ value / count[:, None, None, None].clamp(min=1)
+        centred = (value - mean).mul_(weights.transpose(-1, -2))
+        covariance = centred.transpose(-1, -2) @ centred  # [batch, kv_head, dim, dim]
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        ratio[where] = trace.square() * reciprocal(covariance.square().sum((-1, -2)))
+        # what rounding of the mean leaves is no spread; NaN stays, to be found out
+        energy = weights[:, :, 0] * on.values.value_norm[where].square()
+        some[where] = ~(trace <= 1e-12 * energy.sum(-1))
+    reading = on.per_head(ratio)
+    return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
 
 
 def self_weight(on: Selection) -> Reading:
@@ -422,10 +373,6 @@ def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return torch.where(valid, ranks, 0), valid
 
 
-def _reciprocal(x: Tensor) -> Tensor:
-    return torch.where(x == 0, 0.0, 1 / x)
-
-
 def _mean_pairwise(total: Tensor, units: Tensor, count: Tensor) -> Tensor:
     """Mean cosine over ordered pairs, from the sum of the unit vectors: (‖Σ û‖² - units)/(n(n-1)).
 
@@ -434,19 +381,10 @@ def _mean_pairwise(total: Tensor, units: Tensor, count: Tensor) -> Tensor:
     return (total.square().sum(-1) - units) / (count * (count - 1)).clamp(min=1)
 
 
-def _inner(x: Tensor, total: Tensor) -> Tensor:
-    """x_i · total_i, where the token axis of `total` may be 1."""
-    return (x @ total.transpose(-1, -2))[..., 0] if total.shape[3] == 1 else vecdot(x, total)
-
-
 def _pairwise_rows(
-    on: Selection, per_norm: Tensor, vectors: Callable[[], Tensor], total: Tensor | None
+    on: Selection, total: Float[Tensor, "batch head dim"], directed: Bool[Tensor, "batch head token"]
 ) -> Reading:
-    """Mean cosine of the rows that count, from their unit vectors or from the known `total` of these."""
-    rows = on.grouped(on.rows)  # [batch or 1, kv_head or 1, group or 1, token]
-    weights = (rows * per_norm)[..., None, :]
-    total = (weights @ vectors())[..., 0, :] if total is None else total
-    count = rows.sum(-1)
-    mean = _mean_pairwise(total, (weights[..., 0, :] > 0).sum(-1), count).flatten(1, 2)[..., None]
-    weight = torch.where(count > 1, count, 0).flatten(1, 2)[..., None]
-    return Reading(mean, weight)
+    """Mean cosine of the rows that count, from the sum of their unit vectors; directed: which have any."""
+    count = on.rows.sum(-1)  # [batch or 1, head or 1]
+    mean = _mean_pairwise(total, (on.rows & directed).sum(-1), count)
+    return Reading(mean[..., None], torch.where(count > 1, count, 0)[..., None])

@@ -67,16 +67,18 @@ def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "
     how: "mean" or "percentile". The percentile of several windows whose rows are sampled is the mean of
     their percentiles.
     """
-    parts = [condensed(part, inputs, how) for part in parts] if _any_sampled(parts) else parts
-    value, weight = _pooled([(part.values, part.weights) for part in parts], inputs)
-    total = weight.sum(-1)
-    counted = torch.where(weight > 0, value, 0.0)
-    if how == "percentile" and not _any_sampled(parts):
+    sampled = _any_sampled(parts)
+    parts = [condensed(part, inputs, how) for part in parts] if sampled else parts
+    if how == "percentile" and not sampled:
+        value, weight = _pooled([(part.values, part.weights) for part in parts], inputs)
+        total = weight.sum(-1)
+        finite = torch.where(weight > 0, value, 0.0).isfinite().all(-1)
         result = _percentile(value, weight, torch.full_like(total, PERCENTILE))
     else:
-        result = (counted * weight).sum(-1) / total
-    result = torch.where(counted.isfinite().all(-1), result, torch.inf)
-    return torch.where(total > 0, result, torch.nan)
+        sums = [_sums(part.values, part.weights, inputs) for part in parts]
+        summed, total = (torch.stack(each).sum(0) for each in zip(*sums, strict=True))
+        finite, result = summed.isfinite(), summed / total
+    return torch.where(total > 0, torch.where(finite, result, torch.inf), torch.nan)
 
 
 def sampling_error(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "input head"]:
@@ -106,8 +108,8 @@ def condensed(part: Reading, inputs: int, how: str) -> Reading:
         return Reading(values, total, variance=(share.square() * spread).sum(-1, keepdim=True))
     if part.variance is not None or how != "mean":
         return part
-    _, weight = _pooled([(part.values, part.weights)], inputs)
-    return Reading(reduce([part], inputs, how)[..., None], weight.sum(-1, keepdim=True))
+    _, total = _sums(part.values, part.weights, inputs)
+    return Reading(reduce([part], inputs, how)[..., None], total[..., None])
 
 
 def _any_sampled(parts: Sequence[Reading]) -> bool:
@@ -282,6 +284,21 @@ def _percentile(values: Tensor, weights: Tensor, at: Tensor) -> Tensor:
     start, end = centre.gather(-1, below), centre.gather(-1, above)
     share = torch.where(end > start, (place - start) / (end - start), 0.0).clamp(0, 1)
     return (low + (high - low) * share)[..., 0]
+
+
+def _sums(values: Tensor, weights: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+    """The weighted sum over all tokens of an input, and that of its weights, `[input, head]`, float64.
+
+    What counts and is not finite makes the sum not finite. Nothing of the size of the values is copied
+    in float64 unless their weights differ.
+    """
+    counted = torch.where(weights > 0, values, 0.0)
+    if weights.dtype != torch.bool:
+        counted = counted.double() * weights
+    batch, heads, tokens = counted.shape
+    total = weights.sum(-1, dtype=torch.float64) * (tokens // weights.shape[-1])
+    each = (counted.sum(-1, dtype=torch.float64), total.expand(batch, heads))
+    return each[0].unflatten(0, (inputs, -1)).sum(1), each[1].unflatten(0, (inputs, -1)).sum(1)
 
 
 def _pooled(parts: Sequence[tuple[Tensor, Tensor]], inputs: int) -> tuple[Tensor, Tensor]:

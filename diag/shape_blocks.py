@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import BLOCK_ELEMENTS, AttentionCall, _first_key, log_pattern_blocks, positions
+from diag.attention import BLOCK_ELEMENTS, LN2, AttentionCall, _first_key, log2_pattern_blocks, positions
 
 NEAR_TOKENS = 16
 """How far apart two tokens of a text may be and still be near each other."""
@@ -201,7 +201,7 @@ def stream(
             found["top"][where][..., :number] = logs.topk(number, -1).indices.int()
             if len(found) == 1:
                 continue
-        pattern = logs.exp()
+        pattern = logs.exp2()
         if givers is not None:
             found["received"][:, in_batch, in_head, :seen] += (
                 givers[in_batch, in_head, :, in_row] @ pattern
@@ -229,7 +229,7 @@ def stream(
         if of_keys is not None:
             sums = pattern @ of_keys[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
         if "entropy" in found or of_keys is not None:
-            products = pattern.mul_(logs)
+            products = pattern.mul_(logs).mul_(LN2)  # A ln A
         if "entropy" in found:
             found["entropy"][where] = products.sum(-1).neg_()
         if of_keys is not None:
@@ -338,7 +338,7 @@ class Neighbour:
 def _live_blocks(
     call: AttentionCall, live: Tensor
 ) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
-    """Blocks of `ln A` with their place and number of keys; rows that are not live hold `NOTHING`."""
+    """Blocks of `log₂ A` with their place and number of keys; rows that are not live hold `NOTHING`."""
     live = live.expand(call.batch, call.heads, -1)
     some_dead = (~live).flatten(0, 1).any(0).tolist()
     for where, logs in _pattern_blocks(call):
@@ -354,7 +354,7 @@ def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, s
             lse = call.softmax.log_normaliser
         known = lse is not None
         lse = torch.empty(call.output.shape[:3], device=call.output.device) if lse is None else lse.float()
-        yield from log_pattern_blocks(call, lse, known)
+        yield from log2_pattern_blocks(call, lse, known)
         return
     budget = BLOCK_ELEMENTS[call.output.device.type]
     rows_at_once = max(1, min(call.tokens, budget // call.tokens))
@@ -369,7 +369,7 @@ def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, s
                     slice(h, min(h + heads, call.heads)),
                     slice(r, min(r + rows_at_once, call.tokens)),
                 )
-                yield where, call.pattern[where].float().log().clamp(min=NOTHING)
+                yield where, call.pattern[where].float().log2().clamp(min=NOTHING)
 
 
 def _of_keys(pattern: Tensor, keys: Int[Tensor, " row"]) -> Float[Tensor, "batch head row"]:

@@ -132,7 +132,7 @@ def test_the_budget_bounds_a_block(budget: int, rows_at_once: int, monkeypatch: 
     call = make_call(batch=1, heads=2, tokens=40, causal=True)
     sizes = [
         where[2].stop - where[2].start
-        for where, _ in attention.log_pattern_blocks(call, torch.empty(1, 2, 40), known=False)
+        for where, _ in attention.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)
     ]
     assert max(sizes) == rows_at_once
     assert sum(sizes) == 2 * 40  # every row of every head once

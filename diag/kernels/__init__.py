@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diag.attention import AttentionCall, SoftmaxStatistics
-    from diag.kernels.triton_values import ValueStatistics
+    from diag.values import ValueStatistics
 
 
 def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
@@ -24,7 +24,7 @@ def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
 def fused_values(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics | None:
     """Norms, products and sums of values and outputs on CUDA; None where plain PyTorch has to compute them.
 
-    The arguments are those of `diag.kernels.triton_values.value_statistics`.
+    The arguments are those of `diag.values.value_statistics`.
     """
     if not _has_triton(call):
         return None

@@ -16,8 +16,6 @@ Float32 arithmetic; a reciprocal norm of a zero vector is 0. Every sum has one o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -25,38 +23,10 @@ from torch import Tensor
 
 from diag.attention import AttentionCall
 from diag.kernels.triton_scores import on_device, reach, read_vectors
+from diag.values import ValueStatistics
 
 ELEMENTS = 4096
 """Numbers of a block of vectors: 32 per thread, and four to five such blocks are held at once."""
-
-
-@dataclass(frozen=True, eq=False)
-class ValueStatistics:
-    """What the metrics of values and outputs are made of, float32. S is the token set.
-
-    A token that no query sees has a value of 0, a row that sees no key an output of 0.
-    """
-
-    value_norm: Tensor
-    """‖v_i‖, `[batch, kv_head, token]`"""
-    uniform: Tensor
-    """v_i·u_i, u_i = Σ_j v_j over the visible j in S, `[batch, kv_head, token]`"""
-    uniform_norm: Tensor
-    """‖u_i‖, `[batch, kv_head, token]`"""
-    output_norm: Tensor
-    """‖y_i‖, `[batch, head, token]`"""
-    product: Tensor
-    """y_i·v_i, `[batch, head, token]`"""
-    partner: Tensor
-    """y_i·Σ_j v̂_j over the visible j in S, i among them, `[batch, head, token]`"""
-    exclusive_norm: Tensor
-    """‖z_i‖, `[batch, head, token]`"""
-    value_total: Tensor
-    """Σ_j v̂_j over S, `[batch, kv_head, value_dim]`"""
-    output_total: Tensor
-    """Σ_i ŷ_i over the rows that count, `[batch, head, value_dim]`"""
-    exclusive_total: Tensor
-    """Σ_i ẑ_i over the rows that count and whose z is more than rounding, `[batch, head, value_dim]`"""
 
 
 def supports_values(call: AttentionCall) -> bool:
