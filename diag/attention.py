@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.linalg import vecdot, vector_norm
 
 from diag.errors import MeasurementError
 from diag.sampling import RowSample
@@ -260,7 +261,7 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
         pattern = torch.exp2(logs, out=scratch(logs.shape))
-        squares[where] = torch.linalg.vector_norm(pattern, dim=-1).square_()
+        squares[where] = vector_norm(pattern, dim=-1).square_()
         entropy[where] = pattern.mul_(logs).sum(-1).mul_(-LN2)
     own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))
     return SoftmaxStatistics(lse, entropy, squares, own, leading)
@@ -279,26 +280,29 @@ def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token
     assert call.query is not None
     assert call.key is not None
     assert softmax.log_normaliser is not None
-    query = call.query.unflatten(1, (call.kv_heads, call.group))
-    key = call.key.float()
-    if seen.keys is not None:
-        key = key.masked_fill(~seen.keys[:, None, :, None], 0.0)  # padding may hold anything
+    middle, along = torch.empty_like(softmax.self_weight), torch.empty_like(softmax.self_weight)
+    for in_batch, in_kv_head in lanes(call, call.query.shape[-1]):
+        in_head = slice(in_kv_head.start * call.group, in_kv_head.stop * call.group)
+        query = call.query[in_batch, in_head].float().contiguous().unflatten(1, (-1, call.group))
+        key, part = call.key[in_batch, in_kv_head].float(), seen.part(in_batch, in_head)
+        number = part.count.clamp(min=1)
+        hidden = None if part.keys is None else ~part.keys[:, None, :, None]
+        key = key if hidden is None else key.masked_fill(hidden, 0.0)  # padding may hold anything
+        if seen.rule == "causal":
+            means = key.cumsum(2) / number[..., None]
+            scores = vecdot(query, means[:, :, None])
+            mean = means[:, :, -1:]
+        else:
+            mean = key.sum(2, keepdim=True) / number.amax((1, 2))[:, None, None, None]
+            scores = (query @ mean[:, :, None].transpose(-1, -2))[..., 0]
+        centred = key - mean
+        centred = centred if hidden is None else centred.masked_fill_(hidden, 0.0)
+        # [batch, kv_head, dim, dim]
+        spread = centred.transpose(-1, -2) @ centred / number.amax((1, 2))[:, None, None, None]
+        middle[in_batch, in_head] = scores.flatten(1, 2) * call.scale
+        along[in_batch, in_head] = vecdot(query @ spread[:, :, None], query).flatten(1, 2) * call.scale**2
     number = seen.count.clamp(min=1)
-    if seen.rule == "causal":
-        middle = key.cumsum(2) / number[..., None]
-        score = torch.linalg.vecdot(query.float(), middle[:, :, None])
-        total = middle[:, :, -1:]
-    else:
-        total = key.sum(2, keepdim=True) / number.amax(-1)[..., None, None]
-        score = (query.float() @ total[:, :, None].transpose(-1, -2))[..., 0]
-    centred = key - total
-    if seen.keys is not None:
-        centred = centred.masked_fill(~seen.keys[:, None, :, None], 0.0)
-    spread = (
-        centred.transpose(-1, -2) @ centred / number.amax(-1)[..., None, None]
-    )  # [batch, kv_head, dim, dim]
-    along = torch.linalg.vecdot(query.float() @ spread[:, :, None], query.float()) * call.scale**2
-    divergence = softmax.log_normaliser - number.log() - score.flatten(1, 2) * call.scale
+    divergence = softmax.log_normaliser - number.log() - middle
     own, first = softmax.self_weight, softmax.first_weight
     return torch.stack(
         [
@@ -306,7 +310,7 @@ def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token
             divergence.square(),
             number * (-divergence).exp(),
             number * (-2 * divergence).exp(),
-            along.flatten(1, 2),
+            along,
             own,
             torch.xlogy(own, own),
             first,
@@ -420,8 +424,8 @@ def _scores_of_single_keys(call: AttentionCall, key: Tensor) -> tuple[Tensor, Te
         query = call.query[in_batch, in_head].float().unflatten(1, (-1, call.group))
         keys = call.key[in_batch, in_kv_head].float()
         chosen = keys.take_along_dim(key[in_batch, None, None, None], 2)  # [batch, kv_head, 1, dim]
-        own[in_batch, in_head] = torch.linalg.vecdot(query, keys[:, :, None]).flatten(1, 2)
-        other[in_batch, in_head] = torch.linalg.vecdot(query, chosen[:, :, None]).flatten(1, 2)
+        own[in_batch, in_head] = vecdot(query, keys[:, :, None]).flatten(1, 2)
+        other[in_batch, in_head] = vecdot(query, chosen[:, :, None]).flatten(1, 2)
     own, other = own.mul_(call.scale), other.mul_(call.scale)
     if call.mask is not None:
         mask = _four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.tokens)
@@ -588,8 +592,9 @@ def _all_blocks(
                 if not known:
                     top = block.amax(-1, keepdim=True)
                     normaliser = top + (block - top).exp2_().sum(-1, keepdim=True).log2_()
-                    lse[in_batch, in_head, in_row] = normaliser[..., 0] * LN2
-                    block = block.sub_(normaliser)
+                    normaliser *= LN2
+                    lse[in_batch, in_head, in_row] = normaliser[..., 0]
+                    block = block.sub_(normaliser / LN2)  # as rounded: to the last bit what a known one gives
                 yield (in_batch, in_head, in_row), block
 
 

@@ -30,12 +30,12 @@ def head_divergence(on: Selection, neutral: Output) -> Reading:
 
 def head_divergence_relative(on: Selection, neutral: Output) -> Reading:
     """2‖y_i − y_i⁰‖/(‖y_i‖ + ‖y_i⁰‖): 0 the image does not matter, at most 2."""
-    whole = on.output_norm.flatten(1, 2) + vector_norm(neutral.float(), dim=-1)
+    whole = on.values.output_norm + vector_norm(neutral.float(), dim=-1)
     return Reading(2 * _distance(on, neutral) / whole.where(whole > 0, 1.0), on.rows)
 
 
 def _distance(on: Selection, neutral: Output) -> Float[Tensor, "batch head token"]:
-    return vector_norm(on.output.flatten(1, 2) - neutral.float(), dim=-1)
+    return vector_norm(on.call.output.float() - neutral.float(), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,14 @@ class Selection:
         if sample is None:
             return Reading(values, rows)
         weights = sample.at(rows) * sample.weight[:, None]
-        return Reading(values, weights, sample, Controls(self.call.controls, rows))
+        controls = self.controls if rows is self.rows else Controls(self.call.controls, rows, sample)
+        return Reading(values, weights, sample, controls)
+
+    @cached_property
+    def controls(self) -> Controls:
+        """What is known of all rows that count, where rows are sampled."""
+        assert self.call.sample is not None
+        return Controls(self.call.controls, self.rows, self.call.sample)
 
     def per_head(self, values: Float[Tensor, "batch kv_head"], least: int = 2) -> Reading:
         """A reading of one number per KV head; undefined with fewer than `least` tokens."""

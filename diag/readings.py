@@ -34,11 +34,58 @@ SMOOTHING = 0.1
 BISECTIONS = 24
 
 
-class Controls(NamedTuple):
-    """What is known of all rows. known: the quantities; counts: the rows that count."""
+class Controls:
+    """What is known of all rows of a sampled call, and what it tells of a number known of the drawn ones.
 
-    known: Float[Tensor, "control batch head token"]
-    counts: Bool[Tensor, "#batch #head token"]
+    Slopes are those that leave least variance between the two rows of each stratum. Everything is
+    relative to the mean over all rows that count. Several numbers can share one object.
+
+    known: the quantities. counts: the rows that count.
+    """
+
+    def __init__(
+        self,
+        known: Float[Tensor, "control batch head token"],
+        counts: Bool[Tensor, "#batch #head token"],
+        sample: RowSample,
+    ) -> None:
+        self.counts = counts.expand(known.shape[1:])
+        self.known = torch.where(self.counts & known.isfinite(), known, 0.0)
+        self.means = self.known.sum(-1, dtype=torch.float64) / self.counts.sum(-1).clamp(min=1)
+        self.pairs = _pairs(sample)
+        self.sample = sample
+        inside = sample.at(counts) & (sample.weight > 0)[:, None]
+        drawn = [
+            torch.where(inside, sample.at(x).double() - mean[..., None], 0.0)
+            for x, mean in zip(self.known, self.means, strict=True)
+        ]
+        self.drawn = torch.stack(drawn, 2)  # [batch, head, control, row]
+        apart = torch.stack([_apart(x, sample) for x in drawn], 2)
+        gram = (apart * self.pairs[:, :, None]) @ apart.transpose(-1, -2)
+        scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)[..., None]
+        # controls go together: a little ridge keeps the slopes of what they share finite
+        ridge = 1e-6 * torch.eye(len(known), device=gram.device, dtype=gram.dtype)
+        solved = torch.linalg.solve(gram / scale / scale.transpose(-1, -2) + ridge, apart / scale) / scale
+        used = ((self.pairs > 0) & inside).sum(-1) / 2 >= PAIRS_PER_CONTROL * len(known)
+        self.solved = torch.where(used[..., None, None], solved, 0.0)  # [batch, head, control, row]
+        # of each difference, what the slopes take for themselves; both rows of a stratum are one difference
+        self.lever = (2 * self.pairs * (self.solved * apart).sum(2)).clamp(max=0.9)
+
+    def slopes(self, values: Float64[Tensor, "batch head row"]) -> Float64[Tensor, "batch head control"]:
+        """How much of each quantity goes with the values of the drawn rows."""
+        return (self.solved @ (self.pairs * _apart(values, self.sample))[..., None])[..., 0]
+
+    def of_drawn(self, slopes: Float64[Tensor, "batch head control"]) -> Float64[Tensor, "batch head row"]:
+        """What the quantities say of the drawn rows."""
+        return (slopes[..., None, :] @ self.drawn)[..., 0, :]
+
+    def of_all(self, slopes: Float64[Tensor, "batch head control"]) -> Float[Tensor, "batch head token"]:
+        """What the quantities say of all rows."""
+        everywhere = torch.zeros_like(self.known[0])
+        for slope, x, mean in zip(slopes.unbind(-1), self.known, self.means, strict=True):
+            everywhere += (slope[..., None] * (x - mean[..., None])).float()
+        return everywhere
 
 
 class Reading(NamedTuple):
@@ -131,68 +178,32 @@ def _estimated(part: Reading, how: str) -> tuple[Tensor, Tensor, Tensor]:
     wild = (inside & ~values.isfinite()).any(-1)
     values = torch.where(inside & values.isfinite(), values, 0.0)
     centred = torch.where(inside, values - ((weights * values).sum(-1) / some)[..., None], 0.0)
-    # each stratum of N rows comes twice, and the weight of its rows is N / 2
-    pairs = (sample.weight.double() * (sample.weight.double() - 1) / 2).clamp(min=0)[:, None]
-    left, lever, predicted = centred, torch.zeros_like(centred), None
+    left, lever, slopes = centred, torch.zeros_like(centred), None
     if part.controls is not None:
-        explained, lever, predicted = _explained(part.controls, sample, centred, inside, pairs)
-        left = torch.where(inside, centred - explained, 0.0)
+        slopes, lever = part.controls.slopes(centred), part.controls.lever
+        left = torch.where(inside, centred - part.controls.of_drawn(slopes), 0.0)
     mean = (weights * (values - centred + left)).sum(-1) / some
     if how == "mean":
-        variance = _variance(left, sample, pairs, some, lever)
+        variance = _variance(left, sample, some, lever)
     else:
-        mean, variance = _estimated_percentile(part, values, weights, mean, left, predicted, pairs)
+        mean, variance = _estimated_percentile(part, values, weights, mean, left, slopes)
     return torch.where(wild, torch.inf, mean), total, variance
 
 
-def _variance(
-    left: Tensor, sample: RowSample, pairs: Tensor, total: Tensor, lever: Tensor | float = 0.0
-) -> Tensor:
+def _variance(left: Tensor, sample: RowSample, total: Tensor, lever: Tensor | float = 0.0) -> Tensor:
     """lever: how much of each difference the slopes took for themselves (MacKinnon and White 1985, HC3)."""
-    return (pairs * (_apart(left, sample) / (1 - lever)).square()).sum(-1) / total.square()
+    return (_pairs(sample) * (_apart(left, sample) / (1 - lever)).square()).sum(-1) / total.square()
+
+
+def _pairs(sample: RowSample) -> Float64[Tensor, "batch 1 row"]:
+    """N (N - 2) / 8 of each drawn row: both rows of a stratum of N have weight N / 2."""
+    weight = sample.weight.double()
+    return (weight * (weight - 1) / 2).clamp(min=0)[:, None]
 
 
 def _apart(x: Tensor, sample: RowSample) -> Tensor:
     """Of each drawn row its number minus that of the other row of its stratum, over the last axis."""
     return x - x.gather(-1, sample.partner[:, None].expand(x.shape))
-
-
-def _explained(
-    controls: Controls, sample: RowSample, values: Tensor, inside: Tensor, pairs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the controls say of the drawn rows `[batch, head, row]`, their leverages, and of all rows.
-
-    Slopes are those that leave least variance between the two rows of each stratum. Everything is
-    relative to the mean over all rows that count.
-    """
-    counts = controls.counts.expand(controls.known.shape[1:])
-    number = counts.sum(-1).clamp(min=1)
-    known = [torch.where(counts & x.isfinite(), x, 0.0) for x in controls.known]
-    means = [x.sum(-1, dtype=torch.float64) / number for x in known]  # each [batch, head]
-    drawn = torch.stack(
-        [
-            torch.where(inside, sample.at(x).double() - mean[..., None], 0.0)
-            for x, mean in zip(known, means, strict=True)
-        ],
-        2,
-    )  # [batch, head, control, row]
-    apart = torch.stack([_apart(x, sample) for x in drawn.unbind(2)], 2)
-    gram = (apart * pairs[:, :, None]) @ apart.transpose(-1, -2)
-    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)[..., None]
-    # controls go together: a little ridge keeps the slopes of what they share finite
-    ridge = 1e-6 * torch.eye(len(known), device=gram.device, dtype=gram.dtype)
-    solved = torch.linalg.solve(gram / scale / scale.transpose(-1, -2) + ridge, apart / scale) / scale
-    used = ((pairs > 0) & inside).sum(-1) / 2 >= PAIRS_PER_CONTROL * len(known)
-    solved = torch.where(used[..., None, None], solved, 0.0)  # [batch, head, control, row]
-    slopes = (solved @ (pairs * _apart(values, sample))[..., None])[..., 0]
-    # both rows of a stratum are the same difference
-    lever = (2 * pairs * (solved * apart).sum(2)).clamp(max=0.9)
-    of_drawn = (slopes[..., None, :] @ drawn)[..., 0, :]
-    everywhere = torch.zeros_like(known[0])
-    for place, (x, mean) in enumerate(zip(known, means, strict=True)):
-        everywhere += (slopes[..., place, None] * (x - mean[..., None])).float()
-    return of_drawn, lever, everywhere
 
 
 def _estimated_percentile(
@@ -201,8 +212,7 @@ def _estimated_percentile(
     weights: Tensor,
     mean: Tensor,
     left: Tensor,
-    predicted: Tensor | None,
-    pairs: Tensor,
+    slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The percentile and its variance.
 
@@ -215,10 +225,10 @@ def _estimated_percentile(
     total = weights.sum(-1).clamp(min=1)
     at = torch.full_like(total, PERCENTILE)
     index = sample.index[:, None].expand(values.shape)
-    if predicted is None or part.controls is None:
+    if slopes is None or part.controls is None:
         points, masses, of_drawn = values, weights, torch.full_like(values, 1e30)
     else:
-        counts = part.controls.counts.expand(predicted.shape)
+        predicted, counts = part.controls.of_all(slopes), part.controls.counts
         tokens = torch.arange(predicted.shape[-1], device=predicted.device)
         nearest = torch.searchsorted(sample.index, tokens.expand(len(sample.index), -1).contiguous())
         nearest = nearest.clamp(max=sample.rows - 1)[:, None].expand(predicted.shape)
@@ -232,7 +242,7 @@ def _estimated_percentile(
     middle = _quantile(points, masses, at * total, width)
     share = _share_below(values, middle, width) - _share_below(of_drawn, middle, width)
     share = share - (weights * share).sum(-1, keepdim=True) / total[..., None]
-    error = _variance(torch.where(weights > 0, share, 0.0), sample, pairs, total).sqrt()
+    error = _variance(torch.where(weights > 0, share, 0.0), sample, total).sqrt()
     near = (1.5 * width).clamp(min=torch.finfo(width.dtype).tiny)
     below, above = (
         (masses * _share_below(points, middle + sign * near, width)).sum(-1) / total for sign in (-1, 1)

@@ -368,7 +368,7 @@ def shape_readings(
     if neighbour is None:
         needs -= {"top"}
     selections = [Selection(call, tokens) for tokens in token_sets]
-    norms = norms_of(selections[0].value, call.heads, projection) if "norms" in needs else None
+    norms = norms_of(call, projection) if "norms" in needs else None
     references = {need for need in needs if need.startswith("uniform ")}
     streamed = needs - references
     found: dict[str, Tensor] = {}

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.linalg import vecdot, vector_norm
+from torch.linalg import vecdot
 
 from diag.attention import BLOCK_ELEMENTS, LN2, AttentionCall, _first_key, log2_pattern_blocks, positions
+from diag.values import value_blocks
 
 NEAR_TOKENS = 16
 """How far apart two tokens of a text may be and still be near each other."""
@@ -278,18 +279,22 @@ def uniform(
 
 
 def norms_of(
-    value: Float[Tensor, "batch kv_head token value_dim"],
-    heads: int,
-    projection: Float[Tensor, "head value_dim width"] | None = None,
+    call: AttentionCall, projection: Float[Tensor, "head value_dim width"] | None = None
 ) -> Float[Tensor, "batch head token"]:
     """‖f(v_j)‖ for every query head: f(v) = v W_O with that head's `projection`, or v without one."""
-    group = heads // value.shape[1]
-    if projection is None:
-        return vector_norm(value, dim=-1).repeat_interleave(group, 1)
-    projection = projection.float().unflatten(0, (value.shape[1], group))
-    gram = projection @ projection.transpose(-1, -2)  # ‖v W‖² = v W Wᵀ vᵀ: width is large, value_dim small
-    squares = vecdot(value[:, :, None] @ gram, value[:, :, None])  # [batch, kv_head, group, token]
-    return squares.clamp(min=0).sqrt().flatten(1, 2)
+    norms = torch.empty(call.output.shape[:3], device=call.output.device)
+    gram = None
+    if projection is not None:
+        projection = projection.float().unflatten(0, (call.kv_heads, call.group))
+        gram = projection @ projection.transpose(
+            -1, -2
+        )  # ‖v W‖² = v W Wᵀ vᵀ: width is large, value_dim small
+    for (in_batch, in_head), value in value_blocks(call):
+        own = value[:, :, None]  # [batch, kv_head, 1, token, value_dim]
+        squares = vecdot(own if gram is None else own @ gram[in_head], own)
+        squares = squares.clamp(min=0).expand(-1, -1, call.group, -1)
+        norms[in_batch, in_head.start * call.group : in_head.stop * call.group] = squares.sqrt().flatten(1, 2)
+    return norms
 
 
 def overlap(one: Tensor, other: Tensor, top: int) -> Float[Tensor, "batch head token"]:

@@ -291,6 +291,42 @@ def rows_of_one_head(
     }
 
 
+# --- values and outputs -----------------------------------------------------------------------------
+
+
+def unit(x: Array) -> Array:
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+
+
+def dense_values(call: AttentionCall, among: Array, rows: Array, least: float) -> dict[str, Array]:
+    """Every number of `ValueStatistics` by its formula; among: [batch, token], rows: [batch, head, token]."""
+    visible, group = dense_visible(call), call.group
+    real = visible.any(axis=(1, 2))
+    value = np.where(real[:, None, :, None], float64(call.value), 0)
+    output = np.where(visible.any(-1)[..., None], float64(call.output), 0)
+    chosen = visible & among[:, None, None, :]
+    per_head = value.repeat(group, 1)
+    apart = bool((visible != visible[:, :1]).any())
+    uniform = (chosen.astype(float) @ per_head)[:, :: 1 if apart else group]
+    product = (output * per_head).sum(-1)
+    exclusive = output - (output * unit(per_head)).sum(-1, keepdims=True) * unit(per_head)
+    left, norm = np.linalg.norm(exclusive, axis=-1), np.linalg.norm(output, axis=-1)
+    kept = rows & (left > least * norm)
+    return {
+        "value_norm": np.linalg.norm(value, axis=-1),
+        "uniform": ((per_head if apart else value) * uniform).sum(-1),
+        "uniform_norm": np.linalg.norm(uniform, axis=-1),
+        "output_norm": norm,
+        "product": product,
+        "partner": (output * (chosen.astype(float) @ unit(per_head))).sum(-1),
+        "exclusive_norm": left,
+        "value_total": (unit(value) * among[:, None, :, None]).sum(2),
+        "output_total": (unit(output) * rows[..., None]).sum(2),
+        "exclusive_total": (unit(exclusive) * kept[..., None]).sum(2),
+    }
+
+
 # --- the calls that every statistic is compared on --------------------------------------------------
 
 

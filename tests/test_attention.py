@@ -130,12 +130,12 @@ def test_the_budget_bounds_a_block(budget: int, rows_at_once: int, monkeypatch: 
     """A block never holds more entries than the budget, but at least 16 rows."""
     monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cpu", budget)
     call = make_call(batch=1, heads=2, tokens=40, causal=True)
-    sizes = [
-        where[2].stop - where[2].start
-        for where, _ in attention.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)
+    blocks = [
+        logs.shape for _, logs in attention.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)
     ]
-    assert max(sizes) == rows_at_once
-    assert sum(sizes) == 2 * 40  # every row of every head once
+    assert max(shape[2] for shape in blocks) == rows_at_once
+    assert max(shape.numel() for shape in blocks) <= max(budget, 16 * 40)
+    assert sum(shape[1] * shape[2] for shape in blocks) == 2 * 40  # every row of every head once
     assert_statistics_match(call)
 
 

@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "tars": 0,
     "attention": 0,
     "sampling": 0,
+    "values": 0,
     "memory": 1,
     "batches": 2,
     "readings": 0,
@@ -90,6 +91,8 @@ BESIDE = {
     ("tars", "errors"),
     ("attention", "sampling"),
     ("attention", "kernels"),
+    ("values", "attention"),
+    ("values", "kernels"),
     ("readings", "sampling"),
     ("run", "config"),
     ("run", "shards"),
@@ -129,7 +132,7 @@ BESIDE = {
 
 ONLY: dict[str, set[str]] = {
     "inputs": {"errors", "tars"},
-    "kernels": {"errors", "attention"},
+    "kernels": {"errors", "attention", "values"},
     "models": {"errors", "ranges", "attention", "inputs", "seam", "variants"},
     "variants": {"errors", "ranges"},
     "collect": {"errors", "records"},

@@ -9,8 +9,7 @@ import pytest
 import torch
 from reference import (
     CASES,
-    dense_visible,
-    float64,
+    dense_values,
     key_padding,
     make_call,
     random_bias,
@@ -49,38 +48,6 @@ def on_device(call: AttentionCall) -> AttentionCall:
     return replace(call, **{name: x.to(DEVICE) for name, x in vars(call).items() if isinstance(x, Tensor)})
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(x, axis=-1, keepdims=True)
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
-
-
-def dense_values(call: AttentionCall, among: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Every number of `ValueStatistics` by its formula; among: [batch, token], rows: [batch, head, token]."""
-    visible, group = dense_visible(call), call.group
-    real = visible.any(axis=(1, 2))
-    value = np.where(real[:, None, :, None], float64(call.value), 0)
-    output = np.where(visible.any(-1)[..., None], float64(call.output), 0)
-    chosen = visible & among[:, None, None, :]
-    per_head = value.repeat(group, 1)
-    uniform = (chosen.astype(float) @ per_head)[:, ::group]
-    product = (output * per_head).sum(-1)
-    exclusive = output - (output * unit(per_head)).sum(-1, keepdims=True) * unit(per_head)
-    left, norm = np.linalg.norm(exclusive, axis=-1), np.linalg.norm(output, axis=-1)
-    kept = rows & (left > LEAST * norm)
-    return {
-        "value_norm": np.linalg.norm(value, axis=-1),
-        "uniform": (value * uniform).sum(-1),
-        "uniform_norm": np.linalg.norm(uniform, axis=-1),
-        "output_norm": norm,
-        "product": product,
-        "partner": (output * (chosen.astype(float) @ unit(per_head))).sum(-1),
-        "exclusive_norm": left,
-        "value_total": (unit(value) * among[:, None, :, None]).sum(2),
-        "output_total": (unit(output) * rows[..., None]).sum(2),
-        "exclusive_total": (unit(exclusive) * kept[..., None]).sum(2),
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "share"), [*((name, 0.6) for name in CALLS), ("full", 1.0), ("causal left padding", 1.0)]
 )
@@ -94,7 +61,7 @@ def test_values_match_the_dense_reference(name: str, share: float, monkeypatch: 
     rows = (among[:, None] & (call.visibility.count > 1)).expand(call.output.shape[:3])
     assert supports_values(on_device(call))
     found = value_statistics(on_device(call), among.to(DEVICE), rows.to(DEVICE), LEAST)
-    for field, expected in dense_values(call, among.numpy(), rows.numpy()).items():
+    for field, expected in dense_values(call, among.numpy(), rows.numpy(), LEAST).items():
         measured = getattr(found, field).cpu().numpy()
         assert measured.dtype == np.float32, field
         assert measured.shape == expected.shape, field
