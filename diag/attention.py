@@ -286,19 +286,15 @@ def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token
         query = call.query[in_batch, in_head].float().contiguous().unflatten(1, (-1, call.group))
         key, part = call.key[in_batch, in_kv_head].float(), seen.part(in_batch, in_head)
         number = part.count.clamp(min=1)
-        hidden = None if part.keys is None else ~part.keys[:, None, :, None]
-        key = key if hidden is None else key.masked_fill(hidden, 0.0)  # padding may hold anything
+        if part.keys is not None:
+            key = key.masked_fill(~part.keys[:, None, :, None], 0.0)  # padding may hold anything
+        total = number.amax((1, 2))[:, None, None, None]
+        mean = key.sum(2, keepdim=True) / total
         if seen.rule == "causal":
-            means = key.cumsum(2) / number[..., None]
-            scores = vecdot(query, means[:, :, None])
-            mean = means[:, :, -1:]
+            scores = vecdot(query, (key.cumsum(2) / number[..., None])[:, :, None])
         else:
-            mean = key.sum(2, keepdim=True) / number.amax((1, 2))[:, None, None, None]
             scores = (query @ mean[:, :, None].transpose(-1, -2))[..., 0]
-        centred = key - mean
-        centred = centred if hidden is None else centred.masked_fill_(hidden, 0.0)
-        # [batch, kv_head, dim, dim]
-        spread = centred.transpose(-1, -2) @ centred / number.amax((1, 2))[:, None, None, None]
+        spread = key.transpose(-1, -2) @ key / total - mean.transpose(-1, -2) @ mean
         middle[in_batch, in_head] = scores.flatten(1, 2) * call.scale
         along[in_batch, in_head] = vecdot(query @ spread[:, :, None], query).flatten(1, 2) * call.scale**2
     number = seen.count.clamp(min=1)
