@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from diag.attention import BLOCK_ELEMENTS, LN2, AttentionCall, _first_key, log2_pattern_blocks, positions
+from diag.kernels import fused_quantities
 from diag.values import value_blocks
 
 NEAR_TOKENS = 16
@@ -91,6 +92,12 @@ class Geometry:
         sideways = torch.arange(1 - cols, cols, dtype=torch.float32)
         table = torch.hypot(down[:, None], sideways) * self.patch_size
         return table.unfold(0, rows, 1).unfold(1, cols, 1)
+
+    def places(self, tokens: int) -> Float[Tensor, "token 2"]:
+        """Where each token lies; a prefix token, which has no place, at (0, 0)."""
+        rows, cols = self.grid(tokens) or (0, 0)
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).view(-1, 2) * self.patch_size
+        return torch.cat([torch.zeros(self.prefix, 2), grid.float()])
 
     def near(self, places: Tensor, others: Tensor, tokens: int) -> Tensor:
         """Whether two places, counted after the prefix, are near each other; both broadcast."""
@@ -169,14 +176,16 @@ def stream(
     assert not unknown, unknown
     assert call.sample is None or "received" not in wanted
     tokens, device = call.tokens, call.output.device
-    shape = (call.batch, call.heads, tokens if call.sample is None else call.sample.rows)
     placed = geometry.grid(tokens) is not None
+    wanted = set(wanted) if placed else set(wanted) - {"distance", "near"}
+    fused = _fused(call, wanted, rows, live, geometry)
+    wanted -= fused.keys()  # what is left needs the blocks
+    if not wanted:
+        return fused
+    shape = (call.batch, call.heads, tokens if call.sample is None else call.sample.rows)
     names = [name for name in QUANTITIES if name in wanted and name not in ("received", "top", "norms")]
     if "distance" in names:
-        names = [name for name in names if name != "distance"]
-        names += ["distance", "distance_square", "placed"] if placed else []
-    if not placed and "near" in names:
-        names.remove("near")
+        names += ["distance_square", "placed"]
     if "norms" in wanted:
         names += ["norm_total", "norm_entropy"]
     found = {name: torch.zeros(shape, device=device) for name in names}
@@ -238,7 +247,25 @@ def stream(
             weighted = (products @ of_keys[in_batch, in_head, :seen, :1])[..., 0]
             found["norm_total"][where] = sums[..., 0]
             found["norm_entropy"][where] = total.log() - (weighted + sums[..., 1]) / total
-    return found
+    return fused | found
+
+
+def _fused(
+    call: AttentionCall,
+    wanted: Collection[str],
+    rows: Sequence[Bool[Tensor, "#batch #head token"]],
+    live: Bool[Tensor, "#batch #head row"],
+    geometry: Geometry,
+) -> dict[str, Tensor]:
+    """What of `wanted` kernels compute (on CUDA), of the live rows; the others hold zeros."""
+    on_line = geometry.rows == 1 and geometry.patch_size == 1
+    places = None if on_line else geometry.places(call.tokens)
+    givers = torch.stack([part.expand(call.output.shape[:3]) for part in rows])
+    found = fused_quantities(call, wanted, givers, places, geometry.prefix)
+    of_rows = {name: x for name, x in found.items() if name != "received"}
+    if call.sample is not None:
+        of_rows = {name: call.sample.at(x) for name, x in of_rows.items()}
+    return found | {name: x.masked_fill(~live, 0.0) for name, x in of_rows.items()}
 
 
 def uniform(

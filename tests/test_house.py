@@ -93,6 +93,7 @@ BESIDE = {
     ("attention", "kernels"),
     ("values", "attention"),
     ("values", "kernels"),
+    ("shape_blocks", "kernels"),
     ("readings", "sampling"),
     ("run", "config"),
     ("run", "shards"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
+if TYPE_CHECKING:
     from diag.attention import AttentionCall, SoftmaxStatistics
     from diag.values import ValueStatistics
 
@@ -32,6 +35,37 @@ def fused_values(call: AttentionCall, among: Tensor, rows: Tensor, least: float)
 
     known = triton_values.supports_values(call)
     return triton_values.value_statistics(call, among, rows, least) if known else None
+
+
+def fused_quantities(
+    call: AttentionCall, wanted: Collection[str], givers: Tensor, places: Tensor | None, prefix: int
+) -> dict[str, Tensor]:
+    """Those of the wanted quantities of `diag.shape_blocks.stream` that kernels compute; none off CUDA.
+
+    Of all query rows, whatever sample of them the call has; a row that sees no key may hold anything.
+
+    givers: the rows of each set that give to `received`, `[set, batch, head, token]`.
+    places: coordinates of every token, `[token, 2]`, for Euclidean distance; None for |i - j|.
+    prefix: tokens before the first that has a place.
+    """
+    if not _has_triton(call):
+        return {}
+    from diag.kernels import triton_received, triton_scores, triton_statistics
+
+    if not triton_scores.supports(call):
+        return {}
+    softmax = replace(call, sample=None).softmax if call.sample is not None else call.softmax
+    found = {"own": softmax.self_weight, "first": softmax.first_weight, "entropy": softmax.entropy}
+    found = {name: found[name] for name in found.keys() & set(wanted)}
+    if "received" in wanted:
+        assert softmax.log_normaliser is not None
+        found["received"] = triton_received.received(call, softmax.log_normaliser, givers)
+    if "distance" in wanted:
+        none = torch.zeros(call.batch, 0, dtype=torch.long)
+        rows = triton_statistics.row_statistics(call, none, distances=True, places=places, prefix=prefix)
+        for name in ("distance", "distance_square", "placed"):
+            found[name] = getattr(rows, name)
+    return found
 
 
 def _has_triton(call: AttentionCall) -> bool:
