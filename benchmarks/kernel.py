@@ -30,10 +30,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from diag.attention import AttentionCall, softmax_statistics
+from diag.attention import AttentionCall
 from diag.kernels import fused_statistics
 from diag.kernels.flash import attention_with_normaliser
 from diag.metrics import Selection
+from diag.softmax import softmax_statistics
 
 RESULTS = 5  # numbers per row: lse, entropy, Σ A², self weight, first weight
 

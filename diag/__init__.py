@@ -29,7 +29,7 @@ _HOME = {
     "MonitorCallback": "diag.monitor_hf",
     "images": "diag.inputs",
     "texts": "diag.inputs",
-    "pattern_rows": "diag.attention",
+    "pattern_rows": "diag.pattern",
     "AttentionCall": "diag.attention",
     "METRICS": "diag.metrics",
     "UserError": "diag.errors",

@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diag.attention import pattern_rows
 from diag.measure import Report, capture, readable
 from diag.models.base import Sample, Tower
+from diag.pattern import pattern_rows
 from diag.records import atomically
 
 PATTERN_TOKENS = 1024

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot
 
-from diag.attention import BLOCK_ELEMENTS, AttentionCall, score_rows
+from diag.attention import AttentionCall
 from diag.errors import UserError, did_you_mean
+from diag.pattern import BLOCK_ELEMENTS, score_rows
 from diag.ranges import ranges
 
 Strength = Float[Tensor, " head"]

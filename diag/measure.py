@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diag.attention import AttentionCall, attend, without_constant
+from diag.attention import AttentionCall, without_constant
 from diag.batches import Batches, BatchSize, is_out_of_memory
 from diag.blocks import Block
 from diag.branches import stream_states
@@ -28,6 +28,7 @@ from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.interventions import Edit
 from diag.metrics import METRICS
 from diag.models.base import Batch, Sample, Tower
+from diag.pattern import attend
 from diag.sampling import RowSampling
 from diag.seam import Layer, Sightings
 from diag.stream import STREAM_METRICS
@@ -264,7 +265,7 @@ def _neutral(sample: Sample) -> object:
 def capture(tower: Tower, batch: Batch, layers: Sequence[int] | None = None) -> list[AttentionCall]:
     """The attention calls of one batch, in the order in which they were made.
 
-    Tensors are those that the model used, on its device; `diag.attention.pattern_rows` gives the
+    Tensors are those that the model used, on its device; `diag.pattern.pattern_rows` gives the
     weights of chosen query rows.
     """
     calls: list[AttentionCall] = []

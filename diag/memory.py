@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from diag.attention import BLOCK_ELEMENTS
+from diag.pattern import BLOCK_ELEMENTS
 
 KEPT_BY_ALLOCATOR = {"cpu": 1.5, "cuda": 1.1}
 """Memory taken over memory in use: freed blocks of other sizes stay with the process."""

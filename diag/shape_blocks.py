@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import vecdot
 
-from diag.attention import BLOCK_ELEMENTS, LN2, AttentionCall, _first_key, log2_pattern_blocks, positions
+from diag.attention import AttentionCall, first_key
 from diag.kernels import fused_quantities
+from diag.pattern import BLOCK_ELEMENTS, LN2, log2_pattern_blocks, positions
 from diag.values import value_blocks
 
 NEAR_TOKENS = 16
@@ -192,7 +193,7 @@ def stream(
     distances = None
     if "distance" in names:
         distances = Distances(geometry, tokens, device, keep=call.sample is None)
-    first = _first_key(call)
+    first = first_key(call)
     givers = None
     if "received" in wanted:
         givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]

@@ -24,8 +24,9 @@ from reference import (
 )
 from torch import Tensor
 
-from diag import attention
-from diag.attention import AttentionCall, Visibility, attend, pattern_rows
+from diag import pattern
+from diag.attention import AttentionCall, Visibility
+from diag.pattern import attend, pattern_rows
 
 STATISTICS = ("entropy", "sum_of_squares", "self_weight", "first_weight")
 every_case = pytest.mark.parametrize("case", CASES)
@@ -118,7 +119,7 @@ def test_blocks_do_not_change_the_statistics(case: str, rows: int, monkeypatch: 
     call, whole = replace(CASES[case]), replace(CASES[case])
     expected = whole.softmax
     meaningful = torch.from_numpy(dense_visible(call).any(-1))
-    monkeypatch.setitem(attention.BLOCK_ROWS, "cpu", rows)
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", rows)
     for name in STATISTICS:
         torch.testing.assert_close(
             getattr(call.softmax, name)[meaningful], getattr(expected, name)[meaningful], rtol=1e-5, atol=1e-6
@@ -128,11 +129,9 @@ def test_blocks_do_not_change_the_statistics(case: str, rows: int, monkeypatch: 
 @pytest.mark.parametrize(("budget", "rows_at_once"), [(1, 16), (40 * 20, 20), (1 << 19, 40)])
 def test_the_budget_bounds_a_block(budget: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block never holds more entries than the budget, but at least 16 rows."""
-    monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cpu", budget)
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cpu", budget)
     call = make_call(batch=1, heads=2, tokens=40, causal=True)
-    blocks = [
-        logs.shape for _, logs in attention.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)
-    ]
+    blocks = [logs.shape for _, logs in pattern.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)]
     assert max(shape[2] for shape in blocks) == rows_at_once
     assert max(shape.numel() for shape in blocks) <= max(budget, 16 * 40)
     assert sum(shape[1] * shape[2] for shape in blocks) == 2 * 40  # every row of every head once
@@ -144,8 +143,8 @@ def test_the_budget_bounds_a_block(budget: int, rows_at_once: int, monkeypatch: 
 @pytest.mark.parametrize("budget", [1, 2000, 1 << 26])
 def test_statistics_on_cuda(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several heads and inputs share a block there."""
-    monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cuda", budget)
-    monkeypatch.setitem(attention.BLOCK_ROWS, "cuda", 5)
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cuda", budget)
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cuda", 5)
     for case, call in CASES.items():
         moved = replace(call, **{name: x.cuda() for name, x in vars(call).items() if isinstance(x, Tensor)})
         expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)

@@ -22,7 +22,7 @@ from reference import (
 )
 from torch import Tensor
 
-from diag import attention, metrics
+from diag import metrics, pattern
 from diag.attention import AttentionCall
 from diag.errors import UserError
 from diag.metrics import METRICS, per_input
@@ -88,8 +88,8 @@ def test_token_sets_match_the_reference(case: str, subset: str) -> None:
 @every_case
 def test_blocks_do_not_change_the_metrics(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = per_input(replace(CASES[case]))
-    monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cpu", 7)
-    monkeypatch.setitem(attention.BLOCK_ROWS, "cpu", 3)
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cpu", 7)
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", 3)
     blocked = per_input(replace(CASES[case]))
     for name in METRICS:
         torch.testing.assert_close(blocked[name], whole[name], rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 from torch.overrides import TorchFunctionMode, has_torch_function
 
-from diag.attention import AttentionCall, Visibility, pattern_rows
+from diag.attention import AttentionCall, Visibility
 from diag.errors import MeasurementError, UserError
+from diag.pattern import pattern_rows
 from diag.seam import Layer, attention_calls, attention_modules, discover, refuse_compiled
 
 PUBLIC = F.scaled_dot_product_attention

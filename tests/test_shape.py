@@ -26,7 +26,7 @@ from reference import (
 )
 from torch import Tensor
 
-from diag import attention, shape, shape_blocks
+from diag import pattern, shape, shape_blocks
 from diag.attention import AttentionCall
 from diag.errors import UserError
 from diag.groups import metric_names
@@ -265,8 +265,8 @@ def test_blocks_do_not_change_the_metrics(
     case: str, geometry: Geometry, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = measured(replace(CASES[case]), geometry=geometry)
-    monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cpu", budget)
-    monkeypatch.setitem(attention.BLOCK_ROWS, "cpu", 3)
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cpu", budget)
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", 3)
     blocked = measured(replace(CASES[case]), geometry=geometry)
     for name, numbers in blocked.items():
         np.testing.assert_allclose(numbers, whole[name], rtol=1e-5, atol=2e-6, err_msg=name)
@@ -275,8 +275,8 @@ def test_blocks_do_not_change_the_metrics(
 @pytest.mark.parametrize("geometry", [TEXT, Geometry(1, 10, 20, 8.0)], ids=["text", "image"])
 def test_long_sequences_in_many_blocks(geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     """201 tokens, causal or not, with keys further away than what is near."""
-    monkeypatch.setitem(attention.BLOCK_ROWS, "cpu", 32)
-    monkeypatch.setitem(attention.BLOCK_ELEMENTS, "cpu", 201 * 32)
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", 32)
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cpu", 201 * 32)
     for causal in (False, True):
         call = make_call(batch=1, heads=2, tokens=201, causal=causal, seed=70)
         assert_matches(call, geometry=geometry)
@@ -702,7 +702,7 @@ def test_no_tensor_is_token_by_token(geometry: Geometry) -> None:
         call = make_call_of(tokens, causal)
         with Sizes():
             shape_readings(call, NAMES, geometry=geometry, neighbour=Neighbour(1))
-    assert 1 << 20 < largest <= 8 * attention.BLOCK_ELEMENTS["cpu"] / 2
+    assert 1 << 20 < largest <= 8 * pattern.BLOCK_ELEMENTS["cpu"] / 2
 
 
 def make_call_of(tokens: int, causal: bool) -> AttentionCall:

@@ -15,9 +15,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import AttentionCall, pattern_rows
+from diag.attention import AttentionCall
 from diag.errors import MeasurementError, UserError
 from diag.measure import GATE_TOLERANCE, GATE_TOLERANCE_HALF
+from diag.pattern import pattern_rows
 
 NUMBERS = (
     "cos_y_vself",

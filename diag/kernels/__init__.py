@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diag.attention import AttentionCall, SoftmaxStatistics
+    from diag.attention import AttentionCall
+    from diag.softmax import SoftmaxStatistics
     from diag.values import ValueStatistics
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diag.attention import AttentionCall, _four_dimensional
+from diag.attention import AttentionCall, four_dimensional
 
 FORMATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
@@ -132,7 +132,7 @@ def arguments(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], tuple
         return (query, key, query), (*query.stride(), *key.stride(), 0, 0, 0, 0, *rest)
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     mask = mask.float() if mask.dtype == torch.float64 else mask
-    mask = _four_dimensional(mask).expand(call.batch, call.heads, call.tokens, call.tokens)
+    mask = four_dimensional(mask).expand(call.batch, call.heads, call.tokens, call.tokens)
     return (query, key, mask), (*query.stride(), *key.stride(), *mask.stride(), *rest)
 
 

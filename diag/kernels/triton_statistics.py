@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diag.attention import AttentionCall, SoftmaxStatistics, _first_key
+from diag.attention import AttentionCall, first_key
 from diag.kernels.triton_scores import (
     LN2,
     NOTHING,
@@ -48,6 +48,7 @@ from diag.kernels.triton_scores import (
     read_vectors,
     score_tile,
 )
+from diag.softmax import SoftmaxStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +74,11 @@ class RowStatistics:
 
 
 def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
-    """What `diag.attention.softmax_statistics` gives, in one pass; a given log-normaliser is not read.
+    """What `diag.softmax.softmax_statistics` gives, in one pass; a given log-normaliser is not read.
 
     The log-normaliser needs all rows whatever sample of them the call has, and so all of them are computed.
     """
-    found = row_statistics(call, _first_key(call)[:, None])
+    found = row_statistics(call, first_key(call)[:, None])
     entropy, squares = found.entropy, found.sum_of_squares
     if call.sample is not None:
         entropy, squares = call.sample.at(entropy), call.sample.at(squares)

@@ -27,8 +27,9 @@ from reference import (
 from torch import Tensor
 
 from diag import kernels
-from diag.attention import AttentionCall, SoftmaxStatistics, _first_key
+from diag.attention import AttentionCall, first_key
 from diag.sampling import RowSample
+from diag.softmax import SoftmaxStatistics
 
 triton_scores = pytest.importorskip("diag.kernels.triton_scores", reason="Triton is not installed")
 from diag.kernels.triton_received import received  # noqa: E402
@@ -114,7 +115,7 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
     pattern, scores = dense_pattern(call), dense_scores(call)
     logarithm = np.log(pattern, out=np.zeros_like(pattern), where=pattern > 0)
     highest = np.maximum(scores.max(-1), -1e300)
-    first = _first_key(call)
+    first = first_key(call)
     return {
         "entropy": -(pattern * logarithm).sum(-1),
         "sum_of_squares": (pattern**2).sum(-1),

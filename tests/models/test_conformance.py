@@ -13,12 +13,13 @@ import torch
 from checkpoints import OPEN_CLIP_SIZES, save_open_clip, save_timm
 from torch import Tensor, nn
 
-from diag.attention import AttentionCall, attend
+from diag.attention import AttentionCall
 from diag.inputs import Inputs
 from diag.models import FAMILIES, load
 from diag.models.base import Batch, Model, Tower
 from diag.models.names import ModelSpec
 from diag.models.own import from_module
+from diag.pattern import attend
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from diag.attention import AttentionCall, pattern_rows
+from diag.attention import AttentionCall
 from diag.errors import MeasurementError, UserError
 from diag.inputs import Inputs
 from diag.models import load
 from diag.models.base import Tower
 from diag.models.names import ModelSpec, parse
+from diag.pattern import pattern_rows
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 Folders = Callable[[str], Path]
