@@ -1,15 +1,17 @@
 """How much memory a probe takes: predicted from the shapes of a model's matrices, and measured.
 
-Predicted peak = the process with its weights + inputs × T × (the plain forward + what the probe adds), of
-T tokens, in numbers of the model's format (the probe's are float32):
+Predicted peak = the process with its weights + the plain forward + what the probe needs beyond it, of n
+inputs of T tokens, in numbers of the model's format (the probe's are float32):
 
-    plain forward    2 D + max(in + 2 out)   the stream and its norm; of the widest linear layer its input,
-                                             its output and what is made of the output
-    probe            5 K + 4 Y               float32 copies of values and outputs, their running sums, and the
-                                             statistics of each row; beyond what the forward needs at once
+    plain forward    n T (2 D + max(in + 2 out))   the stream and its norm; of the widest linear layer its
+                                                   input, its output and what is made of the output
+    probe            n T · 45 Y / 64               the statistics of each row, heads taken as 64 wide
+                     9 L                           float32 values and outputs of the heads that are read at
+                                                   once, running sums and the like; L numbers each
+                     4 blocks of pattern rows
 
-and four blocks of pattern rows. D is the width of the stream, K that of all values side by side, Y that of
-all heads' outputs. A CPU's allocator keeps about half as much again.
+D is the width of the stream, K that of all values side by side, Y that of all heads' outputs. L is n T Y, but
+at most what `diag.attention.lanes` reads at once. A CPU's allocator keeps about as much again.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from diag.attention import TENSOR_ELEMENTS
 from diag.pattern import BLOCK_ELEMENTS
 
-KEPT_BY_ALLOCATOR = {"cpu": 1.5, "cuda": 1.1}
+KEPT_BY_ALLOCATOR = {"cpu": 2.0, "cuda": 1.1}
 """Memory taken over memory in use: freed blocks of other sizes stay with the process."""
+
+HEAD, NUMBERS_PER_ROW = 64, 45
+"""Channels of a head, as most have; numbers kept of each row of a head's pattern until its layer is done."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -33,7 +39,8 @@ CGROUP = Path("/sys/fs/cgroup")
 class Widths(NamedTuple):
     """What of a model's shapes decides its memory: numbers per token.
 
-    stream: of the residual stream. widest: the largest in + 2 out of a linear layer. heads: of all
+    stream: of the residual stream. widest: the largest in + 2 out of a linear layer (in + out of
+    a language model's head). heads: of all
     heads' outputs side by side. kv_heads: of all values side by side.
     """
 
@@ -45,15 +52,20 @@ class Widths(NamedTuple):
     @staticmethod
     def of(module: nn.Module, attention: nn.Module) -> Widths:
         """Read off the matrices of a model and of one of its attention layers."""
-        ends = [found for one in module.modules() if (found := _ends(one))]
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        wide = [
+            found[0] + (1 if one is head else 2) * found[1]  # nothing is made of a head's logits
+            for one in module.modules()
+            if (found := _ends(one))
+        ]
         own = [found for one in attention.modules() if (found := _ends(one))]
         if not own:
-            ends = own = [(1, 1)]
+            wide, own = [3], [(1, 1)]
         stream = own[0][0]
         heads = own[-1][0]  # what the output projection reads
         projected = sum(out for _, out in own[:-1]) if len(own) > 1 else 3 * heads
         kv_heads = max(1, (projected - heads) // 2)
-        return Widths(stream, max(inner + 2 * out for inner, out in ends), heads, min(kv_heads, heads))
+        return Widths(stream, max(wide), heads, min(kv_heads, heads))
 
 
 class Prediction(NamedTuple):
@@ -78,7 +90,9 @@ def predicted(
     """
     kept = KEPT_BY_ALLOCATOR[device.type]
     forward = inputs * tokens * (2 * widths.stream + widths.widest) * dtype.itemsize
-    probe = inputs * tokens * (5 * widths.kv_heads + 4 * widths.heads) * 4
+    one_head = tokens * HEAD * widths.heads // widths.kv_heads  # with the query heads that share it
+    lane = min(inputs * tokens * widths.heads, max(TENSOR_ELEMENTS[device.type], one_head))
+    probe = (inputs * tokens * widths.heads * NUMBERS_PER_ROW // HEAD + 9 * lane) * 4
     # the probe runs while the layer's wide tensors are not there yet: only what goes beyond them counts
     during_attention = inputs * tokens * (3 * widths.stream + 2 * widths.heads + 2 * widths.kv_heads)
     extra = max(0, during_attention * dtype.itemsize + probe - forward) + 4 * BLOCK_ELEMENTS[device.type]
