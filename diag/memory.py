@@ -52,7 +52,8 @@ class Widths(NamedTuple):
     @staticmethod
     def of(module: nn.Module, attention: nn.Module) -> Widths:
         """Read off the matrices of a model and of one of its attention layers."""
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        head_of = getattr(module, "get_output_embeddings", None)
+        head = head_of() if callable(head_of) else None
         wide = [
             found[0] + (1 if one is head else 2) * found[1]  # nothing is made of a head's logits
             for one in module.modules()
