@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -69,12 +70,15 @@ def log2_pattern_blocks(
     """Yields `log₂ A` in blocks `[batch, head, row, key]` with their place; fills `lse` where not known.
 
     To the base of 2, because exp2 is two to thirty times as fast as exp on a CPU, most of all where a
-    weight is 0 or nearly so. A block is overwritten by the next.
+    weight is 0 or nearly so. A block is overwritten by the next. Nothing here has a gradient.
 
     Rows are those of the call's sample, where it has one; `lse` is that of all rows. Keys after the last
     that a causal block sees are left out. Hidden entries hold a large negative number instead of -inf, so
     that `A log₂ A` is 0 and not NaN.
     """
+    assert call.query is not None
+    assert call.key is not None
+    call, lse = replace(call, query=call.query.detach(), key=call.key.detach()), lse.detach()
     if call.sample is None:
         yield from _all_blocks(call, lse, known)
         return
@@ -92,23 +96,17 @@ def positions(call: AttentionCall, where: tuple[slice, slice, slice]) -> Int[Ten
 
 
 class Scratch:
-    """Memory that every block of a stream is written to in turn: fresh memory would cost page faults.
+    """Memory that every block of a stream is written to in turn: fresh memory would cost page faults."""
 
-    `scratch(shape)` is a tensor in it; None, for fresh memory, where gradients are asked for.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.empty(0, device=device)
 
-    def __init__(self, call: AttentionCall) -> None:
-        inputs = (call.query, call.key)
-        self.fresh = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        self.buffer = torch.empty(0, device=call.output.device)
-
-    def __call__(self, shape: Sequence[int]) -> Tensor | None:
-        if self.fresh:
-            return None
+    def __call__(self, *shape: int) -> Tensor:
+        """A float32 tensor of this shape; it holds what was there before."""
         elements = math.prod(shape)
         if self.buffer.numel() < elements:
             self.buffer = self.buffer.new_empty(elements)
-        return self.buffer[:elements].view(*shape)
+        return self.buffer[:elements].view(shape)
 
 
 def _sampled_blocks(
@@ -121,7 +119,7 @@ def _sampled_blocks(
     rows_at_once = max(1, min(sample.rows, SAMPLED_BLOCK_ROWS[device], max(budget // call.tokens, 16)))
     heads_at_once = max(1, budget // (2 * rows_at_once * call.tokens)) if device == "cuda" else 1
     mask = None if call.mask is None else four_dimensional(call.mask)
-    scratch = Scratch(call)
+    scratch = Scratch(call.output.device)
     last = sample.index[:, rows_at_once - 1 :: rows_at_once].tolist() if call.causal else None
     for b in range(call.batch):
         in_batch = slice(b, b + 1)
@@ -136,13 +134,13 @@ def _sampled_blocks(
                     seen = last[b][number] + 1
                 query = call.query[b, in_head][:, rows].float()
                 offset = lse[b, in_head][:, rows, None] / LN2
-                into = scratch((*query.shape[:2], seen))
+                into = scratch(*query.shape[:2], seen)
                 block = torch.baddbmm(
                     offset, query, key[..., :seen], beta=-1.0, alpha=call.scale / LN2, out=into
                 )
                 if mask is not None:
                     part = _mask_part(mask, in_batch, in_head, slice(None), seen)
-                    part = part[0] if part.shape[2] == 1 else part[0].index_select(1, rows)
+                    part = part[0] if part.shape[2] == 1 else part[0][:, rows]
                     block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)
                 if call.causal:
                     block.masked_fill_(torch.arange(seen, device=rows.device) > rows[:, None], -1e30)
@@ -155,10 +153,8 @@ def _all_blocks(
     assert call.query is not None
     assert call.key is not None
     device = "cuda" if call.output.is_cuda else "cpu"
-    budget, rows_at_once = (
-        BLOCK_ELEMENTS[device],
-        min(BLOCK_ROWS[device], max(128, call.tokens // LEAST_BLOCKS), call.tokens),
-    )
+    budget = BLOCK_ELEMENTS[device]
+    rows_at_once = min(BLOCK_ROWS[device], max(128, call.tokens // LEAST_BLOCKS), call.tokens)
     if call.tokens <= 2 * rows_at_once:
         rows_at_once = call.tokens
     rows_at_once = max(1, min(rows_at_once, max(budget // call.tokens, 16)))
@@ -167,17 +163,17 @@ def _all_blocks(
     batch_at_once = max(1, number // call.heads)
     upper = torch.ones(rows_at_once, rows_at_once, dtype=torch.bool, device=call.output.device).triu(1)
     mask = None if call.mask is None else four_dimensional(call.mask)
-    scratch = Scratch(call)
+    scratch = Scratch(call.output.device)
     for b in range(0, call.batch, batch_at_once):
         in_batch = slice(b, min(b + batch_at_once, call.batch))
         for h in range(0, call.heads, heads_at_once):
             in_head = slice(h, min(h + heads_at_once, call.heads))
             query = call.query[in_batch, in_head].float()
-            key = _keys_of_heads(call, in_batch, in_head).float()
-            lanes_shape = query.shape[:2]
-            query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
-            if rows_at_once < call.tokens:  # every block of rows reads them
-                key = key.transpose(1, 2).contiguous().transpose(1, 2)
+            of_lanes, query = query.shape[:2], query.flatten(0, 1)
+            key = _keys_of_heads(call, in_batch, in_head).float().flatten(0, 1)
+            if rows_at_once < call.tokens:  # several blocks of rows read them
+                key = key.contiguous()
+            key = key.transpose(1, 2)
             for r in range(0, call.tokens, rows_at_once):
                 stop = min(r + rows_at_once, call.tokens)
                 in_row = slice(r, stop)
@@ -189,9 +185,9 @@ def _all_blocks(
                     key[:, :, :seen],
                     beta=-1.0 if known else 0.0,
                     alpha=call.scale / LN2,
-                    out=scratch((len(query), stop - r, seen)),
+                    out=scratch(len(query), stop - r, seen),
                 )
-                block = block.unflatten(0, lanes_shape)  # [batch, head, row, key]
+                block = block.unflatten(0, of_lanes)  # [batch, head, row, key]
                 if mask is not None:
                     part = _mask_part(mask, in_batch, in_head, in_row, seen)
                     block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)

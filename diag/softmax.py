@@ -62,10 +62,10 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
         batch, heads, tokens if call.sample is None else call.sample.rows, device=lse.device
     )
     squares = torch.empty_like(entropy)
-    scratch = Scratch(call)
+    scratch = Scratch(call.output.device)
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
-        pattern = torch.exp2(logs, out=scratch(logs.shape))
+        pattern = torch.exp2(logs, out=scratch(*logs.shape))
         squares[where] = vector_norm(pattern, dim=-1).square_()
         entropy[where] = pattern.mul_(logs).sum(-1).mul_(-LN2)
     own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))

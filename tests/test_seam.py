@@ -129,7 +129,7 @@ class Case:
     kv_heads: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     kind: type[nn.Module] | str = Attention
-    flash: bool = False
+    flash: bool = True
 
     @property
     def layers(self) -> list[Layer]:
@@ -193,10 +193,10 @@ def build_cases() -> dict[str, Case]:
     grouped = {"heads": 4, "kv_heads": 2, "enable_gqa": True}
     left = {"attention_mask": LEFT_PADDING}
     return {
-        "attribute": stack(Attention, x, flash=True),
-        "imported early": stack(Attention, x, layer={"call": imported_early}, flash=True),
-        "causal": stack(Attention, x, layer={"is_causal": True}, flash=True),
-        "scale": stack(Attention, x, layer={"scale": 1.0}, flash=True),
+        "attribute": stack(Attention, x),
+        "imported early": stack(Attention, x, layer={"call": imported_early}),
+        "causal": stack(Attention, x, layer={"is_causal": True}),
+        "scale": stack(Attention, x, layer={"scale": 1.0}),
         "boolean mask": stack(Attention, x, boolean),
         "padding": stack(Attention, x, padding),
         "additive mask": stack(Attention, x, torch.zeros(2, 1, 9, 9).masked_fill(~boolean, -torch.inf)),
@@ -205,30 +205,29 @@ def build_cases() -> dict[str, Case]:
         "grouped": stack(Attention, x, layer=grouped, shape=(2, 4, 9, 8)),
         "grouped, masked": stack(Attention, x, boolean, layer=grouped, shape=(2, 4, 9, 8)),
         "one KV head, no flag": stack(
-            Attention, x, layer={"heads": 4, "kv_heads": 1}, shape=(2, 4, 9, 8), kv_heads=1, flash=True
+            Attention, x, layer={"heads": 4, "kv_heads": 1}, shape=(2, 4, 9, 8), kv_heads=1
         ),
-        "merged heads": stack(MergedHeads, x),
-        "merged heads, one mask": stack(MergedHeads, x, boolean[0]),
-        "merged heads, masks": stack(MergedHeads, x, merged),
-        "five dimensions": stack(FiveDimensions, x, shape=(6, 2, 3, 8)),
-        "five dimensions, mask": stack(FiveDimensions, x, boolean[0, 0, :3, :3], shape=(6, 2, 3, 8)),
-        "windows in the batch": stack(WindowsInBatch, x, shape=(6, 2, 3, 8), flash=True),
-        "MultiheadAttention": stack(TorchAttention, x, flash=True, **torch_mha),
+        "merged heads": stack(MergedHeads, x, flash=False),
+        "merged heads, one mask": stack(MergedHeads, x, boolean[0], flash=False),
+        "merged heads, masks": stack(MergedHeads, x, merged, flash=False),
+        "five dimensions": stack(FiveDimensions, x, shape=(6, 2, 3, 8), flash=False),
+        "five dimensions, mask": stack(
+            FiveDimensions, x, boolean[0, 0, :3, :3], shape=(6, 2, 3, 8), flash=False
+        ),
+        "windows in the batch": stack(WindowsInBatch, x, shape=(6, 2, 3, 8)),
+        "MultiheadAttention": stack(TorchAttention, x, **torch_mha),
         "MultiheadAttention, mask": stack(TorchAttention, x, ~boolean[0, 0], **torch_mha),
-        "TransformerEncoder": Case(build_encoder(), (x,), (2, 2, 9, 8), flash=True, **torch_mha),
+        "TransformerEncoder": Case(build_encoder(), (x,), (2, 2, 9, 8), **torch_mha),
         "TransformerEncoder, padding": Case(
             build_encoder(), (x,), (2, 2, 9, 8), options=torch_padding, **torch_mha
         ),
-        "bfloat16": Case(
-            Stack(Attention(), Attention()).eval().bfloat16(), (x.bfloat16(),), (2, 2, 9, 8), flash=True
-        ),
+        "bfloat16": Case(Stack(Attention(), Attention()).eval().bfloat16(), (x.bfloat16(),), (2, 2, 9, 8)),
         "timm vit": Case(
             build_timm("vit_tiny_patch16_224", **VIT),
             (torch.randn(2, 3, 32, 32),),
             (2, 4, 17, 8),
             kv_heads=4,
             kind="named",
-            flash=True,
         ),
         "timm swin": Case(
             build_timm("swin_tiny_patch4_window7_224", **SWIN),

@@ -1,8 +1,8 @@
 """Attention that also returns the log-normaliser, where PyTorch's own kernel already has it.
 
-On the CPU, `scaled_dot_product_attention` without a mask *is* the flash operator called here, so the
-output is the same to the bit and `lse_i` is free. Everywhere else the public function runs, and
-whoever needs `lse_i` computes it from the scores.
+On the CPU, `scaled_dot_product_attention` *is* the flash operator called here, with masks and grouped heads
+too, so the output is the same to the bit and `lse_i` is free. Everywhere else the public function runs,
+and whoever needs `lse_i` computes it from the scores.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def attention_with_normaliser(
     Arguments are those of `scaled_dot_product_attention`.
     """
     if _is_cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # as the public function does
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=None, scale=scale
+            query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )
     output = _public(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return output, None
@@ -48,12 +50,16 @@ def _is_cpu_flash(
     enable_gqa: bool,
 ) -> bool:
     """Whether the public function would choose the flash operator for this call."""
-    plain = query.device.type == "cpu" and query.ndim == 4 and attn_mask is None and not enable_gqa
-    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not plain or trained or dropout_p:
+    given = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if query.device.type != "cpu" or query.ndim != 4 or trained or dropout_p:
+        return False
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         return False
     # only the public function is cast by autocast and seen by other function modes
-    if torch.is_autocast_enabled("cpu") or has_torch_function((query, key, value)):
+    if torch.is_autocast_enabled("cpu") or has_torch_function(given):
         return False
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale)
+    choice = torch._fused_sdp_choice(
+        query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     return choice == SDPBackend.FLASH_ATTENTION.value

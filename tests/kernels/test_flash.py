@@ -47,9 +47,21 @@ CASES = {
     "float64": Case(dtype=torch.float64),
     "fewer queries": Case(keys=29),
     "one KV head": Case(kv_heads=1),
-    "grouped": Case(flash=False, kv_heads=2, grouped=True),
-    "mask": Case(flash=False, mask=LOWER),
-    "bias": Case(flash=False, mask=torch.randn(1, 4, 13, 13, generator=torch.Generator().manual_seed(0))),
+    "grouped": Case(kv_heads=2, grouped=True),
+    "grouped, causal": Case(kv_heads=2, grouped=True, causal=True),
+    "mask": Case(mask=LOWER),
+    "padding": Case(mask=torch.arange(13)[None, None, None] > torch.tensor([2, 5])[:, None, None, None]),
+    "grouped, mask": Case(kv_heads=1, grouped=True, mask=LOWER, tokens=13),
+    "mask of numbers": Case(mask=torch.zeros(13, 13).masked_fill(~LOWER, torch.finfo(torch.float32).min)),
+    "mask, bfloat16": Case(mask=LOWER, dtype=torch.bfloat16),
+    "bias": Case(mask=torch.randn(1, 4, 13, 13, generator=torch.Generator().manual_seed(0))),
+    "bias of other heads": Case(mask=torch.randn(2, 1, 13, 13, generator=torch.Generator().manual_seed(3))),
+    "bias in another format": Case(
+        flash=False,
+        mask=torch.randn(13, 13, generator=torch.Generator().manual_seed(3)),
+        dtype=torch.bfloat16,
+    ),
+    "mask of three dimensions": Case(flash=False, mask=LOWER[None].expand(4, 13, 13)),
     "three dimensions": Case(flash=False, dimensions=3),
     "five dimensions": Case(flash=False, dimensions=5),
     "narrow values": Case(flash=False, value_dim=8),
@@ -92,13 +104,32 @@ def test_the_normaliser_is_exact(name: str) -> None:
     query, key, *_ = arguments(case)
     _, normaliser = attention_with_normaliser(*arguments(case))
     scale = case.dim**-0.5 if case.scale is None else case.scale
+    key = key.repeat_interleave(4 // case.kv_heads, 1)
     scores = scale * query.double() @ key.double().transpose(-1, -2)
+    if case.mask is not None:
+        scores = scores + (
+            torch.where(case.mask, 0.0, -torch.inf) if case.mask.dtype == torch.bool else case.mask
+        )
     if case.causal:
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
     assert normaliser is not None
     assert normaliser.shape == (2, 4, case.tokens)
     tolerance = 1e-2 if case.dtype.itemsize == 2 else 1e-5  # half formats round the scores
     torch.testing.assert_close(normaliser.double(), scores.logsumexp(-1), rtol=0, atol=tolerance)
+
+
+def test_a_row_that_sees_nothing() -> None:
+    query, key, value, *_ = arguments(CASES["plain"])
+    mask = torch.ones(13, 13, dtype=torch.bool)
+    mask[4] = False
+    output, normaliser = attention_with_normaliser(query, key, value, mask, 0.0, False, None, False)
+    expected = F.scaled_dot_product_attention(query, key, value, mask)
+    assert torch.equal(output.nan_to_num(1), expected.nan_to_num(1))
+    assert normaliser is not None
+    other = torch.arange(13) != 4
+    whole = attention_with_normaliser(query, key, value, None, 0.0, False, None, False)[1]
+    assert whole is not None
+    torch.testing.assert_close(normaliser[:, :, other], whole[:, :, other])
 
 
 def test_a_view_as_projections_give_it() -> None:
