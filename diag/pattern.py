@@ -120,18 +120,19 @@ def _sampled_blocks(
     heads_at_once = max(1, budget // (2 * rows_at_once * call.tokens)) if device == "cuda" else 1
     mask = None if call.mask is None else four_dimensional(call.mask)
     scratch = Scratch(call.output.device)
-    last = sample.index[:, rows_at_once - 1 :: rows_at_once].tolist() if call.causal else None
+    ends = sample.index.tolist() if call.causal else None
     for b in range(call.batch):
         in_batch = slice(b, b + 1)
         for h in range(0, call.heads, heads_at_once):
             in_head = slice(h, min(h + heads_at_once, call.heads))
             key = _keys_of_heads(call, in_batch, in_head)[0].float().contiguous().transpose(1, 2)
-            for number, r in enumerate(range(0, sample.rows, rows_at_once)):
+            for r in range(0, sample.rows, rows_at_once):
                 in_row = slice(r, min(r + rows_at_once, sample.rows))
                 rows = sample.index[b, in_row]
-                seen = call.tokens
-                if last is not None and number < len(last[b]):
-                    seen = last[b][number] + 1
+                # every row of a block sees the keys up to its first row, none those after its last
+                common, seen = call.tokens, call.tokens
+                if ends is not None:
+                    common, seen = ends[b][in_row.start] + 1, ends[b][in_row.stop - 1] + 1
                 query = call.query[b, in_head][:, rows].float()
                 offset = lse[b, in_head][:, rows, None] / LN2
                 into = scratch(*query.shape[:2], seen)
@@ -142,8 +143,8 @@ def _sampled_blocks(
                     part = _mask_part(mask, in_batch, in_head, slice(None), seen)
                     part = part[0] if part.shape[2] == 1 else part[0][:, rows]
                     block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)
-                if call.causal:
-                    block.masked_fill_(torch.arange(seen, device=rows.device) > rows[:, None], -1e30)
+                after = torch.arange(common, seen, device=rows.device) > rows[:, None]
+                block[..., common:].masked_fill_(after, -1e30)
                 yield (in_batch, in_head, in_row), block[None]
 
 
