@@ -29,7 +29,7 @@ HIDDEN = -9000.0
 Libraries write -inf, the smallest float or -10000; no position bias in use reaches it."""
 
 TENSOR_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""How many numbers some heads' queries or values may be where they are read head by head."""
+"""How many numbers per thread some heads' queries or values may be where they are read head by head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +242,7 @@ def lanes(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]]:
     width: numbers per token and query head.
     """
     budget = TENSOR_ELEMENTS["cuda" if call.output.is_cuda else "cpu"]
-    number = max(1, budget // (call.group * call.tokens * width))
+    number = max(1, budget * torch.get_num_threads() // (call.group * call.tokens * width))
     heads_at_once = -(-call.kv_heads // -(-call.kv_heads // number))  # parts of about one size
     batch_at_once = max(1, number // call.kv_heads)
     for b in range(0, call.batch, batch_at_once):
