@@ -284,7 +284,7 @@ def layer(method: str, tokens: int, repeats: int) -> Cost:
         call = AttentionCall(
             0, "layer", query, key, value, output, None, True, HEAD_DIM**-0.5, log_normaliser=normaliser
         )
-        if sampled:
+        if sampled and call.tokens == tokens:
             call = replace(call, sample=draw([torch.ones(1, tokens, dtype=torch.bool)], ["input"], sampling))
         per_input(call)
 

@@ -9,7 +9,7 @@ Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -241,8 +241,7 @@ def lanes(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]]:
 
     width: numbers per token and query head.
     """
-    budget = TENSOR_ELEMENTS["cuda" if call.output.is_cuda else "cpu"]
-    number = max(1, budget * torch.get_num_threads() // (call.group * call.tokens * width))
+    number = max(1, of_threads(TENSOR_ELEMENTS, call.output.device) // (call.group * call.tokens * width))
     heads_at_once = -(-call.kv_heads // -(-call.kv_heads // number))  # parts of about one size
     batch_at_once = max(1, number // call.kv_heads)
     for b in range(0, call.batch, batch_at_once):
@@ -251,6 +250,11 @@ def lanes(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]]:
                 slice(b, min(b + batch_at_once, call.batch)),
                 slice(h, min(h + heads_at_once, call.kv_heads)),
             )
+
+
+def of_threads(elements: Mapping[str, int], device: torch.device) -> int:
+    """A block's size from a table by device; on a CPU that of one thread times their number."""
+    return elements["cuda"] if device.type == "cuda" else elements["cpu"] * torch.get_num_threads()
 
 
 def first_key(call: AttentionCall) -> Tensor:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from diag.attention import TENSOR_ELEMENTS
+from diag.attention import TENSOR_ELEMENTS, of_threads
 from diag.pattern import BLOCK_ELEMENTS
 
 KEPT_BY_ALLOCATOR = {"cpu": 2.0, "cuda": 1.1}
@@ -92,7 +92,7 @@ def predicted(
     kept = KEPT_BY_ALLOCATOR[device.type]
     forward = inputs * tokens * (2 * widths.stream + widths.widest) * dtype.itemsize
     one_head = tokens * HEAD * widths.heads // widths.kv_heads  # with the query heads that share it
-    lane = min(inputs * tokens * widths.heads, max(TENSOR_ELEMENTS[device.type], one_head))
+    lane = min(inputs * tokens * widths.heads, max(of_threads(TENSOR_ELEMENTS, device), one_head))
     probe = (inputs * tokens * widths.heads * NUMBERS_PER_ROW // HEAD + 9 * lane) * 4
     # the probe runs while the layer's wide tensors are not there yet: only what goes beyond them counts
     during_attention = inputs * tokens * (3 * widths.stream + 2 * widths.heads + 2 * widths.kv_heads)

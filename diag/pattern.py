@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diag.attention import AttentionCall, four_dimensional
+from diag.attention import AttentionCall, four_dimensional, of_threads
 from diag.sampling import RowSample
 
 LN2 = math.log(2)
@@ -159,9 +159,8 @@ def _all_blocks(
     if call.tokens <= 2 * rows_at_once:
         rows_at_once = call.tokens
     rows_at_once = max(1, min(rows_at_once, max(budget // call.tokens, 16)))
-    number = max(
-        1, min(LANE_ELEMENTS[device] * torch.get_num_threads(), budget) // (rows_at_once * call.tokens)
-    )
+    of_lanes = min(of_threads(LANE_ELEMENTS, call.output.device), budget)
+    number = max(1, of_lanes // (rows_at_once * call.tokens))
     heads_at_once = min(call.heads, number)
     batch_at_once = max(1, number // call.heads)
     upper = torch.ones(rows_at_once, rows_at_once, dtype=torch.bool, device=call.output.device).triu(1)
@@ -172,7 +171,7 @@ def _all_blocks(
         for h in range(0, call.heads, heads_at_once):
             in_head = slice(h, min(h + heads_at_once, call.heads))
             query = call.query[in_batch, in_head].float()
-            of_lanes, query = query.shape[:2], query.flatten(0, 1)
+            shape, query = query.shape[:2], query.flatten(0, 1)
             key = _keys_of_heads(call, in_batch, in_head).float().flatten(0, 1)
             if rows_at_once < call.tokens:  # several blocks of rows read them
                 key = key.contiguous()
@@ -190,7 +189,7 @@ def _all_blocks(
                     alpha=call.scale / LN2,
                     out=scratch(len(query), stop - r, seen),
                 )
-                block = block.unflatten(0, of_lanes)  # [batch, head, row, key]
+                block = block.unflatten(0, shape)  # [batch, head, row, key]
                 if mask is not None:
                     part = _mask_part(mask, in_batch, in_head, in_row, seen)
                     block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)

@@ -50,6 +50,13 @@ def test_blocks_hold_every_value_once_and_are_of_about_one_size(monkeypatch: pyt
         assert seen == shapes
 
 
+def test_blocks_are_those_of_all_threads_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's block is no larger where the CPU beside it has more threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert attention.of_threads({"cpu": 5, "cuda": 7}, torch.device("cpu")) == 30
+    assert attention.of_threads({"cpu": 5, "cuda": 7}, torch.device("cuda")) == 7
+
+
 def test_padding_may_hold_anything() -> None:
     padding = key_padding([range(13), range(5, 11)], 13)
     call = make_call(mask=padding)
