@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diag.attention import AttentionCall
-    from diag.shape_blocks import Geometry
+    from diag.geometry import Geometry
 
 HEAD_DIM = 64
 GROUPS = ("sinks", "distance", "nmi", "overlap", "position", "norms")
@@ -137,7 +137,7 @@ def times(tokens: int, repeats: int) -> None:
     """In a child: the two cases, one after the other."""
     import torch
 
-    from diag.shape_blocks import TEXT, Geometry
+    from diag.geometry import TEXT, Geometry
 
     side = max(2, round((tokens / 5) ** 0.5))
     with torch.inference_mode():

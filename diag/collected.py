@@ -14,6 +14,7 @@ from diag.blocks import Block
 from diag.branches import check_states, projection_error, tolerance
 from diag.divergence import DIVERGENCE_METRICS, DivergenceMetric, divergence_readings
 from diag.errors import MeasurementError, UserError
+from diag.geometry import TEXT, Geometry
 from diag.interventions import Edit
 from diag.metrics import METRICS, Metric, readings
 from diag.models.base import Batch, Tower
@@ -21,7 +22,7 @@ from diag.readings import Reading, condensed, reduce, sampling_error
 from diag.sampling import RowSampling, draw
 from diag.seam import Layer
 from diag.shape import SHAPE_METRICS, ShapeMetric, shape_readings
-from diag.shape_blocks import TEXT, Geometry, Neighbour
+from diag.shape_blocks import Neighbour
 from diag.stream import BlockStates, StreamReadings
 
 OF_HEADS: dict[str, Metric | ShapeMetric | DivergenceMetric] = {

@@ -18,9 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diag.attention import AttentionCall, all_rows
+from diag.geometry import TEXT, Geometry
 from diag.metrics import Selection
 from diag.readings import Reading
-from diag.shape_blocks import TEXT, Geometry, Neighbour, norms_of, overlap, stream, uniform
+from diag.shape_blocks import Neighbour, norms_of, overlap, stream, uniform
 
 SINK = 0.3
 """ε of the sink rate (Gu 2024, section 3: ε = 0.3, with sequences of T = 64 tokens)."""

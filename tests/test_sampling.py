@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diag import inputs
 from diag.attention import AttentionCall
 from diag.collected import FEW_KEYS, SAMPLING_ERROR, Collected
+from diag.geometry import TEXT, Geometry
 from diag.measure import BatchValues, measure
 from diag.metrics import METRICS, Selection
 from diag.models import load
@@ -27,7 +28,7 @@ from diag.models.names import parse
 from diag.readings import Reading, condensed, reduce, sampling_error
 from diag.sampling import RowSample, RowSampling, draw
 from diag.shape import GROUPS, SHAPE_METRICS, shape_readings
-from diag.shape_blocks import TEXT, Geometry, Neighbour
+from diag.shape_blocks import Neighbour
 
 TOKENS, ROWS = 400, 192
 OF_PATTERN = ("entropy", "entropy_p15", "entropy_normalized", "effective_keys")

@@ -26,15 +26,17 @@ from reference import (
 )
 from torch import Tensor
 
+from diag import geometry as geometry_of
 from diag import pattern, shape, shape_blocks
 from diag.attention import AttentionCall
 from diag.errors import UserError
+from diag.geometry import TEXT, Geometry
 from diag.groups import metric_names
 from diag.metrics import METRICS
 from diag.readings import reduce
 from diag.records import RATIOS
 from diag.shape import GROUPS, SHAPE_METRICS, shape_readings
-from diag.shape_blocks import TEXT, Geometry, Neighbour
+from diag.shape_blocks import Neighbour
 
 every_case = pytest.mark.parametrize("case", CASES)
 NAMES = list(SHAPE_METRICS)
@@ -671,8 +673,8 @@ def test_groups_are_written_out() -> None:
 
 
 def test_what_is_near_is_what_the_definitions_say() -> None:
-    assert shape_blocks.NEAR_TOKENS == 16
-    assert shape_blocks.NEAR_PATCHES == 1
+    assert geometry_of.NEAR_TOKENS == 16
+    assert geometry_of.NEAR_PATCHES == 1
     assert shape.SINK == 0.3
     assert shape.TOP_KEYS == 10
     assert "≤ 16" in SHAPE_METRICS["near_share"].definition

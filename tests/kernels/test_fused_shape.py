@@ -10,10 +10,10 @@ from reference import CASES, key_padding, make_call
 
 from diag import kernels, shape_blocks
 from diag.attention import AttentionCall
+from diag.geometry import TEXT, Geometry
 from diag.readings import reduce
 from diag.sampling import RowSampling, draw
 from diag.shape import GROUPS, SHAPE_METRICS, shape_readings
-from diag.shape_blocks import TEXT, Geometry
 
 triton_scores = pytest.importorskip("diag.kernels.triton_scores", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
