@@ -86,6 +86,10 @@ class AttentionCall:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
 
+    def query_heads(self, kv_heads: slice) -> slice:
+        """The query heads that read some KV heads."""
+        return slice(kv_heads.start * self.group, kv_heads.stop * self.group)
+
     @cached_property
     def visibility(self) -> Visibility:
         """Which keys each query sees."""
@@ -148,12 +152,9 @@ class Visibility:
     def part(self, in_batch: slice, in_head: slice) -> Visibility:
         """That of some inputs and query heads."""
 
-        def cut(x: Tensor) -> Tensor:
-            x = x[in_batch] if x.shape[0] > 1 else x
-            return x[:, in_head] if x.ndim > 2 and x.shape[1] > 1 else x
-
-        keys, visible = (None if x is None else cut(x) for x in (self.keys, self.visible_rows))
-        return Visibility(self.rule, keys, cut(self.count), visible)
+        keys = None if self.keys is None else of_inputs(self.keys, in_batch)
+        visible = None if self.visible_rows is None else part_of(self.visible_rows, in_batch, in_head)
+        return Visibility(self.rule, keys, part_of(self.count, in_batch, in_head), visible)
 
     def sum(
         self, x: Float[Tensor, "batch kv_head token dim"], weights: Float[Tensor, "#batch #kv_head token"]
@@ -250,6 +251,17 @@ def lanes(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]]:
                 slice(b, min(b + batch_at_once, call.batch)),
                 slice(h, min(h + heads_at_once, call.kv_heads)),
             )
+
+
+def of_inputs(x: Tensor, in_batch: slice) -> Tensor:
+    """Some inputs of what has one row for each of them, or one for all."""
+    return x[in_batch] if x.shape[0] > 1 else x
+
+
+def part_of(x: Tensor, in_batch: slice, in_head: slice) -> Tensor:
+    """Some inputs and heads of `[batch or 1, head or 1, …]`."""
+    x = of_inputs(x, in_batch)
+    return x[:, in_head] if x.shape[1] > 1 else x
 
 
 def of_threads(elements: Mapping[str, int], device: torch.device) -> int:

@@ -23,11 +23,11 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import AttentionCall
+from diag.attention import AttentionCall, of_inputs
 from diag.errors import UserError, did_you_mean, one_of
 from diag.readings import Controls, Reading, reduce
 from diag.softmax import SoftmaxStatistics
-from diag.values import ValueStatistics, of_inputs, reciprocal, value_blocks, value_statistics
+from diag.values import ValueStatistics, reciprocal, value_blocks, value_statistics
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""

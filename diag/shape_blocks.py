@@ -201,7 +201,7 @@ def norms_of(
         own = value[:, :, None]  # [batch, kv_head, 1, token, value_dim]
         squares = vecdot(own if gram is None else own @ gram[in_head], own)
         squares = squares.clamp(min=0).expand(-1, -1, call.group, -1)
-        norms[in_batch, in_head.start * call.group : in_head.stop * call.group] = squares.sqrt().flatten(1, 2)
+        norms[in_batch, call.query_heads(in_head)] = squares.sqrt().flatten(1, 2)
     return norms
 
 

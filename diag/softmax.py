@@ -87,7 +87,7 @@ def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token
     assert softmax.log_normaliser is not None
     middle, along = torch.empty_like(softmax.self_weight), torch.empty_like(softmax.self_weight)
     for in_batch, in_kv_head in lanes(call, call.query.shape[-1]):
-        in_head = slice(in_kv_head.start * call.group, in_kv_head.stop * call.group)
+        in_head = call.query_heads(in_kv_head)
         query = call.query[in_batch, in_head].float().contiguous().unflatten(1, (-1, call.group))
         key, part = call.key[in_batch, in_kv_head].float(), seen.part(in_batch, in_head)
         number = part.count.clamp(min=1)
@@ -127,7 +127,7 @@ def _scores_of_single_keys(call: AttentionCall, key: Tensor) -> tuple[Tensor, Te
     own = torch.empty(call.output.shape[:3], device=call.output.device)
     other = torch.empty_like(own)
     for in_batch, in_kv_head in lanes(call, call.query.shape[-1]):
-        in_head = slice(in_kv_head.start * call.group, in_kv_head.stop * call.group)
+        in_head = call.query_heads(in_kv_head)
         query = call.query[in_batch, in_head].float().unflatten(1, (-1, call.group))
         keys = call.key[in_batch, in_kv_head].float()
         chosen = keys.take_along_dim(key[in_batch, None, None, None], 2)  # [batch, kv_head, 1, dim]

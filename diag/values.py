@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention import AttentionCall, lanes
+from diag.attention import AttentionCall, lanes, of_inputs, part_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +77,6 @@ def value_blocks(
         yield (in_batch, in_head), value
 
 
-def of_inputs(x: Tensor, in_batch: slice) -> Tensor:
-    """Some inputs of what has one row for each of them, or one for all."""
-    return x[in_batch] if x.shape[0] > 1 else x
-
-
 def reciprocal(x: Tensor) -> Tensor:
     """1/x, 0 where x is 0."""
     return torch.where(x == 0, 0.0, 1 / x)
@@ -111,7 +106,7 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
         exclusive_total=new(heads, dim),
     )
     for (in_batch, in_head), value in value_blocks(call):
-        own_heads = slice(in_head.start * group, in_head.stop * group)
+        own_heads = call.query_heads(in_head)
         of_values, of_outputs = (in_batch, in_head), (in_batch, own_heads)
         of_uniform = of_outputs if apart else of_values
         visible = seen.part(in_batch, own_heads)
@@ -140,7 +135,7 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
         share = product * per_norm[:, :, None] * per_norm[:, :, None]
         exclusive = torch.addcmul(output, share[..., None], own, value=-1)
         left = vector_norm(exclusive, dim=-1)
-        counted = _heads_of(of_inputs(rows, in_batch), own_heads)
+        counted = part_of(rows, in_batch, own_heads)
         counted = counted.unflatten(1, (-1, group)) if counted.shape[1] > 1 else counted[:, :, None]
         per_length = torch.where(counted, reciprocal(length), 0.0)
         per_left = torch.where(counted & (left > least * length), reciprocal(left), 0.0)
@@ -158,10 +153,6 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     """`[batch, kv_head or head, …]` with an axis for the query heads that share a KV head, or 1."""
     return x.unflatten(1, (kv_heads, -1))
-
-
-def _heads_of(x: Tensor, in_head: slice) -> Tensor:
-    return x[:, in_head] if x.shape[1] > 1 else x
 
 
 def _inner(x: Tensor, total: Tensor) -> Tensor:
