@@ -34,14 +34,14 @@ def runs_of(
     import torch
     from PIL import Image
 
-    from diag.blocks import find_blocks
-    from diag.edited import edited
-    from diag.groups import GROUPS as NAMES
-    from diag.interventions import parse
-    from diag.measure import measure
+    from diag.measure.edited import edited
+    from diag.measure.loop import measure
+    from diag.metrics.registry import GROUPS as NAMES
     from diag.models import load
     from diag.models.base import Sample
-    from diag.models.names import parse as parse_name
+    from diag.models.hooks.blocks import find_blocks
+    from diag.models.hooks.interventions import parse
+    from diag.models.names.resolve import parse as parse_name
 
     arguments = ["num_classes=0", f"depth={layers}"]
     spec = parse_name("timm:vit_base_patch16_224", model_args=arguments, random_init=True)

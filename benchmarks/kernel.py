@@ -30,11 +30,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from diag.attention import AttentionCall
-from diag.kernels import fused_statistics
-from diag.kernels.flash import attention_with_normaliser
-from diag.metrics import Selection
-from diag.softmax import softmax_statistics
+from diag.attention.call import AttentionCall
+from diag.attention.kernels import fused_statistics
+from diag.attention.kernels.flash import attention_with_normaliser
+from diag.attention.softmax import softmax_statistics
+from diag.metrics.attention import Selection
 
 RESULTS = 5  # numbers per row: lse, entropy, Σ A², self weight, first weight
 
@@ -169,9 +169,9 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
 
 def other_kernels(call: Callable[[], AttentionCall], device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of the kernels that are run on request, and of the values."""
-    from diag.kernels.triton_received import received
-    from diag.kernels.triton_statistics import row_statistics
-    from diag.kernels.triton_values import value_statistics
+    from diag.attention.kernels.triton_received import received
+    from diag.attention.kernels.triton_statistics import row_statistics
+    from diag.attention.kernels.triton_values import value_statistics
 
     one = call()
     lse = one.softmax.log_normaliser

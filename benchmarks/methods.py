@@ -133,9 +133,9 @@ def plain_run(model: nn.Module, data: Tensor, shape: Shape) -> Run:
 
 def probe_run(model: nn.Module, data: Tensor, shape: Shape, *, exact: bool = False) -> Run:
     """The package's own loop, as `attnbias probe` runs it; its first batch, the warm-up, passes the gate."""
-    from diag.measure import measure
+    from diag.attention.sampling import RowSampling
+    from diag.measure.loop import measure
     from diag.models.base import Sample
-    from diag.sampling import RowSampling
 
     def endless() -> Iterator[Sample]:
         while True:
@@ -149,7 +149,7 @@ def probe_run(model: nn.Module, data: Tensor, shape: Shape, *, exact: bool = Fal
 def tower_of(model: nn.Module, data: Tensor, shape: Shape) -> Tower:
     """A tower that runs the model on the same data whatever the samples are."""
     from diag.models.base import Batch, Tower
-    from diag.seam import attention_modules
+    from diag.models.hooks.seam import attention_modules
 
     vision = shape.family == "vit"
     return Tower(
@@ -269,10 +269,10 @@ def layer(method: str, tokens: int, repeats: int) -> Cost:
     """One causal layer: its attention alone, or with every metric after it, from all rows or from some."""
     import torch
 
-    from diag.attention import AttentionCall
-    from diag.kernels.flash import attention_with_normaliser
-    from diag.metrics import per_input
-    from diag.sampling import RowSampling, draw
+    from diag.attention.call import AttentionCall
+    from diag.attention.kernels.flash import attention_with_normaliser
+    from diag.attention.sampling import RowSampling, sample_rows
+    from diag.metrics.attention import per_input
 
     sampling = RowSampling()
     sampled = method == "sampled" and sampling.applies(tokens)
@@ -285,7 +285,9 @@ def layer(method: str, tokens: int, repeats: int) -> Cost:
             0, "layer", query, key, value, output, None, True, HEAD_DIM**-0.5, log_normaliser=normaliser
         )
         if sampled and call.tokens == tokens:
-            call = replace(call, sample=draw([torch.ones(1, tokens, dtype=torch.bool)], ["input"], sampling))
+            call = replace(
+                call, sample=sample_rows([torch.ones(1, tokens, dtype=torch.bool)], ["input"], sampling)
+            )
         per_input(call)
 
     torch.manual_seed(0)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diag.attention import AttentionCall
-    from diag.geometry import Geometry
+    from diag.attention.call import AttentionCall
+    from diag.attention.geometry import Geometry
 
 HEAD_DIM = 64
 GROUPS = ("sinks", "distance", "nmi", "overlap", "position", "norms")
@@ -39,7 +39,7 @@ def call_of(batch: int, heads: int, kv_heads: int, tokens: int, *, causal: bool)
     """A random attention call with the output and the log-normaliser of PyTorch's fused attention."""
     import torch
 
-    from diag.attention import AttentionCall
+    from diag.attention.call import AttentionCall
 
     torch.manual_seed(0)
     query = torch.randn(batch, heads, tokens, HEAD_DIM)
@@ -50,7 +50,7 @@ def call_of(batch: int, heads: int, kv_heads: int, tokens: int, *, causal: bool)
 
 def attend(query, key, value, *, causal: bool):  # type: ignore[no-untyped-def]
     """The attention as the probe runs it."""
-    from diag.kernels.flash import attention_with_normaliser
+    from diag.attention.kernels.flash import attention_with_normaliser
 
     grouped = query.shape[1] != key.shape[1]
     return attention_with_normaliser(query, key, value, None, 0.0, causal, None, grouped)
@@ -60,8 +60,8 @@ def runs_of(call: AttentionCall, geometry: Geometry) -> dict[str, Callable[[], o
     """What is timed, by name; every run starts from a call on which nothing was computed yet."""
     from dataclasses import replace
 
-    from diag.metrics import per_input
-    from diag.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
+    from diag.metrics.attention import per_input
+    from diag.metrics.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
 
     def neighbour() -> Neighbour:
         """As it stands when the layer before was measured."""
@@ -112,7 +112,7 @@ def peak(group: str) -> tuple[float, float]:
     """In a child: seconds and bytes that one group (or `all`) adds at 16,384 tokens, one head group."""
     import torch
 
-    from diag.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
+    from diag.metrics.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
 
     names = tuple(SHAPE_METRICS) if group == "all" else GROUPS[group]
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def times(tokens: int, repeats: int) -> None:
     """In a child: the two cases, one after the other."""
     import torch
 
-    from diag.geometry import TEXT, Geometry
+    from diag.attention.geometry import TEXT, Geometry
 
     side = max(2, round((tokens / 5) ** 0.5))
     with torch.inference_mode():

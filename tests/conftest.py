@@ -25,14 +25,14 @@ if not torch.cuda.is_available():
 def attnbias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """`attnbias("probe", …)` runs the command line in an empty folder, without drawing figures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diag.run.draw", lambda layers, heads, folder: [])
+    monkeypatch.setattr("diag.run.run.draw", lambda layers, heads, folder: [])
     return run_cli
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no figures, which takes longer than all else."""
-    monkeypatch.setattr("diag.run.draw", lambda layers, heads, folder: [])
+    monkeypatch.setattr("diag.run.run.draw", lambda layers, heads, folder: [])
 
 
 @pytest.fixture(scope="session")

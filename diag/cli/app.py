@@ -45,7 +45,7 @@ def top(
 ) -> None:
     """How much of what attention returns does the token already have?"""
     if version:
-        from diag.config import version as installed
+        from diag.run.environment import version as installed
 
         print(installed())
         raise typer.Exit

@@ -27,7 +27,7 @@ from diag.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from diag.attend import Attended
+    from diag.studies.attend import Attended
 
 
 @app.command()
@@ -68,8 +68,8 @@ def attend(
     quiet: QuietFolder = False,
 ) -> None:
     """Show what one patch or token attends to, how alike their values are, and what it gets back."""
-    from diag.attend import checked, read, run_attend
-    from diag.terminal import StderrListener
+    from diag.show.terminal import StderrListener
+    from diag.studies.attend import checked, read, run_attend
 
     plan = checked(
         models=tuple(model),
@@ -123,9 +123,9 @@ def _table(found: Attended, top: int) -> str:
 
 
 def _block(entry: Any, found: Attended, top: int) -> list[str]:
-    from diag.figures.strip import printable
-    from diag.figures.tables import shorten
-    from diag.terminal import WIDTH, columns
+    from diag.show.figures.strip import printable
+    from diag.show.figures.tables import shorten
+    from diag.show.terminal import WIDTH, columns
 
     tokens, numbers = _of_model(entry, found)
     first, visible = tokens.iloc[0], int(tokens["weight"].notna().sum())
@@ -203,7 +203,7 @@ def _most(tokens: pd.DataFrame, top: int) -> pd.DataFrame:
 
 
 def _name(token: pd.Series) -> str:
-    from diag.figures.strip import printable
+    from diag.show.figures.strip import printable
 
     if token["kind"] == "text":
         name = f"{token['token']} '{printable(token['text'])}'"

@@ -34,8 +34,8 @@ from diag.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from diag.compare import Comparison
-    from diag.config import ProbePlan
+    from diag.run.plan import ProbePlan
+    from diag.studies.compare import Comparison
 
 
 @app.command()
@@ -117,8 +117,8 @@ def compare(
         return
     folders, failed = _measured(plans, quiet)
     found = _compared([*(runs or []), *folders], between, seed, published, quiet)
-    from diag.compare import default_folder, screen, write_comparison
-    from diag.config import command_line
+    from diag.run.environment import command_line
+    from diag.studies.compare import default_folder, screen, write_comparison
 
     folder = out or default_folder(found)
     write_comparison(found, folder, command=command_line())
@@ -162,8 +162,8 @@ def _plans(
     common: dict[str, Any],
 ) -> list[ProbePlan]:
     """A plan per model, argument and length, so that a run is found again whatever it is compared with."""
-    from diag.config import checked
-    from diag.models.series import members
+    from diag.models.names.series import members
+    from diag.run.plan import checked
 
     models = [*given, *(name for one in series for name in members(one))]
     for argument in ("patch_size", "img_size"):
@@ -177,8 +177,8 @@ def _plans(
 
 
 def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool) -> None:
-    from diag.cache import folder_of, is_measured
-    from diag.config import specs_of
+    from diag.run.cache import folder_of, is_measured
+    from diag.run.plan import specs_of
 
     rows: list[dict[str, Any]] = [
         {"run": str(run), "measured": (run / "manifest.json").is_file()} for run in runs
@@ -204,9 +204,9 @@ def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool
 
 def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict[str, str]]:
     """The run folders of plans, measured where they are missing, and what failed. UserError if all did."""
-    from diag.cache import measured
-    from diag.config import specs_of
-    from diag.terminal import StderrListener
+    from diag.run.cache import measured
+    from diag.run.plan import specs_of
+    from diag.show.terminal import StderrListener
 
     for plan in plans:
         specs_of(plan)  # a mistyped name ends the command before anything is measured
@@ -229,9 +229,9 @@ def _compared(
     folders: Sequence[Path], growth: tuple[int, int] | None, seed: int, published: bool, quiet: bool
 ) -> Comparison:
     """The comparison of run folders; says what lines lack."""
-    from diag.collect import collect
-    from diag.compare import compare as compared
-    from diag.compare import published_for
+    from diag.results.collect import collect
+    from diag.studies.compare import compare as compared
+    from diag.studies.compare import published_for
 
     collection = collect(folders)
     overlay = None

@@ -12,7 +12,7 @@ import typer
 from diag.cli.app import Interrupted, app, say
 
 if TYPE_CHECKING:
-    from diag.writeup import Need, Outcome
+    from diag.studies.writeup import Need, Outcome
 
 
 @app.command()
@@ -37,8 +37,8 @@ def figures(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folders.")] = False,
 ) -> None:
     """Draw every figure and table of a writeup, measuring only what is missing."""
-    from diag.terminal import StderrListener
-    from diag.writeup import needs_of, produce, read_plans, shows
+    from diag.show.terminal import StderrListener
+    from diag.studies.writeup import needs_of, produce, read_plans, shows
 
     found = read_plans(plans)
     if dry_run:
@@ -91,8 +91,8 @@ def _end(outcomes: Sequence[Outcome], check: bool, options: Sequence[str]) -> No
 
 def _said(outcome: Outcome, check: bool) -> str:
     """What is in the folder, one line per figure or table; then the tables that are an answer themselves."""
-    from diag.figures.tables import shorten
-    from diag.terminal import columns
+    from diag.show.figures.tables import shorten
+    from diag.show.terminal import columns
 
     rows = []
     for shown in outcome.shown:
@@ -116,7 +116,7 @@ def _answers(outcome: Outcome) -> list[str]:
     """Tables with a verdict, in full."""
     import textwrap
 
-    from diag.terminal import WIDTH, columns
+    from diag.show.terminal import WIDTH, columns
 
     said = []
     for table in outcome.tables:
@@ -164,8 +164,8 @@ def _print_needs(found: Sequence[tuple[Path, list[str], list[Need]]], as_json: b
 def _needs(file: Path, shows: Sequence[str], needs: Sequence[Need]) -> str:
     import textwrap
 
-    from diag.figures.tables import shorten
-    from diag.terminal import WIDTH
+    from diag.show.figures.tables import shorten
+    from diag.show.terminal import WIDTH
 
     counts = [
         f"{sum(need.state == state for need in needs)} {state}"

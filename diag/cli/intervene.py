@@ -72,10 +72,10 @@ def intervene(
     quiet: QuietFolder = False,
 ) -> None:
     """Change each layer's attention in turn: what it costs, and whether the bias predicts it."""
-    from diag.intervene.plan import checked
-    from diag.intervene.run import run_intervene
-    from diag.intervene.words import table
-    from diag.terminal import StderrListener
+    from diag.show.terminal import StderrListener
+    from diag.studies.intervene.plan import checked
+    from diag.studies.intervene.run import run_intervene
+    from diag.studies.intervene.words import table
 
     plan = checked(
         models=(model,),
@@ -116,7 +116,7 @@ def intervene(
 @app.command()
 def interventions(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List what can be done to attention, with definitions."""
-    from diag.interventions import INTERVENTIONS
+    from diag.models.hooks.interventions import INTERVENTIONS
 
     if as_json:
         rows = {

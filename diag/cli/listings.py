@@ -26,8 +26,8 @@ def models(
     if series:
         _print_series(query, as_json)
         return
-    from diag.models.names import listing
-    from diag.terminal import columns
+    from diag.models.names.resolve import listing
+    from diag.show.terminal import columns
 
     rows = [dict(row) for row in listing(query)]
     if not rows:
@@ -39,7 +39,7 @@ def models(
 
 
 def _print_series(query: str, as_json: bool) -> None:
-    from diag.models.series import find, listing
+    from diag.models.names.series import find, listing
 
     rows = listing(query)
     if not rows:
@@ -100,7 +100,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     """Show versions, devices and threads: what to paste into a bug report."""
     import torch
 
-    from diag.config import environment
+    from diag.run.environment import environment
 
     found: dict[str, Any] = environment()
     found["threads"] = torch.get_num_threads()
@@ -117,12 +117,12 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 @app.command()
 def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the metrics with their definitions, by group."""
-    from diag.divergence import DIVERGENCE_METRICS
-    from diag.groups import GROUPS
-    from diag.metrics import METRICS
-    from diag.records import RATIOS
-    from diag.shape import SHAPE_METRICS
-    from diag.stream import STREAM_METRICS
+    from diag.metrics.attention import METRICS
+    from diag.metrics.catalogue import RATIOS
+    from diag.metrics.divergence import DIVERGENCE_METRICS
+    from diag.metrics.registry import GROUPS
+    from diag.metrics.shape import SHAPE_METRICS
+    from diag.metrics.stream import STREAM_METRICS
 
     found = {name: metric.definition for name, metric in METRICS.items()}
     found |= {

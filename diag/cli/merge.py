@@ -25,10 +25,10 @@ def merge(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
 ) -> None:
     """Finish a run that several processes measured: tables, figures and manifest out of its shards."""
-    from diag.finish import check_whole, finish, gather
-    from diag.ledger import is_finished, lock_file, read_plan
-    from diag.records import read_layers, read_manifest
-    from diag.share import Locks
+    from diag.results.tables import read_layers, read_manifest
+    from diag.run.finish import check_whole, finish, gather
+    from diag.run.ledger import is_finished, lock_file, read_plan
+    from diag.run.processes import Locks
 
     if is_finished(run):
         if not quiet:

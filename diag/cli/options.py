@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diag.errors import UserError
-from diag.ranges import ranges
+from diag.errors import UserError, ranges
 
 Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
 Texts = Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")]

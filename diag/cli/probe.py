@@ -90,8 +90,8 @@ def probe(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
 ) -> None:
     """Measure the attention bias of pretrained models, layer by layer and head by head."""
-    from diag.config import checked
-    from diag.share import share_of
+    from diag.run.plan import checked
+    from diag.run.processes import share_of
 
     plan = checked(
         models=_models(model or [], series or []),
@@ -121,8 +121,9 @@ def probe(
     if dry_run:
         _print_plan(plan, as_json)
         return
-    from diag.run import Progress, run_share
-    from diag.terminal import StderrListener
+    from diag.run.progress import Progress
+    from diag.run.run import run_share
+    from diag.show.terminal import StderrListener
 
     share, progress = share_of(shard, os.environ), Progress()
     try:
@@ -141,7 +142,7 @@ def probe(
 
 def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: bool, quiet: bool) -> None:
     """Prints a finished run. Raises SystemExit with code 3 if something failed on the way."""
-    from diag.terminal import result_table
+    from diag.show.terminal import result_table
 
     if as_json:
         document = {"run": str(folder), "manifest": manifest, "layers": _records(layers)}
@@ -161,7 +162,7 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
 
 def _models(given: list[str], series: list[str]) -> tuple[str, ...]:
     """The models that were named, one by one and as series. Raises UserError if there is none."""
-    from diag.models.series import members
+    from diag.models.names.series import members
 
     found = [*given, *(name for one in series for name in members(one))]
     if not found:
@@ -173,8 +174,9 @@ def _models(given: list[str], series: list[str]) -> tuple[str, ...]:
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
-    from diag.forecast import forecast
-    from diag.run import device_of, prepared
+    from diag.measure.device import device_of
+    from diag.run.forecast import forecast
+    from diag.run.run import prepared
 
     specs, found = prepared(plan)
     document = {

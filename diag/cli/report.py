@@ -25,7 +25,7 @@ def report(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the page's path.")] = False,
 ) -> None:
     """Write runs as one self-contained HTML page."""
-    from diag.report import write_report
+    from diag.show.report import write_report
 
     found = write_report(runs, out, title=title)
     for folder, why in found.problems.items():

@@ -29,8 +29,8 @@ def train(
     quiet: QuietFolder = False,
 ) -> None:
     """Train patch sizes × attention variants × seeds, probe them all, and say what removing V_self gains."""
-    from diag.train.cells import cells_of
-    from diag.train.plan import read_plan
+    from diag.studies.train.cells import cells_of
+    from diag.studies.train.plan import read_plan
 
     plan = read_plan(config)
     if dry_run:
@@ -38,9 +38,9 @@ def train(
         document = {"plan": plan.model_dump(mode="json"), "cells": cells}
         print(json.dumps(document, indent=1) if as_json else "\n".join(cells))
         return
-    from diag.terminal import StderrListener
-    from diag.train.grid import run_train
-    from diag.train.said import shown
+    from diag.show.terminal import StderrListener
+    from diag.studies.train.grid import run_train
+    from diag.studies.train.summary import shown
 
     try:
         with StderrListener(quiet=quiet) as listener:

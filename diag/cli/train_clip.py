@@ -29,7 +29,7 @@ def train_clip(
     torchrun --nproc-per-node 8 -m diag train-clip --attention xsa --config configs/clip-cc12m-b16.yaml --
     --train-data 'DIR/cc12m-train-{0000..2175}.tar' --imagenet-val DIR
     """
-    from diag.train.clip import train_clip as run
+    from diag.studies.train.clip import train_clip as run
 
     try:
         run(arguments or [], attention=attention, text_attention=text_attention, config=config)

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import torch
 
     from diag.models.base import Model
-    from diag.models.names import ModelSpec
+    from diag.models.names.resolve import ModelSpec
 
 FAMILIES = {
-    "timm": "diag.models.timm",
-    "open_clip": "diag.models.open_clip",
-    "hf": "diag.models.hf",
-    "tl": "diag.models.lens",
-    "demo": "diag.models.demo",
+    "timm": "diag.models.families.timm",
+    "open_clip": "diag.models.families.open_clip",
+    "hf": "diag.models.families.hf.load",
+    "tl": "diag.models.families.lens",
+    "demo": "diag.models.families.demo",
 }
 """Family -> the module whose `load(spec, *, device, dtype) -> Model` loads it."""
 
@@ -30,7 +30,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
     model can be seen.
     """
-    from diag.models.spread import SPREAD
+    from diag.models.families.hf.device_map import SPREAD
     from diag.models.weights import digest
 
     if device == SPREAD and spec.family != "hf":

@@ -16,8 +16,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import UserError, one_of
-from diag.inputs import Inputs
-from diag.seam import Layer, OnCall, attention_calls
+from diag.inputs.items import Inputs
+from diag.models.hooks.seam import Layer, OnCall, attention_calls
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diag.errors import UnreadableInput, UserError, did_you_mean
-from diag.inputs import Inputs, rgb
+from diag.inputs.images import rgb
+from diag.inputs.items import Inputs
 from diag.models.base import Batch, Sample
-from diag.models.names import ModelSpec
+from diag.models.hooks.seam import Layer, attention_modules
+from diag.models.names.resolve import ModelSpec
 from diag.models.weights import refuse_non_finite
-from diag.seam import Layer, attention_modules
 
 DEFAULT_SEQUENCE = 128
 

@@ -2,7 +2,7 @@
 
 Each takes the heads' output `y [batch, head, token, dim]`, the values `v [batch, kv_head, token, dim]` and
 the layer's input `x [batch, token, channel]`, and returns what the output projection reads instead of y.
-At pretrained models `diag.interventions` does the same to an `AttentionCall`; here parameters are learned,
+At pretrained models `hooks.interventions` does the same to an `AttentionCall`; here parameters are learned,
 half formats are computed in float32, and everything can be compiled. `CHANGES` is where one is registered.
 """
 

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from diag.errors import UserError, did_you_mean
-from diag.ranges import ranges
+from diag.errors import UserError, did_you_mean, ranges
 from diag.variants.changes import BASELINE, BROADCASTS, CHANGES
 
 NAMES = (BASELINE, *CHANGES, *BROADCASTS)

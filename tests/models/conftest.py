@@ -19,7 +19,7 @@ from checkpoints import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from diag.inputs import Inputs, Item
+from diag.inputs.items import Inputs, Item
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stand-ins for the embedded models: their architectures with random weights, in float16."""
-    from diag.models.demo import build_lm, build_vit
+    from diag.models.families.demo import build_lm, build_vit
 
     folder = tmp_path_factory.mktemp("embedded")
     torch.manual_seed(0)

@@ -13,13 +13,13 @@ import torch
 from checkpoints import OPEN_CLIP_SIZES, save_open_clip, save_timm
 from torch import Tensor, nn
 
-from diag.attention import AttentionCall
-from diag.inputs import Inputs
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import attend
+from diag.inputs.items import Inputs
 from diag.models import FAMILIES, load
 from diag.models.base import Batch, Model, Tower
-from diag.models.names import ModelSpec
-from diag.models.own import from_module
-from diag.pattern import attend
+from diag.models.families.from_module import from_module
+from diag.models.names.resolve import ModelSpec
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 
@@ -125,7 +125,7 @@ def load_case(
 ) -> Iterator[Callable[[Case], Model]]:
     loaded: dict[tuple[str, str], Model] = {}
     patch = pytest.MonkeyPatch()
-    patch.setattr("diag.models.demo.EMBEDDED", embedded)
+    patch.setattr("diag.models.families.demo.EMBEDDED", embedded)
     open_clip.factory._MODEL_CONFIGS["tiny"] = OPEN_CLIP_SIZES
 
     def build(case: Case) -> Model:

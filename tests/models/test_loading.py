@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from diag.errors import UnreadableInput, UserError
-from diag.inputs import Inputs, Item
+from diag.inputs.items import Inputs, Item
 from diag.models.base import Sample
 from diag.models.loading import hub, image_encoder, image_preparation, quiet, rgb, text_samples
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import diag
-from diag.inputs import demo_text
-from diag.models.demo import EMBEDDED
+from diag.inputs.texts import demo_text
+from diag.models.families.demo import EMBEDDED
 
 KEYS = ["layer", "head", "metric"]
 

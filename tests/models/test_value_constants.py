@@ -22,13 +22,14 @@ from checkpoints import OPEN_CLIP_SIZES, TEXT_SIZES, VISION_SIZES, VOCABULARY
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from diag.attention import AttentionCall, without_constant
+from diag.attention.call import AttentionCall, without_constant
 from diag.errors import UserError
-from diag.models import demo, load
+from diag.models import load
 from diag.models.base import Tower
-from diag.models.names import parse
+from diag.models.families import demo
+from diag.models.hooks.seam import Layer, attention_calls, attention_modules
+from diag.models.names.resolve import parse
 from diag.models.value_constants import ROWS, value_constants
-from diag.seam import Layer, attention_calls, attention_modules
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 0}
@@ -317,7 +318,7 @@ def folded_calls(folder: Path, ids: Tensor) -> list[AttentionCall]:
     """What the hooks of transformer-lens show once it has folded norms and value biases into the weights."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    from diag.models.lens import lens_calls
+    from diag.models.families.lens import lens_calls
 
     bridge = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
     bridge.enable_compatibility_mode(disable_warnings=True)
@@ -540,7 +541,7 @@ def test_other_values_are_not_understood(attnbias: Callable[..., Any]) -> None:
 def test_a_model_is_refused_before_it_runs(
     attnbias: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diag.run.shard_pieces", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("diag.run.run.shard_pieces", lambda *_, **__: pytest.fail("it was run"))
     monkeypatch.setattr(
         "diag.models.value_constants._ROWS",
         {("timm.vision_transformer.Block", "timm.Attention"): ROWS[0]},

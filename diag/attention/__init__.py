@@ -1,0 +1,1 @@
+"""One attention call and its statistics; no token × token matrix is made here."""

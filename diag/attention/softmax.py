@@ -1,0 +1,125 @@
+"""The softmax statistics of every query row, exact, in memory linear in the number of tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention.call import AttentionCall, first_key, four_dimensional, head_chunks
+from diag.attention.pattern import LN2, Scratch, log2_pattern_blocks, masked
+from diag.attention.statistics import SoftmaxStatistics
+
+
+def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
+    """Every row statistic of a call's pattern in O(token) memory (science: section 5).
+
+    Entropy and Σ A² stream blocks of query rows through one matrix product each, all rows or the call's
+    sampled ones; the weights on single keys need only the log-normaliser and are of all rows.
+    Float32 arithmetic whatever the model's format. On CUDA one fused kernel gives the same numbers.
+    """
+    from diag.attention.kernels import fused_statistics  # it stands on this module
+
+    if (fused := fused_statistics(call)) is not None:
+        return fused
+    first = first_key(call)
+    if call.pattern is not None:
+        pattern = call.pattern.float()
+        index = first[:, None, None, None].expand(pattern.shape[0], call.heads, call.tokens, 1)
+        return SoftmaxStatistics(
+            log_normaliser=None,
+            entropy=-torch.xlogy(pattern, pattern).sum(-1),
+            sum_of_squares=pattern.square().sum(-1),
+            self_weight=pattern.diagonal(dim1=-2, dim2=-1),
+            first_weight=pattern.gather(-1, index)[..., 0],
+        )
+    batch, heads, tokens = call.output.shape[:3]
+    known = call.log_normaliser is not None
+    lse = torch.empty(batch, heads, tokens, device=call.output.device)
+    lse = call.log_normaliser.float() if known else lse  # type: ignore[union-attr]
+    entropy = torch.empty(
+        batch, heads, tokens if call.sample is None else call.sample.rows, device=lse.device
+    )
+    squares = torch.empty_like(entropy)
+    scratch = Scratch(call.output.device)
+    for where, logs in log2_pattern_blocks(call, lse, known):
+        # logs: [block batch, block head, block row, key]
+        pattern = torch.exp2(logs, out=scratch(*logs.shape))
+        squares[where] = vector_norm(pattern, dim=-1).square_()
+        entropy[where] = pattern.mul_(logs).sum(-1).mul_(-LN2)
+    own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))
+    return SoftmaxStatistics(lse, entropy, squares, own, leading)
+
+
+def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token"]:
+    """Quantities of every row, in O(token) memory, that the entropy and its kind go with.
+
+    The divergence D of uniform attention from that of the row is exact: D = lse - ln n - the mean score,
+    n the visible keys. Were scores normally distributed with variance σ², the entropy would be ln n - D,
+    n e^-D keys by it and n e^-2D keys by Σ A². The spread of all keys along the query stands in for σ²,
+    and the weights on oneself and on the first key tell what a sink takes. (They need to be like the
+    truth only; a mask that is no plain causal one enters by the log-normaliser alone.)
+    """
+    softmax, seen = call.softmax, call.visibility
+    assert call.query is not None
+    assert call.key is not None
+    assert softmax.log_normaliser is not None
+    middle, along = torch.empty_like(softmax.self_weight), torch.empty_like(softmax.self_weight)
+    for in_batch, in_kv_head in head_chunks(call, call.query.shape[-1]):
+        in_head = call.query_heads(in_kv_head)
+        query = call.query[in_batch, in_head].float().contiguous().unflatten(1, (-1, call.group))
+        key, part = call.key[in_batch, in_kv_head].float(), seen.part(in_batch, in_head)
+        number = part.count.clamp(min=1)
+        if part.keys is not None:
+            key = key.masked_fill(~part.keys[:, None, :, None], 0.0)  # padding may hold anything
+        total = number.amax((1, 2))[:, None, None, None]
+        mean = key.sum(2, keepdim=True) / total
+        if seen.rule == "causal":
+            scores = vecdot(query, (key.cumsum(2) / number[..., None])[:, :, None])
+        else:
+            scores = (query @ mean[:, :, None].transpose(-1, -2))[..., 0]
+        spread = key.transpose(-1, -2) @ key / total - mean.transpose(-1, -2) @ mean
+        middle[in_batch, in_head] = scores.flatten(1, 2) * call.scale
+        along[in_batch, in_head] = vecdot(query @ spread[:, :, None], query).flatten(1, 2) * call.scale**2
+    number = seen.count.clamp(min=1)
+    divergence = softmax.log_normaliser - number.log() - middle
+    own, first = softmax.self_weight, softmax.first_weight
+    return torch.stack(
+        [
+            divergence,
+            divergence.square(),
+            number * (-divergence).exp(),
+            number * (-2 * divergence).exp(),
+            along,
+            own,
+            torch.xlogy(own, own),
+            first,
+            torch.xlogy(first, first),
+        ]
+    )
+
+
+def _scores_of_single_keys(call: AttentionCall, key: Tensor) -> tuple[Tensor, Tensor]:
+    """`s_ii` and `s_ij`, j = `key[batch]`, of every query i, `[batch, head, token]`; -inf where hidden."""
+    assert call.query is not None
+    assert call.key is not None
+    own = torch.empty(call.output.shape[:3], device=call.output.device)
+    other = torch.empty_like(own)
+    for in_batch, in_kv_head in head_chunks(call, call.query.shape[-1]):
+        in_head = call.query_heads(in_kv_head)
+        query = call.query[in_batch, in_head].float().unflatten(1, (-1, call.group))
+        keys = call.key[in_batch, in_kv_head].float()
+        chosen = keys.take_along_dim(key[in_batch, None, None, None], 2)  # [batch, kv_head, 1, dim]
+        own[in_batch, in_head] = vecdot(query, keys[:, :, None]).flatten(1, 2)
+        other[in_batch, in_head] = vecdot(query, chosen[:, :, None]).flatten(1, 2)
+    own, other = own.mul_(call.scale), other.mul_(call.scale)
+    if call.mask is not None:
+        mask = four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.tokens)
+        own = masked(own, mask.diagonal(dim1=-2, dim2=-1), call.hidden, float("-inf"))
+        batch = torch.arange(call.batch, device=key.device)
+        other = masked(other, mask[batch, :, :, key], call.hidden, float("-inf"))
+    if call.causal:
+        position = torch.arange(call.tokens, device=key.device)
+        other = other.masked_fill((key[:, None] > position)[:, None], float("-inf"))
+    return own, other

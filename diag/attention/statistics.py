@@ -1,0 +1,56 @@
+"""What the statistics of one call are: plain containers that PyTorch and Triton both fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxStatistics:
+    """Per query row, float32, `[batch, head, token]`. Rows that see no key hold no meaning.
+
+    Entropy and Σ A² are those of the call's sampled rows, `[batch, head, row]`, where it has a sample.
+    """
+
+    log_normaliser: Tensor | None
+    """lse_i; None where only the pattern is known"""
+    entropy: Tensor
+    """-Σ_j A_ij ln A_ij, in nats"""
+    sum_of_squares: Tensor
+    """Σ_j A_ij²"""
+    self_weight: Tensor
+    """A_ii"""
+    first_weight: Tensor
+    """A_i0, the weight on the first key that anyone sees"""
+
+
+@dataclass(frozen=True, eq=False)
+class ValueStatistics:
+    """Norms, products and sums of one call's values and outputs, float32.
+
+    A token that no query sees has a value of 0, a row that sees no key an output of 0.
+    """
+
+    value_norm: Float[Tensor, "batch kv_head token"]
+    """‖v_i‖"""
+    uniform: Float[Tensor, "batch some_head token"]
+    """v_i·u_i, u_i = Σ_j v_j over the visible j in S; of query heads where the mask differs between these"""
+    uniform_norm: Float[Tensor, "batch some_head token"]
+    """‖u_i‖"""
+    output_norm: Float[Tensor, "batch head token"]
+    """‖y_i‖"""
+    product: Float[Tensor, "batch head token"]
+    """y_i·v_i"""
+    partner: Float[Tensor, "batch head token"]
+    """y_i·Σ_j v̂_j over the visible j in S, i among them"""
+    exclusive_norm: Float[Tensor, "batch head token"]
+    """‖z_i‖"""
+    value_total: Float[Tensor, "batch kv_head value_dim"]
+    """Σ_j v̂_j over S"""
+    output_total: Float[Tensor, "batch head value_dim"]
+    """Σ_i ŷ_i over the rows that count"""
+    exclusive_total: Float[Tensor, "batch head value_dim"]
+    """Σ_i ẑ_i over the rows that count and whose z is more than rounding"""

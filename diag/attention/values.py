@@ -1,0 +1,131 @@
+"""What the metrics of values and outputs are made of: norms, inner products, sums of unit vectors.
+
+Notation: per head, `v_i` values, `y_i` outputs, `v̂ = v/‖v‖`, `z_i = y_i - (y_i·v̂_i) v̂_i`; S the token set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention.call import AttentionCall, head_chunks, of_inputs, part_of
+from diag.attention.statistics import ValueStatistics
+
+
+def value_statistics(
+    call: AttentionCall,
+    among: Bool[Tensor, "#batch token"],
+    rows: Bool[Tensor, "#batch #head token"],
+    least: float,
+) -> ValueStatistics:
+    """The statistics of a call for one token set; O(token · dim) memory.
+
+    among: the tokens of S that are keys. rows: the rows that count.
+    least: how much of ‖y_i‖ has to be left in z_i for it to be a direction.
+    """
+    from diag.attention.kernels import fused_values  # it stands on this module
+
+    fused = fused_values(call, among, rows, least)
+    return _in_blocks(call, among, rows, least) if fused is None else fused
+
+
+def value_blocks(
+    call: AttentionCall,
+) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "some_batch some_kv_head token value_dim"]]]:
+    """Yields the values in float32, contiguous, some KV heads of some inputs at a time, with their place.
+
+    The value of a token that no query sees is 0: padding may hold anything.
+    """
+    keys = call.visibility.keys
+    for in_batch, in_head in head_chunks(call, call.value.shape[-1]):
+        value = call.value[in_batch, in_head].float().contiguous()
+        if keys is not None:
+            value = value.masked_fill(~of_inputs(keys, in_batch)[:, None, :, None], 0.0)
+        yield (in_batch, in_head), value
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1/x, 0 where x is 0."""
+    return torch.where(x == 0, 0.0, 1 / x)
+
+
+def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics:
+    """The statistics in plain PyTorch, block by block: nothing of the size of the values is made."""
+    batch, heads, tokens, dim = call.output.shape
+    group, seen = call.group, call.visibility
+    hides = seen.keys is not None or seen.rule == "general"
+    apart = seen.visible_rows is not None and seen.visible_rows.shape[1] > 1
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, device=call.output.device)
+
+    of_sums = (heads if apart else call.kv_heads, tokens)
+    found = ValueStatistics(
+        value_norm=new(call.kv_heads, tokens),
+        uniform=new(*of_sums),
+        uniform_norm=new(*of_sums),
+        output_norm=new(heads, tokens),
+        product=new(heads, tokens),
+        partner=new(heads, tokens),
+        exclusive_norm=new(heads, tokens),
+        value_total=new(call.kv_heads, dim),
+        output_total=new(heads, dim),
+        exclusive_total=new(heads, dim),
+    )
+    for (in_batch, in_head), value in value_blocks(call):
+        own_heads = call.query_heads(in_head)
+        of_values, of_outputs = (in_batch, in_head), (in_batch, own_heads)
+        of_uniform = of_outputs if apart else of_values
+        visible = seen.part(in_batch, own_heads)
+        output = call.output[of_outputs].float().contiguous()
+        if hides:
+            output = output.masked_fill((visible.count == 0)[..., None], 0.0)
+        output = output.unflatten(1, (-1, group))  # [batch, kv_head, group, token, dim]
+        in_set = of_inputs(among, in_batch)[:, None]
+
+        norm = vector_norm(value, dim=-1)
+        per_norm = reciprocal(norm)  # [batch, kv_head, token]
+        found.value_norm[of_values] = norm
+        weights = in_set * per_norm
+        found.value_total[of_values] = (weights[:, :, None] @ value)[:, :, 0]
+        units = _grouped(visible.sum(value, weights), value.shape[1])  # [.., group or 1, token or 1, dim]
+        found.partner[of_outputs] = _inner(output, units).flatten(1, 2)
+        del units
+        plain = _grouped(visible.sum(value, in_set.float()), value.shape[1])
+        found.uniform[of_uniform] = _inner(value[:, :, None], plain).flatten(1, 2)
+        found.uniform_norm[of_uniform] = vector_norm(plain, dim=-1).flatten(1, 2)
+        del plain
+
+        own = value[:, :, None]
+        length = vector_norm(output, dim=-1)  # [batch, kv_head, group, token]
+        product = vecdot(output, own)
+        share = product * per_norm[:, :, None] * per_norm[:, :, None]
+        exclusive = torch.addcmul(output, share[..., None], own, value=-1)
+        left = vector_norm(exclusive, dim=-1)
+        counted = part_of(rows, in_batch, own_heads)
+        counted = counted.unflatten(1, (-1, group)) if counted.shape[1] > 1 else counted[:, :, None]
+        per_length = torch.where(counted, reciprocal(length), 0.0)
+        per_left = torch.where(counted & (left > least * length), reciprocal(left), 0.0)
+        for into, x in (
+            (found.output_norm, length),
+            (found.product, product),
+            (found.exclusive_norm, left),
+            (found.output_total, (per_length[..., None, :] @ output)[..., 0, :]),
+            (found.exclusive_total, (per_left[..., None, :] @ exclusive)[..., 0, :]),
+        ):
+            into[of_outputs] = x.flatten(1, 2)
+    return found
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """`[batch, kv_head or head, …]` with an axis for the query heads that share a KV head, or 1."""
+    return x.unflatten(1, (kv_heads, -1))
+
+
+def _inner(x: Tensor, total: Tensor) -> Tensor:
+    """x_i · total_i, where the token axis of `total` may be 1."""
+    return (x @ total.transpose(-1, -2))[..., 0] if total.shape[-2] == 1 else vecdot(x, total)

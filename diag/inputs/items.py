@@ -1,0 +1,110 @@
+"""Inputs as ordered, re-readable lists of items with an id, opened lazily."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diag.errors import UserError, one_of
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or document: an id for the tables, and how to read it.
+
+    read: gives an RGB image or a string. Raises UnreadableInput.
+    """
+
+    id: str
+    read: Callable[[], Image.Image | str]
+
+
+@dataclass(frozen=True)
+class Listing(Sequence[Item]):
+    """Items that come into being when they are asked for: 100,000 cost their ids.
+
+    read: what reads the image at a place.
+    """
+
+    ids: Sequence[str]
+    read: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: Any) -> Any:  # an item, or a list of them for a slice
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        return Item(self.ids[place], partial(self.read, range(len(self))[place]))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A finite, ordered collection of items of one kind.
+
+    kind: "images" or "texts". source: what the user typed.
+    digest: identifies the content, so that a run folder can say what it measured: names and sizes
+        for image files, the text itself for texts.
+    """
+
+    kind: str
+    source: str
+    items: Sequence[Item]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @property
+    def tower(self) -> str:
+        """The tower that takes them: "vision" or "text"."""
+        return "vision" if self.kind == "images" else "text"
+
+
+def data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
+    """The rows of a Hugging Face data set, and the column that holds what is wanted."""
+    import datasets
+
+    name, *options = source.removeprefix("hf:").split(",")
+    chosen = dict(option.partition("=")[::2] for option in options)
+    for key in chosen:
+        if key not in ("config", "split", "column"):
+            raise UserError(f"unknown option '{key}' in '{source}'", "hf:NAME,config=…,split=…,column=…")
+    split = chosen.get("split", "test")
+    try:
+        rows = datasets.load_dataset(name, chosen.get("config"), split=split)
+    except Exception as error:  # the library raises many kinds, among them bare OSError and ValueError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot load data set '{name}' ({reason})",
+            f"hf download --repo-type dataset {name}   # or give split=, config=: hf:{name},split=train",
+        ) from error
+    wanted = [chosen["column"]] if "column" in chosen else columns
+    for column in wanted:
+        if column in rows.column_names:
+            return rows, column
+    raise UserError(
+        f"data set '{name}' has no column {one_of(wanted)}", f"choose from {one_of(rows.column_names)}"
+    )
+
+
+def existing(source: str | Path, tip: str) -> Path:
+    """A path that is there. Raises UserError with the tip if it is not."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"'{source}' does not exist", tip)
+    return path
+
+
+def sha256(text: str) -> str:
+    """Identifies a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Runs a model over inputs: attention calls become one number per input, layer, head and metric."""

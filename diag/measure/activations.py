@@ -1,0 +1,56 @@
+"""Attention calls as files: what `attnbias probe --save-activations N` leaves for other programs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diag.attention.pattern import pattern_rows
+from diag.measure.loop import Report, capture, readable
+from diag.models.base import Sample, Tower
+from diag.results.files import atomically
+
+PATTERN_TOKENS = 1024
+"""Saved activations hold the whole pattern up to this many tokens."""
+
+
+def save_activations(
+    tower: Tower, samples: Sequence[Sample], folder: Path, layers: Sequence[int] | None = None
+) -> None:
+    """Writes the calls of each sample as `NNNNN.safetensors`: query, key, value, output, pattern per layer.
+
+    Keys are `layer.NN.value` (and `.1`, `.2` … for a layer's further calls); scale, causality and
+    module paths are in the file's metadata. The pattern is left out above `PATTERN_TOKENS` tokens.
+    Samples that cannot be read are left out.
+    """
+    for number, sample in enumerate(readable(samples, Report())):
+        batch = tower.encode([sample])
+        tensors: dict[str, Tensor] = {}
+        told = {"id": sample.id, "tower": tower.name}
+        for call in capture(tower, batch, layers):
+            name = stem = f"layer.{call.layer:02d}"
+            again = itertools.count(1)
+            while f"{name}.value" in tensors:
+                name = f"{stem}.{next(again)}"
+            found = {
+                "query": call.query,
+                "key": call.key,
+                "value": call.value,
+                "output": call.output,
+                "mask": call.mask,
+            }
+            if call.tokens <= PATTERN_TOKENS:
+                found["pattern"] = pattern_rows(call)
+            tensors |= {
+                f"{name}.{k}": v.detach().cpu().contiguous().clone()
+                for k, v in found.items()
+                if v is not None
+            }
+            told[name] = json.dumps({"module": call.module, "scale": call.scale, "causal": call.causal})
+        atomically(folder / f"{number:05d}.safetensors", partial(save_file, tensors, metadata=told))

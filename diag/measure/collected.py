@@ -1,0 +1,283 @@
+"""What one forward pass leaves behind: readings of every layer, then read off the device at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diag.attention.call import AttentionCall
+from diag.attention.geometry import TEXT, Geometry
+from diag.attention.sampling import RowSampling, sample_rows
+from diag.attention.states import BlockStates
+from diag.errors import MeasurementError, UserError
+from diag.measure.gate import LayerFacts
+from diag.metrics.attention import METRICS, Metric, readings
+from diag.metrics.divergence import DIVERGENCE_METRICS, DivergenceMetric, divergence_readings
+from diag.metrics.pattern_pass import Neighbour
+from diag.metrics.readings import Reading, condensed, reduce, sampling_error
+from diag.metrics.shape import SHAPE_METRICS, ShapeMetric, shape_readings
+from diag.metrics.stream import StreamReadings
+from diag.models.base import Batch, Tower
+from diag.models.hooks.blocks import Block
+from diag.models.hooks.interventions import Edit
+from diag.models.hooks.residual import check_states, projection_error, tolerance
+from diag.models.hooks.seam import Layer
+
+OF_HEADS: dict[str, Metric | ShapeMetric | DivergenceMetric] = {
+    **METRICS,
+    **SHAPE_METRICS,
+    **DIVERGENCE_METRICS,
+}
+"""Every metric of an attention call; by default only those of `METRICS` are measured."""
+
+FEW_KEYS = 64
+"""Rows that see no more keys than this are a kind of their own when rows are sampled."""
+
+SAMPLING_ERROR = "_sampling_error"
+"""What follows the name of a metric in the name of its standard error from sampled query rows."""
+
+
+@dataclass
+class Report:
+    """What happened beside the numbers; filled while the loop runs.
+
+    unprojected: layers whose output projection is not understood, so that what needs it is undefined there.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped_layers: dict[str, str] = field(default_factory=dict)
+    unprojected: list[str] = field(default_factory=list)
+
+
+class BatchReadings:
+    """Readings of one forward pass, by layer, until every call of a layer has been seen.
+
+    neutral: outputs of the same inputs with a neutral image, by layer in the order of its calls; for
+        divergence metrics.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sets: Sequence[str],
+        tower: Tower,
+        batch: Batch,
+        sampling: RowSampling,
+        neutral: Mapping[int, list[Tensor]] | None = None,
+    ) -> None:
+        self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
+        self.sampling = sampling
+        self.plain = [name for name in names if name in METRICS]
+        self.shape = [name for name in names if name in SHAPE_METRICS]
+        self.diverging = [name for name in names if name in DIVERGENCE_METRICS]
+        self.neutral = neutral or {}
+        self.neighbour = Neighbour(len(batch.ids))
+        self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
+        self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
+        self.sizes: dict[int, list[int]] = {}
+
+    def add(self, call: AttentionCall) -> None:
+        inputs = len(self.batch.ids)
+        if call.batch % inputs:
+            raise MeasurementError(
+                f"layer '{call.module}' ran {call.batch} rows for {inputs} inputs: whose they are is unclear",
+                "try --batch-size 1",
+            )
+        self.sizes.setdefault(call.layer, []).append(call.tokens)
+        of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
+        masks = [self.tokens(token_set, call) for token_set in self.sets]
+        call = self.sampled(call, masks)
+        found = [readings(call, self.plain, mask) for mask in masks]
+        if self.shape:
+            shape = shape_readings(
+                call, self.shape, masks, geometry=self.geometry(call), neighbour=self.neighbour
+            )
+            found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
+        if self.diverging:
+            other = self.neutral[call.layer].pop(0)
+            found = [
+                part | divergence_readings(call, other, self.diverging, mask)
+                for part, mask in zip(found, masks, strict=True)
+            ]
+        for token_set, part in zip(self.sets, found, strict=True):
+            of_layer[token_set].append(
+                {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
+            )
+
+    def sampled(self, call: AttentionCall, masks: Sequence[Tensor]) -> AttentionCall:
+        """The call with the query rows that stand for all of them, where its sequence is long.
+
+        The rows follow from the input's id: they do not depend on batches, and are the same in every
+        layer. Where heads differ in which rows count, all rows are computed.
+        """
+        if call.pattern is not None or not self.sampling.applies(call.tokens):
+            return call
+        seen = call.visibility
+        counts = seen.count > 1
+        if counts.shape[1] > 1 and bool((counts != counts[:, :1]).any()):
+            return call
+        real = counts[:, 0] if seen.keys is None else counts[:, 0] & seen.keys
+        # rows that see few keys are like no others, and a prefix would be missed in a set of all tokens
+        alone = torch.arange(call.tokens, device=real.device) < len(self.tower.prefix)
+        alone = alone | (seen.count[:, 0] <= FEW_KEYS)
+        sets = [mask & real for mask in masks]
+        sets.append(torch.stack(torch.broadcast_tensors(*sets)).any(0) & alone)
+        windows = range(call.batch // len(self.batch.ids))
+        place = len(self.sizes[call.layer])
+        keys = [f"{name}/{place}/{window}" for name in self.batch.ids for window in windows]
+        changed = replace(call, sample=sample_rows(sets, keys, self.sampling))
+        changed.__dict__["visibility"] = seen
+        return changed
+
+    def geometry(self, call: AttentionCall) -> Geometry:
+        """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
+        if self.tower.name != "vision":
+            return TEXT
+        windows = call.batch // len(self.batch.ids)
+        size = self.tower.facts.get("image_size")
+        return Geometry.of_image(call.tokens, len(self.tower.prefix), size, windows)
+
+    def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
+        """A layer's facts with the sizes of this batch: images of native resolution differ."""
+        sizes = self.sizes[layer.index]
+        scope = "window" if len(sizes) > 1 else facts.attn_scope
+        return replace(facts, n_tokens=max(sizes), attn_scope=scope)
+
+    def tokens(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
+        """The token set's mask `[batch or 1, token]`, without padding."""
+        device = of.output.device if isinstance(of, AttentionCall) else of.before.device
+        place = (token_set, of.tokens, of.batch, device)
+        if place not in self.masks:
+            mask, real = self.marked(token_set, of), self.batch.real
+            if real is not None and real.shape == (of.batch, of.tokens):
+                mask = mask & real.cpu()
+            self.masks[place] = mask.to(device)
+        return self.masks[place]
+
+    def marked(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
+        """The token set's mask `[batch or 1, token]` on the CPU, from the batch or by position."""
+        if token_set not in self.batch.sets:
+            return self.tower.tokens_in(token_set, of.tokens)[None]
+        mask = self.batch.sets[token_set].cpu()
+        if mask.shape != (of.batch, of.tokens):
+            raise MeasurementError(
+                f"a layer sees {of.batch} × {of.tokens} tokens where {tuple(mask.shape)} were given: "
+                f"which of them are '{token_set}' is unclear",
+                "measure --tokens all",
+            )
+        return mask
+
+    def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
+        """Each layer with its `[token set, metric, input, head]`, on the device.
+
+        Where rows were sampled, the standard error that comes from it follows as a metric of its own.
+        """
+        inputs = len(self.batch.ids)
+        found: list[LayerBlock] = []
+        for layer in layers:
+            of_layer = self.readings.pop(layer.index)
+            parts = {
+                (token_set, name): [part[name] for part in of_layer[token_set]]
+                for token_set in self.sets
+                for name in self.names
+            }
+            sampled = [
+                name
+                for name in self.names
+                if any(
+                    part.variance is not None for token_set in self.sets for part in parts[token_set, name]
+                )
+            ]
+            rows: list[Tensor] = []
+            for token_set in self.sets:
+                numbers = {
+                    name: reduce(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in self.names
+                }
+                rows += numbers.values()
+                rows += [
+                    sampling_error(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in sampled
+                ]
+            names = (*self.names, *(name + SAMPLING_ERROR for name in sampled))
+            block = torch.stack(rows).view(len(self.sets), len(names), inputs, rows[0].shape[-1])
+            found.append((layer, names, True, block))
+        return found
+
+
+class BatchStreamReadings:
+    """Stream metrics of one forward pass: a layer's calls are kept until its block has finished."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        collected: BatchReadings,
+        blocks: Sequence[Block],
+        edits: Sequence[Edit],
+        report: Report,
+        gated: bool,
+    ) -> None:
+        self.names, self.collected, self.report, self.gated = tuple(names), collected, report, gated
+        on_branch = [edit for edit in edits if edit.where == "attention branch"]
+        self.changed = {block.index for block in blocks if any(edit.at(block.index) for edit in on_branch)}
+        self.known = {block.index: block for block in blocks}
+        self.readings = StreamReadings(names, len(collected.tower.layers))
+        self.calls: dict[int, list[tuple[AttentionCall, AttentionCall]]] = {}
+
+    def add(self, states: BlockStates) -> None:
+        here = states.after.device  # of a model over several GPUs, what enters a block may lie on another
+        states = replace(states, before=states.before.to(here), middle=states.middle.to(here))
+        calls = self.calls.pop(states.layer, [])
+        if len(calls) == 1:
+            call, used = calls[0]
+            if self.gated and call.batch == states.batch and states.layer not in self.changed:
+                error = projection_error(self.known[states.layer], replace(states, call=call))
+                if not error < tolerance(states.after.dtype):
+                    self.report.unprojected.append(states.path)
+            states = replace(states, call=used)
+        if self.gated:
+            check_states(self.known[states.layer], states)
+        if states.path in self.report.unprojected:
+            states = replace(states, to_stream=None)
+        sets = self.collected.sets
+        self.readings.add(states, {name: self.collected.tokens(name, states) for name in sets})
+
+    def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
+        """Each layer with its `[token set, metric, input, 1]`, on the device."""
+        self.readings.finished()
+        inputs = len(self.collected.batch.ids)
+        return [
+            (layer, self.names, False, self.readings.block(layer.index, inputs))
+            for layer in layers
+            if layer.index in self.readings.readings
+        ]
+
+
+LayerBlock = tuple[Layer, tuple[str, ...], bool, Tensor]
+"""A layer, its metrics, whether they are of heads, and their numbers."""
+
+
+def on_host(
+    found: Sequence[LayerBlock], ids: Sequence[str]
+) -> Iterator[tuple[Layer, tuple[str, ...], bool, np.ndarray]]:
+    """The blocks with their numbers on the CPU; each device is read once for all of its layers."""
+    devices = dict.fromkeys(block.device for *_, block in found)
+    flat = {
+        device: torch.cat([block.flatten() for *_, block in found if block.device == device]).cpu().numpy()
+        for device in devices
+    }
+    start = dict.fromkeys(devices, 0)
+    for layer, names, of_heads, block in found:
+        first = start[block.device]
+        values = flat[block.device][first : first + block.numel()].reshape(block.shape)
+        start[block.device] += block.numel()
+        if np.isinf(values).any():
+            metric, who = np.argwhere(np.isinf(values))[0][1:3]
+            raise UserError(
+                f"layer '{layer.path}' gives values that are not finite ({names[metric]}, "
+                f"input '{ids[who]}')",
+                "the weights or activations hold NaN or infinity; try --dtype float32",
+            )
+        yield layer, names, of_heads, values

@@ -1,0 +1,34 @@
+"""Which device a name stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from diag.errors import UserError
+from diag.models.families.hf.device_map import SPREAD
+
+
+def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
+    """`auto` is the first CUDA device, else the CPU. Raises UserError for a device that is not there.
+
+    local_rank: which of several processes on this machine asks; each gets a device of its own from `auto`.
+    `spread` stays what it is: whoever loads the model chooses the devices of its layers.
+    """
+    if name == SPREAD:
+        if local_rank is not None:
+            raise UserError("--device spread takes every GPU of a machine", "start one process per machine")
+        return name
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if local_rank is None:
+            return torch.device("cuda")
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # kernels are started on the current device
+        return device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' is not available", "--device auto, cpu or cuda:0") from error
+    return device

@@ -1,0 +1,86 @@
+"""A tower under edits: the context managers under which interventions take effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from diag.attention.call import AttentionCall
+from diag.errors import UserError
+from diag.models.base import Tower
+from diag.models.hooks.blocks import Block
+from diag.models.hooks.gates import check_gates, gate_edits
+from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
+from diag.models.hooks.residual import branch_edits
+from diag.models.hooks.seam import Layer
+
+
+@contextmanager
+def edited(
+    tower: Tower,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    edits: Sequence[Edit],
+    real: Tensor | None = None,
+) -> Iterator[None]:
+    """Under this, the tower runs with the edits, in the order given; afterwards it is as it was.
+
+    real: False at padding, for the batches that run inside; None if there is none.
+    Layers that no edit names run the library's own code, bit for bit.
+    """
+    on_heads = [edit for edit in edits if edit.where == "attention"]
+    touched = [layer for layer in layers if any(edit.at(layer.index) for edit in on_heads)]
+    with ExitStack() as stack:
+        if touched:
+            stack.enter_context(tower.capture(touched, partial(heads_return, on_heads)))
+        stack.enter_context(edited_modules(layers, blocks, edits, real))
+        yield
+
+
+def heads_return(edits: Sequence[Edit], call: AttentionCall) -> Tensor:
+    """What the heads return after the edits that name the call's layer, one after the other."""
+    for edit in edits:
+        if edit.where == "attention" and edit.at(call.layer):
+            call = replace(call, output=edit.output(call))
+    return call.output
+
+
+@contextmanager
+def edited_modules(
+    layers: Sequence[Layer], blocks: Sequence[Block], edits: Sequence[Edit], real: Tensor | None = None
+) -> Iterator[None]:
+    """Under this, the edits of branches and gates take effect; those of heads do not.
+
+    real: as in `edited`.
+    """
+    with ExitStack() as stack:
+        for edit in edits:
+            if edit.where == GATE:
+                gated = [layer for layer in layers if edit.at(layer.index)]
+                stack.enter_context(gate_edits(gated, INTERVENTIONS[edit.name].change))
+            elif edit.where in BRANCHES:
+                which: Literal["attention", "mlp"] = "mlp" if edit.where == "mlp branch" else "attention"
+                changed = {block.index: partial(_changed, edit) for block in blocks if edit.at(block.index)}
+                stack.enter_context(branch_edits(blocks, changed, which, real))
+        yield
+
+
+def check_layers(edits: Sequence[Edit], layers: Sequence[Layer]) -> None:
+    """Raises UserError for an edit of a layer, or of an output gate, that is not there."""
+    known = {layer.index for layer in layers}
+    for edit in edits:
+        for index in sorted((edit.layers or frozenset()) - known):
+            raise UserError(
+                f"--intervene {edit.text}: there is no layer {index}", f"layers are 0 to {max(known)}"
+            )
+        if edit.where == GATE:
+            check_gates([layer for layer in layers if edit.at(layer.index)])
+
+
+def _changed(edit: Edit, update: Tensor, real: Tensor | None) -> Tensor:
+    return INTERVENTIONS[edit.name].change(update, real, edit.strength)

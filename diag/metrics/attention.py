@@ -1,0 +1,400 @@
+"""The statistics: pure functions from one attention call and a token set to numbers per token or head.
+
+Every function takes a `Selection` and returns a `Reading`. `METRICS` is the one place where a
+metric is registered; `records.RATIOS` are ratios of two metrics' means, taken later, from tables.
+
+Notation: per head, `v_i` values, `y_i` outputs, `A` the pattern, `v̂ = v/‖v‖`; S the token set. A
+cosine with a zero vector is 0. Which tokens count:
+
+- a token is in S and is a real key (some query sees it);
+- for what is a row's (all but the value statistics) it also sees another key than itself: where a
+  token sees only itself, y = v and A_ii = 1 whatever the model learned. For a causal model this
+  leaves out exactly the first token; it also leaves out rows that see nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention.call import AttentionCall, of_inputs
+from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
+from diag.attention.values import reciprocal, value_blocks, value_statistics
+from diag.errors import UserError, did_you_mean, one_of
+from diag.metrics.readings import Controls, Reading, reduce
+
+ANCHORS = 16
+"""Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
+
+
+class Selection:
+    """One call seen through one token set, with the quantities that several metrics share.
+
+    Per-token tensors are grouped, `[batch, kv_head, group, token]`, so that heads which share a KV
+    head read its values without a copy.
+    """
+
+    def __init__(self, call: AttentionCall, tokens: Bool[Tensor, "#batch token"] | None = None) -> None:
+        self.call = call
+        device = call.output.device
+        among = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if tokens is None else tokens
+        keys = call.visibility.keys
+        self.among = among if keys is None else among & keys
+        """partners, and the tokens of the value statistics: `[batch or 1, token]`"""
+        self.rows = self.among[:, None, :] & (call.visibility.count > 1)
+        """rows that count: `[batch or 1, head or 1, token]`"""
+
+    @cached_property
+    def values(self) -> ValueStatistics:
+        """Norms, products and sums of values and outputs."""
+        return value_statistics(self.call, self.among, self.rows, self.rounding_floor)
+
+    @property
+    def rounding_floor(self) -> float:
+        """How much of ‖y‖ is more than what rounding leaves where y is parallel to v."""
+        return max(4e-6, 4 * torch.finfo(self.call.output.dtype).eps)
+
+    @cached_property
+    def value_norm(self) -> Float[Tensor, "batch kv_head 1 token"]:
+        """‖v_i‖"""
+        return self.values.value_norm[:, :, None]
+
+    @cached_property
+    def per_value_norm(self) -> Float[Tensor, "batch kv_head 1 token"]:
+        """1/‖v_i‖, 0 for zero vectors."""
+        return reciprocal(self.value_norm)
+
+    @cached_property
+    def per_output_norm(self) -> Float[Tensor, "batch kv_head group token"]:
+        """1/‖y_i‖, 0 for zero vectors."""
+        return self.of_heads(reciprocal(self.values.output_norm))
+
+    @cached_property
+    def cosine(self) -> Float[Tensor, "batch kv_head group token"]:
+        """cos(y_i, v_i)"""
+        return self.of_heads(self.values.product) * self.per_value_norm * self.per_output_norm
+
+    @cached_property
+    def self_part(self) -> Float[Tensor, "batch kv_head group token"]:
+        """A_ii ‖v_i‖ / ‖y_i‖"""
+        return self.of_heads(self.softmax.self_weight) * self.value_norm * self.per_output_norm
+
+    @cached_property
+    def value_similarity(self) -> Float[Tensor, "batch kv_head"]:
+        units = self.among[:, None] & (self.values.value_norm > 0)
+        return _mean_pairwise(self.values.value_total, units.sum(-1), self.count[:, None])
+
+    @cached_property
+    def partner(self) -> tuple[Tensor, Tensor]:
+        """Mean cosine of y_i with the other visible values of S, and whether there is any."""
+        own = self.grouped(self.among[:, None] & self.call.visibility.sees_itself)  # [.., 1 or group, token]
+        partners = self.grouped(self.call.visibility.count_among(self.among)) - own.long()
+        cosines = self.of_heads(self.values.partner) * self.per_output_norm - own * self.cosine
+        return cosines / partners.clamp(min=1), partners > 0
+
+    @cached_property
+    def count(self) -> Tensor:
+        """Number of tokens of S, `[batch or 1]`."""
+        return self.among.sum(-1)
+
+    @property
+    def softmax(self) -> SoftmaxStatistics:
+        return self.call.softmax
+
+    def of_heads(self, x: Float[Tensor, "batch head *rest"]) -> Float[Tensor, "batch kv_head group *rest"]:
+        """Numbers of query heads beside those of the KV head that they share."""
+        return x.unflatten(1, (self.call.kv_heads, self.call.group))
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """`[batch, head, …]` to `[batch, kv_head, group, …]`; a head axis of 1 or of KV heads is kept."""
+        if x.shape[1] == self.call.heads and self.call.group > 1:
+            return x.unflatten(1, (self.call.kv_heads, self.call.group))
+        return x[:, :, None]
+
+    def per_row(self, values: Tensor, also: Tensor | None = None) -> Reading:
+        """A reading of grouped numbers per token, on the rows that count."""
+        weights = self.rows if also is None else self.rows & self._ungrouped(also)
+        return Reading(self._ungrouped(values), weights)
+
+    def at(self, x: Tensor) -> Tensor:
+        """`[batch or 1, head or 1, token]` at the call's sampled rows; as it is where all rows are there."""
+        return x if self.call.sample is None else self.call.sample.at(x)
+
+    def of_pattern(self, values: Float[Tensor, "batch head row"], rows: Tensor | None = None) -> Reading:
+        """A reading of what needs whole rows of the pattern, on the rows that count (or those of `rows`)."""
+        rows, sample = self.rows if rows is None else rows, self.call.sample
+        if sample is None:
+            return Reading(values, rows)
+        weights = sample.at(rows) * sample.weight[:, None]
+        controls = self.controls if rows is self.rows else Controls(self.call.controls, rows, sample)
+        return Reading(values, weights, sample, controls)
+
+    @cached_property
+    def controls(self) -> Controls:
+        """What is known of all rows that count, where rows are sampled."""
+        assert self.call.sample is not None
+        return Controls(self.call.controls, self.rows, self.call.sample)
+
+    def per_kv_head(self, values: Float[Tensor, "batch kv_head"], least: int = 2) -> Reading:
+        """A reading of one number per KV head; undefined with fewer than `least` tokens."""
+        values = values.repeat_interleave(self.call.group, 1)[..., None]
+        weights = torch.where(self.count >= least, self.count, 0)[:, None, None]
+        return Reading(values, weights.expand(values.shape[0], -1, -1))
+
+    def _ungrouped(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], self.call.kv_heads, self.call.group, x.shape[3])
+        return x.expand(shape).flatten(1, 2)
+
+
+def cos_y_vself(on: Selection) -> Reading:
+    """cos(y_i, v_i): the alignment bias."""
+    return on.per_row(on.cosine)
+
+
+def self_part(on: Selection) -> Reading:
+    """A_ii‖v_i‖/‖y_i‖: the bias that comes from the token attending to itself."""
+    return on.per_row(on.self_part)
+
+
+def context_part(on: Selection) -> Reading:
+    """Σ_{j≠i} A_ij (v_j·v̂_i)/‖y_i‖: the bias that comes from other tokens' values, cos - self part."""
+    return on.per_row(on.cosine - on.self_part)
+
+
+def cos_y_vpartner(on: Selection) -> Reading:
+    """E_j cos(y_i, v_j) over the other visible j in S: the partner null."""
+    return on.per_row(*on.partner)
+
+
+def excess(on: Selection) -> Reading:
+    """cos(y_i, v_i) minus the partner null."""
+    null, defined = on.partner
+    return on.per_row(on.cosine - null, defined)
+
+
+def cos_y_vuniform(on: Selection) -> Reading:
+    """cos(ȳ_i, v_i), ȳ_i the plain mean of the visible v_j in S: the uniform-attention null."""
+    inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
+    cosine = inner * on.per_value_norm * reciprocal(norm)
+    return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
+
+
+def removed_energy(on: Selection) -> Reading:
+    """cos²(y_i, v_i) = 1 - ‖z_i‖²/‖y_i‖²: the share of the output's energy that XSA removes."""
+    return on.per_row(on.cosine.square())
+
+
+def value_similarity(on: Selection) -> Reading:
+    """Mean over pairs i≠j of cos(v_i, v_j)."""
+    return on.per_kv_head(on.value_similarity)
+
+
+def value_similarity_partial(on: Selection) -> Reading:
+    """cos(v_j^⊥i, v_k^⊥i) over j≠k≠i, averaged over sampled anchors i: similarity of values beyond v_i."""
+    ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
+    place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
+    other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
+    chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
+    found = torch.empty(on.call.batch, on.call.kv_heads, device=place.device, dtype=torch.float64)
+    for where, value in value_blocks(on.call):  # float64 copies of all values would be large
+        of, there, exist = (of_inputs(x, where[0]) for x in (place, chosen, valid))
+        each = _partial_cosines(value, of, there)
+        found[where] = (each * exist[:, None]).sum(-1) / exist.sum(-1)[:, None].clamp(min=1)
+    return on.per_kv_head(found, least=3)
+
+
+def _partial_cosines(
+    value: Float[Tensor, "batch kv_head token dim"],
+    place: Int[Tensor, "#batch anchor"],
+    chosen: Bool[Tensor, "#batch 1 anchor token"],
+) -> Float64[Tensor, "batch kv_head anchor"]:
+    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`.
+
+    In float64: 1 - cos² loses its digits where values are nearly parallel.
+    """
+    norm = vector_norm(value, dim=-1, keepdim=True, dtype=torch.float64)
+    unit = value * reciprocal(norm)
+    index = place[:, None, :, None].expand(*value.shape[:2], -1, value.shape[-1])
+    anchor = unit.gather(2, index)
+    cosine = anchor @ unit.transpose(-1, -2)  # [batch, kv_head, anchor, token]
+    # what is left of v̂_j without its part along the anchor; of what was not chosen, nothing
+    left = torch.addcmul(chosen.double(), cosine, cosine, value=-1)
+    scale = left.masked_fill_(left <= 1e-12, torch.inf).rsqrt_()
+    total = scale @ unit
+    total = torch.addcmul(total, vecdot(total, anchor)[..., None], anchor, value=-1)
+    units = (scale > 0).sum(-1) - (chosen & (norm[..., None, :, 0] == 0)).sum(-1)
+    return _mean_pairwise(total, units, chosen.sum(-1))
+
+
+def value_similarity_partial_reference(on: Selection) -> Reading:
+    """ρ/(1+ρ), ρ the value similarity: the partial similarity of equicorrelated values."""
+    return on.per_kv_head(on.value_similarity / (1 + on.value_similarity))
+
+
+def output_similarity(on: Selection) -> Reading:
+    """Mean over pairs i≠j of cos(y_i, y_j)."""
+    return _pairwise_rows(on, on.values.output_total, on.values.output_norm > 0)
+
+
+def exclusive_output_similarity(on: Selection) -> Reading:
+    """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
+    found = on.values
+    return _pairwise_rows(
+        on, found.exclusive_total, found.exclusive_norm > on.rounding_floor * found.output_norm
+    )
+
+
+def value_participation_ratio(on: Selection) -> Reading:
+    """tr(C)²/‖C‖_F² of the centred values' covariance: the number of directions that they fill."""
+    ratio = torch.empty(on.call.batch, on.call.kv_heads, device=on.among.device)
+    some = torch.empty_like(ratio, dtype=torch.bool)
+    for where, value in value_blocks(on.call):
+        weights, count = (of_inputs(x, where[0]) for x in (on.among[:, None, None, :].float(), on.count))
+        mean = weights @ value / count[:, None, None, None].clamp(min=1)
+        centred = (value - mean).mul_(weights.transpose(-1, -2))
+        covariance = centred.transpose(-1, -2) @ centred  # [batch, kv_head, dim, dim]
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        ratio[where] = trace.square() * reciprocal(covariance.square().sum((-1, -2)))
+        # what rounding of the mean leaves is no spread; NaN stays, to be found out
+        energy = weights[:, :, 0] * on.values.value_norm[where].square()
+        some[where] = ~(trace <= 1e-12 * energy.sum(-1))
+    reading = on.per_kv_head(ratio)
+    return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
+
+
+def self_weight(on: Selection) -> Reading:
+    """A_ii."""
+    return Reading(on.softmax.self_weight, on.rows)
+
+
+def self_weight_ratio(on: Selection) -> Reading:
+    """A_ii × number of visible keys: 1 for uniform attention, whatever the number of tokens."""
+    return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
+
+
+def entropy(on: Selection) -> Reading:
+    """-Σ_j A_ij ln A_ij in nats."""
+    return on.of_pattern(on.softmax.entropy)
+
+
+def entropy_normalized(on: Selection) -> Reading:
+    """Entropy over its bound ln(number of visible keys)."""
+    return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).log())
+
+
+def effective_keys(on: Selection) -> Reading:
+    """1/Σ_j A_ij²: how many keys share the attention."""
+    return on.of_pattern(1 / on.softmax.sum_of_squares)
+
+
+def first_weight(on: Selection) -> Reading:
+    """A_i0: attention to the first token (BOS or class token, or the first word or patch)."""
+    return Reading(on.softmax.first_weight, on.rows)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table: how to compute it, and how its tokens become one number per input."""
+
+    compute: Callable[[Selection], Reading]
+    reduce: str = "mean"  # or "percentile"
+
+    @property
+    def definition(self) -> str:
+        """The formula in one line."""
+        return (self.compute.__doc__ or "").strip()
+
+
+METRICS: dict[str, Metric] = {
+    "cos_y_vself": Metric(cos_y_vself),
+    "self_part": Metric(self_part),
+    "context_part": Metric(context_part),
+    "cos_y_vpartner": Metric(cos_y_vpartner),
+    "cos_y_vuniform": Metric(cos_y_vuniform),
+    "excess": Metric(excess),
+    "removed_energy": Metric(removed_energy),
+    "value_similarity": Metric(value_similarity),
+    "value_similarity_partial": Metric(value_similarity_partial),
+    "value_similarity_partial_reference": Metric(value_similarity_partial_reference),
+    "output_similarity": Metric(output_similarity),
+    "exclusive_output_similarity": Metric(exclusive_output_similarity),
+    "value_participation_ratio": Metric(value_participation_ratio),
+    "self_weight": Metric(self_weight),
+    "self_weight_ratio": Metric(self_weight_ratio),
+    "entropy": Metric(entropy),
+    "entropy_p15": Metric(entropy, reduce="percentile"),
+    "entropy_normalized": Metric(entropy_normalized),
+    "effective_keys": Metric(effective_keys),
+    "first_weight": Metric(first_weight),
+}
+
+
+def readings(
+    call: AttentionCall, names: Sequence[str], tokens: Bool[Tensor, "#batch token"] | None = None
+) -> dict[str, Reading]:
+    """The named metrics of one call over one token set (all tokens if None)."""
+    selection = Selection(call, tokens)
+    computed: dict[Callable[[Selection], Reading], Reading] = {}
+    for name in names:
+        function = METRICS[name].compute
+        if function not in computed:
+            computed[function] = function(selection)
+    return {name: computed[METRICS[name].compute] for name in names}
+
+
+def per_input(
+    call: AttentionCall,
+    names: Sequence[str] | None = None,
+    tokens: Bool[Tensor, "#batch token"] | None = None,
+) -> dict[str, Float64[Tensor, "batch head"]]:
+    """The named metrics (all if None) of one call, one number per row of its batch and query head."""
+    names = list(METRICS) if names is None else names
+    found = readings(call, names, tokens)
+    return {name: reduce([found[name]], call.batch, METRICS[name].reduce) for name in names}
+
+
+def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Checks names of metrics; None is all of them. Raises UserError with the nearest name."""
+    for name in names or ():
+        if name not in known:
+            tip = did_you_mean(name, known) or f"metrics are {one_of(known)}"
+            raise UserError(f"unknown metric '{name}'", tip)
+    return list(known if names is None else dict.fromkeys(names))
+
+
+def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Ranks of the anchor tokens among those that count, and which of them exist, `[batch, number]` each.
+
+    All tokens where there are at most `number`; otherwise one drawn at random from each of `number`
+    equal strata (neighbouring strata may share a token where there are few more), the same for every
+    input and run, so that a table does not depend on batches.
+    """
+    stratum = torch.arange(number, device=count.device)
+    draw = torch.rand(number, generator=torch.Generator().manual_seed(0)).to(count.device)
+    sampled = ((stratum + draw) / number * count[:, None]).long()
+    ranks = torch.where(count[:, None] <= number, stratum, sampled)
+    valid = ranks < count[:, None]
+    return torch.where(valid, ranks, 0), valid
+
+
+def _mean_pairwise(total: Tensor, units: Tensor, count: Tensor) -> Tensor:
+    """Mean cosine over ordered pairs, from the sum of the unit vectors: (‖Σ û‖² - units)/(n(n-1)).
+
+    units: how many of the n vectors are not zero.
+    """
+    return (total.square().sum(-1) - units) / (count * (count - 1)).clamp(min=1)
+
+
+def _pairwise_rows(
+    on: Selection, total: Float[Tensor, "batch head dim"], directed: Bool[Tensor, "batch head token"]
+) -> Reading:
+    """Mean cosine of the rows that count, from the sum of their unit vectors; directed: which have any."""
+    count = on.rows.sum(-1)  # [batch or 1, head or 1]
+    mean = _mean_pairwise(total, (on.rows & directed).sum(-1), count)
+    return Reading(mean[..., None], torch.where(count > 1, count, 0)[..., None])

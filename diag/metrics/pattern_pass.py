@@ -1,0 +1,316 @@
+"""One pass over blocks of query rows for everything that needs the pattern itself.
+
+What a single row holds (`entropy`, `distance`, …) comes out as `[batch, head, token]`; what a key
+receives from many rows is summed up on the way. No token × token matrix: memory is O(rows · token)
+for the block at hand, and O(token) for what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.linalg import vecdot
+
+from diag.attention.call import AttentionCall, first_key
+from diag.attention.geometry import Distances, Geometry
+from diag.attention.kernels import fused_quantities
+from diag.attention.pattern import BLOCK_ELEMENTS, LN2, log2_pattern_blocks, positions
+from diag.attention.values import value_blocks
+
+NOTHING = -1e30
+"""The logarithm of a weight of zero: finite, so that `A ln A` is 0."""
+
+QUANTITIES = ("own", "first", "previous", "prefix", "near", "entropy", "received", "distance", "norms", "top")
+"""What `pattern_pass` can be asked for."""
+
+
+def pattern_pass(
+    call: AttentionCall,
+    wanted: Collection[str],
+    rows: Sequence[Bool[Tensor, "#batch #head token"]],
+    live: Bool[Tensor, "#batch #head row"],
+    *,
+    geometry: Geometry,
+    norms: Float[Tensor, "batch head token"] | None = None,
+    top: int = 1,
+) -> dict[str, Tensor]:
+    """The wanted quantities of every live query row, in one pass; other rows hold zeros.
+
+    Rows are those of the call's sample where it has one: `[…, token]` reads `[…, row]` below. `received`
+    is a sum over all rows, and is asked for without a sample.
+
+    rows: for each token set, the rows that give to `received`.
+    live: the rows that any reader looks at; the others may hold anything, NaN included.
+
+    Per row, `[batch, head, token]`, float32: `own` A_ii, `first` (weight on the first key that anyone
+    sees), `previous` A_i,i-1, `prefix` (weight on the prefix tokens), `near` (on near places),
+    `entropy` in nats, `distance` and `distance_square` (means over places, weights renormalised) with
+    `placed`, the weight on all places; `norms`: `norm_total` Σ A n and `norm_entropy` of the shares
+    A n / Σ A n, n = `norms`; `top`: the keys of largest weight, `[…, top]`, largest first, -1 where
+    there are fewer.
+    Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, token]`.
+    """
+    unknown = set(wanted) - set(QUANTITIES)
+    assert not unknown, unknown
+    assert call.sample is None or "received" not in wanted
+    tokens, device = call.tokens, call.output.device
+    placed = geometry.grid(tokens) is not None
+    wanted = set(wanted) if placed else set(wanted) - {"distance", "near"}
+    fused = _fused(call, wanted, rows, live, geometry)
+    wanted -= fused.keys()  # what is left needs the blocks
+    if not wanted:
+        return fused
+    shape = (call.batch, call.heads, tokens if call.sample is None else call.sample.rows)
+    names = [name for name in QUANTITIES if name in wanted and name not in ("received", "top", "norms")]
+    if "distance" in names:
+        names += ["distance_square", "placed"]
+    if "norms" in wanted:
+        names += ["norm_total", "norm_entropy"]
+    found = {name: torch.zeros(shape, device=device) for name in names}
+    distances = None
+    if "distance" in names:
+        distances = Distances(geometry, tokens, device, keep=call.sample is None)
+    first = first_key(call)
+    givers = None
+    if "received" in wanted:
+        givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]
+        found["received"] = torch.zeros(len(rows), *shape, device=device)
+    if "top" in wanted:
+        found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
+    of_keys = None
+    if "norms" in wanted:
+        assert norms is not None
+        of_keys = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
+    for where, logs, seen in _live_blocks(call, live):
+        in_batch, in_head, in_row = where
+        at = positions(call, where)
+        if "top" in found:
+            number = min(top, seen)
+            found["top"][where][..., :number] = logs.topk(number, -1).indices.int()
+            if len(found) == 1:
+                continue
+        pattern = logs.exp2()
+        if givers is not None:
+            found["received"][:, in_batch, in_head, :seen] += (
+                givers[in_batch, in_head, :, in_row] @ pattern
+            ).movedim(2, 0)
+        if "own" in found:
+            found["own"][where] = _of_keys(pattern, at)
+        if "first" in found:
+            index = first[in_batch].clamp(max=seen - 1)[:, None, None, None].expand(*pattern.shape[:3], 1)
+            found["first"][where] = pattern.gather(-1, index)[..., 0]
+        if "previous" in found:
+            found["previous"][where] = _of_keys(pattern, (at - 1).clamp(min=0)) * (at > 0)
+        if "prefix" in found:
+            found["prefix"][where] = pattern[..., : geometry.prefix].sum(-1)
+        if "near" in found:
+            found["near"][where] = _on_near_places(pattern, at, geometry, tokens)
+        if distances is not None:
+            on_places = pattern[..., geometry.prefix :]
+            lengths = distances.block(at, in_row.start)[:, : on_places.shape[-1]]
+            mass = on_places.sum(-1)
+            found["placed"][where] = mass
+            travelled = on_places * lengths
+            found["distance"][where] = travelled.sum(-1) / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+            squares = travelled.mul_(lengths).sum(-1)
+            found["distance_square"][where] = squares / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        if of_keys is not None:
+            sums = pattern @ of_keys[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
+        if "entropy" in found or of_keys is not None:
+            products = pattern.mul_(logs).mul_(LN2)  # A ln A
+        if "entropy" in found:
+            found["entropy"][where] = products.sum(-1).neg_()
+        if of_keys is not None:
+            total = sums[..., 0].clamp(min=torch.finfo(sums.dtype).tiny)
+            weighted = (products @ of_keys[in_batch, in_head, :seen, :1])[..., 0]
+            found["norm_total"][where] = sums[..., 0]
+            found["norm_entropy"][where] = total.log() - (weighted + sums[..., 1]) / total
+    return fused | found
+
+
+def _fused(
+    call: AttentionCall,
+    wanted: Collection[str],
+    rows: Sequence[Bool[Tensor, "#batch #head token"]],
+    live: Bool[Tensor, "#batch #head row"],
+    geometry: Geometry,
+) -> dict[str, Tensor]:
+    """What of `wanted` kernels compute (on CUDA), of the live rows; the others hold zeros."""
+    on_line = geometry.rows == 1 and geometry.patch_size == 1
+    places = None if on_line else geometry.places(call.tokens)
+    givers = torch.stack([part.expand(call.output.shape[:3]) for part in rows])
+    found = fused_quantities(call, wanted, givers, places, geometry.prefix)
+    of_rows = {name: x for name, x in found.items() if name != "received"}
+    if call.sample is not None:
+        of_rows = {name: call.sample.at(x) for name, x in of_rows.items()}
+    return found | {name: x.masked_fill(~live, 0.0) for name, x in of_rows.items()}
+
+
+def uniform(
+    call: AttentionCall, geometry: Geometry, wanted: Collection[str]
+) -> dict[str, Float[Tensor, "#batch #head token"]]:
+    """What `distance` and `near` would be if each query attended alike to every key that it sees.
+
+    One pass over the visible keys of the rows at hand (those of the call's sample, where it has one),
+    shared by all heads where the mask is. Zeros where no place is seen.
+    """
+    tokens, device, seen, sample = call.tokens, call.output.device, call.visibility, call.sample
+    if not wanted or geometry.grid(tokens) is None:
+        return {}
+    distances = Distances(geometry, tokens, device, keep=sample is None) if "distance" in wanted else None
+    batch, heads = seen.count.shape[:2]
+    if sample is not None:
+        batch = call.batch
+    # filled in place: small results kept between large temporary blocks would hold the heap open
+    shape = (batch, heads, tokens if sample is None else sample.rows)
+    found = {name: torch.zeros(shape, device=device) for name in ("distance", "near") if name in wanted}
+    count = seen.count if sample is None else sample.at(seen.count)
+    rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * shape[0] * shape[1] * tokens))
+    for b in [slice(None)] if sample is None else [slice(b, b + 1) for b in range(batch)]:
+        for start in range(0, shape[2], rows_at_once):
+            in_row = slice(start, min(start + rows_at_once, shape[2]))
+            at = torch.arange(in_row.start, in_row.stop, device=device)
+            if sample is not None:
+                at = sample.index[b.start, in_row]
+            visible = _visible(call, b, at)  # [.., row or 1, key]
+            if distances is not None:
+                places = visible[..., geometry.prefix :].float()
+                far = (places * distances.block(at, start)).sum(-1)
+                found["distance"][b, :, in_row] = far / places.sum(-1).clamp(min=1)
+            if "near" in found:
+                near = _on_near_places(visible, at, geometry, tokens)
+                found["near"][b, :, in_row] = near / count[b, :, in_row].clamp(min=1)
+    return found
+
+
+def norms_of(
+    call: AttentionCall, projection: Float[Tensor, "head value_dim width"] | None = None
+) -> Float[Tensor, "batch head token"]:
+    """‖f(v_j)‖ for every query head: f(v) = v W_O with that head's `projection`, or v without one."""
+    norms = torch.empty(call.output.shape[:3], device=call.output.device)
+    gram = None
+    if projection is not None:
+        projection = projection.float().unflatten(0, (call.kv_heads, call.group))
+        gram = projection @ projection.transpose(
+            -1, -2
+        )  # ‖v W‖² = v W Wᵀ vᵀ: width is large, value_dim small
+    for (in_batch, in_head), value in value_blocks(call):
+        own = value[:, :, None]  # [batch, kv_head, 1, token, value_dim]
+        squares = vecdot(own if gram is None else own @ gram[in_head], own)
+        squares = squares.clamp(min=0).expand(-1, -1, call.group, -1)
+        norms[in_batch, call.query_heads(in_head)] = squares.sqrt().flatten(1, 2)
+    return norms
+
+
+def overlap(one: Tensor, other: Tensor, top: int) -> Float[Tensor, "batch head token"]:
+    """Share of the `top` keys of each query that are in both, `[batch, head, token, top]` each."""
+    parts = [
+        (a[..., :, None] == b[..., None, :]).any(-1).sum(-1).float() / top
+        for a, b in zip(one.split(1024, 2), other.split(1024, 2), strict=True)
+    ]
+    return torch.cat(parts, -1)
+
+
+class Neighbour:
+    """Top keys of the layer before, in one forward pass; O(token · top) memory.
+
+    Layers are neighbours if their depth indices follow each other and each attends once, over the
+    same tokens and, where rows are sampled, the same rows. A layer split over windows has none: its rows
+    are not the next layer's rows.
+
+    inputs: how many inputs the batch holds.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.layer: int | None = None
+        self.top: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    def before(self, call: AttentionCall, top: Tensor) -> Tensor | None:
+        """The top keys of the layer before, None if there is none; keeps `top` for the next layer."""
+        last, last_layer, last_rows = self.top, self.layer, self.rows
+        again = call.layer == last_layer
+        self.layer, self.rows = call.layer, None if call.sample is None else call.sample.index
+        self.top = None if again or call.batch != self.inputs else top
+        if last is None or self.top is None or last_layer is None or call.layer != last_layer + 1:
+            return None
+        if last.shape != top.shape:
+            return None
+        alike = last_rows is self.rows or (
+            last_rows is not None
+            and self.rows is not None
+            and torch.equal(last_rows.to(self.rows.device), self.rows)
+        )
+        return last.to(top.device) if alike else None  # the layer before may lie on another GPU
+
+
+def _live_blocks(
+    call: AttentionCall, live: Tensor
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
+    """Blocks of `log₂ A` with their place and number of keys; rows that are not live hold `NOTHING`."""
+    live = live.expand(call.batch, call.heads, -1)
+    some_dead = (~live).flatten(0, 1).any(0).tolist()
+    for where, logs in _pattern_blocks(call):
+        if any(some_dead[where[2]]):
+            logs = logs.masked_fill(~live[where][..., None], NOTHING)
+        yield where, logs, logs.shape[-1]
+
+
+def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    if call.pattern is None:
+        lse = call.log_normaliser
+        if lse is None and "softmax" in vars(call):
+            lse = call.softmax.log_normaliser
+        known = lse is not None
+        lse = torch.empty(call.output.shape[:3], device=call.output.device) if lse is None else lse.float()
+        yield from log2_pattern_blocks(call, lse, known)
+        return
+    budget = BLOCK_ELEMENTS[call.output.device.type]
+    rows_at_once = max(1, min(call.tokens, budget // call.tokens))
+    head_chunks = max(1, budget // (rows_at_once * call.tokens))
+    heads = min(call.heads, head_chunks)
+    batch = max(1, head_chunks // call.heads)
+    for b in range(0, call.batch, batch):
+        for h in range(0, call.heads, heads):
+            for r in range(0, call.tokens, rows_at_once):
+                where = (
+                    slice(b, min(b + batch, call.batch)),
+                    slice(h, min(h + heads, call.heads)),
+                    slice(r, min(r + rows_at_once, call.tokens)),
+                )
+                yield where, call.pattern[where].float().log2().clamp(min=NOTHING)
+
+
+def _of_keys(pattern: Tensor, keys: Int[Tensor, " row"]) -> Float[Tensor, "batch head row"]:
+    """Of each row of a block its weight on one key."""
+    return pattern.gather(-1, keys[:, None].expand(*pattern.shape[:3], 1))[..., 0]
+
+
+def _on_near_places(weights: Tensor, rows: Tensor, geometry: Geometry, tokens: int) -> Tensor:
+    """The weight of each row, `[.., row or 1, key]`, on near places; a few keys around it can hold it."""
+    prefix, keys = geometry.prefix, weights.shape[-1]
+    around = rows[:, None] + geometry.around(tokens).to(rows.device)  # [row, near]
+    inside = (around >= prefix) & (around < keys)
+    around = around.clamp(0, keys - 1)
+    inside &= geometry.near((rows - prefix)[:, None], around - prefix, tokens)
+    head_chunks = weights.expand(*weights.shape[:2], len(rows), keys)
+    return (head_chunks.gather(-1, around.expand(*head_chunks.shape[:2], -1, -1)) * inside).sum(-1)
+
+
+def _visible(call: AttentionCall, in_batch: slice, rows: Tensor) -> Bool[Tensor, "#batch #head #row token"]:
+    """Whether the query rows see each key; what all inputs share keeps a batch axis of 1."""
+    seen, device = call.visibility, call.output.device
+    if seen.rule == "general":
+        assert seen.visible_rows is not None
+        visible = seen.visible_rows
+        return (visible if visible.shape[0] == 1 else visible[in_batch])[:, :, rows]
+    index = torch.arange(call.tokens, device=device)
+    keys = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if seen.keys is None else seen.keys
+    keys = keys if keys.shape[0] == 1 else keys[in_batch]
+    if seen.rule == "full":
+        return keys[:, None, None, :]
+    return keys[:, None, None, :] & (index <= rows[:, None])

@@ -1,0 +1,421 @@
+"""The shape of attention: where it goes, how far, and whether all queries look alike. Optional metrics.
+
+Functions from one call and a token set to numbers, as in `attention`; `SHAPE_METRICS` is where one
+is registered. All of them read one pass over blocks of query rows (`diag.metrics.pattern_pass`), so they cost
+more than the default metrics, which need single keys only. Groups are asked for together.
+
+Which tokens count is as in `diag.metrics.attention`: a row of the token set S counts if it sees another key
+than itself. Attention runs over all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diag.attention.call import AttentionCall, all_rows
+from diag.attention.geometry import TEXT, Geometry
+from diag.metrics.attention import Selection
+from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
+from diag.metrics.readings import Reading
+
+SINK = 0.3
+"""ε of the sink rate (Gu 2024, section 3: ε = 0.3, with sequences of T = 64 tokens)."""
+
+TOP_KEYS = 10
+"""How many most attended keys two layers are compared on."""
+
+DECADES = 6.0
+"""Where `sink_strength` ends: a head whose median key receives nothing is no stronger than this."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One call through one token set, with what the pass over its blocks found.
+
+    found, uniform: what `pattern_pass` and `uniform` give, `received` of this set only.
+        With sampled rows they hold those, but `own` and `first` all rows.
+    norms: ‖f(v_j)‖ of each key, `[batch, head, token]`. top_before: of the neighbouring layer.
+    """
+
+    on: Selection
+    geometry: Geometry
+    found: dict[str, Tensor]
+    uniform: dict[str, Tensor]
+    norms: Tensor | None
+    top_before: Tensor | None
+
+    @property
+    def count(self) -> Float[Tensor, "batch head"]:
+        """Number of rows that count."""
+        return self.on.rows.expand(self.on.call.output.shape[:3]).sum(-1).double()
+
+    @property
+    def placed(self) -> Bool[Tensor, "#batch #head token"]:
+        """Rows that count, have a place and see a key that has one."""
+        place = torch.arange(self.on.call.tokens, device=self.on.among.device) >= self.geometry.prefix
+        return self.on.rows & place & (self.on.call.visibility.count_among(place[None]) > 0)
+
+    def per_row(
+        self, values: Tensor | None, rows: Tensor | None = None, also: Tensor | None = None
+    ) -> Reading:
+        """A reading of numbers per row of the pass, on the rows that count; undefined where there are none.
+
+        rows: those that count, `[batch or 1, head or 1, token]`. also: among the rows of the pass.
+        """
+        call = self.on.call
+        if values is None:
+            nothing = self.on.rows.new_zeros((call.batch, call.heads, 1))
+            return Reading(nothing.float(), nothing)
+        reading = self.on.of_pattern(values.expand(call.batch, call.heads, -1), rows)
+        return reading if also is None else reading._replace(weights=reading.weights * also)
+
+    def at(self, x: Tensor) -> Tensor:
+        """`[batch or 1, head or 1, token]` at the rows of the pass."""
+        return self.on.at(x)
+
+    def per_head(self, values: Float[Tensor, "batch head"], defined: Tensor) -> Reading:
+        """A reading of one number per head of a call, which weighs as much as it has rows."""
+        return Reading(values[..., None], torch.where(defined, self.count, 0.0)[..., None])
+
+    @property
+    def received(self) -> Float[Tensor, "batch head token"]:
+        """Share of all attention of the rows that each key of S receives; sorts as float64."""
+        share = self.found["received"].double() / self.count[..., None].clamp(min=1)
+        return share * self.on.among[:, None, :]
+
+    @property
+    def several(self) -> Bool[Tensor, "batch head"]:
+        """Whether there are rows to receive from and at least two keys in S."""
+        return (self.count > 0) & (self.on.count > 1)[:, None]
+
+
+# --- sinks
+
+
+def first_key_received(view: View) -> Reading:
+    """α = mean over i≥k of A_ik, k the first key: the mean attention to it, by itself as well."""
+    sees = view.on.among[:, None, :] & (view.on.call.visibility.count > 0)
+    return Reading(view.found["first"], sees)
+
+
+def sink_rate(view: View) -> Reading:
+    """Whether α > .3, α = first_key_received of one softmax; its mean over heads is the sink rate."""
+    values, rows = first_key_received(view)[:2]
+    rows = rows.expand(values.shape)
+    count = rows.sum(-1)
+    alpha = torch.where(rows, values, 0.0).double().sum(-1) / count.clamp(min=1)
+    above = torch.where(alpha.isnan(), torch.nan, (alpha > SINK).double())
+    return Reading(above[..., None], count[..., None])
+
+
+def sink_share(view: View) -> Reading:
+    """max_j c_j / N, c_j = Σ_i A_ij over the N rows: the share of all attention on one key of S."""
+    return view.per_head(view.received.amax(-1), view.several)
+
+
+def sink_strength(view: View) -> Reading:
+    """log₁₀(max_j c_j / median_j c_j), c_j = Σ_i A_ij, j in S: decades from the usual key to the sink."""
+    received = view.received
+    largest = received.amax(-1)
+    median = torch.maximum(_median(received, view.on.among[:, None]), largest * 10**-DECADES)
+    return view.per_head((largest / median).log10(), view.several & (largest != 0))
+
+
+def received_gini(view: View) -> Reading:
+    """Gini coefficient of c_j = Σ_i A_ij over the keys of S: 0 all alike, towards 1 one key takes all."""
+    ordered = view.received.sort(-1).values
+    tokens, keys = ordered.shape[-1], view.on.count[:, None]
+    # keys outside S hold zeros and come first: ranks are counted from the end
+    rank = torch.arange(1, tokens + 1, device=ordered.device, dtype=ordered.dtype) - tokens + keys[..., None]
+    total = ordered.sum(-1)
+    gini = ((2 * rank - keys[..., None] - 1) * ordered).sum(-1) / (keys.clamp(min=1) * total)
+    return view.per_head(gini, view.several & (total != 0))
+
+
+def sink_value_norm(view: View) -> Reading:
+    """‖v_s‖ / median_j ‖v_j‖, s the key of S that receives most: short in trained sinks."""
+    norms = view.on.value_norm[:, :, 0].repeat_interleave(view.on.call.group, 1).double()
+    largest, place = view.received.max(-1, keepdim=True)
+    sink = norms.gather(-1, place)[..., 0]
+    median = _median(norms, view.on.among[:, None])
+    return view.per_head(sink / median, view.several & (median != 0) & (largest[..., 0] != 0))
+
+
+# --- distance
+
+
+def attention_distance(view: View) -> Reading:
+    """Σ_j A_ij D_ij over keys that have a place, weights renormalised: pixels on a grid, tokens in a text."""
+    return view.per_row(view.found.get("distance"), view.placed, _mass(view))
+
+
+def attention_distance_rms(view: View) -> Reading:
+    """√(Σ_j A_ij D_ij²) of the same weights: far keys count more."""
+    squares = view.found.get("distance_square")
+    return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
+
+
+def attention_distance_uniform(view: View) -> Reading:
+    """Mean of D_ij over the visible keys that have a place: the distance of uniform attention."""
+    return view.per_row(view.uniform.get("distance"), view.placed)
+
+
+def attention_distance_ratio(view: View) -> Reading:
+    """attention_distance / attention_distance_uniform, row by row: 1 as far as uniform attention."""
+    if "distance" not in view.found:
+        return view.per_row(None)
+    reference = view.uniform["distance"]
+    ratio = view.found["distance"] / torch.where(reference == 0, 1.0, reference)
+    return view.per_row(ratio, view.placed, (view.found["placed"] != 0) & (reference != 0))
+
+
+# --- all queries alike?
+
+
+def attention_nmi(view: View) -> Reading:
+    """I(q;k)/√(H(q)H(k)), p(q) = 1/N, p(q,k) = A_qk/N: 0 where all queries see the same map."""
+    of_row = torch.where(view.on.rows, view.found["entropy"], 0.0).double()
+    given_query = of_row.sum(-1) / view.count.clamp(min=1)
+    share = view.found["received"].double() / view.count[..., None].clamp(min=1)
+    of_keys = -torch.xlogy(share, share).sum(-1)
+    scale = (view.count.clamp(min=2).log() * of_keys).sqrt()
+    # one key takes all: every query sees the same map, and 0/0 is 0. What is left below is rounding
+    found = torch.where(of_keys <= 1e-6, of_keys * 0, (of_keys - given_query) / scale)
+    return view.per_head(found.clamp(min=0), view.count > 1)
+
+
+# --- neighbouring layers
+
+
+def top_key_overlap(view: View) -> Reading:
+    """|top k of A_i of this layer ∩ of the layer before| / k, same head, k = 10; rows that see more keys."""
+    if view.top_before is None:
+        return view.per_row(None)
+    top = view.found["top"]
+    return view.per_row(overlap(view.top_before, top, top.shape[-1]), _with_choice(view))
+
+
+def top_key_overlap_chance(view: View) -> Reading:
+    """k / number of visible keys: the overlap of two random choices of k keys."""
+    if view.top_before is None:
+        return view.per_row(None)
+    top = view.found["top"].shape[-1]
+    return view.per_row(top / view.at(view.on.call.visibility.count).clamp(min=1), _with_choice(view))
+
+
+# --- relative position
+
+
+def previous_weight(view: View) -> Reading:
+    """A_i,i-1: attention to the token before, in a text."""
+    line = view.geometry.grid(view.on.call.tokens)
+    if line is None or line[0] != 1:
+        return view.per_row(None)
+    keys = view.on.call.visibility.keys
+    before = (
+        torch.ones_like(view.on.among) if keys is None else keys.roll(1, -1)
+    )  # its token before is no padding
+    after = torch.arange(view.on.call.tokens, device=before.device) > view.geometry.prefix
+    return view.per_row(view.found["previous"], view.on.rows & (before & after)[:, None])
+
+
+def near_share(view: View) -> Reading:
+    """Σ A_ij over near keys, oneself among them: |i-j| ≤ 16 (text), the 3 × 3 patches around (image)."""
+    return view.per_row(view.found.get("near"), view.placed)
+
+
+def near_share_uniform(view: View) -> Reading:
+    """Near visible keys / visible keys: the near share of uniform attention."""
+    return view.per_row(view.uniform.get("near"), view.placed)
+
+
+def prefix_share(view: View) -> Reading:
+    """Σ A_ij over the prefix tokens j (class token, registers)."""
+    return view.per_row(view.found["prefix"] if view.geometry.prefix else None)
+
+
+# --- norm-weighted attention
+
+
+def norm_weighted_self(view: View) -> Reading:
+    """A_ii ‖f(v_i)‖ / Σ_j A_ij ‖f(v_j)‖: the token's own share of what is added up."""
+    assert view.norms is not None
+    return _norm_share(view, view.at(view.found["own"] * view.norms))
+
+
+def norm_weighted_first(view: View) -> Reading:
+    """A_i0 ‖f(v_0)‖ / Σ_j A_ij ‖f(v_j)‖: little at a sink of short value."""
+    assert view.norms is not None
+    keys = view.on.call.visibility.keys
+    norms = view.norms
+    if keys is not None:  # the first key is the first that anyone sees
+        first = keys.int().argmax(-1).expand(norms.shape[0])[:, None, None]
+        norms = norms.gather(-1, first.expand(-1, norms.shape[1], 1))
+    return _norm_share(view, view.at(view.found["first"] * norms[..., :1]))
+
+
+def norm_weighted_entropy(view: View) -> Reading:
+    """-Σ_j P_ij ln P_ij in nats, P_ij = A_ij ‖f(v_j)‖ / Σ_j A_ij ‖f(v_j)‖."""
+    return view.per_row(view.found["norm_entropy"], also=view.found["norm_total"] != 0)
+
+
+# --- the table
+
+
+@dataclass(frozen=True)
+class ShapeMetric:
+    """One line of the table.
+
+    compute: the reading of a view. needs: what it reads of the pass (`pattern_pass.QUANTITIES`).
+    group: with which others it is asked for. source, unit: as the documentation has them.
+    """
+
+    compute: Callable[[View], Reading]
+    group: str
+    needs: tuple[str, ...]
+    source: str
+    unit: str
+    reduce: str = "mean"
+
+    @property
+    def definition(self) -> str:
+        """The formula in one line."""
+        return (self.compute.__doc__ or "").strip()
+
+
+_GU = "Gu 2024 (arXiv 2410.10781): ε = .3, T = 64"
+_RAGHU = "Dosovitskiy 2021 (2010.11929), Fig. 7; Raghu 2021 (2108.08810)"
+_KOBAYASHI = "Kobayashi 2020 (2004.10102)"
+_SHARE, _LENGTH, _NATS = "share, 0 to 1", "pixels (images), tokens (texts)", "nats"
+
+SHAPE_METRICS: dict[str, ShapeMetric] = {
+    "first_key_received": ShapeMetric(first_key_received, "sinks", ("first",), _GU, _SHARE),
+    "sink_rate": ShapeMetric(sink_rate, "sinks", ("first",), _GU, "0 or 1 per head"),
+    "sink_share": ShapeMetric(sink_share, "sinks", ("received",), "column sums", _SHARE),
+    "sink_strength": ShapeMetric(
+        sink_strength, "sinks", ("received",), "studies of sinks in ViTs", "decades, 0 = all alike, at most 6"
+    ),
+    "received_gini": ShapeMetric(received_gini, "sinks", ("received",), "Gini coefficient", "0 to 1"),
+    "sink_value_norm": ShapeMetric(
+        sink_value_norm, "sinks", ("received",), "studies of sinks in ViTs", "1 = as long as the others"
+    ),
+    "attention_distance": ShapeMetric(attention_distance, "distance", ("distance",), _RAGHU, _LENGTH),
+    "attention_distance_rms": ShapeMetric(attention_distance_rms, "distance", ("distance",), "-", _LENGTH),
+    "attention_distance_uniform": ShapeMetric(
+        attention_distance_uniform, "distance", ("uniform distance",), "reference", _LENGTH
+    ),
+    "attention_distance_ratio": ShapeMetric(
+        attention_distance_ratio, "distance", ("distance", "uniform distance"), "-", "1 = uniform"
+    ),
+    "attention_nmi": ShapeMetric(
+        attention_nmi, "nmi", ("received", "entropy"), "Park 2023 (2305.00729)", "0 to 1"
+    ),
+    "top_key_overlap": ShapeMetric(top_key_overlap, "overlap", ("top",), "HyLRA (2602.00777)", _SHARE),
+    "top_key_overlap_chance": ShapeMetric(top_key_overlap_chance, "overlap", ("top",), "reference", _SHARE),
+    "previous_weight": ShapeMetric(previous_weight, "position", ("previous",), "relative position", _SHARE),
+    "near_share": ShapeMetric(near_share, "position", ("near",), "relative position", _SHARE),
+    "near_share_uniform": ShapeMetric(near_share_uniform, "position", ("uniform near",), "reference", _SHARE),
+    "prefix_share": ShapeMetric(prefix_share, "position", ("prefix",), "relative position", _SHARE),
+    "norm_weighted_self": ShapeMetric(norm_weighted_self, "norms", ("own", "norms"), _KOBAYASHI, _SHARE),
+    "norm_weighted_first": ShapeMetric(norm_weighted_first, "norms", ("first", "norms"), _KOBAYASHI, _SHARE),
+    "norm_weighted_entropy": ShapeMetric(norm_weighted_entropy, "norms", ("norms",), _KOBAYASHI, _NATS),
+}
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    group: tuple(name for name, metric in SHAPE_METRICS.items() if metric.group == group)
+    for group in dict.fromkeys(metric.group for metric in SHAPE_METRICS.values())
+}
+"""Name of a group -> its metrics."""
+
+
+def shape_readings(
+    call: AttentionCall,
+    names: Sequence[str],
+    token_sets: Sequence[Bool[Tensor, "#batch token"] | None] = (None,),
+    *,
+    geometry: Geometry = TEXT,
+    neighbour: Neighbour | None = None,
+    projection: Float[Tensor, "head value_dim width"] | None = None,
+    top_keys: int = TOP_KEYS,
+) -> list[dict[str, Reading]]:
+    """The named shape metrics of one call, for each token set, from one pass over its blocks.
+
+    token_sets: masks of tokens; None is all of them. geometry: where the tokens lie.
+    neighbour: of this forward pass; without it there is no overlap with another layer.
+    projection: W_O of each query head, so that f(v) = v W_O as in Kobayashi 2020; f(v) = v without it.
+
+    Where the call has a sample of rows, what is a mean over query rows is estimated from it; what a key
+    receives is a sum over all rows, and is summed up over all of them.
+    """
+    summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
+    if call.sample is not None and summed:
+        whole = shape_readings(all_rows(call), summed, token_sets, geometry=geometry)
+        others = shape_readings(
+            call,
+            [name for name in names if name not in summed],
+            token_sets,
+            geometry=geometry,
+            neighbour=neighbour,
+            projection=projection,
+            top_keys=top_keys,
+        )
+        return [one | other for one, other in zip(whole, others, strict=True)]
+    needs = {need for name in names for need in SHAPE_METRICS[name].needs}
+    if neighbour is None:
+        needs -= {"top"}
+    selections = [Selection(call, tokens) for tokens in token_sets]
+    norms = norms_of(call, projection) if "norms" in needs else None
+    references = {need for need in needs if need.startswith("uniform ")}
+    streamed = needs - references
+    found: dict[str, Tensor] = {}
+    of_single_keys = {"own": "self_weight", "first": "first_weight"}
+    if call.sample is not None:
+        # these need the log-normaliser only: they stay exact
+        found = {need: getattr(call.softmax, of_single_keys[need]) for need in streamed & {*of_single_keys}}
+        streamed -= found.keys()
+    if streamed:
+        live = torch.zeros_like(call.visibility.count, dtype=torch.bool)
+        for on in selections:
+            live = live | (on.among[:, None, :] & (call.visibility.count > 0))
+        rows, live = [on.rows for on in selections], selections[0].at(live)
+        found |= pattern_pass(call, streamed, rows, live, geometry=geometry, norms=norms, top=top_keys)
+    of_uniform = uniform(call, geometry, {need.removeprefix("uniform ") for need in references})
+    before = neighbour.before(call, found["top"]) if neighbour is not None and "top" in found else None
+    results = []
+    for number, on in enumerate(selections):
+        own = {name: x[number] if name == "received" else x for name, x in found.items()}
+        view = View(on, geometry, own, of_uniform, norms, before)
+        results.append({name: SHAPE_METRICS[name].compute(view) for name in names})
+    return results
+
+
+def _mass(view: View) -> Tensor | None:
+    """Whether each row of the pass has weight on keys that have a place."""
+    return view.found["placed"] != 0 if "placed" in view.found else None
+
+
+def _with_choice(view: View) -> Tensor:
+    return view.on.rows & (view.on.call.visibility.count > view.found["top"].shape[-1])
+
+
+def _norm_share(view: View, weighted: Tensor) -> Reading:
+    total = view.found["norm_total"]
+    return view.per_row(weighted / torch.where(total == 0, 1.0, total), also=total != 0)
+
+
+def _median(values: Float[Tensor, "batch head token"], among: Tensor) -> Float[Tensor, "batch head"]:
+    """Of the values that are among; the mean of the middle two where their number is even.
+
+    NaN if one of them is not finite: sorted away, it would not be found.
+    """
+    among = among.expand(values.shape)
+    ordered = torch.where(among, values, torch.inf).sort(-1).values
+    last = (among.sum(-1, keepdim=True) - 1).clamp(min=0)
+    low, high = ordered.gather(-1, last // 2), ordered.gather(-1, (last + 1) // 2)
+    finite = torch.where(among, values, 0.0).isfinite().all(-1)
+    return torch.where(finite, ((low + high) / 2)[..., 0], torch.nan)

@@ -1,0 +1,389 @@
+"""The residual stream around one block, and its statistics: pure functions from states to numbers per token.
+
+Every function takes a `Stream`, the states of one block seen through one token set, and returns a
+`Reading` with a head axis of 1, which `readings.reduce` turns into one number per input. `STREAM_METRICS`
+is the one place where such a metric is registered. `StreamReadings` collects them over one forward pass,
+and adds what needs several layers at once.
+
+Notation: `x` the stream before an update is added to it, `Δ` the update, `x̂ = x/‖x‖`; S the token set.
+Every real token of S counts. A cosine with a zero vector is 0. Arithmetic is float32 whatever the model's
+format. Nothing here holds a token × token matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention.states import BlockStates, Updates
+from diag.metrics.readings import Reading, reduce
+from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives
+
+
+class Stream:
+    """The states of one block through one token set, with the quantities that several metrics share."""
+
+    def __init__(self, states: BlockStates, tokens: Bool[Tensor, "#batch token"] | None = None) -> None:
+        self.states = states
+        among = torch.ones(1, states.tokens, dtype=torch.bool) if tokens is None else tokens
+        self.among = among.to(states.before.device) & self.real
+        """tokens that count, `[batch or 1, token]`"""
+        self.count = self.among.sum(-1)
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "#batch token"]:
+        """Tokens that are no padding, as the batch or the layer's mask says."""
+        states, call = self.states, self.states.call
+        real = torch.ones(1, states.tokens, dtype=torch.bool, device=states.before.device)
+        if states.real is not None:
+            real = real & states.real.to(real.device)
+        if call is not None and self.same_tokens and call.visibility.keys is not None:
+            real = real & call.visibility.keys
+        return real
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether the attention call runs over the tokens of the stream, all at once."""
+        call = self.states.call
+        return call is not None and (call.batch, call.tokens) == (self.states.batch, self.states.tokens)
+
+    @cached_property
+    def before(self) -> Float[Tensor, "batch token dim"]:
+        return self.states.before.float()
+
+    @cached_property
+    def middle(self) -> Float[Tensor, "batch token dim"]:
+        return self.before if self.states.middle is self.states.before else self.states.middle.float()
+
+    @cached_property
+    def after(self) -> Float[Tensor, "batch token dim"]:
+        return self.states.after.float()
+
+    @cached_property
+    def attention_update(self) -> Float[Tensor, "batch token dim"]:
+        return self.states.attention_update.float()
+
+    @cached_property
+    def mlp_update(self) -> Float[Tensor, "batch token dim"]:
+        return self.states.mlp_update.float()
+
+    @cached_property
+    def attention_cosine(self) -> Float[Tensor, "batch token"]:
+        return cosine(self.attention_update, self.before)
+
+    @cached_property
+    def mlp_cosine(self) -> Float[Tensor, "batch token"]:
+        return cosine(self.mlp_update, self.middle)
+
+    @cached_property
+    def projected_value(self) -> Float[Tensor, "batch token dim"] | None:
+        """W_O v_i, the values of all heads side by side; None where it is not known."""
+        call, to_stream = self.states.call, self.states.to_stream
+        if call is None or to_stream is None or not self.same_tokens:
+            return None
+        return to_stream(call.value.repeat_interleave(call.group, 1))
+
+    def per_token(self, values: Float[Tensor, "batch token"], also: Tensor | None = None) -> Reading:
+        """A reading of one number per token, on the tokens that count."""
+        weights = self.among if also is None else self.among & also
+        return Reading(values[:, None], weights[:, None])
+
+    def per_input(self, values: Float[Tensor, " batch"], least: int = 2) -> Reading:
+        """A reading of one number per input; undefined with fewer than `least` tokens."""
+        weights = torch.where(self.count >= least, self.count, 0).expand(len(values))
+        return Reading(values[:, None, None], weights[:, None, None])
+
+    def undefined(self) -> Reading:
+        """A reading in which nothing counts."""
+        nothing = self.before.new_zeros(self.states.batch, 1, 1)
+        return Reading(nothing, nothing)
+
+
+def attention_stream_cosine(on: Stream) -> Reading:
+    """cos(Δ_attn, x): whether what attention adds is in the stream already."""
+    return on.per_token(on.attention_cosine)
+
+
+def attention_stream_energy(on: Stream) -> Reading:
+    """cos²(Δ_attn, x): the share of the attention update's energy that lies along the stream."""
+    return on.per_token(on.attention_cosine.square())
+
+
+def mlp_stream_cosine(on: Stream) -> Reading:
+    """cos(Δ_mlp, x), x the stream that the MLP update is added to."""
+    return on.per_token(on.mlp_cosine)
+
+
+def mlp_stream_energy(on: Stream) -> Reading:
+    """cos²(Δ_mlp, x): the share of the MLP update's energy that lies along the stream."""
+    return on.per_token(on.mlp_cosine.square())
+
+
+def attention_update_ratio(on: Stream) -> Reading:
+    """‖Δ_attn‖/‖x‖: how much attention adds, in units of the stream."""
+    return _norm_ratio(on, on.attention_update, on.before)
+
+
+def mlp_update_ratio(on: Stream) -> Reading:
+    """‖Δ_mlp‖/‖x‖: how much the MLP adds, in units of the stream."""
+    return _norm_ratio(on, on.mlp_update, on.middle)
+
+
+def value_stream_cosine(on: Stream) -> Reading:
+    """cos(W_O v_i, x_i), all heads through the output projection without its bias."""
+    value = on.projected_value
+    return on.undefined() if value is None else on.per_token(cosine(value, on.before))
+
+
+def output_value_cosine(on: Stream) -> Reading:
+    """cos(W_O y_i, W_O v_i), without the bias of W_O: the alignment bias as the stream sees it."""
+    value, call, to_stream = on.projected_value, on.states.call, on.states.to_stream
+    if value is None or call is None or to_stream is None:
+        return on.undefined()
+    # a token that sees only itself has y = v whatever the model learned
+    others = (call.visibility.count > 1).any(1)
+    return on.per_token(cosine(to_stream(call.output), value), others)
+
+
+def block_influence(on: Stream) -> Reading:
+    """1 - cos(x_in, x_out) of the whole block (ShortGPT, arXiv 2403.03853)."""
+    return on.per_token(_distance(on.before, on.after))
+
+
+def update_cosine_previous(on: Stream) -> Reading:
+    """cos of the attention update with that of the layer before; undefined in the first layer."""
+    previous = on.states.previous
+    if previous is None:
+        return on.undefined()
+    return on.per_token(cosine(on.attention_update, previous.attention.float()))
+
+
+def delta_cosine_previous(on: Stream) -> Reading:
+    """cos of x_out - x_in with that of the layer before; undefined in the first layer."""
+    previous = on.states.previous
+    if previous is None:
+        return on.undefined()
+    return on.per_token(cosine(on.after - on.before, previous.block.float()))
+
+
+def token_similarity(on: Stream) -> Reading:
+    """Mean over pairs i≠j of cos(x_i, x_j) after the block (oversmoothing)."""
+    norm = vector_norm(on.after, dim=-1)
+    weights = torch.where(on.among & (norm > 0), 1 / norm, 0.0)
+    total = (weights[:, None] @ _without(on.after, ~on.among))[:, 0].double()
+    units = (weights > 0).sum(-1)
+    pairs = (on.count * (on.count - 1)).clamp(min=1)
+    return on.per_input((total.square().sum(-1) - units) / pairs)
+
+
+def token_distance(on: Stream) -> Reading:
+    """‖X - mean over tokens‖_F/‖X‖_F after the block: 0 when all tokens are the same (Dong 2021)."""
+    states = _without(on.after, ~on.among)
+    mean = states.sum(1, keepdim=True) / on.count[:, None, None].clamp(min=1)
+    whole = vector_norm(states, dim=(1, 2))
+    part = vector_norm(_without(states - mean, ~on.among), dim=(1, 2))
+    reading = on.per_input(part / torch.where(whole == 0, 1.0, whole))
+    return Reading(reading.values, reading.weights * (whole != 0)[:, None, None])
+
+
+def massive_activation(on: Stream) -> Reading:
+    """max|x|/median|x| over tokens and dimensions after the block (massive activations)."""
+    largest, middle = on.after.new_zeros(on.states.batch), on.after.new_zeros(on.states.batch)
+    for i, chosen in enumerate(on.among.expand(on.states.batch, -1)):
+        magnitudes = on.after[i, chosen].abs().flatten()  # [token · dim]
+        if len(magnitudes):
+            # of an even number the lower one of the two in the middle
+            largest[i], middle[i] = magnitudes.max(), magnitudes.median()
+    reading = on.per_input(largest / torch.where(middle == 0, 1.0, middle), least=1)
+    # a median of zero leaves no unit
+    return Reading(reading.values, reading.weights * (middle != 0)[:, None, None])
+
+
+def secondary_sinks(on: Sinks) -> Reading:
+    """Tokens that turn into secondary sinks in this layer: |cos(x_t, x_first)| > .9 over some layers."""
+    return Reading(on.created.float().sum(-1)[:, None, None], on.weight)
+
+
+def secondary_sink_lifetime(on: Sinks) -> Reading:
+    """Share of the layers in which a secondary sink that is created in this layer stands."""
+    return Reading(on.lifetime[:, None], on.created[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """Secondary sinks that are created in one layer, through one token set.
+
+    created: `[batch, token]`. lifetime: `[batch, token]`, layers in which the token stands over depth.
+    weight: `[batch, 1, 1]`, 0 where the token set is empty.
+    """
+
+    created: Bool[Tensor, "batch token"]
+    lifetime: Float[Tensor, "batch token"]
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class StreamMetric:
+    """One line of the table: how to compute it, where it is from, and its unit.
+
+    across: whether it needs the states of every layer, so that it takes `Sinks` in place of a `Stream`.
+    """
+
+    compute: Callable[..., Reading]
+    source: str
+    unit: str = "cosine"
+    reduce: str = "mean"
+    across: bool = False
+
+    @property
+    def definition(self) -> str:
+        """The formula in one line."""
+        return (self.compute.__doc__ or "").strip()
+
+
+POST = "the vision post's generalisation"
+SINK_PAPER = "arXiv 2512.22213 and its code"
+STREAM_METRICS: dict[str, StreamMetric] = {
+    "attention_stream_cosine": StreamMetric(attention_stream_cosine, POST),
+    "attention_stream_energy": StreamMetric(attention_stream_energy, POST, "share"),
+    "attention_update_ratio": StreamMetric(attention_update_ratio, "-", "ratio"),
+    "mlp_stream_cosine": StreamMetric(mlp_stream_cosine, POST),
+    "mlp_stream_energy": StreamMetric(mlp_stream_energy, POST, "share"),
+    "mlp_update_ratio": StreamMetric(mlp_update_ratio, "-", "ratio"),
+    "value_stream_cosine": StreamMetric(value_stream_cosine, POST),
+    "output_value_cosine": StreamMetric(output_value_cosine, POST),
+    "block_influence": StreamMetric(block_influence, "ShortGPT, arXiv 2403.03853", "1 - cosine"),
+    "update_cosine_previous": StreamMetric(update_cosine_previous, "-"),
+    "delta_cosine_previous": StreamMetric(delta_cosine_previous, "-"),
+    "token_similarity": StreamMetric(token_similarity, "oversmoothing literature"),
+    "token_distance": StreamMetric(token_distance, "rank collapse, Dong 2021", "ratio"),
+    "massive_activation": StreamMetric(massive_activation, "visual attention sinks", "ratio"),
+    "secondary_sinks": StreamMetric(secondary_sinks, SINK_PAPER, "tokens", across=True),
+    "secondary_sink_lifetime": StreamMetric(
+        secondary_sink_lifetime, SINK_PAPER, "share of layers", across=True
+    ),
+}
+
+
+class StreamReadings:
+    """The named stream metrics of one forward pass, for every token set.
+
+    names: of `STREAM_METRICS`. depth: blocks of the whole model; what needs them all is undefined if fewer
+    were seen.
+    """
+
+    def __init__(self, names: Sequence[str], depth: int) -> None:
+        self.asked = list(names)
+        self.names = [name for name in names if not STREAM_METRICS[name].across]
+        self.across = [name for name in names if STREAM_METRICS[name].across]
+        self.depth = depth
+        self.readings: dict[int, dict[str, dict[str, Reading]]] = {}
+        self.masks: dict[int, dict[str, Tensor]] = {}
+        self.alike: dict[int, tuple[Tensor, Tensor]] = {}
+        self.last: tuple[int, Updates] | None = None
+
+    def add(self, states: BlockStates, tokens: Mapping[str, Bool[Tensor, "#batch token"]]) -> None:
+        """Reads one block; `tokens` are the masks of the token sets by name. Blocks come in depth order."""
+        states = self._with_previous(states)
+        of_layer = self.readings.setdefault(states.layer, {})
+        for name, mask in tokens.items():
+            on = Stream(states, mask)
+            of_layer[name] = {metric: STREAM_METRICS[metric].compute(on) for metric in self.names}
+            self.masks.setdefault(states.layer, {})[name] = on.among.expand(states.batch, -1)
+        if self.across:
+            self.alike[states.layer] = alike_first(states.after, Stream(states).real)
+
+    def block(self, layer: int, inputs: int) -> Float64[Tensor, "token_set metric input 1"]:
+        """One number per input of each token set and metric, in the order given, after `finished`."""
+        of_layer = self.readings[layer].values()
+        reduced = [
+            reduce([of_set[name]], inputs, STREAM_METRICS[name].reduce)
+            for of_set in of_layer
+            for name in self.asked
+        ]
+        return torch.stack(reduced).view(len(of_layer), len(self.asked), inputs, 1)
+
+    def finished(self) -> dict[int, dict[str, dict[str, Reading]]]:
+        """`[layer][token set][metric]`, when every block has been seen."""
+        if not self.across:
+            return self.readings
+        layers = sorted(self.alike)
+        shapes = {self.alike[layer][0].shape for layer in layers}
+        whole = layers == list(range(self.depth)) and len(shapes) == 1
+        if whole:
+            here = self.alike[layers[0]][0].device  # layers of one model may lie on several
+            similar = torch.stack([self.alike[layer][0].to(here) for layer in layers])
+            norms = torch.stack([self.alike[layer][1].to(here) for layer in layers])
+            created, lifetime = secondary_sink_lives(similar, norms)
+        for layer, of_layer in self.readings.items():
+            for token_set, of_set in of_layer.items():
+                among = self.masks[layer][token_set]
+                weight = among.any(-1).float()[:, None, None] * whole
+                own = created[layer].to(among.device) & among if whole else torch.zeros_like(among)
+                lives = lifetime.to(among.device) if whole else torch.zeros_like(among, dtype=torch.float32)
+                of_set |= {
+                    name: STREAM_METRICS[name].compute(Sinks(own, lives, weight)) for name in self.across
+                }
+        return self.readings
+
+    def _with_previous(self, states: BlockStates) -> BlockStates:
+        last, needed = self.last, {"update_cosine_previous", "delta_cosine_previous"} & {*self.names}
+        if needed:
+            self.last = (
+                states.layer,
+                Updates(states.attention_update, states.after.float() - states.before.float()),
+            )
+        fits = last is not None and last[0] == states.layer - 1
+        if last is None or not fits or last[1].block.shape != states.after.shape:
+            return states
+        here = states.after.device
+        return replace(states, previous=Updates(last[1].attention.to(here), last[1].block.to(here)))
+
+
+def per_input(
+    states: BlockStates,
+    names: Sequence[str] | None = None,
+    tokens: Bool[Tensor, "#batch token"] | None = None,
+) -> dict[str, Float64[Tensor, " batch"]]:
+    """The named metrics of one block (all that need no other layer if None), one number per input."""
+    names = [n for n, metric in STREAM_METRICS.items() if not metric.across] if names is None else names
+    on = Stream(states, tokens)
+    entries = {name: STREAM_METRICS[name] for name in names}
+    return {
+        name: reduce([entry.compute(on)], states.batch, entry.reduce)[:, 0] for name, entry in entries.items()
+    }
+
+
+def cosine(
+    a: Float[Tensor, "batch token dim"], b: Float[Tensor, "batch token dim"]
+) -> Float[Tensor, "batch token"]:
+    """cos(a_i, b_i), 0 with a zero vector."""
+    norms = vector_norm(a, dim=-1), vector_norm(b, dim=-1)
+    per_norm = [torch.where(norm == 0, 0.0, 1 / norm) for norm in norms]
+    return vecdot(a, b) * per_norm[0] * per_norm[1]
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos(a_i, b_i), from ‖â - b̂‖²/2, which keeps its digits where they are nearly parallel."""
+    norms = [vector_norm(x, dim=-1, keepdim=True) for x in (a, b)]
+    units = [x * torch.where(norm == 0, 0.0, 1 / norm) for x, norm in zip((a, b), norms, strict=True)]
+    apart = (units[0] - units[1]).square().sum(-1) / 2
+    zero = (norms[0] == 0) | (norms[1] == 0)
+    return torch.where(zero[..., 0], 1.0, apart)
+
+
+def _norm_ratio(on: Stream, update: Tensor, stream: Tensor) -> Reading:
+    below = vector_norm(stream, dim=-1)
+    ratio = vector_norm(update, dim=-1) / torch.where(below == 0, 1.0, below)
+    return on.per_token(ratio, below != 0)
+
+
+def _without(x: Float[Tensor, "batch token dim"], out: Tensor) -> Float[Tensor, "batch token dim"]:
+    """Zero at the tokens `out`: padding may hold anything, and 0 · NaN is NaN."""
+    return x.masked_fill(out[..., None], 0.0)

@@ -1,0 +1,132 @@
+"""The models that travel inside the package: ViTs that differ in patch size, and a language model.
+
+`vit-p16`, `vit-p8` and `vit-p4` are trained well; `grid-p16-sa`, `grid-p16-xsa` and so on are pairs of seed 0
+of the experiment in docs/experiments/patch-sizes.md, trained shorter. `tools/embedded_models.py` makes them.
+Their weights are stored in float16 under `EMBEDDED`. The ViTs take `img_size=`: their position embeddings are
+interpolated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diag.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+    from transformers import GPT2LMHeadModel
+
+    from diag.models.base import Model
+    from diag.models.names.resolve import ModelSpec
+
+VIT_CONFIG: dict[str, Any] = {"img_size": 64, "embed_dim": 96, "depth": 6, "num_heads": 3}
+LM_CONFIG: dict[str, Any] = {"vocab_size": 2048, "n_positions": 256, "n_embd": 96, "n_layer": 6, "n_head": 3}
+CLASSES = 14
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Folder of the weights: `vit-p16.safetensors` with its card `vit-p16.json` and so on, and `lm/`."""
+
+
+def build_vit(patch_size: int, image_size: int = VIT_CONFIG["img_size"]) -> VisionTransformer:
+    """A randomly initialised ViT with the bundled photographs as classes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    config = {**VIT_CONFIG, "img_size": image_size}
+    return VisionTransformer(patch_size=patch_size, num_classes=CLASSES, **config)
+
+
+def build_lm() -> GPT2LMHeadModel:
+    """A randomly initialised causal language model with the architecture of GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        **LM_CONFIG, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config)
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `demo:vit-pN`, `demo:grid-pN-sa|xsa` (N = 16, 8, 4) or `demo:lm`.
+
+    Raises UserError if the package lacks its weights.
+    """
+    taken = set() if spec.name == "lm" else {"img_size"}
+    if spec.checkpoint is not None or spec.random_init or spec.model_args.keys() - taken:
+        also = f", or with an image size: -m {spec.base},img_size=128" if taken else ""
+        raise UserError(
+            f"'{spec.base}' comes with its own weights and sizes", f"use it alone: -m {spec.base}{also}"
+        )
+    if spec.name == "lm":
+        return _load_lm(spec, device=device, dtype=dtype)
+    return _load_vit(spec, device=device, dtype=dtype)
+
+
+def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    from torchvision.transforms import v2
+
+    from diag.models.base import Model
+    from diag.models.families.timm import fuse, resampled, vision_tower
+    from diag.models.loading import ready
+    from diag.models.sizes import refuse_remainder, requested
+    from diag.models.weights import fit, read_checkpoint, read_variants
+    from diag.variants import described, restore
+
+    patch = int(re.search(r"-p(\d+)", spec.name)[1])  # type: ignore[index]
+    height, width = requested(spec.model_args, "img_size", spec.base) or (VIT_CONFIG["img_size"],) * 2
+    if height != width:
+        raise UserError(f"'{spec.base}' takes square images", f"give one number: img_size={height}")
+    size = height
+    refuse_remainder((size, size), (patch, patch), spec.base)
+    module = build_vit(patch, size)
+    weights = EMBEDDED / f"{spec.name}.safetensors"
+    stored = read_checkpoint(weights)
+    restore(module, read_variants(weights))
+    tensors, fit_to = resampled(module, stored, spec.name)
+    fit(module, tensors, f"embedded model '{weights.name}'")
+    fuse(module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    preprocessing = {
+        "size": [size, size],
+        "crop": "shortest side, centre",
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
+    transform = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.CenterCrop(size),
+            v2.Lambda(lambda pixels: pixels.float() / 127.5 - 1),  # as in training
+        ]
+    )
+    tower = vision_tower(
+        module,
+        transform,
+        source=spec.resolved,
+        preprocessing=preprocessing,
+        image_size=(size, size),
+        fit_to=fit_to,
+        device=device,
+        dtype=dtype,
+    )
+    card = EMBEDDED / f"{spec.name}.json"
+    facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
+    notes = (*fit_to.notes, *described(module))
+    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, notes, facts)
+
+
+def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    from diag.models.families.hf import load as hf
+
+    folder = EMBEDDED / "lm"
+    if not (folder / "model.safetensors").is_file():
+        raise UserError("the package holds no weights of 'demo:lm'", "install it again")
+    model = hf.load(replace(spec, family="hf", name=str(folder)), device=device, dtype=dtype)
+    card = folder / "card.json"
+    facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
+    return replace(model, family=spec.family, resolved=spec.resolved, facts=facts)

@@ -1,0 +1,109 @@
+"""A user's own `nn.Module` with ready batches: no name, no preprocessing, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import UserError
+from diag.inputs.items import Inputs
+from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.hooks.seam import discover
+from diag.models.weights import digest
+
+TOWER = "module"
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """One batch as the module takes it, and the number of its first row among all inputs."""
+
+    data: Tensor | dict[str, Tensor]
+    rows: int
+    first: int
+
+
+def from_module(
+    module: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None = None
+) -> tuple[Model, Tower, list[Sample]]:
+    """A model with one tower, that tower, and one sample for each ready batch.
+
+    batches: a tensor, given to the module as its only argument, or a dict of tensors, given by
+        name; every row is one input. A two-dimensional `attention_mask` in a dict says which
+        tokens are real.
+    limit: the most inputs (rows) that are used.
+    The attention layers are those that the first batch runs through. The module keeps its mode and
+    its device; batches are moved to the device.
+
+    Raises UserError if there is no batch, if a batch is neither, or if the module makes no
+    attention call that can be seen.
+    """
+    ready = list(_ready(batches, limit))
+    if not ready:
+        raise UserError("no batch was given", "pass an iterable of tensors, or of dicts of tensors")
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+    def forward(batch: Batch) -> Any:
+        return module(**batch.data) if isinstance(batch.data, Mapping) else module(batch.data)
+
+    def run() -> None:
+        with torch.inference_mode():
+            forward(_on_device(ready[0], device))
+
+    def encode(group: Sequence[Sample]) -> Batch:
+        (sample,) = group
+        return _on_device(sample.read(), device)
+
+    samples = [
+        Sample(f"batch-{number:05d}", lambda batch=batch: batch)  # type: ignore[misc]
+        for number, batch in enumerate(ready)
+    ]
+
+    def all_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
+        return iter(samples)
+
+    name = type(module).__name__
+    tower = Tower(TOWER, discover(module, run), all_samples, encode, forward, max_batch=1)
+    facts = {"weights_sha256": digest(module)}
+    return Model(name, "module", f"module:{name}", module, {TOWER: tower}, facts=facts), tower, samples
+
+
+def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None) -> Iterator[ReadyBatch]:
+    first = 0
+    for data in batches:
+        left = None if limit is None else limit - first
+        if left is not None and left <= 0:
+            return
+        batch = _rows(data, first, left)
+        yield batch
+        first += batch.rows
+
+
+def _rows(data: Tensor | Mapping[str, Tensor], first: int, left: int | None) -> ReadyBatch:
+    if isinstance(data, Tensor) and data.ndim:
+        return ReadyBatch(data[:left], len(data[:left]), first)
+    if isinstance(data, Mapping) and data and all(isinstance(value, Tensor) for value in data.values()):
+        lengths = {key: len(value) for key, value in data.items()}
+        if len(set(lengths.values())) != 1:
+            raise UserError(
+                f"tensors of one batch differ in rows: {lengths}", "give every tensor one row per input"
+            )
+        cut = {key: value[:left] for key, value in data.items()}
+        return ReadyBatch(cut, len(next(iter(cut.values()))), first)
+    raise UserError(
+        f"a batch is a {type(data).__name__}",
+        "a batch is a tensor, or a dict of tensors, with one input per row",
+    )
+
+
+def _on_device(batch: ReadyBatch, device: torch.device) -> Batch:
+    ids = tuple(f"{batch.first + row:06d}" for row in range(batch.rows))
+    if isinstance(batch.data, Tensor):
+        return Batch(ids, batch.data.to(device))
+    moved = {key: value.to(device) for key, value in batch.data.items()}
+    mask = moved.get("attention_mask")
+    return Batch(ids, moved, mask.bool() if mask is not None and mask.ndim == 2 else None)

@@ -1,0 +1,163 @@
+"""The files of a Hugging Face model: config, tokenizer, processors. What goes wrong is told in two lines."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+
+from diag.errors import UserError
+from diag.models.families.hf.vlm import PROMPT, image_token
+from diag.models.loading import (
+    first_line,
+    hub,
+    quiet,
+    unknown_argument,
+)
+from diag.models.names.resolve import ModelSpec
+from diag.models.sizes import IMAGE, PATCH
+
+FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
+
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keeps transformers from logging and from drawing its progress bar."""
+    log = transformers.utils.logging
+    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bar:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
+    """Turns what goes wrong while a file of a model is read into two lines."""
+    try:
+        with silenced(), hub(spec.name, file, download=FILES, revision=spec.revision):
+            yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"'{spec.name}' would run code from its repository: not loaded",
+                "read that code first; if you trust it, add --trust-remote-code",
+            ) from None
+        if "does not appear to have a file" in text and not Path(spec.name).is_dir():
+            revision = f" --revision {spec.revision}" if spec.revision else ""
+            raise UserError(
+                f"'{spec.name}' has no {file}, or it is not on this machine yet",
+                f"where there is a network: hf download {spec.name} {FILES}{revision}",
+            ) from error
+        if "scaled_dot_product_attention" in text:
+            raise eager_refusal(spec, text.split(" ", 1)[0]) from None
+        raise UserError(f"{file} of '{spec.name}' cannot be read: {first_line(error)}", tip) from error
+
+
+def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
+    """The model's config with the arguments applied and the cache of generation switched off.
+
+    `img_size` is left to the image processor and the forward pass of a model with a vision tower, `prompt`
+    to the language tower of a vision-language model.
+    """
+    with reading(spec, "config.json", tip="save the model again with model.save_pretrained(FOLDER)"):
+        config = transformers.AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
+    asked = {IMAGE: sees, PROMPT: image_token(config) is not None}
+    for key, value in spec.model_args.items():
+        if asked.get(key, False):
+            continue
+        if not hasattr(config, key):
+            raise unknown_argument(key, list(config.to_dict()), spec.base)
+        if key == PATCH and value != config.patch_size and not spec.random_init:
+            raise UserError(f"'{spec.base}' keeps its patch size", "timm: models take patch_size=")
+        setattr(config, key, value)
+    for part in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
+        if isinstance(part, transformers.PretrainedConfig):
+            part.use_cache = False
+    return config
+
+
+def commit_of(spec: ModelSpec) -> str | None:
+    """The commit of the hub repository that was loaded; None for a folder."""
+    if Path(spec.name).is_dir():
+        return None
+    file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer that lies beside the weights. Raises UserError if there is none."""
+    tip = "save it there with tokenizer.save_pretrained(FOLDER)"
+    if not Path(spec.name).is_dir():
+        tip = f"where there is a network: hf download {spec.name} {FILES}"
+    with reading(spec, "tokenizer.json", tip=tip):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"'{spec.name}' has no tokenizer", tip)
+    return tokenizer
+
+
+def is_causal(config: transformers.PretrainedConfig) -> bool:
+    """Whether a text model reads from left to right: a language model that is not a masked one."""
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
+    """What is told of a model that computes softmax attention itself."""
+    return UserError(
+        f"'{spec.resolved}' ({architecture}) computes softmax attention itself: its calls cannot be seen",
+        f"transformer-lens may show it, at short lengths: -m tl:{spec.name}",
+    )
+
+
+def load_image_processor(spec: ModelSpec) -> Any:
+    """The image processor that lies beside the weights. Raises UserError if there is none."""
+    tip = "save it there with image_processor.save_pretrained(FOLDER)"
+    with reading(spec, "preprocessor_config.json", tip=tip):
+        return transformers.AutoImageProcessor.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+
+
+def load_processor(spec: ModelSpec) -> Any:
+    """What makes one input of an image and a prompt. Raises UserError if there is none."""
+    tip = "save it there with processor.save_pretrained(FOLDER)"
+    with reading(spec, "processor_config.json", tip=tip):
+        return transformers.AutoProcessor.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )

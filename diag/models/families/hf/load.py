@@ -1,0 +1,240 @@
+"""Hugging Face models from a folder or the hub: text, vision, both towers of contrastive models, and the
+vision tower and language model of vision-language models.
+
+Only models whose attention goes through `scaled_dot_product_attention` are loaded; the others are
+refused by name, because a model that computes softmax itself cannot be seen. `img_size=` makes the image
+processor give that size, and the model interpolate its position embeddings if it has any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+)
+
+from diag.errors import UserError
+from diag.models.base import Model, Tower
+from diag.models.families.hf.device_map import SPREAD, entrance, placement, refuse_offloaded
+from diag.models.families.hf.files import (
+    commit_of,
+    eager_refusal,
+    is_causal,
+    load_config,
+    load_image_processor,
+    load_processor,
+    load_tokenizer,
+    reading,
+)
+from diag.models.families.hf.head import load_language_head
+from diag.models.families.hf.variants import restore_variants
+from diag.models.families.hf.vision import packed_tower, vision_tower
+from diag.models.families.hf.vlm import image_token, language_tower
+from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
+from diag.models.loading import (
+    frame,
+    layers_of,
+    ready,
+    text_encoder,
+    text_facts,
+    text_samples,
+    vocabulary_digest,
+)
+from diag.models.names.resolve import ModelSpec
+from diag.models.sizes import IMAGE
+from diag.variants import described
+from diag.variants.in_transformers import HF_NAME
+
+VISION_PARTS = ("vision_model", "visual", "vision_tower")
+TEXT_PARTS = ("text_model", "language_model")
+HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_token", "logit_scale")
+"""Weights that no attention layer reads: a checkpoint may lack them."""
+
+
+Build = Callable[[], Tower]
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `hf:FOLDER` or `hf:ORG/NAME[@REVISION]`. Raises UserError as `diag.models.load` does.
+
+    A tower of several whose tokenizer or image processor is not at hand is left out with a note.
+    """
+    if spec.checkpoint is not None:
+        raise UserError(
+            f"--checkpoint does not go with '{spec.base}'",
+            "put the weights into the folder beside config.json and give the folder: -m hf:FOLDER",
+        )
+    config = load_config(spec)
+    spread = device == SPREAD
+    module = _load_module(spec, config, dtype, placement() if spread else {})
+    refuse_eager(spec, module)
+    refuse_offloaded(module, spec.resolved)
+    # not the format: rotary frequencies, and what a model keeps in float32, would be rounded with the rest
+    ready(module, spec.resolved, device=None if spread else device, dtype=None)
+    towers: dict[str, Tower] = {}
+    notes = [spec.note] if spec.note else []
+    refusals = []
+    for kind, build in _builders(spec, module, notes, dtype=dtype).items():
+        try:
+            towers[kind] = build()
+        except UserError as refusal:
+            if kind == "vision" and IMAGE in spec.model_args:
+                raise  # the size was asked for by name
+            refusals.append(refusal)
+            notes.append(f"no {kind} tower: {refusal}")
+    if not towers:
+        raise refusals[0]
+    notes += described(module)
+    facts = {"model_type": config.model_type, "commit": commit_of(spec)}
+    scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
+    classes = partial(_zero_shot, spec, module) if scores else None
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
+
+
+def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    return zero_shot(module, load_tokenizer(spec), names)
+
+
+# --- loading
+
+
+def refuse_eager(spec: ModelSpec, module: nn.Module) -> None:
+    """Raises UserError for a model, or a part of one, that ended up computing attention by itself."""
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if not isinstance(config, transformers.PretrainedConfig):
+            continue
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        if config._attn_implementation not in (None, "sdpa", HF_NAME) or capped:
+            raise eager_refusal(spec, type(part).__name__)
+
+
+def _load_module(
+    spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
+) -> nn.Module:
+    """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
+    encoder_only = config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    auto = transformers.AutoModelForTextEncoding if encoder_only else transformers.AutoModel
+    tip = "check the folder, or download it again: the weights must be those of its config.json"
+    with reading(spec, "model.safetensors", tip=tip):
+        if spec.random_init:
+            if placing:
+                raise UserError("--device spread does not go with --random-init", "give a model with weights")
+            return auto.from_config(
+                config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=spec.trust_remote_code
+            )
+        module, report = auto.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation="sdpa",
+            dtype=dtype,
+            output_loading_info=True,
+            **placing,
+        )
+    missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
+    if missing:
+        names = ", ".join(f"'{name}'" for name in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"the weights of '{spec.name}' lack {names}{more}: they would be random", tip)
+    restore_variants(module, Path(spec.name))
+    return module
+
+
+# --- towers
+
+
+def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dtype) -> dict[str, Build]:
+    """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes."""
+    config = module.config
+    vision = next((part for part in VISION_PARTS if hasattr(module, part)), None)
+    text = next((part for part in TEXT_PARTS if hasattr(module, part)), None)
+    builders: dict[str, Build] = {}
+
+    def see(part: Any, prefix: str) -> Tower:
+        packed = hasattr(part.config, "spatial_merge_size")
+        build = packed_tower if packed else vision_tower
+        processor = load_image_processor(spec)
+        return build(spec, part, prefix, processor, notes, device=entrance(part), dtype=dtype)
+
+    if vision:
+        builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
+    if text:
+        inner = getattr(module, text)
+        causal = text == "language_model" or is_causal(inner.config)
+        builders["text"] = lambda: text_tower(spec, inner, f"{text}.", causal=causal)
+    if vision and text and (token := image_token(config)) is not None:
+        builders["language"] = lambda: language_tower(
+            spec, module, f"{text}.", load_processor(spec), token, device=entrance(module), dtype=dtype
+        )
+    if builders:
+        return builders
+    if module.main_input_name == "pixel_values":
+        return {"vision": lambda: see(module, "")}
+    if module.main_input_name == "input_ids":
+        encoder = module.get_encoder() if config.is_encoder_decoder else module
+        prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
+        causal = is_causal(config)
+        device = entrance(module)
+        head = partial(load_language_head, spec, module, device=device, dtype=dtype) if causal else None
+        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, head=head)}
+    raise UserError(
+        f"'{spec.resolved}' takes '{module.main_input_name}', neither images nor text",
+        "attnbias measures text and vision models",
+    )
+
+
+def text_tower(
+    spec: ModelSpec,
+    module: nn.Module,
+    prefix: str,
+    *,
+    causal: bool,
+    head: Callable[[], nn.Module] | None = None,
+) -> Tower:
+    """The tower of a text stack: windows of its tokenizer's tokens.
+
+    A causal model gets bare text (a BOS in front would be the same sink in every window); one that
+    reads both ways, and the text tower of a contrastive model, get their special tokens.
+    """
+    tokenizer = load_tokenizer(spec)
+    before, after = ([], []) if causal else frame(tokenizer)
+    context = context_of(module, tokenizer)
+    return Tower(
+        name="text",
+        layers=layers_of(module, spec.resolved, "text", prefix=prefix),
+        samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
+        encode=text_encoder(entrance(module)),
+        forward=lambda batch: module(input_ids=batch.data),
+        decode=tokenizer.decode,
+        language_head=head,
+        facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
+    )
+
+
+def tokens_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text -> token ids without special tokens, and without a warning about its length."""
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def context_of(module: nn.Module, tokenizer: Any) -> int | None:
+    """The most tokens that a text model takes; None for no limit.
+
+    Models that count positions from behind the padding index (RoBERTa) lose that many of them.
+    """
+    context = getattr(module.config, "max_position_embeddings", None)
+    if context is None:
+        limit = tokenizer.model_max_length
+        return limit if limit < 1_000_000 else None
+    for path, child in module.named_modules():
+        if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
+            return child.num_embeddings - child.padding_idx - 1
+    return context

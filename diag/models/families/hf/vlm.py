@@ -1,0 +1,128 @@
+"""The language model of a vision-language model, fed with image and prompt as its processor encodes them.
+
+Image and prompt are one causal sequence; which positions hold the image is read off the token ids, so that
+the token sets `image` and `text` of one table come from the same forward pass. The vision tower of the same
+model is an ordinary one (`hf_vision.py`) and runs in a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diag.errors import UserError
+from diag.inputs.images import rgb
+from diag.models.base import Batch, Sample, Tower
+from diag.models.loading import image_samples, layers_of, vocabulary_digest
+from diag.models.names.resolve import ModelSpec
+from diag.models.sizes import IMAGE
+
+PROMPT = "prompt"
+"""The model argument that names the text beside the image."""
+
+DEFAULT_PROMPT = "Describe this image."
+
+
+def image_token(config: Any) -> int | None:
+    """The id of the token that stands for a piece of an image; None for a model without one."""
+    return getattr(config, "image_token_id", None)
+
+
+def language_tower(
+    spec: ModelSpec,
+    module: Any,
+    prefix: str,
+    processor: Any,
+    token: int,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> Tower:
+    """The tower of the language model below `prefix`, which reads image and prompt.
+
+    token: the id of the image's tokens. A batch holds several inputs only if every image gives equally many
+    tokens, so that nothing is padded.
+    Raises UserError for an image size, and where the processor gives no image tokens.
+    """
+    if IMAGE in spec.model_args:
+        raise UserError(
+            f"'{spec.base}' does not take {IMAGE} with a prompt: its processor prepares the image",
+            f"leave {IMAGE} out to measure its language model",
+        )
+    asked = str(spec.model_args.get(PROMPT, DEFAULT_PROMPT))
+    text, templated = _written(processor, asked)
+    tokenizer = processor.tokenizer
+    # a template that writes the first special token itself would have it twice
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+    def packed(images: Sequence[Image.Image]) -> Mapping[str, Tensor]:
+        return processor(
+            images=list(images), text=[text] * len(images), add_special_tokens=not begins, return_tensors="pt"
+        )
+
+    def encode(samples: Sequence[Sample]) -> Batch:
+        found = packed([rgb(sample.read()) for sample in samples])
+        ids = found["input_ids"]
+        if not found["attention_mask"].bool().all():
+            raise UserError(f"'{spec.base}' pads images of different sizes", "try --batch-size 1")
+        of_image = ids == token
+        last = torch.zeros_like(of_image)
+        last[:, -1] = True
+        data = {
+            name: x.to(device=device, dtype=dtype) if x.is_floating_point() else x.to(device)
+            for name, x in found.items()
+        }
+        sets = {"image": of_image, "text": ~of_image, "last": last}
+        return Batch(tuple(sample.id for sample in samples), data, sets=sets)
+
+    try:
+        trials = [packed([Image.new("RGB", size)]) for size in ((96, 64), (256, 128))]
+        marked = bool((trials[0]["input_ids"] == token).any())
+    except (TypeError, ValueError, KeyError, AttributeError):  # such as a processor without its patch size
+        marked = False
+    if not marked:
+        raise UserError(
+            f"the processor of '{spec.name}' puts no image tokens into a prompt",
+            "save the processor that belongs to the model: processor.save_pretrained(FOLDER)",
+        )
+    alike = trials[0]["pixel_values"].shape == trials[1]["pixel_values"].shape
+    vision = module.config.vision_config
+    return Tower(
+        name="language",
+        takes="vision",
+        layers=layers_of(getattr(module, prefix[:-1]), spec.resolved, "language", prefix=prefix),
+        samples=image_samples,
+        encode=encode,
+        forward=lambda batch: module(**batch.data, use_cache=False),
+        marks=("image", "text", "last"),
+        together=("image", "text"),
+        max_batch=None if alike else 1,
+        facts={
+            "patch_size": _side(vision),
+            "image_size": tuple(trials[0]["pixel_values"].shape[-2:]) if alike else "native",
+            "prompt": asked,
+            "prompt_format": "chat template" if templated else "bare",
+            "vision_feature_layer": getattr(module.config, "vision_feature_layer", None),
+            "tokenizer": vocabulary_digest(tokenizer),
+        },
+    )
+
+
+def _written(processor: Any, prompt: str) -> tuple[str, bool]:
+    """Image and prompt as the model is asked, and whether its own chat template wrote them."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        conversation = [{"role": "user", "content": content}]
+        written = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return str(written), True
+    return f"{processor.image_token}\n{prompt}", False
+
+
+def _side(vision: Any) -> int | None:
+    """Side of the square of pixels that one image token stands for; patches may be merged."""
+    patch = getattr(vision, "patch_size", None)
+    return patch * getattr(vision, "spatial_merge_size", 1) if isinstance(patch, int) else None

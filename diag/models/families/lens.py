@@ -1,0 +1,153 @@
+"""transformer-lens as a second, independent route to the same numbers: `tl:FOLDER` or `tl:ORG/NAME`.
+
+Its bridge computes attention itself and shows values, pattern and output at hook points. It keeps
+whole patterns, so it is for short lengths. Nothing is folded into the weights: the values are those
+of the checkpoint, and the table is that of `hf:`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from diag.attention.call import AttentionCall
+from diag.errors import MeasurementError, UserError
+from diag.models.base import Model, Tower
+from diag.models.families.hf.files import commit_of, is_causal, load_config, load_tokenizer, reading
+from diag.models.families.hf.load import context_of, tokens_of
+from diag.models.hooks.seam import Layer, OnCall, Sightings
+from diag.models.loading import frame, ready, text_encoder, text_facts, text_samples, vocabulary_digest
+from diag.models.names.resolve import ModelSpec
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `tl:NAME` through `TransformerBridge`. Raises UserError as `diag.models.load` does."""
+    if spec.checkpoint is not None or spec.random_init:
+        raise UserError(
+            f"'{spec.resolved}' takes the weights of its folder only",
+            "put them beside config.json: -m tl:FOLDER",
+        )
+    config = load_config(spec)
+    tokenizer = load_tokenizer(spec)
+    tip = "transformer-lens loads language models in Hugging Face format; try -m hf:" + spec.name
+    with reading(spec, "model.safetensors", tip=tip):
+        bridge = TransformerBridge.boot_transformers(
+            spec.name,
+            hf_config_overrides=dict(spec.model_args) or None,
+            device=str(device),
+            dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=spec.trust_remote_code,
+            revision=spec.revision,
+        )
+    module = bridge.original_model
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    bridge.eval()
+    causal = is_causal(config)
+    before, after = ([], []) if causal else frame(tokenizer)
+    # the calls carry no mask, so a window that hides keys would be read as full causal attention
+    limits = [context_of(module, tokenizer), getattr(config, "sliding_window", None)]
+    context = min((limit for limit in limits if limit), default=None)
+    tower = Tower(
+        name="text",
+        layers=_layers(bridge, spec),
+        samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
+        encode=text_encoder(device),
+        forward=lambda batch: bridge(batch.data, return_type="logits"),
+        decode=tokenizer.decode,
+        ending="next-token logits" if causal else "token states",
+        capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
+        facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
+    )
+    notes = (spec.note,) if spec.note else ()
+    return Model(
+        spec.given,
+        spec.family,
+        spec.resolved,
+        module,
+        {"text": tower},
+        notes,
+        {"model_type": config.model_type, "commit": commit_of(spec)},
+    )
+
+
+@contextmanager
+def lens_calls(
+    bridge: TransformerBridge, layers: Sequence[Layer], on_call: OnCall, *, causal: bool
+) -> Iterator[Sightings]:
+    """The seam of transformer-lens: `hook_v`, `hook_pattern` and `hook_z` of each layer become one call.
+
+    The pattern is in place of queries and keys; the output is what the output projection reads.
+    Raises MeasurementError, naming the layer, if a layer finishes without all three.
+    """
+    sightings = Sightings()
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def keep(layer: Layer, what: str) -> Callable[..., None]:
+        def hook(tensor: Tensor, hook: Any) -> None:
+            seen.setdefault(layer.index, {})[what] = tensor
+
+        return hook
+
+    def at_output(layer: Layer) -> Callable[..., Tensor | None]:
+        def hook(tensor: Tensor, hook: Any) -> Tensor | None:
+            parts = seen.get(layer.index, {})
+            if not {"value", "pattern"} <= parts.keys():
+                return None
+            seen.pop(layer.index)
+            output = tensor.transpose(1, 2)  # [batch, head, token, dim]
+            call = AttentionCall(
+                layer=layer.index,
+                module=layer.path,
+                query=None,
+                key=None,
+                value=parts["value"].transpose(1, 2),  # [batch, kv_head, token, dim]
+                output=output,
+                mask=None,
+                causal=causal,
+                scale=output.shape[-1] ** -0.5,
+                pattern=parts["pattern"],
+            )
+            sightings.calls[layer.path] = sightings.calls.get(layer.path, 0) + 1
+            sightings.projection[layer.path] = "as captured"
+            replaced = on_call(call)
+            return None if replaced is None else replaced.to(tensor.dtype).transpose(1, 2)
+
+        return hook
+
+    def finished(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if layer.path not in sightings.calls:
+                raise MeasurementError(
+                    f"layer '{layer.path}' finished without showing its values, pattern and output",
+                    "leave the layer out with --layers, or use the hf: family",
+                )
+
+        return hook
+
+    hooks = []
+    for layer in layers:
+        hooks += [
+            (f"{layer.path}.hook_v", keep(layer, "value")),
+            (f"{layer.path}.hook_pattern", keep(layer, "pattern")),
+            (f"{layer.path}.hook_z", at_output(layer)),
+        ]
+    handles = [layer.module.register_forward_hook(finished(layer)) for layer in layers]
+    try:
+        with bridge.hooks(fwd_hooks=hooks):
+            yield sightings
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(bridge: TransformerBridge, spec: ModelSpec) -> tuple[Layer, ...]:
+    attention = [(number, block.attn) for number, block in enumerate(bridge.blocks) if hasattr(block, "attn")]
+    if not attention:
+        raise UserError(f"'{spec.resolved}' has no attention block", f"try -m hf:{spec.name}")
+    return tuple(Layer(i, f"blocks.{number}.attn", module) for i, (number, module) in enumerate(attention))

@@ -1,0 +1,309 @@
+"""open_clip models, both towers: published tags, hub and local folders, or one's own training checkpoint.
+
+`img_size=` in a name is open_clip's `force_image_size`: position embeddings are interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.models.base import Model, Tower
+from diag.models.families.timm import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
+from diag.models.loading import (
+    constructing,
+    frame,
+    hub,
+    image_encoder,
+    image_preparation,
+    image_samples,
+    layers_of,
+    quiet,
+    ready,
+    text_encoder,
+    text_facts,
+    text_samples,
+)
+from diag.models.names.registries import OWN_OPEN_CLIP_CONFIGS
+from diag.models.names.resolve import ModelSpec
+from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
+from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.variants import described, restore
+
+FORCED = "force_image_size"
+MODEL_ARGUMENTS = (IMAGE, FORCED, "force_quick_gelu", "force_context_length", "force_patch_dropout")
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `open_clip:NAME/TAG`, or `open_clip:NAME` with a checkpoint.
+
+    A tower without self-attention, or whose tokenizer is not at hand, is left out with a note.
+    Raises UserError as `diag.models.load` does.
+    """
+    for config in OWN_OPEN_CLIP_CONFIGS.glob("*.json"):
+        if open_clip.get_model_config(config.stem) is None:
+            open_clip.add_model_config(config)
+    notes = [spec.note] if spec.note else []
+    image = _image_size(spec)
+    native = None if image is None else _native(spec, image)
+    module = _create(spec, notes, image)
+    fit_to = NATIVE
+    if spec.checkpoint is not None:
+        tensors = _converted(module, read_checkpoint(spec.checkpoint))
+        restore(module, read_variants(spec.checkpoint))
+        if image is not None:
+            tensors, fit_to = _resampled(module, tensors, spec.name)
+        fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
+    elif native is not None and not spec.random_init:
+        fit_to = _fitted_by_open_clip(module.visual, native.visual, spec.name)
+    notes += (*fit_to.notes, *described(module))
+    fuse(module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    builders: dict[str, Callable[[], Tower]] = {
+        "vision": lambda: _vision(spec, module, fit_to, device=device, dtype=dtype),
+        "text": lambda: _text(spec, module, device=device),
+    }
+    towers, refusals = {}, []
+    for kind, build in builders.items():
+        try:
+            towers[kind] = build()
+        except UserError as refusal:
+            refusals.append(refusal)
+            notes.append(f"no {kind} tower: {refusal}")
+    if not towers:
+        raise refusals[0]
+    zero_shot = partial(_zero_shot, spec, module, device) if {"vision", "text"} <= set(towers) else None
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), zero_shot=zero_shot)
+
+
+def _zero_shot(
+    spec: ModelSpec, module: Any, device: str | torch.device, names: Sequence[str]
+) -> Callable[[Tensor], Tensor]:
+    """Image embeddings → similarities to class names, in open_clip's seven simple templates."""
+    with torch.inference_mode():
+        classes = open_clip.build_zero_shot_classifier(
+            module,
+            open_clip.get_tokenizer(_hub_form(spec)),
+            [name.replace("_", " ") for name in names],
+            open_clip.SIMPLE_IMAGENET_TEMPLATES,
+            device=device,
+        )  # [dim, class]
+    return lambda embedding: 100 * torch.nn.functional.normalize(embedding, dim=-1) @ classes
+
+
+def _vision(
+    spec: ModelSpec, module: Any, fit_to: Fitted, *, device: str | torch.device, dtype: torch.dtype
+) -> Tower:
+    visual = module.visual
+    trunk = getattr(visual, "trunk", None)
+    settings = PreprocessCfg(**visual.preprocess_cfg)
+    patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
+    size = settings.size
+    prepare = image_preparation(image_transform_v2(settings, is_train=False), dtype)
+    return Tower(
+        name="vision",
+        layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
+        samples=image_samples,
+        prepare=prepare,
+        encode=image_encoder(prepare, device),
+        forward=lambda batch: module.encode_image(batch.data),
+        prefix=(("cls",) if trunk is None else prefix_of(trunk)),
+        ending="embedding",
+        facts={
+            "patch_size": patch_size[0] if isinstance(patch_size, tuple) else patch_size,
+            "image_size": size if isinstance(size, int) else size[0] if size[0] == size[1] else tuple(size),
+            **fit_to.facts,
+            "preprocessing": {
+                "size": size,
+                "crop": settings.resize_mode,
+                "interpolation": settings.interpolation,
+                "mean": list(settings.mean),
+                "std": list(settings.std),
+            },
+        },
+    )
+
+
+def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
+    separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
+    root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
+    with quiet(), hub(spec.resolved, "tokenizer.json"):
+        tokenizer = open_clip.get_tokenizer(_hub_form(spec))
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        before, after, tokenise = [tokenizer.sot_token_id], [tokenizer.eot_token_id], tokenizer.encode
+    else:
+        before, after = frame(inner)
+
+        def tokenise(text: str) -> list[int]:
+            return inner(tokenizer.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
+
+    context = getattr(
+        separate if separate is not None else module, "context_length", tokenizer.context_length
+    )
+    fixed = separate is None or getattr(separate, "attn_mask", None) is not None
+    return Tower(
+        name="text",
+        layers=layers_of(root, spec.resolved, "text", prefix=prefix),
+        # a causal mask or a plain CLIP's position embeddings are added whole, whatever the length of the text
+        samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
+        encode=text_encoder(device),
+        forward=lambda batch: module.encode_text(batch.data),
+        ending="embedding",
+        facts=text_facts(context, before, after),
+    )
+
+
+# --- other image sizes than that of the weights
+
+
+def _image_size(spec: ModelSpec) -> Sides | None:
+    """The image size that was asked for, by either of its names. Raises UserError for a patch size."""
+    if PATCH in spec.model_args:
+        raise UserError(
+            f"'{spec.base}' keeps its patch size",
+            "timm: models take patch_size=; with open_clip, name an architecture with that patch size",
+        )
+    if {IMAGE, FORCED} <= spec.model_args.keys():
+        raise UserError(f"'{spec.base}': {IMAGE} and {FORCED} are the same", f"give {IMAGE} alone")
+    return requested(spec.model_args, IMAGE, spec.base) or requested(spec.model_args, FORCED, spec.base)
+
+
+def _native(spec: ModelSpec, image: Sides) -> Any:
+    """The model at its own size, without weights.
+
+    Raises UserError where its vision tower cannot take another size, or patches do not fill `image`.
+    """
+    with torch.device("meta"):
+        native: Any = _create(replace(spec, random_init=True), [], None, device="meta")
+    visual = native.visual
+    trunk = getattr(visual, "trunk", None)
+    embed: Any = visual if trunk is None else getattr(trunk, "patch_embed", None)
+    fixed = trunk is not None and not hasattr(trunk, "set_input_size")
+    if fixed or getattr(embed, "grid_size", None) is None:
+        raise UserError(
+            f"'{spec.base}' has a vision tower ({type(trunk or visual).__name__}) of one image size",
+            f"leave {IMAGE} out",
+        )
+    if image != (embed.image_size if trunk is None else embed.img_size):
+        refuse_remainder(image, embed.patch_size, spec.base)
+    return native
+
+
+def _resampled(module: Any, tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], Fitted]:
+    """One's own weights with position embeddings brought to the size of `module`."""
+    visual = module.visual
+    if hasattr(visual, "trunk"):
+        return resampled(visual.trunk, tensors, name, "visual.trunk.")
+    key = "visual.positional_embedding"
+    before = tensors.get(key)
+    if before is None or before.shape[:1] == visual.positional_embedding.shape[:1]:
+        return tensors, NATIVE
+    resized = dict(tensors)
+    resize_pos_embed(resized, module)
+    side = round((before.shape[0] - 1) ** 0.5)
+    return resized, fitted(name, visual.image_size, positions=((side, side), visual.grid_size))
+
+
+def _fitted_by_open_clip(visual: Any, native: Any, name: str) -> Fitted:
+    """What open_clip did to published weights."""
+    if hasattr(visual, "trunk"):
+        return fitted_by_timm(visual.trunk, native.trunk, name)
+    if visual.grid_size == native.grid_size:
+        return NATIVE
+    return fitted(name, visual.image_size, positions=(native.grid_size, visual.grid_size))
+
+
+# --- loading
+
+
+def _create(
+    spec: ModelSpec, notes: list[str], image: Sides | None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    arguments = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, FORCED)}
+    if image is not None:
+        arguments[FORCED] = image[0] if image[0] == image[1] else image
+    architecture, _, tag = spec.name.partition("/")
+    repository, file = spec.name, "open_clip_config.json"
+    published = spec.checkpoint is None and not spec.random_init
+    if spec.name.startswith(("hf-hub:", "local-dir:")):
+        architecture, tag = _hub_form(spec), ""
+        repository = spec.name.partition(":")[2]
+    elif published:
+        weights = _published(spec, architecture, tag)
+        repository, _, file = weights["hf_hub"].strip("/").partition("/")
+        organisation, (repository, _, file) = repository, file.partition("/")
+        repository, file = f"{organisation}/{repository}", file or "open_clip_model.safetensors"
+        config = open_clip.get_model_config(architecture) or {}
+        if weights.get("quick_gelu") and not config.get("quick_gelu"):
+            arguments["force_quick_gelu"] = True
+            notes.append(f"the weights '{tag}' were trained with QuickGELU: it is used")
+    with (
+        constructing(spec, MODEL_ARGUMENTS),
+        quiet(),
+        hub(repository, file, download="--include 'open_clip_*'"),
+    ):
+        return open_clip.create_model(
+            architecture,
+            pretrained=tag if published and tag else None,
+            device=device,
+            load_weights=published,
+            pretrained_text=False,
+            require_pretrained=published,
+            **arguments,
+        )
+
+
+def _hub_form(spec: ModelSpec) -> str:
+    """What open_clip's own functions call the model, without a tag."""
+    if spec.name.startswith(("hf-hub:", "local-dir:")):
+        return f"{spec.name}@{spec.revision}" if spec.revision else spec.name
+    return spec.name.partition("/")[0]
+
+
+def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
+    """open_clip's entry for a tag. Raises UserError where there is none, naming up to three that exist."""
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not tag:
+        first = one_of(f"open_clip:{architecture}/{name}" for name in tags[:3])
+        raise UserError(
+            f"'{spec.base}' names an architecture, not its weights",
+            f"use --checkpoint FILE, or {first}" if tags else "use --checkpoint FILE",
+        )
+    weights = open_clip.get_pretrained_cfg(architecture, tag)
+    if not weights:
+        near = did_you_mean(tag, tags) or (f"its tags include {one_of(tags[:3])}" if tags else "it has none")
+        raise UserError(f"open_clip has no weights '{tag}' for '{architecture}'", near)
+    if not weights.get("hf_hub"):
+        raise UserError(
+            f"'{spec.base}' is not on the Hugging Face Hub, but at {weights['url']}",
+            f"download that file, then: -m open_clip:{architecture} --checkpoint FILE",
+        )
+    return weights
+
+
+def _converted(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Older and foreign layouts of the same weights, as `open_clip.load_checkpoint` converts them.
+
+    Position embeddings are not resized: without img_size a checkpoint of another size is an error, not an
+    interpolation.
+    """
+    tensors = convert_state_dict(module, tensors)
+    if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):
+        tensors = convert_to_custom_text_state_dict(tensors)
+    tensors.pop("text.transformer.embeddings.position_ids", None)
+    for name in ("logit_scale", "logit_bias"):
+        expected = getattr(module, name, None)
+        if name in tensors and expected is not None and expected.numel() == tensors[name].numel():
+            tensors[name] = tensors[name].reshape(expected.shape)
+    return tensors

@@ -1,0 +1,273 @@
+"""timm vision transformers: published weights, hub and local folders, or one's own checkpoint.
+
+At another image or patch size timm interpolates position embeddings and resamples the patch embedding of
+published weights while it loads them; `resampled` does the same, with timm's functions, to other weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from diag.errors import UserError
+from diag.models.base import Model, Tower
+from diag.models.loading import (
+    constructing,
+    hub,
+    image_encoder,
+    image_preparation,
+    image_samples,
+    layers_of,
+    quiet,
+    ready,
+)
+from diag.models.names.resolve import ModelSpec
+from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested, sides
+from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.variants import described, restore
+
+MODEL_ARGUMENTS = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads")
+
+
+def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Loads `timm:NAME`. Raises UserError as `diag.models.load` does."""
+    file = spec.checkpoint or _changed_weights(spec)
+    sizes = _sizes(spec)
+    module = _create(spec, pretrained=file is None and not spec.random_init)
+    fit_to = NATIVE
+    if file is not None:
+        tensors = read_checkpoint(file)
+        restore(module, read_variants(file))
+        if sizes:
+            tensors, fit_to = resampled(module, tensors, spec.name)
+        fit(module, tensors, f"checkpoint '{file}'")
+    elif sizes and not spec.random_init:
+        fit_to = fitted_by_timm(module, sizes, spec.name)
+    fuse(module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
+    config = _data_config(module)
+    tower = vision_tower(
+        module,
+        timm.data.create_transform(**config, is_training=False),
+        source=spec.resolved,
+        preprocessing=_preprocessing(config),
+        image_size=config["input_size"][1:],
+        fit_to=fit_to,
+        device=device,
+        dtype=dtype,
+    )
+    notes = (*((spec.note,) if spec.note else ()), *fit_to.notes, *described(module))
+    licence = getattr(module, "pretrained_cfg", {}).get("license")
+    return Model(
+        spec.given,
+        spec.family,
+        spec.resolved,
+        module,
+        {"vision": tower},
+        notes,
+        {"licence": licence} if licence else {},
+    )
+
+
+def _changed_weights(spec: ModelSpec) -> Path | None:
+    """The weights of a local folder whose attention was changed in training: timm would lose the change."""
+    file = Path(spec.name.removeprefix("local-dir:")) / "model.safetensors"
+    local = spec.name.startswith("local-dir:") and not spec.random_init and file.is_file()
+    return file if local and read_variants(file) else None
+
+
+def vision_tower(
+    module: nn.Module,
+    transform: Callable[..., Tensor],
+    *,
+    source: str,
+    preprocessing: Mapping[str, Any],
+    image_size: Sides,
+    fit_to: Fitted = NATIVE,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> Tower:
+    """The tower of a timm module; `transform` takes an RGB image to `[3, height, width]`."""
+    prepare = image_preparation(transform, dtype)
+    return Tower(
+        name="vision",
+        layers=layers_of(module, source, "vision"),
+        samples=image_samples,
+        prepare=prepare,
+        encode=image_encoder(prepare, device),
+        forward=lambda batch: module(batch.data),
+        prefix=prefix_of(module),
+        ending="class logits" if getattr(module, "num_classes", 0) else "embedding",
+        facts={
+            "patch_size": patch_size_of(module),
+            "image_size": _plain(image_size),
+            **fit_to.facts,
+            "preprocessing": dict(preprocessing),
+        },
+    )
+
+
+def fuse(module: nn.Module) -> None:
+    """Lets every timm attention module call PyTorch's attention.
+
+    They compute softmax themselves under TIMM_FUSED_ATTN=0, and Swin's windows do so by default.
+    """
+    child: Any
+    for child in module.modules():
+        if hasattr(child, "fused_attn"):
+            child.fused_attn = True
+
+
+def prefix_of(module: nn.Module) -> tuple[str, ...]:
+    """Kinds of the tokens before the patches. DeiT's distillation token is a second class token."""
+    count = getattr(module, "num_prefix_tokens", 0)
+    if not count:
+        return ()
+    holders = [module, getattr(module, "embeds", None)]
+    kinds: list[str] = []
+    for name, kind in (("cls_token", "cls"), ("dist_token", "cls"), ("reg_token", "registers")):
+        tokens = [token for holder in holders if isinstance(token := getattr(holder, name, None), Tensor)]
+        kinds += [kind] * (tokens[0].shape[1] if tokens else 0)
+    if len(kinds) != count:
+        raise UserError(
+            f"{type(module).__name__} puts {count} tokens before its patches; {len(kinds)} are understood",
+            "measure another model, or report this one",
+        )
+    return tuple(kinds)
+
+
+def patch_size_of(module: nn.Module) -> int | tuple[int, int] | None:
+    """The side of a patch in pixels; None where the model has no patch embedding."""
+    for holder in (getattr(module, "patch_embed", None), getattr(module, "embeds", None)):
+        size = getattr(holder, "patch_size", None)
+        if size is not None:
+            return size if isinstance(size, int) else _plain(size)
+    return None
+
+
+def _plain(size: tuple[int, int]) -> int | tuple[int, int]:
+    return size[0] if size[0] == size[1] else (size[0], size[1])
+
+
+# --- other sizes than those of the weights
+
+
+def resampled(
+    module: nn.Module, tensors: Mapping[str, Tensor], name: str, prefix: str = ""
+) -> tuple[dict[str, Tensor], Fitted]:
+    """Weights with position and patch embeddings brought to the sizes of `module`, and what that was.
+
+    name: of the model, for the words. prefix: what stands before timm's names in `tensors`.
+    Only absolute position embeddings on a square grid are interpolated; whatever else differs is left
+    for `fit` to refuse.
+    """
+    embed: Any = module.patch_embed
+    now, positions, kernels = dict(tensors), None, None
+    position, kernel = now.get(f"{prefix}pos_embed"), now.get(f"{prefix}patch_embed.proj.weight")
+    own = getattr(module, "pos_embed", None)
+    if isinstance(own, Tensor) and position is not None and position.shape[1:-1] != own.shape[1:-1]:
+        before = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
+        side = round((position.shape[1] - before) ** 0.5)
+        if side**2 + before == position.shape[1]:
+            positions = ((side, side), _pair(embed.grid_size))
+            now[f"{prefix}pos_embed"] = resample_abs_pos_embed(
+                position.float(), new_size=list(embed.grid_size), num_prefix_tokens=before
+            )
+    if kernel is not None and kernel.shape[-2:] != embed.proj.weight.shape[-2:]:
+        kernels = (_pair(kernel.shape[-2:]), _pair(embed.patch_size))
+        now[f"{prefix}patch_embed.proj.weight"] = resample_patch_embed(kernel.float(), list(embed.patch_size))
+    return now, fitted(name, _pair(embed.img_size), positions=positions, patch_embedding=kernels)
+
+
+def _sizes(spec: ModelSpec) -> nn.Module | None:
+    """The model at its own size, without weights, if the arguments ask for a size; None if they do not.
+
+    Raises UserError for a size that is none, or that patches do not fill.
+    """
+    image, patch = (requested(spec.model_args, key, spec.base) for key in (IMAGE, PATCH))
+    if image is None and patch is None:
+        return None
+    others = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, PATCH)}
+    with torch.device("meta"):
+        native = _create(replace(spec, model_args=others), pretrained=False)
+    embed: Any = getattr(native, "patch_embed", None)
+    size, step = sides(getattr(embed, "img_size", None)), sides(patch_size_of(native))
+    if size is None or step is None:
+        raise UserError(
+            f"'{spec.base}' has no grid of patches whose size could be changed",
+            "leave img_size and patch_size out",
+        )
+    if (image or size, patch or step) != (size, step):
+        refuse_remainder(image or size, patch or step, spec.base)
+    return native
+
+
+def fitted_by_timm(module: nn.Module, native: nn.Module, name: str) -> Fitted:
+    """What timm did to published weights: any parameter of another shape than at the model's own size."""
+    now: Any = module.patch_embed
+    before: Any = native.patch_embed
+    shapes = {key: parameter.shape for key, parameter in native.named_parameters()}
+    changed = {key for key, parameter in module.named_parameters() if shapes.get(key) != parameter.shape}
+    moved = isinstance(getattr(module, "pos_embed", None), Tensor) and now.grid_size != before.grid_size
+    positions = kernels = None
+    if moved or changed - {"patch_embed.proj.weight"}:
+        positions = (_pair(before.grid_size), _pair(now.grid_size))
+    if "patch_embed.proj.weight" in changed:
+        kernels = (_pair(before.patch_size), _pair(now.patch_size))
+    return fitted(name, _pair(now.img_size), positions=positions, patch_embedding=kernels)
+
+
+def _pair(size: Sequence[int]) -> Sides:
+    return size[0], size[1]
+
+
+def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
+    name, arguments = spec.name, dict(spec.model_args)
+    remote = name.startswith("hf-hub:")
+    local = name.startswith("local-dir:")
+    repository = name.removeprefix("hf-hub:")
+    files = "config.json model.safetensors" if remote else "model.safetensors"
+    if pretrained and not remote and not local:
+        config = get_pretrained_cfg(name)
+        if config is None or not config.has_weights:
+            raise UserError(
+                f"'{spec.base}' has no published weights",
+                "give your own with --checkpoint FILE, or --random-init",
+            )
+        repository = config.hf_hub_id or name
+        if spec.revision:
+            arguments["pretrained_cfg_overlay"] = {"hf_hub_id": f"{config.hf_hub_id}@{spec.revision}"}
+    elif remote and spec.revision:
+        name = f"{name}@{spec.revision}"
+    with (
+        constructing(spec, MODEL_ARGUMENTS),
+        quiet(),
+        hub(repository, "model.safetensors", download=files, revision=spec.revision),
+    ):
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+
+
+def _data_config(module: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing of the weights, at the size that the model was built for."""
+    config = timm.data.resolve_model_data_config(module)
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    return config if size is None else {**config, "input_size": (3, *size)}
+
+
+def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "size": list(config["input_size"][1:]),
+        "crop": f"{config['crop_mode']} {config['crop_pct']}",
+        "interpolation": config["interpolation"],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+    }

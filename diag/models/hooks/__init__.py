@@ -1,0 +1,1 @@
+"""How a model is watched and changed while it runs: attention calls, blocks, the stream between them."""

@@ -1,0 +1,282 @@
+"""What can be done to attention: pure functions from a call to the output that the model goes on with.
+
+Notation of `metrics.py`. Every function is differentiable, works on grouped heads without copying keys
+or values, and computes in float32 for half formats. `INTERVENTIONS` is the one place where one is
+registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.linalg import vecdot
+
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
+from diag.errors import UserError, did_you_mean, ranges
+
+Strength = Float[Tensor, " head"]
+"""How much of a change, per query head."""
+
+
+def xsa(call: AttentionCall, strength: Strength) -> Tensor:
+    """y − (y·v̂)v̂: Exclusive Self Attention (Zhai 2026, arXiv 2603.09078)."""
+    return gated_xsa(call, torch.ones_like(strength))
+
+
+def gated_xsa(call: AttentionCall, strength: Strength) -> Tensor:
+    """y − α(y·v̂)v̂, α per head: 0 changes nothing, 1 is `xsa`."""
+    output, value = _grouped(call)
+    direction = _unit(value)
+    share = vecdot(output, direction) * _per_head(call, strength)  # [batch, kv_head, group, token]
+    return (output - share[..., None] * direction).flatten(1, 2)
+
+
+def random_direction(call: AttentionCall, strength: Strength, seed: int = 0) -> Tensor:
+    """y − α(y·r)r, r one fixed random unit direction per layer and head: the control of a projection."""
+    output, _ = _grouped(call)
+    generator = torch.Generator().manual_seed(seed * 10_007 + call.layer)
+    drawn = torch.randn(call.heads, output.shape[-1], generator=generator, dtype=torch.float64)
+    direction = _unit(drawn).to(output).unflatten(0, (call.kv_heads, call.group))[:, :, None]
+    share = vecdot(output, direction) * _per_head(call, strength)
+    return (output - share[..., None] * direction).flatten(1, 2)
+
+
+def identity(call: AttentionCall, strength: Strength) -> Tensor:
+    """A → (1−λ)A + λI: y → (1−λ)y + λv (the perturbation of SoftPAG)."""
+    output, value = _grouped(call)
+    weight = _per_head(call, strength)[..., None]
+    return torch.lerp(output, value.expand_as(output), weight.expand_as(output)).flatten(1, 2)
+
+
+def uniform(call: AttentionCall, strength: Strength) -> Tensor:
+    """A → uniform over the visible keys: y → the plain mean of the visible values. O(token · dim)."""
+    output, value = _grouped(call)
+    seen = call.visibility
+    one = torch.ones(1, 1, call.tokens, dtype=output.dtype, device=output.device)
+    total = seen.sum(value[:, :, 0], one)  # [batch, head or kv_head, token or 1, dim]
+    count = seen.count[..., None]
+    if total.shape[1] == call.heads and call.group > 1:
+        mean = total / count.clamp(min=1)
+    else:
+        mean = total.repeat_interleave(call.group, 1) / count.clamp(min=1)
+    return torch.where(count > 0, mean, output.flatten(1, 2))
+
+
+def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
+    """A_ii → 0, rows renormalised; a row that sees only itself (t = 0 of a causal model) stays as it is.
+
+    Recomputed in blocks of query rows, which is exact also where A_ii is nearly 1.
+    """
+    output, value = _grouped(call)
+    rows_at_once = max(16, BLOCK_ELEMENTS["cpu"] // (call.tokens * call.heads * call.batch))
+    changed = []
+    for rows in torch.arange(call.tokens, device=output.device).split(rows_at_once):
+        pattern, alone = (part.unflatten(1, (call.kv_heads, call.group)) for part in _without_own(call, rows))
+        changed.append(torch.where(alone, output[:, :, :, rows], pattern.to(output.dtype) @ value))
+    return torch.cat(changed, 3).flatten(1, 2)
+
+
+def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the pattern without the own key, renormalised, and which of them see nothing else."""
+    own = torch.arange(call.tokens, device=rows.device) == rows[:, None]
+    if call.pattern is not None:
+        others = call.pattern[:, :, rows].masked_fill(own, 0.0)
+        total = others.sum(-1, keepdim=True)
+        return others / total.where(total > 0, torch.ones_like(total)), total == 0
+    scores = score_rows(call, rows).masked_fill(own, float("-inf"))
+    alone = (scores == float("-inf")).all(-1, keepdim=True)
+    # the softmax of a row of -inf would put NaN into the gradient
+    return scores.masked_fill(alone, 0.0).softmax(-1), alone
+
+
+def _grouped(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`y [batch, kv_head, group, token, dim]` and `v [batch, kv_head, 1, token, dim]`, at least float32."""
+    dtype = torch.promote_types(call.output.dtype, torch.float32)
+    output = call.output.to(dtype).unflatten(1, (call.kv_heads, call.group))
+    return output, call.value.to(dtype)[:, :, None]
+
+
+def _per_head(call: AttentionCall, strength: Strength) -> Float[Tensor, "kv_head group 1"]:
+    dtype = torch.promote_types(call.output.dtype, torch.float32)
+    return strength.to(call.output.device, dtype).unflatten(0, (call.kv_heads, call.group))[..., None]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x/‖x‖; zero stays zero, with a gradient of zero."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, x / norm.where(norm > 0, torch.ones_like(norm)), torch.zeros_like(x))
+
+
+Update = Float[Tensor, "batch token dim"]
+Real = Bool[Tensor, "batch token"]
+"""False at padding."""
+
+
+def without_branch(update: Update, real: Real | None, strength: float) -> Tensor:
+    """The whole attention branch is removed: it adds 0 to the stream, not even the bias of W_O."""
+    return torch.zeros_like(update)
+
+
+def context_broadcasting(update: Update, real: Real | None, strength: float) -> Tensor:
+    """(x + mean over tokens of x)/2 at the end of the MLP branch, before the add."""
+    return (update + _token_mean(update, real)) / 2
+
+
+def scaled_context_broadcasting(update: Update, real: Real | None, strength: float) -> Tensor:
+    """x + λ·(mean over tokens of x) at the end of the MLP branch, before the add."""
+    return update + strength * _token_mean(update, real)
+
+
+def without_gate(logits: Tensor) -> Tensor:
+    """Y ⊙ σ(X W_θ) → Y: the model's own output gate is switched off (refused where there is none)."""
+    return torch.full_like(logits, float("inf"))  # σ(∞) is exactly 1
+
+
+def _token_mean(update: Update, real: Real | None) -> Float[Tensor, "batch 1 dim"]:
+    if real is None:
+        return update.mean(1, keepdim=True)
+    weights = real.to(update.dtype)[..., None]
+    return (update * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+BRANCHES = ("attention branch", "mlp branch")
+"""Places where a whole branch is changed."""
+
+GATE = "output gate"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One way to change a model.
+
+    where: "attention" (what a head returns), "output gate" (between heads and W_O), "attention branch" or
+        "mlp branch" (what a branch adds to the stream).
+    change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
+        output gate, for branches `(update, real, strength) → update`.
+    strength: what the number after `=` is if none is given; None where there is none to give.
+    """
+
+    where: str
+    change: Callable[..., Tensor]
+    source: str
+    strength: float | None = None
+
+    @property
+    def definition(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.change.__doc__ or "").splitlines()[0]
+
+
+INTERVENTIONS: dict[str, Intervention] = {
+    "xsa": Intervention("attention", xsa, "Zhai 2026"),
+    "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5),
+    "random_direction": Intervention("attention", random_direction, "public controls study", 1.0),
+    "mask_self": Intervention("attention", mask_self, "-"),
+    "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
+    "identity": Intervention("attention", identity, "SoftPAG", 1.0),
+    "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)"),
+    "skip": Intervention("attention branch", without_branch, "LayerBoost"),
+    "cb": Intervention("mlp branch", context_broadcasting, "Context Broadcasting 2210.08457"),
+    "cb_s": Intervention("mlp branch", scaled_context_broadcasting, "Context Broadcasting 2210.08457", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An intervention with its strength, on some layers and heads.
+
+    layers, heads: depth indices and head numbers; None for all.
+    strength: one number, or one per (layer, head), where what is not named is 0.
+    text: as written, in canonical spelling.
+    """
+
+    name: str
+    text: str
+    strength: float | Mapping[tuple[int, int], float]
+    layers: frozenset[int] | None = None
+    heads: frozenset[int] | None = None
+    seed: int = field(default=0, compare=False)
+
+    @property
+    def where(self) -> str:
+        """Where in the block it changes something."""
+        return INTERVENTIONS[self.name].where
+
+    def at(self, layer: int) -> bool:
+        """Whether it changes this layer."""
+        return self.layers is None or layer in self.layers
+
+    def output(self, call: AttentionCall) -> Tensor:
+        """What the heads return instead, in the format of the call's output. Raises UserError for a head
+        that is not there."""
+        for head in self.heads or ():
+            if head >= call.heads:
+                raise UserError(
+                    f"--intervene {self.text}: layer {call.layer} has no head {head}",
+                    f"its heads are 0 to {call.heads - 1}",
+                )
+        if isinstance(self.strength, Mapping):
+            given = [self.strength.get((call.layer, head), 0.0) for head in range(call.heads)]
+        else:
+            given = [float(self.strength)] * call.heads
+        change = INTERVENTIONS[self.name].change
+        changed = change(call, torch.tensor(given)).to(call.output.dtype)
+        if self.heads is None:
+            return changed
+        chosen = torch.tensor([head in self.heads for head in range(call.heads)], device=changed.device)
+        return torch.where(chosen[:, None, None], changed, call.output)
+
+
+def parse(text: str) -> Edit:
+    """`NAME[=STRENGTH][:LAYERS[/HEADS]]`, for example `xsa:8-11`, `gated_xsa=0.5`, `identity=0.3:0-5/0,2`.
+
+    STRENGTH is a number, or a CSV file with the columns layer, head, strength. Raises UserError.
+    """
+    match = re.fullmatch(r"([^=:]+)(?:=(.+?))?(?::([0-9,-]+)(?:/([0-9,-]+))?)?", text.strip())
+    name = match[1].strip().replace("-", "_") if match else ""
+    if match is None or name not in INTERVENTIONS:
+        near = did_you_mean(name, INTERVENTIONS) or f"interventions are {', '.join(INTERVENTIONS)}"
+        raise UserError(f"--intervene {text}: there is no intervention '{name or text}'", near)
+    entry = INTERVENTIONS[name]
+    if match[2] and entry.strength is None:
+        raise UserError(f"--intervene {text}: '{name}' takes no strength", f"write {name}")
+    if match[4] and entry.where != "attention":
+        whole = "branch" if entry.where in BRANCHES else "layer"
+        raise UserError(
+            f"--intervene {text}: '{name}' changes a whole {whole}, not heads", "give layers only"
+        )
+    strength = _strength(match[2], text) if match[2] else (1.0 if entry.strength is None else entry.strength)
+    if isinstance(strength, Mapping) and entry.where != "attention":
+        raise UserError(f"--intervene {text}: '{name}' takes one number", f"for example {name}=0.5")
+    return Edit(name, text.strip(), strength, _numbers(match[3], text), _numbers(match[4], text))
+
+
+def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
+    try:
+        return float(given)
+    except ValueError:
+        pass
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"--intervene {text}: '{given}' is neither a number nor a file", "for example gated_xsa=0.5"
+        )
+    import pandas as pd
+
+    table = pd.read_csv(path)
+    missing = [name for name in ("layer", "head", "strength") if name not in table]
+    if missing:
+        raise UserError(f"'{given}' has no column '{missing[0]}'", "columns are layer, head, strength")
+    columns = (table[name].tolist() for name in ("layer", "head", "strength"))
+    return {(int(layer), int(head)): float(value) for layer, head, value in zip(*columns, strict=True)}
+
+
+def _numbers(given: str | None, text: str) -> frozenset[int] | None:
+    return frozenset(ranges(given, f"--intervene {text}:", "xsa:0,5-11")) if given else None

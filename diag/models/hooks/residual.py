@@ -1,0 +1,280 @@
+"""The residual stream around blocks as a model runs, and changes of what a branch adds to it.
+
+`stream_states` hands the stream before, between and after the two updates of each block to a function;
+`branch_edits` changes an update before it is added. `check_states` is the gate: the updates must rebuild
+what the block returns. Everything is done with hooks, and undone on the way out, also after an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from diag.attention.states import BlockStates
+from diag.errors import MeasurementError, UserError
+from diag.models.hooks.blocks import PARALLEL, Block, to_stream
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
+TOLERANCE_HALF = 1e-2
+"""Relative error that the rebuilt stream may have."""
+
+WORDS = {
+    "attention_update": "attention branch",
+    "middle": "stream between its branches",
+    "mlp_update": "MLP branch",
+}
+
+
+@contextmanager
+def stream_states(blocks: Sequence[Block], on_block: Callable[[BlockStates], None]) -> Iterator[None]:
+    """Under this, the stream around each block is handed to `on_block` when the block has finished.
+
+    Tensors are those that the model used, as `[batch, token, dim]`: a packed sequence is one input, a grid is
+    flattened. The states of one block are held at a time.
+
+    Raises MeasurementError, naming the layer, if a block or one of its branches never ran.
+    """
+    watches = [_Watch(block, on_block) for block in blocks]
+    with _hooks() as handles:
+        for watch in watches:
+            block = watch.block
+            handles.append(block.module.register_forward_pre_hook(watch.entered, with_kwargs=True))
+            handles.append(block.attention_branch.register_forward_hook(watch.at_attention))
+            handles.append(block.mlp_branch.register_forward_hook(watch.at_mlp))
+            if block.mlp_input is not None:
+                handles.append(block.mlp_input.register_forward_pre_hook(watch.between, with_kwargs=True))
+            handles.append(block.module.register_forward_hook(watch.left))
+        yield
+    for watch in watches:
+        if not watch.runs:
+            raise MeasurementError(
+                f"the block of layer '{watch.block.path}' was never run: something bypassed it",
+                "leave it out with --layers if that is meant",
+            )
+
+
+BranchEdit = Callable[[Tensor, Tensor | None], Tensor]
+"""`(update [batch, token, dim], real [batch, token] or None) → update` of the same shape."""
+
+
+@contextmanager
+def branch_edits(
+    blocks: Sequence[Block],
+    edits: Mapping[int, BranchEdit],
+    which: Literal["attention", "mlp"],
+    real: Tensor | None = None,
+) -> Iterator[None]:
+    """Under this, the update of a branch is replaced before it is added to the stream.
+
+    edits: by layer index. real: False at padding, for the batches that run inside; None if there is none.
+    Raises UserError for a layer that has no block here.
+    """
+    known = {block.index: block for block in blocks}
+    for index in edits:
+        if index not in known:
+            raise UserError(f"no block for layer {index}", f"layers are {', '.join(map(str, known))}")
+    with _hooks() as handles:
+        for index, edit in edits.items():
+            change, block = _Change(known[index], edit, real), known[index]
+            branch = block.attention_branch if which == "attention" else block.mlp_branch
+            handles.append(block.module.register_forward_pre_hook(change.entered, with_kwargs=True))
+            # before any hook that watches, so that what is seen is what is added
+            handles.append(branch.register_forward_hook(change.at_branch, prepend=True))
+        yield
+
+
+def rebuild_error(block: Block, states: BlockStates) -> float:
+    """Largest relative error of the stream between and after the adds, rebuilt from the updates."""
+    first, second = states.attention_update, states.mlp_update
+    if block.arrangement == PARALLEL:
+        pairs = [(states.before, states.middle), (states.before + first + second, states.after)]
+    elif block.norms is not None:
+        # forward, not the call: a hook on a norm sees only what the model does
+        norms = [norm.forward for norm in block.norms]
+        pairs = [
+            (norms[0](states.before + first), states.middle),
+            (norms[1](states.middle + second), states.after),
+        ]
+    else:
+        pairs = [(states.before + first, states.middle), (states.middle + second, states.after)]
+    return max(_relative_error(rebuilt, used) for rebuilt, used in pairs)
+
+
+def projection_error(block: Block, states: BlockStates) -> float:
+    """Relative error of the attention update rebuilt from the heads' outputs; infinite where it cannot be."""
+    project, call = to_stream(block), states.call
+    if project is None or call is None or (call.batch, call.tokens) != (states.batch, states.tokens):
+        return float("inf")
+    rebuilt = project(call.output)
+    bias = getattr(block.output_projection, "bias", None)
+    if bias is not None:
+        rebuilt = rebuilt + bias.float() * (1.0 if block.scale is None else block.scale.float())
+    return _relative_error(rebuilt, states.attention_update)
+
+
+def check_states(block: Block, states: BlockStates) -> None:
+    """Raises MeasurementError if a block is not what its names say, UserError for NaN or infinity."""
+    if not states.after.isfinite().all():
+        raise UserError(
+            f"the block of layer '{block.path}' gives values that are not finite",
+            "the weights or activations hold NaN or infinity; try --dtype float32",
+        )
+    error, allowed = rebuild_error(block, states), tolerance(states.after.dtype)
+    if not error < allowed:
+        raise MeasurementError(
+            f"the block of layer '{block.path}' ({type(block.module).__name__}), read as {block.arrangement},"
+            f" does not add up (relative error {error:.1e}, allowed {allowed:.0e})",
+            "leave the stream metrics out, and please report the model",
+        )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative error that a rebuilt tensor of a format may have."""
+    return TOLERANCE.get(dtype, TOLERANCE_HALF)
+
+
+def _relative_error(rebuilt: Tensor, used: Tensor) -> float:
+    rebuilt, used = rebuilt.float(), used.float()
+    return ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+
+
+# --- hooks
+
+
+class _Visible(TorchFunctionMode):
+    """Keeps `nn.TransformerEncoder` off its fused path, which runs no hook and nests padded batches."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        with _Visible():
+            yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Shaped:
+    """Tensors of one run of a block as `[batch, token, dim]`, whatever shape the block gives them."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.shape: torch.Size | None = None
+
+    def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.shape = _tensor_in((*args, *kwargs.values())).shape
+
+    def standard(self, x: Tensor) -> Tensor:
+        assert self.shape is not None
+        if x.numel() != self.shape.numel() or len(self.shape) not in (2, 3, 4):
+            raise self.wrong(x)
+        # OPT flattens tokens for its MLP, Swin the grid
+        x = x.reshape(self.shape)
+        if x.ndim == 2:
+            return x[None]
+        if x.ndim == 4:
+            width = getattr(self.block.output_projection, "out_features", x.shape[-1])
+            if x.shape[-1] != width:
+                raise self.wrong(x)
+            return x.flatten(1, 2)
+        return x if self.block.batch_first else x.transpose(0, 1)
+
+    def back(self, x: Tensor, like: Tensor) -> Tensor:
+        assert self.shape is not None
+        if len(self.shape) == 3 and not self.block.batch_first:
+            x = x.transpose(0, 1)
+        return x.reshape(like.shape)
+
+    def wrong(self, x: Tensor) -> MeasurementError:
+        return MeasurementError(
+            f"the block of layer '{self.block.path}' turns {tuple(self.shape or ())} into {tuple(x.shape)}: "
+            "its stream is not understood",
+            "leave it out with --layers, or leave the stream metrics out",
+        )
+
+
+class _Watch(_Shaped):
+    """One block of which the states are being collected."""
+
+    def __init__(self, block: Block, on_block: Callable[[BlockStates], None]) -> None:
+        super().__init__(block)
+        self.on_block = on_block
+        self.runs = 0
+        self.seen: dict[str, Tensor] = {}
+
+    def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        super().entered(module, args, kwargs)
+        self.seen = {"before": self.standard(_tensor_in((*args, *kwargs.values())))}
+
+    def at_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.keep("attention_update", _tensor_in(output))
+
+    def between(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.keep("middle", _tensor_in((*args, *kwargs.values())))
+
+    def at_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.keep("mlp_update", _tensor_in(output))
+
+    def keep(self, name: str, x: Tensor) -> None:
+        if "before" in self.seen:  # a part may be called outside its block
+            self.seen[name] = self.standard(x)
+
+    def left(self, module: nn.Module, args: Any, output: Any) -> None:
+        seen, block = self.seen, self.block
+        self.seen = {}
+        self.runs += 1
+        if block.mlp_input is None:
+            seen["middle"] = seen["before"]
+        for name in WORDS:
+            if name not in seen:
+                raise MeasurementError(
+                    f"the block of layer '{block.path}' finished without its {WORDS[name]}: "
+                    "something bypassed it",
+                    "leave it out with --layers if that is meant",
+                )
+        self.on_block(
+            BlockStates(
+                layer=block.index,
+                path=block.path,
+                arrangement=block.arrangement,
+                before=seen["before"],
+                attention_update=seen["attention_update"],
+                middle=seen["middle"],
+                mlp_update=seen["mlp_update"],
+                after=self.standard(_tensor_in(output)),
+                to_stream=to_stream(block),
+            )
+        )
+
+
+class _Change(_Shaped):
+    """One branch whose update is being changed."""
+
+    def __init__(self, block: Block, edit: BranchEdit, real: Tensor | None) -> None:
+        super().__init__(block)
+        self.edit, self.real = edit, real
+
+    def at_branch(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.shape is None:
+            return None
+        update = _tensor_in(output)
+        changed = self.edit(self.standard(update), self.real)
+        changed = self.back(changed.to(update.dtype), update)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def _tensor_in(values: Any) -> Tensor:
+    """The hidden states: the tensor itself, or the first one of several."""
+    if isinstance(values, Tensor):
+        return values
+    return next(value for value in values if isinstance(value, Tensor))

@@ -1,0 +1,158 @@
+"""Several run folders as one collection of lines: what `compare`, `figures` and `report` read.
+
+A *line* is one model, tower and token set, measured in one way: what is one curve in a figure. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diag.errors import UserError
+from diag.results.tables import FORMAT, layer_samples, read_heads, read_layers, read_manifest, read_samples
+
+LINE = ("run", "model", "tower", "tokens")
+TELLING = ("tower", "tokens", "n_tokens", "values", "intervention", "dtype", "image_size", "run")
+"""What tells lines of one model apart, in the order in which a label names it."""
+
+WORDS = {"n_tokens": "T = {}", "image_size": "{} px", "values": "{}", "dtype": "{}"}
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Tables of several runs, one under the other.
+
+    layers, heads: as in a run folder, with three more columns: `run`, the folder's name; `label`, a short
+        text that is unique to each line; `layer_count`, how many layers the model has, also where only
+        some were measured. Lines follow each other in the order given.
+    samples: one value per input, layer and metric (mean over heads within each input), same columns, and
+        `source`: lines of one source have the same input wherever they have the same `input` id.
+    folders, manifests: by run. problems: folders that could not be read, with the reason.
+    """
+
+    layers: pd.DataFrame
+    heads: pd.DataFrame
+    samples: pd.DataFrame
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the lines, in order."""
+        return list(self.layers["label"].unique())
+
+
+def collect(folders: Iterable[Path]) -> Collection:
+    """Reads finished run folders; those that cannot be read are listed under `problems`.
+
+    Raises UserError if none can be read.
+    """
+    parts: list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = []
+    found: dict[str, Path] = {}
+    manifests: dict[str, Mapping[str, Any]] = {}
+    problems: dict[str, str] = {}
+    first: UserError | None = None
+    for folder in dict.fromkeys(folders):
+        try:
+            manifest = _manifest(folder)
+            tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
+        except (UserError, OSError, ValueError, KeyError) as error:
+            problems[str(folder)] = " ".join(str(error).split())
+            tip = error.tip if isinstance(error, UserError) else "measure it again: attnbias probe …"
+            first = first or UserError(problems[str(folder)], tip)
+            continue
+        name = _free(folder.resolve().name, found)
+        found[name], manifests[name] = folder, manifest
+        layers, heads, samples = (_counted(table.assign(run=name), manifest) for table in tables)
+        parts.append((layers, heads, samples.assign(source=_sources(samples, manifest))))
+    if first is not None and not parts:
+        raise first
+    if not parts:
+        raise UserError("no run was given", "give run folders, for example runs/demo-vision")
+    layers, heads, samples = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+    labels = _labels(layers)
+    layers, heads, samples = (table.join(labels, on=list(LINE)) for table in (layers, heads, samples))
+    return Collection(layers, heads, samples, found, manifests, problems)
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    manifest = read_manifest(folder)
+    if (kind := manifest.get("kind", "probe")) != "probe":
+        raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"'{folder}' has format {manifest.get('format')}; this version reads {FORMAT}",
+            "measure it again with attnbias probe … --overwrite",
+        )
+    return manifest
+
+
+def _entries(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """What the manifest says of each model and tower."""
+    return {(entry["given"], entry["tower"]): entry for entry in manifest.get("models", ())}
+
+
+def _counted(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """The table with the number of layers that each model has: the measured ones may be fewer."""
+    entries = _entries(manifest)
+    measured = table.groupby(["model", "tower"], sort=False)["layer"].max() + 1
+    counts = {
+        line: max(int(entries.get(line, {}).get("layers") or 0), int(count))  # type: ignore[call-overload]
+        for line, count in measured.items()
+    }
+    lines = zip(table["model"], table["tower"], strict=True)
+    return table.assign(layer_count=[counts[line] for line in lines])
+
+
+def _sources(samples: pd.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
+    """What makes an input id mean the same input: where it is from and, for texts, how they were cut.
+
+    Window 7 of a text is another stretch of it where windows have another length or tokens are others.
+    """
+    entries, found = _entries(manifest), {}
+    counted = samples.assign(n_tokens=samples.get("n_tokens", 0)).groupby(["model", "tower"])["n_tokens"]
+    length = dict(counted.max())
+    for line in set(zip(samples["model"], samples["tower"], strict=True)):
+        model, tower = line
+        entry = entries.get(line, {})
+        takes = entry.get("takes", tower)
+        content = manifest.get("inputs", {}).get(takes, {}).get("sha256") or manifest.get("key", "unknown")
+        tokens = entry.get("tokenizer") or str(entry.get("resolved", model)).split("@")[0].split(",")[0]
+        cut = "" if takes == "vision" else f"/{tokens}/{length[line]}"
+        found[line] = f"{content[:16]}{cut}"
+    return [found[line] for line in zip(samples["model"], samples["tower"], strict=True)]
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    """A name for a run that no other run has: folders in different places may share theirs."""
+    free, number = name, 2
+    while free in set(taken):
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+def _labels(layers: pd.DataFrame) -> pd.Series:
+    """The label of every line: the model's name and what tells it from the model's other lines."""
+    keys = list(LINE)
+    telling = [name for name in TELLING if name in layers and name not in keys]
+    lines = layers.groupby(keys, sort=False)[telling].max().reset_index()
+    label = lines["model"].astype(str)
+    for column in TELLING:
+        if column not in lines:
+            continue
+        alike = lines.groupby(label)[column].transform(lambda part: part.nunique(dropna=False) > 1)
+        said = lines[column].map(lambda value, column=column: WORDS.get(column, "{}").format(_plain(value)))
+        label = label.where(~alike, label + " · " + said)
+    return pd.Series(label.to_numpy(), index=pd.MultiIndex.from_frame(lines[keys]), name="label")
+
+
+def _plain(value: object) -> str:
+    """`64` for 64.0, and words without underscores."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).replace("_", " ")

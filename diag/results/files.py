@@ -1,0 +1,137 @@
+"""How results reach the disk: renamed into place whole, in the format that a file's name says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from safetensors import SafetensorError
+
+from diag.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class CannotWrite(UserError):  # noqa: N818  it says what is the matter
+    """A full disk, or a folder that cannot be written: nothing that follows could be kept either."""
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """Writes a table in the format of the path's suffix, atomically. Raises UserError for an unknown one."""
+    if path.suffix not in WRITERS:
+        raise UserError(f"cannot write '{path.name}'", f"known formats: {one_of(WRITERS)}")
+    atomically(path, lambda temporary: WRITERS[path.suffix](frame, temporary))
+
+
+def write_json(document: Mapping[str, Any], path: Path) -> None:
+    """Writes a JSON document, atomically."""
+    text = json_text(document)
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """A JSON document as it is written."""
+    return json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Calls `write_to` with a temporary name beside `path`, then renames: readers see all of it or nothing.
+
+    Raises CannotWrite if the disk is full or the folder cannot be written.
+    """
+    # two machines may have a process of the same number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_to(temporary)
+            # a file system may find only now that it is full
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into CannotWrite, which names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(
+            f"cannot write '{path}': {reason}",
+            "make room and run the same command again, or choose another folder with -o",
+        ) from error
+
+
+LATEX = {
+    "−": "$-$",
+    "±": "$\\pm$",
+    "×": "$\\times$",
+    "→": "$\\rightarrow$",
+    "·": "$\\cdot$",
+    "–": "--",
+    "…": "\\dots{}",
+}
+"""Signs that not every TeX engine has in its fonts."""
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    """A `tabular` between booktabs' rules, everything escaped: text to the left, numbers to the right."""
+    numbers = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+    styler = frame.style.hide(axis="index").format(escape="latex", precision=3, na_rep="--")
+    styler = styler.format_index(escape="latex", axis=1)
+    text = styler.to_latex(hrules=True, column_format="".join("r" if number else "l" for number in numbers))
+    for sign, command in LATEX.items():
+        text = text.replace(sign, command)
+    return "% needs \\usepackage{booktabs}\n" + text
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    """A pipe table. A bar inside a cell would end it."""
+    cells = frame.map(lambda cell: cell.replace("|", "\\|") if isinstance(cell, str) else cell)
+    # numbers that are text already keep their digits
+    return cells.to_markdown(index=False, floatfmt=".3f", disable_numparse=True) + "\n"
+
+
+WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
+    ".csv": lambda frame, path: frame.to_csv(path, index=False, float_format="%.9g"),
+    ".parquet": lambda frame, path: frame.to_parquet(path, index=False, compression="zstd"),
+    ".json": lambda frame, path: frame.to_json(path, orient="records", indent=1),
+    ".tex": lambda frame, path: path.write_text(_latex(frame), encoding="utf-8"),
+    ".md": lambda frame, path: path.write_text(_markdown(frame), encoding="utf-8"),
+}
+
+
+STEM_LENGTH = 120
+"""Characters of a file stem; file systems allow 255 bytes for the whole name."""
+
+
+def file_stem(*words: object) -> str:
+    """Words as the stem of a file name: `/`, `:` and all else that a shell or file system minds become `-`.
+
+    >>> file_stem("curves", "open_clip:ViT-B-16/datacomp", "vision", "patch")
+    'curves-open_clip-ViT-B-16-datacomp-vision-patch'
+    """
+    stem = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(str(word) for word in words)).strip("-.")
+    return stem if len(stem) <= STEM_LENGTH else f"{stem[:40]}--{stem[-(STEM_LENGTH - 42) :]}"
+
+
+def _free(stem: str, taken: set[str]) -> str:
+    """The stem, numbered if another figure has it; some disks do not tell `A` from `a`."""
+    free, number = stem, 2
+    while free.lower() in taken:
+        free, number = f"{stem}-{number}", number + 1
+    taken.add(free.lower())
+    return free

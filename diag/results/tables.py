@@ -1,0 +1,239 @@
+"""The run folder: tidy tables out of samples, written so that a half-written file is never read.
+
+    samples.parquet  one value per input, layer, head and metric: everything else follows from it
+    layers.csv       per layer: mean over heads within each input, then statistics over inputs
+    heads.parquet    the same per head
+    manifest.json    written last
+
+The unit of replication is the input. Intervals are 95 % percentile bootstrap intervals of the mean
+over inputs, with the same resamples for every cell. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diag.errors import UserError
+from diag.metrics.catalogue import RATIOS
+from diag.results.bootstrap import _ratio, ratio_of_means, summary
+
+KEYS = ["model", "tower", "layer", "module", "head", "tokens", "metric"]
+STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
+CONSTANTS = [
+    "n_tokens",
+    "patch_size",
+    "image_size",
+    "positions",
+    "patch_embedding",
+    "attn_scope",
+    "first_token",
+    "values",
+    "intervention",
+    "dtype",
+    "seed",
+]
+
+WHOLE_LAYER = -1
+"""The `head` of a number that belongs to a layer; such rows are in samples.parquet and layers.csv only."""
+
+FORMAT = 1
+"""Of the run folder; written to its manifest. A folder of another format is not read."""
+
+
+def samples_frame(
+    values: np.ndarray,
+    *,
+    ids: Sequence[str],
+    first_input: int,
+    token_sets: Sequence[str],
+    metrics: Sequence[str],
+    ratios: Mapping[str, tuple[str, str]],
+    constants: Mapping[str, Any],
+    of_heads: bool = True,
+) -> pd.DataFrame:
+    """One layer's block `values[token set, metric, input, head]` as long-form rows.
+
+    of_heads: False for numbers of a whole layer, whose `head` is -1.
+    ratios: metrics to add, each the ratio of two that are there.
+    constants: columns that are the same in every row (model, tower, layer, module …).
+    """
+    names = list(metrics)
+    added = {k: v for k, v in ratios.items() if v[0] in names and v[1] in names}
+    blocks = [values]
+    for above, below in added.values():
+        blocks.append(_ratio(values[:, names.index(above)], values[:, names.index(below)])[:, None])
+    values = np.concatenate(blocks, axis=1)
+    names += list(added)
+    sets, metrics_n, inputs, heads = values.shape
+    frame = pd.DataFrame(
+        {
+            "tokens": _category(token_sets, np.repeat(np.arange(sets), metrics_n * inputs * heads)),
+            "metric": _category(names, np.tile(np.repeat(np.arange(metrics_n), inputs * heads), sets)),
+            "input": _category(ids, np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)),
+            "input_index": np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n) + first_input,
+            "head": np.tile(np.arange(heads) if of_heads else [WHOLE_LAYER], sets * metrics_n * inputs),
+            "value": values.reshape(-1),
+        }
+    )
+    for name, constant in constants.items():
+        frame[name] = (
+            _category([constant], np.zeros(len(frame), int)) if isinstance(constant, str) else constant
+        )
+    return frame
+
+
+def tables(
+    samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] = RATIOS, *, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`(layers, heads)` from samples.
+
+    Where inputs differ in their number of tokens, the tables give the largest, so that a layer stays one row.
+    """
+    samples = largest(samples)
+    of_heads = samples[samples["head"] != WHOLE_LAYER]
+    heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], ratios, seed)
+    keys = [key for key in KEYS if key != "head"]
+    layers = layer_samples(samples, ratios)
+    return _summarise(layers, [*keys, *_constants_in(samples)], ratios, seed), heads
+
+
+def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] = RATIOS) -> pd.DataFrame:
+    """One value per input, layer and metric: the mean over heads within each input.
+
+    A ratio of a layer is the ratio of its components' means over heads, within each input.
+    """
+    keys = [key for key in KEYS if key != "head"]
+    within = [*keys, *_constants_in(samples), "input", "input_index"]
+    plain = samples[~samples["metric"].isin(list(ratios))]
+    means = plain.groupby(within, observed=True, sort=False, dropna=False)["value"].mean().reset_index()
+    parts = [means]
+    on = [key for key in within if key != "metric"]
+    for name, (above, below) in ratios.items():
+        if not (samples["metric"] == name).any():
+            continue
+        both = means[means["metric"] == above].merge(
+            means[means["metric"] == below], on=on, suffixes=("", "_below")
+        )
+        both["value"] = _ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
+        parts.append(both.assign(metric=name)[[*within, "value"]])
+    return pd.concat([_plain(part) for part in parts], ignore_index=True)
+
+
+def _summarise(
+    samples: pd.DataFrame, by: list[str], ratios: Mapping[str, tuple[str, str]], seed: int
+) -> pd.DataFrame:
+    """Statistics over inputs for every combination of `by`, model by model.
+
+    A ratio is that of its components' means over inputs, resampled together: an input whose denominator is
+    near zero would otherwise outweigh all others. It has no standard deviation of its own.
+    """
+    frames = []
+    for _, part in samples.groupby(["model", "tower"], observed=True, sort=False):
+        grouped = part.groupby(by, observed=True, sort=False, dropna=False)
+        cell = grouped.ngroup().to_numpy()
+        order, column = np.unique(part["input_index"].to_numpy(), return_inverse=True)
+        matrix = np.full((len(order), cell.max() + 1), np.nan)
+        matrix[column, cell] = part["value"].to_numpy(dtype=float)
+        # ngroup numbers groups in order of appearance, as size() lists them
+        rows = _plain(grouped.size().reset_index()[by])
+        table = pd.concat([rows, summary(matrix, seed=seed)], axis=1)
+        others = [key for key in by if key != "metric"]
+        for name, (above, below) in ratios.items():
+            places = _components(rows, others, name, above, below)
+            if len(places):
+                own, one, other = places.T
+                table.loc[own, STATISTICS] = ratio_of_means(matrix[:, one], matrix[:, other], seed=seed)
+        frames.append(table)
+    front = [key for key in by if key in KEYS]
+    if not frames:
+        return pd.DataFrame(columns=[*front, *STATISTICS, *[key for key in by if key not in front]])
+    table = pd.concat(frames, ignore_index=True)
+    return table[[*front, *STATISTICS, *[key for key in by if key not in front]]]
+
+
+def _components(rows: pd.DataFrame, keys: list[str], name: str, above: str, below: str) -> np.ndarray:
+    """Where each cell of a ratio is in `rows`, and where its two components are: `[cell, 3]`."""
+    code = rows.groupby(keys, sort=False, dropna=False, observed=True).ngroup()
+    place = {pair: row for row, pair in enumerate(zip(code, rows["metric"], strict=True))}
+    return np.array(
+        [
+            (row, place[group, above], place[group, below])
+            for (group, metric), row in place.items()
+            if metric == name and (group, above) in place and (group, below) in place
+        ],
+        dtype=int,
+    ).reshape(-1, 3)
+
+
+def read_layers(folder: Path) -> pd.DataFrame:
+    """`layers.csv` of a run folder."""
+    return pd.read_csv(_finished(folder) / "layers.csv", keep_default_na=True)
+
+
+def read_heads(folder: Path) -> pd.DataFrame:
+    """`heads.parquet` of a run folder."""
+    return pd.read_parquet(_finished(folder) / "heads.parquet")
+
+
+def read_samples(folder: Path) -> pd.DataFrame:
+    """`samples.parquet` of a run folder."""
+    return pd.read_parquet(_finished(folder) / "samples.parquet")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`manifest.json` of a run folder."""
+    return json.loads((_finished(folder) / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _finished(folder: Path) -> Path:
+    if not (folder / "manifest.json").is_file():
+        raise UserError(
+            f"'{folder}' is not a finished run (no manifest.json)", "attnbias probe … -o " + str(folder)
+        )
+    return folder
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Categories as strings: samples need them for their size, tables are easier without."""
+    kinds = {name: str for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)}
+    return frame.astype(kinds)
+
+
+def one_kind(samples: pd.DataFrame) -> pd.DataFrame:
+    """Samples of several models, each constant of one type as Parquet wants it: text where one is text."""
+    mixed = [
+        name
+        for name in _constants_in(samples)
+        if samples[name].dtype == object and any(isinstance(value, str) for value in samples[name].unique())
+    ]
+    return samples.assign(**{name: samples[name].map(str, na_action="ignore") for name in mixed})
+
+
+def largest(samples: pd.DataFrame) -> pd.DataFrame:
+    """Samples with what may differ between inputs of one layer replaced by its largest value.
+
+    Of the scopes of attention, "window" is larger than "full": one input was split, so the layer can.
+    """
+    found = {}
+    for name in ("n_tokens", "attn_scope"):
+        if name in samples and samples[name].nunique() > 1:
+            text = isinstance(samples[name].dtype, pd.CategoricalDtype)
+            values = samples.assign(**{name: samples[name].astype(str)}) if text else samples
+            found[name] = values.groupby(["model", "tower", "layer"], observed=True)[name].transform("max")
+    return samples.assign(**found)
+
+
+def _constants_in(samples: pd.DataFrame) -> list[str]:
+    return [name for name in CONSTANTS if name in samples]
+
+
+def _category(names: Sequence[Any], codes: np.ndarray) -> pd.Categorical:
+    unique = list(dict.fromkeys(names))
+    place = np.array([unique.index(name) for name in names])
+    return pd.Categorical.from_codes(place[codes], categories=pd.Index(unique))

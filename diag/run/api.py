@@ -1,0 +1,172 @@
+"""The same measurements from Python, in memory: `diag.probe` and `diag.capture`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from diag.attention.call import AttentionCall
+from diag.errors import UserError
+from diag.inputs.given import as_inputs
+from diag.inputs.items import Inputs
+from diag.measure import loop as measure
+from diag.metrics.registry import metric_names
+from diag.models import load
+from diag.models.base import Model, Sample, Tower
+from diag.models.families import from_module as own
+from diag.models.names.resolve import parse
+from diag.results.tables import tables
+from diag.run import run, shards
+from diag.run.plan import checked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured.
+
+    layers: one row per (model, tower, layer, tokens, metric): mean over heads within each input, then
+        mean, std, 95 % bootstrap interval and n over inputs.
+    heads: the same per head. samples: one value per input, layer, head and metric.
+    failed: inputs that could not be read, with the reason.
+    """
+
+    layers: pd.DataFrame
+    heads: pd.DataFrame
+    samples: pd.DataFrame
+    failed: dict[str, str]
+
+    def plot(self) -> dict[str, Figure]:
+        """The figures of a run folder, by name: curves per layer and layer × head maps."""
+        from diag.show.figures import draw_run
+
+        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads).items()}
+
+
+def probe(
+    model: str | nn.Module,
+    inputs: Any,
+    *,
+    metrics: Sequence[str] | None = None,
+    tokens: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    values: str = "as_computed",
+    intervene: Sequence[str] = (),
+    limit: int = 64,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    exact: bool = False,
+    device: str = "auto",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Probe:
+    """Measures a named model on images or texts, or your own module on ready batches.
+
+    model: a name as on the command line, or an `nn.Module` that uses PyTorch attention.
+    inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
+        images or strings. For a module, an iterable of batches, each a tensor or a dict of tensors
+        that the module takes; every row of a batch is one input. A module runs where it is, as it is.
+    metrics, tokens, layers: names, token sets and depth indices; defaults are all metrics, the
+        tower's first token set, and all layers.
+    values: "as_computed", or "bias_free": without the constant that biases add to every value.
+
+    batch_size: inputs per forward pass; 0 for as many as memory allows.
+    exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
+    intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
+
+    Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
+
+    >>> run = probe("demo:vit-p16", "demo", limit=2, metrics=["cos_y_vself"])
+    >>> len(run.layers)
+    6
+    """
+    plan = checked(
+        models=(model if isinstance(model, str) else type(model).__name__,),
+        metrics=_listed(metrics),
+        tokens=_listed(tokens),
+        layers=_listed(layers),
+        values=values,
+        intervene=_listed(intervene),
+        limit=limit,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        exact=exact,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    metric_names(plan.metrics)
+    loaded, tower, samples = _prepare(model, inputs, plan)
+    report = measure.Report()
+    work = shards.TowerJob.of(loaded, tower, plan)
+    frames = list(shards.shard_frames(work, samples, report))
+    if not frames:
+        reason = next(iter(report.failed.values()), "there is none")
+        raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
+    frame = pd.concat(frames, ignore_index=True)
+    return Probe(*tables(frame, seed=seed), frame, report.failed)
+
+
+def capture(
+    model: str | nn.Module,
+    batch: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    limit: int = 64,
+    seq_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> list[AttentionCall]:
+    """The attention calls of one forward pass, in order: queries, keys, values, output, mask and scale.
+
+    batch: for a name, images or strings as in `probe`, the first `limit` of them in one forward pass;
+        for a module, a tensor or a dict of tensors, whole.
+    `diag.pattern_rows(call, rows)` gives attention weights of chosen query rows, or all of them.
+
+    Raises UserError as `probe` does, and for more inputs than the model takes at once.
+    """
+    own_module = isinstance(model, nn.Module)
+    plan = checked(
+        models=(type(model).__name__ if own_module else model,),
+        layers=_listed(layers),
+        limit=sys.maxsize if own_module else limit,
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+    )
+    _, tower, samples = _prepare(model, [batch] if own_module else batch, plan)
+    if tower.max_batch is not None and len(samples) > tower.max_batch:
+        raise UserError(
+            f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
+            f"limit={tower.max_batch}, or diag.probe for all of them",
+        )
+    return measure.capture(tower, tower.encode(samples), plan.layers)
+
+
+def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tower, Sequence[Sample]]:
+    if isinstance(model, nn.Module):
+        return own.from_module(model, inputs, plan.limit)
+    spec = parse(model)
+    loaded = load(spec, device=run.device_of(plan.device), dtype=getattr(torch, plan.dtype))
+    kind = next(iter(loaded.towers))
+    if isinstance(inputs, Inputs):
+        kind = inputs.tower
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Path):
+        inputs = list(inputs)
+        kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
+    tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
+    return loaded, tower, shards.tower_samples(tower, as_inputs(inputs, kind), plan)
+
+
+def _listed(given: Any) -> tuple[Any, ...] | None:
+    """One name or index is a list of one."""
+    return None if given is None else (given,) if isinstance(given, str | int) else tuple(given)

@@ -1,0 +1,38 @@
+"""Plans and the runs that are there already: what was measured once is found again by its content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diag.run.plan import RUNS, ProbePlan, inputs_of, run_folder
+
+if TYPE_CHECKING:
+    from diag.run.progress import Listener
+
+
+def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
+    """The folder that a plan's run has, whether it is there or not. Does not import torch.
+
+    Raises UserError if a model or an input is not known.
+    """
+    digests = {kind: found.digest for kind, found in inputs_of(plan).items()}
+    return run_folder(plan, plan.key(digests), root)
+
+
+def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:
+    """Whether a plan's run is there, finished."""
+    return (folder_of(plan, root) / "manifest.json").is_file()
+
+
+def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = None) -> Path:
+    """The run folder of a plan: as it is if it is finished, else measured (or resumed) now.
+
+    Raises UserError as `run.run_probe` does.
+    """
+    folder = folder_of(plan, root)
+    if (folder / "manifest.json").is_file():
+        return folder
+    from diag.run.run import run_probe
+
+    return run_probe(plan, folder, listener=listener).folder

@@ -1,0 +1,232 @@
+"""A run finished from its shards: tables, figures and manifest, the same however many processes measured.
+
+Shards are read in the order of the inputs, so that nothing depends on who wrote them, or when. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pyarrow import ArrowInvalid
+
+from diag.errors import UserError
+from diag.metrics.catalogue import RATIOS
+from diag.results.files import atomically, write, write_json, writing
+from diag.results.moments import Moments, merged, moment_tables, quantiles
+from diag.results.tables import FORMAT, one_kind, tables
+from diag.run.environment import environment
+from diag.run.ledger import MERGE, Part, Standing, is_finished, read_plan, standing
+from diag.run.processes import Locks
+
+Tables = tuple[pd.DataFrame, pd.DataFrame]
+Saying = Callable[[str], object]
+Drawing = Callable[[pd.DataFrame, pd.DataFrame, Path], list[Path]]
+
+
+def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
+    """Every figure of a run, written as PDF, PNG and the CSV behind it."""
+    from diag.show.figures import draw_run
+    from diag.show.figures.write import save
+
+    with writing(folder):
+        return [
+            path
+            for stem, (figure, data) in draw_run(layers, heads).items()
+            for path in save(figure, data, folder, stem)
+        ]
+
+
+def finish(
+    folder: Path,
+    locks: Locks,
+    *,
+    wait: bool = True,
+    say: Saying = lambda text: None,
+    drawing: Drawing = draw,
+) -> bool:
+    """Writes what a run ends in and removes its shards; False if another process is at it.
+
+    wait: for that other process, if there is one. say: told what was left out.
+    Raises UserError if shards are missing or cannot be read, and if no input of any model could be.
+    """
+    while not locks.take(MERGE):
+        if not wait:
+            return False
+        time.sleep(0.2)
+    try:
+        if not is_finished(folder):
+            _finish(folder, read_plan(folder), say, drawing)
+    finally:
+        locks.give(MERGE)
+    return True
+
+
+def check_whole(folder: Path, document: Mapping[str, Any]) -> Standing:
+    """How far a run has come, if it can be finished. Raises UserError, saying what is missing, if not."""
+    found = standing(folder, document)
+    if found.missing:
+        more = f", and {len(found.missing) - 1} more" if len(found.missing) > 1 else ""
+        raise UserError(
+            f"'{folder}' is not whole: {found.missing[0]}{more}",
+            f"run its command again: {document['command']}",
+        )
+    return found
+
+
+def gather(folder: Path, others: Sequence[Path]) -> None:
+    """Copies shards of the same run that were measured in other folders.
+
+    Raises UserError if one holds another run, or was cut in other shards.
+    """
+    own = read_plan(folder)
+    for other in others:
+        theirs = read_plan(other)
+        if any(theirs[name] != own[name] for name in ("key", "shard_inputs")):
+            raise UserError(
+                f"'{other}' holds another run than '{folder}'",
+                "measure with the same command, --shard and -o apart",
+            )
+        # notes and accounts before shards: a shard counts as done when it is there
+        files = (other / "shards").glob("[!.]*")
+        for file in sorted(files, key=lambda file: (file.suffix == ".parquet", ".cells" not in file.name)):
+            if not (folder / "shards" / file.name).exists():
+                atomically(folder / "shards" / file.name, partial(shutil.copyfile, file))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the shards of one tower tell beside their numbers."""
+
+    failed: dict[str, str]
+    skipped: dict[str, str]
+    unprojected: list[str]
+    seconds: float
+
+
+def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawing: Drawing) -> None:
+    began = time.time()
+    found = check_whole(folder, document)
+    failed_models, failed_inputs = dict(found.failed), dict[str, str]()
+    models, seconds = list[dict[str, Any]](), 0.0
+    parts = list[tuple[Part, dict[str, Any], pd.DataFrame]]()
+    for part, note in found.parts:
+        told, samples = _told(part, note["shards"]), _samples(part, note["shards"])
+        failed_inputs |= told.failed
+        seconds += told.seconds
+        if samples is None:
+            failed_models[part.given] = _nothing_read(part, note, told)
+            say(f"{part.given} failed: {failed_models[part.given]}")
+            continue
+        _say_told(part.given, told, say)
+        models.append(note["entry"] | {"skipped_layers": told.skipped})
+        parts.append((part, note, samples))
+    if not parts:
+        raise UserError(next(iter(failed_models.values())), "give images in JPEG, PNG or WebP")
+    samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
+    layers, heads = _tables(parts, samples, document, folder)
+    write(samples, folder / "samples.parquet")
+    write(layers, folder / "layers.csv")
+    write(heads, folder / "heads.parquet")
+    figures = drawing(layers, heads, folder / "figures")
+    for left in folder.glob(".*.tmp"):  # by processes that were killed
+        left.unlink(missing_ok=True)
+    taken = {entry["takes"] for entry in models}
+    plain = {name: value for name, value in document.items() if name not in ("inputs", "shard_inputs")}
+    write_json(
+        {
+            "format": FORMAT,
+            "status": "partial" if failed_models or failed_inputs else "complete",
+            **plain,
+            "inputs": {kind: given for kind, given in document["inputs"].items() if kind in taken},
+            "models": models,
+            "failed_models": failed_models,
+            "failed_inputs": failed_inputs,
+            "device": ", ".join(dict.fromkeys(note["device"] for _, note, _ in parts)),
+            "seconds": round(seconds + time.time() - began, 3),
+            "environment": environment(),
+            "figures": [str(path.relative_to(folder)) for path in figures],
+        },
+        folder / "manifest.json",
+    )
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+
+
+def _told(part: Part, shards: int) -> _Told:
+    accounts = [json.loads(part.account(place).read_text(encoding="utf-8")) for place in range(shards)]
+    return _Told(
+        {name: why for account in accounts for name, why in account["failed"].items()},
+        accounts[0]["skipped_layers"],
+        accounts[0]["unprojected"],
+        sum(account["seconds"] for account in accounts),
+    )
+
+
+def _say_told(given: str, told: _Told, say: Saying) -> None:
+    for path, why in told.skipped.items():
+        say(f"{given}: {path} left out, {why}")
+    if told.unprojected:
+        more = f" and {len(told.unprojected) - 1} more" if len(told.unprojected) > 1 else ""
+        say(
+            f"{given}: value_stream_cosine and output_value_cosine are empty where the way from "
+            f"heads to the stream is not understood: {told.unprojected[0]}{more}"
+        )
+
+
+def _nothing_read(part: Part, note: Mapping[str, Any], told: _Told) -> str:
+    """Why a tower has no row; its shards, which hold nothing, are removed: inputs may be mended."""
+    for place in range(note["shards"]):
+        part.shard(place).unlink(missing_ok=True)
+    why = next(iter(told.failed.values()), "there is none")
+    return f"no input of '{note['source']}' could be read: {why}"
+
+
+def _samples(part: Part, shards: int) -> pd.DataFrame | None:
+    """The samples of a tower; None if no shard holds any."""
+    frames = [_read(part.shard(place)) for place in range(shards)]
+    kept = [frame for frame in frames if len(frame)]
+    return pd.concat(kept, ignore_index=True) if kept else None
+
+
+def _read(file: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(file)
+    except FileNotFoundError:
+        raise
+    except (ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"'{file}' cannot be read: {error}", f"rm '{file}', then run the same command again"
+        ) from error
+
+
+def _tables(
+    parts: Sequence[tuple[Part, Mapping[str, Any], pd.DataFrame]],
+    samples: pd.DataFrame,
+    document: Mapping[str, Any],
+    folder: Path,
+) -> Tables:
+    """`(layers, heads)`: of samples where all are kept, else of the moments of all inputs, with quantiles."""
+    seed = document["plan"]["seed"]
+    (folder / "quantiles.parquet").unlink(missing_ok=True)
+    if all("interval" not in note["entry"] for _, note, _ in parts):
+        return tables(samples, seed=seed)
+    found, spread = list[Tables](), list[pd.DataFrame]()
+    for part, note, own in parts:
+        if "interval" not in note["entry"]:
+            found.append(tables(own, seed=seed))
+            continue
+        # a shard of which nothing could be read has none
+        files = [file for file in map(part.cells, range(note["shards"])) if file.exists()]
+        cells = merged(Moments.from_frame(_read(file)) for file in files)
+        found.append(moment_tables(cells, RATIOS))
+        spread.append(quantiles(cells))
+    write(pd.concat(spread, ignore_index=True), folder / "quantiles.parquet")
+    layers, heads = (pd.concat(each, ignore_index=True) for each in zip(*found, strict=True))
+    return one_kind(layers), one_kind(heads)

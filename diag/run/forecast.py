@@ -1,0 +1,82 @@
+"""What a dry run says of memory: the predicted peak of each model that a plan names, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from diag.errors import UserError
+from diag.inputs.items import Inputs
+from diag.measure.memory import Prediction, Widths, predicted, resident
+from diag.models import load
+from diag.models.base import Model, Tower
+from diag.models.names.resolve import ModelSpec
+from diag.run.plan import ProbePlan
+from diag.run.shards import tower_samples
+
+GIBIBYTE = 1 << 30
+
+
+def forecast(
+    plan: ProbePlan, specs: Sequence[ModelSpec], given: Mapping[str, Inputs], device: torch.device | str
+) -> dict[str, str]:
+    """By model and tower: the predicted peak in words, or why there is none.
+
+    Models are loaded on the CPU to see their shapes, from what is on this machine: nothing is downloaded,
+    as `HF_HUB_OFFLINE` is set for this process. A model that is spread over GPUs counts as one.
+    """
+    device = torch.device("cuda") if isinstance(device, str) else device
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    found = {}
+    for spec in specs:
+        try:
+            model = load(spec, device="cpu", dtype=getattr(torch, plan.dtype))
+        except UserError as error:
+            found[spec.given] = f"not predicted: {error}"
+            continue
+        for kind, inputs in given.items():
+            for tower in model.takers(kind, plan.tokens):
+                found[f"{spec.given} {tower.name}"] = _of_tower(model, tower, inputs, plan, device)
+        del model
+    return found
+
+
+def _of_tower(model: Model, tower: Tower, given: Inputs, plan: ProbePlan, device: torch.device) -> str:
+    tokens = tokens_of(tower, given, plan)
+    if tokens is None:
+        return "not predicted: the number of tokens depends on the input"
+    inputs = min(plan.batch_size or 1, tower.max_batch or plan.batch_size or 1)
+    weights = sum(x.numel() * x.element_size() for x in model.module.parameters())
+    prediction = predicted(
+        Widths.of(model.module, tower.layers[0].module),
+        tokens=tokens,
+        inputs=inputs,
+        loaded=weights if device.type == "cuda" else resident(),
+        device=device,
+        dtype=getattr(torch, plan.dtype),
+    )
+    return in_words(prediction, tokens, inputs)
+
+
+def tokens_of(tower: Tower, given: Inputs, plan: ProbePlan) -> int | None:
+    """Tokens of one input; None where they differ between inputs."""
+    if tower.name == "text":
+        content = tower_samples(tower, given, plan.model_copy(update={"limit": 1}))[0].read()
+        return len(content) if isinstance(content, Sequence) else None
+    sizes = [tower.facts.get(name) for name in ("image_size", "patch_size")]
+    sides = [size if isinstance(size, list | tuple) else (size, size) for size in sizes]
+    if not all(isinstance(side, int) for pair in sides for side in pair):
+        return None
+    return math.prod(image // patch for image, patch in zip(*sides, strict=True)) + len(tower.prefix)
+
+
+def in_words(prediction: Prediction, tokens: int, inputs: int) -> str:
+    """One line: the peak and its parts."""
+    parts = [f"{x / GIBIBYTE:.2f}" for x in (prediction.peak, *prediction)]
+    return (
+        f"{parts[0]} GiB at {inputs} × {tokens:,} tokens "
+        f"(loaded {parts[1]}, forward {parts[2]}, probe {parts[3]})"
+    )

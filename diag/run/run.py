@@ -1,0 +1,331 @@
+"""A plan carried out: models × shards of inputs → shard files → tables, figures and manifest in a run folder.
+
+Every shard is written under a temporary name and renamed, so that the folder can be finished from its
+shards whatever happened in between: running the same command again skips what is there. Several
+processes may work on one folder, each on its share of the shards; whoever finds all of them there
+finishes the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from diag.errors import UserError
+from diag.inputs.items import Inputs
+from diag.measure.activations import save_activations
+from diag.measure.collected import Report
+from diag.measure.device import device_of
+from diag.measure.prefetch import shards_ahead, workers_for
+from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.registry import metric_names
+from diag.models import load
+from diag.models.base import Model, Sample, Tower
+from diag.models.families.hf.device_map import SPREAD
+from diag.models.names.resolve import ModelSpec
+from diag.results.files import CannotWrite, file_stem, write, write_json, writing
+from diag.results.moments import moments_of
+from diag.results.tables import read_heads, read_layers, read_manifest
+from diag.run.environment import command_line
+from diag.run.finish import draw, finish
+from diag.run.ledger import Part, failure_file, forget_failures, is_finished, lock_file, read_plan, standing
+from diag.run.plan import ProbePlan, inputs_of, run_folder, shard_inputs, specs_of
+from diag.run.processes import WHOLE, Locks, Share
+from diag.run.progress import Listener, Progress, Silent
+from diag.run.run_folder import check_room, claim, release
+from diag.run.shards import TowerJob, edits_of, frame_of, ratios_of, shard_pieces, tower_samples
+
+PATIENCE = 0.2
+"""Seconds between looks at what another process has in hand."""
+
+ROOM = 32_000_000
+"""Bytes that must be free before anything begins: a small run with its figures."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and what it holds."""
+
+    folder: Path
+    layers: pd.DataFrame
+    heads: pd.DataFrame
+    manifest: Mapping[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every model and input was measured."""
+        return self.manifest["status"] == "complete"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all models of a run share. size: inputs per shard, as the folder's first process chose it."""
+
+    plan: ProbePlan
+    folder: Path
+    given: Mapping[str, Inputs]
+    share: Share
+    device: torch.device | str
+    size: int
+    locks: Locks
+    listener: Listener
+    progress: Progress
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether what the model reads goes to a GPU."""
+        return torch.cuda.is_available() if self.device == SPREAD else self.device != torch.device("cpu")
+
+
+def run_probe(
+    plan: ProbePlan,
+    folder: Path | None = None,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Carries out a plan in `folder` (default: `config.run_folder(plan)`), resuming what is already there.
+
+    Raises UserError for anything the user can mend: before any work where that is possible. A model
+    that fails among several is noted in the manifest, and the run goes on.
+    """
+    found = run_share(plan, folder, WHOLE, overwrite=overwrite, listener=listener, progress=progress)
+    assert found is not None, "a process that does everything finishes the run"
+    return found
+
+
+def run_share(
+    plan: ProbePlan,
+    folder: Path | None,
+    share: Share,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    progress: Progress | None = None,
+) -> Run | None:
+    """One process's part of `run_probe`. None where the run is left to others: their shards are missing yet.
+
+    Raises UserError as `run_probe` does, and for `overwrite` where others may have begun already.
+    """
+    listener, progress = listener or Silent(), progress or Progress()
+    specs, given = prepared(plan)
+    device = device_of(plan.device, share.local_rank)
+    key = plan.key({kind: found.digest for kind, found in given.items()})
+    folder = folder or run_folder(plan, key)
+    if overwrite and share.of > 1:
+        raise UserError(
+            "--overwrite would remove what other processes have just measured",
+            f"remove the folder first: rm -r '{folder}'",
+        )
+    if claim(folder, _document(plan, key, given), overwrite=overwrite):
+        shutil.rmtree(folder / "shards", ignore_errors=True)  # of a process that was killed at the very end
+        listener.say(f"already complete: {folder} (measure again with --overwrite)")
+        return open_run(folder)
+    document = read_plan(folder)
+    try:
+        check_room(folder, ROOM)
+        with _locks(folder) as locks:
+            forget_failures(folder, share)
+            size = document["shard_inputs"]
+            job = _Job(plan, folder, given, share, device, size, locks, listener, progress)
+            _run_models(job, specs)
+            state = standing(folder, document)
+            if not state.missing and not is_finished(folder):
+                finish(folder, locks, wait=share.of == 1, say=listener.say, drawing=draw)
+    except FileNotFoundError:
+        if not is_finished(folder):  # else another process has finished the run, and the shards are gone
+            raise
+    except UserError:
+        if share.of == 1:  # others may be at work in it
+            release(folder)
+        raise
+    if is_finished(folder):
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        return open_run(folder)
+    listener.say(
+        f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "
+        f"(attnbias merge '{folder}' does, too)"
+    )
+    return None
+
+
+def open_run(folder: Path) -> Run:
+    """A finished run folder. Raises UserError if it is not one."""
+    return Run(folder, read_layers(folder), read_heads(folder), read_manifest(folder))
+
+
+def prepared(plan: ProbePlan) -> tuple[list[ModelSpec], dict[str, Inputs]]:
+    """What a plan's names stand for, with everything checked that needs no model. Raises UserError."""
+    metric_names(plan.metrics)
+    edits_of(plan)
+    device_of(plan.device)
+    return specs_of(plan), inputs_of(plan)
+
+
+def _document(plan: ProbePlan, key: str, given: Mapping[str, Inputs]) -> dict[str, Any]:
+    """What the first process of a run writes about it, for all others and for the manifest."""
+    return {
+        "key": key,
+        "plan": plan.model_dump(mode="json"),
+        "command": command_line(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "shard_inputs": shard_inputs(plan),
+        "inputs": {
+            kind: {"source": found.source, "count": len(found), "sha256": found.digest}
+            for kind, found in given.items()
+        },
+    }
+
+
+def _locks(folder: Path) -> Locks:
+    with writing(folder / "shards"):
+        lock_file(folder).parent.mkdir(exist_ok=True)
+        return Locks(lock_file(folder))
+
+
+def _run_models(job: _Job, specs: Sequence[ModelSpec]) -> None:
+    """Every model, one after the other. Raises the last one's error if all fail."""
+    failed = 0
+    for number, spec in enumerate(specs):
+        if is_finished(job.folder):
+            return
+        try:
+            _run_model(job, spec, number)
+        except CannotWrite:
+            raise
+        except UserError as error:
+            failed += 1
+            write_json({"error": str(error)}, failure_file(job.folder, number, spec.given, job.share))
+            if failed == len(specs):
+                raise
+            job.listener.say(f"{spec.given} failed: {error}")
+
+
+def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
+    plan = job.plan
+    model = load(spec, device=job.device, dtype=getattr(torch, plan.dtype))
+    for line in (f"{spec.given} → {model.resolved}", *model.notes):
+        job.listener.say(line)
+    kinds = [kind for kind in job.given if model.takers(kind)]
+    if not kinds:
+        model.tower(next(iter(job.given)))
+    named = {kind for kind, flag in (("vision", plan.images), ("text", plan.texts)) if flag is not None}
+    if not named:
+        kinds = kinds[:1]
+    towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
+    for kind, tower in towers:
+        own = plan.tokens and tuple(name for name in plan.tokens if name in tower.token_sets)
+        of_tower = replace(job, plan=plan.model_copy(update={"tokens": own}))
+        if not DIVERGENCE_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
+            tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
+        given = job.given[kind]
+        samples = tower_samples(tower, given, plan)
+        part = Part(job.folder, number, spec.given, tower.name)
+        shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
+        note = {
+            "towers": [tower.name for _, tower in towers],
+            "shards": len(shards),
+            "source": given.source,
+            "device": str(job.device),
+            "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
+        }
+        write_json(note, part.note)
+        _run_tower(of_tower, part, model, tower, shards)
+
+
+def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
+    """What the manifest says of one tower."""
+    entry = {
+        "given": spec.given,
+        "resolved": model.resolved,
+        "family": model.family,
+        "tower": tower.name,
+        "takes": tower.input_kind,
+        "layers": len(tower.layers),
+        "inputs": inputs,
+        "notes": list(model.notes),
+        **dict(model.facts),
+        **dict(tower.facts),
+    }
+    if inputs > keep:
+        entry |= {"samples_kept": keep, "interval": "Student's t, of the moments of all inputs"}
+    return entry
+
+
+def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequence[Sequence[Sample]]) -> None:
+    """Measures this process's shards that are not there. What another process has in hand is waited for."""
+    own = [place for place in range(len(shards)) if job.share.has(part.number, place)]
+    job.progress.shards_total += len(own)
+    if not own:
+        return
+    work = TowerJob.of(model, tower, job.plan)
+    job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
+    missing = [place for place in own if not part.shard(place).exists()]
+    workers = workers_for(job.plan.workers, on_gpu=job.on_gpu)
+    with shards_ahead(tower, shards, missing, workers=workers, pin=job.on_gpu) as take:
+        said, checked = False, False
+        while own and not is_finished(job.folder):
+            left = []
+            for place in own:
+                if not part.shard(place).exists() and not job.locks.take(part.lock(place)):
+                    left.append(place)
+                    continue
+                try:
+                    if part.shard(place).exists():
+                        job.listener.advance(len(shards[place]))
+                    else:
+                        _write_shard(job, part, work, shards, place, take(place))
+                        if not checked:
+                            _check_room(part, place, shards, job.plan.keep_samples)
+                        checked = True
+                finally:
+                    job.locks.give(part.lock(place))
+                job.progress.shards_done += 1
+            if left == own:
+                if not said:
+                    job.listener.say(f"waiting for another process, which measures {part.shard(own[0]).stem}")
+                said = True
+                time.sleep(PATIENCE)
+            own = left
+
+
+def _write_shard(
+    job: _Job,
+    part: Part,
+    work: TowerJob,
+    shards: Sequence[Sequence[Sample]],
+    place: int,
+    samples: Iterable[Sample],
+) -> None:
+    """Measures one shard. What belongs to it is there before it is. samples: its own, at hand."""
+    began, report, ratios = time.time(), Report(), ratios_of(job.plan)
+    first, keep = place * job.size, job.plan.keep_samples
+    pieces = list(shard_pieces(work, samples, report, first_input=first, advance=job.listener.advance))
+    if place == 0 and job.plan.save_activations:
+        kept = job.folder / "activations" / f"{file_stem(part.given)}-{part.tower}"
+        first_ones = [sample for shard in shards for sample in shard][: job.plan.save_activations]
+        save_activations(work.tower, first_ones, kept, job.plan.layers)
+    if pieces and sum(map(len, shards)) > keep:
+        write(moments_of(pieces, ratios).frame(), part.cells(place))
+    frames = [frame_of(piece, ratios) for piece in (piece.until(keep) for piece in pieces) if piece]
+    write_json({**asdict(report), "seconds": time.time() - began}, part.account(place))
+    write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), part.shard(place))
+
+
+def _check_room(part: Part, place: int, shards: Sequence[Sequence[Sample]], keep: int) -> None:
+    """Raises CannotWrite if the shards to come will not fit, as the first one tells; it is kept."""
+    size, total = len(shards[0]), sum(map(len, shards))
+    missing = sum(not part.shard(number).exists() for number in range(len(shards)))
+    samples = part.shard(place).stat().st_size if place * size < keep else 0
+    cells = part.cells(place).stat().st_size if part.cells(place).exists() else 0
+    kept = min(total, keep) / size
+    # the samples of all shards are written once more in the end
+    check_room(part.folder, int(samples * (min(missing, kept) + kept) + cells * missing))

@@ -1,0 +1,213 @@
+"""One tower measured as a plan says: its samples, what is constant about it, its numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
+from diag.errors import UserError
+from diag.inputs.items import Inputs
+from diag.measure.batches import BatchSize
+from diag.measure.collected import Report
+from diag.measure.loop import measure, pick_layers
+from diag.metrics.catalogue import RATIOS
+from diag.metrics.registry import metric_names
+from diag.metrics.stream import STREAM_METRICS
+from diag.models.base import Model, Sample, Tower
+from diag.models.hooks.blocks import Block, find_blocks
+from diag.models.hooks.interventions import BRANCHES, Edit
+from diag.models.hooks.interventions import parse as parse_edit
+from diag.models.value_constants import value_constants
+from diag.results.moments import Piece
+from diag.results.tables import samples_frame
+from diag.run.plan import ProbePlan
+
+
+@dataclass(frozen=True)
+class TowerJob:
+    """A tower and all that a plan needs to measure it.
+
+    constants: the columns that are the same in every row. removed: what `--values bias-free` takes out of
+    each layer's values. blocks: where whole branches are changed, or the stream is measured. size: of the
+    next batch; it follows the memory, from shard to shard.
+    """
+
+    tower: Tower
+    plan: ProbePlan
+    constants: Mapping[str, Any]
+    removed: Mapping[int, Tensor] | None
+    blocks: Sequence[Block]
+    size: BatchSize
+
+    @staticmethod
+    def of(model: Model, tower: Tower, plan: ProbePlan) -> TowerJob:
+        """Raises UserError, naming the layer, where the plan asks for what this model does not allow."""
+        return TowerJob(
+            tower,
+            plan,
+            _constants_of(model, tower, plan),
+            _constants_to_remove(model, tower, plan),
+            _blocks_of(model, tower, plan),
+            BatchSize(plan.batch_size) if plan.batch_size else BatchSize.automatic(_device_of(model)),
+        )
+
+
+def tower_samples(tower: Tower, given: Inputs, plan: ProbePlan) -> list[Sample]:
+    """The first `limit` samples of a tower. Raises UserError if there is none."""
+    found = list(itertools.islice(tower.samples(given, plan.seq_len), plan.limit))
+    if not found:
+        raise UserError(
+            f"'{given.source}' gives no sample for the {tower.name} tower",
+            "the text is shorter than one window: give more text, or a smaller --seq-len",
+        )
+    return found
+
+
+def edits_of(plan: ProbePlan) -> list[Edit]:
+    """What the plan does to the model. Raises UserError for an unknown intervention."""
+    return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
+
+
+def sampling_of(plan: ProbePlan) -> RowSampling:
+    """Which query rows stand for all of them in long sequences."""
+    return RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed)
+
+
+def shard_pieces(
+    work: TowerJob,
+    samples: Iterable[Sample],
+    report: Report,
+    *,
+    first_input: int = 0,
+    advance: Callable[[int], object] = lambda inputs: None,
+) -> Iterator[Piece]:
+    """Measures samples and yields the numbers of each batch and layer.
+
+    first_input: the number of the first sample within the run. advance: told how many inputs are done.
+    """
+    tower, plan = work.tower, work.plan
+    position = first_input
+    names = metric_names(plan.metrics)
+    needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
+    sets = plan.tokens or tower.default_sets
+    for batch in measure(
+        tower,
+        samples,
+        metrics=needed,
+        token_sets=sets,
+        layers=plan.layers,
+        value_constants=work.removed,
+        edits=edits_of(plan),
+        blocks=work.blocks,
+        sampling=sampling_of(plan),
+        batch_size=work.size,
+        report=report,
+    ):
+        for block in batch.layers:
+            yield Piece(
+                block.values,
+                batch.ids,
+                position,
+                sets,
+                block.metrics,
+                block.of_heads,
+                {
+                    **work.constants,
+                    "layer": block.layer.index,
+                    "module": block.layer.path,
+                    "n_tokens": block.facts.n_tokens,
+                    "attn_scope": block.facts.attn_scope,
+                    "first_token": block.facts.first_token,
+                    "projection": block.facts.projection,
+                    "gate_error": block.facts.gate_error,
+                },
+            )
+        position += len(batch.ids)
+        advance(len(batch.ids))
+
+
+def frame_of(piece: Piece, ratios: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """A piece as long-form rows, with the ratios that it has the parts of."""
+    return samples_frame(
+        piece.values,
+        ids=piece.ids,
+        first_input=piece.first_input,
+        token_sets=piece.token_sets,
+        metrics=piece.metrics,
+        of_heads=piece.of_heads,
+        ratios=ratios,
+        constants=piece.constants,
+    )
+
+
+def ratios_of(plan: ProbePlan) -> dict[str, tuple[str, str]]:
+    """Those of the plan's metrics that are ratios, with their parts."""
+    names = metric_names(plan.metrics)
+    return {name: parts for name, parts in RATIOS.items() if name in names}
+
+
+def shard_frames(work: TowerJob, samples: Sequence[Sample], report: Report) -> Iterator[pd.DataFrame]:
+    """Measures samples and yields a long-form frame per batch and layer."""
+    for piece in shard_pieces(work, samples, report):
+        yield frame_of(piece, ratios_of(work.plan))
+
+
+def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
+    """The columns that are the same in every row of one tower."""
+    return {
+        "model": model.name,
+        "tower": tower.name,
+        "patch_size": _size(tower.facts.get("patch_size")),
+        "image_size": _size(tower.facts.get("image_size")),
+        "positions": tower.facts.get("positions"),
+        "patch_embedding": tower.facts.get("patch_embedding"),
+        "values": plan.values,
+        "intervention": " ".join(plan.intervene) or "none",
+        "dtype": _dtype_of(model),
+        "seed": plan.seed,
+    }
+
+
+def _constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[int, Tensor] | None:
+    """What `--values bias-free` takes out of each layer's values; None for values as computed.
+
+    Raises UserError, naming the layer, if one of the plan's layers cannot be made bias-free.
+    """
+    if plan.values == "as_computed":
+        return None
+    return value_constants(model.module, pick_layers(tower.layers, plan.layers))
+
+
+def _blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
+    """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
+
+    None where neither needs them. Raises UserError, naming the layer, if a block is not understood.
+    """
+    if any(edit.where in BRANCHES for edit in edits_of(plan)):
+        return find_blocks(model.module, tower.layers)
+    if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
+        return ()
+    return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
+
+
+def _device_of(model: Model) -> torch.device:
+    found = next((parameter.device for parameter in model.module.parameters()), None)
+    return torch.device("cpu") if found is None else found
+
+
+def _dtype_of(model: Model) -> str:
+    """The format that the model runs in, `float32` for one without parameters."""
+    found = next((parameter.dtype for parameter in model.module.parameters()), torch.float32)
+    return str(found).removeprefix("torch.")
+
+
+def _size(size: Any) -> Any:
+    """A size as a table has it: one number, or `64x32` where height and width differ."""
+    return "x".join(map(str, size)) if isinstance(size, tuple | list) else size

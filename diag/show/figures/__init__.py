@@ -1,0 +1,109 @@
+"""The figures of a run: tables in, matplotlib figures out. Knows no model, and never loads torch.
+
+`FIGURES` is the one place where a figure is listed; `draw_run` draws every figure that a run's tables allow.
+Nothing heavy is imported before something is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+from diag.results.files import _free, file_stem
+
+
+def _layer_curves(layers: pd.DataFrame) -> Figure:
+    from diag.show.figures.curves import layer_curves
+
+    return layer_curves(layers)
+
+
+def _model_comparison(layers: pd.DataFrame) -> Figure:
+    from diag.show.figures.curves import model_comparison
+
+    return model_comparison(layers)
+
+
+def _head_heatmaps(heads: pd.DataFrame) -> Figure:
+    from diag.show.figures.heatmaps import head_heatmaps
+
+    return head_heatmaps(heads)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: the table it takes (`layers` or `heads`), the metrics it shows, and how it is drawn.
+
+    `compares`: it takes the rows of several models; otherwise those of one (model, tower, tokens).
+    """
+
+    table: str
+    metrics: tuple[str, ...]
+    draw: Callable[[pd.DataFrame], Figure]
+    compares: bool = False
+
+
+FIGURES: dict[str, Drawing] = {
+    "curves": Drawing("layers", CURVE_METRICS, _layer_curves),
+    "heads": Drawing("heads", HEAD_METRICS, _head_heatmaps),
+    "comparison": Drawing("layers", COMPARISON_METRICS, _model_comparison, compares=True),
+}
+
+
+def draw_run(layers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    """Every figure of a run with the rows behind it, by file stem, such as `curves-vit-p8-vision-patch`.
+
+    One of each kind per (model, tower, tokens) and way of measuring, and a `comparison` if there is more
+    than one model. Figures whose metrics were not measured are left out, so the answer may be empty.
+    """
+    from diag.show.figures.tables import check_columns, rows_of
+
+    tables = {"layers": check_columns(layers), "heads": check_columns(heads, ["head"])}
+    drawn: dict[str, tuple[Figure, pd.DataFrame]] = {}
+    taken: set[str] = set()
+    for kind, drawing in FIGURES.items():
+        table = tables[drawing.table]
+        parts = _comparable(table) if drawing.compares else _separate(table)
+        for suffix, part in parts:
+            rows = rows_of(part, drawing.metrics)
+            if not rows.empty:
+                stem = _free(file_stem(kind, *suffix), taken)
+                drawn[stem] = (drawing.draw(rows), rows)
+    return drawn
+
+
+def _separate(table: pd.DataFrame) -> Iterator[tuple[list[object], pd.DataFrame]]:
+    """The table's selections, each with the words of its stem: names, and the conditions that differ."""
+    from diag.show.figures.tables import CONDITIONS, IDENTITY, selections
+
+    for names, alike in table.groupby(list(IDENTITY), sort=False, dropna=False):
+        differing = [c for c in CONDITIONS if c in table.columns and alike[c].nunique(dropna=False) > 1]
+        for part in selections(alike):
+            yield [*names, *(part[column].iloc[0] for column in differing)], part
+
+
+def _comparable(table: pd.DataFrame) -> Iterator[tuple[list[object], pd.DataFrame]]:
+    """What is compared: all models together if each has one tower and token set, else those that share one.
+
+    If none share one, all together after all: the user asked for more than one model.
+    """
+    if table["model"].nunique() < 2:
+        return
+    shared = [
+        (list(names), part)
+        for names, part in table.groupby(["tower", "tokens"], sort=False, observed=True)
+        if part["model"].nunique() > 1
+    ]
+    single = len(table[["model", "tower", "tokens"]].drop_duplicates()) == table["model"].nunique()
+    if single or not shared:
+        yield [], table
+    elif len(shared) == 1:
+        yield [], shared[0][1]
+    else:
+        yield from shared

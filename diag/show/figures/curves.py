@@ -1,0 +1,314 @@
+"""Curves over depth: the four panels of one model, and several models beside each other."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from diag.show.figures.overlay import draw_overlay, overlays
+from diag.show.figures.page import page
+from diag.show.figures.panels import COMPARISON, COMPARISON_METRICS, CURVE_METRICS, CURVES, Panel
+from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, ordered_colours, style
+from diag.show.figures.tables import (
+    CONDITIONS,
+    LABEL,
+    caption,
+    check_columns,
+    drawable,
+    one_selection,
+    profile,
+    rows_of,
+    selections,
+    shorten,
+    span,
+)
+
+BANDS = "bands: 95 % bootstrap interval over inputs"
+LEGEND_ROW = 10.5
+"""Points that one row of a panel's legend takes between its title and its axes."""
+MARKERS = "osD^vP*X"
+LONE_MARKERS = {"-": "o", "--": "D", ":": "x"}
+"""What tells lines without markers apart where there is only one layer, and so no line."""
+DASHES = ("-", "--", ":", "-.")
+
+
+def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
+    """The diagnostics of one model over depth: bias with its nulls, its split, similarities, attention.
+
+    `layers` is the long-form table of one (model, tower, tokens). `published`: values to lay over it, as
+    hollow grey markers (columns model, metric, layer, value, uncertainty, source). Panels whose metrics
+    were not measured are left out. The panels of cosines share their limits. Lines join the measured
+    layers in order of depth, also across layers that were left out; more than 16 layers are marked every
+    second, third, ...
+
+    Raises UserError if the table holds several selections or none of the metrics.
+    """
+    rows = drawable(check_columns(layers), CURVE_METRICS, "layer curves")
+    one_selection(rows, "layer curves")
+    panels = [panel for panel in CURVES if not rows_of(rows, (line.metric for line in panel.lines)).empty]
+    cosines = {line.metric for panel in panels if not panel.unit_interval for line in panel.lines}
+    known = [overlay for found in overlays(published) if len((overlay := found.of(CURVE_METRICS)).rows)]
+    shown = [overlay.of(cosines).rows for overlay in known]
+    limits = _cosine_limits(rows_of(rows, cosines), shown)
+    deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
+    with style():
+        model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
+        room = 0.15 * len(known) + 0.1 if known else 0.0
+        figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
+        drawn: set[str] = set()
+        for letter, panel, ax in zip(string.ascii_lowercase, panels, axes, strict=False):
+            _draw_panel(ax, panel, rows)
+            fresh = {line.metric for line in panel.lines} - drawn  # a metric of two panels once
+            for overlay in known:
+                draw_overlay(ax, overlay.of(fresh))
+            drawn |= fresh
+            ax.set_title(f"({letter}) {panel.title}")
+            ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
+            ax.set_ylabel(panel.y_label)
+            _layer_axis(ax, deep)
+        _legends(axes)
+        if known:
+            figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
+    return figure
+
+
+def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
+    """Small multiples: one panel per metric, one line per model over relative depth, layer / (last layer).
+
+    A model measured on two token sets or in two ways gives two lines; where the table has a `label` column,
+    every label is a line. Where every patch size occurs once, the lines with a patch size go from dark
+    (coarse) to light (fine), and so does one model at several T (few to many); all others take Okabe-Ito
+    colours. `published`: values to lay over them, as in `layer_curves`; depth is relative to the last
+    published layer.
+    Self weight is shown relative to uniform weight if every model has it so: 49 and 256 tokens compare.
+
+    Raises UserError if the table holds none of the metrics, or several values for one layer of one line.
+    """
+    rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
+    entries = _entries(rows)
+    metrics = _compared(entries)
+    with style():
+        # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
+        columns = max(1, min(len(entries), 104 // (max(len(entry.label) for entry in entries) + 8)))
+        legend_height = 0.15 * math.ceil(len(entries) / columns) + 0.1
+        known = [overlay.of(metrics) for overlay in overlays(published)]
+        known = [overlay for overlay in known if not overlay.rows.empty]
+        legend_height += 0.15 * len(known)
+        figure, axes = page(
+            len(metrics),
+            row_height=2.1,
+            title="Comparison over relative depth",
+            caption=caption(rows, bands=BANDS),
+            extra=legend_height,
+        )
+        for letter, metric, ax in zip(string.ascii_lowercase, metrics, axes, strict=False):
+            title, y_label = COMPARISON[metric]
+            for entry in entries:
+                curve = profile(entry.rows, metric)
+                curve["layer"] /= entry.last
+                _draw_line(
+                    ax,
+                    curve,
+                    label=entry.label,
+                    colour=entry.colour,
+                    dashes=entry.dashes,
+                    marker=entry.marker,
+                )
+            for overlay in known:
+                draw_overlay(ax, overlay.of([metric]), relative=True)
+            if metric == "self_weight_ratio":
+                ax.axhline(1, color="0.35", linewidth=0.7, linestyle=":")  # uniform attention
+            elif ax.get_ylim()[0] < 0:
+                ax.axhline(0, color="0.35", linewidth=0.7)
+            ax.set_title(f"({letter}) {title}")
+            ax.set_ylabel(y_label)
+            ax.set_xlabel("relative depth")
+            ax.set_xlim(-0.03, 1.03)
+        handles = {
+            line.get_label(): line for ax in axes for line in ax.get_lines() if line.get_gid() == "model"
+        }
+        shown = [entry.label for entry in entries if entry.label in handles]
+        marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
+        names = [*shown, *(overlay.label for overlay in known)]
+        figure.legend(marks, names, loc="outside lower center", ncols=columns)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One line of the comparison, with how it is drawn."""
+
+    rows: pd.DataFrame
+    label: str
+    colour: str | tuple[float, float, float]
+    dashes: str
+    marker: str
+
+    @property
+    def last(self) -> float:
+        """What stands at relative depth 1: the model's last layer where the table knows it, else the last
+        measured one. A model of one layer stands at 0.
+        """
+        counted = self.rows["layer_count"].max() - 1 if "layer_count" in self.rows else 0
+        return max(float(self.rows["layer"].max()), float(counted), 1.0)
+
+
+def _entries(rows: pd.DataFrame) -> list[_Entry]:
+    parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
+    patches = [_patch_size(part) for part in parts]
+    if set(patches) == {None} and rows["model"].nunique() == 1:
+        patches = [_few_first(part) for part in parts]
+    sized = sorted({patch for patch in patches if patch is not None}, reverse=True)
+    ordered = len(sized) > 1 and len(sized) == sum(patch is not None for patch in patches)
+    if ordered:  # coarse to fine, then the models without patches
+        order = sorted(range(len(parts)), key=lambda index: -(patches[index] or 0))
+        parts, patches = [parts[index] for index in order], [patches[index] for index in order]
+    shades = dict(zip(sized, ordered_colours(len(sized)), strict=True)) if ordered else {}
+    # Yellow is too pale for a thin line. Beside the map, only colours that the map does not hold.
+    palette = ("vermillion", "purple", "black") if ordered else tuple(OKABE_ITO)[:7]
+    labels = _numbered([_label(part, rows) for part in parts])
+    entries: list[_Entry] = []
+    plain = 0  # lines so far that are not on the map
+    for index, (part, patch, label) in enumerate(zip(parts, patches, labels, strict=True)):
+        marker = MARKERS[index % len(MARKERS)]
+        if patch in shades:
+            entries.append(_Entry(part, label, shades[patch], "-", marker))
+        else:
+            colour = OKABE_ITO[palette[plain % len(palette)]]
+            dashes = DASHES[(plain // len(palette) + ordered) % len(DASHES)]
+            entries.append(_Entry(part, label, colour, dashes, marker))
+            plain += 1
+    return entries
+
+
+def _patch_size(part: pd.DataFrame) -> float | None:
+    if "patch_size" not in part.columns:
+        return None
+    size = pd.to_numeric(part["patch_size"], errors="coerce").iloc[0]  # "16x8" has no place in an order
+    return None if pd.isna(size) else float(size)
+
+
+def _few_first(part: pd.DataFrame) -> float | None:
+    """The number of tokens as a place in the order of `_entries`, where the largest number comes first."""
+    size = part["n_tokens"].max() if "n_tokens" in part.columns else float("nan")
+    return None if pd.isna(size) else -float(size)
+
+
+def _label(part: pd.DataFrame, everything: pd.DataFrame) -> str:
+    """The model's name, what tells this line from the model's other lines, and its number of tokens."""
+    length = span(part["n_tokens"]) if "n_tokens" in part.columns else ""
+    if LABEL in part.columns:
+        name = str(part[LABEL].iloc[0])
+        return shorten(name, 60) + (f" (T = {length})" if length and " T = " not in name else "")
+    model = part["model"].iloc[0]
+    family = everything[everything["model"] == model]
+    telling = [
+        f"{column.replace('_', ' ')} {part[column].iloc[0]}"
+        if column in CONDITIONS
+        else str(part[column].iloc[0])
+        for column in ("tower", "tokens", *CONDITIONS)
+        if column in family.columns and family[column].nunique(dropna=False) > 1
+    ]
+    name = " · ".join([shorten(str(model), 60), *telling])
+    return f"{name} (T = {length})" if length else name
+
+
+def _numbered(labels: Sequence[str]) -> list[str]:
+    """The labels, numbered where shortening made two of them alike."""
+    return [
+        f"{label} #{labels[: index + 1].count(label)}" if labels.count(label) > 1 else label
+        for index, label in enumerate(labels)
+    ]
+
+
+def _compared(entries: Sequence[_Entry]) -> list[str]:
+    """The metrics to compare, with the better of the two self weights that the models have in common."""
+    having = {
+        metric: sum(not rows_of(entry.rows, [metric]).empty for entry in entries)
+        for metric in COMPARISON_METRICS
+    }
+    spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
+    return [metric for metric in COMPARISON_METRICS if having[metric] and metric != spare]
+
+
+def _draw_panel(ax: Axes, panel: Panel, rows: pd.DataFrame) -> None:
+    for line in panel.lines:
+        _draw_line(
+            ax,
+            profile(rows, line.metric),
+            label=line.label,
+            colour=OKABE_ITO[line.colour],
+            dashes=line.dashes,
+            marker=line.marker,
+        )
+    if not panel.unit_interval:
+        ax.axhline(0, color="0.35", linewidth=0.7, zorder=1)
+
+
+def _draw_line(
+    ax: Axes,
+    curve: pd.DataFrame,
+    *,
+    label: str,
+    colour: str | tuple[float, float, float],
+    dashes: str,
+    marker: str,
+) -> None:
+    """The mean over depth with its interval: a band, or a bar if there is only one layer. Empty: nothing."""
+    if curve.empty:
+        return
+    if len(curve) == 1:
+        marker, dashes = marker or LONE_MARKERS[dashes], ""
+        ax.vlines(curve["layer"], curve["ci_low"], curve["ci_high"], color=colour, linewidth=1)
+    elif curve["ci_low"].notna().any():
+        ax.fill_between(
+            curve["layer"], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
+        )
+    ax.plot(
+        curve["layer"],
+        curve["mean"],
+        color=colour,
+        linestyle=dashes,
+        marker=marker,
+        markersize=3,
+        markevery=math.ceil(len(curve) / 16),
+        label=label,
+        gid="model",
+    )
+
+
+def _legends(axes: Sequence[Axes]) -> None:
+    """A legend between title and axes, where it covers no line; titles of one row stand at one height."""
+    for start in range(0, len(axes), 2):
+        row = axes[start : start + 2]
+        lines = max(math.ceil(len(ax.get_legend_handles_labels()[0]) / 2) for ax in row)
+        height = 3 + LEGEND_ROW * lines
+        for ax in row:
+            ax.set_title(ax.get_title(loc="left"), pad=height + 4)
+            above = ScaledTranslation(0, height / 72, ax.figure.dpi_scale_trans)
+            ax.legend(loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + above, ncols=2)
+
+
+def _layer_axis(ax: Axes, layers: pd.Series) -> None:
+    first, last = float(layers.min()), float(layers.max())
+    margin = 0.5 if first == last else 0.03 * (last - first)
+    ax.set_xlim(first - margin, last + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    ax.set_xlabel("layer")
+
+
+def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame] = ()) -> tuple[float, float]:
+    """Common limits of the panels of cosines: all means and intervals, and zero, with a margin."""
+    ends = [part["value"] + sign * part["uncertainty"].fillna(0) for part in published for sign in (-1, 1)]
+    numbers = pd.concat([*(rows[name] for name in ("mean", "ci_low", "ci_high")), *ends]).astype(float)
+    low, high = min(numbers.min(), 0.0), max(numbers.max(), 0.0)
+    margin = 0.04 * max(high - low, 0.05)
+    return (low - margin, high + margin)

@@ -1,0 +1,173 @@
+"""Depth profiles: three curves over layers, the minimum of the first marked; published values as points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from diag.show.figures.lines import (
+    PUBLISHED,
+    columns_for,
+    depth_curve,
+    finite_range,
+    heading,
+    line,
+    lines_of,
+    published_points,
+)
+from diag.show.figures.page import page
+from diag.show.figures.panels import CURVES
+from diag.show.figures.style import OKABE_ITO, style
+from diag.show.figures.tables import caption, check_columns, drawable, rows_of
+
+METRICS = ("cos_y_vself", "value_similarity", "self_weight")
+"""The three curves of Exclusive Self Attention's first figure."""
+
+LABELS = {
+    "cos_y_vself": "alignment bias cos(yᵢ, vᵢ)",
+    "value_similarity": "value similarity cos(vᵢ, vⱼ)",
+    "self_weight": "self weight Aᵢᵢ",
+}
+COLOURS = {"cos_y_vself": "blue", "value_similarity": "orange", "self_weight": "vermillion"}
+MARKERS = "oDs^vP"
+BANDS = "bands: 95 % bootstrap interval over inputs"
+
+
+def depth_profiles(
+    layers: pd.DataFrame, published: pd.DataFrame | None = None, *, metrics: Sequence[str] = METRICS
+) -> Figure:
+    """A panel per line with its curves over layers; all panels share their limits.
+
+    layers: per-layer table; a column `label` tells lines apart.
+    published: columns label, metric, layer, value, uncertainty, source; drawn as open points in the panel
+        of the same label, and marked as published.
+    The minimum of the first metric is ringed, with its value and layer.
+
+    Raises UserError if the table holds none of the metrics, or several values for one layer of a line.
+    """
+    rows = drawable(check_columns(layers), list(metrics), "depth profiles")
+    known = _of_lines(published, rows, metrics)
+    parts = lines_of(rows)
+    shown = [metric for metric in metrics if not rows_of(rows, [metric]).empty]
+    low, high = _limits(rows, known)
+    said = caption(rows, bands=BANDS)
+    if len(known):
+        # values, not a second measurement: what they are comes with the figure
+        said += f"\nopen points: published values, {', '.join(dict.fromkeys(known['source']))}"
+    with style():
+        legend = 0.2 * math.ceil((len(shown) + 2) / 3) + 0.1
+        figure, axes = page(
+            len(parts),
+            row_height=2.15,
+            title="Profiles over depth",
+            caption=said,
+            extra=legend,
+            columns=columns_for(len(parts)),
+        )
+        for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
+            for number, metric in enumerate(shown):
+                colour, marker = _looks(metric, number)
+                theirs = known[(known["label"] == label) & (known["metric"] == metric)]
+                # under open points, a line's own markers would look like some of them filled
+                own = "" if len(theirs) else marker
+                line(ax, depth_curve(part, metric), label=_word(metric), colour=colour, marker=own)
+                published_points(ax, theirs, colour=colour, marker=marker)
+            ax.set_ylim(low, high)
+            _mark_minimum(ax, depth_curve(part, shown[0]))
+            ax.set_title(heading(place, label, part, len(parts)))
+            ax.set_ylabel("cosine, weight")
+            # a model with more published than measured layers shows all of them
+            layer_axis(
+                ax, pd.concat([part["layer"], known.loc[known["label"] == label, "layer"].astype(float)])
+            )
+            if low < 0:
+                ax.axhline(0, color="0.35", linewidth=0.7, zorder=1)
+        _legend(figure, axes, shown, published=len(known) > 0)
+    return figure
+
+
+def layer_axis(ax: Axes, layers: pd.Series) -> None:
+    """Whole layers on the x axis."""
+    first, last = float(layers.min()), float(layers.max())
+    margin = 0.5 if first == last else 0.03 * (last - first)
+    ax.set_xlim(first - margin, last + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    ax.set_xlabel("layer")
+
+
+def _of_lines(published: pd.DataFrame | None, rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    if published is None or published.empty:
+        return pd.DataFrame(
+            {name: [] for name in ("label", "metric", "layer", "value", "uncertainty", "source")}
+        )
+    return published[published["label"].isin(lines_of(rows)) & published["metric"].isin(list(metrics))]
+
+
+def _limits(rows: pd.DataFrame, known: pd.DataFrame) -> tuple[float, float]:
+    low, high = finite_range(rows[["mean", "ci_low", "ci_high"]])
+    if len(known):
+        low, high = min(low, float(known["value"].min())), max(high, float(known["value"].max()))
+    low = min(low, 0.0)
+    margin = 0.05 * max(high - low, 0.05)
+    # above the curves is room for the words of the minimum
+    return (low - margin, high + 3.5 * margin)
+
+
+def _looks(metric: str, number: int) -> tuple[str, str]:
+    spare = [name for name in OKABE_ITO if name not in (*COLOURS.values(), "yellow")]
+    name = COLOURS.get(metric) or spare[number % len(spare)]
+    return OKABE_ITO[name], MARKERS[number % len(MARKERS)]
+
+
+def _word(metric: str) -> str:
+    names = {line.metric: line.label for panel in CURVES for line in panel.lines}
+    return LABELS.get(metric) or names.get(metric) or metric.replace("_", " ")
+
+
+def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
+    """A ring around the smallest value; its number and layer above the curves, where they cover none."""
+    if len(curve) < 2:
+        return
+    least = curve.iloc[int(curve["mean"].to_numpy().argmin())]
+    low, high = ax.get_ylim()
+    top = high - 0.11 * (high - low)
+    ax.vlines(least["x"], least["mean"], top, color="0.35", linewidth=0.6, linestyle=":", zorder=1)
+    ax.plot(
+        least["x"],
+        least["mean"],
+        marker="o",
+        markersize=8,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        markeredgewidth=0.9,
+        linestyle="",
+        clip_on=False,
+        gid="minimum",
+        zorder=4,
+    )
+    share = (least["x"] - curve["x"].min()) / (curve["x"].max() - curve["x"].min())
+    side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
+    said = f"min {least['mean']:.3f}, layer {least['x']:.0f}".replace("-", "\N{MINUS SIGN}")
+    ax.annotate(said, (least["x"], top), fontsize=6.5, ha=side, va="bottom", gid="minimum")
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], shown: Sequence[str], *, published: bool) -> None:
+    handles = {
+        drawn.get_label(): drawn for ax in axes for drawn in ax.get_lines() if drawn.get_gid() == "model"
+    }
+    entries = [handles[_word(metric)] for metric in shown]
+    ring = Line2D([], [], marker="o", markersize=7, markerfacecolor="none", color="black", linestyle="")
+    names, drawn = [_word(metric) for metric in shown], [*entries, ring]
+    names.append(f"minimum of {'the bias' if shown[0] == 'cos_y_vself' else _word(shown[0])}")
+    if published:
+        drawn.append(
+            Line2D([], [], marker="o", markersize=5, markerfacecolor="none", color="0.35", linestyle="")
+        )
+        names.append(PUBLISHED)
+    figure.legend(drawn, names, loc="outside lower center", ncols=3)

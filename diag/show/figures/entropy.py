@@ -1,0 +1,98 @@
+"""Entropy of attention over depth: mean, 15th percentile and bound (Context Broadcasting, Figure 4)."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from diag.show.figures.depth import BANDS, layer_axis
+from diag.show.figures.lines import columns_for, depth_curve, heading, line, lines_of
+from diag.show.figures.page import page
+from diag.show.figures.style import OKABE_ITO, style
+from diag.show.figures.tables import caption, check_columns, drawable
+
+METRICS = ("entropy", "entropy_p15")
+LINES = {
+    "entropy": ("mean over tokens", OKABE_ITO["blue"], "o", "-"),
+    "entropy_p15": ("15th percentile over tokens", OKABE_ITO["vermillion"], "s", "-"),
+}
+BOUND = "bound ln T: uniform attention"
+CAUSAL_BOUND = "bound of the mean: token i sees i keys"
+
+
+def entropy_over_depth(layers: pd.DataFrame) -> Figure:
+    """A panel per line, in nats; all panels share their limits.
+
+    The bound is ln T, T the keys of one softmax. In a causal model (`first_token` is excluded) row i sees
+    i keys, so that the mean over tokens is bounded by the mean of ln i, i = 2 … T, which is drawn as well.
+
+    Raises UserError if the table holds no entropy, or several values for one layer of a line.
+    """
+    rows = drawable(check_columns(layers), list(METRICS), "figures of entropy")
+    parts = lines_of(rows)
+    bounds = {label: bounds_of(part) for label, part in parts.items()}
+    causal = any(bound["causal"].notna().any() for bound in bounds.values())
+    highest = max(float(bound["bound"].max()) for bound in bounds.values())
+    with style():
+        figure, axes = page(
+            len(parts),
+            row_height=2.15,
+            title="Entropy of attention",
+            caption=caption(rows, bands=BANDS),
+            extra=0.45,
+            columns=columns_for(len(parts)),
+        )
+        for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
+            bound = bounds[label]
+            ax.plot(
+                bound["layer"],
+                bound["bound"],
+                color="black",
+                linestyle="--",
+                linewidth=1,
+                label=BOUND,
+                gid="bound",
+            )
+            if bound["causal"].notna().any():
+                ax.plot(
+                    bound["layer"],
+                    bound["causal"],
+                    color="black",
+                    linestyle=":",
+                    linewidth=1,
+                    label=CAUSAL_BOUND,
+                    gid="bound",
+                )
+            for metric, (word, colour, marker, dashes) in LINES.items():
+                curve = depth_curve(part, metric)
+                line(ax, curve, label=word, colour=colour, marker=marker, dashes=dashes)
+            ax.set_ylim(0, 1.06 * highest)
+            ax.set_title(heading(place, label, part, len(parts)))
+            ax.set_ylabel("entropy in nats")
+            layer_axis(ax, part["layer"])
+        handles = {drawn.get_label(): drawn for ax in axes for drawn in ax.get_lines()}
+        order = [*(word for word, *_ in LINES.values()), BOUND, *([CAUSAL_BOUND] if causal else [])]
+        shown = [word for word in order if word in handles]
+        figure.legend([handles[word] for word in shown], shown, loc="outside lower center", ncols=2)
+    return figure
+
+
+def bounds_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The bounds of each layer: columns layer, bound (ln T), causal (mean of ln i, i = 2 … T; else NaN)."""
+    first = rows.sort_values("layer").drop_duplicates("layer")
+    lengths = pd.to_numeric(first["n_tokens"]).to_numpy(float)
+    excluded = (
+        (first["first_token"] == "excluded").to_numpy() if "first_token" in first else [False] * len(first)
+    )
+    return pd.DataFrame(
+        {
+            "layer": first["layer"].to_numpy(float),
+            "bound": [math.log(length) for length in lengths],
+            "causal": [
+                math.lgamma(length + 1) / (length - 1) if hides and length > 1 else math.nan
+                for length, hides in zip(lengths, excluded, strict=True)
+            ],
+        }
+    )

@@ -1,0 +1,98 @@
+"""Layer x head maps of one model: which heads carry the bias, and whether they attend to themselves."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from diag.show.figures.page import page
+from diag.show.figures.panels import HEAD_MAPS, HEAD_METRICS, HeadMap
+from diag.show.figures.style import style
+from diag.show.figures.tables import caption, check_columns, drawable, one_selection, rows_of
+
+COLOURS = {"cosine": "viridis", "signed": "RdBu_r", "weight": "cividis"}
+
+
+def head_heatmaps(heads: pd.DataFrame) -> Figure:
+    """Maps of the metrics over layers (downwards) and heads (to the right), of one (model, tower, tokens).
+
+    Cosines share one colour range, the excess is centred on zero, weights begin at zero. A place without
+    a head, a layer that was not measured and a value that is NaN are left blank, and hatched so that they
+    do not pass for a colour.
+
+    Raises UserError if the table holds several selections or none of the metrics.
+    """
+    rows = drawable(check_columns(heads, ["head"]), HEAD_METRICS, "head heatmaps")
+    one_selection(rows, "head heatmaps", index=("layer", "head"))
+    head_maps = [head_map for head_map in HEAD_MAPS if not rows_of(rows, [head_map.metric]).empty]
+    places = _places(rows)
+    first, shape = places[0], (places[1] - places[0] + 1, places[2])
+    fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in head_maps}
+    blank = any(np.isnan(field).any() for field in fields.values())
+    said = caption(rows.assign(ci_low=math.nan), bands="")
+    with style():
+        figure, axes = page(
+            len(head_maps),
+            row_height=1.0 + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
+            title=str(rows["model"].iloc[0]),
+            caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
+        )
+        for letter, head_map, ax in zip(string.ascii_lowercase, head_maps, axes, strict=False):
+            shared = [fields[other.metric] for other in head_maps if other.scale == head_map.scale]
+            _draw_map(ax, fields[head_map.metric], head_map, colour_range(head_map.scale, shared), places)
+            ax.set_title(f"({letter}) {head_map.title}")
+    return figure
+
+
+def _places(rows: pd.DataFrame) -> tuple[int, int, int]:
+    """First layer, last layer, and number of heads of the layer that has most."""
+    return int(rows["layer"].min()), int(rows["layer"].max()), int(rows["head"].max()) + 1
+
+
+def field_of(rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int]) -> np.ndarray:
+    """The means of a metric as [layer, head], NaN where there is none; row 0 is layer `first`."""
+    part = rows[rows["metric"] == metric]
+    field = np.full(shape, np.nan)
+    field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part["mean"].to_numpy(float)
+    return field
+
+
+def colour_range(scale: str, fields: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The colour range of the maps of one scale; never empty, also where every value is zero."""
+    low = min(float(np.nanmin(field)) for field in fields)
+    high = max(float(np.nanmax(field)) for field in fields)
+    if scale == "signed":
+        reach = max(abs(low), abs(high), 1e-3)
+        return -reach, reach
+    low = min(low, 0.0)
+    return low, max(high, low + 1e-3)
+
+
+def _draw_map(
+    ax: Axes, field: np.ndarray, head_map: HeadMap, limits: tuple[float, float], places: tuple[int, int, int]
+) -> None:
+    first, last, heads = places
+    image = ax.imshow(
+        field,
+        cmap=COLOURS[head_map.scale],
+        vmin=limits[0],
+        vmax=limits[1],
+        aspect="auto",
+        interpolation="none",
+        extent=(-0.5, heads - 0.5, last + 0.5, first - 0.5),
+    )
+    ax.grid(False)
+    ax.patch.set(facecolor="white", edgecolor="0.8", hatch="////")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=25)
+    bar.outline.set_linewidth(0.4)

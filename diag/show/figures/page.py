@@ -1,0 +1,33 @@
+"""A page of panels: title, caption, and panels two to a row, or three."""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diag.show.figures.style import PAGE_WIDTH
+from diag.show.figures.tables import shorten
+
+TITLE_LENGTH = 66
+"""Characters of a bold title that surely fit a page-wide figure."""
+
+
+def page(
+    count: int, *, row_height: float, title: str, caption: str, extra: float = 0.0, columns: int = 2
+) -> tuple[Figure, list[Axes]]:
+    """A page-wide figure with `count` panels.
+
+    Heights in inches; `extra` is room for a legend below the panels; columns: panels to a row, at most.
+    Call it inside `style()`.
+    """
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(PAGE_WIDTH, row_height * rows + 0.6 + extra))
+    # Constrained layout keeps room for one heading per figure; the caption, in its own size, needs a second.
+    body = figure.subfigures(1, 1, squeeze=False)[0, 0]
+    figure.suptitle(shorten(title, TITLE_LENGTH))
+    body.suptitle(caption, fontsize=7, fontweight="normal", color="0.3")
+    grid = body.add_gridspec(rows, columns)
+    return figure, [body.add_subplot(grid[index // columns, index % columns]) for index in range(count)]

@@ -1,0 +1,127 @@
+"""What XSA did in published models: its effect against value similarity, and the similarity it leads to."""
+
+from __future__ import annotations
+
+import string
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diag.errors import UserError
+from diag.show.figures.depth import layer_axis
+from diag.show.figures.lines import columns_for, finite_range, line
+from diag.show.figures.page import page
+from diag.show.figures.style import OKABE_ITO, style
+
+SIDES = {"baseline": ("blue", "o"), "XSA-trained": ("vermillion", "s")}
+
+
+def effect(points: pd.DataFrame) -> Figure:
+    """Points of change in accuracy against the value similarity of the baseline.
+
+    points: columns label, training_run, similarity_baseline (mean over layers), change (points of
+    top-1 accuracy), source. Later training runs of a model stand at the similarity of its first, open.
+
+    Raises UserError if the table is empty.
+    """
+    if points.empty:
+        raise UserError("there is no published effect to draw", "see diag/results/published_data")
+    colours = dict(zip(dict.fromkeys(points["label"]), list(OKABE_ITO)[:7], strict=False))
+    with style():
+        figure, (ax,) = page(
+            1,
+            row_height=2.4,
+            title="Value similarity against XSA's effect",
+            caption=f"published values, {', '.join(dict.fromkeys(points['source']))} · "
+            f"{points['model'].nunique()} models, {len(points)} trainings: too few for a trend",
+        )
+        ax.axhline(0, color="0.35", linewidth=0.7)
+        for _, point in points.iterrows():
+            again = point["training_run"] > 1
+            colour = OKABE_ITO[colours[point["label"]]]
+            ax.plot(
+                point["similarity_baseline"],
+                point["change"],
+                marker="o",
+                markersize=6,
+                markeredgecolor=colour,
+                markerfacecolor="none" if again else colour,
+                linestyle="",
+                gid="published",
+            )
+            word = f"{point['label']}, training {point['training_run']}" if again else point["label"]
+            ax.annotate(
+                f"{word}: {point['change']:+.2f}".replace(": -", ": \N{MINUS SIGN}"),
+                (point["similarity_baseline"], point["change"]),
+                xytext=(7, 0),
+                textcoords="offset points",
+                fontsize=7,
+                va="center",
+            )
+        low, high = float(points["similarity_baseline"].min()), float(points["similarity_baseline"].max())
+        margin = max(high - low, 0.05)
+        ax.set_xlim(low - 0.1 * margin, high + 0.4 * margin)  # room for the last name
+        ax.margins(y=0.12)
+        ax.set_xlabel("value similarity of the baseline, mean over layers")
+        ax.set_ylabel("top-1 with XSA − without, points")
+    return figure
+
+
+def trained_similarity(curves: pd.DataFrame) -> Figure:
+    """Value similarity over layers of a baseline and its XSA-trained twin, a panel per pair.
+
+    curves: columns pair, side (a key of `SIDES`), layer, mean, ci_low, ci_high (NaN where published), source
+    (empty where measured). All panels share their limits.
+
+    Raises UserError if the table is empty.
+    """
+    if curves.empty:
+        raise UserError("there is no pair of models to draw", "give pairs: with name, baseline and trained")
+    pairs = list(dict.fromkeys(curves["pair"]))
+    sources = [source for source in dict.fromkeys(curves["source"]) if source]
+    said = (
+        f"published values, {', '.join(sources)}" if sources else "bands: 95 % bootstrap interval over inputs"
+    )
+    _, high = finite_range(curves[["mean", "ci_high"]])
+    with style():
+        figure, axes = page(
+            len(pairs),
+            row_height=2.1,
+            title="Value similarity with and without XSA in training",
+            caption=said,
+            extra=0.3,
+            columns=columns_for(len(pairs)),
+        )
+        for place, (ax, pair) in enumerate(zip(axes, pairs, strict=True)):
+            part = curves[curves["pair"] == pair]
+            for side, (colour, marker) in SIDES.items():
+                curve = part[part["side"] == side].sort_values("layer").rename(columns={"layer": "x"})
+                line(ax, curve, label=side, colour=OKABE_ITO[colour], marker=marker)
+                _mean(ax, curve, OKABE_ITO[colour])
+            ax.set_ylim(min(0.0, float(curves["mean"].min())), 1.08 * high)
+            ax.set_title(f"({string.ascii_lowercase[place % 26]}) {pair}" if len(pairs) > 1 else pair)
+            ax.set_ylabel("value similarity")
+            layer_axis(ax, part["layer"])
+        handles = [drawn for drawn in axes[0].get_lines() if drawn.get_gid() == "model"]
+        figure.legend(
+            handles, [str(drawn.get_label()) for drawn in handles], loc="outside lower center", ncols=2
+        )
+    return figure
+
+
+def _mean(ax: Axes, curve: pd.DataFrame, colour: str) -> None:
+    """The mean over layers, in small print at the end of its line."""
+    if not curve.empty:
+        mean = float(curve["mean"].mean())
+        ax.axhline(mean, color=colour, linewidth=0.7, linestyle=":", gid="mean")
+        ax.annotate(
+            f"{mean:.3f}",
+            (1.0, mean),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 0),
+            textcoords="offset points",
+            fontsize=6,
+            va="center",
+            color=colour,
+        )

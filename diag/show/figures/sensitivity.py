@@ -1,0 +1,182 @@
+"""What changing a layer costs, beside its control; and the bias of a layer against that cost."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from diag.errors import UserError
+from diag.show.figures.page import page
+from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, style
+
+CONTROL = "random_direction"
+COLOURS = ("blue", "vermillion", "green", "orange", "purple", "sky")
+MARKERS = "os^DvP"
+SCOPES = {"one": "one layer", "first": "first to this layer", "last": "this to last layer"}
+LABELS = {
+    "loss_change": "loss, after − before (nats per token)",
+    "loss_change_per_byte": "loss, after − before (nats per byte)",
+    "top1_change": "top-1 accuracy, after − before",
+    "top5_change": "top-5 accuracy, after − before",
+    "class_divergence": "KL of the classes (nats)",
+    "same_class": "share with the same class",
+    "embedding_change": "1 − cos of the embedding",
+    "embedding_norm": "norm of the embedding, ratio",
+    "token_change": "1 − cos of the last tokens",
+    "token_norm": "norm of the last tokens, ratio",
+}
+PREDICTORS = {
+    "cos_y_vself": "alignment bias cos(yᵢ, vᵢ)",
+    "excess": "excess over partner null",
+    "cos_y_vuniform": "uniform-attention null",
+    "self_part": "self part",
+    "value_similarity": "value similarity",
+    "self_weight": "self weight Aᵢᵢ",
+}
+
+
+def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]) -> Figure:
+    """The effect of each intervention over depth: a row of panels per effect, a column per scope.
+
+    table: `sensitivity.csv`, of all heads together. The matched control is black and dashed.
+    Raises UserError if none of the effects was measured.
+    """
+    rows = table[(table["head"] < 0) & table["effect"].isin(list(effects)) & table["mean"].notna()]
+    if rows.empty:
+        raise UserError("nothing to draw: no such effect was measured", f"effects are {', '.join(LABELS)}")
+    panels = [
+        (effect, scope)
+        for effect in effects
+        for scope in SCOPES
+        if not rows[(rows["effect"] == effect) & (rows["scope"] == scope)].empty
+    ]
+    names = list(dict.fromkeys(zip(rows["intervention"], rows["strength"], strict=True)))
+    n = int(rows["n"].max())
+    with style():
+        figure, axes = page(
+            len(panels),
+            row_height=2.3,
+            title=title,
+            caption=f"n = {n} inputs · paired with the untouched model · bands: 95 % bootstrap over inputs",
+            extra=0.35,
+        )
+        for letter, (effect, scope), ax in zip(string.ascii_lowercase, panels, axes, strict=False):
+            part = rows[(rows["effect"] == effect) & (rows["scope"] == scope)]
+            for number, name in enumerate(names):
+                _line(ax, part, name, number)
+            ax.axhline(_unchanged(effect), color="0.35", linewidth=0.7, zorder=1)
+            ax.set_title(f"({letter}) {SCOPES[scope]}")
+            ax.set_ylabel(LABELS[effect])
+            ax.set_xlabel("layer")
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    return figure
+
+
+def bias_against_effect(
+    table: pd.DataFrame, relations: pd.DataFrame, layers: pd.DataFrame, *, effect: str, intervention: str
+) -> Figure:
+    """What the untouched model measures at a layer, against the effect of changing that layer: a panel each.
+
+    layers: the probe's table, for the predictors. Points are layers, numbered; bars are 95 % intervals over
+    inputs; the title holds Spearman's ρ with its interval and p.
+    """
+    chosen = relations[
+        (relations["intervention"] == intervention)
+        & (relations["effect"] == effect)
+        & (relations["level"] == "layer")
+    ]
+    cost = table[
+        (table["intervention"] == intervention)
+        & (table["effect"] == effect)
+        & (table["scope"] == "one")
+        & (table["head"] < 0)
+    ].set_index("layer")
+    names = [name for name in PREDICTORS if name in set(chosen["predictor"])][:4]
+    if not names or cost.empty:
+        raise UserError("nothing to draw: no layer was changed alone", "use --scope one")
+    n = int(cost["n"].max())
+    with style():
+        figure, axes = page(
+            len(names),
+            row_height=2.4,
+            title=f"Does it predict what {intervention} costs?",
+            caption=f"each point a layer · n = {n} inputs · bars: 95 % bootstrap over inputs · "
+            "p: random pairings of layers",
+        )
+        for letter, name, ax in zip(string.ascii_lowercase, names, axes, strict=False):
+            given = layers[layers["metric"] == name].set_index("layer")
+            places = [layer for layer in cost.index if layer in given.index]
+            first, second = given.loc[places], cost.loc[places]
+            ax.errorbar(
+                first["mean"],
+                second["mean"],
+                xerr=_reach(first),
+                yerr=_reach(second),
+                fmt="o",
+                color=OKABE_ITO["blue"],
+                markersize=3,
+                elinewidth=0.6,
+            )
+            for layer in places:
+                ax.annotate(
+                    str(layer),
+                    (first.loc[layer, "mean"], second.loc[layer, "mean"]),
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    fontsize=6.5,
+                )
+            row = chosen[chosen["predictor"] == name].iloc[0]
+            ax.set_title(f"({letter}) {_said(row)}")
+            ax.set_xlabel(PREDICTORS[name])
+            ax.set_ylabel(LABELS[effect])
+            ax.axhline(_unchanged(effect), color="0.35", linewidth=0.7, zorder=1)
+    return figure
+
+
+def _line(ax: Axes, part: pd.DataFrame, name: tuple[str, float], number: int) -> None:
+    strength = part["strength"].isna() if pd.isna(name[1]) else part["strength"] == name[1]
+    curve = part[(part["intervention"] == name[0]) & strength].sort_values("layer")
+    if curve.empty:
+        return
+    control = name[0] == CONTROL
+    colour = OKABE_ITO["black"] if control else OKABE_ITO[COLOURS[number % len(COLOURS)]]
+    ax.fill_between(
+        curve["layer"], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
+    )
+    ax.plot(
+        curve["layer"],
+        curve["mean"],
+        color=colour,
+        linestyle="--" if control else "-",
+        marker="" if control else MARKERS[number % len(MARKERS)],
+        markersize=3,
+        label=_label(*name),
+    )
+
+
+def _label(intervention: str, strength: float) -> str:
+    words = intervention.replace("_", " ")
+    return words if pd.isna(strength) or strength == 1 else f"{words} {strength:g}"
+
+
+def _reach(rows: pd.DataFrame) -> list[pd.Series]:
+    """Lengths of the bars below and above the mean; 0 without an interval."""
+    low, high = (rows["mean"] - rows["ci_low"]).fillna(0), (rows["ci_high"] - rows["mean"]).fillna(0)
+    return [low.clip(lower=0), high.clip(lower=0)]
+
+
+def _said(row: pd.Series) -> str:
+    if pd.isna(row["rho"]):
+        return "too few layers for a ρ"
+    return f"ρ = {row['rho']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}], p = {row['p']:.2g}"
+
+
+def _unchanged(effect: str) -> float:
+    return 1.0 if effect in ("same_class", "embedding_norm", "token_norm") else 0.0

@@ -1,0 +1,66 @@
+"""What was seen while training: the loss and the monitor's metrics over steps, a line per variant."""
+
+from __future__ import annotations
+
+import math
+import string
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from diag.errors import UserError
+from diag.show.figures.lines import columns_for, line
+from diag.show.figures.page import page
+from diag.show.figures.style import style
+from diag.show.figures.variants import legend_below, looks, patch_word, seeds_word
+
+METRICS = {
+    "loss": ("Training loss", "nats"),
+    "cos_y_vself": ("Alignment bias", "cos(yᵢ, vᵢ)"),
+    "excess": ("Excess over the null", "cosine difference"),
+    "value_similarity": ("Value similarity", "mean pairwise cosine"),
+    "entropy": ("Attention entropy", "nats"),
+    "self_weight": ("Self weight", "Aᵢᵢ"),
+}
+"""Metric -> (title, y label), in the order of the panels; others are left to the table."""
+
+
+def curves_over_steps(curves: pd.DataFrame) -> Figure:
+    """A panel per metric of one task and patch size; metrics are means over layers.
+
+    curves: columns task, patch_size, variant, metric, step, window, mean, low, high (smallest and
+    largest seed), n.
+    Raises UserError if it holds none of the metrics.
+    """
+    shown = [name for name in METRICS if (curves["metric"] == name).any()]
+    if not shown:
+        raise UserError("there is no curve to draw", f"log or monitor {', '.join(METRICS)}")
+    task, patch = str(curves["task"].iloc[0]), float(curves["patch_size"].iloc[0])
+    variants = looks(list(curves["variant"]))
+    window = int(curves.loc[curves["metric"] == "loss", "window"].max()) if "loss" in shown else 1
+    smooth = f" · loss: means of {window} steps" if window > 1 else ""
+    with style():
+        figure, axes = page(
+            len(shown),
+            row_height=1.9,
+            title="While training" + ("" if math.isnan(patch) else f", {patch_word(patch, task)}"),
+            caption=f"{task} · {seeds_word(curves['n'])} · means over layers · bands: smallest to largest "
+            f"seed{smooth}",
+            extra=0.15 * math.ceil(len(variants) / 4) + 0.15,
+            columns=columns_for(len(shown)),
+        )
+        for letter, metric, ax in zip(string.ascii_lowercase, shown, axes, strict=False):
+            part = curves[curves["metric"] == metric]
+            for name, look in variants.items():
+                ours = part[part["variant"] == name].sort_values("step")
+                curve = ours.rename(columns={"step": "x", "low": "ci_low", "high": "ci_high"})
+                marker = "" if metric == "loss" else look.marker  # many points, and lines that lie close
+                line(ax, curve, label=name, colour=look.colour, marker=marker, dashes=look.dashes)
+            title, label = METRICS[metric]
+            ax.set_title(f"({letter}) {title}")
+            ax.set_ylabel(label)
+            ax.set_xlabel("step")
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+        legend_below(figure, variants)
+    return figure

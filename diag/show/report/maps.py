@@ -1,0 +1,124 @@
+"""Layer x head maps as geometry: one SVG path per shade, so that 1,200 heads take a few kilobytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_hex
+from matplotlib.ticker import MaxNLocator
+
+from diag.show.figures.heatmaps import COLOURS, colour_range, field_of
+from diag.show.figures.panels import HEAD_MAPS, HeadMap
+from diag.show.figures.tables import rows_of
+
+WIDTH = 380
+LEFT, RIGHT, TOP = 34, 6, 4
+BELOW = 34
+"""Units under the map for the head axis."""
+SHADES = 48
+MOST_HIGH = 400
+"""Units of height that a map may take."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """One metric over layers (downwards) and heads (to the right).
+
+    shades: (colour, path) pairs that fill the cells. bar: colours of the legend from low to high, with the
+    numbers at its ends and middle. cell: width and height of a cell.
+    """
+
+    name: str
+    metric: str
+    title: str
+    description: str
+    first_layer: int
+    layers: int
+    heads: int
+    cell: tuple[float, float]
+    height: float
+    shades: tuple[tuple[str, str], ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    bar: tuple[str, ...]
+    ends: tuple[str, str, str]
+    blank: bool
+
+
+def head_maps(heads: pd.DataFrame, name: str) -> list[Map]:
+    """The maps of one line, of its rows of heads.parquet. Metrics that were not measured are left out."""
+    rows = rows_of(heads, [head_map.metric for head_map in HEAD_MAPS])
+    if rows.empty:
+        return []
+    shown = [head_map for head_map in HEAD_MAPS if (rows["metric"] == head_map.metric).any()]
+    first, last = int(rows["layer"].min()), int(rows["layer"].max())
+    shape = last - first + 1, int(rows["head"].max()) + 1
+    fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in shown}
+    found = []
+    for head_map in shown:
+        alike = [fields[other.metric] for other in shown if other.scale == head_map.scale]
+        limits = colour_range(head_map.scale, alike)
+        found.append(_map(f"{name}-{head_map.metric}", head_map, fields[head_map.metric], first, limits))
+    return found
+
+
+def _map(name: str, head_map: HeadMap, field: np.ndarray, first: int, limits: tuple[float, float]) -> Map:
+    layers, heads = field.shape
+    wide = (WIDTH - LEFT - RIGHT) / heads
+    high = float(np.clip(wide, min(7.0, MOST_HIGH / layers), min(22.0, MOST_HIGH / layers)))
+    colours = matplotlib.colormaps[COLOURS[head_map.scale]]
+    level = np.clip((field - limits[0]) / (limits[1] - limits[0]) * SHADES, 0, SHADES - 1)
+    paths: dict[int, list[str]] = {}
+    for row, column in zip(*np.nonzero(~np.isnan(field)), strict=True):
+        x, y = LEFT + column * wide, TOP + row * high
+        paths.setdefault(int(level[row, column]), []).append(
+            f"M{x:.1f} {y:.1f}h{wide:.1f}v{high:.1f}h-{wide:.1f}z"
+        )
+    return Map(
+        name=name,
+        metric=head_map.metric,
+        title=head_map.title,
+        description=_described(field, first),
+        first_layer=first,
+        layers=layers,
+        heads=heads,
+        cell=(round(wide, 3), round(high, 3)),
+        height=round(TOP + layers * high + BELOW, 1),
+        shades=tuple((to_hex(colours((key + 0.5) / SHADES)), "".join(paths[key])) for key in sorted(paths)),
+        x_ticks=_ticks(0, heads, LEFT, wide),
+        y_ticks=_ticks(first, layers, TOP, high),
+        bar=tuple(to_hex(colours(place / 12)) for place in range(13)),
+        ends=(number(limits[0]), number(sum(limits) / 2), number(limits[1])),
+        blank=bool(np.isnan(field).any()),
+    )
+
+
+def _ticks(first: int, count: int, start: float, size: float) -> tuple[tuple[float, str], ...]:
+    places = MaxNLocator(nbins=8, integer=True, min_n_ticks=1).tick_values(first, first + count - 1)
+    inside = [int(place) for place in places if first <= place <= first + count - 1]
+    return tuple((round(start + (place - first + 0.5) * size, 1), str(place)) for place in inside)
+
+
+def _described(field: np.ndarray, first: int) -> str:
+    low, high = (
+        np.unravel_index(np.nanargmin(field), field.shape),
+        np.unravel_index(np.nanargmax(field), field.shape),
+    )
+    return (
+        f"{field.shape[0]} layers by {field.shape[1]} heads. "
+        f"Highest {field[high]:.3f} in layer {first + high[0]}, head {high[1]}; "
+        f"lowest {field[low]:.3f} in layer {first + low[0]}, head {low[1]}; "
+        f"mean {np.nanmean(field):.3f}."
+    )
+
+
+def number(value: float) -> str:
+    """A number as tables show it: three decimals, one from a hundred on, a dash where there is none."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    return "0.000" if text == "-0.000" else text.replace("-", "−")

@@ -1,0 +1,145 @@
+"""What a person sees in the terminal: the per-layer table on stdout, progress on stderr. No torch."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+from diag.metrics.catalogue import COLUMNS
+
+WIDTH = 80
+
+
+PLAIN_SECONDS = 15.0
+
+
+def result_table(layers: pd.DataFrame) -> str:
+    """The per-layer table of every model, tower and token set, and a legend, at most `WIDTH` columns wide."""
+    blocks: list[str] = []
+    legend: dict[str, None] = {}
+    for _, part in layers.groupby(["model", "tower", "tokens"], sort=False):
+        wide = part.pivot_table(index="layer", columns="metric", values="mean", aggfunc="first", dropna=False)
+        spread = part[part["metric"] == "cos_y_vself"].set_index("layer")
+        cells = {"layer": [str(layer) for layer in wide.index]}
+        others = {str(name): (str(name), "") for name in part["metric"].unique() if name not in COLUMNS}
+        for name, (heading, meaning) in (COLUMNS | others).items():
+            if name not in wide:
+                continue
+            more = {heading: [_number(value) for value in wide[name]]}
+            if name == "cos_y_vself" and spread["ci_low"].notna().any():
+                ends = spread.loc[wide.index, ["ci_low", "ci_high"]].itertuples(index=False)
+                more["95 % CI"] = [f"{_number(low)}–{_number(high)}" for low, high in ends]
+            if _width(cells | more) > WIDTH:
+                break
+            cells |= more
+            legend |= {f"{heading}: {meaning}": None} if meaning else {}
+        blocks.append("\n".join([*_filled(_title(part), " · "), *aligned(cells)]))
+    blocks.append("\n".join(_filled([*legend], "; ")))
+    return "\n\n".join(blocks)
+
+
+def _title(part: pd.DataFrame) -> list[str]:
+    first, sizes = part.iloc[0], part["n_tokens"]
+    size = str(sizes.min()) if sizes.min() == sizes.max() else f"{sizes.min()}–{sizes.max()}"
+    title = [first["model"], first["tower"], f"{first['tokens']} tokens (T = {size})"]
+    title += [f"n = {part['n'].max()}", f"values {first['values']}"]
+    if first.get("intervention", "none") != "none":
+        title.append(f"with {first['intervention']}")
+    return [*title, "t=0 excluded"] if first["first_token"] == "excluded" else title
+
+
+def _widths(cells: Mapping[str, Sequence[str]]) -> list[int]:
+    return [max(len(heading), *map(len, column)) for heading, column in cells.items()]
+
+
+def _width(cells: Mapping[str, Sequence[str]]) -> int:
+    return sum(_widths(cells)) + len(cells) - 1
+
+
+def aligned(cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """Columns under their headings, aligned on the right."""
+    lines = [tuple(cells), *zip(*cells.values(), strict=True)]
+    widths = _widths(cells)
+    return [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def _filled(parts: Sequence[str], between: str) -> list[str]:
+    """Parts in as few lines as they take, broken between parts."""
+    # textwrap does not break at no-break spaces
+    text = between.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as aligned columns."""
+    heads = list(rows[0])
+    cells = [[("" if row[head] is None else str(row[head])) for head in heads] for row in rows]
+    widths = [max(len(head), *(len(line[i]) for line in cells)) for i, head in enumerate(heads)]
+    lines = [heads, *cells]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+class StderrListener:
+    """Draws a progress bar on a terminal, and a plain line now and then elsewhere; `with` it."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.what, self.total, self.done, self.told = "", 0, 0, 0.0
+
+    def __enter__(self) -> StderrListener:
+        if sys.stderr.isatty() and not self.quiet:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def start(self, what: str, total: int) -> None:
+        """A new bar."""
+        self.what, self.total, self.done, self.told = what, total, 0, time.monotonic()
+        if self.bar is not None:
+            self.task = self.bar.add_task(what, total=total)
+
+    def advance(self, inputs: int) -> None:
+        """Moves the bar, or says where things are if nothing was said for a while."""
+        self.done += inputs
+        if self.bar is not None and self.task is not None:
+            self.bar.advance(self.task, inputs)
+        elif not self.quiet and time.monotonic() - self.told > PLAIN_SECONDS:
+            self.told = time.monotonic()
+            print(f"{self.what}: {self.done}/{self.total}", file=sys.stderr, flush=True)
+
+
+def _number(value: float) -> str:
+    if pd.isna(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

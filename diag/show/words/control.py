@@ -1,0 +1,154 @@
+"""Whether lines are a controlled comparison: what differs between them, and what may."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from diag.results.collect import Collection
+from diag.show.words.phrases import listed
+
+FACTORS = {"patch_size": "patch size", "image_size": "image size", "n_tokens": "T", "weights": "weights"}
+"""What a controlled comparison may vary, one at a time."""
+CONDITIONS = {
+    "tower": "towers",
+    "tokens": "token sets",
+    "values": "ways of taking values",
+    "intervention": "interventions",
+    "dtype": "dtypes",
+    "content": "inputs",
+}
+"""What no series varies: how and on what was measured."""
+
+
+SIZES = r",(?:img_size|patch_size)=[^,]*"
+"""Arguments of a name that fit weights to another size: the hash changes, the checkpoint does not."""
+
+
+def control_sentence(collection: Collection, control: str | None) -> Iterator[str]:
+    """What is controlled between lines, or that it is no controlled comparison and why."""
+    reasons = uncontrolled(collection, in_series=control is not None)
+    if reasons:
+        yield f"Not a controlled comparison: {'; '.join(reasons)}."
+    elif control is not None:
+        yield f"Controlled series: {control}"
+    elif varying := _varying(_facts(collection), FACTORS):
+        differs = "differ" if varying == ["weights"] else "differs"
+        windows = "; windows of another length are other stretches of the text" if varying == ["T"] else ""
+        yield f"Of patch size, image size, T and weights only {varying[0]} {differs}{windows}."
+    yield from _surprised(collection)
+
+
+def _surprised(collection: Collection) -> Iterator[str]:
+    """Which models were given sizes that they were not trained on."""
+    entries = [entry for manifest in collection.manifests.values() for entry in manifest.get("models", ())]
+    found = [
+        str(entry["given"])
+        for entry in entries
+        if any("off the training distribution" in str(note) for note in entry.get("notes", ()))
+    ]
+    if found:
+        unlike = listed(list(dict.fromkeys(found)))
+        yield f"Off the training distribution, because fitted to another size: {unlike}."
+
+
+def uncontrolled(collection: Collection, *, in_series: bool = False) -> list[str]:
+    """Why lines are no controlled comparison, in words; empty where they are one.
+
+    in_series: they belong to one series, so models differ as that series says. Otherwise family and
+    architecture must agree, and only one of patch size, image size, T and weights may differ; T follows
+    from patch and image size. How and on what was measured must agree in any case.
+    """
+    facts = _facts(collection)
+    conditions = _varying(facts, CONDITIONS)
+    reasons = [f"{listed(conditions)} differ"] if conditions else []
+    if in_series:
+        # the size of images is in the members' names, the length of texts is not
+        cut = "text" in set(facts.get("tower", ())) and facts["n_tokens"].nunique() > 1
+        return [*reasons, "T differs as well"] if cut else reasons
+    for column, name in (("family", "families"), ("architecture", "architectures")):
+        if facts[column].nunique() > 1:
+            shown = [str(value) for value in facts[column].unique()]
+            reasons.append(f"{name} differ ({', '.join(shown[:3])}{', …' if len(shown) > 3 else ''})")
+    varying = _varying(facts, FACTORS)
+    if len(varying) > 1:
+        reasons.append(f"{listed(varying)} differ at once")
+    return reasons
+
+
+def alike(collection: Collection) -> bool:
+    """Whether lines are of one architecture, measured in one way: what may be put in an order."""
+    facts = _facts(collection)
+    return not _varying(facts, CONDITIONS) and facts["architecture"].nunique() == 1
+
+
+def _facts(collection: Collection) -> pd.DataFrame:
+    """A row per line: what may differ between lines, as text."""
+    rows = []
+    sources = collection.samples.groupby("label", sort=False)["source"].first()
+    for label, part in collection.layers.groupby("label", sort=False):
+        first = part.iloc[0]
+        known = collection.manifests[first["run"]].get("models", ())
+        entry: Mapping[str, Any] = next(
+            (one for one in known if one["given"] == first["model"] and one["tower"] == first["tower"]), {}
+        )
+        resolved = str(entry.get("resolved", first["model"]))
+        facts = {name: str(part[name].max()) for name in ("n_tokens",) if name in part}
+        facts |= {
+            name: str(first[name]) for name in ("patch_size", "image_size", *CONDITIONS) if name in part
+        }
+        facts |= {
+            "weights": f"{re.sub(SIZES, '', resolved)} {entry.get('checkpoint')}",
+            "resolved": resolved,
+            "hash": f"{resolved} {entry.get('weights_sha256')}",
+            "family": str(entry.get("family", resolved.split(":")[0])),
+            "architecture": architecture(resolved),
+            "content": str(sources.get(label, "")).split("/")[0],
+        }
+        rows.append(facts)
+    table = pd.DataFrame(rows)
+    if table["resolved"].nunique() < table["hash"].nunique():
+        table["weights"] += table["hash"]  # one name, but what it stands for has changed
+    return table
+
+
+def _varying(facts: pd.DataFrame, names: Mapping[str, str]) -> list[str]:
+    found = [name for name in names if name in facts and facts[name].nunique(dropna=False) > 1]
+    if {"patch_size", "image_size"} & set(found):
+        found = [name for name in found if name != "n_tokens"]  # it follows from them
+    return [names[name] for name in found]
+
+
+def architecture(resolved: str) -> str:
+    """A model's name without its family, weights, revision, arguments, patch and image size.
+
+    >>> architecture("timm:vit_base_patch16_224.augreg_in21k"), architecture("open_clip:ViT-B-16/openai")
+    ('vit_base_patch', 'ViT-B')
+    """
+    family, _, name = re.split(r"[@,]", resolved)[0].partition(":")
+    if name.startswith("hf-hub:"):
+        name = name.rsplit("/", 1)[-1]
+    elif family in ("timm", "open_clip"):
+        name = name.split("/")[0].split(".")[0]  # the rest names weights
+    name = re.sub(r"(?<=patch)\d+|(?<=-p)\d+$", "", name)
+    return re.sub(r"(?<=^ViT-[BSLHg])-\d+|[_-]\d{3,4}(?=[_-]|$)", "", name)
+
+
+def series_control(collection: Collection) -> str | None:
+    """What is controlled in the first series that holds all models; None: no such series, or one model."""
+    from diag.models.names.series import listing
+
+    models = [
+        {str(entry["given"]), str(entry.get("resolved", entry["given"]))}
+        for manifest in collection.manifests.values()
+        for entry in manifest.get("models", ())
+    ]
+    if len({frozenset(names) for names in models}) < 2:
+        return None
+    for series in listing():
+        if all(names & set(series["members"]) for names in models):
+            return str(series["control"])
+    return None

@@ -1,0 +1,138 @@
+"""What a look at one token gives, and the folder it is kept in. No torch: figures are redrawn from here.
+
+tokens.parquet      one row per model and token of the input
+decomposition.csv   one row per model and head, and one for the mean over heads
+pictures/           the image as each model sees it
+figures/            PDF, PNG and the CSV behind each
+manifest.json       "kind": "attend"; written last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diag.errors import UserError
+from diag.results.files import atomically, write_json, writing
+from diag.results.files import write as write_table
+from diag.results.tables import FORMAT
+from diag.run.environment import command_line, environment
+from diag.studies.attend.plan import AttendPlan
+
+KIND = "attend"
+TOKEN_TYPES = {"row": "Int64", "col": "Int64", "rank": "Int64"}
+"""Whole numbers that not every token has."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One token of one input, seen in one layer of each model.
+
+    tokens: one row per model and token; columns input, model, tower, layer, head ("mean" over heads,
+        or the head's index as text), token (position), kind ("patch", "cls", "registers", "text"), row,
+        col, text, weight (A_ij), value_cosine (cos(v_j, v_i)), rank (1 is the most attended), is_target.
+        Weight, cosine and rank are missing where the target does not see the token.
+    decomposition: one row per model and head, and a row "mean" with the means over heads; columns
+        model, layer, head, n_visible, and the numbers of `diag.studies.attend.row.NUMBERS`.
+    pictures: model -> the image as the model sees it, `[height, width, 3]` of uint8; empty for texts.
+    models: what each name resolved to, its layer and target; for the manifest.
+    failed: model -> why it is missing.
+    """
+
+    tokens: pd.DataFrame
+    decomposition: pd.DataFrame
+    pictures: Mapping[str, np.ndarray]
+    models: Sequence[Mapping[str, Any]]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
+    """Writes the folder, its figures included; the paths of the figures. Raises UserError if it cannot."""
+    from PIL import Image
+
+    from diag.show.figures.attend import draw_attended
+    from diag.show.figures.write import save
+
+    write_table(attended.tokens, folder / "tokens.parquet")
+    write_table(attended.decomposition, folder / "decomposition.csv")
+    for entry in attended.models:
+        if entry.get("picture"):
+            picture = Image.fromarray(attended.pictures[entry["given"]])
+            atomically(folder / entry["picture"], lambda path, p=picture: p.save(path, format="png"))  # type: ignore[misc]
+    drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
+    with writing(folder / "figures"):
+        figures = [
+            path
+            for stem, (figure, data) in drawn.items()
+            for path in save(figure, data, folder / "figures", stem)
+        ]
+    given = plan.inputs()
+    write_json(
+        {
+            "format": FORMAT,
+            "kind": KIND,
+            "status": "partial" if attended.failed else "complete",
+            "key": plan.key(),
+            "plan": plan.model_dump(mode="json"),
+            "command": command_line(),
+            "input": {"kind": given.kind, "source": given.source, "sha256": given.digest},
+            "models": [dict(entry) for entry in attended.models],
+            "failed_models": dict(attended.failed),
+            "environment": environment(),
+            "figures": [str(path.relative_to(folder)) for path in figures],
+        },
+        folder / "manifest.json",
+    )
+    return figures
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an attend folder. Raises UserError if it is none, or one of another version."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise UserError(
+            f"'{folder}' is no finished look at a token (no manifest.json)", f"attnbias attend … -o {folder}"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"'{file}' is not JSON: {error}", f"attnbias attend … -o {folder} --overwrite"
+        ) from error
+    if manifest.get("kind") != KIND:
+        raise UserError(
+            f"'{folder}' is not what attnbias attend wrote (kind {manifest.get('kind', 'of a probe')!r})",
+            "give a folder of attnbias attend",
+        )
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"'{folder}' has format {manifest.get('format')}, this version reads {FORMAT}",
+            f"measure it again: attnbias attend … -o {folder} --overwrite",
+        )
+    return manifest
+
+
+def read(folder: Path) -> Attended:
+    """What `write` wrote. Raises UserError if the folder is none, or lacks a file. Does not import torch."""
+    from PIL import Image
+
+    manifest = read_manifest(folder)
+    pictures = {}
+    try:
+        tokens = pd.read_parquet(folder / "tokens.parquet")
+        decomposition = pd.read_csv(folder / "decomposition.csv", dtype={"head": str})
+        for entry in manifest["models"]:
+            if entry.get("picture"):
+                with Image.open(folder / entry["picture"]) as picture:
+                    pictures[entry["given"]] = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{folder}' cannot be read: {error}", "measure it again with --overwrite") from error
+    return Attended(
+        tokens.astype(TOKEN_TYPES), decomposition, pictures, manifest["models"], manifest["failed_models"]
+    )

@@ -1,0 +1,327 @@
+"""The measuring side: each model is loaded, sees the one input once, and one row of one layer is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diag.attention.call import AttentionCall
+from diag.errors import UnreadableInput, UserError
+from diag.inputs.items import Inputs, Item
+from diag.measure.device import device_of
+from diag.measure.loop import capture
+from diag.models import load
+from diag.models.base import Batch, Model, Tower
+from diag.models.hooks.seam import Layer
+from diag.models.names.resolve import ModelSpec
+from diag.results.files import file_stem
+from diag.run.plan import specs_of
+from diag.run.progress import Listener, Silent
+from diag.studies.attend.folder import TOKEN_TYPES, Attended
+from diag.studies.attend.grid import Grid, Point
+from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
+from diag.studies.attend.row import NUMBERS, Row, row_of
+from diag.studies.attend.words import token_texts, window
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class _View:
+    """One model's part of the answer."""
+
+    tokens: pd.DataFrame
+    decomposition: pd.DataFrame
+    target: _Target
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where the target is among the tokens, and what the tokens are.
+
+    places: kind, row, col and text of every token. facts: what the manifest says about it.
+    """
+
+    position: int
+    places: pd.DataFrame
+    facts: dict[str, Any]
+    picture: np.ndarray | None = None
+    point: Point | None = None
+
+
+def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attended:
+    """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does."""
+    listener = listener or Silent()
+    specs = specs_of(plan.probe_plan())
+    given = _in_memory(plan.inputs())
+    views: list[_View] = []
+    failed: dict[str, str] = {}
+    for number, spec in enumerate(specs):
+        point = views[0].target.point if views else None
+        listener.start(spec.given, 1)
+        try:
+            views.append(_view(plan, spec, number, given, point, listener))
+        except UserError as error:
+            if number == 0:
+                raise
+            failed[spec.given] = str(error)
+            listener.say(f"{spec.given} failed: {error}")
+        listener.advance(1)
+    return Attended(
+        pd.concat([view.tokens for view in views], ignore_index=True).astype(TOKEN_TYPES),
+        pd.concat([view.decomposition for view in views], ignore_index=True),
+        {v.entry["given"]: v.target.picture for v in views if v.target.picture is not None},
+        [view.entry for view in views],
+        failed,
+    )
+
+
+def _view(
+    plan: AttendPlan, spec: ModelSpec, number: int, given: Inputs, point: Point | None, listener: Listener
+) -> _View:
+    model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
+    for note in (f"{spec.given} → {model.resolved}", *model.notes):
+        listener.say(note)
+    tower = _tower(model, plan.tower)
+    layer = chosen_layer(model, tower, plan.layer, plan.depth)
+    sample = (
+        next(tower.samples(given, None))
+        if plan.image is not None
+        else window(model, tower, given, plan.seq_len, listener)
+    )
+    batch = tower.encode([sample])
+    call = _one_call(tower, layer, batch)
+    if plan.image is not None:
+        target = _in_image(plan, model, tower, batch, call, point)
+    else:
+        target = _in_text(plan, spec, model, batch)
+    row = row_of(call, target.position, tower.tokens_in(tower.token_sets[0], call.tokens))
+    same = {"input": sample.id, "model": spec.given, "tower": tower.name, "layer": layer.index}
+    entry: dict[str, Any] = {
+        **dict(model.facts),
+        **dict(tower.facts),
+        "given": spec.given,
+        "resolved": model.resolved,
+        "family": model.family,
+        **same,
+        "module": layer.path,
+        "n_layers": len(tower.layers),
+        "heads": call.heads,
+        "kv_heads": call.kv_heads,
+        "n_tokens": call.tokens,
+        "gate_error": row.gate_error,
+        "notes": list(model.notes),
+        **target.facts,
+    }
+    if target.picture is not None:
+        entry["picture"] = f"pictures/{number:02d}-{file_stem(spec.given)}.png"
+        if target.facts["picture_note"]:
+            listener.say(f"{spec.given}: {target.facts['picture_note']}")
+    return _View(
+        _tokens(row, chosen_head(plan.head, call, model), target, same),
+        _decomposition(row, same),
+        target,
+        entry,
+    )
+
+
+def _in_image(
+    plan: AttendPlan, model: Model, tower: Tower, batch: Batch, call: AttentionCall, point: Point | None
+) -> _Target:
+    """The target patch: as the plan names it, or the one at another model's `point`."""
+    grid = _grid(model, tower, batch, call)
+    if point is None:
+        assert plan.patch is not None or plan.pixel is not None
+        point = grid.centre(plan.patch) if plan.patch is not None else grid.at_pixel(plan.pixel)  # type: ignore[arg-type]
+    row, column = grid.patch_at(point)
+    picture, note = picture_of(
+        batch.data[0, :, : grid.height, : grid.width], tower.facts.get("preprocessing") or {}
+    )
+    facts = {"grid": [grid.rows, grid.columns], "target": [row, column], "picture_note": note}
+    position = len(tower.prefix) + row * grid.columns + column
+    return _Target(position, _patches(tower, grid), facts, picture, point)
+
+
+def _in_text(plan: AttendPlan, spec: ModelSpec, model: Model, batch: Batch) -> _Target:
+    ids = [int(i) for i in batch.data[0]]
+    position = _position(plan.token or 0, len(ids), model)
+    texts = token_texts(spec, ids)
+    places = pd.DataFrame({"kind": "text", "row": None, "col": None, "text": texts})
+    return _Target(position, places, {"target": position, "target_text": texts[position]})
+
+
+def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | None) -> Layer:
+    """The layer by depth index (negative from the end) or relative depth. Raises UserError with the range."""
+    layers = sorted(tower.layers, key=lambda each: each.index)
+    last = layers[-1].index
+    if layer is None:
+        assert depth is not None
+        # not round(): it would take 2.5 down and 3.5 up
+        return layers[math.floor(depth * (len(layers) - 1) + 0.5)]
+    wanted = layers[layer].index if -len(layers) <= layer < 0 else layer
+    for each in layers:
+        if each.index == wanted:
+            return each
+    raise UserError(
+        f"'{model.name}' has no layer {layer} in its {tower.name} tower",
+        f"layers are 0 to {last}, or -1 to -{len(layers)} from the last; --depth 0.5 is the middle",
+    )
+
+
+def chosen_head(head: int | None, call: AttentionCall, model: Model) -> int | None:
+    """The head, or None for all. Raises UserError with the range."""
+    if head is None or 0 <= head < call.heads:
+        return head
+    raise UserError(
+        f"'{model.name}' has no head {head} in layer {call.layer}",
+        f"heads are 0 to {call.heads - 1}; without --head it is the mean over heads",
+    )
+
+
+def picture_of(pixels: Tensor, preprocessing: Mapping[str, Any]) -> tuple[np.ndarray, str | None]:
+    """The image that a model sees, `[height, width, 3]` of uint8, from its input `[channel, height, width]`.
+
+    Normalisation is undone with the mean and standard deviation of the preprocessing; without these,
+    pixels are taken as they are if they lie in 0…1, else stretched over their range, with a note.
+    """
+    values = pixels.detach().float().cpu()
+    if values.shape[0] == 1:
+        values = values.expand(3, -1, -1)
+    mean, std = preprocessing.get("mean"), preprocessing.get("std")
+    note = None
+    if mean is not None and std is not None:
+        values = values * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    elif values.min() < 0 or values.max() > 1:
+        low, high = values.min(), values.max()
+        values = (values - low) / (high - low).clamp(min=1e-9)
+        note = "the preprocessing has no mean and std: the picture's brightness is stretched over its range"
+    return (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy(), note
+
+
+def _in_memory(given: Inputs) -> Inputs:
+    """The input, read once. Raises UserError if it cannot be read."""
+    try:
+        items = [Item(item.id, partial(_identity, item.read())) for item in given]
+    except UnreadableInput as error:
+        raise UserError(str(error), IMAGE_TIP) from error
+    return Inputs(given.kind, given.source, items, given.digest)
+
+
+def _tower(model: Model, kind: str) -> Tower:
+    if kind in model.towers:
+        return model.towers[kind]
+    flag = "--text 'STRING' --token I" if "text" in model.towers else "--image FILE --patch ROW,COLUMN"
+    raise UserError(f"model '{model.name}' has no {kind} tower", f"it takes {flag}")
+
+
+def _one_call(tower: Tower, layer: Layer, batch: Batch) -> AttentionCall:
+    """The layer's call, if it is one softmax over the tokens of the one input."""
+    calls = capture(tower, batch, [layer.index])
+    if not calls:
+        raise UserError(
+            f"layer {layer.index} ('{layer.path}') does not attend to its own tokens",
+            "choose another --layer",
+        )
+    if len(calls) > 1 or calls[0].batch != 1:
+        parts = len(calls) if len(calls) > 1 else calls[0].batch
+        raise UserError(
+            f"layer {layer.index} ('{layer.path}') attends in {parts} windows, not over the whole input",
+            "choose a layer with full attention, with --layer",
+        )
+    return calls[0]
+
+
+def _grid(model: Model, tower: Tower, batch: Batch, call: AttentionCall) -> Grid:
+    """The grid of patches behind a call. Raises UserError, naming the layer, where tokens are no grid."""
+    size = tower.facts.get("patch_size")
+    if not isinstance(batch.data, Tensor) or batch.data.ndim != 4 or size is None:
+        raise UserError(
+            f"'{model.name}' does not cut its image into one grid of patches in reading order",
+            "attend draws models that do, such as ViT, CLIP or DINOv2",
+        )
+    height, width = batch.data.shape[-2:]
+    patch_height, patch_width = (size, size) if isinstance(size, int) else size
+    rows, columns = height // patch_height, width // patch_width
+    # pixels behind the last whole patch are not seen
+    grid = Grid(model.name, rows * patch_height, columns * patch_width, rows, columns)
+    if call.tokens != len(tower.prefix) + grid.rows * grid.columns:
+        raise UserError(
+            f"layer {call.layer} ('{call.module}') of '{model.name}' has {call.tokens} tokens, not "
+            f"{len(tower.prefix)} + {grid.rows} × {grid.columns} patches",
+            "choose a layer that keeps one token per patch, with --layer",
+        )
+    return grid
+
+
+def _patches(tower: Tower, grid: Grid) -> pd.DataFrame:
+    """kind, row, col and text of every token of an image."""
+    blank = [None] * len(tower.prefix)
+    rows, columns = np.indices((grid.rows, grid.columns)).reshape(2, -1).tolist()
+    kinds = [*tower.prefix, *["patch"] * len(rows)]
+    return pd.DataFrame(
+        {"kind": kinds, "row": [*blank, *rows], "col": [*blank, *columns], "text": [None] * len(kinds)}
+    )
+
+
+def _position(token: int, tokens: int, model: Model) -> int:
+    if -tokens <= token < tokens:
+        return token % tokens
+    raise UserError(
+        f"--token {token} is outside the {tokens} tokens of '{model.name}'",
+        f"tokens are 0 to {tokens - 1}, or -1 to -{tokens} from the last",
+    )
+
+
+def _tokens(row: Row, head: int | None, target: _Target, same: Mapping[str, Any]) -> pd.DataFrame:
+    """The tokens' table of one model, in the columns of `Attended.tokens`."""
+    of_head = slice(None) if head is None else slice(head, head + 1)
+    weight = _mean(row.weight[of_head])
+    position = np.arange(len(weight))
+    table = pd.DataFrame(
+        {
+            "head": MEAN if head is None else str(head),
+            "token": position,
+            **{name: target.places[name].to_numpy() for name in target.places},
+            "weight": weight,
+            "value_cosine": _mean(row.value_cosine[of_head]),
+            "is_target": position == target.position,
+        }
+    )
+    rank = table["weight"].rank(method="first", ascending=False).astype("Int64")
+    table.insert(len(table.columns) - 1, "rank", rank)
+    # one type per column, whatever the model: all of it is missing for some
+    return _behind(same, table.astype({**TOKEN_TYPES, "text": "string"}))
+
+
+def _mean(per_head: np.ndarray) -> np.ndarray:
+    """Mean over heads, `[token]`; where heads see different keys, over those that see the token."""
+    seen = ~np.isnan(per_head)
+    count = seen.sum(0)
+    total = np.where(seen, per_head, 0.0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _decomposition(row: Row, same: Mapping[str, Any]) -> pd.DataFrame:
+    heads = [*map(str, range(len(row.weight))), MEAN]
+    visible = (~np.isnan(row.weight)).sum(1)
+    numbers = {name: [*row.numbers[name], row.numbers[name].mean()] for name in NUMBERS}
+    table = pd.DataFrame({"head": heads, "n_visible": [*visible, visible.max()], **numbers})
+    return _behind(same, table)
+
+
+def _behind(same: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+    """A table with constant columns in front of its own."""
+    return pd.DataFrame(dict(same), index=table.index).join(table)
+
+
+def _identity(content: Any) -> Any:
+    return content

@@ -1,0 +1,180 @@
+"""The plan of one look at one token: which models, which input, which layer, head and target. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.inputs.given import as_inputs
+from diag.inputs.images import PHOTOGRAPHS, demo_images, images
+from diag.inputs.items import Inputs, Item
+from diag.inputs.texts import texts
+from diag.results.files import file_stem
+from diag.run.plan import RUNS, ProbePlan, checked_as
+
+DEMO = "demo:"
+IMAGE_TIP = "--image takes an image file, or demo:NAME such as demo:astronaut"
+
+
+class AttendPlan(BaseModel):
+    """Everything that `attnbias attend` needs to know; frozen, and unknown keys are refused.
+
+    image: a file, or `demo:NAME`; text: a file, `demo`, or the text itself. One of them.
+    layer: depth index, negative from the end; depth: relative, 0 the first and 1 the last layer. One of them.
+    head: query head; None for the mean over heads.
+    patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
+    token: position in the window of text, negative from the end.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: tuple[str, ...] = Field(min_length=1)
+    image: str | None = None
+    text: str | None = None
+    layer: int | None = None
+    depth: float | None = Field(default=None, ge=0, le=1)
+    head: int | None = None
+    patch: tuple[int, int] | None = None
+    pixel: tuple[int, int] | None = None
+    token: int | None = None
+    seq_len: int | None = Field(default=None, gt=0)
+    top: int = Field(default=10, gt=0)
+    checkpoint: Path | None = None
+    model_args: tuple[str, ...] = ()
+    random_init: bool = False
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    # below: how, not what; it does not change the result
+    device: str = "auto"
+
+    @field_validator("models")
+    @classmethod
+    def _once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(models))
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, dtype: str) -> str:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError("is one of float32, bfloat16, float16")
+        return dtype
+
+    @model_validator(mode="after")
+    def _one_target(self) -> AttendPlan:
+        """Raises UserError, which pydantic lets through."""
+        if (self.image is None) == (self.text is None):
+            both = "both --image and --text are given" if self.image else "no input is given"
+            raise UserError(both, "give --image FILE or --text 'STRING'")
+        if (self.layer is None) == (self.depth is None):
+            both = "both --layer and --depth are given" if self.depth is not None else "no layer is given"
+            raise UserError(both, "give --layer L (-1 is the last), or --depth 0.5 for the middle")
+        if self.image is not None:
+            if (self.patch is None) == (self.pixel is None):
+                both = "both --patch and --pixel are given" if self.patch else "no target is given"
+                raise UserError(both, "give --patch ROW,COLUMN or --pixel X,Y")
+            if self.token is not None or self.seq_len is not None:
+                flag = "--token" if self.token is not None else "--seq-len"
+                raise UserError(f"{flag} belongs to --text", "an image takes --patch or --pixel")
+        else:
+            if self.patch or self.pixel:
+                raise UserError(
+                    f"{'--patch' if self.patch else '--pixel'} belongs to --image", "a text takes --token I"
+                )
+            if self.token is None:
+                raise UserError("no target is given", "give --token I (0 is the first, -1 the last)")
+        return self
+
+    @property
+    def tower(self) -> str:
+        """The tower that is looked at: "vision" or "text"."""
+        return "vision" if self.image is not None else "text"
+
+    def probe_plan(self) -> ProbePlan:
+        """The part that names models and weights, as a probe has it."""
+        return ProbePlan(
+            models=self.models,
+            checkpoint=self.checkpoint,
+            model_args=self.model_args,
+            random_init=self.random_init,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+        )
+
+    def inputs(self) -> Inputs:
+        """The one input; its digest is of its content. Raises UserError if it is not there."""
+        if self.image is not None:
+            return _one_image(self.image)
+        assert self.text is not None
+        return _one_text(self.text)
+
+    def key(self) -> str:
+        """Identifies the result: the plan without its `how`, the input's content and local weights.
+
+        Raises UserError if the input is not there.
+        """
+        what = self.model_dump(mode="json", exclude={"device"})
+        document = {"attend": what, "probe": self.probe_plan().key({self.tower: self.inputs().digest})}
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def checked(**values: Any) -> AttendPlan:
+    """A plan from options. Raises UserError in the words of the command line."""
+    return checked_as(AttendPlan, values)
+
+
+def folder_of(plan: AttendPlan, root: Path = RUNS) -> Path:
+    """The folder that a plan's result has unless the user says otherwise, whether it is there or not."""
+    return root / f"{file_stem('attend', '+'.join(plan.models))[:60]}-{plan.key()[:8]}"
+
+
+def _one_image(given: str) -> Inputs:
+    if given.startswith(DEMO):
+        name = given.removeprefix(DEMO)
+        if name not in PHOTOGRAPHS:
+            near = did_you_mean(name, PHOTOGRAPHS) or f"choose from {one_of(PHOTOGRAPHS)}"
+            raise UserError(f"no demo image is called '{name}'", near)
+        items = [item for item in demo_images() if item.id == name]
+        return Inputs("images", given, items, hashlib.sha256(name.encode()).hexdigest())
+    path = Path(given).expanduser()
+    if not path.is_file():
+        is_what = "is a folder, not one image" if path.is_dir() else "does not exist"
+        raise UserError(f"'{given}' {is_what}", IMAGE_TIP)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{given}': {error.strerror}", IMAGE_TIP) from error
+    return Inputs("images", given, images(path).items, hashlib.sha256(content).hexdigest())
+
+
+def _one_text(given: str) -> Inputs:
+    if given == "demo":
+        return texts(given)
+    if not given.strip():
+        raise UserError("the text is empty", "give --text 'STRING' or a text file")
+    if _names_a_file(given):
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"'{given}' {'is a folder' if path.is_dir() else 'does not exist'}",
+                "--text takes a UTF-8 text file, 'demo', or the text itself",
+            )
+        return texts(path)
+    found = as_inputs([given], "text")
+    # "0" would be its name in tables and captions
+    items = [Item("text", item.read) for item in found]
+    return Inputs("texts", "text", items, found.digest)
+
+
+def _names_a_file(given: str) -> bool:
+    """Whether a text is the name of a file: it is one, or it looks like one and like nothing else."""
+    if " " not in given and given.endswith(".txt"):
+        return True
+    try:
+        return Path(given).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, or nobody's home: no name of a file
+        return False

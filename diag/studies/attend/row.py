@@ -1,0 +1,152 @@
+"""One query row of one attention call: its weights, value cosines with its own, and its output's parts.
+
+Only this row of the pattern is computed: O(token · dim), no token × token matrix. Everything is
+reduced in float64. Definitions and token sets are those of `diag.metrics.attention`; the tests hold that the
+two agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import pattern_rows
+from diag.errors import MeasurementError, UserError
+from diag.measure.gate import GATE_TOLERANCE, GATE_TOLERANCE_HALF
+
+NUMBERS = (
+    "cos_y_vself",
+    "self_part",
+    "context_part",
+    "cos_y_vpartner",
+    "cos_y_vuniform",
+    "excess",
+    "removed_energy",
+    "self_weight",
+    "output_norm",
+    "projection",
+    "exclusive_norm",
+    "value_norm",
+)
+"""What is known of the row, per head. The first eight are metrics; `projection` is y·v̂, the others
+are ‖y‖, ‖z‖ with z = y - (y·v̂)v̂, and ‖v‖."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, per query head.
+
+    weight, value_cosine: `[head, token]`, NaN where the row does not see the token.
+    numbers: name -> `[head]`, the names of `NUMBERS`; NaN where undefined.
+    gate_error: relative error of the row's output rebuilt from its weights.
+    """
+
+    weight: np.ndarray
+    value_cosine: np.ndarray
+    numbers: dict[str, np.ndarray]
+    gate_error: float
+
+
+def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
+    """Reads one row off a call whose batch is one.
+
+    among: the tokens that are partners of the two nulls, as a token set selects them.
+    Raises UserError where the row is not finite or sees nothing, and MeasurementError, naming the
+    layer, where its weights do not rebuild its output.
+    """
+    visible = visible_keys(call, row)  # [head, token]
+    if not bool(visible.any()):
+        raise UserError(f"token {row} of layer '{call.module}' sees no token", "choose another token")
+    grouped = (call.kv_heads, call.group)
+    seen = visible.unflatten(0, grouped)  # [kv_head, group, token]
+    # hidden values may hold anything, and 0 · NaN is NaN
+    value = call.value[0].double().masked_fill(~seen.any(1)[..., None], 0.0)  # [kv_head, token, dim]
+    output = call.output[0, :, row].double().unflatten(0, grouped)  # [kv_head, group, dim]
+    weight = pattern_rows(call, [row])[0, :, 0].double().unflatten(0, grouped)  # [kv_head, group, token]
+    if not all(bool(torch.isfinite(x).all()) for x in (value, output, weight)):
+        raise UserError(
+            f"layer '{call.module}' gives values that are not finite",
+            "the weights or activations hold NaN or infinity; try --dtype float32",
+        )
+    error = _rebuilt(call, weight @ value, output)
+
+    norm = vector_norm(value, dim=-1)  # [kv_head, token]
+    unit = value * _reciprocal(norm)[..., None]
+    own, own_norm = unit[:, row], norm[:, row, None]  # [kv_head, dim], [kv_head, 1]
+    cosine = unit @ own[..., None]  # [kv_head, token, 1]
+    output_norm = vector_norm(output, dim=-1)  # [kv_head, group]
+    per_output = _reciprocal(output_norm)
+    projection = vecdot(output, own[:, None])
+    bias = projection * per_output
+    self_part = weight[..., row] * own_norm * per_output
+
+    partners = seen & among.to(seen.device)
+    total = partners.double() @ value  # Σ v_j, [kv_head, group, dim]
+    uniform = vecdot(total, own[:, None]) * _reciprocal(vector_norm(total, dim=-1))
+    others = partners.clone()
+    others[..., row] = False
+    count = others.sum(-1)
+    partner = vecdot(output, others.double() @ unit) * per_output / count
+    found = {
+        "cos_y_vself": bias,
+        "self_part": self_part,
+        "context_part": bias - self_part,
+        "cos_y_vpartner": partner.masked_fill(count == 0, torch.nan),
+        "cos_y_vuniform": uniform.masked_fill(partners.sum(-1) == 0, torch.nan),
+        "excess": (bias - partner).masked_fill(count == 0, torch.nan),
+        "removed_energy": bias.square(),
+        "self_weight": weight[..., row],
+        "output_norm": output_norm,
+        "projection": projection,
+        "exclusive_norm": vector_norm(output - projection[..., None] * own[:, None], dim=-1),
+        "value_norm": own_norm.expand_as(bias),
+    }
+    cosines = cosine[..., 0].repeat_interleave(call.group, 0)  # [head, token]
+    return Row(
+        _numpy(weight.flatten(0, 1).masked_fill(~visible, torch.nan)),
+        _numpy(cosines.masked_fill(~visible, torch.nan)),
+        {name: _numpy(found[name].flatten()) for name in NUMBERS},
+        error,
+    )
+
+
+def visible_keys(call: AttentionCall, row: int) -> Bool[Tensor, "head token"]:
+    """The keys that query `row` sees, in a call whose batch is one."""
+    seen = call.visibility
+    if seen.visible_rows is not None:
+        visible = seen.visible_rows[0, :, row]  # [head or 1, token]
+    else:
+        visible = torch.ones(1, call.tokens, dtype=torch.bool, device=call.output.device)
+        if seen.keys is not None:
+            visible = visible & seen.keys[:1]
+        if seen.rule == "causal":
+            visible = visible & (torch.arange(call.tokens, device=visible.device) <= row)
+    return visible.expand(call.heads, -1)
+
+
+def _rebuilt(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
+    """The reconstruction gate of `diag.measure.loop`, for this row."""
+    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
+    if not error < tolerance:
+        raise MeasurementError(
+            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
+            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
+            "this attention is not understood; please report the model",
+        )
+    return error
+
+
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1/x, 0 for zero: a cosine with a zero vector is 0."""
+    return torch.where(norm > 0, 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

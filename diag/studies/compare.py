@@ -1,0 +1,337 @@
+"""Runs side by side: profiles, differences and a verdict, on one screen and in a folder. No torch.
+
+comparison.csv    the per-layer tables of all runs, with `label`
+profiles.csv      every line's curves in numbers (`diag.results.profiles`)
+differences.csv   between lines
+verdict.txt       in sentences (`diag.show.words`)
+manifest.json     what was compared; written last
+figures/          curves over relative depth, profiles with their minimum marked
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diag.errors import UserError
+from diag.results.collect import Collection
+from diag.results.files import atomically, file_stem, write, write_json, writing
+from diag.results.profiles import differences, missing, profiles
+from diag.run.plan import RUNS
+from diag.show.words import comparison as compared_words
+from diag.show.words import summary
+from diag.show.words.control import series_control
+from diag.show.words.phrases import Found, Profile, percent, profile_of
+
+WIDTH = 80
+Cell = str | tuple[str, str]
+"""Of a table on the screen: a word or number, or a number and its interval."""
+
+PROFILES_PER_FIGURE = 12
+
+SHORT_DIFFERENCES = {"bias": "bias", "excess_over_partner": "over partner", "value_similarity": "v~v"}
+"""Differences on the screen; all are in differences.csv. Name -> heading."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Lines side by side.
+
+    profiles, differences: tables of `results.profiles`. verdict: sentences. missing: metrics that lines lack.
+    published: values to lay over the figures, with the `label` of the line that they belong to; or None.
+    settings: how it was computed: seed, growth, control.
+    """
+
+    collection: Collection
+    profiles: pd.DataFrame
+    differences: pd.DataFrame
+    verdict: tuple[str, ...]
+    missing: Mapping[str, tuple[str, ...]]
+    published: pd.DataFrame | None
+    settings: Mapping[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the lines, in order."""
+        return self.collection.labels
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be computed and why, a note per line (and reason)."""
+        said = [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
+        if self.settings["growth"] is not None:
+            lost = self.profiles[(self.profiles["quantity"] == "growth") & self.profiles["value"].isna()]
+            said += dict.fromkeys(f"{row.label}: no growth from {row.word}" for row in lost.itertuples())
+        return said
+
+    @property
+    def key(self) -> str:
+        """Identifies the result: the runs' own keys, and how they were compared."""
+        runs = [manifest.get("key") for manifest in self.collection.manifests.values()]
+        overlaid = None if self.published is None else len(self.published)
+        text = json.dumps([runs, self.labels, dict(self.settings), overlaid], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compare(
+    collection: Collection,
+    *,
+    growth: tuple[int, int] | None = None,
+    seed: int = 0,
+    control: str | None = None,
+    published: pd.DataFrame | None = None,
+) -> Comparison:
+    """Profiles, differences and verdict of all lines of a collection.
+
+    growth: see `profiles.profiles`. control: what is controlled between the lines; by default what the
+    series says that holds all their models, if there is one. published: see `published_for`.
+    """
+    control = control or series_control(collection)
+    found = profiles(collection.samples, seed=seed, growth=growth)
+    apart = differences(collection.samples, seed=seed)
+    if len(collection.labels) > 1:
+        verdict = compared_words(collection, found, apart, control=control, seed=seed)
+    else:
+        verdict = summary(collection, found, collection.labels[0])
+    settings = {"seed": seed, "growth": growth, "control": control}
+    lacking = missing(collection.samples)
+    return Comparison(collection, found, apart, tuple(verdict), lacking, published, settings)
+
+
+def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
+    """Published curves of the lines' models with their `label`, and notes: what was measured otherwise.
+
+    A table without rows where nothing is published for any of them.
+    """
+    from diag.results.published import curves, name_of, other_settings
+
+    parts, notes = [], []
+    lines = collection.layers.drop_duplicates("label")
+    for label, model in zip(lines["label"], lines["model"], strict=True):
+        name = name_of(str(model))
+        if name is None:
+            notes.append(f"{label}: nothing is published here")
+            continue
+        found = curves(name).assign(label=label)
+        parts.append(found)
+        own = collection.layers[collection.layers["label"] == label]
+        for source in found["source"].unique():
+            others = other_settings(own, str(model), str(source))
+            notes += [f"{label}, {source}: measured otherwise: {'; '.join(others)}"] if others else []
+    columns = [*curves().columns, "label"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), notes
+
+
+# --- the folder
+
+
+def default_folder(found: Comparison, root: Path = RUNS) -> Path:
+    """`runs/compare-NAMES-KEY`: the same comparison has the same folder."""
+    runs = (re.sub(r"-[0-9a-f]{8}$", "", name) for name in found.collection.folders)  # without their own keys
+    names = file_stem("+".join(dict.fromkeys(runs)))[:50].strip("-.+")
+    return root / f"compare-{names}-{found.key[:8]}"
+
+
+def write_comparison(found: Comparison, folder: Path, *, command: str | None = None) -> list[Path]:
+    """Writes the folder, figures included, over an earlier comparison there; the paths of the figures.
+
+    Raises UserError if the folder holds anything else, or cannot be written.
+    """
+    manifest = folder / "manifest.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file", "give a folder with -o")
+    if folder.exists() and any(folder.iterdir()) and not _is_comparison(manifest):
+        raise UserError(f"'{folder}' is not empty and holds no comparison", "give another folder with -o")
+    if manifest.exists():
+        for file in json.loads(manifest.read_text(encoding="utf-8")).get("figures", ()):
+            (folder / file).unlink(missing_ok=True)
+    document = {
+        "kind": "compare",
+        "key": found.key,
+        "command": command,
+        "runs": {
+            name: {"folder": str(path), "key": found.collection.manifests[name].get("key")}
+            for name, path in found.collection.folders.items()
+        },
+        "problems": found.collection.problems,
+        "labels": found.labels,
+        "missing": found.missing,
+        **found.settings,
+        "figures": [],
+    }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(document, manifest)  # a folder that was begun is known as one's own
+    write(found.collection.layers, folder / "comparison.csv")
+    write(found.profiles, folder / "profiles.csv")
+    write(found.differences, folder / "differences.csv")
+    text = "\n\n".join(map(_filled, found.verdict)) + "\n"
+    atomically(folder / "verdict.txt", lambda file: file.write_text(text, encoding="utf-8"))
+    figures = draw(found, folder / "figures")
+    document["figures"] = [path.relative_to(folder).as_posix() for path in figures]
+    write_json(document, manifest)
+    return figures
+
+
+def _is_comparison(manifest: Path) -> bool:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("kind") == "compare"
+    except (OSError, ValueError):
+        return False
+
+
+def draw(found: Comparison, folder: Path) -> list[Path]:
+    """The figures that the lines' metrics allow, as PDF, PNG and CSV; the paths."""
+    from diag.show.figures.curves import model_comparison
+    from diag.show.figures.depth import METRICS, depth_profiles
+    from diag.show.figures.panels import COMPARISON_METRICS
+    from diag.show.figures.tables import rows_of
+    from diag.show.figures.write import save
+
+    layers, paths = found.collection.layers, []
+    with writing(folder):
+        rows = rows_of(layers, COMPARISON_METRICS)
+        if not rows.empty and len(found.labels) > 1:
+            figure = model_comparison(rows, found.published)
+            paths += save(figure, rows, folder, "comparison")
+        for start in range(0, len(found.labels), PROFILES_PER_FIGURE):
+            part = layers[layers["label"].isin(found.labels[start : start + PROFILES_PER_FIGURE])]
+            rows = rows_of(part, METRICS)
+            if not rows.empty:
+                stem = "profiles" if len(found.labels) <= PROFILES_PER_FIGURE else f"profiles-{start + 1}"
+                paths += save(depth_profiles(rows, found.published), rows, folder, stem)
+    return paths
+
+
+# --- the screen
+
+
+def screen(found: Comparison) -> str:
+    """Lines, means, depth, differences and verdict, at most `WIDTH` columns wide."""
+    names = list(string.ascii_uppercase) if len(found.labels) <= 26 else list(map(str, range(1, 1000)))
+    keys = dict(zip(found.labels, names, strict=False))
+    shown = {keys[label]: profile_of(found.profiles, label) for label in found.labels}
+    blocks = [_lines(found, keys), _means(shown)]
+    blocks += [_depth(shown), _similarity(shown), _apart(found.differences, keys)]
+    blocks.append("\n".join(map(_filled, found.verdict)))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _filled(said: str) -> str:
+    """A paragraph in lines; `n = 14` stays together, because textwrap does not break at no-break spaces."""
+    bound = said.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    return textwrap.fill(bound, WIDTH, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
+    from diag.show.figures.tables import shorten, span
+
+    said = []
+    for label, part in found.collection.layers.groupby("label", sort=False):
+        size, counts = span(part["n_tokens"]) if "n_tokens" in part else "", span(part["n"])
+        facts = [f"T = {size}"] if size and " T = " not in str(label) else []
+        facts += [f"n = {counts}", str(part["tokens"].iloc[0])]
+        more = " · ".join(facts)
+        key = keys[str(label)]
+        said.append(f"{key} {shorten(str(label), WIDTH - len(key) - len(more) - 4)} · {more}")
+    return "\n".join(said)
+
+
+def _means(shown: Mapping[str, Profile]) -> str:
+    rows = []
+    for key, profile in shown.items():
+        means = {"bias": "cos_y_vself", "over partner": "excess", "over uniform": "excess_over_uniform"}
+        row: dict[str, Cell] = {"": key}
+        row |= {head: _with_interval(profile.get((metric, "mean"))) for head, metric in means.items()}
+        share = profile.get(("self_part", "share"))
+        row["self"] = percent(share.value) if share is not None and share.known else "–"
+        rows.append(row)
+    title = "Mean over layers: bias cos(y,v) with 95 % CI, its excess over two nulls, share\n"
+    return title + "of it that is the token attending to itself\n" + _table(rows)
+
+
+def _depth(shown: Mapping[str, Profile]) -> str:
+    rows = []
+    for key, profile in shown.items():
+        if ("cos_y_vself", "first") in profile:
+            rise = profile["cos_y_vself", "last_minus_first"]
+            row: dict[str, Cell] = {"": key, **_ends(profile, "cos_y_vself")}
+            row |= {"last - first": _with_interval(rise), "shape": _shape(profile, "cos_y_vself")}
+            rows.append(row)
+    return "Bias over depth (minimum @layer, relative depth)\n" + _table(rows) if rows else ""
+
+
+def _similarity(shown: Mapping[str, Profile]) -> str:
+    rows, words = [], []
+    for key, profile in shown.items():
+        if ("value_similarity", "first") in profile:
+            growth, onset = profile["value_similarity", "growth"], profile["value_similarity", "onset"]
+            row: dict[str, Cell] = {"": key, **_ends(profile, "value_similarity")}
+            row |= {"growth": _with_interval(growth, "{:.2f}")}
+            row |= {"onset": f"{onset.value:.0f}" if onset.known else "–"}
+            rows.append(row | {"shape": _shape(profile, "value_similarity")})
+            words.append(growth.word.split(":")[0])
+    said = words[0] if len(set(words)) == 1 else "first to last"
+    title = f"Value similarity over depth (growth: {said}; after the onset it grows)\n"
+    return title + _table(rows) if rows else ""
+
+
+def _apart(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
+    rows = []
+    for pair, part in table.groupby(["a", "b"], sort=False):
+        a, b = (keys[str(label)] for label in pair)  # type: ignore[attr-defined]
+        columns = part[["quantity", "difference", "ci_low", "ci_high", "n_a"]].itertuples(index=False)
+        known = {name: Found(value, low, high, int(n)) for name, value, low, high, n in columns}
+        row: dict[str, Cell] = {"": f"{a} - {b}"}
+        row |= {head: _with_interval(known.get(name)) for name, head in SHORT_DIFFERENCES.items()}
+        rows.append(row | {"paired": "yes" if part["paired"].all() else "no"})
+    return "Differences of means over layers, with 95 % CI\n" + _table(rows) if rows else ""
+
+
+def _ends(profile: Profile, metric: str) -> dict[str, str]:
+    first, low, last = (profile[metric, quantity] for quantity in ("first", "minimum", "last"))
+    minimum = f"{low.value:.3f} @{low.layer:.0f} {low.depth:.2f}"
+    return {"first": f"{first.value:.3f}", "minimum": minimum, "last": f"{last.value:.3f}"}
+
+
+def _shape(profile: Profile, metric: str) -> str:
+    """`falling 89%`, `unclear: U 97%`: the share of resamples that have it."""
+    shape, likeliest = profile[metric, "shape"], profile[metric, "likeliest_shape"]
+    if shape.known:
+        return f"{shape.word} {percent(shape.value)}"
+    return f"{shape.word}: {likeliest.word} {percent(likeliest.value)}" if likeliest.known else shape.word
+
+
+def _with_interval(number: Found | None, form: str = "{:.3f}") -> tuple[str, str]:
+    """A number and its interval, two parts of one cell."""
+    if number is None or not number.known:
+        return "–", ""
+    spread = "" if pd.isna(number.low) else f"{form.format(number.low)}…{form.format(number.high)}"
+    return form.format(number.value), spread
+
+
+def _table(rows: Sequence[Mapping[str, Cell]]) -> str:
+    """Aligned columns: words left, numbers right; of a number with an interval, both."""
+    columns = []
+    for head in rows[0]:
+        cells = [row[head] for row in rows]
+        pairs = [cell if isinstance(cell, tuple) else (cell, "") for cell in cells]
+        widths = [max(len(pair[part]) for pair in pairs) for part in (0, 1)]
+        if widths[1]:
+            texts = [f"{number:>{widths[0]}} {spread:>{widths[1]}}" for number, spread in pairs]
+        else:
+            texts = [number for number, _ in pairs]
+        width = max(len(head), *map(len, texts))
+        left = head in ("", "shape")
+        shown = head.ljust(width) if left or widths[1] else head.rjust(width)
+        columns.append([shown, *(text.ljust(width) if left else text.rjust(width) for text in texts)])
+    return "\n".join(" ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -1,0 +1,53 @@
+"""What a sweep is to do: a probe's plan, and interventions with their controls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from diag.errors import one_of
+from diag.models.hooks.interventions import Edit, parse
+from diag.run.plan import ProbePlan, checked_as
+from diag.studies.intervene.sweep import SCOPES
+
+
+class IntervenePlan(ProbePlan):
+    """A probe's plan, and what is to be done to the model."""
+
+    interventions: tuple[str, ...] = Field(default=("xsa", "random_direction"), min_length=1)
+    scopes: tuple[str, ...] = Field(default=("one",), min_length=1)
+    heads: bool = False
+    labelled: bool = False
+
+    @field_validator("scopes")
+    @classmethod
+    def _known_scopes(cls, scopes: tuple[str, ...]) -> tuple[str, ...]:
+        for scope in scopes:
+            if scope not in SCOPES:
+                raise ValueError(f"is one of {one_of(SCOPES)}")
+        return scopes
+
+    @field_validator("interventions")
+    @classmethod
+    def _known_interventions(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            parse(text)
+        return texts
+
+    def edits(self) -> list[Edit]:
+        """The interventions, each with its matched control behind it where it is a projection."""
+        found = [replace(parse(text), seed=self.seed) for text in self.interventions]
+        controls = [
+            replace(edit, name="random_direction", text=f"random_direction={edit.strength}")
+            for edit in found
+            if edit.name in ("xsa", "gated_xsa") and isinstance(edit.strength, float)
+        ]
+        unique = {(edit.name, str(edit.strength)): edit for edit in [*found, *controls]}
+        return list(unique.values())
+
+
+def checked(**values: Any) -> IntervenePlan:
+    """A plan from options. Raises UserError in the words of the command line."""
+    return checked_as(IntervenePlan, values)

@@ -1,0 +1,210 @@
+"""A sweep carried out: probe the untouched model, change it, write tables, figures and manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diag.errors import UserError
+from diag.inputs.items import Inputs
+from diag.inputs.labels import class_names, labels
+from diag.measure.device import device_of
+from diag.measure.edited import check_layers
+from diag.measure.loop import Report, pick_layers
+from diag.models import load
+from diag.models.base import Model, Sample, Tower
+from diag.models.names.resolve import ModelSpec
+from diag.results.files import write, write_json, writing
+from diag.results.tables import layer_samples, read_layers, read_samples
+from diag.run.cache import measured
+from diag.run.environment import command_line, environment
+from diag.run.plan import RUNS, ProbePlan, inputs_of, run_folder, specs_of
+from diag.run.progress import Listener, Silent
+from diag.run.run_folder import claim, release
+from diag.run.shards import tower_samples
+from diag.studies.intervene.plan import IntervenePlan
+from diag.studies.intervene.sweep import cases, sweep
+from diag.studies.intervene.tables import relations, sensitivity
+from diag.studies.intervene.words import CONTROL, main_effect
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep: its folder and tables.
+
+    sensitivity: per intervention, strength, scope, layer, head and effect: statistics over inputs.
+    relations: Spearman's ρ between what the untouched model measures and the effect, over layers or heads.
+    """
+
+    folder: Path
+    sensitivity: pd.DataFrame
+    relations: pd.DataFrame
+    manifest: Mapping[str, Any]
+
+
+def run_intervene(
+    plan: IntervenePlan,
+    folder: Path | None = None,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Sweep:
+    """Carries out a sweep in `folder` (default: `runs/intervene-NAME-KEY`); one that is there is read.
+
+    Raises UserError for what the user can mend.
+    """
+    listener = listener or Silent()
+    (spec,) = specs_of(plan)
+    given = inputs_of(plan)
+    key = plan.key({kind: found.digest for kind, found in given.items()})
+    folder = folder or RUNS / f"intervene-{run_folder(plan, key).name}"
+    document = {
+        "kind": "intervene",
+        "key": key,
+        "plan": plan.model_dump(mode="json"),
+        "command": command_line(),
+    }
+    if claim(folder, document, overwrite=overwrite):
+        return open_sweep(folder)
+    try:
+        return _carried_out(plan, spec, given, folder, document, listener)
+    except UserError:
+        release(folder)
+        raise
+
+
+def _carried_out(
+    plan: IntervenePlan,
+    spec: ModelSpec,
+    given: Mapping[str, Inputs],
+    folder: Path,
+    document: Mapping[str, Any],
+    listener: Listener,
+) -> Sweep:
+    started = time.time()
+    shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
+    probed = measured(ProbePlan(**shared), listener=listener)
+    model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
+    kind = next((kind for kind in given if model.takers(kind)), next(iter(given)))
+    tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)
+    samples = tower_samples(tower, given[kind], plan)
+    layers = pick_layers(tower.layers, plan.layers)
+    before = read_samples(probed)
+    before = before[before["tower"] == tower.name]
+    before = before[before["tokens"] == before["tokens"].iloc[0]]
+    check_layers(plan.edits(), layers)
+    heads = int(before["head"].max()) + 1 if plan.heads else 0
+    todo = cases(plan.edits(), layers, plan.scopes, heads=heads)
+    truth, classify = _truth(model, tower, samples) if plan.labelled else (None, None)
+    listener.say(f"{spec.given}: {len(todo)} changes of {len(layers)} layers, on {len(samples)} inputs")
+    if tower.language_head is not None and any(edit.where == "mlp branch" for edit in plan.edits()):
+        listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
+    listener.start(f"{spec.given} changed", len(samples))
+    report = Report()
+    rows = sweep(
+        model,
+        tower,
+        samples,
+        todo,
+        batch_size=plan.batch_size,
+        labels=truth,
+        classify=classify,
+        report=report,
+        advance=listener.advance,
+    )
+    table = sensitivity(rows, seed=plan.seed)
+    relation = pd.concat(
+        [
+            relations(rows[rows["head"] < 0], layer_samples(before), seed=plan.seed),
+            relations(rows[rows["head"] >= 0], before, seed=plan.seed),
+        ],
+        ignore_index=True,
+    )
+    for name, frame in (("samples.parquet", rows), ("sensitivity.csv", table), ("relations.csv", relation)):
+        write(frame.assign(model=spec.given, tower=tower.name), folder / name)
+    probe = read_layers(probed)
+    probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
+    figures = draw(table, relation, probe, folder / "figures", title=spec.given)
+    write_json(
+        {
+            **document,
+            "figures": [str(path.relative_to(folder)) for path in figures],
+            "status": "partial" if report.failed else "complete",
+            "model": {"given": spec.given, "resolved": model.resolved, **dict(model.facts)},
+            "tower": tower.name,
+            "ends_in": tower.ending,
+            "probe": probed.name,
+            "inputs": {
+                "source": given[kind].source,
+                "sha256": given[kind].digest,
+                "n": len(samples),
+            },
+            "failed_inputs": report.failed,
+            "seconds": round(time.time() - started, 3),
+            "environment": environment(),
+        },
+        folder / "manifest.json",
+    )
+    return open_sweep(folder)
+
+
+def _truth(
+    model: Model, tower: Tower, samples: Sequence[Sample]
+) -> tuple[dict[str, int], Callable[[Tensor], Tensor] | None]:
+    """The true classes, and what makes class logits of embeddings where the model has no classes."""
+    ids = [sample.id for sample in samples]
+    if tower.ending == "class logits":
+        classes: Any = model.module.num_classes
+        return labels(ids, int(classes)), None
+    if model.zero_shot is None:
+        raise UserError(
+            f"'{model.name}' neither classifies nor takes class names: accuracy is not defined",
+            "leave --labelled out, or give a timm classifier or a CLIP model (open_clip:, hf:)",
+        )
+    names = class_names(ids)
+    return labels(ids, len(names), named=True), model.zero_shot(names)
+
+
+def open_sweep(folder: Path) -> Sweep:
+    """A finished sweep. Raises UserError if it is none."""
+    import json
+
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"'{folder}' is not a finished sweep", "attnbias intervene -m MODEL … -o FOLDER")
+    return Sweep(
+        folder,
+        pd.read_csv(folder / "sensitivity.csv"),
+        pd.read_csv(folder / "relations.csv"),
+        json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
+    )
+
+
+def draw(
+    table: pd.DataFrame, relation: pd.DataFrame, layers: pd.DataFrame, folder: Path, *, title: str
+) -> list[Path]:
+    """Layer sensitivity, and what the untouched model measures against it, as PDF, PNG and CSV."""
+    from diag.results.files import file_stem
+    from diag.show.figures.sensitivity import bias_against_effect, layer_sensitivity
+    from diag.show.figures.write import save
+
+    effect = main_effect(table)
+    paths = []
+    with writing(folder):
+        figure = layer_sensitivity(table, title=title, effects=[effect])
+        paths += save(figure, table[table["effect"] == effect], folder, file_stem("sensitivity", effect))
+        if relation.empty:
+            return paths
+        for name in relation.loc[relation["effect"] == effect, "intervention"].unique():
+            if name == CONTROL:
+                continue
+            figure = bias_against_effect(table, relation, layers, effect=effect, intervention=name)
+            rows = relation[(relation["effect"] == effect) & (relation["intervention"] == name)]
+            paths += save(figure, rows, folder, file_stem("relation", name, effect))
+    return paths

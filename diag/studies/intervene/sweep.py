@@ -1,0 +1,171 @@
+"""The sweep: a model run untouched and changed, layer after layer, on the same inputs.
+
+Effects are paired: each input is run both ways. A case is one intervention with its strength on some layers:
+`one` layer, all layers from the `first` up to one, or from one up to the `last`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from diag.measure.edited import edited
+from diag.measure.loop import Report, chunks, pick_layers, readable
+from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.hooks.blocks import Block, find_blocks
+from diag.models.hooks.interventions import Edit
+from diag.models.hooks.seam import Layer
+from diag.studies.intervene.effect import Outcome, effects
+
+SCOPES = {
+    "one": "one layer at a time",
+    "first": "from the first layer up to this one",
+    "last": "from this layer up to the last",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One change of the model: `edit` restricted to the layers of its scope. head is -1 for all heads."""
+
+    edit: Edit
+    scope: str
+    layer: int
+    head: int = -1
+
+    @property
+    def strength(self) -> float:
+        """The edit's strength; NaN where a file gives one for each head."""
+        return self.edit.strength if isinstance(self.edit.strength, float) else float("nan")
+
+
+def cases(
+    edits: Sequence[Edit], layers: Sequence[Layer], scopes: Sequence[str], heads: int = 0
+) -> list[Case]:
+    """Every case of a sweep; `heads`: also each of so many heads of each layer alone (0: no)."""
+    found = []
+    indices = [layer.index for layer in layers]
+    for edit, scope, layer in itertools.product(edits, scopes, indices):
+        if not edit.at(layer):
+            continue
+        chosen = {
+            "one": {layer},
+            "first": {i for i in indices if i <= layer},
+            "last": {i for i in indices if i >= layer},
+        }
+        among = frozenset(i for i in chosen[scope] if edit.at(i))
+        found.append(Case(replace(edit, layers=among), scope, layer))
+    for edit, layer, head in itertools.product(edits, indices, range(heads)):
+        if edit.where == "attention" and edit.at(layer) and (edit.heads is None or head in edit.heads):
+            alone = replace(edit, layers=frozenset({layer}), heads=frozenset({head}))
+            found.append(Case(alone, "one", layer, head))
+    return found
+
+
+def sweep(
+    model: Model,
+    tower: Tower,
+    samples: Sequence[Sample],
+    todo: Sequence[Case],
+    *,
+    batch_size: int = 8,
+    labels: Mapping[str, int] | None = None,
+    classify: Callable[[Tensor], Tensor] | None = None,
+    report: Report | None = None,
+    advance: Callable[[int], object] = lambda inputs: None,
+) -> pd.DataFrame:
+    """Runs every input untouched and under every case: one row per case, effect and input.
+
+    labels: the true class by input id, where it is known. classify: embeddings → class logits (zero-shot).
+    Columns: intervention, strength, scope, layer, head (-1: all), effect, input, input_index, value.
+    """
+    layers = pick_layers(tower.layers, None)
+    head = None if tower.language_head is None else tower.language_head()
+    runner = _Runner(tower, layers, find_blocks(model.module, layers), head, classify)
+    rows: list[pd.DataFrame] = []
+    position = 0
+    size = min(batch_size, tower.max_batch or batch_size)
+    for chunk in chunks(readable(samples, report or Report()), size):
+        batch = tower.encode(chunk)
+        truth = torch.tensor([(labels or {}).get(sample.id, -1) for sample in chunk])
+        untouched = runner.outcome(batch, (), truth)
+        for case in todo:
+            found = effects(untouched, runner.outcome(batch, (case.edit,), truth))
+            for name, value in found.items():
+                rows.append(
+                    pd.DataFrame(
+                        {
+                            "intervention": case.edit.name,
+                            "strength": case.strength,
+                            "scope": case.scope,
+                            "layer": case.layer,
+                            "head": case.head,
+                            "effect": name,
+                            "input": list(batch.ids),
+                            "input_index": np.arange(len(chunk)) + position,
+                            "value": value.cpu().numpy(),
+                        }
+                    )
+                )
+        position += len(chunk)
+        advance(len(chunk))
+    return pd.concat(rows, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """A tower with all that it takes to run it changed and read what it ends in."""
+
+    tower: Tower
+    layers: Sequence[Layer]
+    blocks: Sequence[Block]
+    head: nn.Module | None
+    classify: Callable[[Tensor], Tensor] | None
+
+    def outcome(self, batch: Batch, edits: Sequence[Edit], labels: Tensor) -> Outcome:
+        """What one forward pass with the edits ends in."""
+        tower, states = self.tower, []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.blocks[-1].module.register_forward_hook(keep)
+        try:
+            with torch.inference_mode(), edited(tower, self.layers, self.blocks, edits, batch.real):
+                result = tower.forward(batch)
+                ended = result if isinstance(result, Tensor) else None
+                logits = ended if tower.ending == "next-token logits" else None
+                if self.head is not None:
+                    logits = self.head(result.last_hidden_state)
+        finally:
+            handle.remove()
+        embedding = ended if tower.ending == "embedding" else getattr(result, "pooler_output", None)
+        scores = ended if tower.ending == "class logits" else None
+        if self.classify is not None and embedding is not None:
+            scores = self.classify(embedding)
+        return Outcome(
+            next_logits=logits,
+            ids=None if logits is None else batch.data,
+            bytes=None
+            if logits is None or tower.decode is None
+            else predicted_bytes(tower.decode, batch.data),
+            class_logits=scores,
+            embedding=embedding,
+            states=states[-1],
+            labels=labels.to(states[-1].device) if (labels >= 0).any() else None,
+        )
+
+
+def predicted_bytes(decode: Callable[[Sequence[int]], str], ids: Tensor) -> Tensor:
+    """Bytes of UTF-8 that all tokens but the first stand for, `[batch]`.
+
+    A character cut by the window's edge counts as the three bytes of the replacement character.
+    """
+    return torch.tensor([len(decode(row).encode()) for row in ids[:, 1:].tolist()], device=ids.device)

@@ -1,0 +1,101 @@
+"""A sweep in words: the layer table of the most telling effect, and what predicts it."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from diag.show.terminal import WIDTH, aligned
+from diag.studies.intervene.effect import EFFECTS
+from diag.studies.intervene.sweep import SCOPES
+
+FIRST_EFFECTS = ("loss_change", "top1_change", "class_divergence", "embedding_change", "token_change")
+"""The effect that is shown first is the first of these that was measured."""
+
+CONTROL = "random_direction"
+PREDICTORS = {"cos_y_vself": "bias", "excess": "excess over partner"}
+SIDE_BY_SIDE = 3
+"""Interventions that fit beside each other in a terminal."""
+
+
+def main_effect(table: pd.DataFrame) -> str:
+    """The most telling effect that was measured."""
+    there = set(table["effect"])
+    return next(name for name in FIRST_EFFECTS if name in there)
+
+
+def table(sensitivity: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
+    """The sweep on at most 80 columns: a row per layer, a column per intervention, and what predicts it."""
+    effect = main_effect(sensitivity)
+    rows = sensitivity[(sensitivity["effect"] == effect) & (sensitivity["head"] < 0)]
+    lines = [
+        f"{manifest['model']['given']} · {manifest['tower']} · n = {int(rows['n'].max())}",
+        *textwrap.wrap(f"{effect}: {EFFECTS[effect].definition}; in brackets 95 % CI over inputs", WIDTH),
+    ]
+    for scope, said in SCOPES.items():
+        part = rows[rows["scope"] == scope]
+        if not part.empty:
+            lines += ["", said, *_by_layer(part)]
+    return "\n".join([*lines, "", *_predicted(relations[relations["effect"] == effect])])
+
+
+def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
+    """A row per layer, the interventions side by side as many as fit, the control last."""
+    keys = ["intervention", "strength"]
+    parts = {_label(name): part for name, part in rows.groupby(keys, sort=False, dropna=False)}
+    parts = dict(sorted(parts.items(), key=lambda item: item[0].startswith(CONTROL.replace("_", " "))))
+    names = list(parts)
+    layers = sorted(rows["layer"].unique())
+    for start in range(0, len(names), SIDE_BY_SIDE):
+        cells = {"layer": [str(layer) for layer in layers]}
+        for name in names[start : start + SIDE_BY_SIDE]:
+            by_layer = parts[name].set_index("layer")
+            cells[name] = [_cell(by_layer.loc[layer]) if layer in by_layer.index else "–" for layer in layers]
+        yield from aligned(cells)
+        if start + SIDE_BY_SIDE < len(names):
+            yield ""
+
+
+def _predicted(relations: pd.DataFrame) -> Iterator[str]:
+    """Whether the bias, and its excess, predict the effect, layer by layer and head by head."""
+    for level, part in relations.groupby("level", sort=False):
+        shown = part[(part["intervention"] != CONTROL) & part["predictor"].isin(list(PREDICTORS))]
+        if shown.empty:
+            continue
+        places = int(shown["places"].max())
+        if shown["rho"].isna().all():
+            yield f"{places} {level}s are too few to tell whether the bias predicts the effect."
+            continue
+        yield f"does it predict the effect? Spearman ρ over {places} {level}s [95 % CI], p"
+        cells: dict[str, list[str]] = {"intervention": []}
+        for row in shown.to_dict("records"):
+            name = _label((row["intervention"], row["strength"]))
+            if name not in cells["intervention"]:
+                cells["intervention"].append(name)
+            rho, low, high, p = (float(row[key]) for key in ("rho", "ci_low", "ci_high", "p"))
+            cells.setdefault(PREDICTORS[row["predictor"]], []).append(
+                f"{rho:+.2f} [{low:+.2f}, {high:+.2f}] p = {p:.2g}"
+            )
+        yield from aligned(cells)
+        clear = shown[(shown["p"] <= 0.05) & (shown["ci_low"] * shown["ci_high"] > 0)]
+        if clear.empty:
+            yield f"Over these {places} {level}s neither clearly predicts the effect."
+        if len(shown) > 1:
+            yield f"p: random pairings of {level}s; of {len(shown)} such tests, expect some below 0.05."
+
+
+def _label(name: Any) -> str:
+    intervention, strength = name
+    number = float(strength)
+    words = str(intervention).replace("_", " ")
+    return words if math.isnan(number) or number == 1 else f"{words} {number:g}"
+
+
+def _cell(row: pd.Series) -> str:
+    if pd.isna(row["ci_low"]):
+        return f"{row['mean']:+.4f}"
+    return f"{row['mean']:+.4f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"

@@ -1,0 +1,1 @@
+"""The diagnostics of a model while it trains."""

@@ -1,0 +1,212 @@
+"""CLIP training with changed attention: a launcher around `open_clip_train.main`, in one process or many.
+
+    from diag.studies.train.clip import train_clip
+    train_clip(["--model", "ViT-B-16", "--train-data", SHARDS, …], attention="xsa")
+
+The training loop, data and evaluation are open_clip's own. One thing is wrapped: the function that creates
+the model, so that attention is changed before the optimiser, DDP or torch.compile see it. What
+open_clip_train refuses with exit code 0, or goes on with (a loss of NaN), becomes an error. Under torchrun
+every process runs `train_clip` with the same arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diag.errors import UserError
+from diag.models.weights import read_variants
+from diag.studies.train.clip_arguments import checked, open_clip_train
+from diag.variants import BASELINE, Variant, apply, parse, variants_in
+
+REFUSED = -1
+"""What `open_clip_train.main.main` returns where it refuses to run, after it has printed why."""
+
+LOGGED_LOSS = re.compile(r"^(Train Epoch: \d+ \[[^\]]*\]).* Loss: (\S+)")
+"""A line of open_clip_train's log: where it is, and the loss of the batch."""
+
+
+class DivergedError(UserError):
+    """The loss is not a number, and stays so."""
+
+    exit_code = 1
+
+
+def train_clip(
+    arguments: Sequence[str],
+    *,
+    attention: str = BASELINE,
+    text_attention: str = BASELINE,
+    config: Path | None = None,
+) -> None:
+    """Trains, or only evaluates, a CLIP model with open_clip_train and changed attention.
+
+    arguments: open_clip_train's own, which go over those of `config` (a YAML file, see `clip_arguments`).
+    attention, text_attention: variants of the two towers (`diag.variants.parse`); the second model of a
+        distillation, its teacher, is left as it is.
+    Raises UserError where open_clip_train would refuse, would wait for shards that are not there, or a
+    checkpoint was trained with other attention; DivergedError where the loss is no number any more.
+    """
+    towers = {"visual": parse(attention), "text": parse(text_attention)}
+    train = open_clip_train()
+    kinds = [variant for variant in (attention, text_attention) if variant != BASELINE]
+    argv, given = checked(arguments, config, "-".join(kinds) or BASELINE)
+    create = train.create_model_and_transforms
+    with _logging_restored(), _watched() as watch:
+        try:
+            train.create_model_and_transforms = _Changing(create, towers, _continued(train, given))
+            ended = train.main(argv)
+        finally:
+            train.create_model_and_transforms = create
+        if ended == REFUSED:
+            raise UserError("open_clip_train refused to run", "it printed why, above")
+        watch.finish()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# --- the model
+
+
+@dataclass(frozen=True)
+class _Continued:
+    """A checkpoint that a run goes on from. exact: its attention is that of the run, whatever it is."""
+
+    file: Path
+    exact: bool
+
+
+@dataclass
+class _Changing:
+    """open_clip's function that creates a model; the first one comes with changed attention."""
+
+    create: Callable[..., tuple[Any, Any, Any]]
+    towers: dict[str, Variant]
+    continued: tuple[_Continued, ...]
+    used: bool = False
+
+    def __call__(self, *arguments: Any, **settings: Any) -> tuple[Any, Any, Any]:
+        """Takes and returns what open_clip's function does."""
+        model, *transforms = self.create(*arguments, **settings)
+        if not self.used:
+            self.used = True
+            for name, variant in self.towers.items():
+                changed = apply(_tower(model, name), variant)
+                logging.info(f"attnbias: {name} attention is {variant.name}, {len(changed)} modules changed")
+            for checkpoint in self.continued:
+                _refuse_other_attention(checkpoint, variants_in(model))
+        return model, *transforms
+
+
+def _tower(model: Any, name: str) -> Any:
+    """A tower of an open_clip model; a plain CLIP holds its text tower's layers itself."""
+    if name == "text" and getattr(model, "text", None) is None:
+        return model.transformer
+    return getattr(model, name)
+
+
+def _continued(train: Any, given: Any) -> tuple[_Continued, ...]:
+    """The local checkpoints that a run goes on from: `--resume`, and `--pretrained` where it is a file."""
+    found = []
+    resume = given.resume
+    if resume == "latest" and given.name is not None:
+        folder = Path(given.logs) / given.name / "checkpoints"
+        newest = train.get_latest_checkpoint(str(folder), remote=False)
+        resume = folder / train.LATEST_CHECKPOINT_NAME if given.save_most_recent else newest
+    if resume is not None and Path(resume).is_file():
+        found.append(_Continued(Path(resume), exact=True))
+    if given.pretrained and Path(given.pretrained).is_file():
+        found.append(_Continued(Path(given.pretrained), exact=False))
+    return tuple(found)
+
+
+def _refuse_other_attention(checkpoint: _Continued, kinds: dict[str, str]) -> None:
+    """Raises UserError where a checkpoint was trained with other attention than the model has.
+
+    A checkpoint that may be retrofitted (not `exact`) can have plain attention.
+    """
+    trained = read_variants(checkpoint.file)
+    if trained == kinds or not (trained or checkpoint.exact):
+        return
+    theirs, ours = _in_words(trained), _in_words(kinds)
+    raise UserError(
+        f"'{checkpoint.file}' was trained with {theirs}, this run has "
+        + (ours if ours != theirs else "other modules changed"),
+        "give --attention and --text-attention as for that run, or start another with --name",
+    )
+
+
+def _in_words(kinds: dict[str, str]) -> str:
+    counts = {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
+    return (
+        ", ".join(f"{kind} in {count} modules" for kind, count in counts.items()) or f"{BASELINE} attention"
+    )
+
+
+# --- the log
+
+
+class _LossWatch(logging.Handler):
+    """Reads the losses that open_clip_train logs, and stops it at the second in a row that is no number.
+
+    One may be a batch that mixed precision skips.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad = 0
+        self.where = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = LOGGED_LOSS.match(record.getMessage())
+        if found is None:
+            return
+        self.where = f"{found[1]}: {found[2]}"
+        self.bad = 0 if torch.tensor(float(found[2])).isfinite() else self.bad + 1
+        if self.bad > 1:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raises DivergedError if the last loss that was logged is no finite number."""
+        if self.bad:
+            raise DivergedError(
+                f"the loss is no finite number any more ({self.where})",
+                "lower --lr, lengthen --warmup or add --grad-clip-norm 1, and start anew with another --name",
+            )
+
+
+@contextmanager
+def _watched() -> Iterator[_LossWatch]:
+    watch = _LossWatch()
+    logging.root.addHandler(watch)
+    try:
+        yield watch
+    finally:
+        logging.root.removeHandler(watch)
+
+
+@contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Undoes what open_clip_train does to every logger's level, and closes the handlers that it adds."""
+    handlers = list(logging.root.handlers)
+    levels = {logger: logger.level for logger in _loggers()}
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in logging.root.handlers if handler not in handlers]:
+            logging.root.removeHandler(handler)
+            handler.close()
+        for logger in _loggers():
+            logger.setLevel(levels.get(logger, logging.NOTSET))  # those that came since, too
+
+
+def _loggers() -> list[logging.Logger]:
+    named = logging.root.manager.loggerDict.values()
+    return [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]

@@ -1,0 +1,222 @@
+"""A grid carried out: every cell trained, every trained model probed, tables and figures written.
+
+    plan.json  cells/CELL/…  probe/ (a run folder over all cells)  probed/ (its inputs)
+    results.md  results.csv (a row per cell)  outcomes.csv  …  figures/  manifest.json (written last)
+
+Cells are independent: each process under torchrun takes every n-th, and the last to finish goes on to the
+probe. Running the same command again resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from diag.errors import UserError
+from diag.measure.device import device_of
+from diag.results.files import write, write_json
+from diag.results.tables import read_layers, read_manifest
+from diag.run.environment import command_line, environment
+from diag.run.plan import RUNS, checked
+from diag.run.processes import Locks, share_of
+from diag.run.progress import Listener, Silent
+from diag.run.run import run_probe
+from diag.run.run_folder import claim
+from diag.studies.train.cells import Cell, card_of, cells_of, train_cell
+from diag.studies.train.image_task import Task
+from diag.studies.train.outcomes import outcome_tables
+from diag.studies.train.plan import TrainPlan
+from diag.studies.train.summary import shown, words
+from diag.studies.train.tasks import task_of
+
+RESULTS = (
+    "accuracy",
+    "loss",
+    "held_out",
+    "steps",
+    "parameters",
+    "seconds_per_step",
+    "initial_sha256",
+    "sha256",
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finished grid: its folder, tables by name, and what they say in words."""
+
+    folder: Path
+    tables: Mapping[str, pd.DataFrame]
+    words: Sequence[str]
+    manifest: Mapping[str, Any]
+
+
+def run_train(
+    plan: TrainPlan,
+    folder: Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Grid | None:
+    """Trains, probes and tabulates a grid in `folder` (default: `runs/train-KEY`); None from a process that
+    leaves the rest to others.
+
+    Raises UserError for what the user can mend.
+    """
+    listener = listener or Silent()
+    folder = folder or RUNS / f"train-{plan.key[:8]}"
+    document = {
+        "kind": "train",
+        "key": plan.key,
+        "plan": plan.model_dump(mode="json"),
+        "command": command_line(),
+    }
+    share = share_of(None, os.environ)
+    if overwrite and share.of > 1:
+        raise UserError(
+            "--overwrite with several processes would remove what others train", f"rm -r {folder}"
+        )
+    if overwrite and (folder / "plan.json").exists():
+        for name in ("cells", "probe", "probed"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if claim(folder, document, overwrite=overwrite):
+        listener.say(f"already complete: {folder} (train again with --overwrite)")
+        return open_grid(folder)
+    started = time.time()
+    task = task_of(plan)
+    cells = cells_of(plan)
+    place = device_of(device, share.local_rank)
+    if not isinstance(place, torch.device):
+        raise UserError(f"--device {device} is for one large model", "--device auto, cpu or cuda:0")
+    mine = [number for number in range(len(cells)) if number % share.of == share.rank]
+    listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {place}")
+    (folder / "cells").mkdir(exist_ok=True)
+    with Locks(folder / "cells" / ".lock") as locks:
+        for number in mine:
+            cell = cells[number]
+            if not locks.take(number):
+                listener.say(f"{cell.name} is in the hands of another process")
+                continue
+            listener.start(cell.name, plan.recipe.steps)
+            train_cell(
+                plan,
+                cell,
+                task,
+                folder / "cells" / cell.name,
+                device=place,
+                workers=workers,
+                advance=listener.advance,
+            )
+            locks.give(number)
+        unfinished = [cell for cell in cells if not (folder / "cells" / cell.name / "card.json").exists()]
+        if unfinished or not locks.take(len(cells)):
+            listener.say("other processes are at work; the last one probes and tabulates")
+            return None
+        return _finish(plan, cells, task, folder, document, str(place), listener, started)
+
+
+def open_grid(folder: Path) -> Grid:
+    """A finished grid folder. Raises UserError if it is not one."""
+    manifest = read_manifest(folder)
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in manifest["tables"]}
+    return Grid(folder, tables, manifest["words"], manifest)
+
+
+def _finish(
+    plan: TrainPlan,
+    cells: Sequence[Cell],
+    task: Task,
+    folder: Path,
+    document: Mapping[str, Any],
+    device: str,
+    listener: Listener,
+    started: float,
+) -> Grid:
+    from diag.show.figures.training import outcome_figures
+    from diag.show.figures.write import save
+
+    layers = _probe(plan, cells, task, folder, device, listener)
+    results = pd.DataFrame(
+        [{**cell.facts, **_results(card_of(folder / "cells" / cell.name))} for cell in cells]
+    )
+    monitor, log = (_curves(cells, folder, name) for name in ("monitor", "log"))
+    tables = {
+        "results": results,
+        **outcome_tables(results, layers, _alphas(cells, folder), monitor, log),
+    }
+    for name, table in tables.items():
+        write(table, folder / f"{name}.csv")
+    write(shown(tables), folder / "results.md")
+    figures = [
+        path
+        for stem, (figure, data) in outcome_figures(tables).items()
+        for path in save(figure, data, folder / "figures", stem)
+    ]
+    said = words(tables)
+    write_json(
+        {
+            **document,
+            "status": "complete",
+            "tables": list(tables),
+            "words": said,
+            "figures": [str(path.relative_to(folder)) for path in figures],
+            "device": device,
+            "seconds": round(time.time() - started, 3),
+            "environment": environment(),
+        },
+        folder / "manifest.json",
+    )
+    return open_grid(folder)
+
+
+def _probe(
+    plan: TrainPlan, cells: Sequence[Cell], task: Task, folder: Path, device: str, listener: Listener
+) -> pd.DataFrame:
+    """The layers table of every trained model; the model column holds the cell's name."""
+    paths = {str(folder / "cells" / cell.name / "model"): cell.name for cell in cells}
+    run = run_probe(
+        checked(models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")),
+        folder / "probe",
+        listener=listener,
+    )
+    if run.manifest["failed_models"]:
+        name, why = next(iter(run.manifest["failed_models"].items()))
+        raise UserError(f"'{name}' could not be probed: {why}", "run the same command again")
+    layers = read_layers(folder / "probe")
+    return layers.assign(model=layers["model"].map(paths))
+
+
+def _results(card: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: card.get(name) for name in RESULTS}
+
+
+def _alphas(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:
+    """cell, patch_size, variant, seed, layer, head, alpha; empty where nothing was learned."""
+    rows = [
+        {**cell.facts, "layer": int(layer), "head": head, "alpha": alpha}
+        for cell in cells
+        for layer, found in card_of(folder / "cells" / cell.name)["alphas"].items()
+        for head, alpha in enumerate(found)
+    ]
+    columns = [*cells[0].facts, "layer", "head", "alpha"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _curves(cells: Sequence[Cell], folder: Path, name: str) -> pd.DataFrame:
+    """`log.csv` or `monitor.csv` of every cell, one below the other, behind the cell's columns."""
+    frames = []
+    for cell in cells:
+        file = folder / "cells" / cell.name / f"{name}.csv"
+        frame = pd.read_csv(file) if file.stat().st_size > 1 else pd.DataFrame()
+        frames.append(frame.assign(**cell.facts))
+    return pd.concat(frames, ignore_index=True)

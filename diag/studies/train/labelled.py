@@ -1,0 +1,110 @@
+"""The image task: naming the class of an image, on labelled folders `DIR/class/*.jpg` or WebDataset tars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diag.errors import UserError
+from diag.inputs import images as inputs
+from diag.inputs import tars
+from diag.inputs.labels import class_names
+from diag.studies.train.image_task import EVALUATED_AT_ONCE, ImageTask
+from diag.studies.train.plan import TrainPlan
+
+MEAN = STD = (0.5, 0.5, 0.5)
+WATCHED = 32
+"""Images that are looked at while training."""
+
+
+class LabelledTask(ImageTask):
+    """Images of `train` in random crops, those of `validation` whole, resized and cut at the centre.
+
+    Raises UserError if an image of either has no class, or validation has a class that training lacks.
+    """
+
+    def __init__(self, plan: TrainPlan) -> None:
+        assert plan.train is not None
+        assert plan.validation is not None
+        self.training, self.testing = inputs.images(plan.train), inputs.images(plan.validation)
+        self.named = {
+            id(given): classes_of(source, [item.id for item in given])
+            for source, given in ((plan.train, self.training), (plan.validation, self.testing))
+        }
+        super().__init__(plan, sorted(set(self.named[id(self.training)])))
+        lacking = set(self.named[id(self.testing)]) - set(self.classes)
+        if lacking:
+            raise UserError(
+                f"'{plan.validation}' has the class '{min(lacking)}', which '{plan.train}' lacks",
+                "give both the same classes",
+            )
+
+    @cached_property
+    def transforms(self) -> tuple[Any, Any]:
+        """What is done to training and to validation images."""
+        from torchvision.transforms import v2
+
+        last = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        middle = [v2.Resize(self.size, antialias=True), v2.CenterCrop(self.size)]
+        drawn = [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
+        return v2.Compose([*drawn, *last]), v2.Compose([*middle, *last])
+
+    def batch(self, seed: int, step: int) -> dict[str, Tensor]:
+        """Random crops of random images; the crops are drawn from a generator of their own."""
+        generator = np.random.default_rng((seed, step))
+        chosen = generator.integers(0, len(self.training), self.plan.recipe.batch_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator.integers(2**62)))
+            return self._read(self.training, chosen, self.transforms[0])
+
+    def held_out(self) -> Iterator[dict[str, Tensor]]:
+        """The first `held_out` validation images, spread evenly over the folder."""
+        count = min(self.plan.recipe.held_out, len(self.testing))
+        places = np.linspace(0, len(self.testing) - 1, count).round().astype(int)
+        for first in range(0, count, EVALUATED_AT_ONCE):
+            yield self._read(self.testing, places[first : first + EVALUATED_AT_ONCE], self.transforms[1])
+
+    def watched(self) -> dict[str, Tensor]:
+        """Validation images, spread evenly over the folder."""
+        places = np.linspace(0, len(self.testing) - 1, min(WATCHED, len(self.testing))).round().astype(int)
+        return {"images": self._read(self.testing, places, self.transforms[1])["images"]}
+
+    def probed(self, folder: Any) -> dict[str, str]:
+        """The validation images where they lie."""
+        return {"images": str(self.plan.validation)}
+
+    def _read(self, given: inputs.Inputs, places: Any, transform: Any) -> dict[str, Tensor]:
+        images = [transform(given.items[int(place)].read()) for place in places]
+        named = self.named[id(given)]
+        labels = [self.classes.index(named[int(place)]) for place in places]
+        return {"images": torch.stack(images), "labels": torch.tensor(labels)}
+
+
+def classes_of(source: str, ids: Sequence[str]) -> list[str]:
+    """The class of each image: its folder in `DIR/class/*.jpg`, or the `.cls` member beside it in a tar.
+
+    source: what the ids were listed from. Raises UserError for an image that has neither.
+    """
+    if not any(".tar/" in name for name in ids):
+        class_names(ids)
+        return [name.partition("/")[0] for name in ids]
+    named = tars.named_tars(source)
+    root = tars.common_root(named) if named else Path(source)
+    index = tars.listed(named or sorted(root.rglob(f"*{tars.SUFFIX}")), root, (".cls",))
+    classes = {_key(name): index.read(place).decode().strip() for place, name in enumerate(index.ids)}
+    for name in ids:
+        if _key(name) not in classes:
+            raise UserError(f"image '{name}' has no class", f"put {_key(name)}.cls beside it in the tar")
+    return [classes[_key(name)] for name in ids]
+
+
+def _key(name: str) -> str:
+    """What members of one sample share, as WebDataset has it: all before the first dot of the file's name."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"

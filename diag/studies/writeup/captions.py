@@ -1,0 +1,84 @@
+"""Captions: the plan's own text, or that of the kind, and what each must say: models, T, n, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from diag.errors import UserError
+from diag.show.figures.tables import span
+
+NAMED = 4
+"""Models that a caption names one by one; of more, it names the first and the last."""
+
+
+def caption(text: str | None, words: str, rows: pd.DataFrame, inputs: Sequence[str]) -> str:
+    """A caption with its placeholders filled in, and the settings behind it.
+
+    text: of the plan; words: of the kind, used where the plan gives none. rows: of a run's table,
+    may be empty. inputs: what the runs were given.
+    """
+    filled = (text or words).strip().format_map(_Known(_placeholders(rows, inputs)))
+    return " ".join(part for part in (filled, settings(rows, inputs)) if part)
+
+
+def settings(rows: pd.DataFrame, inputs: Sequence[str]) -> str:
+    """How it was measured, in one sentence; empty where nothing was."""
+    if "n" not in rows or rows.empty:
+        return ""
+    found = _placeholders(rows, inputs)
+    changed = _listed(rows, "intervention") or "none"
+    parts = [
+        found["models"],
+        f"{found['tokens']} tokens" if found["tokens"] else "",
+        f"T = {found['T']}" if found["T"] else "",
+        f"n = {found['n']} {found['inputs']}" if found["inputs"] else f"n = {found['n']}",
+        f"values {found['values']}" if found["values"] else "",
+        f"intervention {changed}" if changed != "none" else "",
+        "t = 0 excluded" if _listed(rows, "first_token") == "excluded" else "",
+        _listed(rows, "dtype"),
+        "95 % bootstrap intervals over inputs" if "ci_low" in rows and rows["ci_low"].notna().any() else "",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def look_settings(models: Sequence[Mapping[str, Any]], head: str) -> str:
+    """How one target was looked at, in one sentence."""
+    parts = []
+    for entry in models:
+        target = entry["target"]
+        if entry["tower"] == "vision":
+            where = "patch {}, {} of {} × {}".format(*target, *entry["grid"])
+        else:
+            where = f"token {target}"
+        parts.append(f"{entry['given']}: layer {entry['layer']}, {where}")
+    heads = "mean over heads" if head == "mean" else f"head {head}"
+    said = [str(models[0]["input"]), *parts, heads, "values as computed"]
+    return f"{'; '.join(said)}; one input: an example, not a mean."
+
+
+class _Known(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        raise UserError(f"a caption knows no '{{{key}}}'", f"it knows {', '.join(self)}")
+
+
+def _placeholders(rows: pd.DataFrame, inputs: Sequence[str]) -> dict[str, str]:
+    models = [str(name) for name in dict.fromkeys(rows["model"])] if "model" in rows else []
+    if len(models) > NAMED:
+        models = [f"{len(models)} models from {models[0]} to {models[-1]}"]
+    return {
+        "n": span(rows["n"]) if "n" in rows else "",
+        "T": span(rows["n_tokens"]) if "n_tokens" in rows else "",
+        "values": _listed(rows, "values"),
+        "models": ", ".join(models),
+        "tokens": _listed(rows, "tokens"),
+        "inputs": " and ".join(dict.fromkeys(inputs)),
+    }
+
+
+def _listed(rows: pd.DataFrame, column: str) -> str:
+    if column not in rows:
+        return ""
+    return ", ".join(str(value).replace("_", " ") for value in dict.fromkeys(rows[column].dropna()))

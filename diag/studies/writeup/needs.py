@@ -1,0 +1,235 @@
+"""What a plan needs measured: probes as runs, looks as folders; what is there, and what is missing.
+
+A run holds one model: a plan that gains a model measures that model only, and one that fails is tried again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.models.names import series
+from diag.models.names.arguments import merged, read, split, written
+from diag.results.profiles import CURVES, SHARES
+from diag.run.cache import is_measured
+from diag.run.plan import HOW, ProbePlan, specs_of
+from diag.show.figures.entropy import METRICS as ENTROPY_METRICS
+from diag.studies.attend.plan import AttendPlan
+from diag.studies.attend.plan import folder_of as folder_of_look
+from diag.studies.writeup.document import Document, Place
+from diag.studies.writeup.schema import Entropy, Look, Plan, Probe, ProfileTable, items_of, look_of
+
+NEVER_READ = "hf:"
+"""Inputs that a dry run only names: they may have to be downloaded."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a probe. line: what it is a point of where runs are drawn against what varies."""
+
+    probe: str
+    line: str
+    plan: ProbePlan
+
+    @property
+    def model(self) -> str:
+        """The one model of the run, as it was named."""
+        return self.plan.models[0]
+
+    @property
+    def words(self) -> str:
+        """The model, and the length where it is given."""
+        return self.model + (f", T = {self.plan.seq_len}" if self.plan.seq_len else "")
+
+    @property
+    def source(self) -> str:
+        """Its inputs, as named."""
+        return " and ".join(filter(None, (self.plan.images, self.plan.texts))) or "demo"
+
+
+def runs_of(plan: Plan, document: Document) -> dict[str, tuple[Run, ...]]:
+    """The runs of every probe that a figure or table shows, by probe.
+
+    Raises UserError with the line for an unknown series, values or dtype, or a model that its
+    probe lacks.
+    """
+    shown = [probe for _, _, item in items_of(plan) if (probe := getattr(item, "probe", None))]
+    found = {}
+    for name in dict.fromkeys(shown):
+        try:
+            found[name] = tuple(_runs(name, plan.probes[name]))
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = first["msg"].removeprefix("Value error, ")
+            place = ("probes", name, *first["loc"])
+            raise document.error(
+                place, f"{first['loc'][0]} {reason}", f"given: {first['input']!r}"
+            ) from error
+        except UserError as error:
+            raise document.error(("probes", name, "series"), str(error), error.tip) from error
+    for place, _, item in items_of(plan):
+        known = [run.model for run in found.get(getattr(item, "probe", None) or "", ())]
+        named = [("model", model)] if (model := getattr(item, "model", None)) else []
+        named += [
+            ("pairs", side) for pair in getattr(item, "pairs", ()) for side in (pair.baseline, pair.trained)
+        ]
+        for key, model in named:
+            if model not in known:
+                near = did_you_mean(model, known) or f"it has {one_of(dict.fromkeys(known))}"
+                raise document.error((*place, key), f"probe '{item.probe}' has no model '{model}'", near)
+    return found
+
+
+def _runs(name: str, probe: Probe) -> Iterator[Run]:
+    models: Sequence[str] = probe.models or series.members(probe.series or "")
+    own = {"models", "series", "seq_len", "image_size", "patch_size", "model_args", "intervene"}
+    shared = probe.model_dump(exclude=own)
+    shared |= {"model_args": probe.model_args or (), "intervene": probe.intervene or ()}
+    for model, image, patch in itertools.product(
+        models, probe.image_size or (None,), probe.patch_size or (None,)
+    ):
+        for length in probe.seq_len or (None,):
+            base, pairs = split(model)
+            sizes = {
+                key: size for key, size in (("img_size", image), ("patch_size", patch)) if size is not None
+            }
+            full = base + written(merged(read(pairs, model), sizes, model)) if sizes else model
+            line = f"series {probe.series}" if probe.series else re.sub(r"@step\d+$", "", base)
+            plan = ProbePlan(models=(full,), seq_len=length, **shared)
+            yield Run(name, line, plan)
+
+
+def looks_of(plan: Plan) -> list[AttendPlan]:
+    """The attend plans of all pictures, each once."""
+    return list(dict.fromkeys(look_of(item) for _, _, item in items_of(plan) if isinstance(item, Look)))
+
+
+def shows(plan: Plan) -> list[str]:
+    """The names of a plan's figures and tables, in order."""
+    return [stem for _, stem, _ in items_of(plan)]
+
+
+@dataclass(frozen=True)
+class Need:
+    """One run or look that a dry run lists.
+
+    group: the probe, or "attend". models: name as given -> what it resolves to. length: of the windows.
+    state: measured, missing, or unknown where inputs are only named.
+    """
+
+    group: str
+    models: Mapping[str, str]
+    length: int | None
+    inputs: str
+    state: str
+
+
+def needs_of(plan: Plan, document: Document, root: Path) -> list[Need]:
+    """Everything that a plan needs, with models resolved and inputs looked at, but nothing measured.
+
+    Data sets on a hub are only named; their runs are found by their plan.
+    Raises UserError with the line for a model, metric or input that is not known.
+    """
+    found = []
+    finished = _finished_plans(root)
+    for name, runs in runs_of(plan, document).items():
+        for run in runs:
+            try:
+                found.append(_need_of_run(run, root, finished))
+            except UserError as error:
+                raise document.error(("probes", name), f"probe '{name}': {error}", error.tip) from error
+    for place, _, item in items_of(plan):
+        if not isinstance(item, Look):
+            _check_metrics(plan, document, place, item)
+            continue
+        look = look_of(item)
+        try:
+            need = _need_of_look(look, root)
+        except UserError as error:
+            raise document.error((*place, "attend"), str(error), error.tip) from error
+        if need not in found:
+            found.append(need)
+    return found
+
+
+def _check_metrics(plan: Plan, document: Document, place: Place, item: Any) -> None:
+    """That metrics are known, and measured by the item's probe. Raises UserError with the line."""
+    named = ENTROPY_METRICS if isinstance(item, Entropy) else getattr(item, "metrics", None) or ()
+    try:
+        if isinstance(item, ProfileTable):
+            _in_profiles(named)
+            return
+        _known(named)
+        measured = plan.probes[item.probe].metrics if getattr(item, "probe", None) else None
+        left_out = [name for name in named if measured is not None and name not in measured]
+        if left_out:
+            raise UserError(
+                f"probe '{item.probe}' does not measure {one_of(left_out)}",
+                "add to its metrics:, or leave those out",
+            )
+    except UserError as error:
+        raise document.error((*place, "metrics"), str(error), error.tip) from error
+
+
+def _in_profiles(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in (known := (*CURVES, *SHARES)):
+            tip = did_you_mean(name, known) or f"they have {one_of(known)}"
+            raise UserError(f"profiles have no metric '{name}'", tip)
+
+
+def _known(names: Sequence[str] | None) -> None:
+    from diag.metrics.attention import METRICS, chosen
+    from diag.metrics.catalogue import RATIOS
+
+    chosen(names, [*METRICS, *RATIOS])
+
+
+def _need_of_run(run: Run, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:
+    _known(run.plan.metrics)
+    (spec,) = specs_of(run.plan)
+    sources = [run.plan.images, run.plan.texts]
+    if any(source is not None and source.startswith(NEVER_READ) for source in sources):
+        there = any(_alike(run.plan, known) for known in finished)
+        state = "measured" if there else "unknown"
+    else:
+        state = "measured" if is_measured(run.plan, root) else "missing"
+    inputs = f"at most {run.plan.limit} of {run.source}"
+    return Need(run.probe, {run.model: spec.resolved}, run.plan.seq_len, inputs, state)
+
+
+def _need_of_look(look: AttendPlan, root: Path) -> Need:
+    specs = specs_of(look.probe_plan())
+    there = (folder_of_look(look, root) / "manifest.json").is_file()
+    where = f"layer {look.layer}" if look.layer is not None else f"depth {look.depth}"
+    return Need(
+        "attend",
+        {spec.given: spec.resolved for spec in specs},
+        None,
+        f"{look.image or look.text}, {where}",
+        "measured" if there else "missing",
+    )
+
+
+def _alike(plan: ProbePlan, known: Mapping[str, Any]) -> bool:
+    mine = plan.model_dump(mode="json", exclude=set(HOW))
+    return mine == {key: value for key, value in known.items() if key not in HOW}
+
+
+def _finished_plans(root: Path) -> tuple[Mapping[str, Any], ...]:
+    """The plans of the finished runs in a folder."""
+    found = []
+    for file in sorted(root.glob("*/manifest.json")):
+        try:
+            found.append(json.loads((file.parent / "plan.json").read_text(encoding="utf-8"))["plan"])
+        except (OSError, ValueError, KeyError):
+            continue  # an attend folder, or one of another version
+    return tuple(found)

@@ -1,0 +1,380 @@
+"""What a plan may say: probes, figures and tables, checked before anything runs.
+
+Every figure or table is a `kind` and, mostly, the name of the probe whose runs it shows. Unknown keys,
+kinds and probes are refused with file, line and the nearest name.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.results.files import file_stem
+from diag.studies.attend.plan import AttendPlan
+from diag.studies.writeup.document import Document, Place, read_document
+
+
+def _listed(given: object) -> object:
+    """One value as a list of one."""
+    return given if isinstance(given, list | tuple) or given is None else [given]
+
+
+def _layers(given: object) -> object:
+    """`0,5-11` as on the command line, beside a number and a list of numbers."""
+    if not isinstance(given, str):
+        return _listed(given)
+    found: list[int] = []
+    for part in given.split(","):
+        ends = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        if not ends:
+            raise ValueError(f"layers '{part.strip()}' is neither a number nor a range such as 5-11")
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return found
+
+
+Numbers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_listed)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layers), Field(min_length=1)]
+Published = bool | dict[str, str]
+"""false; true: what the models' names stand for; or model -> name of what is published."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Probe(_Strict):
+    """Models measured on one set of inputs: a run for every model and value of `seq_len`.
+
+    image_size, patch_size: added to every model's name as `img_size=` and `patch_size=`; a list gives a
+    model per value. The rest as on the command line of `attnbias probe`.
+    """
+
+    models: Names | None = None
+    series: str | None = None
+    images: str | None = None
+    texts: str | None = None
+    limit: int = Field(default=64, gt=0)
+    seq_len: Numbers = ()
+    image_size: Numbers = ()
+    patch_size: Numbers = ()
+    metrics: Names | None = None
+    layers: Layers | None = None
+    tokens: Names | None = None
+    values: str = "as_computed"
+    intervene: Names | None = None
+    checkpoint: Path | None = None
+    model_args: Names | None = None
+    random_init: bool = False
+    dtype: str = "float32"
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=8, gt=0)
+    device: str = "auto"
+
+
+class _Shown(_Strict):
+    """A figure or table. name: of its files; by default the kind and the probe. caption: see `captions`."""
+
+    name: str | None = None
+    caption: str | None = None
+
+
+class _OfProbe(_Shown):
+    """model: only this one; tokens: only this token set."""
+
+    probe: str
+    model: str | None = None
+    tokens: str | None = None
+
+
+class Curves(_OfProbe):
+    """The four panels of every line, a figure each."""
+
+    kind: Literal["curves"]
+    published: Published = False
+
+
+class Heads(_OfProbe):
+    """Layer × head maps of every line, a figure each."""
+
+    kind: Literal["heads"]
+
+
+class Comparison(_OfProbe):
+    """All lines beside each other over relative depth."""
+
+    kind: Literal["comparison"]
+    published: Published = False
+
+
+class Depth(_OfProbe):
+    """Three curves over depth, a panel per line, with the minimum of the first curve marked."""
+
+    kind: Literal["depth"]
+    metrics: Names = ("cos_y_vself", "value_similarity", "self_weight")
+    published: Published = False
+
+
+class Entropy(_OfProbe):
+    """Entropy over depth, a panel per line: mean, 15th percentile and the bound ln T."""
+
+    kind: Literal["entropy"]
+
+
+class Lengths(_OfProbe):
+    """Metrics, mean over layers, against what varies between the runs of a probe.
+
+    layers: only the mean over these.
+    """
+
+    kind: Literal["lengths"]
+    metrics: Names = ("cos_y_vself", "self_specific_fraction", "value_similarity", "self_weight_ratio")
+    against: Literal["n_tokens", "patch_tokens", "patch_size", "image_size", "step"] = "n_tokens"
+    layers: Layers | None = None
+
+
+class Look(_Shown):
+    """A target and the tokens it attends to. attend: the keys of `attnbias attend`."""
+
+    kind: Literal["similarity-map", "most-attended", "strip"]
+    attend: dict[str, Any]
+
+
+class Effect(_Shown):
+    """Published: value similarity against what XSA changed."""
+
+    kind: Literal["effect"]
+
+
+class Pair(_Strict):
+    """Two models of a probe that differ in their training."""
+
+    name: str
+    baseline: str
+    trained: str
+
+
+class Trained(_Shown):
+    """Value similarity of baseline and XSA-trained models: the published ones, or pairs of a probe."""
+
+    kind: Literal["trained-similarity"]
+    probe: str | None = None
+    pairs: tuple[Pair, ...] = ()
+
+
+class LayerTable(_OfProbe):
+    """A row per layer, a column per metric."""
+
+    kind: Literal["layers"]
+    metrics: Names = (
+        "cos_y_vself",
+        "self_part",
+        "context_part",
+        "cos_y_vpartner",
+        "cos_y_vuniform",
+        "value_similarity",
+        "self_weight",
+    )
+
+
+class ProfileTable(_OfProbe):
+    """First, minimum, last value and shape of metrics over depth, a row per line."""
+
+    kind: Literal["profiles"]
+    metrics: Names = ("cos_y_vself",)
+
+
+class DifferenceTable(_OfProbe):
+    """Differences between lines, with intervals."""
+
+    kind: Literal["differences"]
+    quantities: Names | None = None
+
+
+class Reproduction(_OfProbe):
+    """Published value, measured value, difference, within or not. reference: a CSV of one's own."""
+
+    kind: Literal["reproduction"]
+    published: dict[str, str] = {}
+    reference: Path | None = None
+
+
+class Results(_Shown):
+    """Published: accuracy and value similarity without and with XSA."""
+
+    kind: Literal["results"]
+
+
+Figure = Annotated[
+    Curves | Heads | Comparison | Depth | Entropy | Lengths | Look | Effect | Trained,
+    Field(discriminator="kind"),
+]
+Table = Annotated[
+    LayerTable | ProfileTable | DifferenceTable | Reproduction | Results, Field(discriminator="kind")
+]
+
+
+class Plan(_Strict):
+    """A writeup: what is measured, what is drawn, and what captions say."""
+
+    title: str
+    about: str = ""
+    probes: dict[str, Probe] = {}
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+PLACEHOLDERS = ("n", "T", "values", "models", "tokens", "inputs")
+"""What a caption may have in braces."""
+
+
+def read_plan(file: Path) -> tuple[Plan, Document]:
+    """A plan and the document it is from. Raises UserError with file, line, and what is allowed there."""
+    document = read_document(file)
+    if not isinstance(document.data, dict):
+        raise UserError(
+            f"{file}: a plan is a mapping", "begin with title: and figures:, see configs/demo.yaml"
+        )
+    try:
+        plan = Plan.model_validate(document.data)
+    except ValidationError as error:
+        raise _refusal(document, error) from error
+    _check(plan, document)
+    return plan, document
+
+
+def items_of(plan: Plan) -> Iterator[tuple[Place, str, Any]]:
+    """Every figure and table: its place in the document, the stem of its files, itself."""
+    for section, items in (("figures", plan.figures), ("tables", plan.tables)):
+        for number, item in enumerate(items):
+            yield (
+                (section, number),
+                item.name or file_stem(item.kind, getattr(item, "probe", None) or ""),
+                item,
+            )
+
+
+def look_of(item: Look) -> AttendPlan:
+    """The attend plan of a picture. Raises ValidationError and UserError."""
+    return AttendPlan(**item.attend)
+
+
+def _check(plan: Plan, document: Document) -> None:
+    """What no single field can tell. Raises UserError."""
+    if not plan.figures and not plan.tables:
+        raise document.error((), "the plan shows nothing", "give figures: or tables:")
+    for name, probe in plan.probes.items():
+        if (probe.models is None) == (probe.series is None):
+            both = "both models and series" if probe.models else "neither models nor series"
+            raise document.error(("probes", name), f"probe '{name}' names {both}", "give one of them")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise document.error(
+                ("probes", name), f"'{name}' is no name of a probe", "use letters, digits, - and _"
+            )
+    taken: dict[str, Place] = {}
+    for place, stem, item in items_of(plan):
+        if item.name is not None and file_stem(item.name) != item.name:
+            raise document.error(
+                (*place, "name"), f"'{item.name}' is no file name", f"name: {file_stem(item.name)}"
+            )
+        if stem.lower() in taken:
+            first = document.line(taken[stem.lower()])
+            raise document.error(
+                place,
+                f"'{stem}' is the name of two things, the first on line {first}",
+                "give one a name: of its own",
+            )
+        taken[stem.lower()] = place
+        _check_item(plan, document, place, item)
+
+
+def _check_item(plan: Plan, document: Document, place: Place, item: Any) -> None:
+    probe = getattr(item, "probe", None)
+    if probe is not None and probe not in plan.probes:
+        near = did_you_mean(probe, plan.probes) or f"probes are {one_of(plan.probes) or 'none'}"
+        raise document.error((*place, "probe"), f"there is no probe '{probe}'", near)
+    for field in _placeholders(item.caption, document, place):
+        if field not in PLACEHOLDERS:
+            raise document.error(
+                (*place, "caption"),
+                f"a caption knows no '{{{field}}}'",
+                did_you_mean(field, PLACEHOLDERS)
+                or f"it knows {one_of(PLACEHOLDERS)}; write {{{{ for a brace",
+            )
+    if isinstance(item, Trained) and (item.probe is None) == bool(item.pairs):
+        raise document.error(
+            place, "pairs: and probe: belong together", "give both, or neither for the published ones"
+        )
+    if isinstance(item, Look):
+        here = (*place, "attend")
+        try:
+            look = look_of(item)
+        except ValidationError as error:
+            raise _refusal(document, error, here, AttendPlan) from error
+        except UserError as error:
+            raise document.error(here, str(error), error.tip) from error
+        if (item.kind == "strip") != (look.tower == "text"):
+            raise document.error(
+                (*place, "kind"),
+                f"'{item.kind}' is not for {'an image' if look.tower == 'vision' else 'a text'}",
+                "kind: similarity-map or most-attended" if look.tower == "vision" else "kind: strip",
+            )
+
+
+def _placeholders(caption: str | None, document: Document, place: Place) -> list[str]:
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(caption or "") if field is not None]
+    except ValueError as error:
+        raise document.error(
+            (*place, "caption"), f"{error} in the caption", "write {{ for a brace"
+        ) from error
+
+
+def _refusal(
+    document: Document, error: ValidationError, at: Place = (), model: type[BaseModel] = Plan
+) -> UserError:
+    """The first mistake, in words; a mistyped key before the key that it leaves missing."""
+    first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    place, reason = (*at, *first["loc"]), first["msg"].removeprefix("Value error, ")
+    last = str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        allowed = _allowed(model, first["loc"][:-1])
+        return document.error(
+            place, f"unknown key '{last}'", did_you_mean(last, allowed) or f"known keys: {', '.join(allowed)}"
+        )
+    if first["type"] == "missing":
+        return document.error(place[:-1], f"'{last}' is missing", f"give {last}:")
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        known = [*kinds(Figure if "figures" in first["loc"] else Table)]
+        given = str(first.get("ctx", {}).get("tag", ""))
+        message = f"unknown kind '{given}'" if given else "'kind' is missing"
+        here = (*place, "kind") if given else place
+        near = did_you_mean(given, known) if given else None
+        return document.error(here, message, near or f"kind: {one_of(known)}")
+    name = next((str(step) for step in reversed(document.known(place)) if isinstance(step, str)), last)
+    return document.error(place, f"{name}: {reason[:1].lower()}{reason[1:]}", f"given: {first['input']!r}")
+
+
+def kinds(union: Any) -> Mapping[str, type[BaseModel]]:
+    """Kind -> model of a union of figures or tables."""
+    return {
+        kind: model
+        for model in get_args(get_args(union)[0])
+        for kind in get_args(model.model_fields["kind"].annotation)
+    }
+
+
+def _allowed(model: type[BaseModel], steps: tuple[str | int, ...]) -> list[str]:
+    """The keys that are known at a place of pydantic's."""
+    if model is Plan and steps[:1] == ("probes",):
+        model = Probe
+    elif model is Plan and steps[:1] in (("figures",), ("tables",)):
+        model = kinds(Figure if steps[0] == "figures" else Table)[str(steps[2])]
+        model = Pair if "pairs" in steps else model
+    return list(model.model_fields)

@@ -1,0 +1,223 @@
+"""Tables of a plan: tidy numbers for CSV, and the same for people, as LaTeX and Markdown show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from diag.errors import UserError
+from diag.results import published
+from diag.results.profiles import differences, profiles
+from diag.studies.writeup.material import Material, known_metrics, published_name
+from diag.studies.writeup.schema import DifferenceTable, LayerTable, ProfileTable, Reproduction, Results
+
+HEADINGS = {
+    "cos_y_vself": "cos(y,v)",
+    "self_part": "self",
+    "context_part": "context",
+    "cos_y_vpartner": "partner null",
+    "cos_y_vuniform": "uniform null",
+    "value_similarity": "value similarity",
+    "self_weight": "self weight",
+    "excess": "excess",
+    "self_specific_fraction": "self-specific fraction",
+    "entropy": "entropy, nats",
+    "excess_over_uniform": "excess over uniform",
+    "bias": "cos(y,v)",
+    "bias_last_minus_first": "last − first of cos(y,v)",
+    "self_share": "share of the self part",
+}
+
+
+def heading(name: str) -> str:
+    """A metric or quantity as a table's heading."""
+    return HEADINGS.get(name) or name.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """One table. data: numbers; shown: words, for people. verdicts: one line each, for the terminal."""
+
+    stem: str
+    data: pd.DataFrame
+    shown: pd.DataFrame
+    words: str
+    rows: pd.DataFrame
+    verdicts: tuple[str, ...] = ()
+
+
+def table(item: Any, stem: str, material: Material) -> Tabled:
+    """The table of one item. Raises UserError where its runs or metrics are not there."""
+    return KINDS[type(item)](item, stem, material)
+
+
+def _layers(item: LayerTable, stem: str, material: Material) -> Tabled:
+    rows = known_metrics(material.table(item), item.metrics, item.probe)
+    keys = ["label", "layer"]
+    wide = rows.pivot_table(
+        index=keys, columns="metric", values="mean", sort=False, dropna=False
+    ).reset_index()
+    shown = pd.DataFrame({"model": wide["label"], "layer": wide["layer"].astype(int)})
+    for name in item.metrics:
+        shown[heading(name)] = wide[name].map(number)
+        if name == item.metrics[0]:
+            ends = rows[rows["metric"] == name].set_index(keys)[["ci_low", "ci_high"]]
+            ends = ends.loc[list(zip(wide["label"], wide["layer"], strict=True))]
+            shown["95 % interval"] = [interval(low, high) for low, high in ends.to_numpy(float)]
+    return Tabled(stem, rows, shown, "Means over inputs, layer by layer.", rows)
+
+
+def _profiles(item: ProfileTable, stem: str, material: Material) -> Tabled:
+    samples = material.table(item, "samples")
+    found = profiles(samples)
+    _refuse_unknown(item.metrics, found["metric"], "profiles")
+    found = found[found["metric"].isin(item.metrics)].reset_index(drop=True)
+    rows = []
+    for (label, metric), part in found.groupby(["label", "metric"], sort=False):
+        by = {str(row["quantity"]): row for _, row in part.iterrows()}
+        row = {"model": label}
+        if len(item.metrics) > 1:
+            row["metric"] = heading(str(metric))
+        for quantity in ("first", "minimum", "last", "last_minus_first", "mean"):
+            if quantity in by:
+                row[quantity.replace("_minus_", " − ")] = _profiled(by[quantity], quantity)
+        if "shape" in by:
+            row["shape"] = str(by["shape"]["word"])
+        row["n"] = str(int(part["n"].max()))
+        rows.append(row)
+    words = "Profiles over depth: values with 95 % intervals, where the minimum lies, and the shape."
+    return Tabled(stem, found, pd.DataFrame(rows), words, _measured(item, material))
+
+
+def _profiled(row: pd.Series, quantity: str) -> str:
+    sign = quantity == "last_minus_first"
+    said = f"{number(row['value'], sign=sign)} [{interval(row['ci_low'], row['ci_high'])}]"
+    return f"{said} at {row['layer']:.0f}" if quantity == "minimum" else said
+
+
+def _differences(item: DifferenceTable, stem: str, material: Material) -> Tabled:
+    found = differences(material.table(item, "samples"))
+    if item.quantities is not None:
+        _refuse_unknown(item.quantities, found["quantity"], "differences")
+        found = found[found["quantity"].isin(item.quantities)].reset_index(drop=True)
+    if found.empty:
+        raise UserError("a table of differences needs two lines", "name a second model in the probe")
+    shown = pd.DataFrame(
+        {
+            "difference": found["a"] + " − " + found["b"],
+            "of": found["quantity"].map(heading),
+            "value": [number(value, sign=True) for value in found["difference"]],
+            "95 % interval": [
+                interval(low, high, sign=True) for low, high in found[["ci_low", "ci_high"]].to_numpy(float)
+            ],
+            "n": [
+                f"{a}, paired" if paired else str(a) if a == b else f"{a} and {b}"
+                for a, b, paired in zip(found["n_a"], found["n_b"], found["paired"], strict=True)
+            ],
+        }
+    )
+    words = "Differences between models, of means over layers; paired where the inputs are the same."
+    return Tabled(stem, found, shown, words, _measured(item, material))
+
+
+def _reproduction(item: Reproduction, stem: str, material: Material) -> Tabled:
+    layers = material.table(item)
+    parts, verdicts = [], []
+    for model in dict.fromkeys(layers["model"]):
+        name = item.published.get(model) or published_name(model)
+        if name is None:
+            verdicts.append(f"{model}: nothing is published here")
+            continue
+        found = published.reproduction(layers, model, name, item.reference)
+        parts.append(found.assign(model=model, published_model=name))
+        rest = len(published.curves(name, item.reference)) - len(found)
+        verdicts.append(published.verdict(found, model, not_measured=rest))
+        other = published.other_settings(layers, model, str(found["source"].iloc[0]))
+        verdicts += [f"{model}: other settings than published: {'; '.join(other)}"] if other else []
+    if not parts:
+        raise UserError(
+            f"nothing is published for the models of probe '{item.probe}'", "published: {MODEL: NAME}"
+        )
+    found = pd.concat(parts, ignore_index=True)
+    found = found[["model", "published_model", *[name for name in found if "model" not in str(name)]]]
+    shown = pd.DataFrame(
+        {
+            "model": found["model"],
+            "metric": found["metric"],
+            "layer": found["layer"].astype(int),
+            "published": [
+                f"{value:.3f} ± {off:g}" for value, off in found[["published", "uncertainty"]].to_numpy(float)
+            ],
+            "measured": found["measured"].map(number),
+            "95 % interval": [
+                interval(low, high) for low, high in found[["ci_low", "ci_high"]].to_numpy(float)
+            ],
+            "difference": [number(value, sign=True) for value in found["difference"]],
+            "within": found["within"].map({True: "yes", False: "no"}),
+        }
+    )
+    words = (
+        "Published and measured values. Within: the published value lies in the measured 95 % interval, "
+        "widened by the uncertainty of the published value. " + " ".join(f"{line}." for line in verdicts)
+    )
+    return Tabled(stem, found, shown, words, layers, tuple(verdicts))
+
+
+def _results(item: Results, stem: str, material: Material) -> Tabled:
+    found = published.accuracy()
+    second = found["training_run"] > 1
+    shown = pd.DataFrame(
+        {
+            "model": found["label"] + second.map({True: ", second training", False: ""}),
+            "top-1": found["baseline"].map("{:.2f}".format),
+            "top-1 with XSA": found["xsa"].map("{:.2f}".format),
+            "change": found["change"].map(lambda value: number(value, sign=True, digits=2)),
+            "value similarity": found["similarity_baseline"].where(~second).map(number),
+            "with XSA": found["similarity_xsa"].where(~second).map(number),
+        }
+    )
+    words = (
+        "Published values: zero-shot ImageNet top-1 in per cent, and value similarity (mean over layers), of "
+        "CLIP models trained on CC12M."
+    )
+    return Tabled(stem, found, shown, words, pd.DataFrame())
+
+
+def _refuse_unknown(wanted: tuple[str, ...], there: pd.Series, what: str) -> None:
+    for name in wanted:
+        if name not in set(there):
+            known = ", ".join(dict.fromkeys(there))
+            raise UserError(f"{what} have no '{name}'", f"they have {known}")
+
+
+def _measured(item: Any, material: Material) -> pd.DataFrame:
+    """The rows that a caption counts inputs and tokens of."""
+    rows = material.table(item)
+    return rows[rows["metric"] == "cos_y_vself"] if (rows["metric"] == "cos_y_vself").any() else rows
+
+
+def number(value: float, *, sign: bool = False, digits: int = 3) -> str:
+    """Three digits and a real minus; a dash where there is none."""
+    if pd.isna(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(low: float, high: float, *, sign: bool = False) -> str:
+    """`0.101 to 0.134`: a dash between numbers would read as a minus."""
+    if pd.isna(low) or pd.isna(high):
+        return "–"
+    return f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+
+
+KINDS: Mapping[type, Callable[[Any, str, Material], Tabled]] = {
+    LayerTable: _layers,
+    ProfileTable: _profiles,
+    DifferenceTable: _differences,
+    Reproduction: _reproduction,
+    Results: _results,
+}
+"""Kind of table -> how it is made."""

@@ -1,0 +1,75 @@
+"""The shape of attention with fused kernels (here in Triton's interpreter) against plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import CASES, key_padding, make_call
+
+from diag.attention import kernels
+from diag.attention.call import AttentionCall
+from diag.attention.geometry import TEXT, Geometry
+from diag.attention.sampling import RowSampling, sample_rows
+from diag.metrics import pattern_pass
+from diag.metrics.readings import reduce
+from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
+
+triton_scores = pytest.importorskip("diag.attention.kernels.triton_scores", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    not triton_scores.INTERPRETED, reason="tensors on the CPU need the interpreter"
+)
+
+FUSED = [name for group in ("sinks", "distance", "nmi") for name in GROUPS[group]]
+IMAGE = Geometry(prefix=1, rows=3, cols=4, patch_size=14.0)
+STRIP = Geometry(prefix=0, rows=1, cols=13, patch_size=2.0)
+
+
+def numbers(call: AttentionCall, names: list[str], geometry: Geometry) -> dict[str, torch.Tensor]:
+    sets = [torch.ones(1, call.tokens, dtype=torch.bool), torch.arange(call.tokens)[None] > 2]
+    return {
+        f"{name} of set {number}": reduce([one], call.batch, "mean")
+        for number, found in enumerate(shape_readings(call, names, sets, geometry=geometry))
+        for name, one in found.items()
+    }
+
+
+@pytest.mark.parametrize("geometry", [TEXT, IMAGE, STRIP, Geometry.unknown(1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    ["full", "causal", "causal left padding", "mask per head, unseen keys", "group of 2", "bias and -inf"],
+)
+def test_kernels_give_what_blocks_give(
+    case: str, geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no block of the pattern is computed for what kernels know."""
+    plain = numbers(replace(CASES[case]), FUSED, geometry)
+    monkeypatch.setattr(kernels, "_has_triton", lambda call: True)
+    monkeypatch.setattr(pattern_pass, "log2_pattern_blocks", None)
+    for name, found in numbers(replace(CASES[case]), FUSED, geometry).items():
+        torch.testing.assert_close(found, plain[name], rtol=2e-5, atol=2e-6, equal_nan=True, msg=name)
+
+
+def test_what_kernels_do_not_know_still_comes_from_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(SHAPE_METRICS)
+    plain = numbers(replace(CASES["causal"]), names, IMAGE)
+    monkeypatch.setattr(kernels, "_has_triton", lambda call: True)
+    for name, found in numbers(replace(CASES["causal"]), names, IMAGE).items():
+        torch.testing.assert_close(found, plain[name], rtol=2e-5, atol=2e-6, equal_nan=True, msg=name)
+
+
+def test_sampled_rows_are_picked_from_what_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = key_padding([range(40), range(3, 40)], 40)
+    call = make_call(tokens=40, mask=padding, causal=True)
+    sample = sample_rows([padding[:, 0, 0]], ["a", "b"], RowSampling(rows=16, above=8))
+    plain = numbers(replace(call, sample=sample), FUSED, TEXT)
+    monkeypatch.setattr(kernels, "_has_triton", lambda call: True)
+    for name, found in numbers(replace(call, sample=sample), FUSED, TEXT).items():
+        torch.testing.assert_close(found, plain[name], rtol=2e-5, atol=2e-6, equal_nan=True, msg=name)
+
+
+def test_kernels_are_not_asked_on_the_cpu() -> None:
+    call = replace(CASES["causal"])
+    givers = torch.ones(1, *call.output.shape[:3])
+    assert kernels.fused_quantities(call, {"received", "distance", "own"}, givers, None, 0) == {}

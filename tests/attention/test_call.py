@@ -1,0 +1,318 @@
+"""The softmax statistics that stream blocks, against the dense float64 reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference import (
+    CASES,
+    additive,
+    dense_pattern,
+    dense_scores,
+    dense_visible,
+    key_padding,
+    make_call,
+    random_bias,
+    random_mask,
+    window,
+    with_log_normaliser,
+    with_pattern,
+)
+from torch import Tensor
+
+from diag.attention import pattern
+from diag.attention.call import AttentionCall, Visibility
+from diag.attention.pattern import attend, pattern_rows
+
+STATISTICS = ("entropy", "sum_of_squares", "self_weight", "first_weight")
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
+    """Each statistic of each row from the whole float64 pattern, `[batch, head, token]`."""
+    pattern, visible = dense_pattern(call), dense_visible(call)
+    logarithm = np.log(pattern, out=np.zeros_like(pattern), where=pattern > 0)
+    real = visible.any(axis=(1, 2))  # [batch, key]
+    first = np.stack([pattern[b, :, :, real[b].argmax()] for b in range(call.batch)])
+    return {
+        "entropy": -(pattern * logarithm).sum(-1),
+        "sum_of_squares": (pattern**2).sum(-1),
+        "self_weight": np.diagonal(pattern, axis1=-2, axis2=-1),
+        "first_weight": first,
+    }
+
+
+def assert_statistics_match(call: AttentionCall) -> None:
+    """Every statistic of every row that sees a key."""
+    expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)
+    assert meaningful.any()
+    for name in STATISTICS:
+        measured = getattr(call.softmax, name)
+        assert measured.dtype == torch.float32, name
+        assert measured.shape == call.output.shape[:3], name
+        np.testing.assert_allclose(
+            measured.numpy()[meaningful], expected[name][meaningful], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
+@every_case
+def test_statistics_match_the_dense_reference(case: str) -> None:
+    assert_statistics_match(CASES[case])
+
+
+@every_case
+def test_log_normaliser_matches_the_dense_reference(case: str) -> None:
+    call = CASES[case]
+    if call.pattern is not None:
+        assert call.softmax.log_normaliser is None
+        return
+    scores, meaningful = dense_scores(call), dense_visible(call).any(-1)
+    expected = np.log(np.exp(scores[meaningful]).sum(-1))
+    assert call.softmax.log_normaliser is not None
+    np.testing.assert_allclose(
+        call.softmax.log_normaliser.numpy()[meaningful], expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@every_case
+def test_pattern_rows_match_the_dense_reference(case: str) -> None:
+    call = CASES[case]
+    expected = dense_pattern(call)  # zero where a row sees nothing
+    np.testing.assert_allclose(pattern_rows(call).numpy(), expected, atol=1e-5)
+    rows = torch.tensor([call.tokens - 1, 0, call.tokens // 2])
+    np.testing.assert_allclose(pattern_rows(call, rows).numpy(), expected[:, :, rows.numpy()], atol=1e-5)
+
+
+@every_case
+def test_attend_rebuilds_the_output(case: str) -> None:
+    call = CASES[case]
+    value = call.value.double().repeat_interleave(call.group, 1).numpy()
+    expected = dense_pattern(call) @ value
+    np.testing.assert_allclose(attend(call).numpy(), expected, rtol=1e-5, atol=1e-5)
+    rows = torch.tensor([call.tokens - 1, 0])
+    np.testing.assert_allclose(attend(call, rows).numpy(), expected[:, :, rows.numpy()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_scale_is_the_calls_own(causal: bool, scale: float) -> None:
+    assert_statistics_match(replace(make_call(causal=causal), scale=scale))
+
+
+def test_attend_with_the_wrong_value_head_differs() -> None:
+    """Negative control: heads read the values of `h // group`, not of `h % kv_heads`."""
+    call = make_call(kv_heads=2)
+    interleaved = dense_pattern(call) @ call.value.double().repeat(1, 2, 1, 1).numpy()
+    assert np.abs(attend(call).numpy() - interleaved).max() > 0.1
+
+
+# --- blocks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@every_case
+def test_blocks_do_not_change_the_statistics(case: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, whole = replace(CASES[case]), replace(CASES[case])
+    expected = whole.softmax
+    meaningful = torch.from_numpy(dense_visible(call).any(-1))
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", rows)
+    for name in STATISTICS:
+        torch.testing.assert_close(
+            getattr(call.softmax, name)[meaningful], getattr(expected, name)[meaningful], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("budget", "rows_at_once"), [(1, 16), (40 * 20, 20), (1 << 19, 40)])
+def test_the_budget_bounds_a_block(budget: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block never holds more entries than the budget, but at least 16 rows."""
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cpu", budget)
+    call = make_call(batch=1, heads=2, tokens=40, causal=True)
+    blocks = [logs.shape for _, logs in pattern.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)]
+    assert max(shape[2] for shape in blocks) == rows_at_once
+    assert max(shape.numel() for shape in blocks) <= max(budget, 16 * 40)
+    assert sum(shape[1] * shape[2] for shape in blocks) == 2 * 40  # every row of every head once
+    assert_statistics_match(call)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("budget", [1, 2000, 1 << 26])
+def test_statistics_on_cuda(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several heads and inputs share a block there."""
+    monkeypatch.setitem(pattern.BLOCK_ELEMENTS, "cuda", budget)
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cuda", 5)
+    for case, call in CASES.items():
+        moved = replace(call, **{name: x.cuda() for name, x in vars(call).items() if isinstance(x, Tensor)})
+        expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)
+        for name in STATISTICS:
+            measured = getattr(moved.softmax, name).cpu().numpy()[meaningful]
+            np.testing.assert_allclose(
+                measured, expected[name][meaningful], rtol=1e-4, atol=1e-4, err_msg=f"{case}: {name}"
+            )
+
+
+def test_a_given_log_normaliser_is_used() -> None:
+    """Negative control: with a wrong normaliser the weights are wrong by the same factor."""
+    call = with_log_normaliser(make_call())
+    assert call.log_normaliser is not None
+    shifted = replace(call, log_normaliser=call.log_normaliser + math.log(2))
+    torch.testing.assert_close(
+        shifted.softmax.self_weight * 2, call.softmax.self_weight, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "case", ["causal left padding", "mask per head, unseen keys", "bias and -inf", "causal"]
+)
+def test_the_calls_tensors_are_left_alone(case: str) -> None:
+    call = replace(CASES[case])
+    before = {name: x.clone() for name, x in vars(call).items() if isinstance(x, Tensor)}
+    _ = call.softmax, pattern_rows(call), attend(call), call.visibility
+    for name, x in before.items():
+        assert torch.equal(getattr(call, name), x), name
+
+
+@pytest.mark.parametrize("case", ["full", "causal left padding", "group of 2", "bias per head"])
+def test_memory_layout_does_not_matter(case: str) -> None:
+    """Models hand over `[batch, token, head, dim]` seen through a transpose."""
+    call = CASES[case]
+    assert call.query is not None
+    assert call.key is not None
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (call.query, call.key, call.value)]
+    assert not strided[0].is_contiguous()
+    assert_statistics_match(replace(call, query=strided[0], key=strided[1], value=strided[2]))
+
+
+# --- visibility -------------------------------------------------------------------------------------
+
+LOWER = torch.ones(13, 13, dtype=torch.bool).tril()
+PADDED = key_padding([range(13), range(4, 11)], 13)
+RULES: dict[str, tuple[AttentionCall, str, bool]] = {
+    # name: (call, rule, whether some keys are not real)
+    "no mask": (make_call(), "full", False),
+    "no mask, causal": (make_call(causal=True), "causal", False),
+    "all visible": (make_call(mask=torch.ones(2, 1, 13, 13, dtype=torch.bool)), "full", False),
+    "all visible, additive": (make_call(mask=torch.zeros(1, 1, 13, 13)), "full", False),
+    "position bias": (make_call(mask=random_bias(1, 4, 13, 13)), "full", False),
+    "position bias, causal": (make_call(mask=random_bias(1, 4, 13, 13), causal=True), "causal", False),
+    "padding": (make_call(mask=PADDED), "full", True),
+    "padding, additive": (make_call(mask=additive(PADDED, -math.inf)), "full", True),
+    "padding, causal": (make_call(mask=PADDED, causal=True), "causal", True),
+    "padding and causality in the mask": (make_call(mask=PADDED & LOWER), "causal", True),
+    "causal mask": (make_call(mask=LOWER), "causal", False),
+    "causal mask, additive": (make_call(mask=additive(LOWER, -1e4)[None, None]), "causal", False),
+    "same mask for each head": (make_call(mask=PADDED.expand(2, 4, 13, 13)), "full", True),
+    "wide window": (make_call(mask=window(13, 12, 12)), "full", False),
+    "wide window, causal": (make_call(mask=window(13, 12, 12), causal=True), "causal", False),
+    "causal window": (make_call(mask=window(13, 4, 0)), "general", False),
+    "window": (make_call(mask=window(13, 4, 4)), "general", False),
+    "one hole": (
+        make_call(mask=~torch.zeros(13, 13).bool().index_fill(0, torch.tensor(3), True)),
+        "general",
+        False,
+    ),
+    "random": (make_call(mask=random_mask(2, 1, 13, 13)), "general", False),
+    "differs per head": (make_call(mask=random_mask(2, 4, 13, 13)), "general", False),
+    "padding differs per head": (make_call(mask=random_mask(2, 4, 1, 13, share=0.8)), "general", False),
+    "a key no head sees": (make_call(mask=random_mask(2, 4, 13, 13) & PADDED), "general", True),
+    "one token": (make_call(tokens=1, causal=True), "causal", False),
+    "no real token": (make_call(mask=key_padding([range(13), range(0)], 13)), "full", True),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_structure_of_a_mask_is_recognised(name: str) -> None:
+    call, rule, has_unreal_keys = RULES[name]
+    visibility = Visibility.of(call)
+    assert visibility.rule == rule
+    real = dense_visible(call).any(axis=(1, 2))
+    assert real.all() != has_unreal_keys  # guards the table itself
+    if visibility.keys is None:
+        assert real.all()
+    else:
+        assert np.array_equal(visibility.keys.expand(call.batch, -1).numpy(), real)
+
+
+@pytest.mark.parametrize("call", [*CASES.values(), *(call for call, _, _ in RULES.values())])
+def test_visible_keys_are_counted(call: AttentionCall) -> None:
+    visible = dense_visible(call)
+    shape = call.output.shape[:3]
+    assert np.array_equal(call.visibility.count.expand(shape).numpy(), visible.sum(-1))
+    sees_itself = np.diagonal(visible, axis1=-2, axis2=-1)
+    rows = visible.any(-1)  # of a row that sees nothing the answer is not asked for
+    assert np.array_equal(call.visibility.sees_itself.expand(shape).numpy()[rows], sees_itself[rows])
+
+
+@pytest.mark.parametrize("call", [*CASES.values(), *(call for call, _, _ in RULES.values())])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_sums_over_visible_keys(call: AttentionCall, share: float) -> None:
+    batch, heads, tokens, _ = call.output.shape
+    among = random_mask(batch, tokens, share=share)
+    weights = torch.rand(batch, call.kv_heads, tokens, generator=torch.Generator().manual_seed(1))
+    weights = weights * among[:, None, :]
+    visible = dense_visible(call) & among.numpy()[:, None, None, :]
+    value = call.value.float()
+    weighted = (weights[..., None] * value).double().repeat_interleave(call.group, 1).numpy()
+    expected = visible @ weighted
+    measured = call.visibility.sum(value, weights)
+    if measured.shape[1] == call.kv_heads:
+        measured = measured.repeat_interleave(call.group, 1)
+    np.testing.assert_allclose(measured.expand(expected.shape).numpy(), expected, rtol=1e-5, atol=1e-5)
+    counts = call.visibility.count_among(among).expand(batch, heads, tokens)
+    assert np.array_equal(counts.numpy(), visible.sum(-1))
+
+
+def test_sums_of_many_rows_of_a_general_mask() -> None:
+    """More rows than one block of the general rule."""
+    mask = random_mask(1, 2, 600, 600)
+    call = make_call(batch=1, heads=2, tokens=600, dim=4, mask=mask)
+    torch.testing.assert_close(
+        call.visibility.sum(call.value, torch.ones(1, 1, 600)), mask.float() @ call.value
+    )
+    among = random_mask(1, 600)
+    assert torch.equal(call.visibility.count_among(among), (mask & among[:, None, None, :]).sum(-1))
+
+
+def test_a_masks_threshold_hides_and_biases() -> None:
+    """-9000 hides, -8999 is a bias (whose weight is zero anyway), as the definition says."""
+    for entry, seen in ((-9000.0, 12), (-8999.0, 13)):
+        mask = torch.zeros(13, 13)
+        mask[2, 5] = entry
+        assert Visibility.of(make_call(mask=mask)).count.flatten()[2] == seen
+
+
+def test_a_call_knows_its_sizes() -> None:
+    call = make_call(kv_heads=2, tokens=5)
+    assert (call.batch, call.heads, call.tokens, call.kv_heads, call.group) == (2, 4, 5, 2, 2)
+
+
+# --- identities -------------------------------------------------------------------------------------
+
+
+def test_a_pattern_call_needs_no_queries() -> None:
+    call = with_pattern(make_call(causal=True))
+    assert call.query is None
+    assert call.key is None
+    assert torch.equal(pattern_rows(call), call.pattern)
+
+
+def test_entropy_is_bounded_by_the_visible_keys() -> None:
+    for call in CASES.values():
+        visible = dense_visible(call).sum(-1)
+        entropy, rows = call.softmax.entropy.numpy(), visible > 0
+        assert (entropy[rows] <= np.log(visible[rows]) + 1e-5).all()
+
+
+def test_equal_scores_give_the_uniform_pattern() -> None:
+    call = make_call(causal=True)
+    assert call.query is not None
+    call = replace(call, query=torch.zeros_like(call.query))
+    visible = torch.arange(1, 14).float().expand(2, 4, 13)
+    torch.testing.assert_close(call.softmax.entropy, visible.log())
+    torch.testing.assert_close(call.softmax.sum_of_squares, 1 / visible)
+    torch.testing.assert_close(call.softmax.self_weight, 1 / visible)
+    torch.testing.assert_close(call.softmax.first_weight, 1 / visible)

@@ -1,0 +1,398 @@
+"""Images of every kind as RGB, texts as they are, and what is told where neither can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from diag.errors import UnreadableInput, UserError
+from diag.inputs import images as inputs
+from diag.inputs.given import as_inputs
+from diag.inputs.images import images, open_image
+from diag.inputs.items import Inputs
+from diag.inputs.texts import texts
+
+GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+COLOUR = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+ALPHA = np.where(np.arange(48).reshape(6, 8) < 24, 255, 0).astype(np.uint8)
+
+
+def saved(folder: Path, image: Image.Image, name: str = "image.png", **options: Any) -> Path:
+    file = folder / name
+    image.save(file, **options)
+    return file
+
+
+def pixels(file: Path) -> np.ndarray:
+    image = open_image(file)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def three(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+# --- one image
+
+
+def test_colour_is_kept(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(pixels(saved(tmp_path, Image.fromarray(COLOUR))), COLOUR)
+
+
+def test_greyscale_becomes_three_equal_channels(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(pixels(saved(tmp_path, Image.fromarray(GREY))), three(GREY))
+
+
+def test_a_bitmap_becomes_black_and_white(tmp_path: Path) -> None:
+    bits = GREY > 100
+    np.testing.assert_array_equal(pixels(saved(tmp_path, Image.fromarray(bits))), three(bits * np.uint8(255)))
+
+
+def test_a_palette_becomes_its_colours(tmp_path: Path) -> None:
+    few = Image.fromarray(COLOUR).quantize(8)
+    got = pixels(saved(tmp_path, few))
+    np.testing.assert_array_equal(got, np.asarray(few.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("mode", "bands"), [("RGBA", np.dstack([COLOUR, ALPHA])), ("LA", np.dstack([GREY, ALPHA]))]
+)
+def test_transparency_is_black_whatever_colour_hides_under_it(
+    tmp_path: Path, mode: str, bands: np.ndarray
+) -> None:
+    image = Image.fromarray(bands)
+    assert image.mode == mode
+    opaque = COLOUR if mode == "RGBA" else three(GREY)
+    np.testing.assert_array_equal(pixels(saved(tmp_path, image)), np.where(ALPHA[..., None] > 0, opaque, 0))
+
+
+def test_a_transparent_palette_entry_is_black(tmp_path: Path) -> None:
+    image = Image.fromarray(np.eye(4, dtype=np.uint8))
+    image = image.convert("P")
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    got = pixels(saved(tmp_path, image, transparency=0))
+    np.testing.assert_array_equal(got, np.where(np.eye(4)[..., None] > 0, [0, 200, 0], 0))
+
+
+def test_deep_greyscale_is_not_clipped(tmp_path: Path) -> None:
+    deep = (GREY.astype(np.uint16) + 3) * 200
+    file = saved(tmp_path, Image.fromarray(deep))
+    with Image.open(file) as image:
+        assert image.mode.startswith("I")
+    expected = np.round(deep / 65535 * 255).astype(np.uint8)  # its range, not each image's own contrast
+    np.testing.assert_array_equal(pixels(file), three(expected))
+
+
+def test_flat_deep_greyscale_is_an_image_too(tmp_path: Path) -> None:
+    assert pixels(saved(tmp_path, Image.fromarray(np.full((2, 2), 40_000, np.uint16)))).shape == (2, 2, 3)
+
+
+def test_cmyk_becomes_colour(tmp_path: Path) -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = pixels(saved(tmp_path, image, "image.jpg", quality=95)).mean((0, 1))
+    assert red[0] > 200 > 100 > red[1:].max()
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(6, 3), (8, 1), (3, 2)])
+def test_photographs_are_turned_as_the_camera_says(tmp_path: Path, orientation: int, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(tmp_path, Image.fromarray(COLOUR), exif=exif)
+    np.testing.assert_array_equal(pixels(file), np.rot90(COLOUR, turn))
+
+
+def test_webp_and_a_single_pixel(tmp_path: Path) -> None:
+    image = Image.fromarray(COLOUR)
+    np.testing.assert_array_equal(pixels(saved(tmp_path, image, "a.webp", lossless=True)), COLOUR)
+    assert pixels(saved(tmp_path, image.crop((0, 0, 1, 1)))).shape == (1, 1, 3)
+
+
+def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
+    file = saved(tmp_path, frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    np.testing.assert_array_equal(pixels(file), COLOUR)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "no pixels", "bomb"])
+def test_what_cannot_be_read_is_named(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path, Image.fromarray(np.tile(COLOUR, (20, 20, 1))))
+    whole = file.read_bytes()
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    broken = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"hello", "no pixels": whole[:33]}
+    file.write_bytes(broken.get(damage, whole))
+    with pytest.raises(UnreadableInput, match=r"cannot read image 'image.png'"):
+        open_image(file)
+
+
+def test_damaged_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    read = 0
+    for suffix in (".png", ".jpg", ".webp"):
+        file = saved(tmp_path, Image.fromarray(COLOUR), f"image{suffix}")
+        whole = np.frombuffer(file.read_bytes(), np.uint8)
+        for _ in range(60):
+            bytes_ = whole.copy()
+            bytes_[rng.integers(0, len(whole), 5)] = rng.integers(0, 256, 5)
+            file.write_bytes(bytes_.tobytes())
+            try:
+                read += open_image(file).mode == "RGB"
+            except UnreadableInput:
+                continue
+    assert 0 < read < 180
+
+
+def test_metadata_too_large_to_be_true_is_unreadable(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    file = saved(tmp_path, Image.fromarray(COLOUR), pnginfo=info)
+    with pytest.raises(UnreadableInput):
+        open_image(file)
+
+
+# --- folders of images
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    image = Image.fromarray(COLOUR)
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    for name in ("z.JPG", "a.png", "b/c.WebP", "b/deep/d.jpeg"):
+        saved(tmp_path, image, name)
+    return tmp_path
+
+
+def test_folders_are_read_with_their_subfolders_in_order(album: Path) -> None:
+    found = images(album)
+    assert [item.id for item in found] == ["a.png", "b/c.WebP", "b/deep/d.jpeg", "z.JPG"]
+    assert (found.kind, found.tower, len(found), found.source) == ("images", "vision", 4, str(album))
+    assert all(item.read().size == (8, 6) for item in found)  # type: ignore[union-attr]
+
+
+def test_one_file_is_a_folder_of_one(album: Path) -> None:
+    found = images(album / "a.png")
+    assert [item.id for item in found] == ["a.png"]
+
+
+def test_the_digest_follows_names_and_sizes(album: Path) -> None:
+    before = images(album).digest
+    assert images(album).digest == before
+    (album / "notes.txt").write_text("more")
+    assert images(album).digest == before
+    with (album / "a.png").open("ab") as file:
+        file.write(b"x")
+    longer = images(album).digest
+    assert longer != before
+    (album / "a.png").rename(album / "aa.png")
+    assert images(album).digest not in (before, longer)
+
+
+def test_images_are_opened_late(album: Path) -> None:
+    (album / "a.png").write_bytes(b"broken")
+    first, second, *_ = images(album)
+    with pytest.raises(UnreadableInput):
+        first.read()
+    assert second.read()
+
+
+@pytest.mark.parametrize("read", [images, texts])
+def test_a_source_that_is_not_there(tmp_path: Path, read: Any) -> None:
+    with pytest.raises(UserError, match="does not exist") as caught:
+        read(tmp_path / "nowhere")
+    assert "'demo'" in str(caught.value.tip)
+    assert "hf:NAME" in str(caught.value.tip)
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="no image in") as caught:
+        images(tmp_path)
+    assert "'.webp'" in str(caught.value.tip)
+
+
+def test_the_demo_photographs_are_all_there() -> None:
+    found = images("demo")
+    assert len(found) == 14
+    assert [item.id for item in found] == sorted(item.id for item in found)
+    for item in found:
+        image = item.read()
+        assert isinstance(image, Image.Image)
+        assert image.mode == "RGB"
+        assert min(image.size) >= 64
+
+
+# --- texts
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    file = tmp_path / "poem.md"
+    file.write_bytes("Ünïcödé\r\nline\n".encode())
+    found = texts(file)
+    assert [(item.id, item.read()) for item in found] == [("poem.md", "Ünïcödé\nline\n")]
+    assert (found.kind, found.tower) == ("texts", "text")
+
+
+def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/x.txt", "b/x.txt", "c.md")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text {number}")
+    found = texts(tmp_path)
+    assert [(item.id, item.read()) for item in found] == [("a/x.txt", "text 0"), ("b/x.txt", "text 1")]
+
+
+def test_the_digest_follows_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("abc")
+    before = texts(file).digest
+    file.rename(tmp_path / "b.txt")
+    assert texts(tmp_path / "b.txt").digest == before
+    (tmp_path / "b.txt").write_text("abd")
+    assert texts(tmp_path / "b.txt").digest != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no text"), (b" \n\t", "holds no text"), (b"ab\xffcd", r"is not UTF-8 \(byte 2\)")],
+)
+def test_texts_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    for source in (file, tmp_path):
+        with pytest.raises(UserError, match=message) as caught:
+            texts(source)
+        assert caught.value.tip
+
+
+def test_a_folder_without_texts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text file in"):
+        texts(tmp_path)
+
+
+def test_the_demo_text_is_long_enough_for_real_windows() -> None:
+    found = texts("demo")
+    (item,) = found
+    assert len(str(item.read())) > 400_000
+    assert texts("demo").digest == found.digest
+
+
+# --- from Python
+
+
+def test_python_lists_are_inputs() -> None:
+    pictures = [Image.fromarray(COLOUR), Image.fromarray(GREY)]
+    found = as_inputs(pictures, "vision")
+    assert [item.id for item in found] == ["0", "1"]
+    assert all(item.read().mode == "RGB" for item in found)  # type: ignore[union-attr]
+    assert as_inputs(pictures[:1], "vision").digest != found.digest
+    words = as_inputs((text for text in ("one", "two")), "text")
+    assert [(item.id, item.read()) for item in words] == [("0", "one"), ("1", "two")]
+    assert as_inputs(words, "vision") is words
+    assert as_inputs("demo", "text").kind == "texts"
+    assert as_inputs("demo", "vision").kind == "images"
+
+
+@pytest.mark.parametrize("given", [[], [1], ["text", Image.new("L", (2, 2))], 3, Image.new("L", (2, 2))])
+def test_what_is_no_input(given: object) -> None:
+    with pytest.raises(UserError, match="neither all PIL images nor all strings"):
+        as_inputs(given, "vision")
+
+
+# --- Hugging Face data sets, by the name of a folder
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for a data set; what the library makes of it stays out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
+
+
+def rows(folder: Path, **columns: list[Any]) -> None:
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+
+
+def test_a_data_set_of_texts_is_one_document(cached: Path) -> None:
+    rows(cached, text=["one", "", " ", "two"], label=[0, 0, 1, 1])
+    found = texts(f"hf:{cached},split=train")
+    assert [item.read() for item in found] == ["one\n\ntwo"]
+    assert found.digest == texts(f"hf:{cached},split=train").digest
+    assert found.kind == "texts"
+
+
+def test_a_column_can_be_chosen(cached: Path) -> None:
+    rows(cached, text=["one"], other=["another"])
+    found = texts(f"hf:{cached},split=train,column=other")
+    assert [item.read() for item in found] == ["another"]
+
+
+def test_a_data_set_of_images(cached: Path) -> None:
+    for number, label in enumerate(("cat", "dog", "dog")):
+        (cached / label).mkdir(exist_ok=True)
+        saved(cached / label, Image.fromarray(COLOUR if number else GREY), f"{number}.png")
+    source = f"hf:{cached},split=train"
+    found = images(source)
+    assert [item.id for item in found] == ["000000", "000001", "000002"]
+    read = [np.asarray(item.read()) for item in found]
+    np.testing.assert_array_equal(read[0], three(GREY))
+    np.testing.assert_array_equal(read[2], COLOUR)
+    assert found.digest == images(source).digest
+
+
+def test_a_damaged_image_in_a_data_set_is_told_by_its_row(cached: Path) -> None:
+    saved(cached, Image.fromarray(COLOUR), "0.png")
+    (cached / "1.png").write_bytes(b"no image")
+    first, second = images(f"hf:{cached},split=train")
+    assert first.read()
+    with pytest.raises(UnreadableInput, match="cannot read the image in row 1"):
+        second.read()
+
+
+def test_a_column_without_images_is_told_row_by_row(cached: Path) -> None:
+    rows(cached, image=["no", "image"])
+    found = images(f"hf:{cached},split=train")
+    with pytest.raises(UnreadableInput, match="row 0: column 'image' holds no image"):
+        found.items[0].read()
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "tip"),
+    [
+        ("", "cannot load data set", "split="),
+        (",split=train,column=no", "has no column 'no'", "'text'"),
+        (",split=train,colour=red", "unknown option 'colour'", "column="),
+    ],
+)
+def test_data_sets_that_do_not_fit(cached: Path, options: str, message: str, tip: str) -> None:
+    rows(cached, text=["one"])
+    with pytest.raises(UserError, match=message) as caught:
+        texts(f"hf:{cached}{options}")
+    assert tip in str(caught.value.tip)
+
+
+def test_a_data_set_that_is_not_on_this_machine() -> None:
+    with pytest.raises(UserError, match="cannot load data set 'nobody/nothing'") as caught:
+        images("hf:nobody/nothing")
+    assert "hf download --repo-type dataset nobody/nothing" in str(caught.value.tip)
+
+
+def test_a_data_set_of_empty_texts(cached: Path) -> None:
+    rows(cached, text=["", " "])
+    with pytest.raises(UserError, match="holds no text in column 'text'") as caught:
+        texts(f"hf:{cached},split=train")
+    assert caught.value.tip
+
+
+def test_inputs_are_counted_and_walked() -> None:
+    found = Inputs("texts", "x", [inputs.Item("a", lambda: "b")], "0")
+    assert len(found) == 1
+    assert [item.id for item in found] == ["a"]

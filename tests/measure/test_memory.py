@@ -1,0 +1,93 @@
+"""The predicted peak against a measured one, and what is read off a model's matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2Model
+
+from diag.measure.memory import Widths, available, peak, predicted, resident, restart_peak
+
+MEASURED = """
+import json, sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from diag.measure.loop import measure
+from diag.measure.memory import Widths, peak, predicted, resident, restart_peak
+from diag.models.base import Batch, Sample, Tower
+from diag.models.hooks.seam import attention_modules
+
+torch.set_num_threads(1)
+width, tokens, inputs = map(int, sys.argv[1:])
+config = GPT2Config(
+    n_positions=tokens, n_embd=width, n_layer=2, n_head=width // 64, vocab_size=2048, use_cache=False
+)
+config._attn_implementation = "sdpa"
+model = GPT2LMHeadModel(config).eval()
+data = torch.randint(0, 2048, (inputs, tokens))
+tower = Tower(
+    "text", attention_modules(model), None, lambda samples: Batch(tuple(s.id for s in samples), data),
+    lambda batch: model(batch.data),
+)
+cpu = torch.device("cpu")
+loaded = restart_peak(cpu)
+list(measure(tower, [Sample(str(i), lambda: None) for i in range(inputs)], batch_size=inputs))
+widths = Widths.of(model, tower.layers[0].module)
+found = predicted(widths, tokens=tokens, inputs=inputs, loaded=loaded, device=cpu, dtype=torch.float32)
+print(json.dumps([peak(cpu), found.peak, loaded]))
+"""
+
+SIZES = [(256, 512, 1), (384, 2048, 2), (384, 8192, 1)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=[f"{w} wide, {n} x {t}" for w, t, n in SIZES])
+def test_the_predicted_peak_is_near_the_measured_one(size: tuple[int, int, int]) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", MEASURED, *map(str, size)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    measured, expected, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert loaded < measured
+    assert abs(expected / measured - 1) < 0.3, (expected >> 20, measured >> 20, loaded >> 20)
+
+
+def test_widths_are_read_off_the_matrices() -> None:
+    model = GPT2Model(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    assert Widths.of(model, model.h[0].attn) == Widths(64, 64 + 2 * 256, 64, 64)
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(64, 96), nn.Linear(64, 24), nn.Linear(64, 24)
+            self.out = nn.Linear(96, 64)
+
+    attention = Grouped()
+    whole = nn.Sequential(attention, nn.Linear(64, 512))
+    assert Widths.of(whole, attention) == Widths(64, 64 + 2 * 512, 96, 24)
+
+
+def test_memory_grows_with_tokens_and_inputs() -> None:
+    widths = Widths(768, 768 + 2 * 3072, 768, 768)
+
+    def found(tokens: int, inputs: int) -> int:
+        sizes = {"tokens": tokens, "inputs": inputs, "loaded": 0}
+        return predicted(widths, **sizes, device=torch.device("cpu"), dtype=torch.float32).forward
+
+    assert found(2048, 1) == pytest.approx(2 * found(1024, 1))
+    assert found(1024, 4) == pytest.approx(4 * found(1024, 1))
+
+
+def test_what_is_held_and_what_is_left() -> None:
+    cpu = torch.device("cpu")
+    before = restart_peak(cpu)
+    block = torch.ones(32 << 20)
+    assert resident() - before > 100 << 20
+    del block
+    assert peak(cpu) - before > 100 << 20
+    assert 0 < available(cpu) < 1 << 50

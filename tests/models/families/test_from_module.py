@@ -1,0 +1,96 @@
+"""A user's own module with ready batches."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diag.errors import UserError
+from diag.models.families.from_module import from_module
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class Mixer(nn.Module):
+    """Modules whose names say nothing, registered against the order in which they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = Block()
+        self.sooner = Block()
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        return self.later(self.sooner(x, mask), mask)
+
+
+def test_layers_are_found_in_the_order_of_their_calls() -> None:
+    model, tower, samples = from_module(Mixer().eval(), [torch.randn(2, 5, 16)] * 2)
+    assert [layer.path for layer in tower.layers] == ["sooner", "later"]
+    assert (model.family, tower.name, tower.token_sets) == ("module", "module", ("all",))
+    ids = [tower.encode([sample]).ids for sample in samples]
+    assert ids == [("000000", "000001"), ("000002", "000003")]
+
+
+def test_a_dict_goes_in_by_name_and_its_mask_says_what_is_real() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    _, tower, samples = from_module(Mixer().eval(), [{"x": torch.randn(2, 4, 16), "attention_mask": mask}])
+    batch = tower.encode(samples)
+    assert batch.real is not None
+    assert torch.equal(batch.real, mask.bool())
+    calls = []
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(batch)
+    assert calls[0].visibility.keys.tolist() == mask.bool().tolist()
+
+
+def test_batches_are_read_once_and_cut_at_the_limit() -> None:
+    drawn = []
+
+    def stream():
+        for i in range(9):
+            drawn.append(i)
+            yield torch.randn(3, 5, 16)
+
+    _, tower, samples = from_module(Mixer().eval(), stream(), limit=4)
+    assert [len(tower.encode([sample]).ids) for sample in samples] == [3, 1]
+    assert len(drawn) <= 3
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no batch was given"),
+        (["text"], "a batch is a str"),
+        ([{"x": 3}], "a batch is a dict"),
+        ([{"x": torch.ones(2, 3), "y": torch.ones(3)}], "differ in rows"),
+    ],
+)
+def test_batches_that_are_none(batches: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_module(Mixer(), batches)
+
+
+def test_modules_that_cannot_be_seen_are_refused() -> None:
+    with pytest.raises(UserError, match="made no self-attention call"):
+        from_module(nn.Linear(4, 4), [torch.ones(2, 4)])
+    compiled = torch.compile(Mixer())
+    with pytest.raises(UserError, match="OptimizedModule"):
+        from_module(compiled, [torch.ones(2, 5, 16)])
+    with warnings.catch_warnings(action="ignore"):  # torch.jit is on its way out
+        traced = torch.jit.trace(Mixer().eval(), torch.ones(2, 5, 16))
+    with pytest.raises(UserError, match="not visible from Python"):
+        from_module(traced, [torch.ones(2, 5, 16)])

@@ -1,0 +1,84 @@
+"""transformer-lens is an independent route: for one checkpoint it must give the table of `hf:`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import pattern_rows
+from diag.errors import MeasurementError, UserError
+from diag.inputs.items import Inputs
+from diag.models import load
+from diag.models.base import Tower
+from diag.models.names.resolve import ModelSpec, parse
+
+CPU = {"device": "cpu", "dtype": torch.float32}
+Folders = Callable[[str], Path]
+
+
+def calls_of(tower: Tower, texts: Inputs) -> list[AttentionCall]:
+    batch = tower.encode([sample for sample, _ in zip(tower.samples(texts, 14), range(3), strict=False)])
+    calls: list[AttentionCall] = []
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(batch)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox", "qwen3"])
+def test_both_routes_see_the_same_attention(kind: str, folder_of: Folders, texts: Inputs) -> None:
+    ours = calls_of(load(parse(f"hf:{folder_of(kind)}"), **CPU).tower("text"), texts)
+    theirs = calls_of(load(parse(f"tl:{folder_of(kind)}"), **CPU).tower("text"), texts)
+    assert len(ours) == len(theirs) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.query is None
+        assert a.value.shape == b.value.shape
+        torch.testing.assert_close(a.value, b.value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.output, b.output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pattern_rows(a), pattern_rows(b), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.softmax.entropy, b.softmax.entropy, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.softmax.self_weight, b.softmax.self_weight, rtol=1e-4, atol=1e-5)
+        assert torch.equal(a.visibility.count, b.visibility.count)
+        assert a.output.abs().mean() > 1e-3  # not all zeros on both sides
+
+
+def test_no_hook_outlives_the_capture(folder_of: Folders, texts: Inputs) -> None:
+    model = load(parse(f"tl:{folder_of('gpt2')}"), **CPU)
+    tower = model.tower("text")
+    attention = tower.layers[0].module
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in attention.modules())
+
+    batch = tower.encode([next(tower.samples(texts, 8))])
+    tower.forward(batch)  # transformers installs hooks of its own at the first forward pass
+    before = hooks()
+    with tower.capture(tower.layers, lambda call: None):
+        assert hooks() > before
+    assert hooks() == before
+    with pytest.raises(KeyError), tower.capture(tower.layers, lambda call: {}["no"]):
+        tower.forward(batch)
+    assert hooks() == before
+
+
+def test_a_layer_that_shows_nothing_is_named(folder_of: Folders, texts: Inputs) -> None:
+    tower = load(parse(f"tl:{folder_of('gpt2')}"), **CPU).tower("text")
+    batch = tower.encode([next(tower.samples(texts, 8))])
+    with tower.capture(tower.layers, lambda call: None):
+        tower.layers[0].module.hook_pattern.remove_hooks()
+        with pytest.raises(MeasurementError, match=r"layer 'blocks\.0\.attn' finished without"):
+            tower.forward(batch)
+
+
+def test_errors(folder_of: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"'config\.json' of 'openai-community/gpt2' is not on this machine"):
+        load(parse("tl:gpt2"), **CPU)
+    with pytest.raises(UserError, match="takes the weights of its folder only"):
+        load(ModelSpec("x", "tl", str(folder_of("gpt2")), random_init=True), **CPU)
+    with pytest.raises(UserError) as error:
+        load(parse(f"tl:{folder_of('vit')}"), **CPU)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,303 @@
+"""`diag.probe` and `diag.capture` from Python: named models, and one's own modules with ready batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+import diag
+from diag.errors import UserError
+from diag.metrics.attention import METRICS
+from diag.metrics.catalogue import RATIOS
+
+FAST = ["cos_y_vself", "entropy"]
+
+
+class Block(nn.Module):
+    """Attention over `x[batch, token, 16]` with two heads of eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[q k v, batch, head, token, dim]`"""
+        return self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.split(x)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Block()
+        self.second = Block()
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        return self.second(self.first(x, mask), mask)
+
+
+@pytest.fixture
+def mixer() -> Mixer:
+    torch.manual_seed(0)
+    return Mixer().eval()
+
+
+def batches(*rows: int, tokens: int = 7) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, tokens, 16, generator=generator) for n in rows]
+
+
+def means(run: diag.Probe) -> pd.Series:
+    return run.layers.set_index(["layer", "metric"])["mean"]
+
+
+# --- named models
+
+
+def test_a_name_and_a_source_give_tables_and_figures() -> None:
+    run = diag.probe("demo:vit-p16", "demo", limit=3)
+    assert set(run.layers["metric"]) == {*METRICS, *RATIOS}
+    assert len(run.layers) == 6 * len({*METRICS, *RATIOS})
+    assert len(run.heads) == 3 * len(run.layers)
+    assert list(run.layers)[:6] == ["model", "tower", "layer", "module", "tokens", "metric"]
+    assert list(run.layers)[6:11] == ["mean", "std", "ci_low", "ci_high", "n"]
+    assert "head" in run.heads
+    assert run.layers["n"].eq(3).all()
+    assert run.failed == {}
+    assert len(run.samples) == 3 * len(run.heads)
+    cosine, selfish, context = (means(run)[0, m] for m in ("cos_y_vself", "self_part", "context_part"))
+    assert cosine == pytest.approx(selfish + context, abs=1e-6)
+
+
+def test_the_plots_are_figures_by_name() -> None:
+    figures = diag.probe("demo:vit-p16", "demo", limit=2, metrics=FAST).plot()
+    assert "curves-demo-vit-p16-vision-patch" in figures
+    assert all(isinstance(figure, Figure) for figure in figures.values())
+
+
+def test_every_way_of_giving_the_same_images(noise: Path) -> None:
+    files = sorted(noise.iterdir())[:3]
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    runs = [
+        diag.probe("demo:vit-p16", given, limit=3, metrics=FAST)
+        for given in (noise, str(noise), diag.images(noise), pictures, (p for p in pictures), tuple(pictures))
+    ]
+    assert means(runs[0]).nunique() == 12
+    for run in runs[1:]:
+        pd.testing.assert_series_equal(means(run), means(runs[0]), check_exact=True)
+
+
+def test_every_way_of_giving_the_same_text(tmp_path: Path) -> None:
+    text = "How the standard library is documented, in a few words. " * 8
+    (tmp_path / "a.txt").write_text(text)
+    runs = [
+        diag.probe("demo:lm", given, limit=2, seq_len=16, metrics=FAST)
+        for given in (tmp_path / "a.txt", diag.texts(tmp_path), [text], iter([text]))
+    ]
+    assert runs[0].layers["n"].eq(2).all()
+    assert runs[0].layers["n_tokens"].eq(16).all()
+    for run in runs[1:]:
+        pd.testing.assert_series_equal(means(run), means(runs[0]), check_exact=True)
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    run = diag.probe("demo:vit-p16", "demo", limit=1, metrics="entropy", tokens="cls", layers=2)
+    (row,) = run.layers.to_dict("records")
+    assert (row["metric"], row["tokens"], row["layer"]) == ("entropy", "cls", 2)
+
+
+def test_a_ratio_brings_what_it_is_made_of() -> None:
+    run = diag.probe("demo:lm", "demo", limit=2, seq_len=16, metrics=["self_specific_fraction"])
+    found = means(run)
+    assert set(run.layers["metric"]) == {"self_specific_fraction", *RATIOS["self_specific_fraction"]}
+    samples = run.samples.groupby(["layer", "metric", "input"], observed=True)["value"].mean()
+    ratio = samples[3, "excess"].mean() / samples[3, "cos_y_vself"].mean()
+    assert found[3, "self_specific_fraction"] == pytest.approx(ratio, rel=1e-9)
+
+
+def test_a_failed_input_is_told_and_left_out(tmp_path: Path, noise: Path) -> None:
+    for name in ("00.png", "01.png"):
+        (tmp_path / name).write_bytes((noise / name).read_bytes())
+    (tmp_path / "005.png").write_bytes(b"broken")
+    run = diag.probe("demo:vit-p16", tmp_path, metrics=FAST)
+    assert list(run.failed) == ["005.png"]
+    assert run.layers["n"].eq(2).all()
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"no input could be read: cannot read image '00\.png'") as caught:
+        diag.probe("demo:vit-p16", tmp_path, metrics=FAST)
+    assert caught.value.tip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["entrpy"]}, "unknown metric 'entrpy'"),
+        ({"metrics": []}, "--metrics names nothing"),
+        ({"layers": []}, "--layers names nothing"),
+        ({"layers": [-1]}, "no layer -1"),
+        ({"layers": [6]}, "no layer 6"),
+        ({"tokens": ["registers"]}, "no token set 'registers'"),
+        ({"limit": 0}, "--limit"),
+        ({"dtype": "int8"}, "--dtype"),
+        ({"device": "cuda:77"}, "device 'cuda:77' is not available"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        diag.probe("demo:vit-p16", "demo", **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("demo:lm", [Image.new("RGB", (8, 8))], "has no vision tower"),
+        ("demo:vit-p16", ["text"], "has no text tower"),
+        ("demo:vit-p16", [], "neither all PIL images nor all strings"),
+        ("demo:lm", ["short"], "gives no sample"),
+    ],
+)
+def test_inputs_that_do_not_fit(model: str, given: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        diag.probe(model, given)
+
+
+# --- own modules
+
+
+def test_a_module_gives_the_numbers_of_its_own_formula(mixer: Mixer) -> None:
+    given = batches(3, 2)
+    run = diag.probe(mixer, given, metrics=FAST)
+    assert set(run.layers["module"]) == {"first", "second"}
+    assert set(run.layers["model"]) == {"Mixer"}
+    with torch.inference_mode():
+        q, k, v = mixer.first.split(torch.cat(given)).double()
+        pattern = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+        cosine = F.cosine_similarity(pattern @ v, v, dim=-1).mean(-1)  # [input, head]
+        entropy = -(pattern * pattern.log()).sum(-1).mean(-1)
+    assert means(run)[0, "cos_y_vself"] == pytest.approx(cosine.mean().item(), abs=1e-6)
+    assert means(run)[0, "entropy"] == pytest.approx(entropy.mean().item(), abs=1e-6)
+    heads = run.heads.set_index(["layer", "metric", "head"])["mean"]
+    np.testing.assert_allclose(heads[0, "cos_y_vself"], cosine.mean(0), atol=1e-6)
+    first = run.samples[(run.samples["layer"] == 0) & (run.samples["metric"] == "entropy")]
+    np.testing.assert_allclose(first["value"].to_numpy().reshape(5, 2), entropy, atol=1e-6)
+    assert list(first["input"].unique()) == [f"{i:06d}" for i in range(5)]
+
+
+def test_a_stream_of_dicts_is_read_as_far_as_the_limit(mixer: Mixer) -> None:
+    drawn = []
+
+    def stream() -> Iterator[dict[str, Tensor]]:
+        for number, batch in enumerate(batches(*[2] * 10)):
+            drawn.append(number)
+            yield {"x": batch}
+
+    run = diag.probe(mixer, stream(), metrics=FAST, limit=5)
+    assert run.layers["n"].eq(5).all()
+    assert len(drawn) <= 4
+    whole = diag.probe(mixer, [torch.cat(batches(2, 2, 2))[:5]], metrics=FAST)
+    np.testing.assert_allclose(means(run), means(whole), atol=1e-6)
+
+
+def test_padding_does_not_count(mixer: Mixer) -> None:
+    (x,) = batches(2)
+    padded = torch.cat([x, torch.full((2, 3, 16), 9.0)], dim=1)
+    mask = torch.cat([torch.ones(2, 7), torch.zeros(2, 3)], dim=1).long()
+    run = diag.probe(mixer, [{"x": padded, "attention_mask": mask}])
+    bare = diag.probe(mixer, [x])
+    np.testing.assert_allclose(means(run), means(bare)[means(run).index], atol=2e-5)
+    unmasked = diag.probe(mixer, [padded])
+    assert abs(means(unmasked)[0, "entropy"] - means(bare)[0, "entropy"]) > 0.1
+
+
+def test_a_module_is_left_as_it_was(mixer: Mixer) -> None:
+    (x,) = batches(2)
+    before = mixer(x)
+    weights = {name: value.clone() for name, value in mixer.state_dict().items()}
+    diag.probe(mixer, [x], metrics=FAST)
+    assert torch.equal(mixer(x), before)
+    assert all(torch.equal(value, weights[name]) for name, value in mixer.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in mixer.modules())
+    assert all(parameter.requires_grad for parameter in mixer.parameters())
+
+
+def test_the_dtype_in_the_table_is_the_modules_own(mixer: Mixer) -> None:
+    run = diag.probe(mixer.bfloat16(), [batches(2)[0].bfloat16()], metrics=FAST)
+    assert run.layers["dtype"].eq("bfloat16").all()
+    assert diag.probe(mixer.float(), batches(2), metrics=FAST).layers["dtype"].eq("float32").all()
+
+
+# --- capture
+
+
+def test_captured_calls_rebuild_their_output() -> None:
+    calls = diag.capture("demo:lm", ["The statement is explained in the section below. " * 4], seq_len=12)
+    assert [call.layer for call in calls] == list(range(6))
+    for call in calls:
+        assert call.causal
+        pattern = diag.pattern_rows(call)
+        assert pattern.shape == (*call.output.shape[:3], call.tokens)
+        assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5)
+        assert torch.equal(pattern, pattern.tril())
+        assert torch.allclose(pattern @ call.value, call.output, atol=1e-5)
+
+
+def test_weights_of_chosen_rows() -> None:
+    (call,) = diag.capture("demo:vit-p16", "demo", layers=[3], limit=2)
+    assert (call.module, call.batch, call.heads, call.tokens) == ("blocks.3.attn", 2, 3, 17)
+    (causal,) = diag.capture("demo:lm", "demo", layers=[0], seq_len=6, limit=1)
+    assert torch.allclose(
+        diag.pattern_rows(causal, [4, 0]), diag.pattern_rows(causal)[:, :, [4, 0]], atol=1e-6
+    )
+    whole = diag.pattern_rows(call)
+    rows = diag.pattern_rows(call, [0, 16, 5])
+    assert torch.allclose(rows, whole[:, :, [0, 16, 5]], atol=1e-6)
+    assert not torch.allclose(rows[:, :, 0], rows[:, :, 1], atol=1e-3)
+
+
+def test_a_modules_batch_is_captured_whole(mixer: Mixer) -> None:
+    (x,) = batches(70)
+    calls = diag.capture(mixer, x)
+    assert [(call.module, call.batch) for call in calls] == [("first", 70), ("second", 70)]
+    q, k, v = mixer.first.split(x)
+    for got, expected in ((calls[0].query, q), (calls[0].key, k), (calls[0].value, v)):
+        assert torch.allclose(got, expected, atol=1e-6)
+    (one,) = diag.capture(mixer, {"x": x}, layers=1)
+    assert one.module == "second"
+
+
+def test_more_inputs_than_a_model_takes_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from diag.run.api import load
+
+    def one_by_one(*args: object, **options: object) -> object:
+        model = load(*args, **options)  # type: ignore[arg-type]
+        return replace(model, towers={"vision": replace(model.towers["vision"], max_batch=1)})
+
+    monkeypatch.setattr("diag.run.api.load", one_by_one)
+    with pytest.raises(UserError, match="takes 1 input at once, 3 were given"):
+        diag.capture("demo:vit-p16", "demo", limit=3)
+    assert len(diag.capture("demo:vit-p16", "demo", limit=1)) == 6
+
+
+def test_the_package_hands_out_its_names() -> None:
+    assert {"probe", "capture", "images", "texts", "pattern_rows", "METRICS"} <= set(dir(diag))
+    for name in diag.__all__:
+        assert getattr(diag, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'prob'"):
+        _ = diag.prob

@@ -1,0 +1,131 @@
+"""Plans: what is refused, and what makes two runs the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diag.errors import UserError
+from diag.run import plan as config
+from diag.run.environment import command_line, environment
+from diag.run.plan import ProbePlan, checked
+
+DIGESTS = {"vision": "abc"}
+
+
+def plan(**values: Any) -> ProbePlan:
+    return checked(**({"models": ("demo:vit-p16",)} | values))
+
+
+CHANGES: dict[str, Any] = {
+    "models": ("demo:vit-p8",),
+    "images": "demo",
+    "texts": "demo",
+    "limit": 3,
+    "seq_len": 16,
+    "metrics": ("entropy",),
+    "layers": (0,),
+    "tokens": ("cls",),
+    "values": "bias_free",
+    "intervene": ("xsa",),
+    "checkpoint": Path("weights.safetensors"),
+    "model_args": ("img_size=96",),
+    "random_init": True,
+    "trust_remote_code": True,
+    "dtype": "bfloat16",
+    "seed": 1,
+    "save_activations": 2,
+    "keep_samples": 8,
+    "exact": True,
+    "sampled_rows": 128,
+}
+HOW: dict[str, Any] = {"device": "cpu", "batch_size": 3, "workers": 3}
+
+
+def test_every_option_is_either_what_or_how() -> None:
+    assert set(ProbePlan.model_fields) == {*CHANGES, *HOW}
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_the_key_changes_with_what_is_measured(option: str) -> None:
+    assert plan(**{option: CHANGES[option]}).key(DIGESTS) != plan().key(DIGESTS)
+
+
+@pytest.mark.parametrize("option", HOW)
+def test_the_key_does_not_change_with_how(option: str) -> None:
+    assert plan(**{option: HOW[option]}).key(DIGESTS) == plan().key(DIGESTS)
+
+
+def test_the_key_changes_with_the_inputs_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan().key(DIGESTS)
+    assert plan().key({"vision": "abd"}) != before
+    monkeypatch.setattr(config, "version", lambda: "99")
+    assert plan().key(DIGESTS) != before
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_the_key_changes_with_weights_in_a_folder_but_not_with_runs_below_it(
+    tmp_path: Path, prefix: str
+) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    os.utime(weights, ns=(0, 0))
+    named = plan(models=(f"{prefix}{tmp_path}",))
+    before = named.key(DIGESTS)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "plan.json").write_text("{}")
+    assert named.key(DIGESTS) == before
+    os.utime(weights, ns=(0, 1))
+    assert named.key(DIGESTS) != before
+
+
+def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"1")
+    mine = plan(checkpoint=file)
+    before = mine.key(DIGESTS)
+    file.write_bytes(b"12")
+    assert mine.key(DIGESTS) != before
+
+
+@pytest.mark.parametrize(
+    ("values", "message", "tip"),
+    [
+        ({"limit": 0}, "--limit", "given: 0"),
+        ({"batch_size": -1}, "--batch-size", "given: -1"),
+        ({"seq_len": 0}, "--seq-len", "given: 0"),
+        ({"seed": -1}, "--seed", "given: -1"),
+        ({"dtype": "float8"}, "--dtype is one of float32, bfloat16, float16", "given: 'float8'"),
+        ({"metrics": ()}, "--metrics names nothing", "given: ()"),
+        ({"layers": ()}, "--layers names nothing", "given: ()"),
+        ({"tokens": ()}, "--tokens names nothing", "given: ()"),
+        ({"layers": ("x",)}, "--layers", "given: 'x'"),
+        ({"models": ()}, "--models", "given: ()"),
+        ({"values": "centred"}, "--values is as-computed or bias-free", "given: 'centred'"),
+        ({"colour": 1}, "--colour", "given: 1"),
+    ],
+)
+def test_bad_options_are_named(values: dict[str, Any], message: str, tip: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        plan(**values)
+    assert caught.value.tip == tip
+
+
+def test_the_command_can_be_pasted_into_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/attnbias", "probe", "--images", "my photographs"])
+    assert command_line() == "attnbias probe --images 'my photographs'"
+
+
+def test_the_environment_names_versions_and_no_person() -> None:
+    found = environment()
+    assert set(found) == {"attnbias", "git", "python", "platform", "packages"}
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["packages"]["torch"]
+    text = json.dumps(found)
+    assert str(Path.home()) not in text
+    assert os.uname().nodename not in text

@@ -1,0 +1,152 @@
+"""Shares: every shard belongs to exactly one process, and locks hold between processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diag.errors import UserError
+from diag.run import processes as share
+from diag.run.processes import WHOLE, Locks, Share, share_of
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+SLURM = {
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "3",
+    "SLURM_ARRAY_TASK_COUNT": "5",
+    "SLURM_ARRAY_TASK_STEP": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        (None, {}, (0, 1, None)),
+        (None, {"LOCAL_RANK": "2"}, (0, 1, 2)),
+        (None, TORCHRUN, (1, 4, 1)),
+        (None, SLURM, (2, 5, None)),
+        (None, SLURM | TORCHRUN, (9, 20, 1)),
+        (
+            None,
+            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "1"},
+            (0, 1, None),
+        ),
+        ("2/3", {}, (1, 3, None)),
+        ("1/1", SLURM | TORCHRUN, (0, 1, 1)),
+        (" 3 / 3 ", SLURM, (2, 3, None)),
+    ],
+)
+def test_the_share_is_read_from_option_and_environment(
+    given: str | None, environment: dict[str, str], expected: tuple[Any, ...]
+) -> None:
+    found = share_of(given, environment)
+    assert (found.rank, found.of, found.local_rank) == expected
+
+
+@pytest.mark.parametrize("given", ["0/4", "5/4", "1", "a/b", "-1/4", "1/0", ""])
+def test_a_share_that_is_none_is_told(given: str) -> None:
+    with pytest.raises(UserError, match="--shard does not understand") as caught:
+        share_of(given, {})
+    assert "--shard 1/4" in str(caught.value.tip)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        TORCHRUN | {"RANK": "4"},
+        TORCHRUN | {"RANK": "one"},
+        SLURM | {"SLURM_ARRAY_TASK_ID": "6"},  # between two steps: the list has gaps
+        SLURM | {"SLURM_ARRAY_TASK_ID": "13"},
+        SLURM | {"SLURM_ARRAY_TASK_ID": "1"},
+        {"SLURM_ARRAY_TASK_ID": "0"},
+    ],
+)
+def test_an_environment_that_contradicts_itself_is_told(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError) as caught:
+        share_of(None, environment)
+    assert "--shard i/n" in str(caught.value.tip)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_every_shard_is_one_processs(processes: int) -> None:
+    shares = [Share(rank, processes) for rank in range(processes)]
+    for model in range(3):
+        for place in range(7):
+            assert sum(share.has(model, place) for share in shares) == 1
+    assert all(WHOLE.has(0, place) for place in range(7))
+    # models of one shard each are shared as well
+    assert {next(s.rank for s in shares if s.has(model, 0)) for model in range(5)} == set(range(processes))
+
+
+# --- locks
+
+HOLD = """
+import sys
+from pathlib import Path
+from diag.run.processes import Locks
+with Locks(Path(sys.argv[1])) as locks:
+    print(locks.take(1 << 33), locks.take(1 << 33), flush=True)
+    sys.stdin.readline()
+    locks.give(1 << 33)
+    print("given", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_lock_is_one_processs_until_it_is_given_or_the_process_is_killed(tmp_path: Path) -> None:
+    file, place = tmp_path / ".lock", 1 << 33
+    with (
+        Locks(file) as locks,
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other,
+    ):
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True True\n"
+        assert not locks.take(place)
+        assert locks.take(place + 1)
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "given\n"
+        assert locks.take(place)
+        locks.give(place)
+        other.kill()
+        other.wait()
+        assert locks.take(place)
+
+
+def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+    with (
+        Locks(file) as locks,
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other,
+    ):
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert not locks.take(1 << 33)
+        other.kill()  # SIGKILL
+        other.wait()
+        assert locks.take(1 << 33)
+
+
+def test_without_locks_every_lock_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system or Windows has none: work may be done twice, and is the same."""
+    import errno
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    with Locks(tmp_path / ".lock") as locks:
+        monkeypatch.setattr(share.fcntl, "lockf", unknown)
+        assert locks.take(0)
+        locks.give(0)
+        monkeypatch.setattr(share, "fcntl", None)
+        assert locks.take(0)
+        locks.give(0)

@@ -1,0 +1,156 @@
+"""The printed table, and progress that never touches stdout."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diag.metrics.attention import METRICS
+from diag.metrics.catalogue import COLUMNS, RATIOS
+from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.stream import STREAM_METRICS
+from diag.show import terminal
+from diag.show.terminal import WIDTH, StderrListener, columns, result_table
+
+EVERY = [*METRICS, *RATIOS]
+
+
+def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
+    rows = [
+        {
+            **{
+                "model": "demo:vit-p16",
+                "tower": "vision",
+                "layer": layer,
+                "tokens": "patch",
+                "metric": metric,
+            },
+            **{"mean": 0.1 * layer + 0.01 * place, "std": 0.1, "ci_low": -0.123, "ci_high": -0.045, "n": 14},
+            **{"n_tokens": 17, "values": "as_computed", "first_token": "included"},
+        }
+        for layer in range(12)
+        for place, metric in enumerate(metrics)
+    ]
+    return pd.DataFrame(rows).assign(**constants)
+
+
+def test_every_metric_has_a_heading_of_its_own() -> None:
+    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
+    headings = [heading for heading, _ in COLUMNS.values()]
+    assert len(set(headings)) == len(headings)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        layers(),
+        layers(EVERY[8:]),
+        layers(["entropy"]),
+        layers(model="open_clip:ViT-B-16/datacomp_xl_s13b_b90k-with-a-very-long-name/" + "x" * 90),
+        layers(first_token="excluded", tokens="registers", n=1_000_000, n_tokens=16_384),
+        layers(mean=-12345.678, ci_low=-12345.678, ci_high=-12345.678),
+        layers(mean=np.nan, ci_low=np.nan, ci_high=np.nan),
+    ],
+)
+def test_no_line_is_wider_than_the_terminal(table: pd.DataFrame) -> None:
+    lines = result_table(table).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert sum(line.strip().startswith(tuple(f"{i} " for i in range(12))) for line in lines) == 12
+
+
+def test_all_metrics_show_the_eight_that_tell_most() -> None:
+    heading = result_table(layers()).splitlines()[1]
+    words = ["layer", "cos(y,v)", "95 % CI", "self", "context", "partner", "uniform", "v~v", "A_ii", "H/max"]
+    assert heading.split() == " ".join(words).split()
+
+
+def test_what_was_asked_for_is_shown_in_place() -> None:
+    table = layers(["first_weight", "excess"]).assign(layer=lambda t: t["layer"] + 95)
+    lines = result_table(table).splitlines()
+    assert lines[0] == "demo:vit-p16 · vision · patch tokens (T = 17) · n = 14 · values as_computed"
+    assert lines[1].split() == ["layer", "excess", "A_i0"]
+    assert lines[2].split() == ["95", "0.010", "0.000"]
+    assert lines[-3].split() == ["106", "1.110", "1.100"]
+    assert lines[-1] == "excess: cos(y,v) - partner; A_i0: weight on the first token"
+
+
+def test_intervals_and_missing_numbers() -> None:
+    table = layers(["cos_y_vself"])
+    assert "-0.123–-0.045" in result_table(table)
+    without = result_table(table.assign(ci_low=np.nan, ci_high=np.nan))
+    assert "CI" not in without
+    assert "–" in result_table(layers(["entropy"], mean=np.nan)).splitlines()[2]
+
+
+def test_each_model_tower_and_token_set_has_its_block() -> None:
+    table = pd.concat([layers(), layers(tokens="cls"), layers(model="b", first_token="excluded")])
+    text = result_table(table)
+    assert [line for line in text.splitlines() if "n = 14" in line] == [
+        "demo:vit-p16 · vision · patch tokens (T = 17) · n = 14 · values as_computed",
+        "demo:vit-p16 · vision · cls tokens (T = 17) · n = 14 · values as_computed",
+        "b · vision · patch tokens (T = 17) · n = 14 · values as_computed · t=0 excluded",
+    ]
+    assert text.count("H/max: entropy over its bound") == 1
+
+
+def test_sizes_that_differ_are_a_range() -> None:
+    table = layers(["entropy"])
+    table["n_tokens"] = np.where(table["layer"] < 6, 9, 36)
+    assert "(T = 9–36)" in result_table(table)
+
+
+def test_columns_line_up() -> None:
+    text = columns([{"name": "a", "note": None}, {"name": "long", "note": "x"}])
+    assert text.splitlines() == ["name  note", "a", "long  x"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drive(listener: StderrListener) -> None:
+    with listener:
+        listener.say("a → b [not markup]")
+        listener.start("model", 3)
+        listener.advance(2)
+        listener.advance(1)
+
+
+def test_progress_is_a_bar_on_a_terminal_and_never_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    drive(StderrListener(quiet=False))
+    assert "a → b [not markup]" in screen.getvalue()
+    assert "\x1b[" in screen.getvalue()
+    assert "model" in screen.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_is_a_line_now_and_then_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 20.0, 20.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    drive(StderrListener(quiet=False))
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["a → b [not markup]", "model: 3/3"]
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
+    screen = stream()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", -1.0)
+    drive(StderrListener(quiet=True))
+    assert screen.getvalue() == ""

@@ -1,0 +1,339 @@
+"""The sweep on real models: what no edit names stays bit for bit, losses are the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from commands import Ended
+
+from diag.attention.call import AttentionCall
+from diag.errors import UserError
+from diag.inputs.labels import labels
+from diag.inputs.texts import texts
+from diag.measure.edited import edited, heads_return
+from diag.models import load
+from diag.models.base import Batch, Model, Tower
+from diag.models.families.demo import EMBEDDED
+from diag.models.hooks.blocks import find_blocks
+from diag.models.hooks.interventions import GATE, INTERVENTIONS, parse
+from diag.models.names.resolve import parse as parse_name
+from diag.run.shards import tower_samples
+from diag.studies.intervene.plan import checked
+from diag.studies.intervene.run import run_intervene
+from diag.studies.intervene.sweep import cases, predicted_bytes, sweep
+from diag.studies.intervene.tables import relations, sensitivity
+
+LM = ("demo:lm", "text")
+VIT = ("demo:vit-p16", "vision")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Model]:
+    names = ("demo:lm", "demo:vit-p16")
+    return {name: load(parse_name(name), device="cpu", dtype=torch.float32) for name in names}
+
+
+def windows(tower: Tower, count: int = 2) -> Batch:
+    plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=count)
+    return tower.encode(tower_samples(tower, texts("demo"), plan))
+
+
+def pictures(tower: Tower) -> Batch:
+    return Batch(("a", "b"), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+
+
+def batch_of(name: str, tower: Tower) -> Batch:
+    return windows(tower) if name == "demo:lm" else pictures(tower)
+
+
+def outputs(tower: Tower, batch: Batch, around: Callable[[], object]) -> dict[int, torch.Tensor]:
+    """What the heads of each layer return before an edit, while the model runs with it."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def on_call(call: AttentionCall) -> None:
+        seen[call.layer] = call.output.clone()
+
+    with torch.inference_mode(), around(), tower.capture(tower.layers, on_call):  # type: ignore[attr-defined]
+        tower.forward(batch)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "kind"), [LM, VIT])
+@pytest.mark.parametrize("text", ["xsa:3", "mask_self:3", "uniform:3", "skip:3", "cb:3", "cb_s=0.5:3"])
+def test_layers_before_an_edit_are_bit_identical(
+    name: str, kind: str, text: str, loaded: dict[str, Model]
+) -> None:
+    model = loaded[name]
+    tower = model.tower(kind)
+    batch, blocks, edit = batch_of(name, tower), find_blocks(model.module, tower.layers), parse(text)
+    untouched = outputs(tower, batch, lambda: edited(tower, tower.layers, blocks, ()))
+
+    seen: dict[int, torch.Tensor] = {}
+
+    def on_call(call: AttentionCall) -> torch.Tensor:
+        seen[call.layer] = call.output.clone()
+        return heads_return([edit], call)
+
+    with torch.inference_mode(), edited(tower, (), blocks, (edit,)), tower.capture(tower.layers, on_call):
+        tower.forward(batch)
+    for layer in range(4):
+        assert torch.equal(seen[layer], untouched[layer]), layer
+    assert not torch.equal(seen[4], untouched[4])  # a negative control
+
+
+@pytest.mark.parametrize(("name", "kind"), [LM, VIT])
+@pytest.mark.parametrize("text", [name for name, entry in INTERVENTIONS.items() if entry.where != GATE])
+def test_the_model_is_left_as_it_was(name: str, kind: str, text: str, loaded: dict[str, Model]) -> None:
+    model = loaded[name]
+    tower = model.tower(kind)
+    batch, blocks = batch_of(name, tower), find_blocks(model.module, tower.layers)
+    weights = {key: tensor.clone() for key, tensor in model.module.state_dict().items()}
+
+    def run(edits: tuple) -> torch.Tensor:
+        with torch.inference_mode(), edited(tower, tower.layers, blocks, edits):
+            result = tower.forward(batch)
+        return result if isinstance(result, torch.Tensor) else result.last_hidden_state
+
+    before = run(())
+    changed = run((parse(text),))
+    assert not torch.equal(before, changed)
+    assert torch.equal(before, run(()))
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.module.state_dict().items())
+    with pytest.raises(RuntimeError, match="stop"), edited(tower, tower.layers, blocks, (parse(text),)):
+        raise RuntimeError("stop")
+    assert torch.equal(before, run(()))
+
+
+def test_skip_is_a_model_whose_attention_adds_nothing(loaded: dict[str, Model]) -> None:
+    model = loaded["demo:vit-p16"]
+    tower, batch = model.tower("vision"), pictures(model.tower("vision"))
+    blocks = find_blocks(model.module, tower.layers)
+    with torch.inference_mode(), edited(tower, tower.layers, blocks, (parse("skip:2"),)):
+        found = tower.forward(batch)
+    projection = model.module.get_submodule("blocks.2.attn.proj")
+    kept = {name: parameter.clone() for name, parameter in projection.named_parameters()}
+    try:
+        with torch.inference_mode():
+            for parameter in projection.parameters():
+                parameter.zero_()
+            expected = tower.forward(batch)
+    finally:
+        with torch.no_grad():
+            for name, parameter in projection.named_parameters():
+                parameter.copy_(kept[name])
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_is_the_librarys_own(loaded: dict[str, Model]) -> None:
+    model = loaded["demo:lm"]
+    tower = model.tower("text")
+    batch = windows(tower, 1)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED / "lm", dtype=torch.float32).eval()
+    assert tower.language_head is not None
+    with torch.inference_mode():
+        logits = tower.language_head()(tower.forward(batch).last_hidden_state)
+        theirs = whole(input_ids=batch.data, labels=batch.data)
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-4, rtol=1e-4)
+    from diag.studies.intervene.effect import next_token_loss
+
+    assert next_token_loss(logits, batch.data).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+
+
+def test_a_gate_of_nothing_changes_nothing_at_all(loaded: dict[str, Model]) -> None:
+    model = loaded["demo:lm"]
+    tower = model.tower("text")
+    plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=3)
+    samples = tower_samples(tower, texts("demo"), plan)
+    todo = cases([parse("gated_xsa=0")], tower.layers, ("one",))
+    rows = sweep(model, tower, samples, todo, batch_size=2)
+    assert (rows.loc[rows["effect"] == "loss_change", "value"] == 0).all()
+    assert len(rows) == 6 * 3 * rows["effect"].nunique()
+
+
+def test_cases() -> None:
+    from diag.models.hooks.seam import Layer
+
+    layers = [Layer(i, f"blocks.{i}", torch.nn.Identity()) for i in range(3)]
+    found = cases([parse("xsa"), parse("skip:1-2")], layers, ("one", "first", "last"))
+    spelled = [(c.edit.name, c.scope, c.layer, sorted(c.edit.layers or ())) for c in found]
+    assert spelled == [
+        ("xsa", "one", 0, [0]),
+        ("xsa", "one", 1, [1]),
+        ("xsa", "one", 2, [2]),
+        ("xsa", "first", 0, [0]),
+        ("xsa", "first", 1, [0, 1]),
+        ("xsa", "first", 2, [0, 1, 2]),
+        ("xsa", "last", 0, [0, 1, 2]),
+        ("xsa", "last", 1, [1, 2]),
+        ("xsa", "last", 2, [2]),
+        ("skip", "one", 1, [1]),
+        ("skip", "one", 2, [2]),
+        ("skip", "first", 1, [1]),
+        ("skip", "first", 2, [1, 2]),
+        ("skip", "last", 1, [1, 2]),
+        ("skip", "last", 2, [2]),
+    ]
+    by_head = cases([parse("xsa:0/1"), parse("skip")], layers[:1], ("one",), heads=3)
+    assert [(c.edit.name, c.head) for c in by_head] == [("xsa", -1), ("skip", -1), ("xsa", 1)]
+
+
+def test_every_projection_has_its_control_beside_it() -> None:
+    plan = checked(models=("demo:lm",), interventions=("xsa", "gated_xsa=0.3", "skip"))
+    assert [(e.name, e.strength) for e in plan.edits()] == [
+        ("xsa", 1.0),
+        ("gated_xsa", 0.3),
+        ("skip", 1.0),
+        ("random_direction", 1.0),
+        ("random_direction", 0.3),
+    ]
+
+
+def test_bytes_of_the_predicted_tokens() -> None:
+    ids = torch.tensor([[0, 1, 2], [0, 3, 3]])
+    words = {1: "ab", 2: "é", 3: "x"}
+    assert predicted_bytes(lambda row: "".join(words[i] for i in row), ids).tolist() == [4, 2]
+
+
+def test_tables_are_those_of_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    base = pd.DataFrame(
+        [(layer, f"i{i}", i, rng.normal()) for layer in range(6) for i in range(5)],
+        columns=["layer", "input", "input_index", "value"],
+    )
+    rows = base.assign(intervention="xsa", strength=1.0, scope="one", head=-1, effect="loss_change")
+    table = sensitivity(rows, seed=0)
+    expected = base.groupby("layer")["value"].agg(["mean", "std"])
+    np.testing.assert_allclose(table["mean"], expected["mean"])
+    np.testing.assert_allclose(table["std"], expected["std"])
+    probed = base.assign(metric="cos_y_vself", value=2 * base["value"] + 1)
+    (row,) = relations(rows, probed, seed=0).to_dict("records")
+    assert (row["predictor"], row["level"], row["rho"], row["places"], row["n"]) == (
+        "cos_y_vself",
+        "layer",
+        1.0,
+        6,
+        5,
+    )
+
+
+def test_labels() -> None:
+    ids = ["cat/1.png", "cat/2.png", "dog/1.png"]
+    assert labels(ids, 2) == {"cat/1.png": 0, "cat/2.png": 0, "dog/1.png": 1}
+    assert labels(ids, 2, named=True) == labels(ids, 2)
+    assert labels(["7/a.png", "3/b.png"], 10) == {"7/a.png": 7, "3/b.png": 3}
+    assert labels(["n01440764/a.png"], 1000) == {"n01440764/a.png": 0}
+    with pytest.raises(UserError, match="which is which is unclear"):
+        labels(ids, 5)
+    for name in ("a.png", "00000.tar/cat/a.png"):  # a tar is no class
+        with pytest.raises(UserError, match="lies in no class folder"):
+            labels([name], 1)
+
+
+# --- the folder and the command line ----------------------------------------------------------------
+
+
+def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=3, heads=True, layers=(0, 1, 2, 3))
+    found = run_intervene(plan)
+    assert found.folder.name.startswith("intervene-")
+    names = {path.name for path in found.folder.rglob("*") if path.is_file()}
+    assert {"sensitivity.csv", "relations.csv", "samples.parquet", "manifest.json"} <= names
+    assert {"sensitivity-loss_change.png", "relation-xsa-loss_change.pdf"} <= names
+    assert set(found.relations["level"]) == {"layer", "head"}
+    by_head = found.sensitivity[found.sensitivity["head"] >= 0]
+    assert set(zip(by_head["layer"], by_head["head"], strict=True)) == {
+        (a, b) for a in range(4) for b in range(3)
+    }
+    control = found.sensitivity[found.sensitivity["intervention"] == "random_direction"]
+    assert len(control) == len(found.sensitivity) / 2
+    stamp = (found.folder / "manifest.json").stat().st_mtime_ns
+    again = run_intervene(plan)
+    assert (again.folder / "manifest.json").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(again.sensitivity, found.sensitivity)
+
+
+def test_the_command(attnbias: Callable[..., Ended]) -> None:
+    given = (
+        "-m",
+        "demo:vit-p16",
+        "--images",
+        "demo",
+        "--limit",
+        4,
+        "--intervene",
+        "xsa",
+        "--intervene",
+        "skip",
+    )
+    done = attnbias("intervene", *given, "--scope", "one", "-o", "out")
+    assert done.code == 0, done.err
+    assert "class_divergence" in done.out
+    assert "random direction" in done.out
+    assert "does it predict the effect?" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.lines[-1] == "folder: out"
+    assert attnbias("intervene", *given, "--scope", "one", "-o", "out", "-q").out == "out\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--intervene", "xsb"), "there is no intervention 'xsb'"),
+        (("--intervene", "xsa:9"), "there is no layer 9"),
+        (("--intervene", "xsa:0/7"), "layer 0 has no head 7"),
+        (("--scope", "all"), "--scopes is one of"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str, attnbias: Callable[..., Ended]) -> None:
+    done = attnbias("intervene", "-m", "demo:vit-p16", "--images", "demo", "--limit", 1, *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert len([line for line in done.lines if line.startswith(("error:", "tip:"))]) == 2
+
+
+def test_a_corrected_command_can_have_the_folder(attnbias: Callable[..., Ended]) -> None:
+    given = (
+        "-m",
+        "demo:vit-p16",
+        "--images",
+        "demo",
+        "--limit",
+        1,
+        "--layers",
+        0,
+        "--scope",
+        "one",
+        "-o",
+        "out",
+    )
+    assert attnbias("intervene", *given, "--intervene", "xsa:0/7").code == 2
+    assert not Path("out").exists()
+    assert attnbias("intervene", *given, "--intervene", "xsa:0/2").code == 0
+
+
+def test_what_is_measured_under_an_intervention(attnbias: Callable[..., Ended]) -> None:
+    given = ("-m", "demo:lm", "--texts", "demo", "--limit", 2, "--seq-len", 24)
+    done = attnbias("probe", *given, "--intervene", "xsa:2-5", "-o", "changed")
+    assert done.code == 0, done.err
+    assert attnbias("probe", *given, "-o", "plain").code == 0
+    changed, plain = (pd.read_csv(Path(name) / "layers.csv") for name in ("changed", "plain"))
+    assert set(changed["intervention"]) == {"xsa:2-5"}
+    bias = [table[table["metric"] == "cos_y_vself"].set_index("layer")["mean"] for table in (changed, plain)]
+    assert bias[0][[2, 3, 4, 5]].abs().max() < 1e-6
+    assert bias[0][[0, 1]].equals(bias[1][[0, 1]])
+    assert bias[1].min() > 0.05  # a negative control
+    assert "with xsa:2-5" in done.out
+
+
+def test_listing(attnbias: Callable[..., Ended]) -> None:
+    done = attnbias("interventions")
+    names = [line.partition("=")[0] for line in done.out.splitlines() if not line.startswith(" ")]
+    assert names == list(INTERVENTIONS)
+    assert max(map(len, done.out.splitlines())) <= 80
