@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of
@@ -89,7 +88,9 @@ LATEX = {
 
 def _latex(frame: pd.DataFrame) -> str:
     """A `tabular` between booktabs' rules, everything escaped: text to the left, numbers to the right."""
-    numbers = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+    from pandas.api.types import is_numeric_dtype  # naming a file needs no tables
+
+    numbers = [is_numeric_dtype(kind) for kind in frame.dtypes]
     styler = frame.style.hide(axis="index").format(escape="latex", precision=3, na_rep="--")
     styler = styler.format_index(escape="latex", axis=1)
     text = styler.to_latex(hrules=True, column_format="".join("r" if number else "l" for number in numbers))
