@@ -38,7 +38,7 @@ FLOORS: dict[str, int] = {
 """Every entry at the top of the package. What is in one imports from its own folder and from lower floors."""
 
 LIBRARIES = {
-    "timm": {"models/families/timm.py", "studies/train/folders.py", "variants/in_timm.py"},
+    "timm": {"models/families/timm.py", "variants/in_timm.py"},
     "open_clip": {"models/families/open_clip.py"},
     "transformers": {
         "models/families/hf/files.py",

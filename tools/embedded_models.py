@@ -4,10 +4,10 @@
     python -m tools.embedded_models lm -o DIR                     the language model
     python -m tools.embedded_models grid RUN -o DIR               seed 0 of a finished `attnbias train`
 
-Vision: name the photograph that a random crop comes from (`crops.py`); patch sizes share seed, recipe and
-data order. Language: next-byte-pair prediction on the help topics of Python's standard library, of which the
-last tenth is held out. Weights are stored in float16 (under 2 MB a model); the accuracy or loss in the card
-is that of the stored weights.
+Tasks, loss and loop are those of `attnbias train`. Vision: name the photograph that a random crop comes from;
+patch sizes share seed, recipe and data order. Language: next-byte-pair prediction on the help topics of
+Python's standard library, of which the last tenth is held out. Weights are stored in float16 (under 2 MB a
+model); the accuracy or loss in the card is that of the stored weights.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from diag.inputs.images import PHOTOGRAPHS
 from diag.inputs.texts import demo_text
@@ -31,13 +29,14 @@ from diag.models.families.demo import LM_CONFIG, VIT_CONFIG, build_lm, build_vit
 from diag.models.weights import fit, read_checkpoint, read_variants
 from diag.results.files import write_json
 from diag.studies.train.cells import card_of, cells_of
-from diag.studies.train.crops import HELD_OUT_REGION, TRAIN_REGION, Crops, CropsTask
+from diag.studies.train.crops import CropsTask
 from diag.studies.train.fit import Training
-from diag.studies.train.language import TRAINED_SHARE, byte_pairs
+from diag.studies.train.image_task import classified
+from diag.studies.train.language import LanguageTask
 from diag.studies.train.plan import Recipe, TrainPlan
-from diag.variants import METADATA, restore, variants_in
+from diag.studies.train.tasks import Task
+from diag.variants import BASELINE, METADATA, restore, variants_in
 
-IMAGE_SIZE = VIT_CONFIG["img_size"]
 SEED = 0
 VIT_RECIPE = Recipe(steps=1500, batch_size=64, learning_rate=1e-3, warmup=100)
 LM_RECIPE = Recipe(steps=1500, batch_size=16, learning_rate=2e-3, warmup=100)
@@ -52,35 +51,19 @@ CPU = torch.device("cpu")
 
 def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Trains one ViT, writes `vit-p{patch_size}.safetensors` and its card, returns the card."""
+    task = CropsTask(_plan("crops", recipe, VIT_CONFIG, patch_sizes=(patch_size,)))
     torch.manual_seed(SEED)
     model = build_vit(patch_size)
-    crops = Crops(TRAIN_REGION, IMAGE_SIZE, augment=True)
-    generator = np.random.default_rng(SEED)
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for _ in range(recipe.steps):
-            yield dict(zip(("images", "labels"), crops.batch(recipe.batch_size, generator), strict=True))
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(
-            model(batch["images"]), batch["labels"], label_smoothing=recipe.label_smoothing
-        )
-
     name = f"vit-p{patch_size}"
-    _train(model, recipe, batches(), loss, out / f"{name}.checkpoint.pt", name)
-    model.half().float()  # what is measured is what is stored
-    held_out = Crops(HELD_OUT_REGION, IMAGE_SIZE, augment=False)
-    generator = np.random.default_rng(SEED + 1)
-    correct = 0
+    _train(model, task, recipe, out / f"{name}.checkpoint.pt", name)
+    held_out = task.testing.batches(VALIDATION_CROPS, np.random.default_rng(SEED + 1))
     with torch.inference_mode():
-        for _ in range(VALIDATION_CROPS // 100):
-            images, labels = held_out.batch(100, generator)
-            correct += int((model(images).argmax(-1) == labels).sum())
+        outcome = classified(model, held_out, CPU)
     card = {
         "name": name,
         **_vit_facts(patch_size),
         "recipe": recipe.model_dump(mode="json") | {"seed": SEED},
-        "validation_accuracy": correct / VALIDATION_CROPS,
+        "validation_accuracy": outcome["accuracy"],
         "validation_crops": VALIDATION_CROPS,
         "licence": PHOTOGRAPHS_LICENCE,
     }
@@ -127,34 +110,15 @@ def ship_grid(run: Path, out: Path) -> list[dict[str, Any]]:
 
 def train_lm(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Trains the language model, writes the Hugging Face folder `lm/` and its card, returns the card."""
-    text = demo_text()
-    cut = int(len(text) * TRAINED_SHARE)
-    context = LM_CONFIG["n_positions"]
-    tokenizer = byte_pairs(text[:cut], LM_CONFIG["vocab_size"], context)
+    task = LanguageTask(_plan("language", recipe, LM_CONFIG))
     folder = out / "lm"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    train, held_out = (
-        torch.tensor(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-        for part in (text[:cut], text[cut:])
-    )
+    task.tokenizer.save_pretrained(folder)
     torch.manual_seed(SEED)
     model = build_lm()
-    generator = np.random.default_rng(SEED)
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for _ in range(recipe.steps):
-            starts = generator.integers(0, len(train) - context, recipe.batch_size)
-            yield {"ids": torch.stack([train[s : s + context] for s in starts])}
-
-    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return model(batch["ids"], labels=batch["ids"]).loss
-
-    _train(model, recipe, batches(), loss, folder / "checkpoint.pt", "lm")
-    model.half().float()
+    _train(model, task, recipe, folder / "checkpoint.pt", "lm")
     with torch.inference_mode():
-        windows = held_out[: len(held_out) // context * context].view(-1, context)
-        losses = [model(w[None], labels=w[None]).loss.item() for w in windows]
+        outcome = task.evaluate(model, CPU)
+    text = demo_text()
     card = {
         "name": "lm",
         "architecture": "transformers GPT2LMHeadModel",
@@ -163,9 +127,9 @@ def train_lm(recipe: Recipe, out: Path) -> dict[str, Any]:
         "data": f"pydoc_data.topics, {len(text)} characters; first 90 % trains, last 10 % is held out",
         "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "recipe": recipe.model_dump(mode="json") | {"seed": SEED},
-        "validation_loss_nats_per_token": sum(losses) / len(losses),
-        "validation_windows": len(losses),
-        "validation_characters_per_token": (len(text) - cut) / len(held_out),
+        "validation_loss_nats_per_token": outcome["loss"],
+        "validation_windows": outcome["held_out"],
+        "validation_characters_per_token": len(task.held_out_text) / len(task.held_out),
         "licence": LICENCE + "text: the licence of Python",
     }
     model.config.save_pretrained(folder)
@@ -182,23 +146,39 @@ def _vit_facts(patch_size: int) -> dict[str, Any]:
     }
 
 
-def _train(
-    model: nn.Module,
+def _plan(
+    task: Literal["crops", "language"],
     recipe: Recipe,
-    batches: Iterator[dict[str, Tensor]],
-    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
-    checkpoint: Path,
-    name: str,
-) -> None:
-    """Runs the recipe in one go; its checkpoint is of no use without the generator of the batches."""
+    sizes: dict[str, Any],
+    patch_sizes: tuple[int, ...] = (),
+) -> TrainPlan:
+    return TrainPlan(
+        title="embedded",
+        task=task,
+        patch_sizes=patch_sizes,
+        variants=(BASELINE,),
+        seeds=(SEED,),
+        model=sizes,
+        recipe=recipe,
+    )
+
+
+def _train(model: nn.Module, task: Task, recipe: Recipe, checkpoint: Path, name: str) -> None:
+    """Runs the recipe in one go and rounds the weights to what is stored.
+
+    One generator draws all batches, so that the checkpoint alone could not go on.
+    """
     training = Training(model, recipe, CPU)
+    generator = np.random.default_rng(SEED)
 
     def advance(steps: int) -> None:
         if training.step % 100 == 0 or training.step == recipe.steps:
             print(f"{name} step {training.step} loss {training.log[-1]['loss']:.4f}", flush=True)
 
-    training.run(batches, loss, checkpoint=checkpoint, advance=advance)
+    batches = (task.batch(generator) for _ in range(recipe.steps))
+    training.run(batches, task.loss, checkpoint=checkpoint, advance=advance)
     checkpoint.unlink()
+    model.half().float()
 
 
 def _store(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from diag.errors import UserError
+from diag.variants import attention, branch
 from diag.variants.changes import BASELINE, BROADCASTS, CHANGES, Broadcast, Change, GatedExclusive
 from diag.variants.text import NAMES, Variant, parse
 
@@ -59,7 +60,7 @@ def apply(model: nn.Module, variant: Variant, *, seed: int = 0) -> tuple[str, ..
                 f"variant {variant.name}: there is no layer {layer}", f"layers are 0 to {len(layers) - 1}"
             )
     chosen = [path for index, path in enumerate(layers) if variant.layers is None or index in variant.layers]
-    paths = [_mlp_beside(model, path) for path in chosen] if variant.name in BROADCASTS else chosen
+    paths = [branch.mlp_beside(model, path) for path in chosen] if variant.name in BROADCASTS else chosen
     for path in paths:
         _change(model, path, variant.kind, seed)
     return tuple(paths)
@@ -105,13 +106,11 @@ def alphas(model: nn.Module) -> dict[int, torch.Tensor]:
 
 def attention_layers(model: nn.Module) -> tuple[str, ...]:
     """Paths of the self-attention modules that can be, or are, changed, in depth order; pooling is none."""
-    from diag.variants.attention import can_be_changed
-
     return tuple(
         path
         for path, module in model.named_modules()
         if "pool" not in path
-        and ((_is_changed(module) and isinstance(module.change, Change)) or can_be_changed(module))
+        and ((_is_changed(module) and isinstance(module.change, Change)) or attention.can_be_changed(module))
     )
 
 
@@ -125,7 +124,7 @@ def _change(model: nn.Module, path: str, kind: str, seed: int) -> None:
     if _is_changed(module):
         raise UserError(f"'{path}' is changed already, to {module.variant_kind}", "build the model again")
     if variant.name in BROADCASTS:
-        _broadcast(model, path, module, variant)
+        branch.swap(model, path, scaled=variant.name == "cb_s")
     else:
         _exclude(path, module, variant, seed)
     module.variant_kind = variant.kind
@@ -133,39 +132,12 @@ def _change(model: nn.Module, path: str, kind: str, seed: int) -> None:
 
 
 def _exclude(path: str, module: nn.Module, variant: Variant, seed: int) -> None:
-    from diag.variants.attention import can_be_changed, sizes_of, swap
-
-    if not can_be_changed(module):
+    if not attention.can_be_changed(module):
         raise UserError(f"'{path}' is a {type(module).__name__}, which cannot be changed", CHANGEABLE)
     # torch's generator on the CPU looks at the low 32 bits of a seed only
     generator = torch.Generator().manual_seed(zlib.crc32(path.encode(), seed))
-    swap(module, path, CHANGES[variant.name](sizes_of(module), variant.form, generator))
-
-
-def _broadcast(model: nn.Module, path: str, module: Any, variant: Variant) -> None:
-    from diag.variants.branch import broadcasting_class
-
-    parameter = list(module.parameters())[-1]  # the output's bias, or its weight
-    config = getattr(model, "config", None)
-    channels = parameter.shape[0] if config is None else config.hidden_size
-    # transformers' attention says whether it is causal; a vision tower's has nothing to say
-    beside = model.get_submodule(path.rpartition(".")[0]).children()
-    causal = any(getattr(child, "is_causal", False) for child in beside)
-    module.change = Broadcast(variant.name == "cb_s", channels, causal).to(parameter.device)
-    module.__class__ = broadcasting_class(type(module))
-
-
-def _mlp_beside(model: nn.Module, attention: str) -> str:
-    """Path of the MLP in the block of an attention module. Raises UserError where there is none."""
-    from diag.variants.branch import MLP_NAMES
-
-    block = attention.rpartition(".")[0]
-    for name in MLP_NAMES:
-        if isinstance(getattr(model.get_submodule(block), name, None), nn.Module):
-            return f"{block}.{name}"
-    raise UserError(
-        f"block '{block}' has no module called {', '.join(MLP_NAMES)}", "cb and cb_s are put at the MLP's end"
-    )
+    change = CHANGES[variant.name](attention.sizes_of(module), variant.form, generator)
+    attention.swap(module, path, change)
 
 
 def _remember(module: Any, tensors: Any, prefix: str, metadata: dict[str, Any]) -> None:

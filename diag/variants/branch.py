@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diag.errors import UserError
 from diag.variants.changes import Broadcast
+from diag.variants.mixed import mixed
 
 MLP_NAMES = ("mlp", "ffn", "feed_forward")
 """What the MLP of a block is called beside its attention."""
@@ -22,13 +24,25 @@ class BroadcastingMlp(nn.Module):
         return self.change(super().forward(x, *args, **settings))
 
 
-_CLASSES: dict[type, type] = {}
+def mlp_beside(model: nn.Module, attention: str) -> str:
+    """Path of the MLP in the block of an attention module. Raises UserError where there is none."""
+    block = attention.rpartition(".")[0]
+    for name in MLP_NAMES:
+        if isinstance(getattr(model.get_submodule(block), name, None), nn.Module):
+            return f"{block}.{name}"
+    raise UserError(
+        f"block '{block}' has no module called {', '.join(MLP_NAMES)}", "cb and cb_s are put at the MLP's end"
+    )
 
 
-def broadcasting_class(kind: type) -> type:
-    """The subclass that an MLP's class is swapped for."""
-    if kind not in _CLASSES:
-        _CLASSES[kind] = type(
-            f"Broadcasting{kind.__name__}", (BroadcastingMlp, kind), {"__module__": __name__}
-        )
-    return _CLASSES[kind]
+def swap(model: nn.Module, path: str, *, scaled: bool) -> None:
+    """Makes the MLP at a path one that broadcasts; scaled: with a learned λ per channel."""
+    module: Any = model.get_submodule(path)
+    parameter = list(module.parameters())[-1]  # the output's bias, or its weight
+    config = getattr(model, "config", None)
+    channels = parameter.shape[0] if config is None else config.hidden_size
+    # transformers' attention says whether it is causal; a vision tower's has nothing to say
+    beside = model.get_submodule(path.rpartition(".")[0]).children()
+    causal = any(getattr(child, "is_causal", False) for child in beside)
+    module.change = Broadcast(scaled, channels, causal).to(parameter.device)
+    module.__class__ = mixed(BroadcastingMlp, type(module), "Broadcasting")

@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from diag.errors import UserError
 from diag.variants.changes import Change, Sizes
+from diag.variants.mixed import mixed
 
 HF_NAME = "attnbias"
 """What transformers knows the changed attention as: `config._attn_implementation`."""
@@ -48,8 +49,6 @@ def _hf_attention(
 AttentionInterface.register(HF_NAME, _hf_attention)
 AttentionMaskInterface.register(HF_NAME, sdpa_mask)
 
-_CLASSES: dict[type, type] = {}
-
 
 def can_be_changed(module: Any) -> bool:
     """Whether it is the attention of a layer, of a class that calls the library's interface."""
@@ -70,10 +69,7 @@ def swap(module: Any, path: str) -> None:
             f"'{path}' runs {current} attention", "build the model with attn_implementation='sdpa'"
         )
     module.config._attn_implementation = HF_NAME
-    kind = type(module)
-    if kind not in _CLASSES:
-        _CLASSES[kind] = type(f"Changed{kind.__name__}", (ChangedHf, kind), {"__module__": __name__})
-    module.__class__ = _CLASSES[kind]
+    module.__class__ = mixed(ChangedHf, type(module), "Changed")
 
 
 def sizes_of(module: Any) -> Sizes:

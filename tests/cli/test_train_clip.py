@@ -1,4 +1,4 @@
-"""`attnbias train-clip` as it is typed, and what is refused; whole runs are in tests/train/test_clip.py."""
+"""`attnbias train-clip` as it is typed, and what is refused; whole runs: tests/studies/train/test_clip.py."""
 
 from __future__ import annotations
 

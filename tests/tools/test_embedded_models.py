@@ -49,7 +49,7 @@ def test_the_stated_accuracy_is_measured_again(name: str) -> None:
     correct = 0
     with torch.inference_mode():
         for _ in range(VALIDATION_CROPS // 100):
-            images, labels = crops.batch(100, generator)
+            images, labels = crops.batch(100, generator).values()
             correct += int((model(images).argmax(-1) == labels).sum())
     # a few crops may tip over with another version of the resampling
     assert correct / VALIDATION_CROPS == pytest.approx(card["validation_accuracy"], abs=0.01)
@@ -116,12 +116,13 @@ def test_training_and_validation_share_no_pixel() -> None:
 def test_crops_are_seeded() -> None:
     crops = Crops(TRAIN_REGION, 64, augment=True)
     first, again, other = (crops.batch(4, np.random.default_rng(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-    assert first[0].shape == (4, 3, 64, 64)
-    assert first[0].min() >= -1
-    assert first[0].max() <= 1
+    images = first["images"]
+    assert torch.equal(images, again["images"])
+    assert torch.equal(first["labels"], again["labels"])
+    assert not torch.equal(images, other["images"])
+    assert images.shape == (4, 3, 64, 64)
+    assert images.min() >= -1
+    assert images.max() <= 1
 
 
 def test_a_run_is_reproducible(tmp_path: Path) -> None:

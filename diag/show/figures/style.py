@@ -14,10 +14,8 @@ import matplotlib.style
 
 STYLE_SHEET = Path(__file__).with_name("attnbias.mplstyle")
 
-COLUMN_WIDTH = 3.25
-"""Inches: one column of a two-column paper."""
 PAGE_WIDTH = 6.75
-"""Inches: both columns."""
+"""Inches: both columns of a paper."""
 
 OKABE_ITO = {
     "blue": "#0072B2",

@@ -90,15 +90,11 @@ class Effect:
 
     needs: the fields of `Outcome` that it reads.
     compute: `(untouched, changed) → one number per input`.
-    unchanged: what it is where nothing changed.
-    worse: +1 if a larger number is a worse model, -1 if a smaller one is, 0 if it only tells a change.
     """
 
     definition: str
     needs: tuple[str, ...]
     compute: Callable[[Outcome, Outcome], Tensor]
-    unchanged: float = 0.0
-    worse: int = 0
 
 
 def _loss_change(before: Outcome, after: Outcome) -> Tensor:
@@ -125,62 +121,52 @@ def _right(outcome: Outcome, k: int) -> Tensor:
 
 EFFECTS: dict[str, Effect] = {
     "loss_change": Effect(
-        "next-token loss after − before, nats per token", ("next_logits", "ids"), _loss_change, worse=1
+        "next-token loss after − before, nats per token", ("next_logits", "ids"), _loss_change
     ),
     "loss_change_per_byte": Effect(
         "next-token loss after − before, nats per byte of text",
         ("next_logits", "ids", "bytes"),
         _loss_change_per_byte,
-        worse=1,
     ),
     "top1_change": Effect(
         "share of inputs whose most likely class is the true one, after − before",
         ("class_logits", "labels"),
         lambda before, after: _right(after, 1) - _right(before, 1),
-        worse=-1,
     ),
     "top5_change": Effect(
         "share of inputs whose true class is among the five most likely, after − before",
         ("class_logits", "labels"),
         lambda before, after: _right(after, 5) - _right(before, 5),
-        worse=-1,
     ),
     "class_divergence": Effect(
         "KL(before ‖ after) of the predicted classes, nats",
         ("class_logits",),
         lambda before, after: divergence(before.class_logits, after.class_logits),  # type: ignore[arg-type]
-        worse=1,
     ),
     "same_class": Effect(
         "share of inputs with the same most likely class",
         ("class_logits",),
         lambda before, after: agreement(before.class_logits, after.class_logits),  # type: ignore[arg-type]
-        unchanged=1.0,
-        worse=-1,
     ),
     "embedding_change": Effect(
         "1 − cosine of the pooled embedding with the untouched one",
         ("embedding",),
         lambda before, after: direction_change(before.embedding, after.embedding),  # type: ignore[arg-type]
-        worse=1,
     ),
     "embedding_norm": Effect(
         "norm of the pooled embedding over the untouched one",
         ("embedding",),
         lambda before, after: norm_ratio(before.embedding, after.embedding),  # type: ignore[arg-type]
-        unchanged=1.0,
     ),
     "token_change": Effect(
         "1 − cosine of each token after the last block with the untouched one, averaged over tokens",
         ("states",),
         lambda before, after: direction_change(before.states, after.states),  # type: ignore[arg-type]
-        worse=1,
     ),
     "token_norm": Effect(
         "norm of each token after the last block over the untouched one, averaged over tokens",
         ("states",),
         lambda before, after: norm_ratio(before.states, after.states),  # type: ignore[arg-type]
-        unchanged=1.0,
     ),
 }
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
-RESAMPLES = 2000
-LEAST_PLACES = 4
-"""Layers (or heads) below which no correlation is reported: of three, |ρ| = 1 in one of three by chance."""
+from diag.results.bootstrap import RESAMPLES
+from diag.results.correlation import LEAST_PLACES, chance, pearson, ranks
 
 
 @dataclass(frozen=True)
@@ -45,18 +43,16 @@ def spearman(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> Relatio
     if places < LEAST_PLACES:
         return Relation(nothing, nothing, nothing, nothing, places, inputs)
     even = np.ones((1, inputs)) / inputs
-    rho = float(_correlations(_means(first, even), _means(second, even))[0])
-    rng = np.random.default_rng(seed)
+    one, other = (ranks(_means(values, even)) for values in (first, second))
+    rho = float(pearson(one, other)[0])
+    generator = np.random.default_rng(seed)
     low = high = nothing
     if inputs > 1:
-        draws = rng.multinomial(inputs, even[0], size=RESAMPLES)
-        found = _correlations(_means(first, draws), _means(second, draws))
+        draws = generator.multinomial(inputs, even[0], size=RESAMPLES)
+        found = pearson(*(ranks(_means(values, draws)) for values in (first, second)))
         if not np.isnan(found).all():
             low, high = np.nanpercentile(found, [2.5, 97.5])
-    one, other = _means(first, even), _means(second, even)
-    shuffled = rng.permuted(np.repeat(other, RESAMPLES, 0), axis=1)
-    chance = np.abs(_correlations(np.repeat(one, RESAMPLES, 0), shuffled))
-    p = nothing if np.isnan(rho) else float((1 + (chance >= abs(rho) - 1e-12).sum()) / (1 + RESAMPLES))
+    p = chance(rho, one[0], other[0], generator)
     return Relation(rho, float(low), float(high), p, places, inputs)
 
 
@@ -65,14 +61,3 @@ def _means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     present = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (weights @ np.where(present, values, 0.0)) / (weights @ present.astype(float))
-
-
-def _correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman's ρ of each row, ties at their mean rank; NaN where one does not vary or is not known."""
-    ranks = [rankdata(x, axis=1) for x in (first, second)]
-    centred = [x - x.mean(1, keepdims=True) for x in ranks]
-    scale = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rho = (centred[0] * centred[1]).sum(1) / scale
-    missing = np.isnan(first).any(1) | np.isnan(second).any(1) | (scale == 0)
-    return np.where(missing, np.nan, rho)

@@ -1,1 +1,1 @@
-"""Training: so far, the small models that travel inside the package."""
+"""Training with changed attention: grids of small models from one plan, and CLIP by open_clip's own loop."""

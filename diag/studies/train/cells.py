@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from diag.models.weights import digest
 from diag.results.files import write, write_json
 from diag.run.environment import environment
 from diag.studies.train.fit import Batch, Training
-from diag.studies.train.image_task import Task
 from diag.studies.train.plan import TrainPlan
+from diag.studies.train.tasks import Task, batch_of
 from diag.studies.train.watch import watcher
 from diag.variants import alphas, apply, parse
 
@@ -48,13 +48,7 @@ class Cell:
     @property
     def facts(self) -> dict[str, Any]:
         """The columns that name it in every table."""
-        return {
-            "cell": self.name,
-            "task": self.task,
-            "patch_size": self.patch_size,
-            "variant": self.variant,
-            "seed": self.seed,
-        }
+        return {"cell": self.name, **asdict(self)}
 
 
 def cells_of(plan: TrainPlan) -> list[Cell]:
@@ -139,7 +133,7 @@ class _Steps(Dataset[Batch]):
         self.task, self.seed = task, seed
 
     def __getitem__(self, step: int) -> Batch:
-        return self.task.batch(self.seed, step)
+        return batch_of(self.task, self.seed, step)
 
 
 def _batches(task: Task, seed: int, first: int, last: int, workers: int) -> Iterator[Batch]:

@@ -12,9 +12,7 @@ every process runs `train_clip` with the same arguments.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,11 @@ import torch
 from diag.errors import UserError
 from diag.models.weights import read_variants
 from diag.studies.train.clip_arguments import checked, open_clip_train
+from diag.studies.train.clip_log import logging_restored, watched
 from diag.variants import BASELINE, Variant, apply, parse, variants_in
 
 REFUSED = -1
 """What `open_clip_train.main.main` returns where it refuses to run, after it has printed why."""
-
-LOGGED_LOSS = re.compile(r"^(Train Epoch: \d+ \[[^\]]*\]).* Loss: (\S+)")
-"""A line of open_clip_train's log: where it is, and the loss of the batch."""
-
-
-class DivergedError(UserError):
-    """The loss is not a number, and stays so."""
-
-    exit_code = 1
 
 
 def train_clip(
@@ -59,7 +49,7 @@ def train_clip(
     kinds = [variant for variant in (attention, text_attention) if variant != BASELINE]
     argv, given = checked(arguments, config, "-".join(kinds) or BASELINE)
     create = train.create_model_and_transforms
-    with _logging_restored(), _watched() as watch:
+    with logging_restored(), watched() as watch:
         try:
             train.create_model_and_transforms = _Changing(create, towers, _continued(train, given))
             ended = train.main(argv)
@@ -70,9 +60,6 @@ def train_clip(
         watch.finish()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-# --- the model
 
 
 @dataclass(frozen=True)
@@ -148,65 +135,3 @@ def _in_words(kinds: dict[str, str]) -> str:
     return (
         ", ".join(f"{kind} in {count} modules" for kind, count in counts.items()) or f"{BASELINE} attention"
     )
-
-
-# --- the log
-
-
-class _LossWatch(logging.Handler):
-    """Reads the losses that open_clip_train logs, and stops it at the second in a row that is no number.
-
-    One may be a batch that mixed precision skips.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bad = 0
-        self.where = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = LOGGED_LOSS.match(record.getMessage())
-        if found is None:
-            return
-        self.where = f"{found[1]}: {found[2]}"
-        self.bad = 0 if torch.tensor(float(found[2])).isfinite() else self.bad + 1
-        if self.bad > 1:
-            self.finish()
-
-    def finish(self) -> None:
-        """Raises DivergedError if the last loss that was logged is no finite number."""
-        if self.bad:
-            raise DivergedError(
-                f"the loss is no finite number any more ({self.where})",
-                "lower --lr, lengthen --warmup or add --grad-clip-norm 1, and start anew with another --name",
-            )
-
-
-@contextmanager
-def _watched() -> Iterator[_LossWatch]:
-    watch = _LossWatch()
-    logging.root.addHandler(watch)
-    try:
-        yield watch
-    finally:
-        logging.root.removeHandler(watch)
-
-
-@contextmanager
-def _logging_restored() -> Iterator[None]:
-    """Undoes what open_clip_train does to every logger's level, and closes the handlers that it adds."""
-    handlers = list(logging.root.handlers)
-    levels = {logger: logger.level for logger in _loggers()}
-    try:
-        yield
-    finally:
-        for handler in [handler for handler in logging.root.handlers if handler not in handlers]:
-            logging.root.removeHandler(handler)
-            handler.close()
-        for logger in _loggers():
-            logger.setLevel(levels.get(logger, logging.NOTSET))  # those that came since, too
-
-
-def _loggers() -> list[logging.Logger]:
-    named = logging.root.manager.loggerDict.values()
-    return [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]

@@ -7,8 +7,8 @@ between them belongs to neither.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from diag.inputs.images import PHOTOGRAPHS, demo_images
-from diag.studies.train.image_task import EVALUATED_AT_ONCE, HELD_OUT_SEED, Batch, ImageTask
+from diag.studies.train.fit import Batch
+from diag.studies.train.image_task import EVALUATED_AT_ONCE, ImageTask
 from diag.studies.train.plan import TrainPlan
 
 TRAIN_REGION = (0.0, 0.60)
 HELD_OUT_REGION = (0.65, 1.0)
 SMALLEST_SIDE = 48
+"""Of a crop before it is resized, in pixels."""
+HELD_OUT_SEED = 2**31
+"""Of what is evaluated; no training batch is drawn from it."""
+PROBE_CROPS = 4
+"""Held-out crops of each photograph that are probed."""
 
 
 class Crops:
@@ -58,14 +64,16 @@ class Crops:
                 crop = crop.mean(0, keepdim=True).expand(3, -1, -1)
         return crop.clamp(0, 255) / 127.5 - 1
 
-    def batch(self, count: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """`count` crops `[count, 3, size, size]` and their labels `[count]`."""
+    def batch(self, count: int, generator: np.random.Generator) -> Batch:
+        """`count` crops: images `[count, 3, size, size]` and labels `[count]`."""
         labels = generator.integers(0, len(self.images), count)
-        return torch.stack([self.one(int(label), generator) for label in labels]), torch.from_numpy(labels)
+        crops = torch.stack([self.one(int(label), generator) for label in labels])
+        return {"images": crops, "labels": torch.from_numpy(labels)}
 
-
-PROBE_CROPS = 4
-"""Held-out crops of each photograph that are probed."""
+    def batches(self, count: int, generator: np.random.Generator) -> Iterator[Batch]:
+        """`count` crops in batches that are evaluated at once."""
+        for first in range(0, count, EVALUATED_AT_ONCE):
+            yield self.batch(min(count - first, EVALUATED_AT_ONCE), generator)
 
 
 class CropsTask(ImageTask):
@@ -76,19 +84,13 @@ class CropsTask(ImageTask):
         self.training = Crops(TRAIN_REGION, self.size, augment=True)
         self.testing = Crops(HELD_OUT_REGION, self.size, augment=False)
 
-    def batch(self, seed: int, step: int) -> Batch:
+    def batch(self, generator: np.random.Generator) -> Batch:
         """Random crops, augmented."""
-        drawn = self.training.batch(self.plan.recipe.batch_size, np.random.default_rng((seed, step)))
-        return dict(zip(("images", "labels"), drawn, strict=True))
+        return self.training.batch(self.plan.recipe.batch_size, generator)
 
-    def held_out(self) -> Any:
+    def held_out(self) -> Iterator[Batch]:
         """The recipe's number of held-out crops."""
-        generator = np.random.default_rng(HELD_OUT_SEED)
-        left = self.plan.recipe.held_out
-        while left > 0:
-            drawn = self.testing.batch(min(left, EVALUATED_AT_ONCE), generator)
-            yield dict(zip(("images", "labels"), drawn, strict=True))
-            left -= EVALUATED_AT_ONCE
+        return self.testing.batches(self.plan.recipe.held_out, np.random.default_rng(HELD_OUT_SEED))
 
     def watched(self) -> Batch:
         """Two held-out crops of each photograph."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,6 +24,8 @@ ARCHITECTURE = "vit_tiny_patch16_224"
 
 def timm_model(arguments: Mapping[str, Any], patch_size: int | None, classes: int) -> nn.Module:
     """A timm ViT with random weights from a plan's `model`. Raises UserError for arguments it refuses."""
+    import timm
+
     sizes = {key: value for key, value in arguments.items() if key != "architecture"}
     name = str(arguments.get("architecture", ARCHITECTURE))
     try:

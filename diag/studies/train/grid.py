@@ -31,11 +31,10 @@ from diag.run.progress import Listener, Silent
 from diag.run.run import run_probe
 from diag.run.run_folder import claim
 from diag.studies.train.cells import Cell, card_of, cells_of, train_cell
-from diag.studies.train.image_task import Task
 from diag.studies.train.outcomes import outcome_tables
 from diag.studies.train.plan import TrainPlan
 from diag.studies.train.summary import shown, words
-from diag.studies.train.tasks import task_of
+from diag.studies.train.tasks import Task, task_of
 
 RESULTS = (
     "accuracy",
@@ -50,7 +49,7 @@ RESULTS = (
 
 
 @dataclass(frozen=True)
-class Grid:
+class TrainedGrid:
     """A finished grid: its folder, tables by name, and what they say in words."""
 
     folder: Path
@@ -67,7 +66,7 @@ def run_train(
     workers: int = 0,
     overwrite: bool = False,
     listener: Listener | None = None,
-) -> Grid | None:
+) -> TrainedGrid | None:
     """Trains, probes and tabulates a grid in `folder` (default: `runs/train-KEY`); None from a process that
     leaves the rest to others.
 
@@ -125,11 +124,11 @@ def run_train(
         return _finish(plan, cells, task, folder, document, str(place), listener, started)
 
 
-def open_grid(folder: Path) -> Grid:
+def open_grid(folder: Path) -> TrainedGrid:
     """A finished grid folder. Raises UserError if it is not one."""
     manifest = read_manifest(folder)
     tables = {name: pd.read_csv(folder / f"{name}.csv") for name in manifest["tables"]}
-    return Grid(folder, tables, manifest["words"], manifest)
+    return TrainedGrid(folder, tables, manifest["words"], manifest)
 
 
 def _finish(
@@ -141,7 +140,7 @@ def _finish(
     device: str,
     listener: Listener,
     started: float,
-) -> Grid:
+) -> TrainedGrid:
     from diag.show.figures.training import outcome_figures
     from diag.show.figures.write import save
 

@@ -1,54 +1,24 @@
-"""A task of image classification: what every data set of images with classes shares."""
+"""Naming the class of an image: the model, loss and evaluation that every data set with classes shares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diag.studies.train.fit import Batch
+from diag.studies.train.folders import save_timm, timm_model
 from diag.studies.train.plan import TrainPlan
 
-HELD_OUT_SEED = 2**31
-"""Of what is evaluated; no training batch is drawn from it."""
-
-
 EVALUATED_AT_ONCE = 100
-
-
-Batch = dict[str, Tensor]
-
-
-class Task(Protocol):
-    """One kind of training."""
-
-    def build(self, patch_size: int | None) -> nn.Module:
-        """A model with random weights, drawn from the global generator."""
-
-    def batch(self, seed: int, step: int) -> Batch:
-        """The training batch of a step, on the CPU."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What is minimised."""
-
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """`loss` in nats on what is held out and, where there are classes, `accuracy`."""
-
-    def watched(self) -> Batch:
-        """A held-out batch to look at while training."""
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes the model as a folder that `attnbias probe -m FOLDER` takes."""
-
-    def probed(self, folder: Path) -> dict[str, str]:
-        """What finished cells are probed on: options of a probe; files it needs are written to `folder`."""
+"""Held-out images of a batch."""
 
 
 class ImageTask:
-    """Naming classes: `crops`, and the base of others that have images and labels.
+    """What `crops` and `images` have in common; they bring `batch`, `held_out`, `watched` and `probed`.
 
     classes: their names, by number.
     """
@@ -59,8 +29,6 @@ class ImageTask:
 
     def build(self, patch_size: int | None) -> nn.Module:
         """A timm ViT with random weights."""
-        from diag.studies.train.folders import timm_model
-
         return timm_model(self.plan.model, patch_size, len(self.classes))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -69,21 +37,24 @@ class ImageTask:
         return F.cross_entropy(model(batch["images"]), batch["labels"], label_smoothing=smoothing)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Accuracy, and cross entropy in nats without smoothing, on `held_out` images."""
-        correct, total, count = 0, 0.0, 0
-        for batch in self.held_out():
-            logits, labels = model(batch["images"].to(device)).float(), batch["labels"].to(device)
-            correct += int((logits.argmax(-1) == labels).sum())
-            total += float(F.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-        return {"accuracy": correct / count, "loss": total / count, "held_out": count}
+        """`classified` on the recipe's number of held-out images."""
+        return classified(model, self.held_out(), device)
 
-    def held_out(self) -> Any:
+    def held_out(self) -> Iterator[Batch]:
         """Batches of what is evaluated, the same at every call."""
         raise NotImplementedError
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """timm's folder: config.json and model.safetensors."""
-        from diag.studies.train.folders import save_timm
-
         save_timm(model, self.plan.model, folder, self.classes)
+
+
+def classified(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+    """Accuracy, cross entropy in nats without smoothing, and the number of images as `held_out`."""
+    correct, total, count = 0, 0.0, 0
+    for batch in batches:
+        logits, labels = model(batch["images"].to(device)).float(), batch["labels"].to(device)
+        correct += int((logits.argmax(-1) == labels).sum())
+        total += float(F.cross_entropy(logits, labels, reduction="sum"))
+        count += len(labels)
+    return {"accuracy": correct / count, "loss": total / count, "held_out": count}

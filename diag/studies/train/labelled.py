@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diag.errors import UserError
 from diag.inputs import images as inputs
 from diag.inputs import tars
 from diag.inputs.labels import class_names
+from diag.studies.train.fit import Batch
 from diag.studies.train.image_task import EVALUATED_AT_ONCE, ImageTask
 from diag.studies.train.plan import TrainPlan
 
@@ -55,22 +55,21 @@ class LabelledTask(ImageTask):
         drawn = [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
         return v2.Compose([*drawn, *last]), v2.Compose([*middle, *last])
 
-    def batch(self, seed: int, step: int) -> dict[str, Tensor]:
-        """Random crops of random images; the crops are drawn from a generator of their own."""
-        generator = np.random.default_rng((seed, step))
+    def batch(self, generator: np.random.Generator) -> Batch:
+        """Random crops of random images; torchvision draws the crops, seeded by the generator."""
         chosen = generator.integers(0, len(self.training), self.plan.recipe.batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(generator.integers(2**62)))
             return self._read(self.training, chosen, self.transforms[0])
 
-    def held_out(self) -> Iterator[dict[str, Tensor]]:
+    def held_out(self) -> Iterator[Batch]:
         """The first `held_out` validation images, spread evenly over the folder."""
         count = min(self.plan.recipe.held_out, len(self.testing))
         places = np.linspace(0, len(self.testing) - 1, count).round().astype(int)
         for first in range(0, count, EVALUATED_AT_ONCE):
             yield self._read(self.testing, places[first : first + EVALUATED_AT_ONCE], self.transforms[1])
 
-    def watched(self) -> dict[str, Tensor]:
+    def watched(self) -> Batch:
         """Validation images, spread evenly over the folder."""
         places = np.linspace(0, len(self.testing) - 1, min(WATCHED, len(self.testing))).round().astype(int)
         return {"images": self._read(self.testing, places, self.transforms[1])["images"]}
@@ -79,7 +78,7 @@ class LabelledTask(ImageTask):
         """The validation images where they lie."""
         return {"images": str(self.plan.validation)}
 
-    def _read(self, given: inputs.Inputs, places: Any, transform: Any) -> dict[str, Tensor]:
+    def _read(self, given: inputs.Inputs, places: Any, transform: Any) -> Batch:
         images = [transform(given.items[int(place)].read()) for place in places]
         named = self.named[id(given)]
         labels = [self.classes.index(named[int(place)]) for place in places]

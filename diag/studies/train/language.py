@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.inputs.texts import demo_text, read_text
+from diag.studies.train.fit import Batch
+from diag.studies.train.folders import save_transformers
 from diag.studies.train.plan import TrainPlan
 
 TRAINED_SHARE = 0.9
@@ -48,14 +50,13 @@ class LanguageTask:
         """A GPT-2 with random weights."""
         return gpt2(self.sizes)
 
-    def batch(self, seed: int, step: int) -> dict[str, Tensor]:
+    def batch(self, generator: np.random.Generator) -> Batch:
         """Random windows of the training text."""
-        generator = np.random.default_rng((seed, step))
         count = self.plan.recipe.batch_size
         starts = generator.integers(0, len(self.train) - self.context, count)
         return {"input_ids": torch.stack([self.train[s : s + self.context] for s in starts])}
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Any, batch: Batch) -> Tensor:
         """transformers' own loss, nats per token."""
         return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
 
@@ -65,14 +66,12 @@ class LanguageTask:
         losses = [float(self.loss(model, {"input_ids": window[None].to(device)})) for window in windows]
         return {"loss": sum(losses) / len(losses), "held_out": len(losses)}
 
-    def watched(self) -> dict[str, Tensor]:
+    def watched(self) -> Batch:
         """The first held-out windows."""
         return {"input_ids": self._windows()[:WATCHED]}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """transformers' folder, with its tokenizer."""
-        from diag.studies.train.folders import save_transformers
-
         save_transformers(model, self.tokenizer, folder)
 
     def probed(self, folder: Path) -> dict[str, str]:

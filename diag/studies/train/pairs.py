@@ -8,6 +8,7 @@ same inputs. No torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -125,16 +126,11 @@ def over_seeds(values: Sequence[float] | np.ndarray | pd.Series) -> dict[str, fl
     known = np.asarray(values, float)
     known = known[~np.isnan(known)]
     n = len(known)
-    nothing = float("nan")
-    if n == 0:
-        return {"mean": nothing, "sd": nothing, "ci_low": nothing, "ci_high": nothing, "n": 0}
-    mean = float(known.mean())
-    if n == 1:
-        return {"mean": mean, "sd": nothing, "ci_low": nothing, "ci_high": nothing, "n": 1}
-    sd = float(known.std(ddof=1))
-    if sd <= 1e-12 * max(float(np.abs(known).max()), 1.0):
-        return {"mean": mean, "sd": 0.0, "ci_low": nothing, "ci_high": nothing, "n": n}
-    reach = float(student.ppf((1 + LEVEL) / 2, n - 1)) * sd / n**0.5
+    mean = float(known.mean()) if n else math.nan
+    sd = float(known.std(ddof=1)) if n > 1 else math.nan
+    if n > 1 and sd <= 1e-12 * max(float(np.abs(known).max()), 1.0):
+        sd = 0.0
+    reach = float(student.ppf((1 + LEVEL) / 2, n - 1)) * sd / n**0.5 if sd > 0 else math.nan
     return {"mean": mean, "sd": sd, "ci_low": mean - reach, "ci_high": mean + reach, "n": n}
 
 

@@ -12,19 +12,15 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 from scipy.stats import t as student
 
+from diag.results.bootstrap import RESAMPLES
+from diag.results.correlation import FLAT, LEAST_PLACES, chance, pearson, ranks
 from diag.studies.train.pairs import BASELINE, CASE, LEVEL, grouped
 
 PREDICTORS = ("value_similarity", "excess", "cos_y_vself")
-RESAMPLES = 2000
-LEAST_CELLS = 4
-"""Below which no correlation is reported: of three, |ρ| = 1 in one of three by chance."""
 LEAST_SEEDS = 3
 """Below which there is no interval: of two seeds, every resample is one of them twice, or both."""
-FLAT = 1e-9
-"""Spread, relative to the numbers themselves, that is rounding and not variation."""
 
 KEYS = ["task", "variant", "outcome", "unit"]
 COLUMNS = [*KEYS, "predictor", "cells", "correlation", "value", "ci_low", "ci_high", "p"]
@@ -82,7 +78,7 @@ def _related(part: pd.DataFrame, *, within: bool, ranked: bool, seed: int) -> di
     found = dict.fromkeys(("value", "ci_low", "ci_high", "p"), math.nan)
     patch = part["patch_size"].fillna(0).to_numpy(float)
     groups = (patch[:, None] == np.unique(patch)).astype(float)  # [cell, patch size]
-    if len(part) < LEAST_CELLS or (within and len(part) - groups.shape[1] < LEAST_CELLS - 1):
+    if len(part) < LEAST_PLACES or (within and len(part) - groups.shape[1] < LEAST_PLACES - 1):
         return found
     given, gain = part["value"].to_numpy(float), part["gain"].to_numpy(float)
     removed = groups if within else None
@@ -103,11 +99,9 @@ def _related(part: pd.DataFrame, *, within: bool, ranked: bool, seed: int) -> di
         low, high = _interval(found["value"], np.repeat(drawn[known], times[known]), len(seeds), len(part))
         found |= {"ci_low": low, "ci_high": high}
     if within:
-        one, other = (_without_means(x[None], once, groups)[0] for x in (given, gain))
-        if ranked:
-            one, other = rankdata(one), rankdata(other)
-        chance = _pearson(one[None], _shuffled(other, patch, rng), np.ones((RESAMPLES, len(part))))
-        found["p"] = float((1 + (np.abs(chance) >= abs(found["value"]) - 1e-12).sum()) / (1 + RESAMPLES))
+        left = [_without_means(x[None], once, groups) for x in (given, gain)]
+        one, other = (ranks(x)[0] if ranked else x[0] for x in left)
+        found["p"] = chance(found["value"], one, other, rng, groups=patch)
     return found
 
 
@@ -122,14 +116,6 @@ def _interval(value: float, drawn: np.ndarray, seeds: int, cells: int) -> tuple[
     return min(float(low), value), max(float(high), value)
 
 
-def _shuffled(values: np.ndarray, patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random orders of the values within each patch size, `[resample, cell]`."""
-    drawn = np.repeat(values[None], RESAMPLES, 0)
-    for size in np.unique(patch):
-        drawn[:, patch == size] = rng.permuted(drawn[:, patch == size], axis=1)
-    return drawn
-
-
 def _correlations(
     given: np.ndarray, gain: np.ndarray, weights: np.ndarray, groups: np.ndarray | None, ranked: bool
 ) -> np.ndarray:
@@ -141,8 +127,8 @@ def _correlations(
     if groups is not None:
         sides = [_without_means(x, weights, groups) for x in sides]
     if ranked:
-        sides = [np.stack([_ranks(x, w) for x, w in zip(side, weights, strict=True)]) for side in sides]
-    return _pearson(sides[0], sides[1], weights)
+        sides = [ranks(side, weights) for side in sides]
+    return pearson(sides[0], sides[1], weights)
 
 
 def _without_means(values: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -153,23 +139,3 @@ def _without_means(values: np.ndarray, weights: np.ndarray, groups: np.ndarray) 
     left = values - means @ groups.T
     scale = np.abs(values).max(-1, keepdims=True)
     return np.where(np.abs(left) <= FLAT * scale, 0.0, left)
-
-
-def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean ranks of the values in a sample that holds each as often as its weight."""
-    below = values[:, None] < values
-    equal = values[:, None] == values
-    return weights @ below + 0.5 * (weights @ equal) + 0.5
-
-
-def _pearson(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted correlations of rows, `[resample, cell]`; NaN where one side does not vary."""
-    total = weights.sum(1, keepdims=True)
-    centred = [x - (weights * x).sum(1, keepdims=True) / total for x in (first, second)]
-    spreads = [np.sqrt((weights * x**2).sum(1)) for x in centred]
-    flat = np.zeros(len(weights), bool)
-    for spread, x in zip(spreads, (first, second), strict=True):
-        flat |= spread <= FLAT * np.abs(x).max(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = (weights * centred[0] * centred[1]).sum(1) / (spreads[0] * spreads[1])
-    return np.where(flat, np.nan, np.clip(found, -1, 1))

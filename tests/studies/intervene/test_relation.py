@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from diag.studies.intervene.relation import LEAST_PLACES, spearman
+from diag.results.correlation import LEAST_PLACES
+from diag.studies.intervene.relation import spearman
 
 
 def drawn(inputs: int, places: int, seed: int = 0) -> np.ndarray:

@@ -24,7 +24,8 @@ from open_clip_train import zero_shot
 from diag.errors import UserError
 from diag.models.names.resolve import open_clip_configs
 from diag.models.weights import read_variants
-from diag.studies.train.clip import DivergedError, _LossWatch, train_clip
+from diag.studies.train.clip import train_clip
+from diag.studies.train.clip_log import DivergedError, LossWatch
 from diag.variants import variants_in
 
 ROOT = Path(__file__).parents[3]
@@ -274,7 +275,7 @@ def line(loss: str) -> logging.LogRecord:
 
 
 def test_one_batch_that_overflows_does_not() -> None:
-    watch = _LossWatch()
+    watch = LossWatch()
     for loss in ("2.81", "nan", "2.8", "inf"):
         watch.emit(line(loss))
         watch.emit(logging.makeLogRecord({"msg": "Start epoch 3"}))
