@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of
@@ -89,7 +88,9 @@ LATEX = {
 
 def _latex(frame: pd.DataFrame) -> str:
     """A `tabular` between booktabs' rules, everything escaped: text to the left, numbers to the right."""
-    numbers = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+    from pandas.api.types import is_numeric_dtype  # drawing's front door is opened without pandas
+
+    numbers = [is_numeric_dtype(kind) for kind in frame.dtypes]
     styler = frame.style.hide(axis="index").format(escape="latex", precision=3, na_rep="--")
     styler = styler.format_index(escape="latex", axis=1)
     text = styler.to_latex(hrules=True, column_format="".join("r" if number else "l" for number in numbers))
@@ -128,7 +129,7 @@ def file_stem(*words: object) -> str:
     return stem if len(stem) <= STEM_LENGTH else f"{stem[:40]}--{stem[-(STEM_LENGTH - 42) :]}"
 
 
-def _free(stem: str, taken: set[str]) -> str:
+def free_stem(stem: str, taken: set[str]) -> str:
     """The stem, numbered if another figure has it; some disks do not tell `A` from `a`."""
     free, number = stem, 2
     while free.lower() in taken:
