@@ -31,8 +31,10 @@ from diag.show.figures.tables import (
     LABEL,
     caption,
     check_columns,
+    compared_metrics,
     drawable,
     one_selection,
+    patch_size_of,
     profile,
     rows_of,
     selections,
@@ -100,7 +102,7 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     """
     rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
     entries = _entries(rows)
-    metrics = _compared(entries)
+    metrics = compared_metrics([entry.rows for entry in entries])
     with style():
         # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
         columns, legend_height = legend_size([entry.label for entry in entries])
@@ -158,7 +160,7 @@ class _Entry:
 
 def _entries(rows: pd.DataFrame) -> list[_Entry]:
     parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
-    patches = [_patch_size(part) for part in parts]
+    patches = [patch_size_of(part) for part in parts]
     if set(patches) == {None} and rows["model"].nunique() == 1:
         patches = [_few_first(part) for part in parts]
     shades = shades_of(patches)
@@ -178,13 +180,6 @@ def _entries(rows: pd.DataFrame) -> list[_Entry]:
             entries.append(_Entry(part, label, palette[plain % len(palette)], dashes, marker))
             plain += 1
     return entries
-
-
-def _patch_size(part: pd.DataFrame) -> float | None:
-    if "patch_size" not in part.columns:
-        return None
-    size = pd.to_numeric(part["patch_size"], errors="coerce").iloc[0]  # "16x8" has no place in an order
-    return None if pd.isna(size) else float(size)
 
 
 def _few_first(part: pd.DataFrame) -> float | None:
@@ -218,16 +213,6 @@ def _numbered(labels: Sequence[str]) -> list[str]:
         f"{label} #{labels[: index + 1].count(label)}" if labels.count(label) > 1 else label
         for index, label in enumerate(labels)
     ]
-
-
-def _compared(entries: Sequence[_Entry]) -> list[str]:
-    """The metrics to compare, with the better of the two self weights that the models have in common."""
-    having = {
-        metric: sum(not rows_of(entry.rows, [metric]).empty for entry in entries)
-        for metric in COMPARISON_METRICS
-    }
-    spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
-    return [metric for metric in COMPARISON_METRICS if having[metric] and metric != spare]
 
 
 def _draw_panel(ax: Axes, panel: Panel, rows: pd.DataFrame) -> None:
