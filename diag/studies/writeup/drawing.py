@@ -57,7 +57,7 @@ class DrawnFigure:
     words: str
 
 
-def draw(item: Any, stem: str, material: Material) -> list[DrawnFigure]:
+def figures_of(item: Any, stem: str, material: Material) -> list[DrawnFigure]:
     """The figures of one item. Raises UserError where its runs or metrics are not there."""
     return KINDS[type(item)](item, stem, material)
 
@@ -82,8 +82,8 @@ def _curves(item: CurvesFigure, stem: str, material: Material) -> list[DrawnFigu
     table = check_columns(material.table(item))
     words = (
         "Alignment bias cos(y, v) with its nulls, its split into self and context part, similarity between "
+        "tokens, and where attention goes, over layers."
     )
-    words += "tokens, and where attention goes, over layers."
     drawn = []
     for name, _, rows in _per_line(item, table, stem):
         known = overlay(rows, item.published)
@@ -109,8 +109,8 @@ def _comparison(item: ComparisonFigure, stem: str, material: Material) -> list[D
     known = overlay(rows, item.published)
     words = (
         "Alignment bias, its excess over the partner null, value similarity and self weight over relative "
+        "depth."
     )
-    words += "depth."
     return [DrawnFigure(stem, model_comparison(rows, known), _with(known, rows), words + _said_of(known))]
 
 

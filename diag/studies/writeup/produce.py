@@ -30,7 +30,7 @@ from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.captions import caption, look_settings
 from diag.studies.writeup.document import Document
-from diag.studies.writeup.drawing import draw
+from diag.studies.writeup.drawing import figures_of
 from diag.studies.writeup.files import EXTRA, MISSING, NEW, REMOVED, SAME, compare, extra, put
 from diag.studies.writeup.material import Material
 from diag.studies.writeup.needs import PlannedRun, looks_of, runs_of
@@ -238,7 +238,7 @@ def _draw_all(
                 shown.append(Shown(item.kind, stem, TABLE_SUFFIXES))
                 tables.append(made)
                 continue
-            for figure in draw(item, stem, material):
+            for figure in figures_of(item, stem, material):
                 paths = save(figure.figure, figure.data, folder, figure.stem)
                 captions[figure.stem] = _caption(item, figure.words, figure.data, plan, material)
                 shown.append(Shown(item.kind, figure.stem, tuple(path.suffix for path in paths)))
