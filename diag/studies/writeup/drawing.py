@@ -14,19 +14,8 @@ from diag.results.files import file_stem
 from diag.show.figures import FIGURES
 from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
+from diag.studies.writeup import schema
 from diag.studies.writeup.material import Material, known_metrics, overlay, points
-from diag.studies.writeup.schema import (
-    AttendFigure,
-    ComparisonFigure,
-    CurvesFigure,
-    DepthFigure,
-    EffectFigure,
-    EntropyFigure,
-    HeadsFigure,
-    LengthsFigure,
-    TrainedFigure,
-    attend_plan_of,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +65,7 @@ def _per_line(item: Any, table: pd.DataFrame, stem: str) -> list[tuple[str, str,
     return [(file_stem(stem, label), label, rows) for label, rows in parts]
 
 
-def _curves(item: CurvesFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _curves(item: schema.CurvesFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.curves import layer_curves
 
     table = check_columns(material.table(item))
@@ -92,7 +81,7 @@ def _curves(item: CurvesFigure, stem: str, material: Material) -> list[DrawnFigu
     return drawn
 
 
-def _heads(item: HeadsFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _heads(item: schema.HeadsFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.heatmaps import head_heatmaps
 
     table = check_columns(material.table(item, "heads"), ["head"])
@@ -102,7 +91,7 @@ def _heads(item: HeadsFigure, stem: str, material: Material) -> list[DrawnFigure
     ]
 
 
-def _comparison(item: ComparisonFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _comparison(item: schema.ComparisonFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.curves import model_comparison
 
     rows = rows_of(check_columns(material.table(item)), FIGURES["comparison"].metrics)
@@ -114,7 +103,7 @@ def _comparison(item: ComparisonFigure, stem: str, material: Material) -> list[D
     return [DrawnFigure(stem, model_comparison(rows, known), _with(known, rows), words + _said_of(known))]
 
 
-def _depth(item: DepthFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _depth(item: schema.DepthFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.depth import depth_profiles
 
     table = known_metrics(material.table(item), item.metrics, item.probe)
@@ -138,7 +127,7 @@ def _said_of(known: pd.DataFrame | None) -> str:
     return "" if known is None else " Open points: published values, not measured here."
 
 
-def _entropy(item: EntropyFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _entropy(item: schema.EntropyFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.entropy import METRICS, entropy_over_depth
 
     rows = known_metrics(check_columns(material.table(item)), METRICS, item.probe)
@@ -148,7 +137,7 @@ def _entropy(item: EntropyFigure, stem: str, material: Material) -> list[DrawnFi
     ]
 
 
-def _lengths(item: LengthsFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _lengths(item: schema.LengthsFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.lengths import AXES, against
 
     table = points(
@@ -163,16 +152,16 @@ def _lengths(item: LengthsFigure, stem: str, material: Material) -> list[DrawnFi
     return [DrawnFigure(stem, against(table), table, words)]
 
 
-def _look(item: AttendFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _look(item: schema.AttendFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.attend import draw_attended
 
-    look = attend_plan_of(item)
+    look = schema.attend_plan_of(item)
     found = read_look(material.looks[look])
     figure, data = draw_attended(found.tokens, found.decomposition, found.pictures, top=look.top)[item.kind]
     return [DrawnFigure(stem, figure, data, LOOKS[item.kind])]
 
 
-def _effect(item: EffectFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _effect(item: schema.EffectFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.scatter import effect
 
     table = published.accuracy()
@@ -183,7 +172,7 @@ def _effect(item: EffectFigure, stem: str, material: Material) -> list[DrawnFigu
     return [DrawnFigure(stem, effect(table), table, words)]
 
 
-def _trained(item: TrainedFigure, stem: str, material: Material) -> list[DrawnFigure]:
+def _trained(item: schema.TrainedFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.scatter import trained_similarity
 
     if item.probe is None:
@@ -221,14 +210,14 @@ def published_pairs() -> pd.DataFrame:
 
 
 KINDS: Mapping[type, Callable[[Any, str, Material], list[DrawnFigure]]] = {
-    CurvesFigure: _curves,
-    HeadsFigure: _heads,
-    ComparisonFigure: _comparison,
-    DepthFigure: _depth,
-    EntropyFigure: _entropy,
-    LengthsFigure: _lengths,
-    AttendFigure: _look,
-    EffectFigure: _effect,
-    TrainedFigure: _trained,
+    schema.CurvesFigure: _curves,
+    schema.HeadsFigure: _heads,
+    schema.ComparisonFigure: _comparison,
+    schema.DepthFigure: _depth,
+    schema.EntropyFigure: _entropy,
+    schema.LengthsFigure: _lengths,
+    schema.AttendFigure: _look,
+    schema.EffectFigure: _effect,
+    schema.TrainedFigure: _trained,
 }
 """Kind of figure -> how it is drawn. A new kind is a schema, a function and a line here."""

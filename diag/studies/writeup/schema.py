@@ -52,8 +52,8 @@ class _Strict(BaseModel):
 
 
 UNSAID = ("trust_remote_code", "save_activations", "keep_samples", "exact", "sampled_rows", "workers")
-"""Fields of a probe that a writeup does not let be said: foreign code is trusted on the command line only, and
-the others are about how numbers are estimated and kept, of which no caption tells. A new field may be said."""
+"""Fields of a probe that a writeup does not let be said: foreign code is trusted on the command line only,
+and no caption tells of the others, how numbers are estimated and kept. A new field may be said."""
 
 
 class WriteupProbe(ProbePlan):
