@@ -129,7 +129,7 @@ def file_stem(*words: object) -> str:
     return stem if len(stem) <= STEM_LENGTH else f"{stem[:40]}--{stem[-(STEM_LENGTH - 42) :]}"
 
 
-def _free(stem: str, taken: set[str]) -> str:
+def free_stem(stem: str, taken: set[str]) -> str:
     """The stem, numbered if another figure has it; some disks do not tell `A` from `a`."""
     free, number = stem, 2
     while free.lower() in taken:

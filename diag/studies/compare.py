@@ -26,14 +26,17 @@ from diag.errors import UserError
 from diag.results.collect import Collection
 from diag.results.files import atomically, file_stem, write, write_json, writing
 from diag.results.profiles import differences, missing, profiles
+from diag.results.published import curves, name_of, other_settings
 from diag.run.plan import RUNS
+from diag.show.figures.panels import COMPARISON_METRICS
+from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, percent, profile_of
 
 WIDTH = 80
-Cell = str | tuple[str, str]
+ScreenCell = str | tuple[str, str]
 """Of a table on the screen: a word or number, or a number and its interval."""
 
 PROFILES_PER_FIGURE = 12
@@ -112,8 +115,6 @@ def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
 
     A table without rows where nothing is published for any of them.
     """
-    from diag.results.published import curves, name_of, other_settings
-
     parts, notes = [], []
     lines = collection.layers.drop_duplicates("label")
     for label, model in zip(lines["label"], lines["model"], strict=True):
@@ -176,7 +177,7 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
     write(found.differences, folder / "differences.csv")
     text = "\n\n".join(map(_filled, found.verdict)) + "\n"
     atomically(folder / "verdict.txt", lambda file: file.write_text(text, encoding="utf-8"))
-    figures = draw(found, folder / "figures")
+    figures = draw_comparison(found, folder / "figures")
     document["figures"] = [path.relative_to(folder).as_posix() for path in figures]
     write_json(document, manifest)
     return figures
@@ -189,12 +190,10 @@ def _is_comparison(manifest: Path) -> bool:
         return False
 
 
-def draw(found: Comparison, folder: Path) -> list[Path]:
+def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
     """The figures that the lines' metrics allow, as PDF, PNG and CSV; the paths."""
     from diag.show.figures.curves import model_comparison
     from diag.show.figures.depth import METRICS, depth_profiles
-    from diag.show.figures.panels import COMPARISON_METRICS
-    from diag.show.figures.tables import rows_of
     from diag.show.figures.write import save
 
     layers, paths = found.collection.layers, []
@@ -233,8 +232,6 @@ def _filled(said: str) -> str:
 
 
 def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
-    from diag.show.figures.tables import shorten, span
-
     said = []
     for label, part in found.collection.layers.groupby("label", sort=False):
         size, counts = span(part["n_tokens"]) if "n_tokens" in part else "", span(part["n"])
@@ -250,7 +247,7 @@ def _means(shown: Mapping[str, Profile]) -> str:
     rows = []
     for key, profile in shown.items():
         means = {"bias": "cos_y_vself", "over partner": "excess", "over uniform": "excess_over_uniform"}
-        row: dict[str, Cell] = {"": key}
+        row: dict[str, ScreenCell] = {"": key}
         row |= {head: _with_interval(profile.get((metric, "mean"))) for head, metric in means.items()}
         share = profile.get(("self_part", "share"))
         row["self"] = percent(share.value) if share is not None and share.known else "–"
@@ -264,7 +261,7 @@ def _depth(shown: Mapping[str, Profile]) -> str:
     for key, profile in shown.items():
         if ("cos_y_vself", "first") in profile:
             rise = profile["cos_y_vself", "last_minus_first"]
-            row: dict[str, Cell] = {"": key, **_ends(profile, "cos_y_vself")}
+            row: dict[str, ScreenCell] = {"": key, **_ends(profile, "cos_y_vself")}
             row |= {"last - first": _with_interval(rise), "shape": _shape(profile, "cos_y_vself")}
             rows.append(row)
     return "Bias over depth (minimum @layer, relative depth)\n" + _table(rows) if rows else ""
@@ -275,7 +272,7 @@ def _similarity(shown: Mapping[str, Profile]) -> str:
     for key, profile in shown.items():
         if ("value_similarity", "first") in profile:
             growth, onset = profile["value_similarity", "growth"], profile["value_similarity", "onset"]
-            row: dict[str, Cell] = {"": key, **_ends(profile, "value_similarity")}
+            row: dict[str, ScreenCell] = {"": key, **_ends(profile, "value_similarity")}
             row |= {"growth": _with_interval(growth, "{:.2f}")}
             row |= {"onset": f"{onset.value:.0f}" if onset.known else "–"}
             rows.append(row | {"shape": _shape(profile, "value_similarity")})
@@ -291,7 +288,7 @@ def _apart(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
         a, b = (keys[str(label)] for label in pair)  # type: ignore[attr-defined]
         columns = part[["quantity", "difference", "ci_low", "ci_high", "n_a"]].itertuples(index=False)
         known = {name: Found(value, low, high, int(n)) for name, value, low, high, n in columns}
-        row: dict[str, Cell] = {"": f"{a} - {b}"}
+        row: dict[str, ScreenCell] = {"": f"{a} - {b}"}
         row |= {head: _with_interval(known.get(name)) for name, head in SHORT_DIFFERENCES.items()}
         rows.append(row | {"paired": "yes" if part["paired"].all() else "no"})
     return "Differences of means over layers, with 95 % CI\n" + _table(rows) if rows else ""
@@ -319,7 +316,7 @@ def _with_interval(number: Found | None, form: str = "{:.3f}") -> tuple[str, str
     return form.format(number.value), spread
 
 
-def _table(rows: Sequence[Mapping[str, Cell]]) -> str:
+def _table(rows: Sequence[Mapping[str, ScreenCell]]) -> str:
     """Aligned columns: words left, numbers right; of a number with an interval, both."""
     columns = []
     for head in rows[0]:

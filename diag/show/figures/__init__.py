@@ -1,7 +1,8 @@
 """The figures of a run: tables in, matplotlib figures out. Knows no model, and never loads torch.
 
-`FIGURES` is the one place where a figure is listed; `draw_run` draws every figure that a run's tables allow.
-Nothing heavy is imported before something is drawn.
+`FIGURES` lists those of a run's tables, and `draw_run` draws all that the tables allow. What other folders
+show is listed where it is drawn: `training` for trained grids, `attend` for one token, the kinds of a
+writeup in `diag.studies.writeup.drawing`. Nothing heavy is imported before something is drawn.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diag.results.files import file_stem, free_stem
 from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-from diag.results.files import _free, file_stem
 
 
 def _layer_curves(layers: pd.DataFrame) -> Figure:
@@ -73,7 +74,7 @@ def draw_run(layers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, tuple[Figur
         for suffix, part in parts:
             rows = rows_of(part, drawing.metrics)
             if not rows.empty:
-                stem = _free(file_stem(kind, *suffix), taken)
+                stem = free_stem(file_stem(kind, *suffix), taken)
                 drawn[stem] = (drawing.draw(rows), rows)
     return drawn
 

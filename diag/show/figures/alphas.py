@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import string
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.show.figures.heatmaps import COLOURS, colour_range, field_of
-from diag.show.figures.lines import columns_for
-from diag.show.figures.page import page
+from diag.show.figures.heatmaps import colour_range, draw_field, extent_of, field_of
+from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import style
 from diag.show.figures.tables import shorten
 from diag.show.figures.variants import at_patch, patch_word, patches_of, seeds_word
@@ -31,10 +27,9 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
     places = [(patch, variant) for variant in variants for patch in patches_of(table)]
     parts = [at_patch(table[table["variant"] == variant], patch) for patch, variant in places]
     drawn = [(place, part) for place, part in zip(places, parts, strict=True) if len(part)]
-    first = int(table["layer"].min())
-    shape = (int(table["layer"].max()) - first + 1, int(table["head"].max()) + 1)
+    first, shape = extent_of(table)
     fields = [field_of(part.assign(metric="alpha"), "alpha", first, shape) for _, part in drawn]
-    low, high = colour_range("signed", fields)
+    limits = colour_range("signed", fields)
     with style():
         figure, axes = page(
             len(drawn),
@@ -44,24 +39,9 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
             columns=columns_for(len(drawn)),
         )
         for place, (((patch, variant), _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
-            ax.imshow(
-                field,
-                cmap=COLOURS["signed"],
-                vmin=low,
-                vmax=high,
-                aspect="auto",
-                interpolation="none",
-                extent=(-0.5, shape[1] - 0.5, first + shape[0] - 0.5, first - 0.5),
-            )
-            ax.grid(False)
-            ax.patch.set(facecolor="white", edgecolor="0.8", hatch="////")
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-            ax.set_xlabel("head")
-            ax.set_ylabel("layer")
-            letter = f"({string.ascii_lowercase[place % 26]}) " if len(drawn) > 1 else ""
+            draw_field(ax, field, "signed", limits, first)
             of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
-            ax.set_title(letter + of)
+            ax.set_title(letter(place, len(drawn)) + of)
         bar = axes[0].figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, aspect=25, label="α")
         bar.outline.set_linewidth(0.4)
     return figure

@@ -23,10 +23,9 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.show.figures.strip import heat_strip
-from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH, style
+from diag.show.figures.style import COLOUR_MAPS, OKABE_ITO, PAGE_WIDTH, RULE, style
 from diag.show.figures.tables import shorten
 from diag.show.figures.token_scales import (
-    COLOURS,
     TARGET,
     blank,
     colour_bar,
@@ -232,8 +231,8 @@ def _map(ax: Axes, part: pd.DataFrame, grid: tuple[int, int], quantity: str, nor
     patches = part[part["kind"] == "patch"]
     field = np.full(grid, np.nan)
     field[patches["row"].to_numpy(int), patches["col"].to_numpy(int)] = patches[quantity].to_numpy(float)
-    extent = (0, grid[1], grid[0], 0)
-    ax.imshow(field, cmap=COLOURS[quantity], norm=norm, extent=extent, interpolation="none", aspect="auto")
+    extent, colours = (0, grid[1], grid[0], 0), COLOUR_MAPS[quantity]
+    ax.imshow(field, cmap=colours, norm=norm, extent=extent, interpolation="none", aspect="auto")
     _bare(ax)
     side, prefix = 0.07, part[part["kind"] != "patch"]
     for place, (kind, colour) in enumerate(
@@ -303,7 +302,7 @@ def _bars(ax: Axes, shown: pd.DataFrame, column: str, colour: str) -> None:
     ax.set_ylim(max(len(shown), 5) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
-    ax.axvline(0, color="0.35", linewidth=0.7)
+    ax.axvline(0, color=RULE, linewidth=0.7)
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=3, min_n_ticks=2))
 
@@ -324,7 +323,7 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
     energy = float(numbers["removed_energy"])
     ax.barh(0, energy, color=PARTS["along its own value"], height=0.42)
     ax.barh(0, 1 - energy, left=energy, color=PARTS["exclusive"], height=0.42)
-    ax.vlines([0, 0], [-0.28, 0.72], [0.24, 1.28], color="0.35", linewidth=0.7)  # not through the words
+    ax.vlines([0, 0], [-0.28, 0.72], [0.24, 1.28], color=RULE, linewidth=0.7)  # not through the words
     bias, own, context = (_signed(float(numbers[c])) for c in ("cos_y_vself", "self_part", "context_part"))
     context = context.replace("−", "− ") if context.startswith("−") else f"+ {context}"
     said = f"cos(yᵢ, vᵢ) = {bias} = {own} {context}"

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import string
-
 import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
-from diag.show.figures.depth import layer_axis
-from diag.show.figures.lines import columns_for, finite_range, line
-from diag.show.figures.page import page
+from diag.show.figures.lines import finite_range, layer_axis, line
+from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import style
 from diag.show.figures.variants import (
     BASELINE,
     at_patch,
     legend_below,
-    looks,
+    legend_height,
     patch_word,
     patches_of,
     seeds_word,
+    styles_of,
 )
 
 LABELS = {
@@ -42,7 +39,7 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
     if rows.empty:
         raise UserError(f"no trained pair was probed for {metric}", "probe the cells of the grid")
     task, patches = str(rows["task"].iloc[0]), patches_of(rows)
-    shown = looks([BASELINE, *rows["variant"]])
+    shown = styles_of([BASELINE, *rows["variant"]])
     rows = rows.assign(low=rows["baseline"] + rows["ci_low"], high=rows["baseline"] + rows["ci_high"])
     low, high = finite_range(rows[["baseline", "changed"]])
     room = max(high - low, 0.05)  # bands of two seeds reach far beyond, and would flatten the curves
@@ -57,26 +54,19 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
             title=f"{name[0].upper()}{name[1:]} of the baseline and of trained variants",
             caption=f"{task} · {seeds_word(rows['n'])} · bands: 95 % t interval over seeds of the "
             f"paired difference from {BASELINE}; filled: it leaves out 0",
-            extra=0.15 * math.ceil(len(shown) / 4) + 0.15,
+            extra=legend_height(shown),
             columns=columns_for(len(patches)),
         )
-        for letter, patch, ax in zip(string.ascii_lowercase, patches, axes, strict=False):
+        for place, (patch, ax) in enumerate(zip(patches, axes, strict=True)):
             part = at_patch(rows, patch)
             own = part.groupby("layer")["baseline"].mean()
             ax.plot(own.index, own, color=shown[BASELINE].colour, marker="o", label=BASELINE, gid="model")
             for variant, look in shown.items():
                 ours = part[part["variant"] == variant].sort_values("layer")
-                curve = pd.DataFrame(
-                    {
-                        "x": ours["layer"],
-                        "mean": ours["changed"],
-                        "ci_low": ours["low"],
-                        "ci_high": ours["high"],
-                    }
-                )
-                drawn = line(ax, curve, label=variant, colour=look.colour, marker="", dashes=look.dashes)
-                if drawn is None:
+                if ours.empty:
                     continue
+                curve = ours.assign(mean=ours["changed"], ci_low=ours["low"], ci_high=ours["high"])
+                line(ax, curve, label=variant, colour=look.colour, marker="", dashes=look.dashes)
                 apart = (ours["ci_low"] > 0) | (ours["ci_high"] < 0)
                 for chosen, inside in ((ours[apart], look.colour), (ours[~apart], "white")):
                     ax.plot(
@@ -90,7 +80,7 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
                         markerfacecolor=inside,
                     )
             ax.set_ylim(low - margin, high + margin)
-            ax.set_title(f"({letter}) {patch_word(patch, task)}" if len(patches) > 1 else task)
+            ax.set_title(letter(place) + patch_word(patch, task) if len(patches) > 1 else task)
             ax.set_ylabel(name)
             layer_axis(ax, part["layer"].astype(float))
         legend_below(figure, shown)

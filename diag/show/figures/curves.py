@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from diag.show.figures.overlay import draw_overlay, overlays
-from diag.show.figures.page import page
+from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn
+from diag.show.figures.overlay import overlays
+from diag.show.figures.page import legend_size, letter, page
 from diag.show.figures.panels import COMPARISON, COMPARISON_METRICS, CURVE_METRICS, CURVES, Panel
-from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, ordered_colours, style
+from diag.show.figures.style import (
+    BESIDE_ORDERED,
+    DASHES,
+    LINE_COLOURS,
+    MARKERS,
+    OKABE_ITO,
+    RULE,
+    Colour,
+    shades_of,
+    style,
+)
 from diag.show.figures.tables import (
     CONDITIONS,
     LABEL,
     caption,
     check_columns,
+    compared_metrics,
     drawable,
     one_selection,
+    patch_size_of,
     profile,
     rows_of,
     selections,
@@ -31,13 +42,10 @@ from diag.show.figures.tables import (
     span,
 )
 
-BANDS = "bands: 95 % bootstrap interval over inputs"
 LEGEND_ROW = 10.5
 """Points that one row of a panel's legend takes between its title and its axes."""
-MARKERS = "osD^vP*X"
 LONE_MARKERS = {"-": "o", "--": "D", ":": "x"}
 """What tells lines without markers apart where there is only one layer, and so no line."""
-DASHES = ("-", "--", ":", "-.")
 
 
 def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
@@ -53,8 +61,8 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     """
     rows = drawable(check_columns(layers), CURVE_METRICS, "layer curves")
     one_selection(rows, "layer curves")
-    panels = [panel for panel in CURVES if not rows_of(rows, (line.metric for line in panel.lines)).empty]
-    cosines = {line.metric for panel in panels if not panel.unit_interval for line in panel.lines}
+    panels = [panel for panel in CURVES if not rows_of(rows, (one.metric for one in panel.lines)).empty]
+    cosines = {one.metric for panel in panels if not panel.unit_interval for one in panel.lines}
     known = [overlay for found in overlays(published) if len((overlay := found.of(CURVE_METRICS)).rows)]
     shown = [overlay.of(cosines).rows for overlay in known]
     limits = _cosine_limits(rows_of(rows, cosines), shown)
@@ -64,16 +72,16 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
         room = 0.15 * len(known) + 0.1 if known else 0.0
         figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
         drawn: set[str] = set()
-        for letter, panel, ax in zip(string.ascii_lowercase, panels, axes, strict=False):
+        for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
             _draw_panel(ax, panel, rows)
-            fresh = {line.metric for line in panel.lines} - drawn  # a metric of two panels once
+            fresh = {one.metric for one in panel.lines} - drawn  # a metric of two panels once
             for overlay in known:
-                draw_overlay(ax, overlay.of(fresh))
+                overlay.of(fresh).draw(ax)
             drawn |= fresh
-            ax.set_title(f"({letter}) {panel.title}")
+            ax.set_title(letter(place) + panel.title)
             ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
             ax.set_ylabel(panel.y_label)
-            _layer_axis(ax, deep)
+            layer_axis(ax, deep)
         _legends(axes)
         if known:
             figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
@@ -94,47 +102,36 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     """
     rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
     entries = _entries(rows)
-    metrics = _compared(entries)
+    metrics = compared_metrics([entry.rows for entry in entries])
     with style():
         # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
-        columns = max(1, min(len(entries), 104 // (max(len(entry.label) for entry in entries) + 8)))
-        legend_height = 0.15 * math.ceil(len(entries) / columns) + 0.1
+        columns, legend_height = legend_size([entry.label for entry in entries])
         known = [overlay.of(metrics) for overlay in overlays(published)]
         known = [overlay for overlay in known if not overlay.rows.empty]
-        legend_height += 0.15 * len(known)
         figure, axes = page(
             len(metrics),
             row_height=2.1,
             title="Comparison over relative depth",
             caption=caption(rows, bands=BANDS),
-            extra=legend_height,
+            extra=legend_height + 0.15 * len(known),
         )
-        for letter, metric, ax in zip(string.ascii_lowercase, metrics, axes, strict=False):
+        for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
             title, y_label = COMPARISON[metric]
             for entry in entries:
                 curve = profile(entry.rows, metric)
                 curve["layer"] /= entry.last
-                _draw_line(
-                    ax,
-                    curve,
-                    label=entry.label,
-                    colour=entry.colour,
-                    dashes=entry.dashes,
-                    marker=entry.marker,
-                )
+                _draw_line(ax, curve, entry.label, entry.colour, entry.dashes, entry.marker)
             for overlay in known:
-                draw_overlay(ax, overlay.of([metric]), relative=True)
+                overlay.of([metric]).draw(ax, relative=True)
             if metric == "self_weight_ratio":
-                ax.axhline(1, color="0.35", linewidth=0.7, linestyle=":")  # uniform attention
+                ax.axhline(1, color=RULE, linewidth=0.7, linestyle=":")  # uniform attention
             elif ax.get_ylim()[0] < 0:
-                ax.axhline(0, color="0.35", linewidth=0.7)
-            ax.set_title(f"({letter}) {title}")
+                ax.axhline(0, color=RULE, linewidth=0.7)
+            ax.set_title(letter(place) + title)
             ax.set_ylabel(y_label)
             ax.set_xlabel("relative depth")
             ax.set_xlim(-0.03, 1.03)
-        handles = {
-            line.get_label(): line for ax in axes for line in ax.get_lines() if line.get_gid() == "model"
-        }
+        handles = lines_drawn(axes)
         shown = [entry.label for entry in entries if entry.label in handles]
         marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
         names = [*shown, *(overlay.label for overlay in known)]
@@ -148,7 +145,7 @@ class _Entry:
 
     rows: pd.DataFrame
     label: str
-    colour: str | tuple[float, float, float]
+    colour: Colour
     dashes: str
     marker: str
 
@@ -163,17 +160,14 @@ class _Entry:
 
 def _entries(rows: pd.DataFrame) -> list[_Entry]:
     parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
-    patches = [_patch_size(part) for part in parts]
+    patches = [patch_size_of(part) for part in parts]
     if set(patches) == {None} and rows["model"].nunique() == 1:
         patches = [_few_first(part) for part in parts]
-    sized = sorted({patch for patch in patches if patch is not None}, reverse=True)
-    ordered = len(sized) > 1 and len(sized) == sum(patch is not None for patch in patches)
-    if ordered:  # coarse to fine, then the models without patches
+    shades = shades_of(patches)
+    if shades:  # coarse to fine, then the models without patches
         order = sorted(range(len(parts)), key=lambda index: -(patches[index] or 0))
         parts, patches = [parts[index] for index in order], [patches[index] for index in order]
-    shades = dict(zip(sized, ordered_colours(len(sized)), strict=True)) if ordered else {}
-    # Yellow is too pale for a thin line. Beside the map, only colours that the map does not hold.
-    palette = ("vermillion", "purple", "black") if ordered else tuple(OKABE_ITO)[:7]
+    palette = [OKABE_ITO[name] for name in BESIDE_ORDERED] if shades else LINE_COLOURS
     labels = _numbered([_label(part, rows) for part in parts])
     entries: list[_Entry] = []
     plain = 0  # lines so far that are not on the map
@@ -182,18 +176,10 @@ def _entries(rows: pd.DataFrame) -> list[_Entry]:
         if patch in shades:
             entries.append(_Entry(part, label, shades[patch], "-", marker))
         else:
-            colour = OKABE_ITO[palette[plain % len(palette)]]
-            dashes = DASHES[(plain // len(palette) + ordered) % len(DASHES)]
-            entries.append(_Entry(part, label, colour, dashes, marker))
+            dashes = DASHES[(plain // len(palette) + bool(shades)) % len(DASHES)]
+            entries.append(_Entry(part, label, palette[plain % len(palette)], dashes, marker))
             plain += 1
     return entries
-
-
-def _patch_size(part: pd.DataFrame) -> float | None:
-    if "patch_size" not in part.columns:
-        return None
-    size = pd.to_numeric(part["patch_size"], errors="coerce").iloc[0]  # "16x8" has no place in an order
-    return None if pd.isna(size) else float(size)
 
 
 def _few_first(part: pd.DataFrame) -> float | None:
@@ -229,60 +215,19 @@ def _numbered(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _compared(entries: Sequence[_Entry]) -> list[str]:
-    """The metrics to compare, with the better of the two self weights that the models have in common."""
-    having = {
-        metric: sum(not rows_of(entry.rows, [metric]).empty for entry in entries)
-        for metric in COMPARISON_METRICS
-    }
-    spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
-    return [metric for metric in COMPARISON_METRICS if having[metric] and metric != spare]
-
-
 def _draw_panel(ax: Axes, panel: Panel, rows: pd.DataFrame) -> None:
-    for line in panel.lines:
-        _draw_line(
-            ax,
-            profile(rows, line.metric),
-            label=line.label,
-            colour=OKABE_ITO[line.colour],
-            dashes=line.dashes,
-            marker=line.marker,
-        )
+    for shown in panel.lines:
+        curve = profile(rows, shown.metric)
+        _draw_line(ax, curve, shown.label, OKABE_ITO[shown.colour], shown.dashes, shown.marker)
     if not panel.unit_interval:
-        ax.axhline(0, color="0.35", linewidth=0.7, zorder=1)
+        ax.axhline(0, color=RULE, linewidth=0.7, zorder=1)
 
 
-def _draw_line(
-    ax: Axes,
-    curve: pd.DataFrame,
-    *,
-    label: str,
-    colour: str | tuple[float, float, float],
-    dashes: str,
-    marker: str,
-) -> None:
-    """The mean over depth with its interval: a band, or a bar if there is only one layer. Empty: nothing."""
-    if curve.empty:
-        return
+def _draw_line(ax: Axes, curve: pd.DataFrame, label: str, colour: Colour, dashes: str, marker: str) -> None:
+    """`line`, but where there is only one layer, and so no line, its dashes become a marker."""
     if len(curve) == 1:
         marker, dashes = marker or LONE_MARKERS[dashes], ""
-        ax.vlines(curve["layer"], curve["ci_low"], curve["ci_high"], color=colour, linewidth=1)
-    elif curve["ci_low"].notna().any():
-        ax.fill_between(
-            curve["layer"], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
-        )
-    ax.plot(
-        curve["layer"],
-        curve["mean"],
-        color=colour,
-        linestyle=dashes,
-        marker=marker,
-        markersize=3,
-        markevery=math.ceil(len(curve) / 16),
-        label=label,
-        gid="model",
-    )
+    line(ax, curve, label=label, colour=colour, dashes=dashes, marker=marker)
 
 
 def _legends(axes: Sequence[Axes]) -> None:
@@ -295,14 +240,6 @@ def _legends(axes: Sequence[Axes]) -> None:
             ax.set_title(ax.get_title(loc="left"), pad=height + 4)
             above = ScaledTranslation(0, height / 72, ax.figure.dpi_scale_trans)
             ax.legend(loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + above, ncols=2)
-
-
-def _layer_axis(ax: Axes, layers: pd.Series) -> None:
-    first, last = float(layers.min()), float(layers.max())
-    margin = 0.5 if first == last else 0.03 * (last - first)
-    ax.set_xlim(first - margin, last + margin)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    ax.set_xlabel("layer")
 
 
 def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame] = ()) -> tuple[float, float]:

@@ -9,21 +9,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from diag.show.figures.lines import (
-    PUBLISHED,
-    columns_for,
+    BANDS,
     depth_curve,
     finite_range,
     heading,
+    layer_axis,
     line,
+    lines_drawn,
     lines_of,
+    published_handle,
     published_points,
 )
-from diag.show.figures.page import page
+from diag.show.figures.page import columns_for, page
 from diag.show.figures.panels import CURVES
-from diag.show.figures.style import OKABE_ITO, style
+from diag.show.figures.style import OKABE_ITO, RULE, style
 from diag.show.figures.tables import caption, check_columns, drawable, rows_of
 
 METRICS = ("cos_y_vself", "value_similarity", "self_weight")
@@ -36,7 +37,6 @@ LABELS = {
 }
 COLOURS = {"cos_y_vself": "blue", "value_similarity": "orange", "self_weight": "vermillion"}
 MARKERS = "oDs^vP"
-BANDS = "bands: 95 % bootstrap interval over inputs"
 
 
 def depth_profiles(
@@ -87,18 +87,9 @@ def depth_profiles(
                 ax, pd.concat([part["layer"], known.loc[known["label"] == label, "layer"].astype(float)])
             )
             if low < 0:
-                ax.axhline(0, color="0.35", linewidth=0.7, zorder=1)
+                ax.axhline(0, color=RULE, linewidth=0.7, zorder=1)
         _legend(figure, axes, shown, published=len(known) > 0)
     return figure
-
-
-def layer_axis(ax: Axes, layers: pd.Series) -> None:
-    """Whole layers on the x axis."""
-    first, last = float(layers.min()), float(layers.max())
-    margin = 0.5 if first == last else 0.03 * (last - first)
-    ax.set_xlim(first - margin, last + margin)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    ax.set_xlabel("layer")
 
 
 def _of_lines(published: pd.DataFrame | None, rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
@@ -137,9 +128,9 @@ def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
     least = curve.iloc[int(curve["mean"].to_numpy().argmin())]
     low, high = ax.get_ylim()
     top = high - 0.11 * (high - low)
-    ax.vlines(least["x"], least["mean"], top, color="0.35", linewidth=0.6, linestyle=":", zorder=1)
+    ax.vlines(least["layer"], least["mean"], top, color=RULE, linewidth=0.6, linestyle=":", zorder=1)
     ax.plot(
-        least["x"],
+        least["layer"],
         least["mean"],
         marker="o",
         markersize=8,
@@ -151,23 +142,19 @@ def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
         gid="minimum",
         zorder=4,
     )
-    share = (least["x"] - curve["x"].min()) / (curve["x"].max() - curve["x"].min())
+    share = (least["layer"] - curve["layer"].min()) / (curve["layer"].max() - curve["layer"].min())
     side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
-    said = f"min {least['mean']:.3f}, layer {least['x']:.0f}".replace("-", "\N{MINUS SIGN}")
-    ax.annotate(said, (least["x"], top), fontsize=6.5, ha=side, va="bottom", gid="minimum")
+    said = f"min {least['mean']:.3f}, layer {least['layer']:.0f}".replace("-", "\N{MINUS SIGN}")
+    ax.annotate(said, (least["layer"], top), fontsize=6.5, ha=side, va="bottom", gid="minimum")
 
 
 def _legend(figure: Figure, axes: Sequence[Axes], shown: Sequence[str], *, published: bool) -> None:
-    handles = {
-        drawn.get_label(): drawn for ax in axes for drawn in ax.get_lines() if drawn.get_gid() == "model"
-    }
-    entries = [handles[_word(metric)] for metric in shown]
+    handles = lines_drawn(axes)
     ring = Line2D([], [], marker="o", markersize=7, markerfacecolor="none", color="black", linestyle="")
-    names, drawn = [_word(metric) for metric in shown], [*entries, ring]
+    names = [_word(metric) for metric in shown]
+    drawn = [*(handles[name] for name in names), ring]
     names.append(f"minimum of {'the bias' if shown[0] == 'cos_y_vself' else _word(shown[0])}")
     if published:
-        drawn.append(
-            Line2D([], [], marker="o", markersize=5, markerfacecolor="none", color="0.35", linestyle="")
-        )
-        names.append(PUBLISHED)
+        drawn.append(published_handle("published"))
+        names.append("published")
     figure.legend(drawn, names, loc="outside lower center", ncols=3)

@@ -7,9 +7,8 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diag.show.figures.depth import BANDS, layer_axis
-from diag.show.figures.lines import columns_for, depth_curve, heading, line, lines_of
-from diag.show.figures.page import page
+from diag.show.figures.lines import BANDS, depth_curve, heading, layer_axis, line, lines_drawn, lines_of
+from diag.show.figures.page import columns_for, page
 from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import caption, check_columns, drawable
 
@@ -18,8 +17,11 @@ LINES = {
     "entropy": ("mean over tokens", OKABE_ITO["blue"], "o", "-"),
     "entropy_p15": ("15th percentile over tokens", OKABE_ITO["vermillion"], "s", "-"),
 }
-BOUND = "bound ln T: uniform attention"
-CAUSAL_BOUND = "bound of the mean: token i sees i keys"
+BOUNDS = {
+    "bound": ("bound ln T: uniform attention", "--"),
+    "causal": ("bound of the mean: token i sees i keys", ":"),
+}
+"""Column of `bounds_of` -> its label and dashes."""
 
 
 def entropy_over_depth(layers: pd.DataFrame) -> Figure:
@@ -33,7 +35,6 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     rows = drawable(check_columns(layers), list(METRICS), "figures of entropy")
     parts = lines_of(rows)
     bounds = {label: bounds_of(part) for label, part in parts.items()}
-    causal = any(bound["causal"].notna().any() for bound in bounds.values())
     highest = max(float(bound["bound"].max()) for bound in bounds.values())
     with style():
         figure, axes = page(
@@ -46,25 +47,17 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
         )
         for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
             bound = bounds[label]
-            ax.plot(
-                bound["layer"],
-                bound["bound"],
-                color="black",
-                linestyle="--",
-                linewidth=1,
-                label=BOUND,
-                gid="bound",
-            )
-            if bound["causal"].notna().any():
-                ax.plot(
-                    bound["layer"],
-                    bound["causal"],
-                    color="black",
-                    linestyle=":",
-                    linewidth=1,
-                    label=CAUSAL_BOUND,
-                    gid="bound",
-                )
+            for column, (word, dashes) in BOUNDS.items():
+                if bound[column].notna().any():
+                    ax.plot(
+                        bound["layer"],
+                        bound[column],
+                        color="black",
+                        linestyle=dashes,
+                        linewidth=1,
+                        label=word,
+                        gid="bound",
+                    )
             for metric, (word, colour, marker, dashes) in LINES.items():
                 curve = depth_curve(part, metric)
                 line(ax, curve, label=word, colour=colour, marker=marker, dashes=dashes)
@@ -72,10 +65,9 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
             ax.set_title(heading(place, label, part, len(parts)))
             ax.set_ylabel("entropy in nats")
             layer_axis(ax, part["layer"])
-        handles = {drawn.get_label(): drawn for ax in axes for drawn in ax.get_lines()}
-        order = [*(word for word, *_ in LINES.values()), BOUND, *([CAUSAL_BOUND] if causal else [])]
-        shown = [word for word in order if word in handles]
-        figure.legend([handles[word] for word in shown], shown, loc="outside lower center", ncols=2)
+        handles = lines_drawn(axes) | lines_drawn(axes, "bound")
+        words = [word for word, *_ in (*LINES.values(), *BOUNDS.values()) if word in handles]
+        figure.legend([handles[word] for word in words], words, loc="outside lower center", ncols=2)
     return figure
 
 

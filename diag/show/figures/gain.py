@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import string
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
-from diag.show.figures.page import page
+from diag.show.figures.page import letter, page
 from diag.show.figures.style import style
 from diag.show.figures.variants import (
     BASELINE,
     UNITS,
     at_patch,
     legend_below,
-    looks,
+    legend_height,
     patch_word,
     patches_of,
     seeds_word,
+    styles_of,
     zero_line,
 )
 
@@ -42,7 +40,7 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
     if rows.empty:
         raise UserError("there is no gain to draw", f"train '{BASELINE}' and another variant with one seed")
     task, patches = str(rows["task"].iloc[0]), patches_of(rows)
-    shown = looks(list(rows["variant"]))
+    shown = styles_of(list(rows["variant"]))
     outcomes = [name for name in UNITS if (rows["outcome"] == name).any()]
     step = WIDTH / len(shown)
     aside, apart = min(0.2 * step, 0.03 * len(patches)), min(0.1 * step, 0.012 * len(patches))
@@ -53,10 +51,10 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
             title="What a variant changes against the baseline of the same seed",
             caption=f"{task} · {seeds_word(rows['n'])} · small: one seed; "
             "large: mean and 95 % t interval over seeds",
-            extra=0.15 * math.ceil(len(shown) / 4) + 0.15,
+            extra=legend_height(shown),
             columns=1 if len(shown) * len(patches) > SIDE_BY_SIDE else 2,
         )
-        for letter, outcome, ax in zip(string.ascii_lowercase, outcomes, axes, strict=False):
+        for panel, (outcome, ax) in enumerate(zip(outcomes, axes, strict=True)):
             zero_line(ax)
             for number, (name, look) in enumerate(shown.items()):
                 off = (number - (len(shown) - 1) / 2) * step
@@ -86,8 +84,7 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
                         color=look.colour,
                         gid="mean",
                     )
-            first = f"({letter}) " if len(outcomes) > 1 else ""
-            ax.set_title(f"{first}{outcome}, {BETTER[outcome]}")
+            ax.set_title(f"{letter(panel, len(outcomes))}{outcome}, {BETTER[outcome]}")
             ax.set_ylabel(f"variant − {BASELINE}: {UNITS[outcome]}")
             ax.set_xticks(range(len(patches)), [patch_word(patch, task) for patch in patches])
             ax.set_xlim(-0.5, len(patches) - 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,12 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diag.show.figures.page import page
-from diag.show.figures.panels import HEAD_MAPS, HEAD_METRICS, HeadMap
-from diag.show.figures.style import style
+from diag.show.figures.page import letter, page
+from diag.show.figures.panels import HEAD_MAPS, HEAD_METRICS
+from diag.show.figures.style import COLOUR_MAPS, style
 from diag.show.figures.tables import caption, check_columns, drawable, one_selection, rows_of
-
-COLOURS = {"cosine": "viridis", "signed": "RdBu_r", "weight": "cividis"}
 
 
 def head_heatmaps(heads: pd.DataFrame) -> Figure:
@@ -32,8 +29,7 @@ def head_heatmaps(heads: pd.DataFrame) -> Figure:
     rows = drawable(check_columns(heads, ["head"]), HEAD_METRICS, "head heatmaps")
     one_selection(rows, "head heatmaps", index=("layer", "head"))
     head_maps = [head_map for head_map in HEAD_MAPS if not rows_of(rows, [head_map.metric]).empty]
-    places = _places(rows)
-    first, shape = places[0], (places[1] - places[0] + 1, places[2])
+    first, shape = extent_of(rows)
     fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in head_maps}
     blank = any(np.isnan(field).any() for field in fields.values())
     said = caption(rows.assign(ci_low=math.nan), bands="")
@@ -44,16 +40,20 @@ def head_heatmaps(heads: pd.DataFrame) -> Figure:
             title=str(rows["model"].iloc[0]),
             caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
         )
-        for letter, head_map, ax in zip(string.ascii_lowercase, head_maps, axes, strict=False):
+        for place, (head_map, ax) in enumerate(zip(head_maps, axes, strict=True)):
             shared = [fields[other.metric] for other in head_maps if other.scale == head_map.scale]
-            _draw_map(ax, fields[head_map.metric], head_map, colour_range(head_map.scale, shared), places)
-            ax.set_title(f"({letter}) {head_map.title}")
+            limits = colour_range(head_map.scale, shared)
+            draw_field(ax, fields[head_map.metric], head_map.scale, limits, first)
+            bar = ax.figure.colorbar(ax.images[0], ax=ax, pad=0.02, aspect=25)
+            bar.outline.set_linewidth(0.4)
+            ax.set_title(letter(place) + head_map.title)
     return figure
 
 
-def _places(rows: pd.DataFrame) -> tuple[int, int, int]:
-    """First layer, last layer, and number of heads of the layer that has most."""
-    return int(rows["layer"].min()), int(rows["layer"].max()), int(rows["head"].max()) + 1
+def extent_of(rows: pd.DataFrame) -> tuple[int, tuple[int, int]]:
+    """The first layer, and the numbers of layers and of heads of the layer that has most."""
+    first = int(rows["layer"].min())
+    return first, (int(rows["layer"].max()) - first + 1, int(rows["head"].max()) + 1)
 
 
 def field_of(rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int]) -> np.ndarray:
@@ -75,24 +75,21 @@ def colour_range(scale: str, fields: Sequence[np.ndarray]) -> tuple[float, float
     return low, max(high, low + 1e-3)
 
 
-def _draw_map(
-    ax: Axes, field: np.ndarray, head_map: HeadMap, limits: tuple[float, float], places: tuple[int, int, int]
-) -> None:
-    first, last, heads = places
-    image = ax.imshow(
+def draw_field(ax: Axes, field: np.ndarray, scale: str, limits: tuple[float, float], first: int) -> None:
+    """A field of `field_of` as a map, hatched where it is NaN. scale: of `COLOUR_MAPS`."""
+    layers, heads = field.shape
+    ax.imshow(
         field,
-        cmap=COLOURS[head_map.scale],
+        cmap=COLOUR_MAPS[scale],
         vmin=limits[0],
         vmax=limits[1],
         aspect="auto",
         interpolation="none",
-        extent=(-0.5, heads - 0.5, last + 0.5, first - 0.5),
+        extent=(-0.5, heads - 0.5, first + layers - 0.5, first - 0.5),
     )
     ax.grid(False)
     ax.patch.set(facecolor="white", edgecolor="0.8", hatch="////")
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=25)
-    bar.outline.set_linewidth(0.4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import string
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,11 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from diag.errors import UserError
-from diag.show.figures.depth import BANDS
-from diag.show.figures.lines import line
-from diag.show.figures.page import page
+from diag.show.figures.lines import BANDS, line, lines_drawn
+from diag.show.figures.page import legend_size, letter, page
 from diag.show.figures.panels import COMPARISON
-from diag.show.figures.style import OKABE_ITO, style
+from diag.show.figures.style import LINE_COLOURS, MARKERS, RULE, style
 from diag.show.figures.tables import caption, check_columns, shorten
 
 AXES = {
@@ -34,7 +32,6 @@ TITLES = {
     "context_part": ("Context part of the bias", "part of cos(yᵢ, vᵢ)"),
     "entropy_normalized": ("Entropy / maximum", "share"),
 }
-MARKERS = "osD^vP*X"
 TICKS = 7
 
 
@@ -59,9 +56,7 @@ def against(points: pd.DataFrame) -> Figure:
         )
     axis = str(rows["against"].iloc[0])
     lines, metrics = list(dict.fromkeys(rows["line"])), list(dict.fromkeys(rows["metric"]))
-    columns = max(1, min(len(lines), 104 // (max(map(len, lines)) + 8)))
-    legend = 0.15 * math.ceil(len(lines) / columns) + 0.1
-    palette = list(OKABE_ITO)[:7]  # yellow is too pale for a thin line
+    columns, legend = legend_size(lines)
     with style():
         figure, axes = page(
             len(metrics),
@@ -75,22 +70,21 @@ def against(points: pd.DataFrame) -> Figure:
                 part = rows[(rows["line"] == name) & (rows["metric"] == metric)].sort_values("at")
                 line(
                     ax,
-                    part.rename(columns={"at": "x"})[["x", "mean", "ci_low", "ci_high"]],
+                    part,
                     label=name,
-                    colour=OKABE_ITO[palette[number % len(palette)]],
+                    colour=LINE_COLOURS[number % len(LINE_COLOURS)],
                     marker=MARKERS[number % len(MARKERS)],
+                    x="at",
                 )
             title, y_label = TITLES.get(metric, (metric.replace("_", " "), "mean over layers"))
-            ax.set_title(f"({string.ascii_lowercase[place % 26]}) {title}" if len(metrics) > 1 else title)
+            ax.set_title(letter(place, len(metrics)) + title)
             ax.set_ylabel(y_label)
             low, high = ax.get_ylim()
             if low < 0 < high:
-                ax.axhline(0, color="0.35", linewidth=0.7)
+                ax.axhline(0, color=RULE, linewidth=0.7)
             _axis(ax, rows["at"], axis)
-        handles = {
-            drawn.get_label(): drawn for ax in axes for drawn in ax.get_lines() if drawn.get_gid() == "model"
-        }
-        names = [shorten(str(name), 96) for name in handles]
+        handles = lines_drawn(axes)
+        names = [shorten(name, 96) for name in handles]
         figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns)
     return figure
 

@@ -3,119 +3,137 @@
 from __future__ import annotations
 
 import math
-import string
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.show.figures.style import BAND_OPACITY
-from diag.show.figures.tables import shorten, span
+from diag.show.figures.page import columns_for, letter
+from diag.show.figures.style import BAND_OPACITY, PUBLISHED, Colour
+from diag.show.figures.tables import profile, shorten, span
 
-Colour = str | tuple[float, float, float]
-PUBLISHED = "published"
-"""What marks published points, in legends and as the group id of their lines."""
-
-
-SEEN = 0.005
-"""Uncertainty from which a bar is longer than its marker."""
-
-
-def columns_for(panels: int) -> int:
-    """Panels to a row: three of three, six, nine; else two."""
-    return 3 if panels % 3 == 0 else 2
+BANDS = "bands: 95 % bootstrap interval over inputs"
+MARKS = 16
+"""At most so many markers on a line, unless told otherwise."""
 
 
 def heading(place: int, label: str, rows: pd.DataFrame, panels: int) -> str:
     """The title of a line's panel: a letter, the label, and T; short enough for the panel's width."""
-    letter = f"({string.ascii_lowercase[place % 26]}) " if panels > 1 else ""
     length = span(rows["n_tokens"]) if "n_tokens" in rows and "T =" not in label else ""
     width = 80 if panels == 1 else 24 if columns_for(panels) == 3 else 36
-    return letter + shorten(label, width) + (f" (T = {length})" if length else "")
+    return letter(place, panels) + shorten(label, width) + (f" (T = {length})" if length else "")
 
 
 def line(
-    ax: Axes, curve: pd.DataFrame, *, label: str, colour: Colour, marker: str = "o", dashes: str = "-"
-) -> Line2D | None:
-    """A mean with its 95 % interval: a band, or bars where there is one point. Draws nothing if it is empty.
+    ax: Axes,
+    curve: pd.DataFrame,
+    *,
+    label: str,
+    colour: Colour,
+    marker: str = "o",
+    dashes: str = "-",
+    x: str = "layer",
+    marks: int = MARKS,
+) -> None:
+    """A mean with its 95 % interval: a band, or a bar where there is one point. Draws nothing if it is empty.
 
-    curve: columns x, mean, ci_low, ci_high; sorted by x. At most about 16 points are marked.
+    curve: columns `x`, mean, ci_low, ci_high; sorted by x. At most about `marks` points are marked.
     """
     if curve.empty:
-        return None
+        return
     if curve["ci_low"].notna().any():
         if len(curve) == 1:
-            ax.vlines(curve["x"], curve["ci_low"], curve["ci_high"], color=colour, linewidth=1)
+            ax.vlines(curve[x], curve["ci_low"], curve["ci_high"], color=colour, linewidth=1)
         else:
             ax.fill_between(
-                curve["x"], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
+                curve[x], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
             )
-    (drawn,) = ax.plot(
-        curve["x"],
+    ax.plot(
+        curve[x],
         curve["mean"],
         color=colour,
         linestyle=dashes,
         marker=marker if marker or len(curve) > 1 else "x",
         markersize=3,
-        markevery=math.ceil(len(curve) / 16),
+        markevery=math.ceil(len(curve) / marks),
         label=label,
         gid="model",
     )
-    return drawn
+
+
+def lines_drawn(axes: Sequence[Axes], group: str = "model") -> dict[str, Line2D]:
+    """What `line` drew, by label, for one legend of all panels; or lines of another group id."""
+    found = [one for ax in axes for one in ax.get_lines() if one.get_gid() == group]
+    return {str(one.get_label()): one for one in found}
 
 
 def published_points(
-    ax: Axes, values: pd.DataFrame, *, colour: Colour, marker: str = "o", size: float = 4.2
-) -> Line2D | None:
-    """Published values as open markers without a line, above what was measured; with their uncertainty.
+    ax: Axes, values: pd.DataFrame, *, colour: Colour = PUBLISHED, marker: str = "o"
+) -> None:
+    """Published values as open markers with error bars, above what was measured. Draws nothing if empty.
 
-    values: columns layer, value, uncertainty.
+    values: columns layer, value, uncertainty. They have no label: names of sources are too long for a
+    panel's legend, see `published_handle`.
     """
     if values.empty:
-        return None
-    wide = values[values["uncertainty"] >= SEEN]
-    ax.vlines(
-        wide["layer"],
-        wide["value"] - wide["uncertainty"],
-        wide["value"] + wide["uncertainty"],
-        color=colour,
-        linewidth=0.7,
-    )
-    (drawn,) = ax.plot(
-        values["layer"],
-        values["value"],
+        return
+    ax.errorbar(
+        values["layer"].astype(float),
+        values["value"].astype(float),
+        yerr=values["uncertainty"].astype(float).fillna(0.0),
         linestyle="",
         marker=marker,
-        markersize=size,
+        markersize=4,
         markerfacecolor="none",
         markeredgecolor=colour,
-        markeredgewidth=0.8,
-        label=PUBLISHED,
-        gid=PUBLISHED,
-        zorder=3,
+        markeredgewidth=0.9,
+        ecolor=colour,
+        elinewidth=0.8,
+        gid="published",
+        zorder=4,
     )
-    return drawn
+
+
+def published_handle(label: str, *, marker: str = "o") -> Line2D:
+    """What stands for published points in a legend."""
+    return Line2D(
+        [],
+        [],
+        linestyle="",
+        label=label,
+        marker=marker,
+        markersize=4,
+        markerfacecolor="none",
+        markeredgecolor=PUBLISHED,
+        markeredgewidth=0.9,
+    )
+
+
+def layer_axis(ax: Axes, layers: pd.Series) -> None:
+    """Whole layers on the x axis."""
+    first, last = float(layers.min()), float(layers.max())
+    margin = 0.5 if first == last else 0.03 * (last - first)
+    ax.set_xlim(first - margin, last + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    ax.set_xlabel("layer")
 
 
 def depth_curve(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One metric over layers: columns x (the layer), mean, ci_low, ci_high.
+    """One metric over layers, as `tables.profile` has it.
 
     Raises UserError if a layer has more than one value.
     """
-    part = rows[rows["metric"] == metric].sort_values("layer")
-    if part["layer"].duplicated().any():
+    curve = profile(rows, metric)
+    if curve["layer"].duplicated().any():
         raise UserError(
             f"the table holds more than one value of {metric} in one layer of a line",
             "choose a model and a token set, or give runs of other lengths labels of their own",
         )
-    return pd.DataFrame(
-        {
-            "x": part["layer"].to_numpy(float),
-            **{name: part[name].to_numpy(float) for name in ("mean", "ci_low", "ci_high")},
-        }
-    )
+    return curve
 
 
 def lines_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -1,4 +1,4 @@
-"""Published values laid over measured curves: hollow grey markers with error bars."""
+"""Published values laid over measured curves, by model and source: hollow grey markers with error bars."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from diag.errors import UserError, one_of
+from diag.show.figures.lines import published_handle, published_points
 from diag.show.figures.tables import shorten
 
 COLUMNS = ("model", "metric", "layer", "value", "uncertainty", "source")
-GREY = "0.45"
 MARKERS = "sD^vo"
 
 
@@ -34,9 +34,15 @@ class Overlay:
         """The same with the rows of these metrics only; may be empty."""
         return Overlay(self.rows[self.rows["metric"].isin(list(metrics))], self.label, self.marker)
 
+    def draw(self, ax: Axes, *, relative: bool = False) -> None:
+        """The values over layers, or over depth relative to the last published layer."""
+        for _, points in self.rows.sort_values("layer").groupby("metric", sort=False):
+            places = points["layer"].astype(float) / (self.last if relative else 1)
+            published_points(ax, points.assign(layer=places), marker=self.marker)
+
     def handle(self) -> Line2D:
         """What stands for it in a legend."""
-        return Line2D([], [], linestyle="", label=self.label, **_look(self.marker))  # type: ignore[arg-type]
+        return published_handle(self.label, marker=self.marker)
 
 
 def overlays(published: pd.DataFrame | None) -> list[Overlay]:
@@ -66,33 +72,3 @@ def overlays(published: pd.DataFrame | None) -> list[Overlay]:
         )
         for place, ((model, source), rows) in enumerate(groups)
     ]
-
-
-def draw_overlay(ax: Axes, overlay: Overlay, *, relative: bool = False) -> None:
-    """The values over layers, or over depth relative to the last published layer. Empty: nothing.
-
-    They have no label: names of sources are too long for a panel's legend, see `Overlay.handle`.
-    """
-    rows = overlay.rows.sort_values("layer")
-    for _, points in rows.groupby("metric", sort=False):
-        layer = points["layer"].astype(float)
-        ax.errorbar(
-            layer / overlay.last if relative else layer,
-            points["value"].astype(float),
-            yerr=points["uncertainty"].astype(float).fillna(0.0),
-            linestyle="",
-            ecolor=GREY,
-            elinewidth=0.8,
-            zorder=4,
-            **_look(overlay.marker),  # type: ignore[arg-type]
-        )
-
-
-def _look(marker: str) -> dict[str, object]:
-    return {
-        "marker": marker,
-        "markersize": 4,
-        "markerfacecolor": "none",
-        "markeredgecolor": GREY,
-        "markeredgewidth": 0.9,
-    }

@@ -1,8 +1,10 @@
-"""A page of panels: title, caption, and panels two to a row, or three."""
+"""A page of panels: title, caption, panels two to a row, or three, their letters, and the legend below."""
 
 from __future__ import annotations
 
 import math
+import string
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +14,8 @@ from diag.show.figures.tables import shorten
 
 TITLE_LENGTH = 66
 """Characters of a bold title that surely fit a page-wide figure."""
+LEGEND_LENGTH = 104
+"""Characters of a legend's row, with 8 for each line's mark."""
 
 
 def page(
@@ -31,3 +35,19 @@ def page(
     body.suptitle(caption, fontsize=7, fontweight="normal", color="0.3")
     grid = body.add_gridspec(rows, columns)
     return figure, [body.add_subplot(grid[index // columns, index % columns]) for index in range(count)]
+
+
+def columns_for(panels: int) -> int:
+    """Panels to a row: three of three, six, nine; else two."""
+    return 3 if panels % 3 == 0 else 2
+
+
+def letter(place: int, panels: int = 2) -> str:
+    """`(a) `, what a panel's title begins with; nothing where there is one panel only."""
+    return f"({string.ascii_lowercase[place % 26]}) " if panels > 1 else ""
+
+
+def legend_size(labels: Sequence[str]) -> tuple[int, float]:
+    """Columns of a legend below the panels, and the inches that its rows take."""
+    columns = max(1, min(len(labels), LEGEND_LENGTH // (max(map(len, labels)) + 8)))
+    return columns, 0.15 * math.ceil(len(labels) / columns) + 0.1

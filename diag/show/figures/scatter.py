@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import string
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
-from diag.show.figures.depth import layer_axis
-from diag.show.figures.lines import columns_for, finite_range, line
-from diag.show.figures.page import page
-from diag.show.figures.style import OKABE_ITO, style
+from diag.show.figures.lines import BANDS, finite_range, layer_axis, line, lines_drawn
+from diag.show.figures.page import columns_for, letter, page
+from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
 
 SIDES = {"baseline": ("blue", "o"), "XSA-trained": ("vermillion", "s")}
 
@@ -27,7 +24,7 @@ def effect(points: pd.DataFrame) -> Figure:
     """
     if points.empty:
         raise UserError("there is no published effect to draw", "see diag/results/published_data")
-    colours = dict(zip(dict.fromkeys(points["label"]), list(OKABE_ITO)[:7], strict=False))
+    colours = dict(zip(dict.fromkeys(points["label"]), LINE_COLOURS, strict=False))
     with style():
         figure, (ax,) = page(
             1,
@@ -36,10 +33,10 @@ def effect(points: pd.DataFrame) -> Figure:
             caption=f"published values, {', '.join(dict.fromkeys(points['source']))} · "
             f"{points['model'].nunique()} models, {len(points)} trainings: too few for a trend",
         )
-        ax.axhline(0, color="0.35", linewidth=0.7)
+        ax.axhline(0, color=RULE, linewidth=0.7)
         for _, point in points.iterrows():
             again = point["training_run"] > 1
-            colour = OKABE_ITO[colours[point["label"]]]
+            colour = colours[point["label"]]
             ax.plot(
                 point["similarity_baseline"],
                 point["change"],
@@ -80,9 +77,7 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
         raise UserError("there is no pair of models to draw", "give pairs: with name, baseline and trained")
     pairs = list(dict.fromkeys(curves["pair"]))
     sources = [source for source in dict.fromkeys(curves["source"]) if source]
-    said = (
-        f"published values, {', '.join(sources)}" if sources else "bands: 95 % bootstrap interval over inputs"
-    )
+    said = f"published values, {', '.join(sources)}" if sources else BANDS
     _, high = finite_range(curves[["mean", "ci_high"]])
     with style():
         figure, axes = page(
@@ -96,17 +91,15 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
         for place, (ax, pair) in enumerate(zip(axes, pairs, strict=True)):
             part = curves[curves["pair"] == pair]
             for side, (colour, marker) in SIDES.items():
-                curve = part[part["side"] == side].sort_values("layer").rename(columns={"layer": "x"})
+                curve = part[part["side"] == side].sort_values("layer")
                 line(ax, curve, label=side, colour=OKABE_ITO[colour], marker=marker)
                 _mean(ax, curve, OKABE_ITO[colour])
             ax.set_ylim(min(0.0, float(curves["mean"].min())), 1.08 * high)
-            ax.set_title(f"({string.ascii_lowercase[place % 26]}) {pair}" if len(pairs) > 1 else pair)
+            ax.set_title(letter(place, len(pairs)) + pair)
             ax.set_ylabel("value similarity")
             layer_axis(ax, part["layer"])
-        handles = [drawn for drawn in axes[0].get_lines() if drawn.get_gid() == "model"]
-        figure.legend(
-            handles, [str(drawn.get_label()) for drawn in handles], loc="outside lower center", ncols=2
-        )
+        handles = lines_drawn(axes[:1])
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 
 import pandas as pd
@@ -11,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.show.figures.page import page
-from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, style
+from diag.show.figures.lines import line
+from diag.show.figures.page import letter, page
+from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
 
 CONTROL = "random_direction"
-COLOURS = ("blue", "vermillion", "green", "orange", "purple", "sky")
+COLOURS = LINE_COLOURS[:6]
+"""Black is the control's."""
 MARKERS = "os^DvP"
 SCOPES = {"one": "one layer", "first": "first to this layer", "last": "this to last layer"}
 LABELS = {
@@ -65,12 +66,12 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
             caption=f"n = {n} inputs · paired with the untouched model · bands: 95 % bootstrap over inputs",
             extra=0.35,
         )
-        for letter, (effect, scope), ax in zip(string.ascii_lowercase, panels, axes, strict=False):
+        for place, ((effect, scope), ax) in enumerate(zip(panels, axes, strict=True)):
             part = rows[(rows["effect"] == effect) & (rows["scope"] == scope)]
             for number, name in enumerate(names):
                 _line(ax, part, name, number)
-            ax.axhline(_unchanged(effect), color="0.35", linewidth=0.7, zorder=1)
-            ax.set_title(f"({letter}) {SCOPES[scope]}")
+            ax.axhline(_unchanged(effect), color=RULE, linewidth=0.7, zorder=1)
+            ax.set_title(letter(place) + SCOPES[scope])
             ax.set_ylabel(LABELS[effect])
             ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
@@ -110,10 +111,10 @@ def bias_against_effect(
             caption=f"each point a layer · n = {n} inputs · bars: 95 % bootstrap over inputs · "
             "p: random pairings of layers",
         )
-        for letter, name, ax in zip(string.ascii_lowercase, names, axes, strict=False):
+        for place, (name, ax) in enumerate(zip(names, axes, strict=True)):
             given = layers[layers["metric"] == name].set_index("layer")
-            places = [layer for layer in cost.index if layer in given.index]
-            first, second = given.loc[places], cost.loc[places]
+            shown = [layer for layer in cost.index if layer in given.index]
+            first, second = given.loc[shown], cost.loc[shown]
             ax.errorbar(
                 first["mean"],
                 second["mean"],
@@ -124,7 +125,7 @@ def bias_against_effect(
                 markersize=3,
                 elinewidth=0.6,
             )
-            for layer in places:
+            for layer in shown:
                 ax.annotate(
                     str(layer),
                     (first.loc[layer, "mean"], second.loc[layer, "mean"]),
@@ -133,31 +134,25 @@ def bias_against_effect(
                     fontsize=6.5,
                 )
             row = chosen[chosen["predictor"] == name].iloc[0]
-            ax.set_title(f"({letter}) {_said(row)}")
+            ax.set_title(letter(place) + _said(row))
             ax.set_xlabel(PREDICTORS[name])
             ax.set_ylabel(LABELS[effect])
-            ax.axhline(_unchanged(effect), color="0.35", linewidth=0.7, zorder=1)
+            ax.axhline(_unchanged(effect), color=RULE, linewidth=0.7, zorder=1)
     return figure
 
 
 def _line(ax: Axes, part: pd.DataFrame, name: tuple[str, float], number: int) -> None:
     strength = part["strength"].isna() if pd.isna(name[1]) else part["strength"] == name[1]
     curve = part[(part["intervention"] == name[0]) & strength].sort_values("layer")
-    if curve.empty:
-        return
     control = name[0] == CONTROL
-    colour = OKABE_ITO["black"] if control else OKABE_ITO[COLOURS[number % len(COLOURS)]]
-    ax.fill_between(
-        curve["layer"], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
-    )
-    ax.plot(
-        curve["layer"],
-        curve["mean"],
-        color=colour,
-        linestyle="--" if control else "-",
-        marker="" if control else MARKERS[number % len(MARKERS)],
-        markersize=3,
+    line(
+        ax,
+        curve,
         label=_label(*name),
+        colour=OKABE_ITO["black"] if control else COLOURS[number % len(COLOURS)],
+        marker="" if control else MARKERS[number % len(MARKERS)],
+        dashes="--" if control else "-",
+        marks=len(curve),
     )
 
 

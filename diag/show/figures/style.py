@@ -1,11 +1,11 @@
-"""How figures look: the style sheet as a context, the widths of a paper's columns, the colours.
+"""How figures look: the style sheet as a context, the width of a page, every colour, marker and dash.
 
 Everything is set on matplotlib's defaults, so that a reader's own matplotlibrc cannot change a figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,8 @@ STYLE_SHEET = Path(__file__).with_name("attnbias.mplstyle")
 
 PAGE_WIDTH = 6.75
 """Inches: both columns of a paper."""
+
+Colour = str | tuple[float, float, float]
 
 OKABE_ITO = {
     "blue": "#0072B2",
@@ -29,6 +31,26 @@ OKABE_ITO = {
 }
 """Eight colours that readers with colour-blindness tell apart (Okabe and Ito, 2008)."""
 
+LINE_COLOURS = tuple(OKABE_ITO.values())[:7]
+"""Yellow is too pale for a thin line."""
+BESIDE_ORDERED = ("vermillion", "purple", "black")
+"""Names of the colours that the map of `ordered_colours` does not hold."""
+RULE = "0.35"
+"""Grey of thin lines that measure nothing, such as zero."""
+PUBLISHED = "0.45"
+"""Grey of published values of several metrics; where each has its own curve, they take the curve's colour."""
+
+COLOUR_MAPS = {
+    "cosine": "viridis",
+    "signed": "RdBu_r",
+    "weight": "cividis",
+    "value_cosine": "RdBu_r",
+    "times_uniform": "Purples",
+}
+"""What a field of numbers holds -> its map; those of signed numbers are centred on 0."""
+
+MARKERS = "osD^vP*X"
+DASHES = ("-", "--", ":", "-.")
 BAND_OPACITY = 0.18
 
 
@@ -50,3 +72,14 @@ def ordered_colours(count: int) -> list[tuple[float, float, float]]:
     sequence = matplotlib.colormaps["viridis"]
     positions = [0.82 * step / max(count - 1, 1) for step in range(count)]
     return [sequence(position)[:3] for position in positions]
+
+
+def shades_of(sizes: Sequence[float | None]) -> dict[float, tuple[float, float, float]]:
+    """A colour of `ordered_colours` for each size, the largest darkest; none unless every size occurs once.
+
+    None stands for a line without a size, which takes no shade.
+    """
+    known = sorted({size for size in sizes if size is not None}, reverse=True)
+    if len(known) < 2 or len(known) < sum(size is not None for size in sizes):
+        return {}
+    return dict(zip(known, ordered_colours(len(known)), strict=True))

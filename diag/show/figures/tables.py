@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of
+from diag.show.figures.panels import COMPARISON
 
 IDENTITY = ("model", "tower", "tokens")
 LABEL = "label"
@@ -80,6 +81,24 @@ def one_selection(table: pd.DataFrame, figure: str, index: Sequence[str] = ("lay
             "give the table of one run; to put runs side by side, use the comparison figure",
         )
     return table
+
+
+def compared_metrics(parts: Sequence[pd.DataFrame], *, least: int = 1) -> list[str]:
+    """The metrics of a comparison that at least so many parts have.
+
+    Of the two self weights the one that more of them have; the relative one compares 49 and 256 tokens.
+    """
+    having = {metric: sum(not rows_of(part, [metric]).empty for part in parts) for metric in COMPARISON}
+    spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
+    return [metric for metric, count in having.items() if count >= least and metric != spare]
+
+
+def patch_size_of(part: pd.DataFrame) -> float | None:
+    """The patch size of one line; None where it has none, or as `16x8` no place in an order."""
+    if "patch_size" not in part.columns:
+        return None
+    size = pd.to_numeric(part["patch_size"], errors="coerce").iloc[0]
+    return None if pd.isna(size) else float(size)
 
 
 def profile(table: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -10,9 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH
-
-COLOURS = {"value_cosine": "RdBu_r", "times_uniform": "Purples"}
+from diag.show.figures.style import COLOUR_MAPS, OKABE_ITO, PAGE_WIDTH
 
 BAR_LABELS = {
     "value_cosine": "value cosine with the target (its own is 1)",
@@ -48,7 +46,7 @@ def scales(seen: pd.DataFrame) -> dict[str, Normalize]:
 
 def colour_bar(figure: Figure, ax: Axes, quantity: str, norm: Normalize, *, before: str = "") -> None:
     """A horizontal colour bar in `ax`. `before` goes in front of its label."""
-    mappable = ScalarMappable(norm, COLOURS[quantity])
+    mappable = ScalarMappable(norm, COLOUR_MAPS[quantity])
     extend = "max" if quantity == "value_cosine" else "min"
     bar = figure.colorbar(mappable, cax=ax, orientation="horizontal", extend=extend)
     if quantity == "times_uniform":
@@ -62,7 +60,7 @@ def colour_bar(figure: Figure, ax: Axes, quantity: str, norm: Normalize, *, befo
 
 def colours_of(rows: pd.DataFrame, quantity: str, norm: Normalize) -> np.ndarray:
     """The colours of a quantity, `[row, 4]`."""
-    return ScalarMappable(norm, COLOURS[quantity]).to_rgba(rows[quantity].to_numpy(float))
+    return ScalarMappable(norm, COLOUR_MAPS[quantity]).to_rgba(rows[quantity].to_numpy(float))
 
 
 def blank(height: float, title: str, tokens: pd.DataFrame) -> Figure:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from diag.results.files import file_stem
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+from diag.show.figures.alphas import alpha_maps
+from diag.show.figures.compensation import compensation_over_layers
+from diag.show.figures.gain import gain_by_patch
+from diag.show.figures.gain_relation import gain_against_baseline
+from diag.show.figures.training_curves import METRICS, curves_over_steps
+from diag.show.figures.variants import BASELINE, at_patch, patches_of
 
 INSIDE = ("value_similarity", "cos_y_vself", "excess")
 """Metrics whose change by training is drawn."""
@@ -21,13 +25,6 @@ def outcome_figures(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[Figur
     tables: of `diag.studies.train.outcomes`. Figures without rows are left out, so the answer may be empty:
     an unfinished grid has fewer.
     """
-    from diag.show.figures.alphas import alpha_maps
-    from diag.show.figures.compensation import compensation_over_layers
-    from diag.show.figures.gain import gain_by_patch
-    from diag.show.figures.gain_relation import gain_against_baseline
-    from diag.show.figures.training_curves import METRICS, curves_over_steps
-    from diag.show.figures.variants import BASELINE, at_patch, patches_of
-
     drawn: dict[str, tuple[Figure, pd.DataFrame]] = {}
     for task in dict.fromkeys(tables["outcomes"]["task"]):
         of = {name: table[table["task"] == task] for name, table in tables.items()}

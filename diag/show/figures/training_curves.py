@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import string
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.show.figures.lines import columns_for, line
-from diag.show.figures.page import page
+from diag.show.figures.lines import line
+from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import style
-from diag.show.figures.variants import legend_below, looks, patch_word, seeds_word
+from diag.show.figures.variants import legend_below, legend_height, patch_word, seeds_word, styles_of
 
 METRICS = {
     "loss": ("Training loss", "nats"),
@@ -37,7 +36,7 @@ def curves_over_steps(curves: pd.DataFrame) -> Figure:
     if not shown:
         raise UserError("there is no curve to draw", f"log or monitor {', '.join(METRICS)}")
     task, patch = str(curves["task"].iloc[0]), float(curves["patch_size"].iloc[0])
-    variants = looks(list(curves["variant"]))
+    variants = styles_of(list(curves["variant"]))
     window = int(curves.loc[curves["metric"] == "loss", "window"].max()) if "loss" in shown else 1
     smooth = f" · loss: means of {window} steps" if window > 1 else ""
     with style():
@@ -47,18 +46,18 @@ def curves_over_steps(curves: pd.DataFrame) -> Figure:
             title="While training" + ("" if math.isnan(patch) else f", {patch_word(patch, task)}"),
             caption=f"{task} · {seeds_word(curves['n'])} · means over layers · bands: smallest to largest "
             f"seed{smooth}",
-            extra=0.15 * math.ceil(len(variants) / 4) + 0.15,
+            extra=legend_height(variants),
             columns=columns_for(len(shown)),
         )
-        for letter, metric, ax in zip(string.ascii_lowercase, shown, axes, strict=False):
+        for place, (metric, ax) in enumerate(zip(shown, axes, strict=True)):
             part = curves[curves["metric"] == metric]
             for name, look in variants.items():
                 ours = part[part["variant"] == name].sort_values("step")
-                curve = ours.rename(columns={"step": "x", "low": "ci_low", "high": "ci_high"})
+                curve = ours.rename(columns={"low": "ci_low", "high": "ci_high"})
                 marker = "" if metric == "loss" else look.marker  # many points, and lines that lie close
-                line(ax, curve, label=name, colour=look.colour, marker=marker, dashes=look.dashes)
+                line(ax, curve, label=name, colour=look.colour, marker=marker, dashes=look.dashes, x="step")
             title, label = METRICS[metric]
-            ax.set_title(f"({letter}) {title}")
+            ax.set_title(letter(place) + title)
             ax.set_ylabel(label)
             ax.set_xlabel("step")
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from diag.show.figures.style import OKABE_ITO
+from diag.show.figures.style import OKABE_ITO, RULE
 
 BASELINE = "sa"
 CONTROL = "random_direction"
@@ -21,11 +22,12 @@ MARKERS = "s^vPX"
 Dashes = Literal["-", "--", ":", "-."]
 DASHES: tuple[Dashes, ...] = ("-", ":", "-.")
 CONTROL_DASHES: tuple[Dashes, ...] = ("--", ":")
+LEGEND_COLUMNS = 4
 UNITS = {"accuracy": "accuracy, points", "loss": "loss, nats"}
 
 
 @dataclass(frozen=True)
-class Look:
+class VariantStyle:
     """Colour, marker and dash of a variant."""
 
     colour: str
@@ -33,21 +35,23 @@ class Look:
     dashes: Dashes
 
 
-def looks(variants: Sequence[str]) -> dict[str, Look]:
-    """A look for each variant: the baseline blue, controls black and broken, others in their order."""
-    found: dict[str, Look] = {}
+def styles_of(variants: Sequence[str]) -> dict[str, VariantStyle]:
+    """A style for each variant: the baseline blue, controls black and broken, others in their order."""
+    found: dict[str, VariantStyle] = {}
     others = controls = 0
     for name in dict.fromkeys(variants):
         base = name.partition(":")[0].partition("=")[0]
         if base == BASELINE:
-            found[name] = Look(OKABE_ITO["blue"], "o", "-")
+            found[name] = VariantStyle(OKABE_ITO["blue"], "o", "-")
         elif base == CONTROL:
-            found[name] = Look(OKABE_ITO["black"], "dH8p"[controls % 4], CONTROL_DASHES[controls % 2])
+            dashes = CONTROL_DASHES[controls % 2]
+            found[name] = VariantStyle(OKABE_ITO["black"], "dH8p"[controls % 4], dashes)
             controls += 1
         else:
             turn, place = divmod(others, len(COLOURS))
             dashes = DASHES[turn % len(DASHES)]
-            found[name] = Look(OKABE_ITO[COLOURS[place]], MARKERS[(place + turn) % len(MARKERS)], dashes)
+            marker = MARKERS[(place + turn) % len(MARKERS)]
+            found[name] = VariantStyle(OKABE_ITO[COLOURS[place]], marker, dashes)
             others += 1
     return found
 
@@ -76,10 +80,15 @@ def seeds_word(counts: pd.Series) -> str:
 
 def zero_line(ax: Axes) -> None:
     """Where nothing differs."""
-    ax.axhline(0, color="0.35", linewidth=0.7, zorder=1)
+    ax.axhline(0, color=RULE, linewidth=0.7, zorder=1)
 
 
-def legend_below(figure: Figure, shown: dict[str, Look], *, lines: bool = True) -> None:
+def legend_height(shown: Mapping[str, VariantStyle]) -> float:
+    """Inches that `legend_below` takes."""
+    return 0.15 * math.ceil(len(shown) / LEGEND_COLUMNS) + 0.15
+
+
+def legend_below(figure: Figure, shown: Mapping[str, VariantStyle], *, lines: bool = True) -> None:
     """One legend of the variants under all panels; its entries do not depend on what a panel lacks."""
     handles = [
         Line2D(
@@ -93,4 +102,4 @@ def legend_below(figure: Figure, shown: dict[str, Look], *, lines: bool = True) 
         )
         for name, look in shown.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND_COLUMNS))

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from diag.metrics.catalogue import MEANINGS, Meaning
-from diag.show.report.content import Cell
-from diag.show.report.folders import Attended, Picture
+from diag.show.report.content import NO_NUMBER, NumberCell
+from diag.show.report.folders import AttendFolder, Picture
 from diag.show.report.maps import number
 
 SPLIT = (
@@ -26,23 +26,23 @@ SPLIT = (
 
 
 @dataclass(frozen=True)
-class Look:
+class AttendSection:
     """One token of one input. pictures: with alternative texts. rows: (model, layer, head, cells)."""
 
     name: str
     title: str
     pictures: tuple[tuple[Picture, str], ...]
     metrics: tuple[tuple[str, Meaning], ...]
-    rows: tuple[tuple[str, str, str, tuple[Cell, ...]], ...]
+    rows: tuple[tuple[str, str, str, tuple[NumberCell, ...]], ...]
     failures: tuple[tuple[str, str], ...]
 
 
-def look(attended: Attended) -> Look:
+def section_of(attended: AttendFolder) -> AttendSection:
     """An attend folder as the page shows it; what the folder does not say is left out."""
     manifest, numbers = attended.manifest, attended.decomposition
     title, said = _title(manifest), _found(numbers)
     shown = [metric for metric in SPLIT if metric in numbers]
-    return Look(
+    return AttendSection(
         name=attended.name,
         title=title,
         pictures=tuple(
@@ -92,9 +92,9 @@ def _found(numbers: pd.DataFrame) -> list[str]:
     ]
 
 
-def _row(row: Mapping[Any, Any], shown: Sequence[str]) -> tuple[str, str, str, tuple[Cell, ...]]:
+def _row(row: Mapping[Any, Any], shown: Sequence[str]) -> tuple[str, str, str, tuple[NumberCell, ...]]:
     cells = [
-        Cell(None, "–", "") if pd.isna(row[name]) else Cell(float(row[name]), number(float(row[name])), "")
+        NO_NUMBER if pd.isna(row[name]) else NumberCell(float(row[name]), number(float(row[name])), "")
         for name in shown
     ]
     return str(row.get("model", "")), str(row.get("layer", "")), str(row.get("head", "")), tuple(cells)

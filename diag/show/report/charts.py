@@ -34,11 +34,11 @@ MARKS = 16
 
 
 @dataclass(frozen=True)
-class Curve:
+class ChartLine:
     """One line to draw.
 
     points: columns x (what the axis shows), layer, mean, ci_low, ci_high, sorted by x; NaN interval: no band.
-    colour: name of a CSS variable. said: how tooltips call a point, such as `layer 5`; by default its layer.
+    colour: name of a CSS variable. Without a marker, one of `LONE` marks the only point of a line.
     """
 
     label: str
@@ -49,7 +49,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnLine:
     """A curve as SVG: paths, marker places, and its look."""
 
     label: str
@@ -75,11 +75,11 @@ class Chart:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     rule: float | None
-    curves: tuple[Drawn, ...]
+    curves: tuple[DrawnLine, ...]
     data: dict[str, Any]
 
 
-def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
+def limits_of(curves: Sequence[ChartLine]) -> tuple[float, float]:
     """From the lowest to the highest mean or interval, zero included, with a margin."""
     numbers = pd.concat([curve.points[["mean", "ci_low", "ci_high"]] for curve in curves])
     low, high = min(float(numbers.min().min()), 0.0), max(float(numbers.max().max()), 0.0)
@@ -89,7 +89,7 @@ def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
 
 def chart(
     name: str,
-    curves: Sequence[Curve],
+    curves: Sequence[ChartLine],
     *,
     title: str,
     hint: str,
@@ -140,7 +140,7 @@ def _named(ticks: Sequence[float]) -> list[tuple[float, str]]:
     return [(tick, f"{tick:.{decimals}f}".replace("-", "−")) for tick in (t + 0.0 for t in ticks)]
 
 
-def _drawn(curve: Curve, across: Any, up: Any) -> Drawn:
+def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
     points = curve.points
     xs = [f"{across(x):.1f}" for x in points["x"]]
     ys, lows, highs = ([f"{up(y):.1f}" for y in points[name]] for name in ("mean", "ci_low", "ci_high"))
@@ -157,7 +157,7 @@ def _drawn(curve: Curve, across: Any, up: Any) -> Drawn:
     )
     step = math.ceil(len(points) / MARKS)
     outline = curve.marker or (LONE[curve.dashes] if alone else "")
-    return Drawn(
+    return DrawnLine(
         label=curve.label,
         colour=curve.colour,
         dash=DASHES[curve.dashes],
@@ -171,7 +171,7 @@ def _drawn(curve: Curve, across: Any, up: Any) -> Drawn:
     )
 
 
-def _read(curve: Curve, across: Any, up: Any) -> dict[str, Any]:
+def _read(curve: ChartLine, across: Any, up: Any) -> dict[str, Any]:
     """Positions and numbers of a curve for tooltips; `null` where there is no interval."""
     points = curve.points
     return {
@@ -187,12 +187,12 @@ def _read(curve: Curve, across: Any, up: Any) -> dict[str, Any]:
     }
 
 
-def _described(curves: Sequence[Curve]) -> str:
+def _described(curves: Sequence[ChartLine]) -> str:
     """The chart for those who do not see it: where each line begins, turns and ends."""
     return " ".join(_trend(curve) for curve in curves)
 
 
-def _trend(curve: Curve) -> str:
+def _trend(curve: ChartLine) -> str:
     points = curve.points.reset_index(drop=True)
     first, last = points.iloc[0], points.iloc[-1]
     if len(points) == 1:

@@ -12,10 +12,11 @@ import pandas as pd
 from diag.metrics.catalogue import Meaning
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
-from diag.results.files import file_stem
+from diag.results.files import file_stem, free_stem
 from diag.show.figures.panels import COMPARISON, CURVES, Panel
-from diag.show.figures.tables import check_columns, profile, rows_of, span
-from diag.show.report.charts import Chart, Curve, chart, limits_of
+from diag.show.figures.style import DASHES
+from diag.show.figures.tables import check_columns, compared_metrics, patch_size_of, profile, rows_of, span
+from diag.show.report.charts import Chart, ChartLine, chart, limits_of
 from diag.show.report.glossary import grouped, meaning
 from diag.show.report.maps import Map, head_maps, number
 from diag.show.report.palette import compared_colours
@@ -40,14 +41,14 @@ HINTS = {
 """Title of a panel -> how to read it."""
 
 COMPARED_MARKERS = "osD^vPX"
-COMPARED_DASHES = ("-", "--", ":", "-.")
+"""Those of figures that are drawn on a page as well."""
 
 GLANCE = ("cos_y_vself", "self_part", "context_part", "cos_y_vpartner", "cos_y_vuniform", "excess")
 """Columns of the table that puts every line into one row."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class NumberCell:
     """A number in a table: for sorting, for reading, and its interval (or `""`)."""
 
     value: float | None
@@ -55,18 +56,21 @@ class Cell:
     interval: str
 
 
+NO_NUMBER = NumberCell(None, "–", "")
+
+
 @dataclass(frozen=True)
-class Table:
+class NumberTable:
     """A table of numbers: rows are `(name, tooltip, cells)`, columns metrics."""
 
     name: str
     title: str
     metrics: tuple[tuple[str, Meaning], ...]
-    rows: tuple[tuple[str, str, tuple[Cell, ...]], ...]
+    rows: tuple[tuple[str, str, tuple[NumberCell, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Line:
+class ReportLine:
     """One line of the collection. facts: what explains its numbers. heads: for the view of one head."""
 
     label: str
@@ -76,7 +80,7 @@ class Line:
     facts: tuple[tuple[str, str], ...]
     sentences: tuple[str, ...]
     charts: tuple[Chart, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[NumberTable, ...]
     maps: tuple[Map, ...]
     heads: Mapping[str, Any]
 
@@ -87,19 +91,19 @@ class Compared:
 
     chart: Chart
     metric: str
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    rows: tuple[tuple[str, tuple[NumberCell, ...]], ...]
 
 
-def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> list[Line]:
+def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> list[ReportLine]:
     """Every line with all that the page shows of it. sentences: label -> its summary in words."""
     layers, heads = check_columns(collection.layers), check_columns(collection.heads, ["head"])
     taken: set[str] = set()
     found = []
     for place, label in enumerate(collection.labels):
-        slug = _free(file_stem(label), taken)
+        slug = free_stem(file_stem(label) or "line", taken)
         rows, of_heads = layers[layers["label"] == label], heads[heads["label"] == label]
         found.append(
-            Line(
+            ReportLine(
                 label=label,
                 slug=slug,
                 colour=f"line-{place}",
@@ -136,21 +140,21 @@ def facts_of(rows: pd.DataFrame, heads: pd.DataFrame) -> tuple[tuple[str, str], 
     return tuple((term, value) for term, value in found.items() if value)
 
 
-def comparison(lines: Sequence[Line], collection: Collection) -> list[Compared]:
+def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[Compared]:
     """Charts over relative depth with one line each; none where there is only one line."""
     if len(lines) < 2:
         return []
     layers = check_columns(collection.layers)
     parts = [layers[layers["label"] == line.label] for line in lines]
     found = []
-    for metric in _compared_metrics(parts):
+    for metric in compared_metrics(parts, least=2):
         title, y_label = COMPARISON[metric]
         curves = [
-            Curve(
+            ChartLine(
                 line.label,
                 _points(part, metric, relative=True),
                 line.colour,
-                COMPARED_DASHES[place // len(COMPARED_MARKERS) % len(COMPARED_DASHES)],
+                DASHES[place // len(COMPARED_MARKERS) % len(DASHES)],
                 COMPARED_MARKERS[place % len(COMPARED_MARKERS)],
             )
             for place, (line, part) in enumerate(zip(lines, parts, strict=True))
@@ -170,7 +174,7 @@ def comparison(lines: Sequence[Line], collection: Collection) -> list[Compared]:
     return found
 
 
-def glance(lines: Sequence[Line], collection: Collection) -> Table | None:
+def glance(lines: Sequence[ReportLine], collection: Collection) -> NumberTable | None:
     """One row per line: means over layers, with 95 % bootstrap intervals over inputs."""
     samples = collection.samples
     metrics = [metric for metric in GLANCE if (samples["metric"] == metric).any()]
@@ -184,17 +188,13 @@ def glance(lines: Sequence[Line], collection: Collection) -> Table | None:
         cells = [_cell(row) for _, row in summary(wide.to_numpy(dtype=float), seed=0).iterrows()]
         rows.append((line.label, "", tuple(cells)))
     columns = tuple((metric, meaning(metric)) for metric in metrics)
-    return Table("glance", "Means over layers", columns, tuple(rows))
+    return NumberTable("glance", "Means over layers", columns, tuple(rows))
 
 
 def colours_of(collection: Collection) -> list[str]:
     """The colour of every line, in the order of the labels."""
-    sizes: list[float | None] = []
-    for label in collection.labels:
-        part = collection.layers[collection.layers["label"] == label]
-        size = pd.to_numeric(part["patch_size"], errors="coerce").iloc[0] if "patch_size" in part else np.nan
-        sizes.append(None if pd.isna(size) else float(size))
-    return compared_colours(sizes)
+    layers = collection.layers
+    return compared_colours([patch_size_of(layers[layers["label"] == label]) for label in collection.labels])
 
 
 def packed_heads(heads: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
@@ -249,9 +249,9 @@ def _panels(rows: pd.DataFrame, slug: str) -> list[Chart]:
     ]
 
 
-def _curves(panel: Panel, rows: pd.DataFrame) -> list[Curve]:
+def _curves(panel: Panel, rows: pd.DataFrame) -> list[ChartLine]:
     return [
-        Curve(line.label, _points(rows, line.metric), line.colour, line.dashes, line.marker)
+        ChartLine(line.label, _points(rows, line.metric), line.colour, line.dashes, line.marker)
         for line in panel.lines
         if not rows_of(rows, [line.metric]).empty
     ]
@@ -265,14 +265,14 @@ def _points(rows: pd.DataFrame, metric: str, *, relative: bool = False) -> pd.Da
     return points.assign(x=points["layer"] / max(last, 1.0) if relative else points["layer"])
 
 
-def _tables(rows: pd.DataFrame, slug: str) -> list[Table]:
+def _tables(rows: pd.DataFrame, slug: str) -> list[NumberTable]:
     modules = dict(zip(rows["layer"], rows["module"], strict=True)) if "module" in rows else {}
     found = []
     for title, metrics in grouped(rows["metric"]).items():
         cells = {metric: _by_layer(rows, metric) for metric in metrics}
         layers = sorted(int(layer) for layer in rows["layer"].unique())
         found.append(
-            Table(
+            NumberTable(
                 f"table-{slug}-{file_stem(title).lower()}",
                 title,
                 tuple((metric, meaning(metric)) for metric in metrics),
@@ -280,7 +280,7 @@ def _tables(rows: pd.DataFrame, slug: str) -> list[Table]:
                     (
                         str(layer),
                         str(modules.get(layer, "")),
-                        tuple(cells[metric].get(layer, Cell(None, "–", "")) for metric in metrics),
+                        tuple(cells[metric].get(layer, NO_NUMBER) for metric in metrics),
                     )
                     for layer in layers
                 ),
@@ -289,31 +289,25 @@ def _tables(rows: pd.DataFrame, slug: str) -> list[Table]:
     return found
 
 
-def _by_layer(rows: pd.DataFrame, metric: str) -> dict[int, Cell]:
+def _by_layer(rows: pd.DataFrame, metric: str) -> dict[int, NumberCell]:
     return {int(row["layer"]): _cell(row) for _, row in profile(rows, metric).iterrows()}
 
 
-def _cell(row: pd.Series) -> Cell:
+def _cell(row: pd.Series) -> NumberCell:
     """A mean with its interval; `mean`, `ci_low`, `ci_high`."""
     if not np.isfinite(row["mean"]):
-        return Cell(None, "–", "")
+        return NO_NUMBER
     known = np.isfinite(row["ci_low"]) and np.isfinite(row["ci_high"])
     interval = f"{number(row['ci_low'])} to {number(row['ci_high'])}" if known else ""
-    return Cell(round(float(row["mean"]), 6), number(row["mean"]), interval)
+    return NumberCell(round(float(row["mean"]), 6), number(row["mean"]), interval)
 
 
-def _compared_metrics(parts: Sequence[pd.DataFrame]) -> list[str]:
-    """Metrics that two lines at least have; of the two self weights the one that more have."""
-    having = {metric: sum(not rows_of(part, [metric]).empty for part in parts) for metric in COMPARISON}
-    spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
-    return [metric for metric, count in having.items() if count > 1 and metric != spare]
-
-
-def _side_by_side(parts: Sequence[pd.DataFrame], metric: str) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+def _side_by_side(
+    parts: Sequence[pd.DataFrame], metric: str
+) -> tuple[tuple[str, tuple[NumberCell, ...]], ...]:
     columns = [_by_layer(part, metric) for part in parts]
     layers = sorted({layer for column in columns for layer in column})
-    none = Cell(None, "–", "")
-    return tuple((str(layer), tuple(column.get(layer, none) for column in columns)) for layer in layers)
+    return tuple((str(layer), tuple(column.get(layer, NO_NUMBER) for column in columns)) for layer in layers)
 
 
 def _agreed(rows: pd.DataFrame, column: str) -> str:
@@ -323,11 +317,3 @@ def _agreed(rows: pd.DataFrame, column: str) -> str:
     found = list(dict.fromkeys(rows[column].dropna()))
     said = [f"{value:g}" if isinstance(value, float) else str(value) for value in found]
     return ", ".join(said)
-
-
-def _free(stem: str, taken: set[str]) -> str:
-    free, place = stem or "line", 2
-    while free.lower() in taken:
-        free, place = f"{stem or 'line'}-{place}", place + 1
-    taken.add(free.lower())
-    return free

@@ -31,7 +31,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttendFolder:
     """One attend folder. decomposition: how the outputs split; tokens: most attended first. May be empty."""
 
     name: str
@@ -49,7 +49,7 @@ def is_attend(folder: Path) -> bool:
         return False
 
 
-def read_attended(folders: Iterable[Path]) -> tuple[list[Attended], dict[str, str]]:
+def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str, str]]:
     """Attend folders, and those that could not be read with the reason."""
     found: list[tuple[Path, Mapping[str, Any], pd.DataFrame, pd.DataFrame, list[Path]]] = []
     problems: dict[str, str] = {}
@@ -67,7 +67,7 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[Attended], dict[str, st
         found.append((folder, manifest, decomposition, tokens, pictures))
     small = sum(path.stat().st_size for *_, paths in found for path in paths) > PICTURE_BYTES
     attended = [
-        Attended(folder.resolve().name, manifest, _pictures(paths, small), decomposition, tokens)
+        AttendFolder(folder.resolve().name, manifest, _pictures(paths, small), decomposition, tokens)
         for folder, manifest, decomposition, tokens, paths in found
     ]
     return attended, problems

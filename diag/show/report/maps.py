@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
-from diag.show.figures.heatmaps import COLOURS, colour_range, field_of
+from diag.show.figures.heatmaps import colour_range, extent_of, field_of
 from diag.show.figures.panels import HEAD_MAPS, HeadMap
+from diag.show.figures.style import COLOUR_MAPS
 from diag.show.figures.tables import rows_of
 
 WIDTH = 380
@@ -55,8 +56,7 @@ def head_maps(heads: pd.DataFrame, name: str) -> list[Map]:
     if rows.empty:
         return []
     shown = [head_map for head_map in HEAD_MAPS if (rows["metric"] == head_map.metric).any()]
-    first, last = int(rows["layer"].min()), int(rows["layer"].max())
-    shape = last - first + 1, int(rows["head"].max()) + 1
+    first, shape = extent_of(rows)
     fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in shown}
     found = []
     for head_map in shown:
@@ -70,7 +70,7 @@ def _map(name: str, head_map: HeadMap, field: np.ndarray, first: int, limits: tu
     layers, heads = field.shape
     wide = (WIDTH - LEFT - RIGHT) / heads
     high = float(np.clip(wide, min(7.0, MOST_HIGH / layers), min(22.0, MOST_HIGH / layers)))
-    colours = matplotlib.colormaps[COLOURS[head_map.scale]]
+    colours = matplotlib.colormaps[COLOUR_MAPS[head_map.scale]]
     level = np.clip((field - limits[0]) / (limits[1] - limits[0]) * SHADES, 0, SHADES - 1)
     paths: dict[int, list[str]] = {}
     for row, column in zip(*np.nonzero(~np.isnan(field)), strict=True):

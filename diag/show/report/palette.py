@@ -7,7 +7,7 @@ from itertools import cycle
 
 from matplotlib.colors import to_hex, to_rgb
 
-from diag.show.figures.style import OKABE_ITO, ordered_colours
+from diag.show.figures.style import BESIDE_ORDERED, OKABE_ITO, shades_of
 
 PAPER = {"light": "#ffffff", "dark": "#1b1c1f"}
 """What charts are drawn on, by colour scheme."""
@@ -18,10 +18,6 @@ on dark, 3 is there but dim."""
 
 COMPARED = ("blue", "vermillion", "green", "purple", "orange", "sky", "black")
 """Okabe-Ito colours of compared lines, the well visible ones first; yellow is too pale for a thin line."""
-
-
-BESIDE_ORDERED = ("vermillion", "purple", "black")
-"""Those that the map of ordered sizes does not hold."""
 
 
 def luminance(colour: str) -> float:
@@ -53,10 +49,8 @@ def compared_colours(patch_sizes: Sequence[float | None]) -> list[str]:
     """One colour per line, as in the figures: dark to light from coarse to fine where every patch size
     occurs once, Okabe-Ito's for all others.
     """
-    known = sorted({size for size in patch_sizes if size is not None}, reverse=True)
-    ordered = len(known) > 1 and len(known) == sum(size is not None for size in patch_sizes)
-    shades = dict(zip(known, map(to_hex, ordered_colours(len(known))), strict=True)) if ordered else {}
-    others = cycle(BESIDE_ORDERED if ordered else COMPARED)
+    shades = {size: to_hex(shade) for size, shade in shades_of(patch_sizes).items()}
+    others = cycle(BESIDE_ORDERED if shades else COMPARED)
     return [shades[size] if size in shades else OKABE_ITO[next(others)] for size in patch_sizes]
 
 

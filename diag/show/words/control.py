@@ -1,4 +1,4 @@
-"""Whether lines are a controlled comparison: what differs between them, and what may."""
+"""Whether lines are a controlled comparison: the series that holds them, what differs, and what may."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from diag.models.names.series import listing
 from diag.results.collect import Collection
 from diag.show.words.phrases import listed
 
@@ -23,9 +24,23 @@ CONDITIONS = {
 }
 """What no series varies: how and on what was measured."""
 
-
 SIZES = r",(?:img_size|patch_size)=[^,]*"
 """Arguments of a name that fit weights to another size: the hash changes, the checkpoint does not."""
+
+
+def series_control(collection: Collection) -> str | None:
+    """What is controlled in the first series that holds all models; None: no such series, or one model."""
+    models = [
+        {str(entry["given"]), str(entry.get("resolved", entry["given"]))}
+        for manifest in collection.manifests.values()
+        for entry in manifest.get("models", ())
+    ]
+    if len({frozenset(names) for names in models}) < 2:
+        return None
+    for series in listing():
+        if all(names & set(series["members"]) for names in models):
+            return str(series["control"])
+    return None
 
 
 def control_sentence(collection: Collection, control: str | None) -> Iterator[str]:
@@ -135,20 +150,3 @@ def architecture(resolved: str) -> str:
         name = name.split("/")[0].split(".")[0]  # the rest names weights
     name = re.sub(r"(?<=patch)\d+|(?<=-p)\d+$", "", name)
     return re.sub(r"(?<=^ViT-[BSLHg])-\d+|[_-]\d{3,4}(?=[_-]|$)", "", name)
-
-
-def series_control(collection: Collection) -> str | None:
-    """What is controlled in the first series that holds all models; None: no such series, or one model."""
-    from diag.models.names.series import listing
-
-    models = [
-        {str(entry["given"]), str(entry.get("resolved", entry["given"]))}
-        for manifest in collection.manifests.values()
-        for entry in manifest.get("models", ())
-    ]
-    if len({frozenset(names) for names in models}) < 2:
-        return None
-    for series in listing():
-        if all(names & set(series["members"]) for names in models):
-            return str(series["control"])
-    return None

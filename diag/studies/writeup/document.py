@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,10 @@ def read_document(file: Path) -> Document:
         raise UserError(
             f"cannot read plan '{file}': {reason}", "give a YAML file, such as configs/demo.yaml"
         ) from error
-    loader = yaml.SafeLoader(text)
-    lines: dict[Place, int] = {}
+    loader = _Loader(text, file)
     try:
         node = loader.get_single_node()
-        data = None if node is None else _value(loader, node, (), lines, file)
+        data = None if node is None else loader.value(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
@@ -65,40 +64,41 @@ def read_document(file: Path) -> Document:
         raise UserError(f"{file}: not YAML ({error})", "give a YAML file") from error
     finally:
         loader.dispose()
-    return Document(file, data, lines)
+    return Document(file, data, loader.lines)
 
 
-def _value(
-    loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[Place, int], file: Path
-) -> Any:
-    lines.setdefault(place, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        _refuse_repeated(node, file)
-        loader.flatten_mapping(node)  # `<<: *anchor`
-        return dict(_pairs(loader, node, place, lines, file))
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _value(loader, entry, (*place, number), lines, file) for number, entry in enumerate(node.value)
-        ]
-    return loader.construct_object(node)
+class _Loader(yaml.SafeLoader):
+    """Notes the line of every place as it makes values of nodes; refuses a key that is given twice."""
 
+    def __init__(self, text: str, file: Path) -> None:
+        super().__init__(text)
+        self.file = file
+        self.lines: dict[Place, int] = {}
 
-def _pairs(
-    loader: yaml.SafeLoader, node: yaml.MappingNode, place: Place, lines: dict[Place, int], file: Path
-) -> Iterator[tuple[str, Any]]:
-    for key, value in node.value:
-        name = str(loader.construct_object(key))
-        lines[(*place, name)] = key.start_mark.line + 1
-        yield name, _value(loader, value, (*place, name), lines, file)
+    def value(self, node: yaml.Node, place: Place = ()) -> Any:
+        """What a node stands for; the keys of mappings as text."""
+        self.lines.setdefault(place, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(entry, (*place, number)) for number, entry in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return self.construct_object(node)
+        self.refuse_repeated(node)
+        self.flatten_mapping(node)  # `<<: *anchor`
+        found = {}
+        for key, value in node.value:
+            name = str(self.construct_object(key))
+            self.lines[(*place, name)] = key.start_mark.line + 1
+            found[name] = self.value(value, (*place, name))
+        return found
 
-
-def _refuse_repeated(node: yaml.MappingNode, file: Path) -> None:
-    """YAML's libraries let the last of two equal keys win, silently."""
-    seen: dict[str, int] = {}
-    for key, _ in node.value:
-        if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-            raise UserError(
-                f"{file}, line {key.start_mark.line + 1}: '{key.value}' is given again",
-                f"it is already on line {seen[key.value]}; leave one out",
-            )
-        seen[key.value] = key.start_mark.line + 1
+    def refuse_repeated(self, node: yaml.MappingNode) -> None:
+        """YAML's libraries let the last of two equal keys win, silently."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise UserError(
+                    f"{self.file}, line {line}: '{key.value}' is given again",
+                    f"it is already on line {seen[key.value]}; leave one out",
+                )
+            seen[key.value] = line

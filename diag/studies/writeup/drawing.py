@@ -14,19 +14,8 @@ from diag.results.files import file_stem
 from diag.show.figures import FIGURES
 from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
+from diag.studies.writeup import schema
 from diag.studies.writeup.material import Material, known_metrics, overlay, points
-from diag.studies.writeup.schema import (
-    Comparison,
-    Curves,
-    Depth,
-    Effect,
-    Entropy,
-    Heads,
-    Lengths,
-    Look,
-    Trained,
-    look_of,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +37,7 @@ LOOKS = {
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnFigure:
     """One figure. stem: of its files. data: the rows behind it. words: caption, where the plan gives none."""
 
     stem: str
@@ -57,7 +46,7 @@ class Drawn:
     words: str
 
 
-def draw(item: Any, stem: str, material: Material) -> list[Drawn]:
+def figures_of(item: Any, stem: str, material: Material) -> list[DrawnFigure]:
     """The figures of one item. Raises UserError where its runs or metrics are not there."""
     return KINDS[type(item)](item, stem, material)
 
@@ -76,43 +65,45 @@ def _per_line(item: Any, table: pd.DataFrame, stem: str) -> list[tuple[str, str,
     return [(file_stem(stem, label), label, rows) for label, rows in parts]
 
 
-def _curves(item: Curves, stem: str, material: Material) -> list[Drawn]:
+def _curves(item: schema.CurvesFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.curves import layer_curves
 
     table = check_columns(material.table(item))
     words = (
         "Alignment bias cos(y, v) with its nulls, its split into self and context part, similarity between "
+        "tokens, and where attention goes, over layers."
     )
-    words += "tokens, and where attention goes, over layers."
     drawn = []
     for name, _, rows in _per_line(item, table, stem):
         known = overlay(rows, item.published)
         figure = layer_curves(rows, known)
-        drawn.append(Drawn(name, figure, _with(known, rows), words + _said_of(known)))
+        drawn.append(DrawnFigure(name, figure, _with(known, rows), words + _said_of(known)))
     return drawn
 
 
-def _heads(item: Heads, stem: str, material: Material) -> list[Drawn]:
+def _heads(item: schema.HeadsFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.heatmaps import head_heatmaps
 
     table = check_columns(material.table(item, "heads"), ["head"])
     words = "Alignment bias, excess over the partner null, self weight and value similarity of every head."
-    return [Drawn(name, head_heatmaps(rows), rows, words) for name, _, rows in _per_line(item, table, stem)]
+    return [
+        DrawnFigure(name, head_heatmaps(rows), rows, words) for name, _, rows in _per_line(item, table, stem)
+    ]
 
 
-def _comparison(item: Comparison, stem: str, material: Material) -> list[Drawn]:
+def _comparison(item: schema.ComparisonFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.curves import model_comparison
 
     rows = rows_of(check_columns(material.table(item)), FIGURES["comparison"].metrics)
     known = overlay(rows, item.published)
     words = (
         "Alignment bias, its excess over the partner null, value similarity and self weight over relative "
+        "depth."
     )
-    words += "depth."
-    return [Drawn(stem, model_comparison(rows, known), _with(known, rows), words + _said_of(known))]
+    return [DrawnFigure(stem, model_comparison(rows, known), _with(known, rows), words + _said_of(known))]
 
 
-def _depth(item: Depth, stem: str, material: Material) -> list[Drawn]:
+def _depth(item: schema.DepthFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.depth import depth_profiles
 
     table = known_metrics(material.table(item), item.metrics, item.probe)
@@ -121,7 +112,7 @@ def _depth(item: Depth, stem: str, material: Material) -> list[Drawn]:
     figure = depth_profiles(rows, known, metrics=item.metrics)
     named = [WORDS.get(name) or name.replace("_", " ") for name in item.metrics]
     words = f"{', '.join(named)} over layers".capitalize() + "; the minimum of the first is ringed."
-    return [Drawn(stem, figure, _with(known, rows), words + _said_of(known))]
+    return [DrawnFigure(stem, figure, _with(known, rows), words + _said_of(known))]
 
 
 def _with(known: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
@@ -136,15 +127,17 @@ def _said_of(known: pd.DataFrame | None) -> str:
     return "" if known is None else " Open points: published values, not measured here."
 
 
-def _entropy(item: Entropy, stem: str, material: Material) -> list[Drawn]:
+def _entropy(item: schema.EntropyFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.entropy import METRICS, entropy_over_depth
 
     rows = known_metrics(check_columns(material.table(item)), METRICS, item.probe)
     words = "Entropy of attention over layers: mean over tokens and heads, 15th percentile over tokens, "
-    return [Drawn(stem, entropy_over_depth(rows), rows, words + "and the bound ln T of uniform attention.")]
+    return [
+        DrawnFigure(stem, entropy_over_depth(rows), rows, words + "and the bound ln T of uniform attention.")
+    ]
 
 
-def _lengths(item: Lengths, stem: str, material: Material) -> list[Drawn]:
+def _lengths(item: schema.LengthsFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.lengths import AXES, against
 
     table = points(
@@ -156,19 +149,19 @@ def _lengths(item: Lengths, stem: str, material: Material) -> list[Drawn]:
     )
     over = "all layers" if item.layers is None else f"layers {', '.join(map(str, item.layers))}"
     words = f"Means over {over} against {AXES[item.against].partition(',')[0]}."
-    return [Drawn(stem, against(table), table, words)]
+    return [DrawnFigure(stem, against(table), table, words)]
 
 
-def _look(item: Look, stem: str, material: Material) -> list[Drawn]:
+def _look(item: schema.AttendFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.attend import draw_attended
 
-    look = look_of(item)
+    look = schema.attend_plan_of(item)
     found = read_look(material.looks[look])
     figure, data = draw_attended(found.tokens, found.decomposition, found.pictures, top=look.top)[item.kind]
-    return [Drawn(stem, figure, data, LOOKS[item.kind])]
+    return [DrawnFigure(stem, figure, data, LOOKS[item.kind])]
 
 
-def _effect(item: Effect, stem: str, material: Material) -> list[Drawn]:
+def _effect(item: schema.EffectFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.scatter import effect
 
     table = published.accuracy()
@@ -176,10 +169,10 @@ def _effect(item: Effect, stem: str, material: Material) -> list[Drawn]:
         "Published values: change in zero-shot ImageNet top-1 with XSA against the baseline's value "
         "similarity, mean over layers. Open: a second training of a model, at the similarity of the first."
     )
-    return [Drawn(stem, effect(table), table, words)]
+    return [DrawnFigure(stem, effect(table), table, words)]
 
 
-def _trained(item: Trained, stem: str, material: Material) -> list[Drawn]:
+def _trained(item: schema.TrainedFigure, stem: str, material: Material) -> list[DrawnFigure]:
     from diag.show.figures.scatter import trained_similarity
 
     if item.probe is None:
@@ -201,7 +194,7 @@ def _trained(item: Trained, stem: str, material: Material) -> list[Drawn]:
                 "one length, one token set",
             )
         words = "Value similarity of baseline and XSA-trained models."
-    return [Drawn(stem, trained_similarity(table), table, f"{words} Dotted: mean over layers.")]
+    return [DrawnFigure(stem, trained_similarity(table), table, f"{words} Dotted: mean over layers.")]
 
 
 def published_pairs() -> pd.DataFrame:
@@ -216,15 +209,15 @@ def published_pairs() -> pd.DataFrame:
     return table.assign(ci_low=float("nan"), ci_high=float("nan"))
 
 
-KINDS: Mapping[type, Callable[[Any, str, Material], list[Drawn]]] = {
-    Curves: _curves,
-    Heads: _heads,
-    Comparison: _comparison,
-    Depth: _depth,
-    Entropy: _entropy,
-    Lengths: _lengths,
-    Look: _look,
-    Effect: _effect,
-    Trained: _trained,
+KINDS: Mapping[type, Callable[[Any, str, Material], list[DrawnFigure]]] = {
+    schema.CurvesFigure: _curves,
+    schema.HeadsFigure: _heads,
+    schema.ComparisonFigure: _comparison,
+    schema.DepthFigure: _depth,
+    schema.EntropyFigure: _entropy,
+    schema.LengthsFigure: _lengths,
+    schema.AttendFigure: _look,
+    schema.EffectFigure: _effect,
+    schema.TrainedFigure: _trained,
 }
 """Kind of figure -> how it is drawn. A new kind is a schema, a function and a line here."""

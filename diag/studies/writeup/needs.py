@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.names import series
 from diag.models.names.arguments import merged, read, split, written
@@ -25,14 +23,22 @@ from diag.show.figures.entropy import METRICS as ENTROPY_METRICS
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.document import Document, Place
-from diag.studies.writeup.schema import Entropy, Look, Plan, Probe, ProfileTable, items_of, look_of
+from diag.studies.writeup.schema import (
+    AttendFigure,
+    EntropyFigure,
+    ProfileTable,
+    WriteupPlan,
+    WriteupProbe,
+    attend_plan_of,
+    items_of,
+)
 
 NEVER_READ = "hf:"
 """Inputs that a dry run only names: they may have to be downloaded."""
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a probe. line: what it is a point of where runs are drawn against what varies."""
 
     probe: str
@@ -55,24 +61,16 @@ class Run:
         return " and ".join(filter(None, (self.plan.images, self.plan.texts))) or "demo"
 
 
-def runs_of(plan: Plan, document: Document) -> dict[str, tuple[Run, ...]]:
+def runs_of(plan: WriteupPlan, document: Document) -> dict[str, tuple[PlannedRun, ...]]:
     """The runs of every probe that a figure or table shows, by probe.
 
-    Raises UserError with the line for an unknown series, values or dtype, or a model that its
-    probe lacks.
+    Raises UserError with the line for an unknown series, or a model that its probe lacks.
     """
     shown = [probe for _, _, item in items_of(plan) if (probe := getattr(item, "probe", None))]
     found = {}
     for name in dict.fromkeys(shown):
         try:
             found[name] = tuple(_runs(name, plan.probes[name]))
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ")
-            place = ("probes", name, *first["loc"])
-            raise document.error(
-                place, f"{first['loc'][0]} {reason}", f"given: {first['input']!r}"
-            ) from error
         except UserError as error:
             raise document.error(("probes", name, "series"), str(error), error.tip) from error
     for place, _, item in items_of(plan):
@@ -88,10 +86,9 @@ def runs_of(plan: Plan, document: Document) -> dict[str, tuple[Run, ...]]:
     return found
 
 
-def _runs(name: str, probe: Probe) -> Iterator[Run]:
+def _runs(name: str, probe: WriteupProbe) -> Iterator[PlannedRun]:
     models: Sequence[str] = probe.models or series.members(probe.series or "")
-    own = {"models", "series", "seq_len", "image_size", "patch_size", "model_args", "intervene"}
-    shared = probe.model_dump(exclude=own)
+    shared = probe.model_dump(exclude={"models", "series", "seq_len", "image_size", "patch_size"})
     shared |= {"model_args": probe.model_args or (), "intervene": probe.intervene or ()}
     for model, image, patch in itertools.product(
         models, probe.image_size or (None,), probe.patch_size or (None,)
@@ -104,15 +101,17 @@ def _runs(name: str, probe: Probe) -> Iterator[Run]:
             full = base + written(merged(read(pairs, model), sizes, model)) if sizes else model
             line = f"series {probe.series}" if probe.series else re.sub(r"@step\d+$", "", base)
             plan = ProbePlan(models=(full,), seq_len=length, **shared)
-            yield Run(name, line, plan)
+            yield PlannedRun(name, line, plan)
 
 
-def looks_of(plan: Plan) -> list[AttendPlan]:
+def looks_of(plan: WriteupPlan) -> list[AttendPlan]:
     """The attend plans of all pictures, each once."""
-    return list(dict.fromkeys(look_of(item) for _, _, item in items_of(plan) if isinstance(item, Look)))
+    return list(
+        dict.fromkeys(attend_plan_of(item) for _, _, item in items_of(plan) if isinstance(item, AttendFigure))
+    )
 
 
-def shows(plan: Plan) -> list[str]:
+def shows(plan: WriteupPlan) -> list[str]:
     """The names of a plan's figures and tables, in order."""
     return [stem for _, stem, _ in items_of(plan)]
 
@@ -132,7 +131,7 @@ class Need:
     state: str
 
 
-def needs_of(plan: Plan, document: Document, root: Path) -> list[Need]:
+def needs_of(plan: WriteupPlan, document: Document, root: Path) -> list[Need]:
     """Everything that a plan needs, with models resolved and inputs looked at, but nothing measured.
 
     Data sets on a hub are only named; their runs are found by their plan.
@@ -147,10 +146,10 @@ def needs_of(plan: Plan, document: Document, root: Path) -> list[Need]:
             except UserError as error:
                 raise document.error(("probes", name), f"probe '{name}': {error}", error.tip) from error
     for place, _, item in items_of(plan):
-        if not isinstance(item, Look):
+        if not isinstance(item, AttendFigure):
             _check_metrics(plan, document, place, item)
             continue
-        look = look_of(item)
+        look = attend_plan_of(item)
         try:
             need = _need_of_look(look, root)
         except UserError as error:
@@ -160,9 +159,9 @@ def needs_of(plan: Plan, document: Document, root: Path) -> list[Need]:
     return found
 
 
-def _check_metrics(plan: Plan, document: Document, place: Place, item: Any) -> None:
+def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: Any) -> None:
     """That metrics are known, and measured by the item's probe. Raises UserError with the line."""
-    named = ENTROPY_METRICS if isinstance(item, Entropy) else getattr(item, "metrics", None) or ()
+    named = ENTROPY_METRICS if isinstance(item, EntropyFigure) else getattr(item, "metrics", None) or ()
     try:
         if isinstance(item, ProfileTable):
             _in_profiles(named)
@@ -193,7 +192,7 @@ def _known(names: Sequence[str] | None) -> None:
     chosen(names, [*METRICS, *RATIOS])
 
 
-def _need_of_run(run: Run, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:
+def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:
     _known(run.plan.metrics)
     (spec,) = specs_of(run.plan)
     sources = [run.plan.images, run.plan.texts]

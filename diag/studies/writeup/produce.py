@@ -30,11 +30,11 @@ from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.captions import caption, look_settings
 from diag.studies.writeup.document import Document
-from diag.studies.writeup.drawing import draw
+from diag.studies.writeup.drawing import figures_of
 from diag.studies.writeup.files import EXTRA, MISSING, NEW, REMOVED, SAME, compare, extra, put
 from diag.studies.writeup.material import Material
-from diag.studies.writeup.needs import Run, looks_of, runs_of
-from diag.studies.writeup.schema import Look, Plan, items_of, look_of, read_plan
+from diag.studies.writeup.needs import PlannedRun, looks_of, runs_of
+from diag.studies.writeup.schema import AttendFigure, WriteupPlan, attend_plan_of, items_of, read_plan
 from diag.studies.writeup.tables import Tabled, table
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Outcome:
 class _Account:
     """What is collected while a plan is carried out."""
 
-    folders: dict[str, dict[Run, Path]] = field(default_factory=dict)
+    folders: dict[str, dict[PlannedRun, Path]] = field(default_factory=dict)
     looks: dict[AttendPlan, Path] = field(default_factory=dict)
     measured: int = 0
     reused: int = 0
@@ -91,7 +91,7 @@ class _Account:
         self.first = self.first or error
 
 
-def read_plans(files: Sequence[Path]) -> list[tuple[Plan, Document]]:
+def read_plans(files: Sequence[Path]) -> list[tuple[WriteupPlan, Document]]:
     """All plans, checked before anything runs. Raises UserError, also where two have one name."""
     stems: dict[str, Path] = {}
     for file in files:
@@ -106,7 +106,7 @@ def read_plans(files: Sequence[Path]) -> list[tuple[Plan, Document]]:
 
 
 def produce(
-    plan: Plan,
+    plan: WriteupPlan,
     document: Document,
     out: Path,
     *,
@@ -154,7 +154,7 @@ def produce(
 
 
 def _material(
-    plan: Plan, document: Document, root: Path, account: _Account, listener: Listener | None
+    plan: WriteupPlan, document: Document, root: Path, account: _Account, listener: Listener | None
 ) -> Material:
     collections: dict[str, Collection] = {}
     lines: dict[str, dict[str, str]] = {}
@@ -178,7 +178,7 @@ def _material(
     return Material(collections, lines, account.looks)
 
 
-def _measure(run: Run, root: Path, account: _Account, listener: Listener | None) -> None:
+def _measure(run: PlannedRun, root: Path, account: _Account, listener: Listener | None) -> None:
     what = f"{run.probe}: {run.words}"
     try:
         there = (folder_of(run.plan, root) / "manifest.json").is_file()
@@ -218,7 +218,7 @@ def _look(look: AttendPlan, root: Path, account: _Account, listener: Listener | 
 
 
 def _draw_all(
-    plan: Plan, material: Material, account: _Account, folder: Path
+    plan: WriteupPlan, material: Material, account: _Account, folder: Path
 ) -> tuple[list[Shown], list[Tabled]]:
     from diag.show.figures.write import save
 
@@ -227,7 +227,7 @@ def _draw_all(
     captions: dict[str, str] = {}
     for (section, _), stem, item in items_of(plan):
         try:
-            if isinstance(item, Look) and look_of(item) not in material.looks:
+            if isinstance(item, AttendFigure) and attend_plan_of(item) not in material.looks:
                 raise UserError("its look at a target is not there", "see what failed above")
             if section == "tables":
                 made = table(item, stem, material)
@@ -238,7 +238,7 @@ def _draw_all(
                 shown.append(Shown(item.kind, stem, TABLE_SUFFIXES))
                 tables.append(made)
                 continue
-            for figure in draw(item, stem, material):
+            for figure in figures_of(item, stem, material):
                 paths = save(figure.figure, figure.data, folder, figure.stem)
                 captions[figure.stem] = _caption(item, figure.words, figure.data, plan, material)
                 shown.append(Shown(item.kind, figure.stem, tuple(path.suffix for path in paths)))
@@ -256,17 +256,17 @@ def _refuse_collisions(shown: Sequence[Shown]) -> None:
         raise UserError(f"two figures would be called '{twice[0]}'", "give one a name: of its own")
 
 
-def _caption(item: Any, words: str, data: pd.DataFrame, plan: Plan, material: Material) -> str:
-    if not isinstance(item, Look):
+def _caption(item: Any, words: str, data: pd.DataFrame, plan: WriteupPlan, material: Material) -> str:
+    if not isinstance(item, AttendFigure):
         measured_rows = data[data["n"].notna()] if "n" in data else pd.DataFrame()
         return caption(item.caption, words, measured_rows, _inputs(item, plan))
-    found = read_look(material.looks[look_of(item)])
+    found = read_look(material.looks[attend_plan_of(item)])
     entries = [{**entry, "input": found.tokens["input"].iloc[0]} for entry in found.models]
     head = str(found.tokens["head"].iloc[0])
     return f"{caption(item.caption, words, pd.DataFrame(), ())} {look_settings(entries, head)}"
 
 
-def _inputs(item: Any, plan: Plan) -> list[str]:
+def _inputs(item: Any, plan: WriteupPlan) -> list[str]:
     """What a figure's runs were given, in words."""
     if getattr(item, "probe", None) is None:
         return []
@@ -276,7 +276,7 @@ def _inputs(item: Any, plan: Plan) -> list[str]:
     return found or ["inputs (demo)"]
 
 
-def _captions(plan: Plan, captions: Mapping[str, str]) -> str:
+def _captions(plan: WriteupPlan, captions: Mapping[str, str]) -> str:
     about = [" ".join(plan.about.split())] if plan.about.strip() else []
     blocks = [f"# {plan.title}", *about, *(f"## {stem}\n\n{text}" for stem, text in captions.items())]
     return "\n\n".join(blocks) + "\n"
@@ -285,7 +285,7 @@ def _captions(plan: Plan, captions: Mapping[str, str]) -> str:
 # --- the resolved plan
 
 
-def _document(plan: Plan, material: Material, account: _Account, drawn: Path) -> dict[str, Any]:
+def _document(plan: WriteupPlan, material: Material, account: _Account, drawn: Path) -> dict[str, Any]:
     """The resolved plan: no times, no absolute paths, so that it is the same wherever it was drawn."""
     shown = [(section, item) for (section, _), _, item in items_of(plan)]
     return {
@@ -310,7 +310,7 @@ def _document(plan: Plan, material: Material, account: _Account, drawn: Path) ->
     }
 
 
-def _resolved(run: Run, folder: Path) -> dict[str, Any]:
+def _resolved(run: PlannedRun, folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     how = HOW | {"save_activations"}
     return {

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.results.files import file_stem
+from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup.document import Document, Place, read_document
 
@@ -49,33 +51,33 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Probe(_Strict):
+UNSAID = ("trust_remote_code", "save_activations", "keep_samples", "exact", "sampled_rows", "workers")
+"""Fields of a probe that a writeup does not let be said: foreign code is trusted on the command line only,
+and no caption tells of the others, how numbers are estimated and kept. A new field may be said."""
+
+
+class WriteupProbe(ProbePlan):
     """Models measured on one set of inputs: a run for every model and value of `seq_len`.
 
     image_size, patch_size: added to every model's name as `img_size=` and `patch_size=`; a list gives a
-    model per value. The rest as on the command line of `attnbias probe`.
+    model per value. The rest as in a probe's plan, but for `UNSAID`; one value stands for a list of one.
     """
 
-    models: Names | None = None
+    models: Names | None = None  # type: ignore[assignment]
     series: str | None = None
-    images: str | None = None
-    texts: str | None = None
-    limit: int = Field(default=64, gt=0)
-    seq_len: Numbers = ()
+    seq_len: Numbers = ()  # type: ignore[assignment]
     image_size: Numbers = ()
     patch_size: Numbers = ()
     metrics: Names | None = None
     layers: Layers | None = None
     tokens: Names | None = None
-    values: str = "as_computed"
-    intervene: Names | None = None
-    checkpoint: Path | None = None
-    model_args: Names | None = None
-    random_init: bool = False
-    dtype: str = "float32"
-    seed: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=8, gt=0)
-    device: str = "auto"
+    intervene: Names | None = None  # type: ignore[assignment]
+    model_args: Names | None = None  # type: ignore[assignment]
+
+    @field_validator(*UNSAID, mode="before")
+    @classmethod
+    def _not_said(cls, given: object) -> object:
+        raise PydanticCustomError("extra_forbidden", "is not for a writeup")
 
 
 class _Shown(_Strict):
@@ -93,27 +95,27 @@ class _OfProbe(_Shown):
     tokens: str | None = None
 
 
-class Curves(_OfProbe):
+class CurvesFigure(_OfProbe):
     """The four panels of every line, a figure each."""
 
     kind: Literal["curves"]
     published: Published = False
 
 
-class Heads(_OfProbe):
+class HeadsFigure(_OfProbe):
     """Layer × head maps of every line, a figure each."""
 
     kind: Literal["heads"]
 
 
-class Comparison(_OfProbe):
+class ComparisonFigure(_OfProbe):
     """All lines beside each other over relative depth."""
 
     kind: Literal["comparison"]
     published: Published = False
 
 
-class Depth(_OfProbe):
+class DepthFigure(_OfProbe):
     """Three curves over depth, a panel per line, with the minimum of the first curve marked."""
 
     kind: Literal["depth"]
@@ -121,13 +123,13 @@ class Depth(_OfProbe):
     published: Published = False
 
 
-class Entropy(_OfProbe):
+class EntropyFigure(_OfProbe):
     """Entropy over depth, a panel per line: mean, 15th percentile and the bound ln T."""
 
     kind: Literal["entropy"]
 
 
-class Lengths(_OfProbe):
+class LengthsFigure(_OfProbe):
     """Metrics, mean over layers, against what varies between the runs of a probe.
 
     layers: only the mean over these.
@@ -139,14 +141,14 @@ class Lengths(_OfProbe):
     layers: Layers | None = None
 
 
-class Look(_Shown):
+class AttendFigure(_Shown):
     """A target and the tokens it attends to. attend: the keys of `attnbias attend`."""
 
     kind: Literal["similarity-map", "most-attended", "strip"]
     attend: dict[str, Any]
 
 
-class Effect(_Shown):
+class EffectFigure(_Shown):
     """Published: value similarity against what XSA changed."""
 
     kind: Literal["effect"]
@@ -160,7 +162,7 @@ class Pair(_Strict):
     trained: str
 
 
-class Trained(_Shown):
+class TrainedFigure(_Shown):
     """Value similarity of baseline and XSA-trained models: the published ones, or pairs of a probe."""
 
     kind: Literal["trained-similarity"]
@@ -197,7 +199,7 @@ class DifferenceTable(_OfProbe):
     quantities: Names | None = None
 
 
-class Reproduction(_OfProbe):
+class ReproductionTable(_OfProbe):
     """Published value, measured value, difference, within or not. reference: a CSV of one's own."""
 
     kind: Literal["reproduction"]
@@ -205,36 +207,45 @@ class Reproduction(_OfProbe):
     reference: Path | None = None
 
 
-class Results(_Shown):
+class ResultsTable(_Shown):
     """Published: accuracy and value similarity without and with XSA."""
 
     kind: Literal["results"]
 
 
-Figure = Annotated[
-    Curves | Heads | Comparison | Depth | Entropy | Lengths | Look | Effect | Trained,
+AnyFigure = Annotated[
+    CurvesFigure
+    | HeadsFigure
+    | ComparisonFigure
+    | DepthFigure
+    | EntropyFigure
+    | LengthsFigure
+    | AttendFigure
+    | EffectFigure
+    | TrainedFigure,
     Field(discriminator="kind"),
 ]
-Table = Annotated[
-    LayerTable | ProfileTable | DifferenceTable | Reproduction | Results, Field(discriminator="kind")
+AnyTable = Annotated[
+    LayerTable | ProfileTable | DifferenceTable | ReproductionTable | ResultsTable,
+    Field(discriminator="kind"),
 ]
 
 
-class Plan(_Strict):
+class WriteupPlan(_Strict):
     """A writeup: what is measured, what is drawn, and what captions say."""
 
     title: str
     about: str = ""
-    probes: dict[str, Probe] = {}
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
+    probes: dict[str, WriteupProbe] = {}
+    figures: tuple[AnyFigure, ...] = ()
+    tables: tuple[AnyTable, ...] = ()
 
 
 PLACEHOLDERS = ("n", "T", "values", "models", "tokens", "inputs")
 """What a caption may have in braces."""
 
 
-def read_plan(file: Path) -> tuple[Plan, Document]:
+def read_plan(file: Path) -> tuple[WriteupPlan, Document]:
     """A plan and the document it is from. Raises UserError with file, line, and what is allowed there."""
     document = read_document(file)
     if not isinstance(document.data, dict):
@@ -242,14 +253,14 @@ def read_plan(file: Path) -> tuple[Plan, Document]:
             f"{file}: a plan is a mapping", "begin with title: and figures:, see configs/demo.yaml"
         )
     try:
-        plan = Plan.model_validate(document.data)
+        plan = WriteupPlan.model_validate(document.data)
     except ValidationError as error:
         raise _refusal(document, error) from error
     _check(plan, document)
     return plan, document
 
 
-def items_of(plan: Plan) -> Iterator[tuple[Place, str, Any]]:
+def items_of(plan: WriteupPlan) -> Iterator[tuple[Place, str, Any]]:
     """Every figure and table: its place in the document, the stem of its files, itself."""
     for section, items in (("figures", plan.figures), ("tables", plan.tables)):
         for number, item in enumerate(items):
@@ -260,12 +271,12 @@ def items_of(plan: Plan) -> Iterator[tuple[Place, str, Any]]:
             )
 
 
-def look_of(item: Look) -> AttendPlan:
+def attend_plan_of(item: AttendFigure) -> AttendPlan:
     """The attend plan of a picture. Raises ValidationError and UserError."""
     return AttendPlan(**item.attend)
 
 
-def _check(plan: Plan, document: Document) -> None:
+def _check(plan: WriteupPlan, document: Document) -> None:
     """What no single field can tell. Raises UserError."""
     if not plan.figures and not plan.tables:
         raise document.error((), "the plan shows nothing", "give figures: or tables:")
@@ -294,7 +305,7 @@ def _check(plan: Plan, document: Document) -> None:
         _check_item(plan, document, place, item)
 
 
-def _check_item(plan: Plan, document: Document, place: Place, item: Any) -> None:
+def _check_item(plan: WriteupPlan, document: Document, place: Place, item: Any) -> None:
     probe = getattr(item, "probe", None)
     if probe is not None and probe not in plan.probes:
         near = did_you_mean(probe, plan.probes) or f"probes are {one_of(plan.probes) or 'none'}"
@@ -307,14 +318,14 @@ def _check_item(plan: Plan, document: Document, place: Place, item: Any) -> None
                 did_you_mean(field, PLACEHOLDERS)
                 or f"it knows {one_of(PLACEHOLDERS)}; write {{{{ for a brace",
             )
-    if isinstance(item, Trained) and (item.probe is None) == bool(item.pairs):
+    if isinstance(item, TrainedFigure) and (item.probe is None) == bool(item.pairs):
         raise document.error(
             place, "pairs: and probe: belong together", "give both, or neither for the published ones"
         )
-    if isinstance(item, Look):
+    if isinstance(item, AttendFigure):
         here = (*place, "attend")
         try:
-            look = look_of(item)
+            look = attend_plan_of(item)
         except ValidationError as error:
             raise _refusal(document, error, here, AttendPlan) from error
         except UserError as error:
@@ -337,7 +348,7 @@ def _placeholders(caption: str | None, document: Document, place: Place) -> list
 
 
 def _refusal(
-    document: Document, error: ValidationError, at: Place = (), model: type[BaseModel] = Plan
+    document: Document, error: ValidationError, at: Place = (), model: type[BaseModel] = WriteupPlan
 ) -> UserError:
     """The first mistake, in words; a mistyped key before the key that it leaves missing."""
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
@@ -351,14 +362,15 @@ def _refusal(
     if first["type"] == "missing":
         return document.error(place[:-1], f"'{last}' is missing", f"give {last}:")
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        known = [*kinds(Figure if "figures" in first["loc"] else Table)]
+        known = [*kinds(AnyFigure if "figures" in first["loc"] else AnyTable)]
         given = str(first.get("ctx", {}).get("tag", ""))
         message = f"unknown kind '{given}'" if given else "'kind' is missing"
         here = (*place, "kind") if given else place
         near = did_you_mean(given, known) if given else None
         return document.error(here, message, near or f"kind: {one_of(known)}")
     name = next((str(step) for step in reversed(document.known(place)) if isinstance(step, str)), last)
-    return document.error(place, f"{name}: {reason[:1].lower()}{reason[1:]}", f"given: {first['input']!r}")
+    said = f" {reason}" if reason.startswith("is ") else f": {reason[:1].lower()}{reason[1:]}"
+    return document.error(place, f"{name}{said}", f"given: {first['input']!r}")
 
 
 def kinds(union: Any) -> Mapping[str, type[BaseModel]]:
@@ -372,9 +384,14 @@ def kinds(union: Any) -> Mapping[str, type[BaseModel]]:
 
 def _allowed(model: type[BaseModel], steps: tuple[str | int, ...]) -> list[str]:
     """The keys that are known at a place of pydantic's."""
-    if model is Plan and steps[:1] == ("probes",):
-        model = Probe
-    elif model is Plan and steps[:1] in (("figures",), ("tables",)):
-        model = kinds(Figure if steps[0] == "figures" else Table)[str(steps[2])]
+    if model is WriteupPlan and steps[:1] == ("probes",):
+        model = WriteupProbe
+    elif model is WriteupPlan and steps[:1] in (("figures",), ("tables",)):
+        model = kinds(AnyFigure if steps[0] == "figures" else AnyTable)[str(steps[2])]
         model = Pair if "pairs" in steps else model
-    return list(model.model_fields)
+    return keys_of(model)
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys that a part of a plan may have."""
+    return [name for name in model.model_fields if model is not WriteupProbe or name not in UNSAID]

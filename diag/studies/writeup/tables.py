@@ -12,7 +12,13 @@ from diag.errors import UserError
 from diag.results import published
 from diag.results.profiles import differences, profiles
 from diag.studies.writeup.material import Material, known_metrics, published_name
-from diag.studies.writeup.schema import DifferenceTable, LayerTable, ProfileTable, Reproduction, Results
+from diag.studies.writeup.schema import (
+    DifferenceTable,
+    LayerTable,
+    ProfileTable,
+    ReproductionTable,
+    ResultsTable,
+)
 
 HEADINGS = {
     "cos_y_vself": "cos(y,v)",
@@ -123,7 +129,7 @@ def _differences(item: DifferenceTable, stem: str, material: Material) -> Tabled
     return Tabled(stem, found, shown, words, _measured(item, material))
 
 
-def _reproduction(item: Reproduction, stem: str, material: Material) -> Tabled:
+def _reproduction(item: ReproductionTable, stem: str, material: Material) -> Tabled:
     layers = material.table(item)
     parts, verdicts = [], []
     for model in dict.fromkeys(layers["model"]):
@@ -166,7 +172,7 @@ def _reproduction(item: Reproduction, stem: str, material: Material) -> Tabled:
     return Tabled(stem, found, shown, words, layers, tuple(verdicts))
 
 
-def _results(item: Results, stem: str, material: Material) -> Tabled:
+def _results(item: ResultsTable, stem: str, material: Material) -> Tabled:
     found = published.accuracy()
     second = found["training_run"] > 1
     shown = pd.DataFrame(
@@ -217,7 +223,7 @@ KINDS: Mapping[type, Callable[[Any, str, Material], Tabled]] = {
     LayerTable: _layers,
     ProfileTable: _profiles,
     DifferenceTable: _differences,
-    Reproduction: _reproduction,
-    Results: _results,
+    ReproductionTable: _reproduction,
+    ResultsTable: _results,
 }
 """Kind of table -> how it is made."""

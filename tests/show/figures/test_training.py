@@ -22,7 +22,7 @@ from diag.show.figures.gain_relation import gain_against_baseline
 from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH
 from diag.show.figures.training import outcome_figures
 from diag.show.figures.training_curves import curves_over_steps
-from diag.show.figures.variants import looks
+from diag.show.figures.variants import styles_of
 from diag.show.figures.write import save
 from diag.studies.train.outcomes import outcome_tables
 
@@ -63,15 +63,15 @@ def of(ax: Axes, group: str) -> list[Line2D]:
 class TestLooks:
     def test_baseline_and_control_are_fixed_and_others_told_apart(self) -> None:
         names = ["xsa", "random_direction:0-2", "sa", "gated_xsa", "gated", "cb", "cb_s", "gated_xsa=sigmoid"]
-        found = looks(names)
+        found = styles_of(names)
         assert found["sa"].colour == OKABE_ITO["blue"]
         assert (found["random_direction:0-2"].colour, found["random_direction:0-2"].dashes) == (
             "#000000",
             "--",
         )
-        found |= looks(["random_direction", *names])
+        found |= styles_of(["random_direction", *names])
         assert len(set(found.values())) == len({*names, "random_direction"})
-        assert looks(["sa", *names])["xsa"] == found["xsa"]
+        assert styles_of(["sa", *names])["xsa"] == found["xsa"]
 
 
 class TestGain:

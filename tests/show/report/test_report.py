@@ -24,7 +24,7 @@ from diag.metrics.catalogue import MEANINGS, RATIOS
 from diag.results.collect import Collection, collect
 from diag.show.figures.style import OKABE_ITO
 from diag.show.report import default_title, page, write_report
-from diag.show.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, chart, limits_of
+from diag.show.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ChartLine, chart, limits_of
 from diag.show.report.content import lines_of, packed_heads
 from diag.show.report.folders import read_attended
 from diag.show.report.glossary import GROUPS, grouped, meaning
@@ -456,7 +456,7 @@ def test_points_lie_where_their_numbers_say() -> None:
     )
     drawn = chart(
         "c",
-        [Curve("a", points.assign(x=points["layer"]), "blue")],
+        [ChartLine("a", points.assign(x=points["layer"]), "blue")],
         title="t",
         hint="",
         y_label="y",
@@ -476,10 +476,10 @@ def test_points_lie_where_their_numbers_say() -> None:
 
 def test_limits_hold_every_interval_and_zero() -> None:
     points = pd.DataFrame({"layer": [0.0], "mean": [0.5], "ci_low": [-0.25], "ci_high": [0.75], "x": [0.0]})
-    low, high = limits_of([Curve("a", points, "blue")])
+    low, high = limits_of([ChartLine("a", points, "blue")])
     assert low == pytest.approx(-0.29)
     assert high == pytest.approx(0.79)
-    assert limits_of([Curve("a", points.assign(ci_low=0.4), "blue")])[0] == 0
+    assert limits_of([ChartLine("a", points.assign(ci_low=0.4), "blue")])[0] == 0
 
 
 def test_maps_fill_each_place_once_and_leave_gaps() -> None:

@@ -322,11 +322,11 @@ class TestDocs:
 
     def test_every_kind_and_table_is_named(self) -> None:
         page = (ROOT / "docs" / "figures.md").read_text()
-        kinds = [kind for union in (schema.Figure, schema.Table) for kind in schema.kinds(union)]
+        kinds = [kind for union in (schema.AnyFigure, schema.AnyTable) for kind in schema.kinds(union)]
         assert len(kinds) == 16
         for kind in kinds:
             assert f"`{kind}`" in page, kind
-        for key in {*schema.Probe.model_fields} - {"trust_remote_code", "random_init"}:
+        for key in {*schema.keys_of(schema.WriteupProbe)} - {"trust_remote_code", "random_init"}:
             assert f"`{key}`" in page or f"`{key}:`" in page, key
         for field in schema.PLACEHOLDERS:
             assert f"`{{{field}}}`" in page, field

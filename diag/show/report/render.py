@@ -1,0 +1,131 @@
+"""The page as text: everything that the template shows, put together from runs and attend folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from diag.results.collect import Collection
+from diag.results.profiles import profiles
+from diag.show.report import content, glossary, provenance
+from diag.show.report.attended import section_of
+from diag.show.report.content import ReportLine
+from diag.show.report.folders import AttendFolder
+from diag.show.report.palette import PAPER, variables
+from diag.show.words import comparison, summary
+from diag.show.words.control import series_control
+from diag.show.words.phrases import listed
+
+GENERATOR = "attnbias"
+"""What the page names as its maker; a file that does not is never overwritten."""
+
+SEED = 0
+"""Of the bootstrap behind the summary."""
+
+
+def page(
+    collection: Collection,
+    attended: Sequence[AttendFolder] = (),
+    *,
+    title: str | None = None,
+    problems: Mapping[str, str] | None = None,
+) -> str:
+    """The page as text."""
+    sentences, compared = words(collection)
+    lines = content.lines_of(collection, sentences)
+    charts = [drawn for line in lines for drawn in line.charts]
+    side_by_side = content.comparison(lines, collection)
+    charts += [found.chart for found in side_by_side]
+    metrics = dict.fromkeys(name for line in lines for table in line.tables for name, _ in table.metrics)
+    looks = [section_of(found) for found in attended]
+    metrics |= dict.fromkeys(name for found in looks for name, _ in found.metrics)
+    manifests = [*collection.manifests.items(), *((found.name, found.manifest) for found in attended)]
+    colours = content.colours_of(collection)
+    first_tokens = collection.layers.get("first_token", ())
+    return _template().render(
+        title=title or default_title(lines),
+        lead=lead(lines),
+        generator=GENERATOR,
+        compared_words=compared,
+        lines=lines,
+        glance=content.glance(lines, collection),
+        comparison=side_by_side,
+        looks=looks,
+        sources=[provenance.source(name, found) for name, found in manifests],
+        problems=problems or {},
+        notes=provenance.notes(collection.layers["values"], first_tokens)
+        if "values" in collection.layers
+        else [],
+        glossary={
+            title: [(name, glossary.meaning(name)) for name in names]
+            for title, names in glossary.grouped(metrics).items()
+        },
+        schemes={scheme: variables(colours, scheme) for scheme in PAPER},
+        paper=PAPER,
+        data=_embedded(
+            {
+                "charts": {drawn.name: drawn.data for drawn in charts},
+                "heads": {line.slug: {"label": line.label, **line.heads} for line in lines if line.heads},
+                "metrics": {name: asdict(glossary.meaning(name)) for name in metrics},
+            }
+        ),
+    )
+
+
+def words(collection: Collection) -> tuple[dict[str, list[str]], list[str]]:
+    """Sentences about every line, by label, and about their differences where there are several."""
+    found = profiles(collection.samples, seed=SEED)
+    sentences = {label: summary(collection, found, label) for label in collection.labels}
+    if len(sentences) == 1:
+        return sentences, []
+    return sentences, comparison(collection, found, control=series_control(collection))
+
+
+def default_title(lines: Sequence[ReportLine]) -> str:
+    """`Attention bias in A, B and C`, or how many models there are where names would be too long a title."""
+    models = list(dict.fromkeys(line.model for line in lines))
+    named = listed(models)
+    return f"Attention bias in {named if len(named) <= 60 else f'{len(models)} models'}"
+
+
+def lead(lines: Sequence[ReportLine]) -> str:
+    """What the page is, in one sentence."""
+    models = list(dict.fromkeys(line.model for line in lines))
+    counts = sorted({dict(line.facts).get("inputs (n)", "") for line in lines})
+    what = models[0] if len(models) == 1 else f"{len(models)} models"
+    more = f" in {len(lines)} ways of measuring" if len(lines) > len(models) else ""
+    n = (
+        f", n = {counts[0]} inputs" + (" each" if len(lines) > 1 else "")
+        if len(counts) == 1 and counts[0]
+        else ""
+    )
+    return (
+        "How much of what attention returns does the token already have? "
+        f"Measured in {what}{more}, layer by layer and head by head{n}."
+    )
+
+
+def _template() -> Any:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _embedded(document: Mapping[str, Any]) -> Any:
+    """JSON that may stand in a `<script>`: no sign in it can end the element or begin another."""
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return markupsafe.Markup(text)
