@@ -21,7 +21,7 @@ from diag.inputs.images import rgb
 from diag.inputs.items import Inputs
 from diag.models.base import Batch, Sample
 from diag.models.hooks.seam import Layer, attention_modules
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.models.weights import refuse_non_finite
 
 DEFAULT_SEQUENCE = 128
@@ -163,6 +163,19 @@ def text_samples(
 
 def _framed(before: Sequence[int], window: np.ndarray, after: Sequence[int]) -> list[int]:
     return [*before, *window.tolist(), *after]
+
+
+def token_text(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> the text of that token alone; a leading space is kept where the tokenizer has one."""
+    pieces = getattr(tokenizer, "convert_ids_to_tokens", None)
+
+    def text_of(index: int) -> str:
+        text = str(tokenizer.decode([index]))
+        # decoding drops the space of a sentence piece that stands alone
+        spaced = pieces and str(pieces(index)).startswith("\N{LOWER ONE EIGHTH BLOCK}")
+        return f" {text}" if spaced and not text.startswith(" ") else text
+
+    return text_of
 
 
 def text_facts(context: int | None, before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:

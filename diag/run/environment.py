@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "transformer-lens", "numpy", "pandas")
+from diag.models.families import all_families
+
+PACKAGES = ("torch", *(name for family in all_families() for name in family.packages), "numpy", "pandas")
 
 
 def version() -> str:

@@ -18,7 +18,7 @@ from diag.errors import UserError
 from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower
 from diag.models.loading import image_samples, layers_of, vocabulary_digest
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
 
 PROMPT = "prompt"
