@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean
 from diag.models.base import Model, Tower
-from diag.models.family import Family, Row
-from diag.models.loading import layers_of, ready, text_encoder, text_facts, text_samples
+from diag.models.family import Family, Listed
+from diag.models.feeding import text_encoder, text_facts, text_samples
+from diag.models.loading import layers_of, ready
 from diag.models.names.spec import ModelSpec
 
 NAMES = ("tiny~1", "tiny~2")
@@ -61,7 +62,7 @@ FAMILY = Family(
     named=named,
     claims=lambda spec: spec.name in NAMES,
     names=lambda: NAMES,
-    row=lambda name: Row(name, f"made:{name}", f"text, {CONTEXT}"),
+    row=lambda name: Listed(name, f"made:{name}", f"text, {CONTEXT}"),
     architecture=lambda name: name.partition("~")[0],
     packages=("pytest",),
 )

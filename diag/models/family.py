@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diag.models.names.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from diag.models.base import Model
 
 LIST_TIP = "'attnbias models' lists short names, 'attnbias models QUERY' searches every name"
@@ -22,7 +25,7 @@ SPREAD = "spread"
 
 
 @dataclass(frozen=True)
-class Row:
+class Listed:
     """What `attnbias models` says about one name.
 
     name: as it is typed. tokens: what one input becomes. Empty where nothing is known.
@@ -53,6 +56,7 @@ class Family:
     in_folder: the name of the model that a folder holds; None for a folder of another family. The second
         argument is the folder as it was typed.
     fallback: it claims whatever may be a name, or a folder, so it is asked after all others.
+    form: how one of its names is typed, where not all of them are listed.
     names: every name that is known without asking a network, as it is typed.
     row: what is known of one of these. always_listed: they are few, and listed where nothing is searched for.
     architecture: a name without what tells weights apart.
@@ -68,8 +72,9 @@ class Family:
     claims: Callable[[ModelSpec], bool] = lambda spec: False
     in_folder: Callable[[Path, str], str | None] = lambda folder, given: None
     fallback: bool = False
+    form: str = ""
     names: Callable[[], Sequence[str]] = tuple
-    row: Callable[[str], Row] = lambda name: Row(name, name)
+    row: Callable[[str], Listed] = lambda name: Listed(name, name)
     always_listed: bool = False
     architecture: Callable[[str], str] = lambda name: name
     folders: bool = False
@@ -77,3 +82,13 @@ class Family:
     tagged: bool = False
     spreads: bool = False
     packages: tuple[str, ...] = ()
+
+
+def loaded_by(module: str) -> Callable[..., Model]:
+    """The `load` of a module that is imported with the first model, as it brings the library."""
+
+    def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+        model: Model = import_module(module).load(spec, device=device, dtype=dtype)
+        return model
+
+    return load

@@ -13,8 +13,6 @@ from typing import Any
 
 from diag.models.families import all_families
 
-PACKAGES = ("torch", *(name for family in all_families() for name in family.packages), "numpy", "pandas")
-
 
 def version() -> str:
     """The installed version of attnbias."""
@@ -27,7 +25,8 @@ def version() -> str:
 def environment() -> dict[str, Any]:
     """Versions and machine, without anything that names a person or a host. Does not import torch."""
     versions: dict[str, str | None] = {}
-    for package in PACKAGES:
+    libraries = (name for family in all_families() for name in family.packages)
+    for package in ("torch", *libraries, "numpy", "pandas"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

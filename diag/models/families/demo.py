@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import UserError
-from diag.models.family import Family, Row
+from diag.models.family import Family, Listed
 from diag.models.names.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -159,9 +159,9 @@ def _names() -> Sequence[str]:
     return [f"demo:{name}" for name in MODELS]
 
 
-def _row(name: str) -> Row:
+def _row(name: str) -> Listed:
     tokens, note = MODELS[name.removeprefix("demo:")]
-    return Row(name, name, tokens, "this package's", note)
+    return Listed(name, name, tokens, "this package's", note)
 
 
 FAMILY = Family("demo", load=load, named=_named, names=_names, row=_row, always_listed=True)

@@ -32,15 +32,15 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     from diag.models.base import Model, Tower
     from diag.models.families.hf.files import commit_of, is_causal, load_config, load_tokenizer, reading
     from diag.models.families.hf.load import context_of, tokens_of
-    from diag.models.loading import (
+    from diag.models.feeding import (
         frame,
-        ready,
         text_encoder,
         text_facts,
         text_samples,
         token_text,
         vocabulary_digest,
     )
+    from diag.models.loading import ready
 
     if spec.checkpoint is not None or spec.random_init:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.families import FAMILIES, all_families, family_of
-from diag.models.family import LIST_TIP, Family, Row
+from diag.models.family import LIST_TIP, Family, Listed
 from diag.models.names.aliases import aliases
 from diag.models.names.arguments import merged, read, split
 from diag.models.names.spec import (
@@ -101,9 +101,9 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
     return [asdict(row) for row in rows]
 
 
-def _short_row(name: str, entry: Mapping[str, Any]) -> Row:
+def _short_row(name: str, entry: Mapping[str, Any]) -> Listed:
     resolves_to = entry["model"] + written(entry.get("model_args", {}))
-    return Row(name, resolves_to, entry["tokens"], entry["licence"], entry.get("note", ""))
+    return Listed(name, resolves_to, entry["tokens"], entry["licence"], entry.get("note", ""))
 
 
 def _split_family(given: str) -> tuple[str | None, str]:
@@ -166,9 +166,10 @@ def _candidates(asked: ModelSpec) -> list[ModelSpec]:
 
 def _no_argument(given: str) -> UserError:
     name, _, rest = given.partition(",")
+    tagged = " and ".join(family.prefix for family in all_families() if family.tagged)
     return UserError(
         f"'{rest.strip()}' in '{given}' is not key=value",
-        f"for example {name},img_size=384; only open_clip names take ARCHITECTURE,TAG",
+        f"for example {name},img_size=384; only {tagged} names take ARCHITECTURE,TAG",
     )
 
 

@@ -9,17 +9,11 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diag.errors import UserError
-from diag.models.family import Family
+from diag.models.family import Family, loaded_by
 from diag.models.names.aliases import aliases
 from diag.models.names.spec import ModelSpec, folder_named, looks_like_path
-
-if TYPE_CHECKING:
-    import torch
-
-    from diag.models.base import Model
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -60,19 +54,14 @@ def _in_folder(folder: Path, given: str) -> str:
     return str(folder)
 
 
-def _load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    from diag.models.families.hf.load import load
-
-    return load(spec, device=device, dtype=dtype)
-
-
 FAMILY = Family(
     "hf",
-    load=_load,
+    load=loaded_by("diag.models.families.hf.load"),
     named=folder_or_repository,
     claims=_claims,
     in_folder=_in_folder,
     fallback=True,
+    form="ORG/NAME",
     folders=True,
     spreads=True,
     packages=("transformers",),

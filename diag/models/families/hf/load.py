@@ -39,16 +39,8 @@ from diag.models.families.hf.vision import packed_tower, vision_tower
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
-from diag.models.loading import (
-    frame,
-    layers_of,
-    ready,
-    text_encoder,
-    text_facts,
-    text_samples,
-    token_text,
-    vocabulary_digest,
-)
+from diag.models.feeding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
+from diag.models.loading import layers_of, ready
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
 from diag.variants import described

@@ -11,17 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.families.open_clip.configs import open_clip_configs
-from diag.models.family import LIST_TIP, Family, Row, patches
+from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-
-    from diag.models.base import Model
 
 BEGINNINGS = ("ViT-", "EVA", "coca_", "RN", "PE-", "ViTamin-")
 """Of architectures that a mistyped name is compared with, before it passes for a hub repository."""
@@ -64,25 +59,20 @@ def _names() -> Sequence[str]:
     return list(open_clip_configs())
 
 
-def _row(name: str) -> Row:
+def _row(name: str) -> Listed:
     """What a config says about its architecture."""
     vision: Mapping[str, Any] = json.loads(open_clip_configs()[name].read_text())["vision_cfg"]
     tokens = patches(vision["image_size"], vision["patch_size"]) if "patch_size" in vision else ""
-    return Row(name, f"open_clip:{name}", tokens, note="name the weights: NAME/TAG, or --checkpoint FILE")
-
-
-def _load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    from diag.models.families.open_clip.load import load
-
-    return load(spec, device=device, dtype=dtype)
+    return Listed(name, f"open_clip:{name}", tokens, note="name the weights: NAME/TAG, or --checkpoint FILE")
 
 
 FAMILY = Family(
     "open_clip",
-    load=_load,
+    load=loaded_by("diag.models.families.open_clip.load"),
     named=_named,
     claims=_claims,
     in_folder=_in_folder,
+    form="ARCHITECTURE/WEIGHTS",
     names=_names,
     row=_row,
     architecture=lambda name: name.split("/")[0].split(".")[0],

@@ -21,21 +21,17 @@ from diag.errors import UserError, did_you_mean, one_of
 from diag.models.base import Model, Tower
 from diag.models.families.open_clip.configs import OWN_CONFIGS
 from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
-from diag.models.loading import (
-    constructing,
+from diag.models.feeding import (
     frame,
-    hub,
     image_encoder,
     image_preparation,
     image_samples,
-    layers_of,
-    quiet,
-    ready,
     text_encoder,
     text_facts,
     text_samples,
     token_text,
 )
+from diag.models.loading import constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import SCHEMAS, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
 from diag.models.weights import fit, read_checkpoint, read_variants

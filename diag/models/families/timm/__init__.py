@@ -10,17 +10,11 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.families.open_clip.configs import open_clip_configs
-from diag.models.family import LIST_TIP, Family, Row, patches
+from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import SCHEMAS, ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-
-    from diag.models.base import Model
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
 
@@ -33,14 +27,14 @@ def pretrained() -> tuple[str, ...]:
     return tuple(timm.list_pretrained())
 
 
-def row(name: str) -> Row:
+def row(name: str) -> Listed:
     """What timm's registry says about one of its names."""
     from timm.models import get_pretrained_cfg
 
     config = get_pretrained_cfg(name)
     patch = re.search(r"patch(\d+)", name)
     tokens = patches(config.input_size[1:], int(patch[1])) if config and patch else ""
-    return Row(name, f"timm:{name}", tokens, (config.license if config else "") or "")
+    return Listed(name, f"timm:{name}", tokens, (config.license if config else "") or "")
 
 
 def architecture(name: str) -> str:
@@ -115,18 +109,13 @@ def _native_activation(spec: ModelSpec) -> ModelSpec:
     )
 
 
-def _load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    from diag.models.families.timm.load import load
-
-    return load(spec, device=device, dtype=dtype)
-
-
 FAMILY = Family(
     "timm",
-    load=_load,
+    load=loaded_by("diag.models.families.timm.load"),
     named=_named,
     claims=_claims,
     in_folder=_in_folder,
+    form="NAME",
     names=pretrained,
     row=row,
     architecture=architecture,

@@ -20,16 +20,8 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower
-from diag.models.loading import (
-    constructing,
-    hub,
-    image_encoder,
-    image_preparation,
-    image_samples,
-    layers_of,
-    quiet,
-    ready,
-)
+from diag.models.feeding import image_encoder, image_preparation, image_samples
+from diag.models.loading import constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import HUB, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested, sides
 from diag.models.weights import fit, read_checkpoint, read_variants
