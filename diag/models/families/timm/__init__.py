@@ -27,7 +27,7 @@ def pretrained() -> tuple[str, ...]:
     return tuple(timm.list_pretrained())
 
 
-def row(name: str) -> Listed:
+def _row(name: str) -> Listed:
     """What timm's registry says about one of its names."""
     from timm.models import get_pretrained_cfg
 
@@ -37,10 +37,10 @@ def row(name: str) -> Listed:
     return Listed(name, f"timm:{name}", tokens, (config.license if config else "") or "")
 
 
-def architecture(name: str) -> str:
+def _architecture(name: str) -> str:
     """A name without its weights.
 
-    >>> architecture("vit_base_patch16_224.augreg_in21k")
+    >>> _architecture("vit_base_patch16_224.augreg_in21k")
     'vit_base_patch16_224'
     """
     return name.split("/")[0].split(".")[0]
@@ -117,8 +117,8 @@ FAMILY = Family(
     in_folder=_in_folder,
     form="NAME",
     names=pretrained,
-    row=row,
-    architecture=architecture,
+    row=_row,
+    architecture=_architecture,
     folders=True,
     hub=True,
     packages=("timm",),
