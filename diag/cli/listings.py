@@ -26,14 +26,15 @@ def models(
     if series:
         _print_series(query, as_json)
         return
+    from diag.models.families import all_families
     from diag.models.names.resolve import listing
     from diag.show.terminal import columns
 
     rows = [dict(row) for row in listing(query)]
     if not rows:
+        forms = (f"{family.prefix}:{family.form}" for family in all_families() if family.form)
         raise UserError(
-            f"no listed name contains '{query}'",
-            "other names work as they are: timm:NAME, open_clip:ARCHITECTURE/WEIGHTS, hf:ORG/NAME",
+            f"no listed name contains '{query}'", f"other names work as they are: {', '.join(forms)}"
         )
     print(json.dumps(rows, indent=1) if as_json else columns(rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diag.errors import UserError
-from diag.models.families.hf.device_map import SPREAD
+from diag.models.family import SPREAD
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device | str:

@@ -1,27 +1,19 @@
-"""The model families, one file each; this is the table that finds them, and imports none until it is used."""
+"""Every model that can be measured: what its name means, how it is loaded, where it can be seen."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from diag.errors import UserError
+from diag.models.families import all_families, family_of
+from diag.models.family import SPREAD
+from diag.models.names.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
     from diag.models.base import Model
-    from diag.models.names.resolve import ModelSpec
-
-FAMILIES = {
-    "timm": "diag.models.families.timm",
-    "open_clip": "diag.models.families.open_clip",
-    "hf": "diag.models.families.hf.load",
-    "tl": "diag.models.families.lens",
-    "demo": "diag.models.families.demo",
-}
-"""Family -> the module whose `load(spec, *, device, dtype) -> Model` loads it."""
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -30,15 +22,16 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
     model can be seen.
     """
-    from diag.models.families.hf.device_map import SPREAD
     from diag.models.weights import digest
 
-    if device == SPREAD and spec.family != "hf":
+    family = family_of(spec.family)
+    if device == SPREAD and not family.spreads:
+        able = ", ".join(f"{other.prefix}:" for other in all_families() if other.spreads)
         raise UserError(
-            f"'{spec.given}' is loaded onto one device, only hf: models can be spread",
+            f"'{spec.given}' is loaded onto one device, only {able} models can be spread",
             "--device auto or cuda:0",
         )
-    model = import_module(FAMILIES[spec.family]).load(spec, device=device, dtype=dtype)
+    model = family.load(spec, device=device, dtype=dtype)
     facts = {
         "revision": spec.revision,
         "checkpoint": None if spec.checkpoint is None else str(spec.checkpoint),

@@ -62,6 +62,7 @@ class Tower:
     max_batch: the most samples that one forward may hold.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
     decode: token ids -> their text; None for images.
+    token_text: token id -> the text of that token alone, with the space before it; None for images.
     language_head: loads what turns the last states of a causal language model into next-token logits.
     ending: what `forward` ends in: "next-token logits", "class logits", "embedding" or "token states".
     facts: constants that explain a number: patch_size, image_size, context, preprocessing, bos …
@@ -80,6 +81,7 @@ class Tower:
     max_batch: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
     decode: Callable[[Sequence[int]], str] | None = None
+    token_text: Callable[[int], str] | None = None
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 """How a source measured, as far as it says so, in the columns of a run's tables."""
 
-_PREFIX = re.compile(r"^(?:timm:|open_clip:|hf:|tl:)?(?:[\w.-]+/)?")
+_PREFIX = re.compile(r"^(?:\w+:)?(?:[\w.-]+/)?")
 
 
 def curves(model: str | None = None, file: Path | None = None) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def name_of(model: str) -> str | None:
     >>> name_of("hf:openai-community/gpt2-medium"), name_of("gpt2-small"), name_of("demo:lm")
     ('gpt2-medium', 'gpt2', None)
     """
-    if "@" in model or "," in model or model.startswith("demo:"):
+    if "@" in model or "," in model:
         return None  # another revision or size is another model
     name = _PREFIX.sub("", model).removesuffix("-small")
     return name if name in set(curves()["model"]) else None

@@ -20,7 +20,7 @@ from diag.measure import loop as measure
 from diag.metrics.registry import metric_names
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.models.families import from_module as own
+from diag.models.families.from_module import from_module
 from diag.models.names.resolve import parse
 from diag.results.tables import tables
 from diag.run import run, shards
@@ -154,7 +154,7 @@ def capture(
 
 def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tower, Sequence[Sample]]:
     if isinstance(model, nn.Module):
-        return own.from_module(model, inputs, plan.limit)
+        return from_module(model, inputs, plan.limit)
     spec = parse(model)
     loaded = load(spec, device=run.device_of(plan.device), dtype=getattr(torch, plan.dtype))
     kind = next(iter(loaded.towers))

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "transformer-lens", "numpy", "pandas")
+from diag.models.families import all_families
 
 
 def version() -> str:
@@ -25,7 +25,8 @@ def version() -> str:
 def environment() -> dict[str, Any]:
     """Versions and machine, without anything that names a person or a host. Does not import torch."""
     versions: dict[str, str | None] = {}
-    for package in PACKAGES:
+    libraries = (name for family in all_families() for name in family.packages)
+    for package in ("torch", *libraries, "numpy", "pandas"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

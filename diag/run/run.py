@@ -28,7 +28,7 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.registry import metric_names
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.models.families.hf.device_map import SPREAD
+from diag.models.family import SPREAD
 from diag.models.names.resolve import ModelSpec
 from diag.results.files import CannotWrite, file_stem, write, write_json, writing
 from diag.results.moments import moments_of

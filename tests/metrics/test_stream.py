@@ -27,7 +27,7 @@ from diag.metrics.stream import STREAM_METRICS, Stream, StreamReadings, per_inpu
 from diag.models.base import Batch, Sample
 from diag.models.families import lens
 from diag.models.families.demo import build_vit
-from diag.models.families.timm import fuse, vision_tower
+from diag.models.families.timm.load import fuse, vision_tower
 from diag.models.hooks.blocks import find_blocks
 from diag.models.hooks.residual import check_states, projection_error, stream_states
 from diag.models.hooks.seam import attention_calls, attention_modules

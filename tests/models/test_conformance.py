@@ -1,7 +1,11 @@
-"""Every family file, held to the same promises: loads, lists, encodes, is seen, is left as it was."""
+"""Every family, held to the same promises: loads, lists, encodes, is seen, is left as it was.
+
+One more is made of one file, `made_family.py`, and its line in the table; nothing else knows of it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +15,24 @@ import open_clip
 import pytest
 import torch
 from checkpoints import OPEN_CLIP_SIZES, save_open_clip, save_timm
+from commands import Ended
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
+from diag.errors import UserError
 from diag.inputs.items import Inputs
-from diag.models import FAMILIES, load
+from diag.models import load
 from diag.models.base import Batch, Model, Tower
+from diag.models.families import FAMILIES
 from diag.models.families.from_module import from_module
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.resolve import listing, parse
+from diag.models.names.spec import ModelSpec
+from diag.studies import attend as attending
 
 CPU = {"device": "cpu", "dtype": torch.float32}
+MADE = ("made", "made_family")
+"""The line in the table that a family of this file's tests takes."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ CASES = [
     Case("demo", "vit-p16", "vision", "blocks.{}.attn", 17, ("cls",), heads=3, kv_heads=3, layers=6),
     Case("demo", "vit-p4", "vision", "blocks.{}.attn", 257, ("cls",), heads=3, kv_heads=3, layers=6),
     Case("demo", "lm", "text", "h.{}.attn", 12, causal=True, heads=3, kv_heads=3, layers=6),
+    Case("made", "tiny~1", "text", "layers.layers.{}.self_attn", 12, causal=True, kv_heads=2, heads=2),
     Case("own", "encoder", "module", "layers.{}.self_attn", 9),
 ]
 
@@ -137,6 +149,10 @@ def load_case(
             spec = ModelSpec(case.kind, "open_clip", "tiny", checkpoint=file)
         elif case.family == "demo":
             spec = ModelSpec(case.kind, "demo", case.kind)
+        elif case.family == "made":
+            with pytest.MonkeyPatch.context() as with_line:
+                with_line.setitem(FAMILIES, *MADE)
+                return load(ModelSpec(case.kind, "made", case.kind), **CPU)
         elif case.family == "own":
             return own_encoder()
         else:
@@ -221,7 +237,7 @@ def collect(tower: Tower, batch: Batch) -> list[AttentionCall]:
 
 
 def test_every_family_file_has_a_case() -> None:
-    assert {case.family for case in CASES} == {*FAMILIES, "own"}
+    assert {case.family for case in CASES} == {*FAMILIES, "made", "own"}
 
 
 def test_layers_are_listed_in_depth_order(case: Case, tower: Tower) -> None:
@@ -281,11 +297,54 @@ def test_nothing_is_left_behind(tower: Tower, batch: Batch, module: nn.Module) -
 
 
 def test_facts_can_be_stored(case: Case, tower: Tower, batch: Batch) -> None:
-    import json
-
     json.dumps(dict(tower.facts))
     assert len(batch.ids) == len(set(batch.ids)) > 0
     if case.tower == "text":
         assert tower.facts["bos"] == (
             "no" if case.causal and "clip" not in case.family + case.kind else "yes"
         )
+
+
+# --- a family of one file and one line
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, *MADE)
+
+
+def test_names_of_a_new_family_are_resolved_and_listed(made: None, attnbias: Callable[..., Ended]) -> None:
+    spec = parse("made:tiny~1")
+    assert (spec.resolved, spec.family) == ("made:tiny~1", "made")
+    assert parse("tiny~2").resolved == "made:tiny~2"
+    assert [row["resolves_to"] for row in listing("made:tiny")] == ["made:tiny~1", "made:tiny~2"]
+    assert "made:tiny~2  text, 32" in attnbias("models", "tiny~2").out
+    for typed, tip in [("made:tini~1", "'tiny~1'"), ("tinny~2", "'tiny~2'"), ("mad:tiny~1", "'made'")]:
+        with pytest.raises(UserError) as caught:
+            parse(typed)
+        assert tip in (caught.value.tip or "")
+    with pytest.raises(UserError, match="only hf: models can be spread"):
+        load(spec, device="spread", dtype=torch.float32)
+
+
+def test_a_new_family_is_unknown_without_its_line() -> None:
+    """A negative control of the test above."""
+    with pytest.raises(UserError, match="there is no family 'made'"):
+        parse("made:tiny~1")
+    assert listing("tiny~1") == []
+
+
+def test_a_new_family_is_probed_looked_at_and_compared(made: None, attnbias: Callable[..., Ended]) -> None:
+    given = ("--texts", "demo", "--limit", 2, "--seq-len", 12, "--metrics", "cos_y_vself")
+    both = attnbias("probe", "-m", "made:tiny~1", "-m", "tiny~2", *given, "-o", "run")
+    assert both.code == 0, both.err
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert [model["resolved"] for model in manifest["models"]] == ["made:tiny~1", "made:tiny~2"]
+    found = attending.attend(
+        attending.AttendPlan(models=("made:tiny~1",), text="a cat sat", layer=1, token=4)
+    )
+    assert "".join(found.tokens["text"]) == "a cat sat"
+    compared = attnbias("compare", "run", "-o", "compared")
+    assert compared.code == 0, compared.err
+    assert all(label in compared.out for label in ("made:tiny~1", "tiny~2"))
+    assert "only weights differ" in compared.out  # one architecture: the names differ in their weights

@@ -11,9 +11,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from diag.errors import UnreadableInput, UserError
+from diag.inputs.images import rgb
 from diag.inputs.items import Inputs, Item
 from diag.models.base import Sample
-from diag.models.loading import hub, image_encoder, image_preparation, quiet, rgb, text_samples
+from diag.models.feeding import image_encoder, image_preparation, text_samples
+from diag.models.loading import hub, quiet
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import UserError
+from diag.models.family import Family, Listed
+from diag.models.names.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +25,25 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
     from diag.models.base import Model
-    from diag.models.names.resolve import ModelSpec
 
 VIT_CONFIG: dict[str, Any] = {"img_size": 64, "embed_dim": 96, "depth": 6, "num_heads": 3}
 LM_CONFIG: dict[str, Any] = {"vocab_size": 2048, "n_positions": 256, "n_embd": 96, "n_layer": 6, "n_head": 3}
 CLASSES = 14
 EMBEDDED = Path(__file__).parent / "embedded"
 """Folder of the weights: `vit-p16.safetensors` with its card `vit-p16.json` and so on, and `lm/`."""
+MODELS = {
+    **{f"vit-p{patch}": (f"{(64 // patch) ** 2} patches + 1", "embedded, 64 px") for patch in (16, 8, 4)},
+    **{
+        f"grid-p{patch}-{variant}": (
+            f"{(64 // patch) ** 2} patches + 1",
+            f"embedded, 64 px; docs/experiments/patch-sizes.md, {told}",
+        )
+        for patch in (16, 8, 4)
+        for variant, told in (("sa", "baseline"), ("xsa", "trained with xsa"))
+    },
+    "lm": ("text, 256", "embedded, GPT-2 architecture"),
+}
+"""Name -> what one input becomes, and what the model is."""
 
 
 def build_vit(patch_size: int, image_size: int = VIT_CONFIG["img_size"]) -> VisionTransformer:
@@ -69,7 +84,7 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
     from torchvision.transforms import v2
 
     from diag.models.base import Model
-    from diag.models.families.timm import fuse, resampled, vision_tower
+    from diag.models.families.timm.load import fuse, resampled, vision_tower
     from diag.models.loading import ready
     from diag.models.sizes import refuse_remainder, requested
     from diag.models.weights import fit, read_checkpoint, read_variants
@@ -121,12 +136,32 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
 
 
 def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    from diag.models.families.hf import load as hf
+    from diag.models.families.hf.load import load as load_folder
 
     folder = EMBEDDED / "lm"
     if not (folder / "model.safetensors").is_file():
         raise UserError("the package holds no weights of 'demo:lm'", "install it again")
-    model = hf.load(replace(spec, family="hf", name=str(folder)), device=device, dtype=dtype)
+    model = load_folder(replace(spec, family="hf", name=str(folder)), device=device, dtype=dtype)
     card = folder / "card.json"
     facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
     return replace(model, family=spec.family, resolved=spec.resolved, facts=facts)
+
+
+def _named(spec: ModelSpec) -> ModelSpec:
+    if spec.name not in MODELS:
+        raise UserError(f"model '{spec.given}' not found", f"embedded models: {', '.join(_names())}")
+    if spec.revision:
+        raise UserError(f"model '{spec.given}': embedded models have no revisions", f"write demo:{spec.name}")
+    return spec
+
+
+def _names() -> Sequence[str]:
+    return [f"demo:{name}" for name in MODELS]
+
+
+def _row(name: str) -> Listed:
+    tokens, note = MODELS[name.removeprefix("demo:")]
+    return Listed(name, name, tokens, "this package's", note)
+
+
+FAMILY = Family("demo", load=load, named=_named, names=_names, row=_row, always_listed=True)

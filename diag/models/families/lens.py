@@ -9,24 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
-
-from diag.attention.call import AttentionCall
 from diag.errors import MeasurementError, UserError
-from diag.models.base import Model, Tower
-from diag.models.families.hf.files import commit_of, is_causal, load_config, load_tokenizer, reading
-from diag.models.families.hf.load import context_of, tokens_of
-from diag.models.hooks.seam import Layer, OnCall, Sightings
-from diag.models.loading import frame, ready, text_encoder, text_facts, text_samples, vocabulary_digest
-from diag.models.names.resolve import ModelSpec
+from diag.models.families.hf import folder_or_repository
+from diag.models.family import Family
+from diag.models.names.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from diag.models.base import Model
+    from diag.models.hooks.seam import Layer, OnCall, Sightings
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads `tl:NAME` through `TransformerBridge`. Raises UserError as `diag.models.load` does."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from diag.models.base import Model, Tower
+    from diag.models.families.hf.files import commit_of, is_causal, load_config, load_tokenizer, reading
+    from diag.models.families.hf.load import context_of, tokens_of
+    from diag.models.feeding import (
+        frame,
+        text_encoder,
+        text_facts,
+        text_samples,
+        token_text,
+        vocabulary_digest,
+    )
+    from diag.models.loading import ready
+
     if spec.checkpoint is not None or spec.random_init:
         raise UserError(
             f"'{spec.resolved}' takes the weights of its folder only",
@@ -60,6 +75,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         encode=text_encoder(device),
         forward=lambda batch: bridge(batch.data, return_type="logits"),
         decode=tokenizer.decode,
+        token_text=token_text(tokenizer),
         ending="next-token logits" if causal else "token states",
         capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
         facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
@@ -85,6 +101,9 @@ def lens_calls(
     The pattern is in place of queries and keys; the output is what the output projection reads.
     Raises MeasurementError, naming the layer, if a layer finishes without all three.
     """
+    from diag.attention.call import AttentionCall
+    from diag.models.hooks.seam import Sightings
+
     sightings = Sightings()
     seen: dict[int, dict[str, Tensor]] = {}
 
@@ -147,7 +166,12 @@ def lens_calls(
 
 
 def _layers(bridge: TransformerBridge, spec: ModelSpec) -> tuple[Layer, ...]:
+    from diag.models.hooks.seam import Layer
+
     attention = [(number, block.attn) for number, block in enumerate(bridge.blocks) if hasattr(block, "attn")]
     if not attention:
         raise UserError(f"'{spec.resolved}' has no attention block", f"try -m hf:{spec.name}")
     return tuple(Layer(i, f"blocks.{number}.attn", module) for i, (number, module) in enumerate(attention))
+
+
+FAMILY = Family("tl", load=load, named=folder_or_repository, folders=True, packages=("transformer-lens",))

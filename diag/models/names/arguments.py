@@ -1,25 +1,20 @@
-"""Arguments inside a model's name: `NAME,key=value,key=value`, taken off, read, and written back.
+"""Arguments inside a model's name: `NAME,key=value,key=value`, taken off, read, and merged with the options.
 
 They say what a name alone cannot: an image size, a patch size, a file with one's own weights.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
-
-CHECKPOINT = "checkpoint"
-"""The argument that no constructor gets: a file with the weights."""
-
-SCHEMAS = ("hf-hub:", "local-dir:")
+from diag.models.families import all_families
+from diag.models.names.spec import CHECKPOINT, SCHEMAS, as_text, literal
 
 _COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=)")
-_WORDS = {"true": True, "false": False, "none": None}
 
 
 def split(text: str) -> tuple[str, tuple[str, ...]]:
@@ -56,7 +51,7 @@ def read(pairs: Iterable[str], given: str | None = None) -> dict[str, Any]:
             raise UserError(f"'{pair}' in '{given}' is not key=value", f"give {key} a value: {key}=VALUE")
         if given is not None and key in result:
             raise UserError(f"'{given}' gives {key} twice", f"leave one {key}= out")
-        result[key] = Path(value).expanduser() if key == CHECKPOINT else _literal(value)
+        result[key] = Path(value).expanduser() if key == CHECKPOINT else literal(value)
     return result
 
 
@@ -67,19 +62,10 @@ def merged(named: Mapping[str, Any], common: Mapping[str, Any], given: str) -> d
             flag = "--checkpoint" if key == CHECKPOINT else f"--model-arg {key}="
             between = " " if key == CHECKPOINT else ""
             raise UserError(
-                f"'{given}' and {flag}{between}{_written(common[key])} disagree",
+                f"'{given}' and {flag}{between}{as_text(common[key])} disagree",
                 f"give {key} in one place: in each name, or once for all models",
             )
     return {**common, **named}
-
-
-def written(arguments: Mapping[str, Any]) -> str:
-    """Arguments as the end of a name, sorted, such that `read` gives them back.
-
-    >>> written({"patch_size": 24, "img_size": 240})
-    ',img_size=240,patch_size=24'
-    """
-    return "".join(f",{key}={_written(arguments[key])}" for key in sorted(arguments))
 
 
 def local_files(text: str) -> list[Path]:
@@ -91,23 +77,6 @@ def local_files(text: str) -> list[Path]:
 
 def _path(name: str) -> Path:
     """What a name would be as a folder, without family and schema."""
-    for prefix in ("timm:", "open_clip:", "hf:", "tl:", *SCHEMAS):
+    for prefix in (*(f"{family.prefix}:" for family in all_families() if family.folders), *SCHEMAS):
         name = name.removeprefix(prefix)
     return Path(name).expanduser()
-
-
-def _literal(value: str) -> Any:
-    if value.lower() in _WORDS:
-        return _WORDS[value.lower()]
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, str):
-        return value if _literal(value) == value else repr(value)
-    return repr(value)

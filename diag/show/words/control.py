@@ -8,7 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from diag.models.families import FAMILIES, family_of
 from diag.models.names.series import listing
+from diag.models.names.spec import HUB
 from diag.results.collect import Collection
 from diag.show.words.phrases import listed
 
@@ -144,9 +146,9 @@ def architecture(resolved: str) -> str:
     ('vit_base_patch', 'ViT-B')
     """
     family, _, name = re.split(r"[@,]", resolved)[0].partition(":")
-    if name.startswith("hf-hub:"):
+    if name.startswith(HUB):
         name = name.rsplit("/", 1)[-1]
-    elif family in ("timm", "open_clip"):
-        name = name.split("/")[0].split(".")[0]  # the rest names weights
+    elif family in FAMILIES:
+        name = family_of(family).architecture(name)
     name = re.sub(r"(?<=patch)\d+|(?<=-p)\d+$", "", name)
     return re.sub(r"(?<=^ViT-[BSLHg])-\d+|[_-]\d{3,4}(?=[_-]|$)", "", name)

@@ -29,7 +29,7 @@ from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.grid import Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
 from diag.studies.attend.row import NUMBERS, Row, row_of
-from diag.studies.attend.words import token_texts, window
+from diag.studies.attend.words import window
 
 MEAN = "mean"
 
@@ -103,7 +103,7 @@ def _view(
     if plan.image is not None:
         target = _in_image(plan, model, tower, batch, call, point)
     else:
-        target = _in_text(plan, spec, model, batch)
+        target = _in_text(plan, model, tower, batch)
     row = row_of(call, target.position, tower.tokens_in(tower.token_sets[0], call.tokens))
     same = {"input": sample.id, "model": spec.given, "tower": tower.name, "layer": layer.index}
     entry: dict[str, Any] = {
@@ -151,10 +151,11 @@ def _in_image(
     return _Target(position, _patches(tower, grid), facts, picture, point)
 
 
-def _in_text(plan: AttendPlan, spec: ModelSpec, model: Model, batch: Batch) -> _Target:
+def _in_text(plan: AttendPlan, model: Model, tower: Tower, batch: Batch) -> _Target:
+    assert tower.token_text is not None
     ids = [int(i) for i in batch.data[0]]
     position = _position(plan.token or 0, len(ids), model)
-    texts = token_texts(spec, ids)
+    texts = [tower.token_text(i) for i in ids]
     places = pd.DataFrame({"kind": "text", "row": None, "col": None, "text": texts})
     return _Target(position, places, {"target": position, "target_text": texts[position]})
 

@@ -1,15 +1,10 @@
-"""Tokens as a reader sees them, and the window of a text that is looked at."""
+"""The window of a text that is looked at."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.models.base import Model, Sample, Tower
-from diag.models.names.resolve import ModelSpec
 from diag.run.progress import Listener
 
 
@@ -47,36 +42,3 @@ def _whole(tower: Tower, given: Inputs) -> Sample | None:
         else:
             best, low = found, middle + 1
     return best
-
-
-def token_texts(spec: ModelSpec, ids: Sequence[int]) -> list[str]:
-    """The text of each token alone; a leading space is kept where the tokenizer has one."""
-    tokenizer = _tokenizer(spec)
-    pieces = getattr(tokenizer, "convert_ids_to_tokens", None)
-    texts = []
-    for index in ids:
-        text = tokenizer.decode([index])
-        # decoding drops the space of a sentence piece that stands alone
-        if (
-            pieces
-            and str(pieces(index)).startswith("\N{LOWER ONE EIGHTH BLOCK}")
-            and not text.startswith(" ")
-        ):
-            text = f" {text}"
-        texts.append(text)
-    return texts
-
-
-def _tokenizer(spec: ModelSpec) -> Any:
-    if spec.family == "open_clip":
-        import open_clip
-
-        name = spec.name if spec.name.startswith(("hf-hub:", "local-dir:")) else spec.name.partition("/")[0]
-        tokenizer = open_clip.get_tokenizer(name)
-        return getattr(tokenizer, "tokenizer", tokenizer)
-    from diag.models.families import demo
-    from diag.models.families.hf import load as hf
-
-    return hf.load_tokenizer(
-        replace(spec, name=str(demo.EMBEDDED / spec.name)) if spec.family == "demo" else spec
-    )

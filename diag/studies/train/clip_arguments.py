@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from diag.errors import UserError, did_you_mean
-from diag.models.names.registries import OWN_OPEN_CLIP_CONFIGS
+from diag.models.families.open_clip.configs import OWN_CONFIGS
 
 GLOBAL_BATCH = "global-batch-size"
 HELP = "its flags: python -m open_clip_train.main --help"
@@ -38,7 +38,7 @@ def open_clip_train() -> Any:
             f"open_clip_train needs '{error.name}', which is not installed",
             "pip install 'open-clip-torch[training]<4'",
         ) from None
-    for config in OWN_OPEN_CLIP_CONFIGS.glob("*.json"):
+    for config in OWN_CONFIGS.glob("*.json"):
         if open_clip.get_model_config(config.stem) is None:
             open_clip.add_model_config(config)
     return main

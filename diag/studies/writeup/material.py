@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.models.names.resolve import parse
+from diag.models.names.aliases import aliases
+from diag.models.names.arguments import split
 from diag.results import published
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
@@ -66,13 +67,8 @@ def known_metrics(table: pd.DataFrame, metrics: tuple[str, ...], probe: str) -> 
 
 def published_name(model: str) -> str | None:
     """The published model that a name stands for, also behind a short name; None where there is none."""
-    direct = published.name_of(model)
-    if direct is not None or model.startswith(("demo:", "timm:", "open_clip:")):
-        return direct
-    try:
-        return published.name_of(parse(model).base) if "/" not in model else None
-    except UserError:
-        return None
+    short = aliases().get(split(model)[0].rpartition(":")[2].lower())
+    return published.name_of(model) or (published.name_of(short["model"]) if short else None)
 
 
 def overlay(layers: pd.DataFrame, wanted: bool | Mapping[str, str]) -> pd.DataFrame | None:

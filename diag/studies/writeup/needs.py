@@ -15,7 +15,8 @@ from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.names import series
-from diag.models.names.arguments import merged, read, split, written
+from diag.models.names.arguments import merged, read, split
+from diag.models.names.spec import written
 from diag.results.profiles import CURVES, SHARES
 from diag.run.cache import is_measured
 from diag.run.plan import HOW, ProbePlan, specs_of

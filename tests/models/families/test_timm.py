@@ -15,7 +15,7 @@ from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Model, Sample
-from diag.models.families.timm import fitted_by_timm, fuse, prefix_of
+from diag.models.families.timm.load import fitted_by_timm, fuse, prefix_of
 from diag.models.names.resolve import parse
 from diag.models.weights import digest
 

@@ -26,7 +26,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
 from diag.models.families.demo import build_vit
-from diag.models.families.timm import fuse
+from diag.models.families.timm.load import fuse
 from diag.models.hooks.blocks import Block, find_blocks, to_stream
 from diag.models.hooks.residual import (
     branch_edits,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from diag.errors import UserError
-from diag.models.names.arguments import local_files, merged, read, split, written
+from diag.models.names.arguments import local_files, merged, read, split
 from diag.models.names.resolve import parse
+from diag.models.names.spec import written
 from diag.run.plan import checked, specs_of
 
 

@@ -13,9 +13,6 @@ from torch import nn
 
 from diag.errors import UserError
 
-SPREAD = "spread"
-"""In place of a device."""
-
 
 def placement() -> dict[str, Any]:
     """What `from_pretrained` is told: every GPU is used, the CPU's memory only where there is no GPU."""

@@ -24,7 +24,7 @@ from diag.models.loading import (
     quiet,
     unknown_argument,
 )
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, PATCH
 
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from diag.errors import UserError
+from diag.models.families.hf.files import reading
 from diag.models.loading import ready
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 
 SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """Configuration of models that change logits after the projection."""
@@ -26,10 +28,6 @@ def load_language_head(
     module: the model without its head, loaded from the same spec.
     Raises UserError where the checkpoint holds no head, or logits are changed after it.
     """
-    import transformers
-
-    from diag.models.families.hf.files import reading
-
     for name in SCALED:
         if getattr(module.config, name, None) not in (None, 1, 1.0):
             raise UserError(

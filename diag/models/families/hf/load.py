@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower
-from diag.models.families.hf.device_map import SPREAD, entrance, placement, refuse_offloaded
+from diag.models.families.hf.device_map import entrance, placement, refuse_offloaded
 from diag.models.families.hf.files import (
     commit_of,
     eager_refusal,
@@ -38,16 +38,10 @@ from diag.models.families.hf.variants import restore_variants
 from diag.models.families.hf.vision import packed_tower, vision_tower
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
-from diag.models.loading import (
-    frame,
-    layers_of,
-    ready,
-    text_encoder,
-    text_facts,
-    text_samples,
-    vocabulary_digest,
-)
-from diag.models.names.resolve import ModelSpec
+from diag.models.family import SPREAD
+from diag.models.feeding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
+from diag.models.loading import layers_of, ready
+from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
 from diag.variants import described
 from diag.variants.in_transformers import HF_NAME
@@ -215,6 +209,7 @@ def text_tower(
         encode=text_encoder(entrance(module)),
         forward=lambda batch: module(input_ids=batch.data),
         decode=tokenizer.decode,
+        token_text=token_text(tokenizer),
         language_head=head,
         facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
     )

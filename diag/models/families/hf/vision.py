@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower
-from diag.models.loading import image_encoder, image_preparation, image_samples, layers_of, preparation
-from diag.models.names.resolve import ModelSpec
+from diag.models.feeding import image_encoder, image_preparation, image_samples, preparation
+from diag.models.loading import layers_of
+from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, refuse_remainder, requested, sides
 
 CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "distillation_token")

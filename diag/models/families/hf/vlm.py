@@ -2,7 +2,7 @@
 
 Image and prompt are one causal sequence; which positions hold the image is read off the token ids, so that
 the token sets `image` and `text` of one table come from the same forward pass. The vision tower of the same
-model is an ordinary one (`hf_vision.py`) and runs in a pass of its own.
+model is an ordinary one (`vision.py`) and runs in a pass of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower
-from diag.models.loading import image_samples, layers_of, vocabulary_digest
-from diag.models.names.resolve import ModelSpec
+from diag.models.feeding import image_samples, vocabulary_digest
+from diag.models.loading import layers_of
+from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
 
 PROMPT = "prompt"

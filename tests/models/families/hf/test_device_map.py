@@ -18,7 +18,8 @@ from diag.metrics.attention import METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models import load
 from diag.models.base import Model
-from diag.models.families.hf import device_map as spread
+from diag.models.families.hf import device_map
+from diag.models.family import SPREAD
 from diag.models.hooks.blocks import find_blocks
 from diag.models.names.resolve import parse
 
@@ -37,7 +38,7 @@ def test_without_a_gpu_everything_lies_on_the_cpu(
 ) -> None:
     spec = parse(f"hf:{folder_of(kind)}")
     once = load(spec, device="cpu", dtype=torch.float32)
-    again = load(spec, device=spread.SPREAD, dtype=torch.float32)
+    again = load(spec, device=SPREAD, dtype=torch.float32)
     assert list(again.towers) == list(once.towers)
     for tower in once.towers:
         inputs = TEXTS if tower == "text" else photographs
@@ -49,32 +50,32 @@ def test_without_a_gpu_everything_lies_on_the_cpu(
 def test_what_finds_no_room_is_refused(
     folder_of: Callable[[str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spread, "room", lambda: {"cpu": 20_000})
+    monkeypatch.setattr(device_map, "room", lambda: {"cpu": 20_000})
     with pytest.raises(UserError, match=r"does not fit: 0.0 of 0.0 GB would stay on disk") as caught:
-        load(parse(f"hf:{folder_of(kind)}"), device=spread.SPREAD, dtype=torch.float32)
+        load(parse(f"hf:{folder_of(kind)}"), device=SPREAD, dtype=torch.float32)
     assert "more GPUs" in str(caught.value.tip)
 
 
 def test_the_memory_of_the_processor_is_for_machines_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {0: 5, 1: 6, "cpu": 7}
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: free)
-    assert spread.room() == {0: 5, 1: 6}
-    assert spread.placement() == {"device_map": "auto", "max_memory": {0: 5, 1: 6}}
+    assert device_map.room() == {0: 5, 1: 6}
+    assert device_map.placement() == {"device_map": "auto", "max_memory": {0: 5, 1: 6}}
     free.clear()
     free["cpu"] = 7
-    assert spread.room() == {"cpu": 7}
+    assert device_map.room() == {"cpu": 7}
 
 
 def test_other_families_and_random_weights_are_refused(folder_of: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="only hf: models can be spread") as caught:
-        load(parse("demo:vit-p16"), device=spread.SPREAD, dtype=torch.float32)
+        load(parse("demo:vit-p16"), device=SPREAD, dtype=torch.float32)
     assert caught.value.tip == "--device auto or cuda:0"
     spec = parse(f"hf:{folder_of('llama')}", random_init=True)
     with pytest.raises(UserError, match="does not go with --random-init"):
-        load(spec, device=spread.SPREAD, dtype=torch.float32)
+        load(spec, device=SPREAD, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("device", ["cpu", spread.SPREAD])
+@pytest.mark.parametrize("device", ["cpu", SPREAD])
 def test_rotary_frequencies_keep_their_precision(folder_of: Callable[[str], Path], device: str) -> None:
     """In bfloat16 they are wrong by up to 0.4 %: at token 1,000 by several radians."""
     model = load(parse(f"hf:{folder_of('llama')}"), device=device, dtype=torch.bfloat16)
@@ -93,8 +94,8 @@ def test_layers_on_two_gpus_give_the_numbers_of_one(
     tower, inputs = ("vision", photographs) if kind == "vit" else ("text", TEXTS)
     once = load(spec, device="cuda:0", dtype=torch.float32)
     size = sum(parameter.nbytes for parameter in once.module.parameters())
-    monkeypatch.setattr(spread, "room", lambda: {0: int(0.7 * size), 1: size})
-    over_two = load(spec, device=spread.SPREAD, dtype=torch.float32)
+    monkeypatch.setattr(device_map, "room", lambda: {0: int(0.7 * size), 1: size})
+    over_two = load(spec, device=SPREAD, dtype=torch.float32)
     assert {parameter.device.index for parameter in over_two.module.parameters()} == {0, 1}
     for one, other in zip(numbers(once, tower, inputs), numbers(over_two, tower, inputs), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -20,17 +20,9 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower
-from diag.models.loading import (
-    constructing,
-    hub,
-    image_encoder,
-    image_preparation,
-    image_samples,
-    layers_of,
-    quiet,
-    ready,
-)
-from diag.models.names.resolve import ModelSpec
+from diag.models.feeding import image_encoder, image_preparation, image_samples
+from diag.models.loading import constructing, hub, layers_of, quiet, ready
+from diag.models.names.spec import HUB, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested, sides
 from diag.models.weights import fit, read_checkpoint, read_variants
 from diag.variants import described, restore
@@ -232,9 +224,9 @@ def _pair(size: Sequence[int]) -> Sides:
 
 def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
     name, arguments = spec.name, dict(spec.model_args)
-    remote = name.startswith("hf-hub:")
+    remote = name.startswith(HUB)
     local = name.startswith("local-dir:")
-    repository = name.removeprefix("hf-hub:")
+    repository = name.removeprefix(HUB)
     files = "config.json model.safetensors" if remote else "model.safetensors"
     if pretrained and not remote and not local:
         config = get_pretrained_cfg(name)

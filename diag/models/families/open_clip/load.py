@@ -19,23 +19,20 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.base import Model, Tower
-from diag.models.families.timm import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
-from diag.models.loading import (
-    constructing,
+from diag.models.families.open_clip.configs import OWN_CONFIGS
+from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
+from diag.models.feeding import (
     frame,
-    hub,
     image_encoder,
     image_preparation,
     image_samples,
-    layers_of,
-    quiet,
-    ready,
     text_encoder,
     text_facts,
     text_samples,
+    token_text,
 )
-from diag.models.names.registries import OWN_OPEN_CLIP_CONFIGS
-from diag.models.names.resolve import ModelSpec
+from diag.models.loading import constructing, hub, layers_of, quiet, ready
+from diag.models.names.spec import SCHEMAS, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
 from diag.models.weights import fit, read_checkpoint, read_variants
 from diag.variants import described, restore
@@ -50,7 +47,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     A tower without self-attention, or whose tokenizer is not at hand, is left out with a note.
     Raises UserError as `diag.models.load` does.
     """
-    for config in OWN_OPEN_CLIP_CONFIGS.glob("*.json"):
+    for config in OWN_CONFIGS.glob("*.json"):
         if open_clip.get_model_config(config.stem) is None:
             open_clip.add_model_config(config)
     notes = [spec.note] if spec.note else []
@@ -159,6 +156,7 @@ def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
         samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
         encode=text_encoder(device),
         forward=lambda batch: module.encode_text(batch.data),
+        token_text=token_text(tokenizer if inner is None else inner),
         ending="embedding",
         facts=text_facts(context, before, after),
     )
@@ -235,8 +233,8 @@ def _create(
         arguments[FORCED] = image[0] if image[0] == image[1] else image
     architecture, _, tag = spec.name.partition("/")
     repository, file = spec.name, "open_clip_config.json"
-    published = spec.checkpoint is None and not spec.random_init
-    if spec.name.startswith(("hf-hub:", "local-dir:")):
+    published = spec.published
+    if spec.name.startswith(SCHEMAS):
         architecture, tag = _hub_form(spec), ""
         repository = spec.name.partition(":")[2]
     elif published:
@@ -266,7 +264,7 @@ def _create(
 
 def _hub_form(spec: ModelSpec) -> str:
     """What open_clip's own functions call the model, without a tag."""
-    if spec.name.startswith(("hf-hub:", "local-dir:")):
+    if spec.name.startswith(SCHEMAS):
         return f"{spec.name}@{spec.revision}" if spec.revision else spec.name
     return spec.name.partition("/")[0]
 

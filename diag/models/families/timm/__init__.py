@@ -1,0 +1,125 @@
+"""timm's vision transformers: their names, from timm's registry, a hub repository or a folder.
+
+What a name means is told here without timm where possible; `load.py` loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.models.families.open_clip.configs import open_clip_configs
+from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
+from diag.models.names.spec import SCHEMAS, ModelSpec
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
+
+
+@cache
+def pretrained() -> tuple[str, ...]:
+    """Every name with published weights, `ARCHITECTURE.TAG`."""
+    import timm
+
+    return tuple(timm.list_pretrained())
+
+
+def _row(name: str) -> Listed:
+    """What timm's registry says about one of its names."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    patch = re.search(r"patch(\d+)", name)
+    tokens = patches(config.input_size[1:], int(patch[1])) if config and patch else ""
+    return Listed(name, f"timm:{name}", tokens, (config.license if config else "") or "")
+
+
+def _architecture(name: str) -> str:
+    """A name without its weights.
+
+    >>> _architecture("vit_base_patch16_224.augreg_in21k")
+    'vit_base_patch16_224'
+    """
+    return name.split("/")[0].split(".")[0]
+
+
+def _claims(spec: ModelSpec) -> bool:
+    if not _NAME.fullmatch(spec.name):
+        return False
+    import timm
+
+    return timm.is_model(spec.name.partition(".")[0])
+
+
+def _in_folder(folder: Path, given: str) -> str | None:
+    """A folder that timm saved: its config names an architecture, and no Hugging Face model type."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return f"local-dir:{folder}" if "architecture" in config and "model_type" not in config else None
+
+
+def _named(spec: ModelSpec) -> ModelSpec:
+    if spec.name.startswith(SCHEMAS):
+        return spec
+    import timm
+
+    architecture, _, tag = spec.name.partition(".")
+    if not timm.is_model(architecture):
+        near = did_you_mean(spec.name, [*pretrained(), *timm.list_models()])
+        raise UserError(f"model '{spec.given}' not found in timm", near or LIST_TIP)
+    tags = [name.partition(".")[2] for name in pretrained() if name.partition(".")[0] == architecture]
+    if tag and tag not in tags:
+        some = f"its tags include {one_of(tags[:3])}" if tags else "it has no published weights"
+        raise UserError(f"timm's '{architecture}' has no weights '{tag}'", did_you_mean(tag, tags) or some)
+    return _native_activation(spec) if spec.published else spec
+
+
+def _native_activation(spec: ModelSpec) -> ModelSpec:
+    """CLIP weights that were trained with QuickGELU, moved to the timm variant that computes it.
+
+    timm builds `*_clip_224.openai` and its like with GELU, which changes every layer silently; its
+    registry says so in a note. DFN weights carry no note.
+    Raises UserError where timm has no such variant.
+    """
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(spec.name)
+    architecture, _, tag = spec.name.partition(".")
+    tag = tag or (config and config.tag) or ""
+    if "_clip_" not in architecture or "quickgelu" in architecture or config is None:
+        return spec
+    native = any("natively QuickGELU" in note for note in config.notes or ()) or tag in ("dfn2b", "dfn5b")
+    if not native:
+        return spec
+    variant = architecture.replace("_clip_", "_clip_quickgelu_")
+    if f"{variant}.{tag}" in pretrained():
+        note = f"weights trained with QuickGELU: '{variant}' computes it, '{architecture}' does not"
+        return replace(spec, name=f"{variant}.{tag}", note=note)
+    size = re.match(r"vit_([a-z]+)_patch(\d+)", architecture)
+    letter = {"base": "B", "large": "L", "huge": "H", "gigantic": "bigG"}.get(size[1], "") if size else ""
+    own = f"ViT-{letter}-{size[2]}-quickgelu" if size else ""
+    use = f"open_clip:{own}/{tag}" if own in open_clip_configs() else "open_clip's '-quickgelu' variant"
+    raise UserError(
+        f"'{spec.resolved}' would run with GELU, but its weights were trained with QuickGELU", f"use {use}"
+    )
+
+
+FAMILY = Family(
+    "timm",
+    load=loaded_by("diag.models.families.timm.load"),
+    named=_named,
+    claims=_claims,
+    in_folder=_in_folder,
+    form="NAME",
+    names=pretrained,
+    row=_row,
+    architecture=_architecture,
+    folders=True,
+    hub=True,
+    packages=("timm",),
+)
