@@ -7,6 +7,7 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.depth import BANDS, layer_axis
 from diag.show.figures.lines import columns_for, depth_curve, heading, line, lines_of
 from diag.show.figures.page import page
@@ -14,10 +15,7 @@ from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import caption, check_columns, drawable
 
 METRICS = ("entropy", "entropy_p15")
-LINES = {
-    "entropy": ("mean over tokens", OKABE_ITO["blue"], "o", "-"),
-    "entropy_p15": ("15th percentile over tokens", OKABE_ITO["vermillion"], "s", "-"),
-}
+LINES = {name: CATALOGUE[name].line for name in METRICS}
 BOUND = "bound ln T: uniform attention"
 CAUSAL_BOUND = "bound of the mean: token i sees i keys"
 
@@ -65,15 +63,15 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
                     label=CAUSAL_BOUND,
                     gid="bound",
                 )
-            for metric, (word, colour, marker, dashes) in LINES.items():
-                curve = depth_curve(part, metric)
-                line(ax, curve, label=word, colour=colour, marker=marker, dashes=dashes)
+            for metric, drawn in LINES.items():
+                curve, colour = depth_curve(part, metric), OKABE_ITO[drawn.colour]
+                line(ax, curve, label=drawn.label, colour=colour, marker=drawn.marker, dashes=drawn.dashes)
             ax.set_ylim(0, 1.06 * highest)
             ax.set_title(heading(place, label, part, len(parts)))
             ax.set_ylabel("entropy in nats")
             layer_axis(ax, part["layer"])
-        handles = {drawn.get_label(): drawn for ax in axes for drawn in ax.get_lines()}
-        order = [*(word for word, *_ in LINES.values()), BOUND, *([CAUSAL_BOUND] if causal else [])]
+        handles = {artist.get_label(): artist for ax in axes for artist in ax.get_lines()}
+        order = [*(drawn.label for drawn in LINES.values()), BOUND, *([CAUSAL_BOUND] if causal else [])]
         shown = [word for word in order if word in handles]
         figure.legend([handles[word] for word in shown], shown, loc="outside lower center", ncols=2)
     return figure

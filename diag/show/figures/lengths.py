@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from diag.errors import UserError
+from diag.metrics.catalogue import entry_of
 from diag.show.figures.depth import BANDS
 from diag.show.figures.lines import line
 from diag.show.figures.page import page
-from diag.show.figures.panels import COMPARISON
 from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import caption, check_columns, shorten
 
@@ -24,15 +24,6 @@ AXES = {
     "patch_size": "patch size, pixels",
     "image_size": "image size, pixels",
     "step": "training step",
-}
-TITLES = {
-    **COMPARISON,
-    "self_specific_fraction": ("Self-specific fraction", "excess / cos(yᵢ, vᵢ)"),
-    "cos_y_vpartner": ("Partner null", "cos(yᵢ, vⱼ)"),
-    "cos_y_vuniform": ("Uniform-attention null", "cosine"),
-    "self_part": ("Self part of the bias", "part of cos(yᵢ, vᵢ)"),
-    "context_part": ("Context part of the bias", "part of cos(yᵢ, vᵢ)"),
-    "entropy_normalized": ("Entropy / maximum", "share"),
 }
 MARKERS = "osD^vP*X"
 TICKS = 7
@@ -80,7 +71,7 @@ def against(points: pd.DataFrame) -> Figure:
                     colour=OKABE_ITO[palette[number % len(palette)]],
                     marker=MARKERS[number % len(MARKERS)],
                 )
-            title, y_label = TITLES.get(metric, (metric.replace("_", " "), "mean over layers"))
+            title, y_label = entry_of(metric).panel
             ax.set_title(f"({string.ascii_lowercase[place % 26]}) {title}" if len(metrics) > 1 else title)
             ax.set_ylabel(y_label)
             low, high = ax.get_ylim()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import UserError
+from diag.metrics.catalogue import entry_of
 
 if TYPE_CHECKING:
     from diag.results.collect import Collection
@@ -86,8 +87,9 @@ def page(
     problems: Mapping[str, str] | None = None,
 ) -> str:
     """The page as text."""
-    from diag.show.report import content, glossary, provenance
+    from diag.show.report import content, provenance
     from diag.show.report.attended import look
+    from diag.show.report.glossary import grouped
     from diag.show.report.palette import PAPER, variables
 
     sentences, compared = words(collection)
@@ -116,8 +118,7 @@ def page(
         if "values" in collection.layers
         else [],
         glossary={
-            title: [(name, glossary.meaning(name)) for name in names]
-            for title, names in glossary.grouped(metrics).items()
+            title: [(name, entry_of(name)) for name in names] for title, names in grouped(metrics).items()
         },
         schemes={scheme: variables(colours, scheme) for scheme in PAPER},
         paper=PAPER,
@@ -125,7 +126,7 @@ def page(
             {
                 "charts": {drawn.name: drawn.data for drawn in charts},
                 "heads": {line.slug: {"label": line.label, **line.heads} for line in lines if line.heads},
-                "metrics": {name: asdict(glossary.meaning(name)) for name in metrics},
+                "metrics": {name: {"heading": entry_of(name).heading} for name in metrics},
             }
         ),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.metrics.catalogue import MEANINGS, Meaning
+from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.show.report.content import Cell
 from diag.show.report.folders import Attended, Picture
 from diag.show.report.maps import number
@@ -32,7 +32,7 @@ class Look:
     name: str
     title: str
     pictures: tuple[tuple[Picture, str], ...]
-    metrics: tuple[tuple[str, Meaning], ...]
+    metrics: tuple[tuple[str, MetricEntry], ...]
     rows: tuple[tuple[str, str, str, tuple[Cell, ...]], ...]
     failures: tuple[tuple[str, str], ...]
 
@@ -49,7 +49,7 @@ def look(attended: Attended) -> Look:
             (picture, " ".join([f"{picture.name.replace('-', ' ').replace('_', ' ')}: {title}.", *said]))
             for picture in attended.pictures
         ),
-        metrics=tuple((metric, MEANINGS[metric]) for metric in shown),
+        metrics=tuple((metric, CATALOGUE[metric]) for metric in shown),
         rows=tuple(_row(row, shown) for row in numbers.to_dict("records")),
         failures=tuple((str(name), str(why)) for name, why in (manifest.get("failed_models") or {}).items()),
     )

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diag.metrics.catalogue import Meaning
+from diag.metrics.catalogue import MetricEntry, entry_of
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
 from diag.results.files import file_stem
 from diag.show.figures.panels import COMPARISON, CURVES, Panel
 from diag.show.figures.tables import check_columns, profile, rows_of, span
 from diag.show.report.charts import Chart, Curve, chart, limits_of
-from diag.show.report.glossary import grouped, meaning
+from diag.show.report.glossary import grouped
 from diag.show.report.maps import Map, head_maps, number
 from diag.show.report.palette import compared_colours
 
@@ -61,7 +61,7 @@ class Table:
 
     name: str
     title: str
-    metrics: tuple[tuple[str, Meaning], ...]
+    metrics: tuple[tuple[str, MetricEntry], ...]
     rows: tuple[tuple[str, str, tuple[Cell, ...]], ...]
 
 
@@ -160,7 +160,7 @@ def comparison(lines: Sequence[Line], collection: Collection) -> list[Compared]:
             f"compared-{metric}",
             there,
             title=title,
-            hint=meaning(metric).sentence,
+            hint=entry_of(metric).sentence,
             y_label=y_label,
             limits=limits_of(there),
             relative=True,
@@ -183,7 +183,7 @@ def glance(lines: Sequence[Line], collection: Collection) -> Table | None:
         wide = wide.reindex(columns=metrics)
         cells = [_cell(row) for _, row in summary(wide.to_numpy(dtype=float), seed=0).iterrows()]
         rows.append((line.label, "", tuple(cells)))
-    columns = tuple((metric, meaning(metric)) for metric in metrics)
+    columns = tuple((metric, entry_of(metric)) for metric in metrics)
     return Table("glance", "Means over layers", columns, tuple(rows))
 
 
@@ -275,7 +275,7 @@ def _tables(rows: pd.DataFrame, slug: str) -> list[Table]:
             Table(
                 f"table-{slug}-{file_stem(title).lower()}",
                 title,
-                tuple((metric, meaning(metric)) for metric in metrics),
+                tuple((metric, entry_of(metric)) for metric in metrics),
                 tuple(
                     (
                         str(layer),
