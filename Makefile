@@ -39,7 +39,8 @@ fix: $(READY)  ## mend what can be mended by machine
 figures: $(READY)  ## draw every figure and table of the embedded models, under figures/
 	$(BIN)/attnbias figures configs/demo.yaml -o figures
 
-docs: $(READY)  ## check that the commands in README and docs are real
+docs: $(READY)  ## write the tables of docs/metrics.md; check that the commands in README and docs are real
+	$(BIN)/python -m tools.metrics_page
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:  ## remove the virtual environment and runs

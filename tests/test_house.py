@@ -204,6 +204,7 @@ NAMING = (
     "diag.show.terminal",
     "diag.models.names.resolve",
     "diag.inputs.images",
+    "diag.metrics.registry",
 )
 
 
@@ -215,6 +216,7 @@ def test_neither_tables_nor_figures_load_torch() -> None:
 
 def test_neither_names_nor_inputs_load_torch() -> None:
     assert loaded_after(*NAMING).isdisjoint({"torch", "torchvision", "matplotlib", *LIBRARIES})
+    assert loaded_after("diag.metrics.registry").isdisjoint({"numpy", "pandas"})
 
 
 @pytest.mark.parametrize("module", ["diag", "diag.cli"])

@@ -118,21 +118,10 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 @app.command()
 def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the metrics with their definitions, by group."""
-    from diag.metrics.attention import METRICS
-    from diag.metrics.catalogue import RATIOS
-    from diag.metrics.divergence import DIVERGENCE_METRICS
+    from diag.metrics.catalogue import CATALOGUE
     from diag.metrics.registry import GROUPS
-    from diag.metrics.shape import SHAPE_METRICS
-    from diag.metrics.stream import STREAM_METRICS
 
-    found = {name: metric.definition for name, metric in METRICS.items()}
-    found |= {
-        name: f"{above} / {below}, of their means over inputs." for name, (above, below) in RATIOS.items()
-    }
-    for optional in (STREAM_METRICS, SHAPE_METRICS, DIVERGENCE_METRICS):
-        found |= {
-            name: f"{metric.definition} ({metric.unit}; {metric.source})" for name, metric in optional.items()
-        }
+    found = {name: CATALOGUE[name].definition for names in GROUPS.values() for name in names}
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return

@@ -15,11 +15,12 @@ from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
 from diag.measure.gate import LayerFacts
-from diag.metrics.attention import METRICS, Metric, readings
-from diag.metrics.divergence import DIVERGENCE_METRICS, DivergenceMetric, divergence_readings
+from diag.metrics.attention import METRICS, readings
+from diag.metrics.catalogue import SAMPLING_ERROR
+from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
-from diag.metrics.shape import SHAPE_METRICS, ShapeMetric, shape_readings
+from diag.metrics.shape import SHAPE_METRICS, shape_readings
 from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
 from diag.models.hooks.blocks import Block
@@ -27,18 +28,11 @@ from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import Layer
 
-OF_HEADS: dict[str, Metric | ShapeMetric | DivergenceMetric] = {
-    **METRICS,
-    **SHAPE_METRICS,
-    **DIVERGENCE_METRICS,
-}
+OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 FEW_KEYS = 64
 """Rows that see no more keys than this are a kind of their own when rows are sampled."""
-
-SAMPLING_ERROR = "_sampling_error"
-"""What follows the name of a metric in the name of its standard error from sampled query rows."""
 
 
 @dataclass

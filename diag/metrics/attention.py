@@ -1,7 +1,7 @@
 """The statistics: pure functions from one attention call and a token set to numbers per token or head.
 
-Every function takes a `Selection` and returns a `Reading`. `METRICS` is the one place where a
-metric is registered; `records.RATIOS` are ratios of two metrics' means, taken later, from tables.
+Every function of `METRICS` takes a `Selection` and returns a `Reading`. Their wording is in
+`diag.metrics.catalogue`, and so are the ratios of two metrics' means, which are taken later, from tables.
 
 Notation: per head, `v_i` values, `y_i` outputs, `A` the pattern, `v̂ = v/‖v‖`; S the token set. A
 cosine with a zero vector is 0. Which tokens count:
@@ -15,7 +15,6 @@ cosine with a zero vector is 0. Which tokens count:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -26,8 +25,8 @@ from torch.linalg import vecdot, vector_norm
 from diag.attention.call import AttentionCall, of_inputs
 from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
 from diag.attention.values import reciprocal, value_blocks, value_statistics
-from diag.errors import UserError, did_you_mean, one_of
 from diag.metrics.readings import Controls, Reading, reduce
+from diag.metrics.registry import metric, registered
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
@@ -152,32 +151,38 @@ class Selection:
         return x.expand(shape).flatten(1, 2)
 
 
+@metric("call")
 def cos_y_vself(on: Selection) -> Reading:
     """cos(y_i, v_i): the alignment bias."""
     return on.per_row(on.cosine)
 
 
+@metric("call")
 def self_part(on: Selection) -> Reading:
     """A_ii‖v_i‖/‖y_i‖: the bias that comes from the token attending to itself."""
     return on.per_row(on.self_part)
 
 
+@metric("call")
 def context_part(on: Selection) -> Reading:
     """Σ_{j≠i} A_ij (v_j·v̂_i)/‖y_i‖: the bias that comes from other tokens' values, cos - self part."""
     return on.per_row(on.cosine - on.self_part)
 
 
+@metric("call")
 def cos_y_vpartner(on: Selection) -> Reading:
     """E_j cos(y_i, v_j) over the other visible j in S: the partner null."""
     return on.per_row(*on.partner)
 
 
+@metric("call")
 def excess(on: Selection) -> Reading:
     """cos(y_i, v_i) minus the partner null."""
     null, defined = on.partner
     return on.per_row(on.cosine - null, defined)
 
 
+@metric("call")
 def cos_y_vuniform(on: Selection) -> Reading:
     """cos(ȳ_i, v_i), ȳ_i the plain mean of the visible v_j in S: the uniform-attention null."""
     inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
@@ -185,16 +190,19 @@ def cos_y_vuniform(on: Selection) -> Reading:
     return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
 
 
+@metric("call")
 def removed_energy(on: Selection) -> Reading:
     """cos²(y_i, v_i) = 1 - ‖z_i‖²/‖y_i‖²: the share of the output's energy that XSA removes."""
     return on.per_row(on.cosine.square())
 
 
+@metric("call")
 def value_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(v_i, v_j)."""
     return on.per_kv_head(on.value_similarity)
 
 
+@metric("call")
 def value_similarity_partial(on: Selection) -> Reading:
     """cos(v_j^⊥i, v_k^⊥i) over j≠k≠i, averaged over sampled anchors i: similarity of values beyond v_i."""
     ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
@@ -232,16 +240,19 @@ def _partial_cosines(
     return _mean_pairwise(total, units, chosen.sum(-1))
 
 
+@metric("call")
 def value_similarity_partial_reference(on: Selection) -> Reading:
     """ρ/(1+ρ), ρ the value similarity: the partial similarity of equicorrelated values."""
     return on.per_kv_head(on.value_similarity / (1 + on.value_similarity))
 
 
+@metric("call")
 def output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(y_i, y_j)."""
     return _pairwise_rows(on, on.values.output_total, on.values.output_norm > 0)
 
 
+@metric("call")
 def exclusive_output_similarity(on: Selection) -> Reading:
     """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
     found = on.values
@@ -250,6 +261,7 @@ def exclusive_output_similarity(on: Selection) -> Reading:
     )
 
 
+@metric("call")
 def value_participation_ratio(on: Selection) -> Reading:
     """tr(C)²/‖C‖_F² of the centred values' covariance: the number of directions that they fill."""
     ratio = torch.empty(on.call.batch, on.call.kv_heads, device=on.among.device)
@@ -268,71 +280,45 @@ def value_participation_ratio(on: Selection) -> Reading:
     return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
 
 
+@metric("call")
 def self_weight(on: Selection) -> Reading:
     """A_ii."""
     return Reading(on.softmax.self_weight, on.rows)
 
 
+@metric("call")
 def self_weight_ratio(on: Selection) -> Reading:
     """A_ii × number of visible keys: 1 for uniform attention, whatever the number of tokens."""
     return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
 
 
+@metric("call")
+@metric("call", name="entropy_p15", reduce="percentile")
 def entropy(on: Selection) -> Reading:
     """-Σ_j A_ij ln A_ij in nats."""
     return on.of_pattern(on.softmax.entropy)
 
 
+@metric("call")
 def entropy_normalized(on: Selection) -> Reading:
     """Entropy over its bound ln(number of visible keys)."""
     return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).log())
 
 
+@metric("call")
 def effective_keys(on: Selection) -> Reading:
     """1/Σ_j A_ij²: how many keys share the attention."""
     return on.of_pattern(1 / on.softmax.sum_of_squares)
 
 
+@metric("call")
 def first_weight(on: Selection) -> Reading:
     """A_i0: attention to the first token (BOS or class token, or the first word or patch)."""
     return Reading(on.softmax.first_weight, on.rows)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One line of the table: how to compute it, and how its tokens become one number per input."""
-
-    compute: Callable[[Selection], Reading]
-    reduce: str = "mean"  # or "percentile"
-
-    @property
-    def definition(self) -> str:
-        """The formula in one line."""
-        return (self.compute.__doc__ or "").strip()
-
-
-METRICS: dict[str, Metric] = {
-    "cos_y_vself": Metric(cos_y_vself),
-    "self_part": Metric(self_part),
-    "context_part": Metric(context_part),
-    "cos_y_vpartner": Metric(cos_y_vpartner),
-    "cos_y_vuniform": Metric(cos_y_vuniform),
-    "excess": Metric(excess),
-    "removed_energy": Metric(removed_energy),
-    "value_similarity": Metric(value_similarity),
-    "value_similarity_partial": Metric(value_similarity_partial),
-    "value_similarity_partial_reference": Metric(value_similarity_partial_reference),
-    "output_similarity": Metric(output_similarity),
-    "exclusive_output_similarity": Metric(exclusive_output_similarity),
-    "value_participation_ratio": Metric(value_participation_ratio),
-    "self_weight": Metric(self_weight),
-    "self_weight_ratio": Metric(self_weight_ratio),
-    "entropy": Metric(entropy),
-    "entropy_p15": Metric(entropy, reduce="percentile"),
-    "entropy_normalized": Metric(entropy_normalized),
-    "effective_keys": Metric(effective_keys),
-    "first_weight": Metric(first_weight),
-}
+METRICS = registered("call")
+"""The metrics of one attention call, by name: all that are measured by default."""
 
 
 def readings(
@@ -357,15 +343,6 @@ def per_input(
     names = list(METRICS) if names is None else names
     found = readings(call, names, tokens)
     return {name: reduce([found[name]], call.batch, METRICS[name].reduce) for name in names}
-
-
-def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """Checks names of metrics; None is all of them. Raises UserError with the nearest name."""
-    for name in names or ():
-        if name not in known:
-            tip = did_you_mean(name, known) or f"metrics are {one_of(known)}"
-            raise UserError(f"unknown metric '{name}'", tip)
-    return list(known if names is None else dict.fromkeys(names))
 
 
 def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:

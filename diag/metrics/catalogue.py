@@ -1,170 +1,482 @@
-"""What every metric is called and means, without torch: the table that all who show numbers read."""
+"""What every metric is called and means: the one table that all who show numbers read. No torch, no pandas.
+
+A metric is one line here and one function beside its like (`diag.metrics.registry`). The lines stand in the
+order in which metrics are measured and tables show them. Terminal, report, figures, captions, `attnbias
+metrics` and docs/metrics.md (`python -m tools.metrics_page`) take every word from here; what only one figure
+calls a metric stands in that figure.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-RATIOS: dict[str, tuple[str, str]] = {"self_specific_fraction": ("excess", "cos_y_vself")}
-"""Metrics that are a ratio of two others' means over inputs: name -> (numerator, denominator)."""
+Dashes = Literal["-", "--", ":"]
 
 
-COLUMNS = {
-    "cos_y_vself": ("cos(y,v)", "alignment bias = self + context"),
-    "self_part": ("self", ""),
-    "context_part": ("context", ""),
-    "cos_y_vpartner": ("partner", "null, another token's value"),
-    "cos_y_vuniform": ("uniform", "null, uniform attention"),
-    "value_similarity": ("v~v", "similarity of values"),
-    "self_weight": ("A_ii", "weight on oneself"),
-    "entropy_normalized": ("H/max", "entropy over its bound"),
-    "excess": ("excess", "cos(y,v) - partner"),
-    "self_specific_fraction": ("specific", "excess over cos(y,v)"),
-    "removed_energy": ("cos²", "energy that XSA removes"),
-    "value_similarity_partial": ("v~v|i", "similarity of values beyond v_i"),
-    "value_similarity_partial_reference": ("ref|i", "v~v|i of equicorrelated values"),
-    "output_similarity": ("y~y", "similarity of outputs"),
-    "exclusive_output_similarity": ("z~z", "similarity of outputs without their part along v_i"),
-    "value_participation_ratio": ("dim(v)", "directions that values fill"),
-    "self_weight_ratio": ("A_ii·T", "weight on oneself over uniform"),
-    "entropy": ("H", "entropy in nats"),
-    "entropy_p15": ("H p15", "15th percentile of entropy"),
-    "effective_keys": ("keys", "how many share the attention"),
-    "first_weight": ("A_i0", "weight on the first token"),
-    "attention_stream_cosine": ("Δattn·x", "cosine of the attention update with the stream"),
-    "mlp_stream_cosine": ("Δmlp·x", "cosine of the MLP update with the stream"),
-    "value_stream_cosine": ("Wv·x", "cosine of W_O v with the stream"),
-    "output_value_cosine": ("Wy·Wv", "cosine of W_O y with W_O v"),
-    "block_influence": ("BI", "block influence, 1 - cos(x_in, x_out)"),
-    "token_similarity": ("x~x", "similarity of tokens after the block"),
-    "massive_activation": ("max/med", "largest over median activation"),
-    "attention_update_ratio": ("|Δattn|", "norm of the attention update over the stream's"),
-    "mlp_update_ratio": ("|Δmlp|", "norm of the MLP update over the stream's"),
-    "token_distance": ("X-mean", "distance of tokens from their mean, over their norm"),
-    "attention_stream_energy": ("Δattn·x²", "share of the attention update along the stream"),
-    "mlp_stream_energy": ("Δmlp·x²", "share of the MLP update along the stream"),
-    "update_cosine_previous": ("Δattn·prev", "cosine of the attention update with the one before"),
-    "delta_cosine_previous": ("Δ·prev", "cosine of the block's update with the one before"),
-    "secondary_sinks": ("sinks", "secondary sinks that begin here"),
-    "secondary_sink_lifetime": ("life", "share of layers in which they stand"),
-    "first_key_received": ("α_0", "attention that the first key receives"),
-    "sink_rate": ("α_0>.3", "share of heads that do"),
-    "sink_share": ("top c", "share of all attention that one key receives"),
-    "sink_strength": ("log c", "log10 of the largest over the median received attention"),
-    "received_gini": ("gini", "inequality of received attention"),
-    "sink_value_norm": ("‖v_s‖", "norm of the sink's value over the median"),
-    "attention_distance": ("dist", "mean distance of attention in pixels or tokens"),
-    "attention_distance_rms": ("rms", "root mean square distance"),
-    "attention_distance_uniform": ("dist u", "distance of uniform attention"),
-    "attention_distance_ratio": ("d/d_u", "distance over that of uniform attention"),
-    "attention_nmi": ("NMI", "0 where all queries see the same map"),
-    "top_key_overlap": ("top-10", "share of the 10 top keys kept from the layer before"),
-    "top_key_overlap_chance": ("chance", "that share by chance"),
-    "previous_weight": ("A_i,i-1", "weight on the token before"),
-    "near_share": ("near", "share within 16 tokens or the next patches"),
-    "near_share_uniform": ("near u", "that share of uniform attention"),
-    "prefix_share": ("prefix", "share on class token and registers"),
-    "head_divergence": ("‖y-y⁰‖", "distance of heads' outputs from those of a neutral image"),
-    "head_divergence_relative": ("Δy rel", "that distance over the outputs' mean norm, 0 to 2"),
-    "norm_weighted_self": ("self‖v‖", "self weight, weighted with norms of values"),
-    "norm_weighted_first": ("first‖v‖", "weight on the first key, weighted with norms"),
-    "norm_weighted_entropy": ("H‖v‖", "entropy, weighted with norms"),
-}
-"""Metric -> its heading and what that means. The table shows as many as fit, in this order."""
+class Place(NamedTuple):
+    """Where a metric is found: the group that `--metrics` names, and the title of its table."""
+
+    group: str
+    section: str
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """A metric: its heading in a table, its formula (or `""`), and what it says in one sentence."""
+class DrawnAs:
+    """A metric as a line among others: its label there, its Okabe-Ito colour, its dashes and marker."""
 
+    label: str = ""
+    colour: str = ""
+    dashes: Dashes = "-"
+    marker: str = "o"
+
+
+@dataclass(frozen=True)
+class MetricEntry:
+    """One line of the catalogue.
+
+    column, gloss: its heading in the terminal, and what that means in the legend below.
+    heading: its name in words, for tables. formula; sentence: what it says, for people.
+    unit, source: as the documentation has them; `–` is a source of its own.
+    rank: of the default, the stream's or the other metrics, a narrow terminal shows those of low rank first.
+    ratio: (numerator, denominator) of a metric that is a ratio of two others' means over inputs.
+
+    In figures: label, where it is not the heading; symbol, for a short formula behind the label;
+    axis and title of a panel of its own (the title is the label if empty); unit_interval, whether panels
+    of it run from 0 to 1; scale, the colours of a layer x head map; line, its role in a panel of several.
+    """
+
+    name: str
+    place: Place
+    column: str
+    gloss: str
     heading: str
     formula: str
     sentence: str
+    unit: str
+    source: str = "–"
+    rank: int = 1
+    ratio: tuple[str, str] | None = None
+    drawn: str = ""
+    symbol: str = ""
+    axis: str = ""
+    title: str = ""
+    unit_interval: bool = False
+    scale: str = ""
+    line: DrawnAs = DrawnAs()
 
     @property
     def text(self) -> str:
         """Formula and sentence in one line, for a tooltip."""
         return f"{self.formula} — {self.sentence}" if self.formula else self.sentence
 
+    @property
+    def definition(self) -> str:
+        """What `attnbias metrics` prints: formula, sentence, unit and source in one line."""
+        told = self.unit if self.source == "–" else f"{self.unit}; {self.source}"
+        return f"{self.text} ({told})"
 
-MEANINGS: dict[str, Meaning] = {
-    "cos_y_vself": Meaning(
-        "alignment bias", "cos(yᵢ, vᵢ)", "How far a token's attention output points along its own value."
+    @property
+    def label(self) -> str:
+        """What figures call it."""
+        return self.drawn or self.heading
+
+    @property
+    def labelled(self) -> str:
+        """The label with its symbol: `self weight Aᵢᵢ`."""
+        return f"{self.label} {self.symbol}".rstrip()
+
+    @property
+    def panel(self) -> tuple[str, str]:
+        """Title and y label of a panel that shows this metric alone."""
+        if not self.axis:
+            return self.label, "mean over layers"
+        return self.title or capitalised(self.label), self.axis
+
+
+def capitalised(words: str) -> str:
+    """Words with a capital first letter; `str.capitalize` would make the others small."""
+    return words[:1].upper() + words[1:]
+
+
+BIAS = Place("default", "Alignment bias, its parts and its nulls")
+ALIKE = Place("default", "Similarity between tokens")
+WHERE = Place("default", "Where attention goes")
+STREAM = Place("stream", "Redundancy in the residual stream")
+SINKS, DISTANCE, NMI, OVERLAP, POSITION, NORMS = (
+    Place(group, "The shape of attention")
+    for group in ("sinks", "distance", "nmi", "overlap", "position", "norms")
+)
+DIVERGENCE = Place("divergence", "Head divergence: what the image changes")
+
+_XSA = "Exclusive Self Attention (Zhai 2026, arXiv 2603.09078), Fig. 1"
+_POST = "the vision post's generalisation"
+_SECONDARY = "arXiv 2512.22213 and its code"
+_GU = "Gu 2024 (arXiv 2410.10781): ε = .3, T = 64"
+_SINKS = "studies of sinks in ViTs"
+_RAGHU = "Dosovitskiy 2021 (2010.11929), Fig. 7; Raghu 2021 (2108.08810)"
+_POSITION = "relative position"
+_KOBAYASHI = "Kobayashi 2020 (2004.10102), there f(v) = v W_O"
+_VISION = "after vision-aware head divergence (2412.13949), there with the image taken out"
+
+_COSINE, _SHARE, _RATIO, _NATS = "cosine", "share, 0 to 1", "ratio", "nats"
+_LENGTH, _UNIFORM = "pixels (images), tokens (texts)", "1 = uniform"
+
+# fmt: off
+_TABLE = (
+    # name, place, column, gloss,
+    # heading, formula, sentence, unit, source; then what only some have
+    MetricEntry(
+        "cos_y_vself", BIAS, "cos(y,v)", "alignment bias = self + context",
+        "alignment bias", "cos(yᵢ, vᵢ)", "How far a token's attention output points along its own value.",
+        _COSINE, _XSA, rank=0, symbol="cos(yᵢ, vᵢ)", axis="cos(yᵢ, vᵢ)", scale="cosine",
+        line=DrawnAs("own value", "blue"),
     ),
-    "cos_y_vpartner": Meaning(
-        "partner null",
-        "mean over other visible j of cos(yᵢ, vⱼ)",
-        "What the cosine is with another token's value instead of the token's own.",
+    MetricEntry(
+        "self_part", BIAS, "self", "",
+        "self part", "Aᵢᵢ‖vᵢ‖ / ‖yᵢ‖", "The part of the bias that comes from attending to oneself.",
+        _COSINE, "exact split of the cosine", rank=0, axis="part of cos(yᵢ, vᵢ)",
+        title="Self part of the bias", line=DrawnAs("self part", "vermillion", "-", "s"),
     ),
-    "cos_y_vuniform": Meaning(
-        "uniform null",
-        "cos(ȳᵢ, vᵢ), ȳᵢ the plain mean of the visible values",
-        "What the cosine would be with uniform attention.",
-    ),
-    "excess": Meaning("excess", "bias − partner null", "What is specific to the token itself."),
-    "self_specific_fraction": Meaning(
-        "specific share",
-        "excess / bias",
-        "The excess as a share of the bias, both averaged over inputs; it leaps where the bias is near zero.",
-    ),
-    "self_part": Meaning(
-        "self part", "Aᵢᵢ‖vᵢ‖ / ‖yᵢ‖", "The part of the bias that comes from attending to oneself."
-    ),
-    "context_part": Meaning(
-        "context part",
-        "Σ Aᵢⱼ (vⱼ·v̂ᵢ) / ‖yᵢ‖ over j ≠ i",
+    MetricEntry(
+        "context_part", BIAS, "context", "",
+        "context part", "Σ Aᵢⱼ (vⱼ·v̂ᵢ) / ‖yᵢ‖ over j ≠ i",
         "The part of the bias that comes from other tokens' values pointing the same way.",
+        _COSINE, "exact split: the two parts sum to the bias", rank=0, axis="part of cos(yᵢ, vᵢ)",
+        title="Context part of the bias", line=DrawnAs("context part", "green", "-", "^"),
     ),
-    "removed_energy": Meaning(
-        "removed energy", "cos²(yᵢ, vᵢ)", "The share of ‖y‖² that XSA's projection would remove."
+    MetricEntry(
+        "cos_y_vpartner", BIAS, "partner", "null, another token's value",
+        "partner null", "mean over other visible j of cos(yᵢ, vⱼ)",
+        "What the cosine is with another token's value instead of the token's own.",
+        _COSINE, rank=0, axis="cos(yᵢ, vⱼ)", line=DrawnAs("partner null", "black", "--", ""),
     ),
-    "value_similarity": Meaning(
-        "values alike", "mean over i ≠ j of cos(vᵢ, vⱼ)", "How alike the values of different tokens are."
+    MetricEntry(
+        "cos_y_vuniform", BIAS, "uniform", "null, uniform attention",
+        "uniform null", "cos(ȳᵢ, vᵢ), ȳᵢ the plain mean of the visible values",
+        "What the cosine would be with uniform attention: √ρ for unit values of similarity ρ.",
+        _COSINE, rank=0, drawn="uniform-attention null", axis="cosine",
+        line=DrawnAs("uniform-attention null", "black", ":", ""),
     ),
-    "value_similarity_partial": Meaning(
-        "values alike, partial",
-        "mean of cos(vⱼ, vₖ) after vᵢ was projected out of both",
-        "How alike values are beyond what they share with an anchor token.",
+    MetricEntry(
+        "excess", BIAS, "excess", "cos(y,v) - partner",
+        "excess", "bias − partner null", "What is specific to the token itself.",
+        "difference of cosines", drawn="excess over partner null", axis="cosine difference", scale="signed",
     ),
-    "value_similarity_partial_reference": Meaning(
-        "partial, reference",
-        "ρ / (1 + ρ), ρ the value similarity",
+    MetricEntry(
+        "self_specific_fraction", BIAS, "specific", "excess over cos(y,v)",
+        "self-specific fraction", "excess / bias",
+        "The excess as a share of the bias, both averaged over inputs; it leaps where the bias is near zero.",
+        "share", ratio=("excess", "cos_y_vself"), axis="excess / cos(yᵢ, vᵢ)",
+    ),
+    MetricEntry(
+        "removed_energy", BIAS, "cos²", "energy that XSA removes",
+        "removed energy", "cos²(yᵢ, vᵢ)", "The share of ‖y‖² that XSA's projection would remove.",
+        _SHARE, "1 − ‖z‖²/‖y‖², z = y − (y·v̂)v̂",
+    ),
+    MetricEntry(
+        "value_similarity", ALIKE, "v~v", "similarity of values",
+        "value similarity", "mean over i ≠ j of cos(vᵢ, vⱼ)", "How alike the values of different tokens are.",
+        _COSINE, rank=0, axis="mean pairwise cosine", scale="cosine", line=DrawnAs("values", "orange"),
+    ),
+    MetricEntry(
+        "value_similarity_partial", ALIKE, "v~v|i", "similarity of values beyond v_i",
+        "partial value similarity", "mean of cos(vⱼ, vₖ) after vᵢ was projected out of both, over j ≠ k ≠ i",
+        "How alike values are beyond what they share with an anchor token i: 16 anchors, one from each of 16 "
+        "equal strata of the sequence; all tokens where there are no more.",
+        _COSINE, line=DrawnAs("values, partial", "purple", "-", "^"),
+    ),
+    MetricEntry(
+        "value_similarity_partial_reference", ALIKE, "ref|i", "v~v|i of equicorrelated values",
+        "partial value similarity, reference", "ρ / (1 + ρ), ρ the value similarity",
         "What the partial similarity is for values that are merely all alike.",
+        _COSINE, line=DrawnAs("partial, reference", "purple", ":", ""),
     ),
-    "output_similarity": Meaning(
-        "outputs alike", "mean over i ≠ j of cos(yᵢ, yⱼ)", "How alike the outputs of different tokens are."
+    MetricEntry(
+        "output_similarity", ALIKE, "y~y", "similarity of outputs",
+        "output similarity", "mean over i ≠ j of cos(yᵢ, yⱼ)",
+        "How alike the outputs of different tokens are.",
+        _COSINE, line=DrawnAs("outputs", "sky", "-", "s"),
     ),
-    "exclusive_output_similarity": Meaning(
-        "exclusive outputs alike",
-        "mean over i ≠ j of cos(zᵢ, zⱼ), z = y − (y·v̂)v̂",
+    MetricEntry(
+        "exclusive_output_similarity", ALIKE, "z~z", "similarity of outputs without their part along v_i",
+        "exclusive output similarity", "mean over i ≠ j of cos(zᵢ, zⱼ), z = y − (y·v̂)v̂",
         "How alike outputs are once their part along the own value is removed.",
+        _COSINE, line=DrawnAs("exclusive outputs", "blue", "--", "D"),
     ),
-    "value_participation_ratio": Meaning(
-        "value directions",
-        "tr(C)² / ‖C‖², C the covariance of the values",
-        "How many directions the centred values fill.",
+    MetricEntry(
+        "value_participation_ratio", ALIKE, "dim(v)", "directions that values fill",
+        "value participation ratio", "tr(C)² / ‖C‖_F², C the covariance of the centred values",
+        "How many directions the centred values fill.", "directions",
     ),
-    "self_weight": Meaning("self weight", "Aᵢᵢ", "Attention that a token pays to itself."),
-    "self_weight_ratio": Meaning(
-        "self weight / uniform",
-        "Aᵢᵢ × visible keys",
-        "Self weight relative to uniform attention, which is 1.",
+    MetricEntry(
+        "self_weight", WHERE, "A_ii", "weight on oneself",
+        "self weight", "Aᵢᵢ", "Attention that a token pays to itself.",
+        _SHARE, rank=0, symbol="Aᵢᵢ", axis="Aᵢᵢ", unit_interval=True, scale="weight",
+        line=DrawnAs("self weight", "vermillion", "-", "s"),
     ),
-    "first_weight": Meaning(
-        "first-token weight", "Aᵢ₀", "Attention to the first key: class token, BOS, first word or patch."
+    MetricEntry(
+        "self_weight_ratio", WHERE, "A_ii·T", "weight on oneself over uniform",
+        "self weight / uniform weight", "Aᵢᵢ × number of visible keys",
+        "Self weight relative to uniform attention, whatever the number of tokens.",
+        _UNIFORM, axis="Aᵢᵢ × visible keys",
     ),
-    "entropy": Meaning("entropy", "−Σ Aᵢⱼ ln Aᵢⱼ", "How widely attention is spread, in nats."),
-    "entropy_p15": Meaning(
-        "entropy, 15th pct.", "15th percentile of the entropy over tokens", "The narrow end, in nats."
+    MetricEntry(
+        "entropy", WHERE, "H", "entropy in nats",
+        "entropy", "−Σ Aᵢⱼ ln Aᵢⱼ", "How widely attention is spread.",
+        _NATS, line=DrawnAs("mean over tokens", "blue"),
     ),
-    "entropy_normalized": Meaning(
-        "entropy / maximum", "entropy / ln(visible keys)", "How near to uniform attention is, which is 1."
+    MetricEntry(
+        "entropy_p15", WHERE, "H p15", "15th percentile of entropy",
+        "entropy p15", "15th percentile of the entropy over an input's tokens",
+        "How widely the more narrowly attending tokens spread it.", _NATS,
+        "Context Broadcasting (arXiv 2210.08457), Fig. 4",
+        line=DrawnAs("15th percentile over tokens", "vermillion", "-", "s"),
     ),
-    "effective_keys": Meaning("effective keys", "1 / Σ Aᵢⱼ²", "How many keys share the attention."),
+    MetricEntry(
+        "entropy_normalized", WHERE, "H/max", "entropy over its bound",
+        "entropy normalized", "entropy / ln(number of visible keys)",
+        "How near attention is to uniform, which is its maximum.",
+        _UNIFORM, rank=0, drawn="entropy / maximum", axis="share", unit_interval=True,
+        line=DrawnAs("entropy / maximum", "black", "--", "D"),
+    ),
+    MetricEntry(
+        "effective_keys", WHERE, "keys", "how many share the attention",
+        "effective keys", "1 / Σ Aᵢⱼ²", "How many keys share the attention.", "keys",
+    ),
+    MetricEntry(
+        "first_weight", WHERE, "A_i0", "weight on the first token",
+        "weight on first token", "Aᵢ₀",
+        "Attention to the first real key: class token, BOS, first word or patch.",
+        _SHARE, unit_interval=True, line=DrawnAs("weight on first token", "purple", "-", "^"),
+    ),
+    # --- the residual stream
+    MetricEntry(
+        "attention_stream_cosine", STREAM, "Δattn·x", "cosine of the attention update with the stream",
+        "attention stream cosine", "cos(Δ_attn, x)", "Whether what attention adds is in the stream already.",
+        _COSINE, _POST, rank=0,
+    ),
+    MetricEntry(
+        "attention_stream_energy", STREAM, "Δattn·x²", "share of the attention update along the stream",
+        "attention stream energy", "cos²(Δ_attn, x)",
+        "The share of the attention update's energy that lies along the stream.", _SHARE, _POST, rank=2,
+    ),
+    MetricEntry(
+        "attention_update_ratio", STREAM, "|Δattn|", "norm of the attention update over the stream's",
+        "attention update ratio", "‖Δ_attn‖ / ‖x‖", "How much attention adds, in units of the stream.",
+        _RATIO,
+    ),
+    MetricEntry(
+        "mlp_stream_cosine", STREAM, "Δmlp·x", "cosine of the MLP update with the stream",
+        "MLP stream cosine", "cos(Δ_mlp, x), x after the attention update",
+        "Whether what the MLP adds is in the stream already.", _COSINE, _POST, rank=0,
+    ),
+    MetricEntry(
+        "mlp_stream_energy", STREAM, "Δmlp·x²", "share of the MLP update along the stream",
+        "MLP stream energy", "cos²(Δ_mlp, x)",
+        "The share of the MLP update's energy that lies along the stream.", _SHARE, _POST, rank=2,
+    ),
+    MetricEntry(
+        "mlp_update_ratio", STREAM, "|Δmlp|", "norm of the MLP update over the stream's",
+        "MLP update ratio", "‖Δ_mlp‖ / ‖x‖", "How much the MLP adds, in units of the stream.", _RATIO,
+    ),
+    MetricEntry(
+        "value_stream_cosine", STREAM, "Wv·x", "cosine of W_O v with the stream",
+        "value stream cosine", "cos(W_O vᵢ, xᵢ)",
+        "Whether values are in the stream already: all heads side by side, with layer scale, without the "
+        "bias of W_O.", _COSINE, _POST, rank=0,
+    ),
+    MetricEntry(
+        "output_value_cosine", STREAM, "Wy·Wv", "cosine of W_O y with W_O v",
+        "output value cosine", "cos(W_O yᵢ, W_O vᵢ)",
+        "The alignment bias as the stream sees it; rows that see only themselves do not count.",
+        _COSINE, _POST, rank=0,
+    ),
+    MetricEntry(
+        "block_influence", STREAM, "BI", "block influence, 1 - cos(x_in, x_out)",
+        "block influence", "1 − cos(x_in, x_out)",
+        "How far the whole block turns the stream; the cosine of consecutive states is 1 minus it.",
+        "1 − cosine", "ShortGPT (arXiv 2403.03853)", rank=0,
+    ),
+    MetricEntry(
+        "update_cosine_previous", STREAM, "Δattn·prev", "cosine of the attention update with the one before",
+        "attention update, cosine with previous", "cos(Δ_attn, Δ_attn of the layer before)",
+        "Whether attention adds what the layer before added; undefined in the first layer.", _COSINE, rank=2,
+    ),
+    MetricEntry(
+        "delta_cosine_previous", STREAM, "Δ·prev", "cosine of the block's update with the one before",
+        "block update, cosine with previous", "cos(x_out − x_in, the same of the layer before)",
+        "Whether the whole block adds what the block before added; undefined in the first layer.",
+        _COSINE, rank=2,
+    ),
+    MetricEntry(
+        "token_similarity", STREAM, "x~x", "similarity of tokens after the block",
+        "token similarity", "mean over i ≠ j of cos(xᵢ, xⱼ) after the block",
+        "How alike the states of different tokens are.", _COSINE, "oversmoothing literature", rank=0,
+    ),
+    MetricEntry(
+        "token_distance", STREAM, "X-mean", "distance of tokens from their mean, over their norm",
+        "token distance", "‖X − mean over tokens‖_F / ‖X‖_F after the block",
+        "How far tokens lie from their mean; 0 where all are the same.", _RATIO,
+        "rank collapse (Dong 2021)",
+    ),
+    MetricEntry(
+        "massive_activation", STREAM, "max/med", "largest over median activation",
+        "massive activation", "max|x| / median|x| over tokens and dimensions after the block",
+        "How far the largest activation stands out.", _RATIO, "visual attention sinks", rank=0,
+    ),
+    MetricEntry(
+        "secondary_sinks", STREAM, "sinks", "secondary sinks that begin here",
+        "secondary sinks", "tokens whose |cos(x, x of the first token)| > .9 begins here",
+        "Tokens that become secondary sinks in this layer; their sum over layers is the number in the input.",
+        "tokens", _SECONDARY, rank=2,
+    ),
+    MetricEntry(
+        "secondary_sink_lifetime", STREAM, "life", "share of layers in which they stand",
+        "secondary sink lifetime", "layers in which such a token stands / layers",
+        "How long a secondary sink that begins in this layer lasts.", "share of layers", _SECONDARY, rank=2,
+    ),
+    # --- the shape of attention
+    MetricEntry(
+        "first_key_received", SINKS, "α_0", "attention that the first key receives",
+        "first key received", "α = mean over i ≥ k of Aᵢₖ, k the first key",
+        "The mean attention to the first key, the first row included.", _SHARE, _GU,
+    ),
+    MetricEntry(
+        "sink_rate", SINKS, "α_0>.3", "share of heads that do",
+        "sink rate", "1 if α > .3, α the mean attention to the first key",
+        "Whether a head's first key is a sink, per softmax; the mean over heads and layers is the sink rate.",
+        "0 or 1 per head", _GU,
+    ),
+    MetricEntry(
+        "sink_share", SINKS, "top c", "share of all attention that one key receives",
+        "sink share", "maxⱼ cⱼ / N, cⱼ = Σᵢ Aᵢⱼ over N rows, j in the token set",
+        "The share of all attention that the key which receives most takes.", _SHARE, "column sums",
+    ),
+    MetricEntry(
+        "sink_strength", SINKS, "log c", "log10 of the largest over the median received attention",
+        "sink strength", "log₁₀(maxⱼ cⱼ / medianⱼ cⱼ), cⱼ = Σᵢ Aᵢⱼ",
+        "Decades from the usual key to the sink, at most 6.", "decades, 0 = all alike", _SINKS,
+    ),
+    MetricEntry(
+        "received_gini", SINKS, "gini", "inequality of received attention",
+        "received Gini", "Gini coefficient of cⱼ = Σᵢ Aᵢⱼ",
+        "How unequally keys receive attention: 0 all alike, towards 1 one key takes all.",
+        "0 to 1", "Gini coefficient",
+    ),
+    MetricEntry(
+        "sink_value_norm", SINKS, "‖v_s‖", "norm of the sink's value over the median",
+        "sink value norm", "‖v_s‖ / medianⱼ ‖vⱼ‖, s the key that receives most",
+        "How long the sink's value is: short in trained sinks.", "1 = as long as the others", _SINKS,
+    ),
+    MetricEntry(
+        "attention_distance", DISTANCE, "dist", "mean distance of attention in pixels or tokens",
+        "attention distance", "Σⱼ Aᵢⱼ Dᵢⱼ over keys with a place, weights renormalised",
+        "How far away a token attends on average.", _LENGTH, _RAGHU,
+    ),
+    MetricEntry(
+        "attention_distance_rms", DISTANCE, "rms", "root mean square distance",
+        "attention distance, RMS", "√(Σⱼ Aᵢⱼ Dᵢⱼ²) of the same weights",
+        "The root mean square distance: far keys count more.", _LENGTH,
+    ),
+    MetricEntry(
+        "attention_distance_uniform", DISTANCE, "dist u", "distance of uniform attention",
+        "attention distance, uniform", "mean of Dᵢⱼ over the visible keys with a place",
+        "The distance of uniform attention.", _LENGTH, "reference",
+    ),
+    MetricEntry(
+        "attention_distance_ratio", DISTANCE, "d/d_u", "distance over that of uniform attention",
+        "attention distance ratio", "distance / uniform distance, row by row",
+        "How local attention is, whatever the size of the input.", _UNIFORM,
+    ),
+    MetricEntry(
+        "attention_nmi", NMI, "NMI", "0 where all queries see the same map",
+        "attention NMI", "I(q;k) / √(H(q)H(k)), p(q) = 1/N, p(q,k) = A_qk/N",
+        "How much a query tells of where it attends; 0 where all queries see the same map.",
+        "0 to 1", "Park 2023 (2305.00729)",
+    ),
+    MetricEntry(
+        "top_key_overlap", OVERLAP, "top-10", "share of the 10 top keys kept from the layer before",
+        "top key overlap", "|top k of Aᵢ ∩ top k of the layer before| / k, same head, k = 10",
+        "Whether a head attends to the keys of the layer before.", _SHARE, "after HyLRA (2602.00777)",
+    ),
+    MetricEntry(
+        "top_key_overlap_chance", OVERLAP, "chance", "that share by chance",
+        "top key overlap, chance", "k / number of visible keys",
+        "The overlap of two random choices of k keys.",
+        _SHARE, "reference",
+    ),
+    MetricEntry(
+        "previous_weight", POSITION, "A_i,i-1", "weight on the token before",
+        "previous weight", "Aᵢ,ᵢ₋₁ (texts)", "Attention to the token before.", _SHARE, _POSITION,
+    ),
+    MetricEntry(
+        "near_share", POSITION, "near", "share within 16 tokens or the next patches",
+        "near share", "Σ Aᵢⱼ over |i − j| ≤ 16 (text) or the 3 × 3 patches around (image)",
+        "Attention to what is near, oneself included.", _SHARE, _POSITION,
+    ),
+    MetricEntry(
+        "near_share_uniform", POSITION, "near u", "that share of uniform attention",
+        "near share, uniform", "near visible keys / visible keys", "The near share of uniform attention.",
+        _SHARE, "reference",
+    ),
+    MetricEntry(
+        "prefix_share", POSITION, "prefix", "share on class token and registers",
+        "prefix share", "Σ Aᵢⱼ over the prefix tokens j", "Attention to class token and registers.",
+        _SHARE, _POSITION,
+    ),
+    MetricEntry(
+        "norm_weighted_self", NORMS, "self‖v‖", "self weight, weighted with norms of values",
+        "norm-weighted self", "Aᵢᵢ‖f(vᵢ)‖ / Σⱼ Aᵢⱼ‖f(vⱼ)‖, f(v) = v in the probe",
+        "The token's own share of what is added up.", _SHARE, _KOBAYASHI, rank=2,
+    ),
+    MetricEntry(
+        "norm_weighted_first", NORMS, "first‖v‖", "weight on the first key, weighted with norms",
+        "norm-weighted first", "Aᵢ₀‖f(v₀)‖ / Σⱼ Aᵢⱼ‖f(vⱼ)‖",
+        "The first key's share of what is added up: little at a sink of short value.",
+        _SHARE, _KOBAYASHI, rank=2,
+    ),
+    MetricEntry(
+        "norm_weighted_entropy", NORMS, "H‖v‖", "entropy, weighted with norms",
+        "norm-weighted entropy", "entropy over j of Aᵢⱼ‖f(vⱼ)‖ / Σⱼ Aᵢⱼ‖f(vⱼ)‖",
+        "How widely what is added up is spread.", _NATS, _KOBAYASHI, rank=2,
+    ),
+    # --- what the image changes
+    MetricEntry(
+        "head_divergence", DIVERGENCE, "‖y-y⁰‖", "distance of heads' outputs from those of a neutral image",
+        "head divergence", "‖yᵢ − yᵢ⁰‖, yᵢ⁰ the same head's output where the image is its mean colour",
+        "How far the image moves a head's output.", "norm of a head's output", _VISION,
+    ),
+    MetricEntry(
+        "head_divergence_relative", DIVERGENCE, "Δy rel", "that distance over the outputs' mean norm, 0 to 2",
+        "head divergence, relative", "2‖yᵢ − yᵢ⁰‖ / (‖yᵢ‖ + ‖yᵢ⁰‖), row by row",
+        "How far the image moves a head's output, whatever its size; 0 where the image does not matter.",
+        "0 to 2", _VISION,
+    ),
+)
+# fmt: on
+
+CATALOGUE: dict[str, MetricEntry] = {entry.name: entry for entry in _TABLE}
+"""Metric -> its line."""
+
+RATIOS: dict[str, tuple[str, str]] = {
+    name: entry.ratio for name, entry in CATALOGUE.items() if entry.ratio is not None
 }
-"""Metric -> what it means, in the order in which tables show them."""
+"""Metrics that are a ratio of two others' means over inputs: name -> (numerator, denominator)."""
+
+SAMPLING_ERROR = "_sampling_error"
+"""What follows the name of a metric in the name of its standard error from sampled query rows."""
+
+OTHER = "Other metrics"
+"""Title of the table of what is not in the catalogue."""
+
+
+def entry_of(name: str) -> MetricEntry:
+    """The line of a metric; made up from the name where this version has none."""
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    of = name.removesuffix(SAMPLING_ERROR)
+    sentence = "No definition in this version."
+    if of != name and of in CATALOGUE:
+        sentence = f"Standard error of {of} that comes from sampling query rows; 0 where all were drawn."
+    return MetricEntry(name, Place("", OTHER), name, "", name.replace("_", " "), "", sentence, "–")

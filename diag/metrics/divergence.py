@@ -2,13 +2,12 @@
 
 Optional metrics of models that see: each input runs twice, once as it is and once with a neutral image of
 the same size and mean colour, so that every token has its partner at the same position. Which tokens count
-is as in `diag.metrics.attention`. `DIVERGENCE_METRICS` is where one is registered.
+is as in `diag.metrics.attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,15 +16,18 @@ from torch.linalg import vector_norm
 from diag.attention.call import AttentionCall
 from diag.errors import MeasurementError
 from diag.metrics.attention import Reading, Selection
+from diag.metrics.registry import metric, registered
 
 Output = Float[Tensor, "batch head token dim"]
 
 
+@metric("neutral")
 def head_divergence(on: Selection, neutral: Output) -> Reading:
     """‖y_i − y_i⁰‖, y_i⁰ the same head's output where the image is its mean colour."""
     return Reading(_distance(on, neutral), on.rows)
 
 
+@metric("neutral")
 def head_divergence_relative(on: Selection, neutral: Output) -> Reading:
     """2‖y_i − y_i⁰‖/(‖y_i‖ + ‖y_i⁰‖): 0 the image does not matter, at most 2."""
     whole = on.values.output_norm + vector_norm(neutral.float(), dim=-1)
@@ -36,25 +38,8 @@ def _distance(on: Selection, neutral: Output) -> Float[Tensor, "batch head token
     return vector_norm(on.call.output.float() - neutral.float(), dim=-1)
 
 
-@dataclass(frozen=True)
-class DivergenceMetric:
-    """One line of the table: how to compute it from a call and the neutral output, its unit and source."""
-
-    compute: Callable[[Selection, Output], Reading]
-    unit: str
-    source: str = "after vision-aware head divergence, 2412.13949"
-    reduce: str = "mean"
-
-    @property
-    def definition(self) -> str:
-        """The formula in one line."""
-        return (self.compute.__doc__ or "").strip()
-
-
-DIVERGENCE_METRICS: dict[str, DivergenceMetric] = {
-    "head_divergence": DivergenceMetric(head_divergence, "norm of a head's output"),
-    "head_divergence_relative": DivergenceMetric(head_divergence_relative, "0 to 2"),
-}
+DIVERGENCE_METRICS = registered("neutral")
+"""The metrics of head divergence, by name."""
 
 
 def divergence_readings(

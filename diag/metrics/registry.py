@@ -1,23 +1,88 @@
-"""What `--metrics` may name: every metric, and groups of them. Optional ones have to be named."""
+"""Which function measures which metric, how its tokens become one number, and what `--metrics` may name.
+
+A new metric is a function with `@metric(...)` above it, in the file of its like (`attention`, `shape`,
+`stream`, `divergence`), and a line of its name in `diag.metrics.catalogue`. The decorator writes it into
+`REGISTRY`; a file is imported before anything of it is measured, so nothing else has to list it. A ratio of
+two metrics' means needs its line only. Names come from the catalogue: they are known without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
-from diag.metrics import shape
-from diag.metrics.attention import METRICS, chosen
-from diag.metrics.catalogue import RATIOS
-from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.shape import SHAPE_METRICS
-from diag.metrics.stream import STREAM_METRICS
+from diag.errors import UserError, did_you_mean, one_of
+from diag.metrics.catalogue import CATALOGUE
+
+Reads = Literal["call", "pattern", "neutral", "block", "depth"]
+"""What a metric is computed from, and so which arguments its function takes.
+
+call: a `Selection`, one attention call. pattern: a `View`, what the pass over its pattern found. neutral: a
+`Selection` and the outputs for a neutral image. block: a `Stream`, the states around one block. depth:
+`Sinks`, what the states of all blocks tell of one.
+"""
+
+Compute = TypeVar("Compute", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the registry.
+
+    compute: gives a `Reading`. reduce: "mean" or "percentile", how tokens become one number per input.
+    needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
+    """
+
+    name: str
+    compute: Callable[..., Any]
+    reads: Reads
+    reduce: str = "mean"
+    needs: tuple[str, ...] = ()
+
+    @property
+    def definition(self) -> str:
+        """The catalogue's definition, in one line."""
+        return CATALOGUE[self.name].definition
+
+
+REGISTRY: dict[str, Metric] = {}
+"""Name -> how it is measured; of the files that were imported. Filled by `metric`."""
+
+
+def metric(
+    reads: Reads, *, name: str | None = None, reduce: str = "mean", needs: tuple[str, ...] = ()
+) -> Callable[[Compute], Compute]:
+    """Registers a function as the metric of its name, or of `name`; the function stays what it is.
+
+    Raises LookupError if the catalogue has no such line.
+    """
+
+    def register(compute: Compute) -> Compute:
+        known = name or compute.__name__
+        if known not in CATALOGUE:
+            raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
+        REGISTRY[known] = Metric(known, compute, reads, reduce, needs)
+        return compute
+
+    return register
+
+
+def registered(*reads: Reads) -> dict[str, Metric]:
+    """The metrics that are computed from this, in the order of the catalogue."""
+    return {name: REGISTRY[name] for name in CATALOGUE if name in REGISTRY and REGISTRY[name].reads in reads}
+
+
+def _of_group(group: str) -> tuple[str, ...]:
+    """Its metrics; ratios last, since they are made of others."""
+    names = [name for name, entry in CATALOGUE.items() if entry.place.group == group]
+    return tuple(sorted(names, key=lambda name: CATALOGUE[name].ratio is not None))
+
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "default": (*METRICS, *RATIOS),
-    "stream": tuple(STREAM_METRICS),
-    **shape.GROUPS,
-    "divergence": tuple(DIVERGENCE_METRICS),
+    group: _of_group(group) for group in dict.fromkeys(entry.place.group for entry in CATALOGUE.values())
 }
-"""Name of a group -> its metrics."""
+"""What `--metrics` may name beside metrics: name of a group -> its metrics."""
 
 
 def metric_names(names: Sequence[str] | None) -> list[str]:
@@ -26,4 +91,13 @@ def metric_names(names: Sequence[str] | None) -> list[str]:
     Raises UserError with the nearest name.
     """
     written = [part for name in names or ("default",) for part in GROUPS.get(name, (name,))]
-    return chosen(written, [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS, *GROUPS])
+    return chosen(written, [*(name for group in GROUPS.values() for name in group), *GROUPS])
+
+
+def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Checks names of metrics; None is all of them. Raises UserError with the nearest name."""
+    for name in names or ():
+        if name not in known:
+            tip = did_you_mean(name, known) or f"metrics are {one_of(known)}"
+            raise UserError(f"unknown metric '{name}'", tip)
+    return list(known if names is None else dict.fromkeys(names))

@@ -1,8 +1,8 @@
 """The shape of attention: where it goes, how far, and whether all queries look alike. Optional metrics.
 
-Functions from one call and a token set to numbers, as in `attention`; `SHAPE_METRICS` is where one
-is registered. All of them read one pass over blocks of query rows (`diag.metrics.pattern_pass`), so they cost
-more than the default metrics, which need single keys only. Groups are asked for together.
+Functions from one call and a token set to numbers, as in `attention`, here by way of a `View`. All of them
+read one pass over blocks of query rows (`diag.metrics.pattern_pass`), so they cost more than the default
+metrics, which need single keys only. Groups are asked for together.
 
 Which tokens count is as in `diag.metrics.attention`: a row of the token set S counts if it sees another key
 than itself. Attention runs over all keys.
@@ -10,7 +10,7 @@ than itself. Attention runs over all keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from diag.attention.call import AttentionCall, all_rows
 from diag.attention.geometry import TEXT, Geometry
+from diag.metrics import registry
 from diag.metrics.attention import Selection
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
+from diag.metrics.registry import metric, registered
 
 SINK = 0.3
 """ε of the sink rate (Gu 2024, section 3: ε = 0.3, with sequences of T = 64 tokens)."""
@@ -97,12 +99,14 @@ class View:
 # --- sinks
 
 
+@metric("pattern", needs=("first",))
 def first_key_received(view: View) -> Reading:
     """α = mean over i≥k of A_ik, k the first key: the mean attention to it, by itself as well."""
     sees = view.on.among[:, None, :] & (view.on.call.visibility.count > 0)
     return Reading(view.found["first"], sees)
 
 
+@metric("pattern", needs=("first",))
 def sink_rate(view: View) -> Reading:
     """Whether α > .3, α = first_key_received of one softmax; its mean over heads is the sink rate."""
     values, rows = first_key_received(view)[:2]
@@ -113,11 +117,13 @@ def sink_rate(view: View) -> Reading:
     return Reading(above[..., None], count[..., None])
 
 
+@metric("pattern", needs=("received",))
 def sink_share(view: View) -> Reading:
     """max_j c_j / N, c_j = Σ_i A_ij over the N rows: the share of all attention on one key of S."""
     return view.per_head(view.received.amax(-1), view.several)
 
 
+@metric("pattern", needs=("received",))
 def sink_strength(view: View) -> Reading:
     """log₁₀(max_j c_j / median_j c_j), c_j = Σ_i A_ij, j in S: decades from the usual key to the sink."""
     received = view.received
@@ -126,6 +132,7 @@ def sink_strength(view: View) -> Reading:
     return view.per_head((largest / median).log10(), view.several & (largest != 0))
 
 
+@metric("pattern", needs=("received",))
 def received_gini(view: View) -> Reading:
     """Gini coefficient of c_j = Σ_i A_ij over the keys of S: 0 all alike, towards 1 one key takes all."""
     ordered = view.received.sort(-1).values
@@ -137,6 +144,7 @@ def received_gini(view: View) -> Reading:
     return view.per_head(gini, view.several & (total != 0))
 
 
+@metric("pattern", needs=("received",))
 def sink_value_norm(view: View) -> Reading:
     """‖v_s‖ / median_j ‖v_j‖, s the key of S that receives most: short in trained sinks."""
     norms = view.on.value_norm[:, :, 0].repeat_interleave(view.on.call.group, 1).double()
@@ -149,22 +157,26 @@ def sink_value_norm(view: View) -> Reading:
 # --- distance
 
 
+@metric("pattern", needs=("distance",))
 def attention_distance(view: View) -> Reading:
     """Σ_j A_ij D_ij over keys that have a place, weights renormalised: pixels on a grid, tokens in a text."""
     return view.per_row(view.found.get("distance"), view.placed, _mass(view))
 
 
+@metric("pattern", needs=("distance",))
 def attention_distance_rms(view: View) -> Reading:
     """√(Σ_j A_ij D_ij²) of the same weights: far keys count more."""
     squares = view.found.get("distance_square")
     return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
 
 
+@metric("pattern", needs=("uniform distance",))
 def attention_distance_uniform(view: View) -> Reading:
     """Mean of D_ij over the visible keys that have a place: the distance of uniform attention."""
     return view.per_row(view.uniform.get("distance"), view.placed)
 
 
+@metric("pattern", needs=("distance", "uniform distance"))
 def attention_distance_ratio(view: View) -> Reading:
     """attention_distance / attention_distance_uniform, row by row: 1 as far as uniform attention."""
     if "distance" not in view.found:
@@ -177,6 +189,7 @@ def attention_distance_ratio(view: View) -> Reading:
 # --- all queries alike?
 
 
+@metric("pattern", needs=("received", "entropy"))
 def attention_nmi(view: View) -> Reading:
     """I(q;k)/√(H(q)H(k)), p(q) = 1/N, p(q,k) = A_qk/N: 0 where all queries see the same map."""
     of_row = torch.where(view.on.rows, view.found["entropy"], 0.0).double()
@@ -192,6 +205,7 @@ def attention_nmi(view: View) -> Reading:
 # --- neighbouring layers
 
 
+@metric("pattern", needs=("top",))
 def top_key_overlap(view: View) -> Reading:
     """|top k of A_i of this layer ∩ of the layer before| / k, same head, k = 10; rows that see more keys."""
     if view.top_before is None:
@@ -200,6 +214,7 @@ def top_key_overlap(view: View) -> Reading:
     return view.per_row(overlap(view.top_before, top, top.shape[-1]), _with_choice(view))
 
 
+@metric("pattern", needs=("top",))
 def top_key_overlap_chance(view: View) -> Reading:
     """k / number of visible keys: the overlap of two random choices of k keys."""
     if view.top_before is None:
@@ -211,6 +226,7 @@ def top_key_overlap_chance(view: View) -> Reading:
 # --- relative position
 
 
+@metric("pattern", needs=("previous",))
 def previous_weight(view: View) -> Reading:
     """A_i,i-1: attention to the token before, in a text."""
     line = view.geometry.grid(view.on.call.tokens)
@@ -224,16 +240,19 @@ def previous_weight(view: View) -> Reading:
     return view.per_row(view.found["previous"], view.on.rows & (before & after)[:, None])
 
 
+@metric("pattern", needs=("near",))
 def near_share(view: View) -> Reading:
     """Σ A_ij over near keys, oneself among them: |i-j| ≤ 16 (text), the 3 × 3 patches around (image)."""
     return view.per_row(view.found.get("near"), view.placed)
 
 
+@metric("pattern", needs=("uniform near",))
 def near_share_uniform(view: View) -> Reading:
     """Near visible keys / visible keys: the near share of uniform attention."""
     return view.per_row(view.uniform.get("near"), view.placed)
 
 
+@metric("pattern", needs=("prefix",))
 def prefix_share(view: View) -> Reading:
     """Σ A_ij over the prefix tokens j (class token, registers)."""
     return view.per_row(view.found["prefix"] if view.geometry.prefix else None)
@@ -242,12 +261,14 @@ def prefix_share(view: View) -> Reading:
 # --- norm-weighted attention
 
 
+@metric("pattern", needs=("own", "norms"))
 def norm_weighted_self(view: View) -> Reading:
     """A_ii ‖f(v_i)‖ / Σ_j A_ij ‖f(v_j)‖: the token's own share of what is added up."""
     assert view.norms is not None
     return _norm_share(view, view.at(view.found["own"] * view.norms))
 
 
+@metric("pattern", needs=("first", "norms"))
 def norm_weighted_first(view: View) -> Reading:
     """A_i0 ‖f(v_0)‖ / Σ_j A_ij ‖f(v_j)‖: little at a sink of short value."""
     assert view.norms is not None
@@ -259,6 +280,7 @@ def norm_weighted_first(view: View) -> Reading:
     return _norm_share(view, view.at(view.found["first"] * norms[..., :1]))
 
 
+@metric("pattern", needs=("norms",))
 def norm_weighted_entropy(view: View) -> Reading:
     """-Σ_j P_ij ln P_ij in nats, P_ij = A_ij ‖f(v_j)‖ / Σ_j A_ij ‖f(v_j)‖."""
     return view.per_row(view.found["norm_entropy"], also=view.found["norm_total"] != 0)
@@ -266,70 +288,10 @@ def norm_weighted_entropy(view: View) -> Reading:
 
 # --- the table
 
+SHAPE_METRICS = registered("pattern")
+"""The metrics of the shape of attention, by name."""
 
-@dataclass(frozen=True)
-class ShapeMetric:
-    """One line of the table.
-
-    compute: the reading of a view. needs: what it reads of the pass (`pattern_pass.QUANTITIES`).
-    group: with which others it is asked for. source, unit: as the documentation has them.
-    """
-
-    compute: Callable[[View], Reading]
-    group: str
-    needs: tuple[str, ...]
-    source: str
-    unit: str
-    reduce: str = "mean"
-
-    @property
-    def definition(self) -> str:
-        """The formula in one line."""
-        return (self.compute.__doc__ or "").strip()
-
-
-_GU = "Gu 2024 (arXiv 2410.10781): ε = .3, T = 64"
-_RAGHU = "Dosovitskiy 2021 (2010.11929), Fig. 7; Raghu 2021 (2108.08810)"
-_KOBAYASHI = "Kobayashi 2020 (2004.10102)"
-_SHARE, _LENGTH, _NATS = "share, 0 to 1", "pixels (images), tokens (texts)", "nats"
-
-SHAPE_METRICS: dict[str, ShapeMetric] = {
-    "first_key_received": ShapeMetric(first_key_received, "sinks", ("first",), _GU, _SHARE),
-    "sink_rate": ShapeMetric(sink_rate, "sinks", ("first",), _GU, "0 or 1 per head"),
-    "sink_share": ShapeMetric(sink_share, "sinks", ("received",), "column sums", _SHARE),
-    "sink_strength": ShapeMetric(
-        sink_strength, "sinks", ("received",), "studies of sinks in ViTs", "decades, 0 = all alike, at most 6"
-    ),
-    "received_gini": ShapeMetric(received_gini, "sinks", ("received",), "Gini coefficient", "0 to 1"),
-    "sink_value_norm": ShapeMetric(
-        sink_value_norm, "sinks", ("received",), "studies of sinks in ViTs", "1 = as long as the others"
-    ),
-    "attention_distance": ShapeMetric(attention_distance, "distance", ("distance",), _RAGHU, _LENGTH),
-    "attention_distance_rms": ShapeMetric(attention_distance_rms, "distance", ("distance",), "-", _LENGTH),
-    "attention_distance_uniform": ShapeMetric(
-        attention_distance_uniform, "distance", ("uniform distance",), "reference", _LENGTH
-    ),
-    "attention_distance_ratio": ShapeMetric(
-        attention_distance_ratio, "distance", ("distance", "uniform distance"), "-", "1 = uniform"
-    ),
-    "attention_nmi": ShapeMetric(
-        attention_nmi, "nmi", ("received", "entropy"), "Park 2023 (2305.00729)", "0 to 1"
-    ),
-    "top_key_overlap": ShapeMetric(top_key_overlap, "overlap", ("top",), "HyLRA (2602.00777)", _SHARE),
-    "top_key_overlap_chance": ShapeMetric(top_key_overlap_chance, "overlap", ("top",), "reference", _SHARE),
-    "previous_weight": ShapeMetric(previous_weight, "position", ("previous",), "relative position", _SHARE),
-    "near_share": ShapeMetric(near_share, "position", ("near",), "relative position", _SHARE),
-    "near_share_uniform": ShapeMetric(near_share_uniform, "position", ("uniform near",), "reference", _SHARE),
-    "prefix_share": ShapeMetric(prefix_share, "position", ("prefix",), "relative position", _SHARE),
-    "norm_weighted_self": ShapeMetric(norm_weighted_self, "norms", ("own", "norms"), _KOBAYASHI, _SHARE),
-    "norm_weighted_first": ShapeMetric(norm_weighted_first, "norms", ("first", "norms"), _KOBAYASHI, _SHARE),
-    "norm_weighted_entropy": ShapeMetric(norm_weighted_entropy, "norms", ("norms",), _KOBAYASHI, _NATS),
-}
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    group: tuple(name for name, metric in SHAPE_METRICS.items() if metric.group == group)
-    for group in dict.fromkeys(metric.group for metric in SHAPE_METRICS.values())
-}
+GROUPS = {group: names for group, names in registry.GROUPS.items() if SHAPE_METRICS.keys() & {*names}}
 """Name of a group -> its metrics."""
 
 

@@ -1,9 +1,8 @@
 """The residual stream around one block, and its statistics: pure functions from states to numbers per token.
 
 Every function takes a `Stream`, the states of one block seen through one token set, and returns a
-`Reading` with a head axis of 1, which `readings.reduce` turns into one number per input. `STREAM_METRICS`
-is the one place where such a metric is registered. `StreamReadings` collects them over one forward pass,
-and adds what needs several layers at once.
+`Reading` with a head axis of 1, which `readings.reduce` turns into one number per input. `StreamReadings`
+collects them over one forward pass, and adds what needs several layers at once: those functions take `Sinks`.
 
 Notation: `x` the stream before an update is added to it, `Δ` the update, `x̂ = x/‖x‖`; S the token set.
 Every real token of S counts. A cosine with a zero vector is 0. Arithmetic is float32 whatever the model's
@@ -12,7 +11,7 @@ format. Nothing here holds a token × token matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,6 +22,7 @@ from torch.linalg import vecdot, vector_norm
 
 from diag.attention.states import BlockStates, Updates
 from diag.metrics.readings import Reading, reduce
+from diag.metrics.registry import metric, registered
 from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives
 
 
@@ -105,42 +105,50 @@ class Stream:
         return Reading(nothing, nothing)
 
 
+@metric("block")
 def attention_stream_cosine(on: Stream) -> Reading:
     """cos(Δ_attn, x): whether what attention adds is in the stream already."""
     return on.per_token(on.attention_cosine)
 
 
+@metric("block")
 def attention_stream_energy(on: Stream) -> Reading:
     """cos²(Δ_attn, x): the share of the attention update's energy that lies along the stream."""
     return on.per_token(on.attention_cosine.square())
 
 
+@metric("block")
 def mlp_stream_cosine(on: Stream) -> Reading:
     """cos(Δ_mlp, x), x the stream that the MLP update is added to."""
     return on.per_token(on.mlp_cosine)
 
 
+@metric("block")
 def mlp_stream_energy(on: Stream) -> Reading:
     """cos²(Δ_mlp, x): the share of the MLP update's energy that lies along the stream."""
     return on.per_token(on.mlp_cosine.square())
 
 
+@metric("block")
 def attention_update_ratio(on: Stream) -> Reading:
     """‖Δ_attn‖/‖x‖: how much attention adds, in units of the stream."""
     return _norm_ratio(on, on.attention_update, on.before)
 
 
+@metric("block")
 def mlp_update_ratio(on: Stream) -> Reading:
     """‖Δ_mlp‖/‖x‖: how much the MLP adds, in units of the stream."""
     return _norm_ratio(on, on.mlp_update, on.middle)
 
 
+@metric("block")
 def value_stream_cosine(on: Stream) -> Reading:
     """cos(W_O v_i, x_i), all heads through the output projection without its bias."""
     value = on.projected_value
     return on.undefined() if value is None else on.per_token(cosine(value, on.before))
 
 
+@metric("block")
 def output_value_cosine(on: Stream) -> Reading:
     """cos(W_O y_i, W_O v_i), without the bias of W_O: the alignment bias as the stream sees it."""
     value, call, to_stream = on.projected_value, on.states.call, on.states.to_stream
@@ -151,11 +159,13 @@ def output_value_cosine(on: Stream) -> Reading:
     return on.per_token(cosine(to_stream(call.output), value), others)
 
 
+@metric("block")
 def block_influence(on: Stream) -> Reading:
     """1 - cos(x_in, x_out) of the whole block (ShortGPT, arXiv 2403.03853)."""
     return on.per_token(_distance(on.before, on.after))
 
 
+@metric("block")
 def update_cosine_previous(on: Stream) -> Reading:
     """cos of the attention update with that of the layer before; undefined in the first layer."""
     previous = on.states.previous
@@ -164,6 +174,7 @@ def update_cosine_previous(on: Stream) -> Reading:
     return on.per_token(cosine(on.attention_update, previous.attention.float()))
 
 
+@metric("block")
 def delta_cosine_previous(on: Stream) -> Reading:
     """cos of x_out - x_in with that of the layer before; undefined in the first layer."""
     previous = on.states.previous
@@ -172,6 +183,7 @@ def delta_cosine_previous(on: Stream) -> Reading:
     return on.per_token(cosine(on.after - on.before, previous.block.float()))
 
 
+@metric("block")
 def token_similarity(on: Stream) -> Reading:
     """Mean over pairs i≠j of cos(x_i, x_j) after the block (oversmoothing)."""
     norm = vector_norm(on.after, dim=-1)
@@ -182,6 +194,7 @@ def token_similarity(on: Stream) -> Reading:
     return on.per_input((total.square().sum(-1) - units) / pairs)
 
 
+@metric("block")
 def token_distance(on: Stream) -> Reading:
     """‖X - mean over tokens‖_F/‖X‖_F after the block: 0 when all tokens are the same (Dong 2021)."""
     states = _without(on.after, ~on.among)
@@ -192,6 +205,7 @@ def token_distance(on: Stream) -> Reading:
     return Reading(reading.values, reading.weights * (whole != 0)[:, None, None])
 
 
+@metric("block")
 def massive_activation(on: Stream) -> Reading:
     """max|x|/median|x| over tokens and dimensions after the block (massive activations)."""
     largest, middle = on.after.new_zeros(on.states.batch), on.after.new_zeros(on.states.batch)
@@ -205,11 +219,13 @@ def massive_activation(on: Stream) -> Reading:
     return Reading(reading.values, reading.weights * (middle != 0)[:, None, None])
 
 
+@metric("depth")
 def secondary_sinks(on: Sinks) -> Reading:
     """Tokens that turn into secondary sinks in this layer: |cos(x_t, x_first)| > .9 over some layers."""
     return Reading(on.created.float().sum(-1)[:, None, None], on.weight)
 
 
+@metric("depth")
 def secondary_sink_lifetime(on: Sinks) -> Reading:
     """Share of the layers in which a secondary sink that is created in this layer stands."""
     return Reading(on.lifetime[:, None], on.created[:, None])
@@ -228,47 +244,8 @@ class Sinks:
     weight: Tensor
 
 
-@dataclass(frozen=True)
-class StreamMetric:
-    """One line of the table: how to compute it, where it is from, and its unit.
-
-    across: whether it needs the states of every layer, so that it takes `Sinks` in place of a `Stream`.
-    """
-
-    compute: Callable[..., Reading]
-    source: str
-    unit: str = "cosine"
-    reduce: str = "mean"
-    across: bool = False
-
-    @property
-    def definition(self) -> str:
-        """The formula in one line."""
-        return (self.compute.__doc__ or "").strip()
-
-
-POST = "the vision post's generalisation"
-SINK_PAPER = "arXiv 2512.22213 and its code"
-STREAM_METRICS: dict[str, StreamMetric] = {
-    "attention_stream_cosine": StreamMetric(attention_stream_cosine, POST),
-    "attention_stream_energy": StreamMetric(attention_stream_energy, POST, "share"),
-    "attention_update_ratio": StreamMetric(attention_update_ratio, "-", "ratio"),
-    "mlp_stream_cosine": StreamMetric(mlp_stream_cosine, POST),
-    "mlp_stream_energy": StreamMetric(mlp_stream_energy, POST, "share"),
-    "mlp_update_ratio": StreamMetric(mlp_update_ratio, "-", "ratio"),
-    "value_stream_cosine": StreamMetric(value_stream_cosine, POST),
-    "output_value_cosine": StreamMetric(output_value_cosine, POST),
-    "block_influence": StreamMetric(block_influence, "ShortGPT, arXiv 2403.03853", "1 - cosine"),
-    "update_cosine_previous": StreamMetric(update_cosine_previous, "-"),
-    "delta_cosine_previous": StreamMetric(delta_cosine_previous, "-"),
-    "token_similarity": StreamMetric(token_similarity, "oversmoothing literature"),
-    "token_distance": StreamMetric(token_distance, "rank collapse, Dong 2021", "ratio"),
-    "massive_activation": StreamMetric(massive_activation, "visual attention sinks", "ratio"),
-    "secondary_sinks": StreamMetric(secondary_sinks, SINK_PAPER, "tokens", across=True),
-    "secondary_sink_lifetime": StreamMetric(
-        secondary_sink_lifetime, SINK_PAPER, "share of layers", across=True
-    ),
-}
+STREAM_METRICS = registered("block", "depth")
+"""The metrics of the residual stream, by name."""
 
 
 class StreamReadings:
@@ -280,8 +257,8 @@ class StreamReadings:
 
     def __init__(self, names: Sequence[str], depth: int) -> None:
         self.asked = list(names)
-        self.names = [name for name in names if not STREAM_METRICS[name].across]
-        self.across = [name for name in names if STREAM_METRICS[name].across]
+        self.names = [name for name in names if STREAM_METRICS[name].reads == "block"]
+        self.across = [name for name in names if STREAM_METRICS[name].reads == "depth"]
         self.depth = depth
         self.readings: dict[int, dict[str, dict[str, Reading]]] = {}
         self.masks: dict[int, dict[str, Tensor]] = {}
@@ -352,7 +329,7 @@ def per_input(
     tokens: Bool[Tensor, "#batch token"] | None = None,
 ) -> dict[str, Float64[Tensor, " batch"]]:
     """The named metrics of one block (all that need no other layer if None), one number per input."""
-    names = [n for n, metric in STREAM_METRICS.items() if not metric.across] if names is None else names
+    names = list(registered("block")) if names is None else names
     on = Stream(states, tokens)
     entries = {name: STREAM_METRICS[name] for name in names}
     return {

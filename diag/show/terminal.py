@@ -13,12 +13,21 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-from diag.metrics.catalogue import COLUMNS
+from diag.metrics.catalogue import CATALOGUE, MetricEntry
+from diag.metrics.registry import GROUPS
 
 WIDTH = 80
 
-
 PLAIN_SECONDS = 15.0
+
+
+def _before(entry: MetricEntry) -> tuple[int, int]:
+    """The default metrics come first, then the stream's, then all others."""
+    return min(list(GROUPS).index(entry.place.group), 2), entry.rank
+
+
+COLUMNS = {entry.name: (entry.column, entry.gloss) for entry in sorted(CATALOGUE.values(), key=_before)}
+"""Metric -> its heading and what that means. The table shows as many as fit, in this order."""
 
 
 def result_table(layers: pd.DataFrame) -> str:

@@ -28,6 +28,7 @@ from diag.errors import UserError
 from diag.metrics import attention as metrics
 from diag.metrics.attention import METRICS, per_input
 from diag.metrics.catalogue import RATIOS
+from diag.metrics.registry import chosen
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -595,8 +596,8 @@ def test_every_metric_says_what_it_is() -> None:
 
 def test_unknown_metrics_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="unknown metric 'cos_y_vsef'") as caught:
-        metrics.chosen(["cos_y_vsef"], list(METRICS))
+        chosen(["cos_y_vsef"], list(METRICS))
     assert caught.value.tip is not None
     assert "cos_y_vself" in caught.value.tip
-    assert metrics.chosen(None, ["a", "b"]) == ["a", "b"]
-    assert metrics.chosen(["b", "a", "b"], ["a", "b"]) == ["b", "a"]
+    assert chosen(None, ["a", "b"]) == ["a", "b"]
+    assert chosen(["b", "a", "b"], ["a", "b"]) == ["b", "a"]

@@ -33,7 +33,7 @@ from diag.attention.geometry import TEXT, Geometry
 from diag.errors import UserError
 from diag.metrics import pattern_pass, shape
 from diag.metrics.attention import METRICS
-from diag.metrics.catalogue import RATIOS
+from diag.metrics.catalogue import CATALOGUE, RATIOS
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.readings import reduce
 from diag.metrics.registry import metric_names
@@ -651,8 +651,8 @@ def test_every_metric_says_what_it_is() -> None:
     for name, metric in SHAPE_METRICS.items():
         assert len(metric.definition.splitlines()) == 1, name
         assert metric.definition, name
-        assert metric.source, name
-        assert metric.unit, name
+        assert CATALOGUE[name].source, name
+        assert CATALOGUE[name].unit, name
         needs = {need.removeprefix("uniform ") for need in metric.needs}
         assert needs, name
         assert needs <= set(pattern_pass.QUANTITIES), name

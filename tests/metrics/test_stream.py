@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from diag.attention.call import AttentionCall
 from diag.attention.states import BlockStates, Updates
 from diag.measure.loop import measure
+from diag.metrics.catalogue import CATALOGUE
 from diag.metrics.readings import reduce
 from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives
 from diag.metrics.stream import STREAM_METRICS, Stream, StreamReadings, per_input
@@ -33,7 +34,7 @@ from diag.models.hooks.residual import check_states, projection_error, stream_st
 from diag.models.hooks.seam import attention_calls, attention_modules
 from diag.models.names.resolve import parse
 
-WITHIN = [name for name, metric in STREAM_METRICS.items() if not metric.across]
+WITHIN = [name for name, metric in STREAM_METRICS.items() if metric.reads == "block"]
 TOLERANCE = dict.fromkeys(WITHIN, 1e-5)
 
 
@@ -314,8 +315,8 @@ def test_every_metric_says_what_it_is() -> None:
     for name, metric in STREAM_METRICS.items():
         assert metric.definition, name
         assert "\n" not in metric.definition, name
-        assert metric.source, name
-        assert metric.unit, name
+        assert CATALOGUE[name].source, name
+        assert CATALOGUE[name].unit, name
 
 
 # --- several layers -----------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from diag.metrics.attention import METRICS
-from diag.metrics.catalogue import COLUMNS, RATIOS
+from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.show import terminal
-from diag.show.terminal import WIDTH, StderrListener, columns, result_table
+from diag.show.terminal import COLUMNS, WIDTH, StderrListener, columns, result_table
 
 EVERY = [*METRICS, *RATIOS]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.strip import heat_strip
 from diag.show.figures.style import COLOUR_MAPS, OKABE_ITO, PAGE_WIDTH, RULE, style
 from diag.show.figures.tables import shorten
@@ -35,7 +35,6 @@ from diag.show.figures.token_scales import (
     with_times_uniform,
 )
 
-Dashes = Literal["--", ":"]
 ATTENDED = OKABE_ITO["sky"]
 PARTS = {
     "self part": OKABE_ITO["vermillion"],
@@ -43,9 +42,9 @@ PARTS = {
     "along its own value": OKABE_ITO["blue"],
     "exclusive": "#c8c8c8",
 }
-NULLS: dict[str, tuple[str, Dashes]] = {
-    "cos_y_vuniform": ("uniform null", ":"),
-    "cos_y_vpartner": ("partner null", "--"),
+NULLS = {
+    name: (CATALOGUE[name].heading, CATALOGUE[name].line.dashes)
+    for name in ("cos_y_vuniform", "cos_y_vpartner")
 }
 MAPS = {"value_cosine": "Value cosine cos(vⱼ, vᵢ)", "times_uniform": "Attention Aᵢⱼ / uniform"}
 

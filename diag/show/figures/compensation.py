@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
+from diag.metrics.catalogue import capitalised, entry_of
 from diag.show.figures.lines import finite_range, layer_axis, line
 from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import style
@@ -19,12 +20,6 @@ from diag.show.figures.variants import (
     seeds_word,
     styles_of,
 )
-
-LABELS = {
-    "value_similarity": "value similarity",
-    "cos_y_vself": "alignment bias cos(yᵢ, vᵢ)",
-    "excess": "excess over partner null",
-}
 
 
 def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
@@ -46,12 +41,12 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
     ends = rows[["low", "high"]].clip(low - room, high + room)
     low, high = finite_range(pd.concat([rows[["baseline", "changed"]], ends], axis=1))
     margin = 0.05 * max(high - low, 0.05)
-    name = LABELS.get(metric) or metric.replace("_", " ")
+    name = entry_of(metric).labelled
     with style():
         figure, axes = page(
             len(patches),
             row_height=2.2,
-            title=f"{name[0].upper()}{name[1:]} of the baseline and of trained variants",
+            title=f"{capitalised(name)} of the baseline and of trained variants",
             caption=f"{task} · {seeds_word(rows['n'])} · bands: 95 % t interval over seeds of the "
             f"paired difference from {BASELINE}; filled: it leaves out 0",
             extra=legend_height(shown),

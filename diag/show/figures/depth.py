@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.show.figures.lines import (
     BANDS,
     depth_curve,
@@ -30,12 +31,10 @@ from diag.show.figures.tables import caption, check_columns, drawable, rows_of
 METRICS = ("cos_y_vself", "value_similarity", "self_weight")
 """The three curves of Exclusive Self Attention's first figure."""
 
-LABELS = {
-    "cos_y_vself": "alignment bias cos(yᵢ, vᵢ)",
-    "value_similarity": "value similarity cos(vᵢ, vⱼ)",
-    "self_weight": "self weight Aᵢᵢ",
+LABELS = {name: CATALOGUE[name].labelled for name in METRICS} | {
+    "value_similarity": "value similarity cos(vᵢ, vⱼ)"
 }
-COLOURS = {"cos_y_vself": "blue", "value_similarity": "orange", "self_weight": "vermillion"}
+COLOURS = {name: CATALOGUE[name].line.colour for name in METRICS}
 MARKERS = "oDs^vP"
 
 
@@ -118,7 +117,7 @@ def _looks(metric: str, number: int) -> tuple[str, str]:
 
 def _word(metric: str) -> str:
     names = {line.metric: line.label for panel in CURVES for line in panel.lines}
-    return LABELS.get(metric) or names.get(metric) or metric.replace("_", " ")
+    return LABELS.get(metric) or names.get(metric) or entry_of(metric).heading
 
 
 def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:

@@ -7,16 +7,14 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import BANDS, depth_curve, heading, layer_axis, line, lines_drawn, lines_of
 from diag.show.figures.page import columns_for, page
 from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import caption, check_columns, drawable
 
 METRICS = ("entropy", "entropy_p15")
-LINES = {
-    "entropy": ("mean over tokens", OKABE_ITO["blue"], "o", "-"),
-    "entropy_p15": ("15th percentile over tokens", OKABE_ITO["vermillion"], "s", "-"),
-}
+LINES = {name: CATALOGUE[name].line for name in METRICS}
 BOUNDS = {
     "bound": ("bound ln T: uniform attention", "--"),
     "causal": ("bound of the mean: token i sees i keys", ":"),
@@ -58,15 +56,16 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
                         label=word,
                         gid="bound",
                     )
-            for metric, (word, colour, marker, dashes) in LINES.items():
-                curve = depth_curve(part, metric)
-                line(ax, curve, label=word, colour=colour, marker=marker, dashes=dashes)
+            for metric, drawn in LINES.items():
+                curve, colour = depth_curve(part, metric), OKABE_ITO[drawn.colour]
+                line(ax, curve, label=drawn.label, colour=colour, marker=drawn.marker, dashes=drawn.dashes)
             ax.set_ylim(0, 1.06 * highest)
             ax.set_title(heading(place, label, part, len(parts)))
             ax.set_ylabel("entropy in nats")
             layer_axis(ax, part["layer"])
         handles = lines_drawn(axes) | lines_drawn(axes, "bound")
-        words = [word for word, *_ in (*LINES.values(), *BOUNDS.values()) if word in handles]
+        order = [*(drawn.label for drawn in LINES.values()), *(word for word, _ in BOUNDS.values())]
+        words = [word for word in order if word in handles]
         figure.legend([handles[word] for word in words], words, loc="outside lower center", ncols=2)
     return figure
 

@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import Colour
 from diag.show.figures.page import page
 from diag.show.figures.style import OKABE_ITO, ordered_colours, style
 from diag.show.figures.variants import BASELINE, UNITS, at_patch, patch_word, patches_of, zero_line
 
 PREDICTORS = {
-    "value_similarity": "value similarity",
-    "excess": "excess over partner null",
-    "cos_y_vself": "cos(yᵢ, vᵢ)",
+    name: CATALOGUE[name].symbol or CATALOGUE[name].label
+    for name in ("value_similarity", "excess", "cos_y_vself")
 }
 MARKERS = "osD^vP"
 SHOWN = 2

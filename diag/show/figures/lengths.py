@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from diag.errors import UserError
+from diag.metrics.catalogue import entry_of
 from diag.show.figures.lines import BANDS, line, lines_drawn
 from diag.show.figures.page import legend_size, letter, page
-from diag.show.figures.panels import COMPARISON
 from diag.show.figures.style import LINE_COLOURS, MARKERS, RULE, style
 from diag.show.figures.tables import caption, check_columns, shorten
 
@@ -22,15 +22,6 @@ AXES = {
     "patch_size": "patch size, pixels",
     "image_size": "image size, pixels",
     "step": "training step",
-}
-TITLES = {
-    **COMPARISON,
-    "self_specific_fraction": ("Self-specific fraction", "excess / cos(yᵢ, vᵢ)"),
-    "cos_y_vpartner": ("Partner null", "cos(yᵢ, vⱼ)"),
-    "cos_y_vuniform": ("Uniform-attention null", "cosine"),
-    "self_part": ("Self part of the bias", "part of cos(yᵢ, vᵢ)"),
-    "context_part": ("Context part of the bias", "part of cos(yᵢ, vᵢ)"),
-    "entropy_normalized": ("Entropy / maximum", "share"),
 }
 TICKS = 7
 
@@ -76,7 +67,7 @@ def against(points: pd.DataFrame) -> Figure:
                     marker=MARKERS[number % len(MARKERS)],
                     x="at",
                 )
-            title, y_label = TITLES.get(metric, (metric.replace("_", " "), "mean over layers"))
+            title, y_label = entry_of(metric).panel
             ax.set_title(letter(place, len(metrics)) + title)
             ax.set_ylabel(y_label)
             low, high = ax.get_ylim()

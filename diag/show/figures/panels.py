@@ -1,8 +1,13 @@
-"""What each figure shows: metrics, panels, labels, the role of every line. Names only; draws nothing."""
+"""What each figure shows: metrics, panels, the lines in them. Names only; draws nothing.
+
+Labels, titles, axes and colours are the catalogue's: here stands which metrics share a panel.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from diag.metrics.catalogue import CATALOGUE, capitalised
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines that share one pair of axes. `unit_interval`: from 0 to 1, not the range of the cosines."""
+    """Lines that share one pair of axes."""
 
     title: str
     y_label: str
     lines: tuple[Line, ...]
-    unit_interval: bool = False
+
+    @property
+    def unit_interval(self) -> bool:
+        """Whether it runs from 0 to 1, and not over the range of the cosines."""
+        return all(CATALOGUE[line.metric].unit_interval for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -35,64 +44,50 @@ class HeadMap:
     scale: str
 
 
+def _lines(*metrics: str) -> tuple[Line, ...]:
+    drawn = {name: CATALOGUE[name].line for name in metrics}
+    return tuple(Line(name, as_.label, as_.colour, as_.dashes, as_.marker) for name, as_ in drawn.items())
+
+
 CURVES = (
     Panel(
         "Alignment bias",
         "cos(yᵢ, vᵢ) and its nulls",
-        (
-            Line("cos_y_vself", "own value", "blue"),
-            Line("cos_y_vpartner", "partner null", "black", "--", ""),
-            Line("cos_y_vuniform", "uniform-attention null", "black", ":", ""),
-        ),
+        _lines("cos_y_vself", "cos_y_vpartner", "cos_y_vuniform"),
     ),
     Panel(
         "Where it comes from",
         "part of cos(yᵢ, vᵢ)",
         (
-            Line("cos_y_vself", "sum = alignment bias", "blue", "-", ""),
-            Line("self_part", "self part", "vermillion", "-", "s"),
-            Line("context_part", "context part", "green", "-", "^"),
+            Line("cos_y_vself", "sum = alignment bias", CATALOGUE["cos_y_vself"].line.colour, marker=""),
+            *_lines("self_part", "context_part"),
         ),
     ),
     Panel(
         "Similarity between tokens",
         "mean pairwise cosine",
-        (
-            Line("value_similarity", "values", "orange"),
-            Line("value_similarity_partial", "values, partial", "purple", "-", "^"),
-            Line("value_similarity_partial_reference", "partial, reference", "purple", ":", ""),
-            Line("output_similarity", "outputs", "sky", "-", "s"),
-            Line("exclusive_output_similarity", "exclusive outputs", "blue", "--", "D"),
+        _lines(
+            "value_similarity",
+            "value_similarity_partial",
+            "value_similarity_partial_reference",
+            "output_similarity",
+            "exclusive_output_similarity",
         ),
     ),
     Panel(
         "Where attention goes",
         "share, 0 to 1",
-        (
-            Line("self_weight", "self weight", "vermillion", "-", "s"),
-            Line("first_weight", "weight on first token", "purple", "-", "^"),
-            Line("entropy_normalized", "entropy / maximum", "black", "--", "D"),
-        ),
-        unit_interval=True,
+        _lines("self_weight", "first_weight", "entropy_normalized"),
     ),
 )
 
-COMPARISON = {
-    "cos_y_vself": ("Alignment bias", "cos(yᵢ, vᵢ)"),
-    "excess": ("Excess over partner null", "cosine difference"),
-    "value_similarity": ("Value similarity", "mean pairwise cosine"),
-    "self_weight": ("Self weight", "Aᵢᵢ"),
-    "self_weight_ratio": ("Self weight / uniform weight", "Aᵢᵢ × visible keys"),
-}
+COMPARISON_METRICS = ("cos_y_vself", "excess", "value_similarity", "self_weight", "self_weight_ratio")
+COMPARISON = {name: CATALOGUE[name].panel for name in COMPARISON_METRICS}
 """Metric -> (title, y label). Only one of the two self weights is drawn."""
 
-HEAD_MAPS = (
-    HeadMap("cos_y_vself", "Alignment bias cos(yᵢ, vᵢ)", "cosine"),
-    HeadMap("excess", "Excess over partner null", "signed"),
-    HeadMap("self_weight", "Self weight Aᵢᵢ", "weight"),
-    HeadMap("value_similarity", "Value similarity", "cosine"),
+HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
+HEAD_MAPS = tuple(
+    HeadMap(name, capitalised(CATALOGUE[name].labelled), CATALOGUE[name].scale) for name in HEAD_METRICS
 )
 
 CURVE_METRICS = tuple(dict.fromkeys(line.metric for panel in CURVES for line in panel.lines))
-COMPARISON_METRICS = tuple(COMPARISON)
-HEAD_METRICS = tuple(head_map.metric for head_map in HEAD_MAPS)

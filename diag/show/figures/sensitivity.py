@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import line
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
@@ -32,12 +33,8 @@ LABELS = {
     "token_norm": "norm of the last tokens, ratio",
 }
 PREDICTORS = {
-    "cos_y_vself": "alignment bias cos(yᵢ, vᵢ)",
-    "excess": "excess over partner null",
-    "cos_y_vuniform": "uniform-attention null",
-    "self_part": "self part",
-    "value_similarity": "value similarity",
-    "self_weight": "self weight Aᵢᵢ",
+    name: CATALOGUE[name].labelled
+    for name in ("cos_y_vself", "excess", "cos_y_vuniform", "self_part", "value_similarity", "self_weight")
 }
 
 

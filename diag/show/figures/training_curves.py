@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import line
 from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import style
@@ -16,11 +17,11 @@ from diag.show.figures.variants import legend_below, legend_height, patch_word, 
 
 METRICS = {
     "loss": ("Training loss", "nats"),
-    "cos_y_vself": ("Alignment bias", "cos(yᵢ, vᵢ)"),
-    "excess": ("Excess over the null", "cosine difference"),
-    "value_similarity": ("Value similarity", "mean pairwise cosine"),
-    "entropy": ("Attention entropy", "nats"),
-    "self_weight": ("Self weight", "Aᵢᵢ"),
+    "cos_y_vself": CATALOGUE["cos_y_vself"].panel,
+    "excess": ("Excess over the null", CATALOGUE["excess"].axis),
+    "value_similarity": CATALOGUE["value_similarity"].panel,
+    "entropy": ("Attention entropy", CATALOGUE["entropy"].unit),  # the loss is a cross entropy
+    "self_weight": CATALOGUE["self_weight"].panel,
 }
 """Metric -> (title, y label), in the order of the panels; others are left to the table."""
 

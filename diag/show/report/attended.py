@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.metrics.catalogue import MEANINGS, Meaning
+from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.show.report.content import NO_NUMBER, NumberCell
 from diag.show.report.folders import AttendFolder, Picture
 from diag.show.report.maps import number
@@ -32,7 +32,7 @@ class AttendSection:
     name: str
     title: str
     pictures: tuple[tuple[Picture, str], ...]
-    metrics: tuple[tuple[str, Meaning], ...]
+    metrics: tuple[tuple[str, MetricEntry], ...]
     rows: tuple[tuple[str, str, str, tuple[NumberCell, ...]], ...]
     failures: tuple[tuple[str, str], ...]
 
@@ -49,7 +49,7 @@ def section_of(attended: AttendFolder) -> AttendSection:
             (picture, " ".join([f"{picture.name.replace('-', ' ').replace('_', ' ')}: {title}.", *said]))
             for picture in attended.pictures
         ),
-        metrics=tuple((metric, MEANINGS[metric]) for metric in shown),
+        metrics=tuple((metric, CATALOGUE[metric]) for metric in shown),
         rows=tuple(_row(row, shown) for row in numbers.to_dict("records")),
         failures=tuple((str(name), str(why)) for name, why in (manifest.get("failed_models") or {}).items()),
     )

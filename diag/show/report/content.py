@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diag.metrics.catalogue import Meaning
+from diag.metrics.catalogue import MetricEntry, entry_of
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
 from diag.results.files import file_stem, free_stem
@@ -17,7 +17,7 @@ from diag.show.figures.panels import COMPARISON, CURVES, Panel
 from diag.show.figures.style import DASHES
 from diag.show.figures.tables import check_columns, compared_metrics, patch_size_of, profile, rows_of, span
 from diag.show.report.charts import Chart, ChartLine, chart, limits_of
-from diag.show.report.glossary import grouped, meaning
+from diag.show.report.glossary import grouped
 from diag.show.report.maps import Map, head_maps, number
 from diag.show.report.palette import compared_colours
 
@@ -65,7 +65,7 @@ class NumberTable:
 
     name: str
     title: str
-    metrics: tuple[tuple[str, Meaning], ...]
+    metrics: tuple[tuple[str, MetricEntry], ...]
     rows: tuple[tuple[str, str, tuple[NumberCell, ...]], ...]
 
 
@@ -164,7 +164,7 @@ def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[Comp
             f"compared-{metric}",
             there,
             title=title,
-            hint=meaning(metric).sentence,
+            hint=entry_of(metric).sentence,
             y_label=y_label,
             limits=limits_of(there),
             relative=True,
@@ -187,7 +187,7 @@ def glance(lines: Sequence[ReportLine], collection: Collection) -> NumberTable |
         wide = wide.reindex(columns=metrics)
         cells = [_cell(row) for _, row in summary(wide.to_numpy(dtype=float), seed=0).iterrows()]
         rows.append((line.label, "", tuple(cells)))
-    columns = tuple((metric, meaning(metric)) for metric in metrics)
+    columns = tuple((metric, entry_of(metric)) for metric in metrics)
     return NumberTable("glance", "Means over layers", columns, tuple(rows))
 
 
@@ -275,7 +275,7 @@ def _tables(rows: pd.DataFrame, slug: str) -> list[NumberTable]:
             NumberTable(
                 f"table-{slug}-{file_stem(title).lower()}",
                 title,
-                tuple((metric, meaning(metric)) for metric in metrics),
+                tuple((metric, entry_of(metric)) for metric in metrics),
                 tuple(
                     (
                         str(layer),

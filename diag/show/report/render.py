@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
 
+from diag.metrics.catalogue import entry_of
 from diag.results.collect import Collection
 from diag.results.profiles import profiles
-from diag.show.report import content, glossary, provenance
+from diag.show.report import content, provenance
 from diag.show.report.attended import section_of
 from diag.show.report.content import ReportLine
 from diag.show.report.folders import AttendFolder
+from diag.show.report.glossary import grouped
 from diag.show.report.palette import PAPER, variables
 from diag.show.words import comparison, summary
 from diag.show.words.control import series_control
@@ -63,8 +64,7 @@ def page(
         if "values" in collection.layers
         else [],
         glossary={
-            title: [(name, glossary.meaning(name)) for name in names]
-            for title, names in glossary.grouped(metrics).items()
+            title: [(name, entry_of(name)) for name in names] for title, names in grouped(metrics).items()
         },
         schemes={scheme: variables(colours, scheme) for scheme in PAPER},
         paper=PAPER,
@@ -72,7 +72,7 @@ def page(
             {
                 "charts": {drawn.name: drawn.data for drawn in charts},
                 "heads": {line.slug: {"label": line.label, **line.heads} for line in lines if line.heads},
-                "metrics": {name: asdict(glossary.meaning(name)) for name in metrics},
+                "metrics": {name: {"heading": entry_of(name).heading} for name in metrics},
             }
         ),
     )

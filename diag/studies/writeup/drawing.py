@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.metrics.catalogue import entry_of
 from diag.results import published
 from diag.results.files import file_stem
 from diag.show.figures import FIGURES
@@ -19,13 +20,6 @@ from diag.studies.writeup.material import Material, known_metrics, overlay, poin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-WORDS = {
-    "cos_y_vself": "alignment bias",
-    "cos_y_vpartner": "partner null",
-    "cos_y_vuniform": "uniform-attention null",
-}
-"""Metrics whose names are no words."""
 
 LOOKS = {
     "similarity-map": "Cosine of every patch's value with the target's, and the target's attention relative "
@@ -110,7 +104,7 @@ def _depth(item: schema.DepthFigure, stem: str, material: Material) -> list[Draw
     known = overlay(table, item.published)
     rows = rows_of(check_columns(table), item.metrics)
     figure = depth_profiles(rows, known, metrics=item.metrics)
-    named = [WORDS.get(name) or name.replace("_", " ") for name in item.metrics]
+    named = [entry_of(name).label for name in item.metrics]
     words = f"{', '.join(named)} over layers".capitalize() + "; the minimum of the first is ringed."
     return [DrawnFigure(stem, figure, _with(known, rows), words + _said_of(known))]
 

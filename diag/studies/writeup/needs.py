@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.metrics.registry import GROUPS, chosen
 from diag.models.names import series
 from diag.models.names.arguments import merged, read, split
 from diag.models.names.spec import written
@@ -187,10 +188,7 @@ def _in_profiles(names: Sequence[str]) -> None:
 
 
 def _known(names: Sequence[str] | None) -> None:
-    from diag.metrics.attention import METRICS, chosen
-    from diag.metrics.catalogue import RATIOS
-
-    chosen(names, [*METRICS, *RATIOS])
+    chosen(names, GROUPS["default"])
 
 
 def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published
 from diag.results.profiles import differences, profiles
 from diag.studies.writeup.material import Material, known_metrics, published_name
@@ -20,27 +21,19 @@ from diag.studies.writeup.schema import (
     ResultsTable,
 )
 
-HEADINGS = {
-    "cos_y_vself": "cos(y,v)",
-    "self_part": "self",
-    "context_part": "context",
-    "cos_y_vpartner": "partner null",
-    "cos_y_vuniform": "uniform null",
-    "value_similarity": "value similarity",
-    "self_weight": "self weight",
-    "excess": "excess",
-    "self_specific_fraction": "self-specific fraction",
-    "entropy": "entropy, nats",
-    "excess_over_uniform": "excess over uniform",
-    "bias": "cos(y,v)",
-    "bias_last_minus_first": "last − first of cos(y,v)",
+_SHORT = {name: CATALOGUE[name].column for name in ("cos_y_vself", "self_part", "context_part")}
+HEADINGS = _SHORT | {
+    "entropy": f"{CATALOGUE['entropy'].heading}, {CATALOGUE['entropy'].unit}",
+    "bias": _SHORT["cos_y_vself"],
+    "bias_last_minus_first": f"last − first of {_SHORT['cos_y_vself']}",
     "self_share": "share of the self part",
 }
+"""Where a table for people says it shorter than the catalogue's heading, and quantities of profiles."""
 
 
 def heading(name: str) -> str:
     """A metric or quantity as a table's heading."""
-    return HEADINGS.get(name) or name.replace("_", " ")
+    return HEADINGS.get(name) or entry_of(name).heading
 
 
 @dataclass(frozen=True)

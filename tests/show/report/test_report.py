@@ -20,14 +20,17 @@ from PIL import Image
 
 from diag.errors import UserError
 from diag.metrics.attention import METRICS
-from diag.metrics.catalogue import MEANINGS, RATIOS
+from diag.metrics.catalogue import CATALOGUE, RATIOS, entry_of
+from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.stream import STREAM_METRICS
 from diag.results.collect import Collection, collect
 from diag.show.figures.style import OKABE_ITO
 from diag.show.report import default_title, page, write_report
 from diag.show.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ChartLine, chart, limits_of
 from diag.show.report.content import lines_of, packed_heads
 from diag.show.report.folders import read_attended
-from diag.show.report.glossary import GROUPS, grouped, meaning
+from diag.show.report.glossary import GROUPS, grouped
 from diag.show.report.maps import head_maps, number
 from diag.show.report.palette import CONTRAST, PAPER, compared_colours, contrast, readable, variables
 from diag.show.report.provenance import source
@@ -440,14 +443,15 @@ def test_titles_name_models_while_that_is_short(collected: Collection) -> None:
 
 
 def test_every_metric_has_a_meaning_and_a_table() -> None:
-    assert set(MEANINGS) == {*METRICS, *RATIOS}
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(MEANINGS)
+    every = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
+    assert set(CATALOGUE) == every
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(every)
     assert grouped(["entropy", "new", "excess"]) == {
         "Alignment bias, its parts and its nulls": ["excess"],
         "Where attention goes": ["entropy"],
         "Other metrics": ["new"],
     }
-    assert meaning("some_new").heading == "some new"
+    assert entry_of("some_new").heading == "some new"
 
 
 def test_points_lie_where_their_numbers_say() -> None:
