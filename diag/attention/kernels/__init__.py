@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,12 +37,19 @@ def fused_values(call: AttentionCall, among: Tensor, rows: Tensor, least: float)
 
 
 def fused_quantities(
-    call: AttentionCall, wanted: Collection[str], givers: Tensor, places: Tensor | None, prefix: int
+    call: AttentionCall,
+    softmax: Callable[[], SoftmaxStatistics],
+    wanted: Collection[str],
+    givers: Tensor,
+    places: Tensor | None,
+    prefix: int,
 ) -> dict[str, Tensor]:
     """Those of the wanted quantities of `diag.metrics.pattern_pass` that kernels compute; none off CUDA.
 
-    Of all query rows, whatever sample of them the call has; a row that sees no key may hold anything.
+    Of all query rows, whatever sample of them the call has; only the entropy is that of the sampled ones.
+    A row that sees no key may hold anything.
 
+    softmax: gives the statistics of the call; asked for only where something is read off them.
     givers: the rows of each set that give to `received`, `[set, batch, head, token]`.
     places: coordinates of every token, `[token, 2]`, for Euclidean distance; None for |i - j|.
     prefix: tokens before the first that has a place.
@@ -54,12 +60,12 @@ def fused_quantities(
 
     if not triton_scores.supports(call):
         return {}
-    softmax = replace(call, sample=None).softmax if call.sample is not None else call.softmax
-    found = {"own": softmax.self_weight, "first": softmax.first_weight, "entropy": softmax.entropy}
-    found = {name: found[name] for name in found.keys() & set(wanted)}
+    of_softmax = {"own": "self_weight", "first": "first_weight", "entropy": "entropy"}
+    found = {name: getattr(softmax(), of_softmax[name]) for name in of_softmax.keys() & set(wanted)}
     if "received" in wanted:
-        assert softmax.log_normaliser is not None
-        found["received"] = triton_received.received(call, softmax.log_normaliser, givers)
+        normaliser = softmax().log_normaliser
+        assert normaliser is not None
+        found["received"] = triton_received.received(call, normaliser, givers)
     if "distance" in wanted:
         none = torch.zeros(call.batch, 0, dtype=torch.long)
         rows = triton_statistics.row_statistics(call, none, distances=True, places=places, prefix=prefix)

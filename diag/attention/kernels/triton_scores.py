@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diag.attention.call import AttentionCall, four_dimensional
+from diag.attention.call import AttentionCall
+from diag.attention.visibility import four_dimensional
 
 FORMATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
@@ -118,7 +119,7 @@ def launch(call: AttentionCall) -> tuple[Blocks, dict[str, Any]]:
     return sizes, options
 
 
-def arguments(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[float, ...]]:
+def arguments(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int | float, ...]]:
     """Queries, keys and mask as the kernels read them, and strides, sizes and scalars in their order.
 
     The queries stand in where there is no mask. Broadcast dimensions of a mask get a stride of 0.
