@@ -154,6 +154,12 @@ class Selection:
         assert self.call.sample is not None
         return Controls(self.statistics.controls, self.rows, self.call.sample)
 
+    def of_all_rows(self, statistics: CallStatistics) -> Selection:
+        """The same token set of the call without its sample; statistics: `of_all_rows` of this one's."""
+        whole = Selection(statistics.call, self.among, statistics)
+        whole.values = self.values  # these are of all tokens in any case
+        return whole
+
     def per_kv_head(self, values: Float[Tensor, "batch kv_head"], least: int = 2) -> Reading:
         """A reading of one number per KV head; undefined with fewer than `least` tokens."""
         values = values.repeat_interleave(self.call.group, 1)[..., None]

@@ -354,8 +354,7 @@ def shape_readings(
     summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
     if call.sample is not None and summed:
         of_all = statistics.of_all_rows()
-        of_sets = [Selection(of_all.call, on.among, of_all) for on in selections]
-        whole = shape_readings(of_sets, summed, geometry=geometry)
+        whole = shape_readings([on.of_all_rows(of_all) for on in selections], summed, geometry=geometry)
         others = shape_readings(
             selections,
             [name for name in names if name not in summed],
