@@ -1,7 +1,6 @@
 """What the statistics kernels share: tiles of masked scores, and how a call becomes a kernel's arguments.
 
-Scores are in bits, `s_ij = log2(e) · (scale · q_i·k_j + mask_ij)`: the device has 2^x, not e^x. They are
-float32 whatever the model's format. A hidden score is `NOTHING`, finite, so that no sum meets inf - inf.
+Scores are in bits, `s_ij = log2(e) · (scale · q_i·k_j + mask_ij)`; a hidden score is `NOTHING`.
 """
 
 # mypy: disable-error-code="no-untyped-def"

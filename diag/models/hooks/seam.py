@@ -2,13 +2,8 @@
 
 Every supported family ends in `scaled_dot_product_attention`. A function mode sees those calls,
 wherever the function was imported from; `multi_head_attention_forward` is overridable itself, so
-the mode is off inside it, and for the time of that one call the attribute switches it on again. An
-active mode also keeps `nn.MultiheadAttention` off its fused fast path, which no hook could see
-into. Captures nest.
-
-Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. A listed
-layer that finishes without a call is an error that names it: a blind probe must not look like a
-result. Everything is undone on the way out, also after an exception.
+the mode is off inside it, and for the time of that one call the attribute switches it on again.
+Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. Captures nest.
 """
 
 from __future__ import annotations
