@@ -39,14 +39,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from diag.attention.call import AttentionCall
-    from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
+from diag.attention.call import AttentionCall
+from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
 
 
 def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
