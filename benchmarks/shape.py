@@ -57,16 +57,16 @@ def attend(query, key, value, *, causal: bool):  # type: ignore[no-untyped-def]
 
 
 def runs_of(call: AttentionCall, geometry: Geometry) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; every run starts from a call on which nothing was computed yet."""
+    """What is timed, by name; no run knows what another has computed."""
     from dataclasses import replace
 
-    from diag.metrics.attention import per_input
+    from diag.metrics.attention import Selection, per_input
     from diag.metrics.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
 
     def neighbour() -> Neighbour:
         """As it stands when the layer before was measured."""
         found = Neighbour(call.batch)
-        shape_readings(replace(call, layer=-1), GROUPS["overlap"], neighbour=found)
+        shape_readings([Selection(replace(call, layer=-1))], GROUPS["overlap"], neighbour=found)
         return found
 
     before = neighbour()
@@ -74,11 +74,11 @@ def runs_of(call: AttentionCall, geometry: Geometry) -> dict[str, Callable[[], o
 
     def shape(names: tuple[str, ...]) -> object:
         before.layer, before.top = layer, top
-        return shape_readings(replace(call), names, geometry=geometry, neighbour=before)
+        return shape_readings([Selection(call)], names, geometry=geometry, neighbour=before)
 
     runs: dict[str, Callable[[], object]] = {
         "attention": lambda: attend(call.query, call.key, call.value, causal=call.causal),
-        "default": lambda: per_input(replace(call)),
+        "default": lambda: per_input(call),
     }
     for group, names in GROUPS.items():
         runs[group] = lambda names=names: shape(names)  # type: ignore[misc]
@@ -112,17 +112,20 @@ def peak(group: str) -> tuple[float, float]:
     """In a child: seconds and bytes that one group (or `all`) adds at 16,384 tokens, one head group."""
     import torch
 
-    from diag.metrics.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
+    from diag.metrics.attention import Selection
+    from diag.metrics.pattern_pass import Neighbour
+    from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
 
     names = tuple(SHAPE_METRICS) if group == "all" else GROUPS[group]
     with torch.inference_mode():
         small = call_of(1, LONG_HEADS, 1, 256, causal=True)
-        shape_readings(small, names, neighbour=Neighbour(1))  # the libraries' own buffers are no growth
+        # the libraries' own buffers are no growth
+        shape_readings([Selection(small)], names, neighbour=Neighbour(1))
         call = call_of(1, LONG_HEADS, 1, LONG, causal=True)
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         before = held("VmHWM")
         start = time.process_time()
-        shape_readings(call, names, neighbour=Neighbour(1))
+        shape_readings([Selection(call)], names, neighbour=Neighbour(1))
         seconds = time.process_time() - start
     return seconds, held("VmHWM") - before
 

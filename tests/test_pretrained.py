@@ -16,6 +16,7 @@ import torch
 from reference import reference
 
 from diag.attention.call import AttentionCall
+from diag.attention.softmax import softmax_statistics
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import demo_text
 from diag.measure.loop import BatchValues, capture, measure
@@ -83,7 +84,7 @@ def test_the_trained_weights_are_what_was_loaded(calls: list[AttentionCall]) -> 
         assert tuple(call.output.shape) == (WINDOWS, HEADS, LENGTH, 32)
         assert call.log_normaliser is not None
     # random weights would leave attention near uniform, with 64 effective keys
-    assert max((1 / call.softmax.sum_of_squares).mean().item() for call in calls) < 32
+    assert max((1 / softmax_statistics(call).sum_of_squares).mean().item() for call in calls) < 32
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

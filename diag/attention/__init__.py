@@ -1,1 +1,1 @@
-"""One attention call and its statistics; no token × token matrix is made here."""
+"""One attention call, what its queries see, and its statistics in memory linear in the number of tokens."""

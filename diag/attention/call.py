@@ -1,7 +1,7 @@
 """One attention call: the queries, keys, values and output of one layer as the model used them.
 
-Everything that is measured starts from an `AttentionCall`. No function here holds a token × token matrix,
-except the mask that the model itself made.
+Everything that is measured starts from an `AttentionCall`. It is data: what is computed of it is kept by
+whoever measures (`diag.attention.softmax.CallStatistics`). No function here holds a token × token matrix.
 
 Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_j exp s_ij`,
 `A_ij = exp(s_ij - lse_i)`, `y_i = Σ_j A_ij v_j`.
@@ -11,18 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from diag.attention.sampling import RowSample
+from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError
-
-if TYPE_CHECKING:
-    from diag.attention.statistics import SoftmaxStatistics
 
 HIDDEN = -9000.0
 """An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
@@ -45,6 +41,9 @@ class AttentionCall:
     hidden: the additive entry at or below which a key is hidden.
     log_normaliser: `lse_i`, where the attention kernel returned it.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
+    visibility: which keys each query sees. It is read off `mask`, `causal` and `hidden`, unless one that was
+        read off these very ones is given; so `dataclasses.replace` carries it along, and layers that share
+        a mask share it.
     """
 
     layer: int
@@ -60,6 +59,13 @@ class AttentionCall:
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
     sample: RowSample | None = None
+    visibility: Visibility = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        given = self.visibility
+        if given is None or not given.is_of(self.mask, self.causal, self.hidden, self.output):
+            read = Visibility.of(self.mask, self.causal, self.hidden, self.output)
+            object.__setattr__(self, "visibility", read)
 
     @property
     def batch(self) -> int:
@@ -90,116 +96,6 @@ class AttentionCall:
         """The query heads that read some KV heads."""
         return slice(kv_heads.start * self.group, kv_heads.stop * self.group)
 
-    @cached_property
-    def visibility(self) -> Visibility:
-        """Which keys each query sees."""
-        return Visibility.of(self)
-
-    @cached_property
-    def softmax(self) -> SoftmaxStatistics:
-        """The statistics of every row of the pattern, computed once."""
-        from diag.attention.softmax import softmax_statistics  # it stands on this module
-
-        return softmax_statistics(self)
-
-    @cached_property
-    def controls(self) -> Float[Tensor, "control batch head token"]:
-        """What goes with the entropy of a row and costs no pattern: for estimates from sampled rows."""
-        from diag.attention.softmax import row_controls
-
-        return row_controls(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Visibility:
-    """Which keys each query sees, kept as structure wherever the mask has one.
-
-    rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`visible_rows`).
-    keys: keys that any query sees, `[batch or 1, token]`; None if all of them.
-    count: visible keys of each query, `[batch or 1, head or 1, token]`.
-    """
-
-    rule: str
-    keys: Bool[Tensor, "#batch token"] | None
-    count: Tensor
-    visible_rows: Tensor | None = None
-
-    @staticmethod
-    def of(call: AttentionCall) -> Visibility:
-        """Reads the structure off a call's mask; O(rows · token) memory beside the mask itself."""
-        device, tokens = call.output.device, call.tokens
-        position = torch.arange(1, tokens + 1, device=device)
-        if call.mask is None:
-            count = position if call.causal else torch.full_like(position, tokens)
-            return Visibility("causal" if call.causal else "full", None, count[None, None])
-        mask = four_dimensional(call.mask)
-        visible = mask if mask.dtype == torch.bool else mask > call.hidden
-        if visible.shape[1] > 1 and bool((visible == visible[:, :1]).all()):
-            visible = visible[:, :1]
-        visible = visible.expand(-1, -1, tokens, tokens)
-        lower = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-        if call.causal:
-            visible = visible & lower
-        count = visible.sum(-1)
-        if visible.shape[1] == 1:
-            keys = visible[:, 0].any(1)  # [batch, key]
-            kept = None if bool(keys.all()) else keys
-            for rule, shape in (("full", keys[:, None, :]), ("causal", keys[:, None, :] & lower)):
-                if bool((visible[:, 0] == shape).all()):
-                    return Visibility(rule, kept, count)
-        return Visibility("general", visible.any(2).any(1), count, visible)
-
-    def part(self, in_batch: slice, in_head: slice) -> Visibility:
-        """That of some inputs and query heads."""
-
-        keys = None if self.keys is None else of_inputs(self.keys, in_batch)
-        visible = None if self.visible_rows is None else part_of(self.visible_rows, in_batch, in_head)
-        return Visibility(self.rule, keys, part_of(self.count, in_batch, in_head), visible)
-
-    def sum(
-        self, x: Float[Tensor, "batch kv_head token dim"], weights: Float[Tensor, "#batch #kv_head token"]
-    ) -> Float[Tensor, "batch some_head some_token dim"]:
-        """`Σ_j visible_ij · w_j · x_j` for every query i, O(token · dim) memory.
-
-        The head axis of the result is that of `x`, or every query head where the mask differs
-        between heads; the token axis is 1 where all queries see the same keys.
-        """
-        if self.keys is not None:
-            weights = weights * self.keys[:, None, :]
-        if self.rule == "full":
-            return weights[:, :, None, :] @ x
-        x = x * weights[..., None]
-        if self.rule == "causal":
-            return x.cumsum(2)
-        assert self.visible_rows is not None
-        heads = self.visible_rows.shape[1]
-        if heads not in (1, x.shape[1]):
-            x = x.repeat_interleave(heads // x.shape[1], 1)
-        blocks = self.visible_rows.split(256, dim=2)  # each [batch or 1, head or 1, row, key]
-        return torch.cat([block.to(x.dtype) @ x for block in blocks], 2)
-
-    def count_among(self, among: Bool[Tensor, "#batch token"]) -> Tensor:
-        """How many of the keys in `among` each query sees, `[batch or 1, head or 1, token or 1]`."""
-        if self.keys is not None:
-            among = among & self.keys
-        if self.rule == "full":
-            return among.sum(-1)[:, None, None]
-        if self.rule == "causal":
-            return among.cumsum(-1)[:, None, :]
-        assert self.visible_rows is not None
-        blocks = self.visible_rows.split(256, dim=2)
-        return torch.cat([(block & among[:, None, None, :]).sum(-1) for block in blocks], 2)
-
-    @property
-    def sees_itself(self) -> Tensor:
-        """Whether each query sees its own key, broadcastable to `[batch, head, token]`."""
-        if self.rule == "general":
-            assert self.visible_rows is not None
-            return self.visible_rows.diagonal(dim1=-2, dim2=-1)
-        if self.keys is not None:
-            return self.keys[:, None, :]
-        return torch.ones_like(self.count, dtype=torch.bool)
-
 
 def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -> AttentionCall:
     """The call with a constant c taken out of every value, and so out of every output.
@@ -223,18 +119,7 @@ def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -
     each = each.repeat_interleave(call.kv_heads // heads, 0)  # [kv_head, 1, dim]
     sees = (call.visibility.count > 0)[..., None]
     output = call.output - torch.where(sees, each.repeat_interleave(call.group, 0), 0.0)
-    changed = replace(
-        call, value=(call.value - each).to(call.value.dtype), output=output.to(call.output.dtype)
-    )
-    changed.__dict__["visibility"] = call.visibility  # that of the mask, which several layers may share
-    return changed
-
-
-def all_rows(call: AttentionCall) -> AttentionCall:
-    """The call without its sample of rows; what was computed of all rows is kept."""
-    whole = replace(call, sample=None, log_normaliser=call.softmax.log_normaliser)
-    whole.__dict__["visibility"] = call.visibility
-    return whole
+    return replace(call, value=(call.value - each).to(call.value.dtype), output=output.to(call.output.dtype))
 
 
 def head_chunks(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]]:
@@ -253,17 +138,6 @@ def head_chunks(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]
             )
 
 
-def of_inputs(x: Tensor, in_batch: slice) -> Tensor:
-    """Some inputs of what has one row for each of them, or one for all."""
-    return x[in_batch] if x.shape[0] > 1 else x
-
-
-def part_of(x: Tensor, in_batch: slice, in_head: slice) -> Tensor:
-    """Some inputs and heads of `[batch or 1, head or 1, …]`."""
-    x = of_inputs(x, in_batch)
-    return x[:, in_head] if x.shape[1] > 1 else x
-
-
 def of_threads(elements: Mapping[str, int], device: torch.device) -> int:
     """A block's size from a table by device; on a CPU that of one thread times their number."""
     return elements["cuda"] if device.type == "cuda" else elements["cpu"] * torch.get_num_threads()
@@ -275,8 +149,3 @@ def first_key(call: AttentionCall) -> Tensor:
     if keys is None:
         return torch.zeros(call.batch, dtype=torch.long, device=call.output.device)
     return keys.int().argmax(-1).expand(call.batch)
-
-
-def four_dimensional(mask: Tensor) -> Tensor:
-    """A mask with its missing leading axes."""
-    return mask[(None,) * (4 - mask.ndim)]

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diag.attention.call import AttentionCall, four_dimensional, of_threads
+from diag.attention.call import AttentionCall, of_threads
 from diag.attention.sampling import RowSample
+from diag.attention.visibility import four_dimensional
 
 LN2 = math.log(2)
 

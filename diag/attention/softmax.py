@@ -1,15 +1,59 @@
-"""The softmax statistics of every query row, exact, in memory linear in the number of tokens."""
+"""The softmax statistics of every query row, exact, in memory linear in the number of tokens.
+
+Whoever measures a call makes one `CallStatistics` of it: what is computed there is computed once.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention.call import AttentionCall, first_key, four_dimensional, head_chunks
+from diag.attention.call import AttentionCall, first_key, head_chunks
+from diag.attention.kernels import fused_statistics
 from diag.attention.pattern import LN2, Scratch, log2_pattern_blocks, masked
 from diag.attention.statistics import SoftmaxStatistics
+from diag.attention.visibility import four_dimensional
+
+
+class CallStatistics:
+    """What is known of the rows of one call's pattern, each thing computed when it is first asked for.
+
+    All token sets and metrics of a call share one of these.
+    """
+
+    def __init__(self, call: AttentionCall, softmax: SoftmaxStatistics | None = None) -> None:
+        """softmax: where it is known already."""
+        self.call = call
+        self._softmax = softmax
+
+    @property
+    def softmax(self) -> SoftmaxStatistics:
+        """The softmax statistics of every row, or of the call's sampled ones."""
+        if self._softmax is None:
+            self._softmax = softmax_statistics(self.call)
+        return self._softmax
+
+    @property
+    def known_log_normaliser(self) -> Float[Tensor, "batch head token"] | None:
+        """lse_i if it is there without computing anything: the kernel gave it, or `softmax` was asked for."""
+        if self.call.log_normaliser is None and self._softmax is not None:
+            return self._softmax.log_normaliser
+        return self.call.log_normaliser
+
+    @cached_property
+    def controls(self) -> Float[Tensor, "control batch head token"]:
+        """What goes with the entropy of a row and costs no pattern: for estimates from sampled rows."""
+        return row_controls(self.call, self.softmax)
+
+    def of_all_rows(self) -> CallStatistics:
+        """Of the same call without its sample; the log-normaliser, which is of all rows, is kept."""
+        whole = replace(self.call, sample=None, log_normaliser=self.softmax.log_normaliser)
+        return CallStatistics(whole)
 
 
 def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
@@ -19,8 +63,6 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     sampled ones; the weights on single keys need only the log-normaliser and are of all rows.
     Float32 arithmetic whatever the model's format. On CUDA one fused kernel gives the same numbers.
     """
-    from diag.attention.kernels import fused_statistics  # it stands on this module
-
     if (fused := fused_statistics(call)) is not None:
         return fused
     first = first_key(call)
@@ -52,7 +94,9 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     return SoftmaxStatistics(lse, entropy, squares, own, leading)
 
 
-def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token"]:
+def row_controls(
+    call: AttentionCall, softmax: SoftmaxStatistics
+) -> Float[Tensor, "control batch head token"]:
     """Quantities of every row, in O(token) memory, that the entropy and its kind go with.
 
     The divergence D of uniform attention from that of the row is exact: D = lse - ln n - the mean score,
@@ -60,8 +104,10 @@ def row_controls(call: AttentionCall) -> Float[Tensor, "control batch head token
     n e^-D keys by it and n e^-2D keys by Σ A². The spread of all keys along the query stands in for σ²,
     and the weights on oneself and on the first key tell what a sink takes. (They need to be like the
     truth only; a mask that is no plain causal one enters by the log-normaliser alone.)
+
+    softmax: the statistics of the call.
     """
-    softmax, seen = call.softmax, call.visibility
+    seen = call.visibility
     assert call.query is not None
     assert call.key is not None
     assert softmax.log_normaliser is not None

@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention.call import AttentionCall, head_chunks, of_inputs, part_of
+from diag.attention.call import AttentionCall, head_chunks
+from diag.attention.kernels import fused_values
 from diag.attention.statistics import ValueStatistics
+from diag.attention.visibility import of_inputs, part_of
 
 
 def value_statistics(
@@ -27,8 +29,6 @@ def value_statistics(
     among: the tokens of S that are keys. rows: the rows that count.
     least: how much of ‖y_i‖ has to be left in z_i for it to be a direction.
     """
-    from diag.attention.kernels import fused_values  # it stands on this module
-
     fused = fused_values(call, among, rows, least)
     return _in_blocks(call, among, rows, least) if fused is None else fused
 

@@ -15,7 +15,7 @@ from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
 from diag.measure.gate import LayerFacts
-from diag.metrics.attention import METRICS, readings
+from diag.metrics.attention import METRICS, readings_of, selections_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.pattern_pass import Neighbour
@@ -84,18 +84,17 @@ class BatchReadings:
         self.sizes.setdefault(call.layer, []).append(call.tokens)
         of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
         masks = [self.tokens(token_set, call) for token_set in self.sets]
-        call = self.sampled(call, masks)
-        found = [readings(call, self.plain, mask) for mask in masks]
+        selections = selections_of(self.sampled(call, masks), masks)
+        found = [readings_of(on, self.plain) for on in selections]
         if self.shape:
-            shape = shape_readings(
-                call, self.shape, masks, geometry=self.geometry(call), neighbour=self.neighbour
-            )
+            geometry = self.geometry(call)
+            shape = shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
         if self.diverging:
             other = self.neutral[call.layer].pop(0)
             found = [
-                part | divergence_readings(call, other, self.diverging, mask)
-                for part, mask in zip(found, masks, strict=True)
+                part | divergence_readings(on, other, self.diverging)
+                for part, on in zip(found, selections, strict=True)
             ]
         for token_set, part in zip(self.sets, found, strict=True):
             of_layer[token_set].append(
@@ -123,9 +122,7 @@ class BatchReadings:
         windows = range(call.batch // len(self.batch.ids))
         place = len(self.sizes[call.layer])
         keys = [f"{name}/{place}/{window}" for name in self.batch.ids for window in windows]
-        changed = replace(call, sample=sample_rows(sets, keys, self.sampling))
-        changed.__dict__["visibility"] = seen
-        return changed
+        return replace(call, sample=sample_rows(sets, keys, self.sampling))
 
     def geometry(self, call: AttentionCall) -> Geometry:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""

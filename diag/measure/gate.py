@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
 from diag.errors import MeasurementError, UserError
 
 GATE_ROWS = 32
-
-
 GATE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
-
-
 GATE_TOLERANCE_HALF = 1e-2
 
 
@@ -30,19 +27,12 @@ class ReconstructionCheck:
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         used = call.output[:, :, rows].float() * visible[..., None]
         rebuilt = attend(call, rows) * visible[..., None]
-        error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-        tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
         if not torch.isfinite(used).all():
             raise UserError(
                 f"layer '{call.module}' gives values that are not finite",
                 "the weights or activations hold NaN or infinity; try --dtype float32",
             )
-        if not error < tolerance:
-            raise MeasurementError(
-                f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
-                f"(relative error {error:.1e}, allowed {tolerance:.0e})",
-                "this attention is not understood; please report the model",
-            )
+        error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
         split = call.batch > inputs
         windowed = split or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
@@ -59,6 +49,19 @@ class ReconstructionCheck:
         tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
         return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
+
+
+def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
+    """Relative error of some rows of A V. Raises MeasurementError, naming the layer, if it is too large."""
+    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
+    if not error < tolerance:
+        raise MeasurementError(
+            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
+            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
+            "this attention is not understood; please report the model",
+        )
+    return error
 
 
 @dataclass(frozen=True)

@@ -219,10 +219,7 @@ def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionC
     """The call as the model goes on with it, and whether that is another one."""
     if not any(edit.where == "attention" and edit.at(call.layer) for edit in edits):
         return call, False
-    output, visibility = heads_return(edits, call), call.visibility
-    call = replace(call, output=output)
-    call.__dict__["visibility"] = visibility
-    return call, True
+    return replace(call, output=heads_return(edits, call)), True
 
 
 def _neutral_outputs(

@@ -22,9 +22,11 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention.call import AttentionCall, of_inputs
+from diag.attention.call import AttentionCall
+from diag.attention.softmax import CallStatistics
 from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
 from diag.attention.values import reciprocal, value_blocks, value_statistics
+from diag.attention.visibility import of_inputs
 from diag.metrics.readings import Controls, Reading, reduce
 from diag.metrics.registry import metric, registered
 
@@ -35,12 +37,22 @@ ANCHORS = 16
 class Selection:
     """One call seen through one token set, with the quantities that several metrics share.
 
+    tokens: the set's mask, `[batch or 1, token]`; None for all tokens.
+    statistics: those of the call, which its token sets share; new ones if None.
+
     Per-token tensors are grouped, `[batch, kv_head, group, token]`, so that heads which share a KV
     head read its values without a copy.
     """
 
-    def __init__(self, call: AttentionCall, tokens: Bool[Tensor, "#batch token"] | None = None) -> None:
+    def __init__(
+        self,
+        call: AttentionCall,
+        tokens: Bool[Tensor, "#batch token"] | None = None,
+        statistics: CallStatistics | None = None,
+    ) -> None:
         self.call = call
+        self.statistics = CallStatistics(call) if statistics is None else statistics
+        assert self.statistics.call is call
         device = call.output.device
         among = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if tokens is None else tokens
         keys = call.visibility.keys
@@ -104,7 +116,8 @@ class Selection:
 
     @property
     def softmax(self) -> SoftmaxStatistics:
-        return self.call.softmax
+        """Those of the call's rows, whatever the token set."""
+        return self.statistics.softmax
 
     def of_heads(self, x: Float[Tensor, "batch head *rest"]) -> Float[Tensor, "batch kv_head group *rest"]:
         """Numbers of query heads beside those of the KV head that they share."""
@@ -131,14 +144,20 @@ class Selection:
         if sample is None:
             return Reading(values, rows)
         weights = sample.at(rows) * sample.weight[:, None]
-        controls = self.controls if rows is self.rows else Controls(self.call.controls, rows, sample)
+        controls = self.controls if rows is self.rows else Controls(self.statistics.controls, rows, sample)
         return Reading(values, weights, sample, controls)
 
     @cached_property
     def controls(self) -> Controls:
         """What is known of all rows that count, where rows are sampled."""
         assert self.call.sample is not None
-        return Controls(self.call.controls, self.rows, self.call.sample)
+        return Controls(self.statistics.controls, self.rows, self.call.sample)
+
+    def of_all_rows(self, statistics: CallStatistics) -> Selection:
+        """The same token set of the call without its sample; statistics: `of_all_rows` of this one's."""
+        whole = Selection(statistics.call, self.among, statistics)
+        whole.values = self.values  # these are of all tokens in any case
+        return whole
 
     def per_kv_head(self, values: Float[Tensor, "batch kv_head"], least: int = 2) -> Reading:
         """A reading of one number per KV head; undefined with fewer than `least` tokens."""
@@ -149,6 +168,14 @@ class Selection:
     def _ungrouped(self, x: Tensor) -> Tensor:
         shape = (x.shape[0], self.call.kv_heads, self.call.group, x.shape[3])
         return x.expand(shape).flatten(1, 2)
+
+
+def selections_of(
+    call: AttentionCall, token_sets: Sequence[Bool[Tensor, "#batch token"] | None]
+) -> list[Selection]:
+    """One call through each of several token sets, which share what does not depend on the set."""
+    statistics = CallStatistics(call)
+    return [Selection(call, tokens, statistics) for tokens in token_sets]
 
 
 @metric("call")
@@ -325,12 +352,16 @@ def readings(
     call: AttentionCall, names: Sequence[str], tokens: Bool[Tensor, "#batch token"] | None = None
 ) -> dict[str, Reading]:
     """The named metrics of one call over one token set (all tokens if None)."""
-    selection = Selection(call, tokens)
+    return readings_of(Selection(call, tokens), names)
+
+
+def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
+    """The named metrics of one call seen through one token set."""
     computed: dict[Callable[[Selection], Reading], Reading] = {}
     for name in names:
         function = METRICS[name].compute
         if function not in computed:
-            computed[function] = function(selection)
+            computed[function] = function(on)
     return {name: computed[METRICS[name].compute] for name in names}
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from diag.attention.call import AttentionCall
 from diag.errors import MeasurementError
-from diag.metrics.attention import Reading, Selection
+from diag.metrics.attention import Selection
+from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
 
 Output = Float[Tensor, "batch head token dim"]
@@ -42,21 +42,16 @@ DIVERGENCE_METRICS = registered("neutral")
 """The metrics of head divergence, by name."""
 
 
-def divergence_readings(
-    call: AttentionCall,
-    neutral: Output,
-    names: Sequence[str],
-    tokens: Bool[Tensor, "#batch token"] | None = None,
-) -> dict[str, Reading]:
-    """The named metrics of one call over one token set (all tokens if None).
+def divergence_readings(on: Selection, neutral: Output, names: Sequence[str]) -> dict[str, Reading]:
+    """The named metrics of one call seen through one token set.
 
     neutral: the same heads' output for the neutral image. Raises MeasurementError if it has other tokens.
     """
+    call = on.call
     if neutral.shape != call.output.shape:
         raise MeasurementError(
             f"layer '{call.module}' has {tuple(neutral.shape)} outputs for a neutral image "
             f"and {tuple(call.output.shape)} for the image: tokens have no partner",
             "leave the divergence metrics out",
         )
-    selection = Selection(call, tokens)
-    return {name: DIVERGENCE_METRICS[name].compute(selection, neutral) for name in names}
+    return {name: DIVERGENCE_METRICS[name].compute(on, neutral) for name in names}

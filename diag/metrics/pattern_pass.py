@@ -18,6 +18,7 @@ from diag.attention.call import AttentionCall, first_key
 from diag.attention.geometry import Distances, Geometry
 from diag.attention.kernels import fused_quantities
 from diag.attention.pattern import BLOCK_ELEMENTS, LN2, log2_pattern_blocks, positions
+from diag.attention.softmax import CallStatistics
 from diag.attention.values import value_blocks
 
 NOTHING = -1e30
@@ -28,7 +29,7 @@ QUANTITIES = ("own", "first", "previous", "prefix", "near", "entropy", "received
 
 
 def pattern_pass(
-    call: AttentionCall,
+    statistics: CallStatistics,
     wanted: Collection[str],
     rows: Sequence[Bool[Tensor, "#batch #head token"]],
     live: Bool[Tensor, "#batch #head row"],
@@ -42,6 +43,7 @@ def pattern_pass(
     Rows are those of the call's sample where it has one: `[…, token]` reads `[…, row]` below. `received`
     is a sum over all rows, and is asked for without a sample.
 
+    statistics: of the call; what is known there already is not computed again.
     rows: for each token set, the rows that give to `received`.
     live: the rows that any reader looks at; the others may hold anything, NaN included.
 
@@ -55,11 +57,12 @@ def pattern_pass(
     """
     unknown = set(wanted) - set(QUANTITIES)
     assert not unknown, unknown
+    call = statistics.call
     assert call.sample is None or "received" not in wanted
     tokens, device = call.tokens, call.output.device
     placed = geometry.grid(tokens) is not None
     wanted = set(wanted) if placed else set(wanted) - {"distance", "near"}
-    fused = _fused(call, wanted, rows, live, geometry)
+    fused = _fused(statistics, wanted, rows, live, geometry)
     wanted -= fused.keys()  # what is left needs the blocks
     if not wanted:
         return fused
@@ -84,7 +87,7 @@ def pattern_pass(
     if "norms" in wanted:
         assert norms is not None
         of_keys = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
-    for where, logs, seen in _live_blocks(call, live):
+    for where, logs, seen in _live_blocks(statistics, live):
         in_batch, in_head, in_row = where
         at = positions(call, where)
         if "top" in found:
@@ -132,20 +135,21 @@ def pattern_pass(
 
 
 def _fused(
-    call: AttentionCall,
+    statistics: CallStatistics,
     wanted: Collection[str],
     rows: Sequence[Bool[Tensor, "#batch #head token"]],
     live: Bool[Tensor, "#batch #head row"],
     geometry: Geometry,
 ) -> dict[str, Tensor]:
     """What of `wanted` kernels compute (on CUDA), of the live rows; the others hold zeros."""
+    call = statistics.call
     on_line = geometry.rows == 1 and geometry.patch_size == 1
     places = None if on_line else geometry.places(call.tokens)
     givers = torch.stack([part.expand(call.output.shape[:3]) for part in rows])
-    found = fused_quantities(call, wanted, givers, places, geometry.prefix)
+    found = fused_quantities(call, lambda: statistics.softmax, wanted, givers, places, geometry.prefix)
     of_rows = {name: x for name, x in found.items() if name != "received"}
     if call.sample is not None:
-        of_rows = {name: call.sample.at(x) for name, x in of_rows.items()}
+        of_rows = {name: x if name == "entropy" else call.sample.at(x) for name, x in of_rows.items()}
     return found | {name: x.masked_fill(~live, 0.0) for name, x in of_rows.items()}
 
 
@@ -175,7 +179,7 @@ def uniform(
             at = torch.arange(in_row.start, in_row.stop, device=device)
             if sample is not None:
                 at = sample.index[b.start, in_row]
-            visible = _visible(call, b, at)  # [.., row or 1, key]
+            visible = seen.of_rows(at, b)  # [.., row or 1, key]
             if distances is not None:
                 places = visible[..., geometry.prefix :].float()
                 far = (places * distances.block(at, start)).sum(-1)
@@ -249,22 +253,21 @@ class Neighbour:
 
 
 def _live_blocks(
-    call: AttentionCall, live: Tensor
+    statistics: CallStatistics, live: Tensor
 ) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
     """Blocks of `log₂ A` with their place and number of keys; rows that are not live hold `NOTHING`."""
-    live = live.expand(call.batch, call.heads, -1)
+    live = live.expand(statistics.call.batch, statistics.call.heads, -1)
     some_dead = (~live).flatten(0, 1).any(0).tolist()
-    for where, logs in _pattern_blocks(call):
+    for where, logs in _pattern_blocks(statistics):
         if any(some_dead[where[2]]):
             logs = logs.masked_fill(~live[where][..., None], NOTHING)
         yield where, logs, logs.shape[-1]
 
 
-def _pattern_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+def _pattern_blocks(statistics: CallStatistics) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    call = statistics.call
     if call.pattern is None:
-        lse = call.log_normaliser
-        if lse is None and "softmax" in vars(call):
-            lse = call.softmax.log_normaliser
+        lse = statistics.known_log_normaliser
         known = lse is not None
         lse = torch.empty(call.output.shape[:3], device=call.output.device) if lse is None else lse.float()
         yield from log2_pattern_blocks(call, lse, known)
@@ -299,18 +302,3 @@ def _on_near_places(weights: Tensor, rows: Tensor, geometry: Geometry, tokens: i
     inside &= geometry.near((rows - prefix)[:, None], around - prefix, tokens)
     head_chunks = weights.expand(*weights.shape[:2], len(rows), keys)
     return (head_chunks.gather(-1, around.expand(*head_chunks.shape[:2], -1, -1)) * inside).sum(-1)
-
-
-def _visible(call: AttentionCall, in_batch: slice, rows: Tensor) -> Bool[Tensor, "#batch #head #row token"]:
-    """Whether the query rows see each key; what all inputs share keeps a batch axis of 1."""
-    seen, device = call.visibility, call.output.device
-    if seen.rule == "general":
-        assert seen.visible_rows is not None
-        visible = seen.visible_rows
-        return (visible if visible.shape[0] == 1 else visible[in_batch])[:, :, rows]
-    index = torch.arange(call.tokens, device=device)
-    keys = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if seen.keys is None else seen.keys
-    keys = keys if keys.shape[0] == 1 else keys[in_batch]
-    if seen.rule == "full":
-        return keys[:, None, None, :]
-    return keys[:, None, None, :] & (index <= rows[:, None])

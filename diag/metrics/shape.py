@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diag.attention.call import AttentionCall, all_rows
 from diag.attention.geometry import TEXT, Geometry
 from diag.metrics import registry
 from diag.metrics.attention import Selection
@@ -296,9 +295,8 @@ GROUPS = {group: names for group, names in registry.GROUPS.items() if SHAPE_METR
 
 
 def shape_readings(
-    call: AttentionCall,
+    selections: Sequence[Selection],
     names: Sequence[str],
-    token_sets: Sequence[Bool[Tensor, "#batch token"] | None] = (None,),
     *,
     geometry: Geometry = TEXT,
     neighbour: Neighbour | None = None,
@@ -307,20 +305,21 @@ def shape_readings(
 ) -> list[dict[str, Reading]]:
     """The named shape metrics of one call, for each token set, from one pass over its blocks.
 
-    token_sets: masks of tokens; None is all of them. geometry: where the tokens lie.
+    selections: the call through each token set, as `selections_of` gives them. geometry: where tokens lie.
     neighbour: of this forward pass; without it there is no overlap with another layer.
     projection: W_O of each query head, so that f(v) = v W_O as in Kobayashi 2020; f(v) = v without it.
 
     Where the call has a sample of rows, what is a mean over query rows is estimated from it; what a key
     receives is a sum over all rows, and is summed up over all of them.
     """
+    call, statistics = selections[0].call, selections[0].statistics
     summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
     if call.sample is not None and summed:
-        whole = shape_readings(all_rows(call), summed, token_sets, geometry=geometry)
+        of_all = statistics.of_all_rows()
+        whole = shape_readings([on.of_all_rows(of_all) for on in selections], summed, geometry=geometry)
         others = shape_readings(
-            call,
+            selections,
             [name for name in names if name not in summed],
-            token_sets,
             geometry=geometry,
             neighbour=neighbour,
             projection=projection,
@@ -330,7 +329,6 @@ def shape_readings(
     needs = {need for name in names for need in SHAPE_METRICS[name].needs}
     if neighbour is None:
         needs -= {"top"}
-    selections = [Selection(call, tokens) for tokens in token_sets]
     norms = norms_of(call, projection) if "norms" in needs else None
     references = {need for need in needs if need.startswith("uniform ")}
     streamed = needs - references
@@ -338,14 +336,15 @@ def shape_readings(
     of_single_keys = {"own": "self_weight", "first": "first_weight"}
     if call.sample is not None:
         # these need the log-normaliser only: they stay exact
-        found = {need: getattr(call.softmax, of_single_keys[need]) for need in streamed & {*of_single_keys}}
+        known = streamed & of_single_keys.keys()
+        found = {need: getattr(statistics.softmax, of_single_keys[need]) for need in known}
         streamed -= found.keys()
     if streamed:
         live = torch.zeros_like(call.visibility.count, dtype=torch.bool)
         for on in selections:
             live = live | (on.among[:, None, :] & (call.visibility.count > 0))
         rows, live = [on.rows for on in selections], selections[0].at(live)
-        found |= pattern_pass(call, streamed, rows, live, geometry=geometry, norms=norms, top=top_keys)
+        found |= pattern_pass(statistics, streamed, rows, live, geometry=geometry, norms=norms, top=top_keys)
     of_uniform = uniform(call, geometry, {need.removeprefix("uniform ") for need in references})
     before = neighbour.before(call, found["top"]) if neighbour is not None and "top" in found else None
     results = []

@@ -25,8 +25,10 @@ from reference import (
 from torch import Tensor
 
 from diag.attention import pattern
-from diag.attention.call import AttentionCall, Visibility
+from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
+from diag.attention.softmax import softmax_statistics
+from diag.attention.visibility import Visibility
 
 STATISTICS = ("entropy", "sum_of_squares", "self_weight", "first_weight")
 every_case = pytest.mark.parametrize("case", CASES)
@@ -46,12 +48,18 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
     }
 
 
+def visibility_read(call: AttentionCall) -> Visibility:
+    """Read off the call's mask anew."""
+    return Visibility.of(call.mask, call.causal, call.hidden, call.output)
+
+
 def assert_statistics_match(call: AttentionCall) -> None:
     """Every statistic of every row that sees a key."""
     expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)
     assert meaningful.any()
+    found = softmax_statistics(call)
     for name in STATISTICS:
-        measured = getattr(call.softmax, name)
+        measured = getattr(found, name)
         assert measured.dtype == torch.float32, name
         assert measured.shape == call.output.shape[:3], name
         np.testing.assert_allclose(
@@ -67,15 +75,14 @@ def test_statistics_match_the_dense_reference(case: str) -> None:
 @every_case
 def test_log_normaliser_matches_the_dense_reference(case: str) -> None:
     call = CASES[case]
+    found = softmax_statistics(call).log_normaliser
     if call.pattern is not None:
-        assert call.softmax.log_normaliser is None
+        assert found is None
         return
     scores, meaningful = dense_scores(call), dense_visible(call).any(-1)
     expected = np.log(np.exp(scores[meaningful]).sum(-1))
-    assert call.softmax.log_normaliser is not None
-    np.testing.assert_allclose(
-        call.softmax.log_normaliser.numpy()[meaningful], expected, rtol=1e-5, atol=1e-5
-    )
+    assert found is not None
+    np.testing.assert_allclose(found.numpy()[meaningful], expected, rtol=1e-5, atol=1e-5)
 
 
 @every_case
@@ -116,13 +123,14 @@ def test_attend_with_the_wrong_value_head_differs() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @every_case
 def test_blocks_do_not_change_the_statistics(case: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, whole = replace(CASES[case]), replace(CASES[case])
-    expected = whole.softmax
+    call = CASES[case]
+    expected = softmax_statistics(call)
     meaningful = torch.from_numpy(dense_visible(call).any(-1))
     monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", rows)
+    found = softmax_statistics(call)
     for name in STATISTICS:
         torch.testing.assert_close(
-            getattr(call.softmax, name)[meaningful], getattr(expected, name)[meaningful], rtol=1e-5, atol=1e-6
+            getattr(found, name)[meaningful], getattr(expected, name)[meaningful], rtol=1e-5, atol=1e-6
         )
 
 
@@ -148,8 +156,9 @@ def test_statistics_on_cuda(budget: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for case, call in CASES.items():
         moved = replace(call, **{name: x.cuda() for name, x in vars(call).items() if isinstance(x, Tensor)})
         expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)
+        found = softmax_statistics(moved)
         for name in STATISTICS:
-            measured = getattr(moved.softmax, name).cpu().numpy()[meaningful]
+            measured = getattr(found, name).cpu().numpy()[meaningful]
             np.testing.assert_allclose(
                 measured, expected[name][meaningful], rtol=1e-4, atol=1e-4, err_msg=f"{case}: {name}"
             )
@@ -160,9 +169,8 @@ def test_a_given_log_normaliser_is_used() -> None:
     call = with_log_normaliser(make_call())
     assert call.log_normaliser is not None
     shifted = replace(call, log_normaliser=call.log_normaliser + math.log(2))
-    torch.testing.assert_close(
-        shifted.softmax.self_weight * 2, call.softmax.self_weight, rtol=1e-5, atol=1e-6
-    )
+    halved, expected = softmax_statistics(shifted).self_weight, softmax_statistics(call).self_weight
+    torch.testing.assert_close(halved * 2, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +179,7 @@ def test_a_given_log_normaliser_is_used() -> None:
 def test_the_calls_tensors_are_left_alone(case: str) -> None:
     call = replace(CASES[case])
     before = {name: x.clone() for name, x in vars(call).items() if isinstance(x, Tensor)}
-    _ = call.softmax, pattern_rows(call), attend(call), call.visibility
+    _ = softmax_statistics(call), pattern_rows(call), attend(call), visibility_read(call)
     for name, x in before.items():
         assert torch.equal(getattr(call, name), x), name
 
@@ -227,7 +235,7 @@ RULES: dict[str, tuple[AttentionCall, str, bool]] = {
 @pytest.mark.parametrize("name", RULES)
 def test_the_structure_of_a_mask_is_recognised(name: str) -> None:
     call, rule, has_unreal_keys = RULES[name]
-    visibility = Visibility.of(call)
+    visibility = call.visibility
     assert visibility.rule == rule
     real = dense_visible(call).any(axis=(1, 2))
     assert real.all() != has_unreal_keys  # guards the table itself
@@ -282,7 +290,29 @@ def test_a_masks_threshold_hides_and_biases() -> None:
     for entry, seen in ((-9000.0, 12), (-8999.0, 13)):
         mask = torch.zeros(13, 13)
         mask[2, 5] = entry
-        assert Visibility.of(make_call(mask=mask)).count.flatten()[2] == seen
+        assert make_call(mask=mask).visibility.count.flatten()[2] == seen
+
+
+def test_what_was_read_off_a_mask_goes_with_the_mask() -> None:
+    """A change that leaves the mask alone keeps what was read off it; any other reads again."""
+    call = make_call(mask=PADDED, causal=True)
+    kept = replace(call, output=-call.output, sample=None)
+    assert kept.visibility is call.visibility
+    shared = replace(make_call(seed=1), mask=PADDED, causal=True, visibility=call.visibility)
+    assert shared.visibility is call.visibility
+    every = make_call(mask=PADDED)
+    for changed in (
+        replace(call, mask=None),
+        replace(call, mask=PADDED.clone()),
+        replace(call, causal=False),
+        replace(call, hidden=-50.0),
+        replace(every, causal=True),
+    ):
+        assert changed.visibility is not call.visibility
+        assert torch.equal(changed.visibility.count, visibility_read(changed).count)
+        assert changed.visibility.rule == visibility_read(changed).rule
+    fewer = {name: getattr(call, name)[:, :, :5] for name in ("query", "key", "value", "output")}
+    assert replace(call, mask=None, **fewer).visibility.count.flatten().tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_call_knows_its_sizes() -> None:
@@ -303,7 +333,7 @@ def test_a_pattern_call_needs_no_queries() -> None:
 def test_entropy_is_bounded_by_the_visible_keys() -> None:
     for call in CASES.values():
         visible = dense_visible(call).sum(-1)
-        entropy, rows = call.softmax.entropy.numpy(), visible > 0
+        entropy, rows = softmax_statistics(call).entropy.numpy(), visible > 0
         assert (entropy[rows] <= np.log(visible[rows]) + 1e-5).all()
 
 
@@ -312,7 +342,8 @@ def test_equal_scores_give_the_uniform_pattern() -> None:
     assert call.query is not None
     call = replace(call, query=torch.zeros_like(call.query))
     visible = torch.arange(1, 14).float().expand(2, 4, 13)
-    torch.testing.assert_close(call.softmax.entropy, visible.log())
-    torch.testing.assert_close(call.softmax.sum_of_squares, 1 / visible)
-    torch.testing.assert_close(call.softmax.self_weight, 1 / visible)
-    torch.testing.assert_close(call.softmax.first_weight, 1 / visible)
+    softmax = softmax_statistics(call)
+    torch.testing.assert_close(softmax.entropy, visible.log())
+    torch.testing.assert_close(softmax.sum_of_squares, 1 / visible)
+    torch.testing.assert_close(softmax.self_weight, 1 / visible)
+    torch.testing.assert_close(softmax.first_weight, 1 / visible)

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from diag.attention.call import AttentionCall
 from diag.attention.geometry import TEXT, Geometry
 from diag.attention.sampling import RowSample, RowSampling, sample_rows
+from diag.attention.softmax import CallStatistics, softmax_statistics
+from diag.attention.statistics import SoftmaxStatistics
 from diag.inputs import images as inputs
 from diag.inputs.texts import texts
 from diag.measure.collected import FEW_KEYS, SAMPLING_ERROR, BatchReadings
 from diag.measure.loop import BatchValues, measure
-from diag.metrics.attention import METRICS, Selection
+from diag.metrics.attention import METRICS, Selection, readings, readings_of
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
 from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
@@ -128,20 +130,13 @@ def sampled(call: AttentionCall, seed: int = 0, tokens: Tensor | None = None) ->
     return replace(call, sample=sample_rows([rows, few], keys, replace(SAMPLING, seed=seed)))
 
 
-def with_rows(call: AttentionCall, whole: AttentionCall) -> AttentionCall:
-    """The call with its row statistics picked from those of all rows: many seeds at the price of one."""
+def of_rows(call: AttentionCall, softmax: SoftmaxStatistics) -> dict[str, Reading]:
+    """Readings of drawn rows picked from the statistics of all rows: many seeds at the price of one."""
     sample = call.sample
     assert sample is not None
-    softmax = whole.softmax
-    call.__dict__["softmax"] = replace(
-        softmax, entropy=sample.at(softmax.entropy), sum_of_squares=sample.at(softmax.sum_of_squares)
-    )
-    call.__dict__["visibility"] = whole.visibility
-    return call
-
-
-def readings_of(call: AttentionCall) -> dict[str, Reading]:
-    return {name: METRICS[name].compute(Selection(call)) for name in OF_PATTERN}
+    entropy, squares = sample.at(softmax.entropy), sample.at(softmax.sum_of_squares)
+    statistics = CallStatistics(call, replace(softmax, entropy=entropy, sum_of_squares=squares))
+    return readings_of(Selection(call, statistics=statistics), OF_PATTERN)
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -150,26 +145,28 @@ def test_drawn_rows_are_the_rows_of_the_whole(case: str) -> None:
     call = sampled(whole)
     assert call.sample is not None
     rows = call.sample.at(whole.visibility.count) > 0
+    drawn, of_all = softmax_statistics(call), softmax_statistics(whole)
     for name in ("entropy", "sum_of_squares"):
-        found, expected = getattr(call.softmax, name), call.sample.at(getattr(whole.softmax, name))
+        found, expected = getattr(drawn, name), call.sample.at(getattr(of_all, name))
         assert found.shape == (1, whole.heads, call.sample.rows)
         torch.testing.assert_close(found * rows, expected * rows, rtol=1e-5, atol=1e-5)
     # what needs the log-normaliser only is of all rows
     for name in ("self_weight", "first_weight", "log_normaliser"):
-        torch.testing.assert_close(getattr(call.softmax, name), getattr(whole.softmax, name))
+        torch.testing.assert_close(getattr(drawn, name), getattr(of_all, name))
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_estimates_have_no_bias_and_an_honest_error(case: str) -> None:
-    whole, times = replace(CALLS[case]), 200
+    whole, times = CALLS[case], 200
+    softmax = softmax_statistics(whole)
     numbers: dict[str, list[Tensor]] = {name: [] for name in OF_PATTERN}
     errors: dict[str, list[Tensor]] = {name: [] for name in OF_PATTERN}
     for seed in range(times):
-        for name, reading in readings_of(with_rows(sampled(whole, seed), whole)).items():
+        for name, reading in of_rows(sampled(whole, seed), softmax).items():
             how = METRICS[name].reduce
             numbers[name].append(reduce([reading], 1, how)[0])
             errors[name].append(sampling_error([reading], 1, how)[0])
-    for name, reading in readings_of(whole).items():
+    for name, reading in readings(whole, OF_PATTERN).items():
         exact = reduce([reading], 1, METRICS[name].reduce)[0]
         found, error = torch.stack(numbers[name]), torch.stack(errors[name])
         spread = found.std(0)
@@ -188,7 +185,7 @@ def test_estimates_have_no_bias_and_an_honest_error(case: str) -> None:
 def test_controls_make_the_error_smaller() -> None:
     """A negative control of the regression: without it the same rows say less."""
     whole = CALLS["causal"]
-    reading = readings_of(with_rows(sampled(whole), whole))["entropy"]
+    reading = of_rows(sampled(whole), softmax_statistics(whole))["entropy"]
     plain = reading._replace(controls=None)
     with_controls, without = (sampling_error([one], 1, "mean") for one in (reading, plain))
     assert (with_controls < 0.5 * without).all()
@@ -197,13 +194,12 @@ def test_controls_make_the_error_smaller() -> None:
 @pytest.mark.parametrize("how", ["mean", "percentile"])
 def test_all_rows_drawn_are_the_exact_number(how: str) -> None:
     whole = CALLS["causal"]
-    call = with_rows(
-        replace(whole, sample=sample_rows([everything()], ["a"], RowSampling(rows=TOKENS))), whole
-    )
+    call = replace(whole, sample=sample_rows([everything()], ["a"], RowSampling(rows=TOKENS)))
+    found = of_rows(call, softmax_statistics(whole))
     name = "entropy" if how == "mean" else "entropy_p15"
-    exact = reduce([readings_of(whole)[name]], 1, how)
-    torch.testing.assert_close(reduce([readings_of(call)[name]], 1, how), exact, rtol=1e-9, atol=0)
-    assert (sampling_error([readings_of(call)[name]], 1, how) == 0).all()
+    exact = reduce([readings(whole, OF_PATTERN)[name]], 1, how)
+    torch.testing.assert_close(reduce([found[name]], 1, how), exact, rtol=1e-9, atol=0)
+    assert (sampling_error([found[name]], 1, how) == 0).all()
 
 
 def test_padding_and_numbers_that_are_not_finite() -> None:
@@ -212,16 +208,17 @@ def test_padding_and_numbers_that_are_not_finite() -> None:
     broken = call.query.clone()
     broken[:, :, -10:] = torch.nan  # padding: rows that do not count
     whole = replace(call, query=broken)
-    found = reduce([readings_of(sampled(whole))["entropy"]], 1, "mean")
+    found = reduce([readings(sampled(whole), OF_PATTERN)["entropy"]], 1, "mean")
     assert found.isfinite().all()
     broken = call.query.clone()
     broken[:, :, : TOKENS - 60] = torch.nan
-    assert reduce([readings_of(sampled(replace(call, query=broken)))["entropy"]], 1, "mean").isinf().all()
+    found = readings(sampled(replace(call, query=broken)), OF_PATTERN)["entropy"]
+    assert reduce([found], 1, "mean").isinf().all()
 
 
 def test_windows_and_calls_pool_their_estimates() -> None:
-    a, b = (with_rows(sampled(CALLS[name]), CALLS[name]) for name in ("full", "causal"))
-    parts = [readings_of(one)["entropy"] for one in (a, b)]
+    calls = [CALLS[name] for name in ("full", "causal")]
+    parts = [of_rows(sampled(call), softmax_statistics(call))["entropy"] for call in calls]
     each = [reduce([part], 1, "mean") for part in parts]
     errors = [sampling_error([part], 1, "mean") for part in parts]
     rows = (TOKENS, TOKENS - 1)  # the first row of the causal one does not count
@@ -247,8 +244,8 @@ def test_shape_metrics_of_drawn_rows(case: str, geometry: str) -> None:
     call = sampled(whole)
     assert call.sample is not None
     names = [name for name in SHAPE_METRICS if not name.startswith("top_")]
-    (exact,) = shape_readings(replace(whole), names, geometry=place)
-    (found,) = shape_readings(call, names, geometry=place)
+    (exact,) = shape_readings([Selection(whole)], names, geometry=place)
+    (found,) = shape_readings([Selection(call)], names, geometry=place)
     for name in names:
         if found[name].sample is None:  # sums over rows, and what needs single keys only
             assert_same(reduce([found[name]], 1, "mean"), reduce([exact[name]], 1, "mean"), name)
@@ -278,7 +275,7 @@ def test_overlap_compares_the_same_rows() -> None:
 
 def overlaps(layers: Sequence[AttentionCall]) -> Reading:
     neighbour = Neighbour(1)
-    found = [shape_readings(call, GROUPS["overlap"], neighbour=neighbour)[0] for call in layers]
+    found = [shape_readings([Selection(call)], GROUPS["overlap"], neighbour=neighbour)[0] for call in layers]
     return found[1]["top_key_overlap"]
 
 

@@ -33,12 +33,16 @@ from tiny_towers import (
 )
 from torch import Tensor
 
+from diag.attention import softmax
 from diag.attention.call import AttentionCall, without_constant
+from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs import images as inputs
 from diag.inputs.texts import texts
 from diag.measure.loop import Report, capture, measure
+from diag.metrics import attention
 from diag.metrics.attention import METRICS
+from diag.metrics.shape import SHAPE_METRICS
 from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
@@ -122,6 +126,33 @@ def test_padding_counts_for_nothing_where_the_model_does_not_hide_it() -> None:
     tower = replace(tower_of(module, text=True), forward=lambda batch: module(batch.data[0]))
     alone = run(tower, TEXTS, batch_size=1)
     np.testing.assert_allclose(run(tower, TEXTS, batch_size=INPUTS), alone, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [None, RowSampling(rows=6, above=8)], ids=["all rows", "sampled"])
+def test_no_statistic_of_a_call_is_computed_twice(
+    sampling: RowSampling | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a second token set, and not for metrics of another group."""
+    times: dict[str, int] = {}
+
+    def count(where: Any, name: str) -> None:
+        function = getattr(where, name)
+
+        def counted(*given: Any) -> Any:
+            times[name] = times.get(name, 0) + 1
+            return function(*given)
+
+        monkeypatch.setattr(where, name, counted)
+
+    for name in ("softmax_statistics", "row_controls"):
+        count(softmax, name)
+    count(attention, "value_statistics")
+    tower = vision_tower()
+    sets, names = ["patch", "all"], [*METRICS, *SHAPE_METRICS]
+    list(measure(tower, IMAGES, metrics=names, token_sets=sets, sampling=sampling, batch_size=INPUTS))
+    layers = len(tower.layers)
+    expected = {"softmax_statistics": layers, "value_statistics": layers * len(sets)}
+    assert times == (expected if sampling is None else {**expected, "row_controls": layers})
 
 
 def test_token_sets_are_told_apart() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diag.attention import pattern
 from diag.attention.call import AttentionCall
+from diag.attention.softmax import softmax_statistics
 from diag.errors import UserError
 from diag.metrics import attention as metrics
 from diag.metrics.attention import METRICS, per_input
@@ -579,7 +580,7 @@ def test_windows_are_pooled_by_token() -> None:
 def test_pooled_percentiles_are_of_all_tokens() -> None:
     """The 15th percentile of a layer's windows is not the mean of theirs."""
     windows = two_windows()
-    rows = np.concatenate([window.softmax.entropy[0, :, 1:].numpy() for window in windows], -1)
+    rows = np.concatenate([softmax_statistics(window).entropy[0, :, 1:].numpy() for window in windows], -1)
     parts = [metrics.readings(window, ["entropy_p15"])["entropy_p15"] for window in windows]
     pooled = metrics.reduce(parts, 1, METRICS["entropy_p15"].reduce)
     np.testing.assert_allclose(pooled[0].numpy(), np.percentile(rows, 15, axis=-1), rtol=1e-5)

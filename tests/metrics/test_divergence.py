@@ -11,7 +11,7 @@ from reference import make_call, with_dense_output
 from diag.errors import MeasurementError, UserError
 from diag.inputs.images import images, neutral_image
 from diag.measure.loop import measure
-from diag.metrics.attention import reduce
+from diag.metrics.attention import Selection, reduce
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.registry import metric_names
 from diag.models import load
@@ -26,7 +26,7 @@ def test_formulae_on_a_causal_call_with_grouped_heads() -> None:
     call = with_dense_output(make_call(heads=4, kv_heads=2, causal=True))
     neutral = torch.randn(call.output.shape, generator=torch.Generator().manual_seed(1))
     tokens = torch.arange(call.tokens)[None] % 3 != 1
-    found = divergence_readings(call, neutral, NAMES, tokens)
+    found = divergence_readings(Selection(call, tokens), neutral, NAMES)
     ours, other = call.output.double().numpy(), neutral.double().numpy()
     distance = np.linalg.norm(ours - other, axis=-1)
     share = 2 * distance / (np.linalg.norm(ours, axis=-1) + np.linalg.norm(other, axis=-1))
@@ -40,7 +40,8 @@ def test_formulae_on_a_causal_call_with_grouped_heads() -> None:
 def test_the_relative_distance_runs_from_0_to_2() -> None:
     call = with_dense_output(make_call())
     for factor, expected in ((1.0, 0.0), (-1.0, 2.0), (-3.0, 2.0), (0.0, 2.0)):
-        reading = divergence_readings(call, call.output * factor, NAMES)["head_divergence_relative"]
+        found = divergence_readings(Selection(call), call.output * factor, NAMES)
+        reading = found["head_divergence_relative"]
         assert reduce([reading], call.batch, "mean").allclose(
             torch.tensor(expected, dtype=torch.float64), atol=1e-6
         )
@@ -49,7 +50,7 @@ def test_the_relative_distance_runs_from_0_to_2() -> None:
 def test_outputs_of_other_tokens_are_refused() -> None:
     call = make_call()
     with pytest.raises(MeasurementError, match="tokens have no partner"):
-        divergence_readings(call, call.output[:, :, 1:], NAMES)
+        divergence_readings(Selection(call), call.output[:, :, 1:], NAMES)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])

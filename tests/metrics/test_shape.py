@@ -30,9 +30,10 @@ from diag.attention import geometry as geometry_of
 from diag.attention import pattern
 from diag.attention.call import AttentionCall
 from diag.attention.geometry import TEXT, Geometry
+from diag.attention.softmax import CallStatistics
 from diag.errors import UserError
 from diag.metrics import pattern_pass, shape
-from diag.metrics.attention import METRICS
+from diag.metrics.attention import METRICS, Selection, selections_of
 from diag.metrics.catalogue import CATALOGUE, RATIOS
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.readings import reduce
@@ -53,9 +54,11 @@ def measured(
     *,
     geometry: Geometry = TEXT,
     projection: Tensor | None = None,
+    statistics: CallStatistics | None = None,
 ) -> dict[str, Array]:
     """One number per row of the batch and query head, NaN where undefined."""
-    (found,) = shape_readings(call, names, [tokens], geometry=geometry, projection=projection)
+    on = Selection(call, tokens, statistics)
+    (found,) = shape_readings([on], names, geometry=geometry, projection=projection)
     return {name: reduce([reading], call.batch, "mean").numpy() for name, reading in found.items()}
 
 
@@ -245,7 +248,7 @@ def test_several_token_sets_share_one_pass() -> None:
     """All sets at once give what each gives alone, rows of one being dead for the other included."""
     call = CASES["mask per head, unseen keys"]
     sets = [torch.arange(13)[None] >= 1, torch.arange(13)[None] == 0, None]
-    together = shape_readings(call, NAMES, sets, geometry=IMAGE)
+    together = shape_readings(selections_of(call, sets), NAMES, geometry=IMAGE)
     for tokens, found in zip(sets, together, strict=True):
         alone = measured(call, tokens=tokens, geometry=IMAGE)
         for name, reading in found.items():
@@ -288,12 +291,15 @@ def test_long_sequences_in_many_blocks(geometry: Geometry, monkeypatch: pytest.M
 
 
 def test_the_pass_uses_the_log_normaliser_that_is_there() -> None:
-    call = replace(CASES["causal left padding"])
+    call = CASES["causal left padding"]
     fresh = measured(call)
-    assert call.softmax.log_normaliser is not None
-    for name, numbers in measured(call).items():
+    statistics = CallStatistics(call)
+    assert statistics.known_log_normaliser is None
+    assert statistics.softmax.log_normaliser is not None
+    assert statistics.known_log_normaliser is statistics.softmax.log_normaliser
+    for name, numbers in measured(call, statistics=statistics).items():
         np.testing.assert_allclose(numbers, fresh[name], rtol=1e-5, atol=2e-6, err_msg=name)
-    shifted = replace(call, log_normaliser=call.softmax.log_normaliser + math.log(2))
+    shifted = replace(call, log_normaliser=statistics.softmax.log_normaliser + math.log(2))
     halved = measured(shifted, ["first_key_received"])["first_key_received"]
     np.testing.assert_allclose(2 * halved, fresh["first_key_received"], rtol=1e-5)
 
@@ -369,7 +375,7 @@ def test_a_number_that_is_not_finite_shows(where: str, bad: float) -> None:
 def test_the_calls_tensors_are_left_alone(case: str) -> None:
     call = replace(CASES[case])
     before = {name: x.clone() for name, x in vars(call).items() if isinstance(x, Tensor)}
-    shape_readings(call, NAMES, [random_mask(2, 13)], neighbour=Neighbour(2))
+    shape_readings([Selection(call, random_mask(2, 13))], NAMES, neighbour=Neighbour(2))
     for name, x in before.items():
         assert torch.equal(getattr(call, name), x), name
 
@@ -378,7 +384,7 @@ def test_windows_are_pooled_by_token() -> None:
     """Two windows of one input in the batch: every token weighs the same, each softmax has its own sink."""
     call = make_call(batch=2, tokens=13, mask=key_padding([range(13), range(5)], 13), seed=71)
     each = measured(call)
-    (found,) = shape_readings(call, NAMES)
+    (found,) = shape_readings([Selection(call)], NAMES)
     for name in set(NAMES) - set(OVERLAP):
         pooled = reduce([found[name]], 1, "mean").numpy()[0]
         weights = np.array([12, 4] if name == "previous_weight" else [13, 5])
@@ -467,7 +473,7 @@ def test_half_to_a_far_key_and_half_to_oneself() -> None:
     pattern = 0.5 * torch.eye(5)
     pattern[:, 4] += 0.5
     only_first = torch.tensor([[True, False, False, False, False]])
-    (found,) = shape_readings(pattern_call(pattern), GROUPS["distance"], [only_first])
+    (found,) = shape_readings([Selection(pattern_call(pattern), only_first)], GROUPS["distance"])
     found_numbers = [reduce([reading], 1, "mean").item() for reading in found.values()]
     assert found_numbers == pytest.approx([2, math.sqrt(8), 2, 1])
 
@@ -570,7 +576,9 @@ def test_patches_of_another_size_scale_the_distance() -> None:
 def overlaps(calls: Sequence[AttentionCall], inputs: int, top: int = 4) -> list[dict[str, Array]]:
     """The overlap readings of calls in the order of a forward pass."""
     neighbour = Neighbour(inputs)
-    found = [shape_readings(call, OVERLAP, neighbour=neighbour, top_keys=top)[0] for call in calls]
+    found = [
+        shape_readings([Selection(call)], OVERLAP, neighbour=neighbour, top_keys=top)[0] for call in calls
+    ]
     return [
         {name: reduce([reading], call.batch, "mean").numpy() for name, reading in part.items()}
         for call, part in zip(calls, found, strict=True)
@@ -704,7 +712,7 @@ def test_no_tensor_is_token_by_token(geometry: Geometry) -> None:
     for causal in (False, True):
         call = make_call_of(tokens, causal)
         with Sizes():
-            shape_readings(call, NAMES, geometry=geometry, neighbour=Neighbour(1))
+            shape_readings([Selection(call)], NAMES, geometry=geometry, neighbour=Neighbour(1))
     assert 1 << 20 < largest <= 8 * pattern.BLOCK_ELEMENTS["cpu"] / 2
 
 
@@ -721,7 +729,7 @@ def test_metrics_on_cuda() -> None:
     for case, call in CASES.items():
         on_device = {name: x.cuda() for name, x in vars(call).items() if isinstance(x, Tensor)}
         moved = replace(call, **on_device)  # type: ignore[arg-type]
-        (found,) = shape_readings(moved, NAMES, [None])
+        (found,) = shape_readings([Selection(moved)], NAMES)
         expected = reference(call)
         for name, reading in found.items():
             numbers_of = reduce([reading], call.batch, "mean").cpu().numpy()

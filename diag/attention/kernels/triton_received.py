@@ -1,8 +1,7 @@
 """What every key receives from the query rows, on CUDA: column sums of the pattern, in Triton.
 
 A program owns a block of keys of one head and walks over the query rows in order, with the log-normaliser
-that `triton_statistics` found: `A_ij = 2^(s_ij - log2(e) · lse_i)`. No atomics, so the same bits on every
-run.
+that `triton_statistics` found: `A_ij = 2^(s_ij - log2(e) · lse_i)`.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -1,7 +1,6 @@
 """What the statistics kernels share: tiles of masked scores, and how a call becomes a kernel's arguments.
 
-Scores are in bits, `s_ij = log2(e) · (scale · q_i·k_j + mask_ij)`: the device has 2^x, not e^x. They are
-float32 whatever the model's format. A hidden score is `NOTHING`, finite, so that no sum meets inf - inf.
+Scores are in bits, `s_ij = log2(e) · (scale · q_i·k_j + mask_ij)`; a hidden score is `NOTHING`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diag.attention.call import AttentionCall, four_dimensional
+from diag.attention.call import AttentionCall
+from diag.attention.visibility import four_dimensional
 
 FORMATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
@@ -118,7 +118,7 @@ def launch(call: AttentionCall) -> tuple[Blocks, dict[str, Any]]:
     return sizes, options
 
 
-def arguments(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[float, ...]]:
+def arguments(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int | float, ...]]:
     """Queries, keys and mask as the kernels read them, and strides, sizes and scalars in their order.
 
     The queries stand in where there is no mask. Broadcast dimensions of a mask get a stride of 0.

@@ -19,9 +19,6 @@ sums over 2^(s-m) as l is. A_ii and the weights on chosen keys take one dot prod
 
 A hidden score is a large negative number, not -inf: δ stays finite. While a row has seen hidden keys only,
 its sums are wrong; the first visible key rescales them by 2^(-1e30) = 0.
-
-Scores and sums are float32 whatever the model's format. Every sum has one owner and a fixed order: no
-atomics, no choice of block sizes at run time, the same bits on every run.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -4,9 +4,8 @@ The first kernel sums the values of each block of tokens, the second makes of th
 before each block (where causality asks for it), the third holds a block of values once and meets it with the
 outputs of every query head that shares them: norms, `y_i·v_i`, the null references, what is left of y_i
 without its part along v_i (z_i), and the sums of unit vectors that mean pairwise cosines are made of. In
-plain PyTorch each of these reads a float32 copy of the values or outputs, or of both, anew.
-
-Float32 arithmetic; a reciprocal norm of a zero vector is 0. Every sum has one owner and a fixed order.
+plain PyTorch each of these reads a float32 copy of the values or outputs, or of both, anew. A reciprocal norm
+of a zero vector is 0.
 """
 
 # mypy: disable-error-code="no-untyped-def"

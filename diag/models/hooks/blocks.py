@@ -2,7 +2,7 @@
 
 A block adds two updates to the residual stream, one of attention and one of the MLP. `find_blocks` reads
 from the names of a block's parts which modules return them. What names promise is checked with numbers:
-`branches.check_states` rebuilds a block's output from its updates.
+`residual.check_states` rebuilds a block's output from its updates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Block:
     index, path: of the layer. module: the block.
     attention_branch, mlp_branch: the modules whose output is the update, after layer scale.
     output_projection: W_O; None if it is not known.
-    arrangement: as in `stream.BlockStates`.
+    arrangement: as in `diag.attention.states.BlockStates`.
     mlp_input: the module whose input is the stream that the MLP update is added to; None in parallel blocks
         with one norm.
     norms: of a post-norm block, after each add.

@@ -1,7 +1,7 @@
 """What can be done to attention: pure functions from a call to the output that the model goes on with.
 
-Notation of `metrics.py`. Every function is differentiable, works on grouped heads without copying keys
-or values, and computes in float32 for half formats. `INTERVENTIONS` is the one place where one is
+Notation of `diag.metrics.attention`. Every function is differentiable, works on grouped heads without copying
+keys or values, and computes in float32 for half formats. `INTERVENTIONS` is the one place where one is
 registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
 """
 

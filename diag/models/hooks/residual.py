@@ -2,7 +2,7 @@
 
 `stream_states` hands the stream before, between and after the two updates of each block to a function;
 `branch_edits` changes an update before it is added. `check_states` is the gate: the updates must rebuild
-what the block returns. Everything is done with hooks, and undone on the way out, also after an exception.
+what the block returns.
 """
 
 from __future__ import annotations

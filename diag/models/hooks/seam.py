@@ -2,13 +2,8 @@
 
 Every supported family ends in `scaled_dot_product_attention`. A function mode sees those calls,
 wherever the function was imported from; `multi_head_attention_forward` is overridable itself, so
-the mode is off inside it, and for the time of that one call the attribute switches it on again. An
-active mode also keeps `nn.MultiheadAttention` off its fused fast path, which no hook could see
-into. Captures nest.
-
-Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. A listed
-layer that finishes without a call is an error that names it: a blind probe must not look like a
-result. Everything is undone on the way out, also after an exception.
+the mode is off inside it, and for the time of that one call the attribute switches it on again.
+Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. Captures nest.
 """
 
 from __future__ import annotations
@@ -27,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from diag.attention.call import HIDDEN, AttentionCall
 from diag.attention.kernels.flash import attention_with_normaliser
+from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError, UserError
 
 SDPA = F.scaled_dot_product_attention
@@ -190,7 +186,7 @@ class _Seam(TorchFunctionMode):
         self.stack: list[_Frame] = []
         self.sightings = Sightings()
         self.eager: dict[str, int] = {}
-        self.visibilities: dict[tuple, tuple[Tensor, Any]] = {}
+        self.visibilities: dict[tuple, Visibility] = {}
 
     def entered(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -282,6 +278,13 @@ class _Seam(TorchFunctionMode):
             )
             return output
         shape = _HeadAxis.of(query, frame.layer.module)
+        swin = SHIFTED_WINDOWS.search(type(frame.layer.module).__name__)
+        seen = self.visibility_of(
+            None if attn_mask is None else shape.split_mask(attn_mask),
+            is_causal,
+            SHIFTED_WINDOWS_HIDDEN if swin else HIDDEN,
+            shape.split(output),
+        )
         call = AttentionCall(
             layer=frame.layer.index,
             module=path,
@@ -289,15 +292,13 @@ class _Seam(TorchFunctionMode):
             key=shape.split(key),
             value=shape.split(value),
             output=shape.split(output),
-            mask=None if attn_mask is None else shape.split_mask(attn_mask),
-            causal=is_causal,
+            mask=seen.mask,
+            causal=seen.causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            hidden=SHIFTED_WINDOWS_HIDDEN
-            if SHIFTED_WINDOWS.search(type(frame.layer.module).__name__)
-            else HIDDEN,
+            hidden=seen.hidden,
             log_normaliser=normaliser,
+            visibility=seen,
         )
-        self.share_visibility(call)
         self.sightings.calls[path] = self.sightings.calls.get(path, 0) + 1
         replaced = self.on_call(call)
         if replaced is not None:
@@ -306,17 +307,17 @@ class _Seam(TorchFunctionMode):
             frame.unread = output
         return output
 
-    def share_visibility(self, call: AttentionCall) -> None:
-        """Layers that get the same mask tensor read its structure once; the last few masks are kept."""
-        if call.mask is None:
-            return
-        place = (call.mask.data_ptr(), call.mask.shape, call.mask.stride(), call.causal, call.output.shape)
+    def visibility_of(self, mask: Tensor | None, causal: bool, hidden: float, output: Tensor) -> Visibility:
+        """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""
+        if mask is None:
+            return Visibility.of(mask, causal, hidden, output)
+        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, hidden, output.shape)
         if place not in self.visibilities:
             while len(self.visibilities) >= 2:
                 self.visibilities.pop(next(iter(self.visibilities)))
-            # the mask is kept too, so that its address is not given to another one
-            self.visibilities[place] = (call.mask, call.visibility)
-        call.__dict__["visibility"] = self.visibilities[place][1]
+            # it holds the mask, so that its address is not given to another one
+            self.visibilities[place] = Visibility.of(mask, causal, hidden, output)
+        return self.visibilities[place]
 
     def note_softmax(self, args: tuple) -> None:
         if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:

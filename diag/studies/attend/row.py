@@ -17,8 +17,9 @@ from torch.linalg import vecdot, vector_norm
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
-from diag.errors import MeasurementError, UserError
-from diag.measure.gate import GATE_TOLERANCE, GATE_TOLERANCE_HALF
+from diag.attention.values import reciprocal
+from diag.errors import UserError
+from diag.measure.gate import rebuilt_error
 
 NUMBERS = (
     "cos_y_vself",
@@ -60,7 +61,8 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
     Raises UserError where the row is not finite or sees nothing, and MeasurementError, naming the
     layer, where its weights do not rebuild its output.
     """
-    visible = visible_keys(call, row)  # [head, token]
+    here = torch.tensor([row], device=call.output.device)
+    visible = call.visibility.of_rows(here)[0, :, 0].expand(call.heads, -1)  # [head, token]
     if not bool(visible.any()):
         raise UserError(f"token {row} of layer '{call.module}' sees no token", "choose another token")
     grouped = (call.kv_heads, call.group)
@@ -74,21 +76,21 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
             f"layer '{call.module}' gives values that are not finite",
             "the weights or activations hold NaN or infinity; try --dtype float32",
         )
-    error = _rebuilt(call, weight @ value, output)
+    error = rebuilt_error(call, weight @ value, output)
 
     norm = vector_norm(value, dim=-1)  # [kv_head, token]
-    unit = value * _reciprocal(norm)[..., None]
+    unit = value * reciprocal(norm)[..., None]
     own, own_norm = unit[:, row], norm[:, row, None]  # [kv_head, dim], [kv_head, 1]
     cosine = unit @ own[..., None]  # [kv_head, token, 1]
     output_norm = vector_norm(output, dim=-1)  # [kv_head, group]
-    per_output = _reciprocal(output_norm)
+    per_output = reciprocal(output_norm)
     projection = vecdot(output, own[:, None])
     bias = projection * per_output
     self_part = weight[..., row] * own_norm * per_output
 
     partners = seen & among.to(seen.device)
     total = partners.double() @ value  # Σ v_j, [kv_head, group, dim]
-    uniform = vecdot(total, own[:, None]) * _reciprocal(vector_norm(total, dim=-1))
+    uniform = vecdot(total, own[:, None]) * reciprocal(vector_norm(total, dim=-1))
     others = partners.clone()
     others[..., row] = False
     count = others.sum(-1)
@@ -114,38 +116,6 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
         {name: _numpy(found[name].flatten()) for name in NUMBERS},
         error,
     )
-
-
-def visible_keys(call: AttentionCall, row: int) -> Bool[Tensor, "head token"]:
-    """The keys that query `row` sees, in a call whose batch is one."""
-    seen = call.visibility
-    if seen.visible_rows is not None:
-        visible = seen.visible_rows[0, :, row]  # [head or 1, token]
-    else:
-        visible = torch.ones(1, call.tokens, dtype=torch.bool, device=call.output.device)
-        if seen.keys is not None:
-            visible = visible & seen.keys[:1]
-        if seen.rule == "causal":
-            visible = visible & (torch.arange(call.tokens, device=visible.device) <= row)
-    return visible.expand(call.heads, -1)
-
-
-def _rebuilt(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
-    """The reconstruction gate of `diag.measure.loop`, for this row."""
-    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
-    if not error < tolerance:
-        raise MeasurementError(
-            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
-            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
-            "this attention is not understood; please report the model",
-        )
-    return error
-
-
-def _reciprocal(norm: Tensor) -> Tensor:
-    """1/x, 0 for zero: a cosine with a zero vector is 0."""
-    return torch.where(norm > 0, 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

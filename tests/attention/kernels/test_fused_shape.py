@@ -13,6 +13,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.geometry import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.metrics import pattern_pass
+from diag.metrics.attention import selections_of
 from diag.metrics.readings import reduce
 from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
 
@@ -30,7 +31,7 @@ def numbers(call: AttentionCall, names: list[str], geometry: Geometry) -> dict[s
     sets = [torch.ones(1, call.tokens, dtype=torch.bool), torch.arange(call.tokens)[None] > 2]
     return {
         f"{name} of set {number}": reduce([one], call.batch, "mean")
-        for number, found in enumerate(shape_readings(call, names, sets, geometry=geometry))
+        for number, found in enumerate(shape_readings(selections_of(call, sets), names, geometry=geometry))
         for name, one in found.items()
     }
 
@@ -72,4 +73,5 @@ def test_sampled_rows_are_picked_from_what_kernels_compute(monkeypatch: pytest.M
 def test_kernels_are_not_asked_on_the_cpu() -> None:
     call = replace(CASES["causal"])
     givers = torch.ones(1, *call.output.shape[:3])
-    assert kernels.fused_quantities(call, {"received", "distance", "own"}, givers, None, 0) == {}
+    wanted = {"received", "distance", "own"}
+    assert kernels.fused_quantities(call, pytest.fail, wanted, givers, None, 0) == {}

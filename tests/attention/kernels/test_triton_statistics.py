@@ -26,7 +26,7 @@ from reference import (
 )
 from torch import Tensor
 
-from diag.attention import kernels
+from diag.attention import kernels, softmax
 from diag.attention.call import AttentionCall, first_key
 from diag.attention.sampling import RowSample
 from diag.attention.statistics import SoftmaxStatistics
@@ -328,9 +328,9 @@ def test_the_fused_statistics_are_used_where_there_are_any(monkeypatch: pytest.M
     found = SoftmaxStatistics(*torch.zeros(5, 2, 4, 13))
     call = make_call()
     assert kernels.fused_statistics(call) is None  # on the CPU
-    monkeypatch.setattr(kernels, "fused_statistics", lambda given: found if given is call else None)
-    assert call.softmax is found
-    assert make_call().softmax is not found
+    monkeypatch.setattr(softmax, "fused_statistics", lambda given: found if given is call else None)
+    assert softmax.softmax_statistics(call) is found
+    assert softmax.softmax_statistics(make_call()) is not found
 
 
 @pytest.mark.gpu
@@ -341,8 +341,7 @@ def test_calls_on_cuda_take_the_fused_route() -> None:
     moved = on_device(call)
     fused = kernels.fused_statistics(moved)
     assert fused is not None
+    taken, plain = softmax.softmax_statistics(moved), softmax.softmax_statistics(call)
     for name in NAMES:
-        assert torch.equal(getattr(moved.softmax, name), getattr(fused, name))
-        torch.testing.assert_close(
-            getattr(fused, name).cpu(), getattr(call.softmax, name), rtol=1e-4, atol=1e-4
-        )
+        assert torch.equal(getattr(taken, name), getattr(fused, name))
+        torch.testing.assert_close(getattr(fused, name).cpu(), getattr(plain, name), rtol=1e-4, atol=1e-4)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 from torch.overrides import TorchFunctionMode, has_torch_function
 
-from diag.attention.call import AttentionCall, Visibility
+from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
+from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.seam import Layer, attention_calls, attention_modules, discover, refuse_compiled
 
@@ -669,7 +670,8 @@ def test_masks_at_the_same_address_are_not_confused() -> None:
 
     def note(call: AttentionCall) -> None:  # keeps neither the call nor its mask
         assert "visibility" in vars(call)
-        shown.append((call.visibility.keys.tolist(), Visibility.of(call).keys.tolist()))
+        fresh = Visibility.of(call.mask, call.causal, call.hidden, call.output)
+        shown.append((call.visibility.keys.tolist(), fresh.keys.tolist()))
 
     with attention_calls(listed(module), note):
         module(torch.randn(2, 9, 16))
