@@ -92,6 +92,6 @@ def test_an_automatic_size_changes_no_number() -> None:
     fixed = run(vision_tower(), IMAGES, batch_size=2)
     size = BatchSize.automatic(torch.device("cpu"))
     found = list(measure(vision_tower(), IMAGES, batch_size=size))
-    assert [len(batch.ids) for batch in found] == [1, 2, 2]
-    grown = np.concatenate([np.stack([block.values for block in batch.layers]) for batch in found], 3)
+    assert [len(batch[0].ids) for batch in found] == [1, 2, 2]
+    grown = np.concatenate([np.stack([block.values for block in batch]) for batch in found], 3)
     np.testing.assert_allclose(grown, fixed, rtol=2e-6, atol=1e-6)
