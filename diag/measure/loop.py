@@ -9,7 +9,7 @@ batch, on the CPU, in float64. No average over inputs is taken here; tables do t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.blocks import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import stream_states
-from diag.models.hooks.seam import Layer, Sightings
+from diag.models.hooks.seam import Layer, OnCall, Sightings
 from diag.results.layer_values import LayerFacts, LayerValues
 
 Result = TypeVar("Result")
@@ -185,16 +185,11 @@ class _Measurement:
     def forward(
         self, samples: Sequence[Sample], batch: Batch, gate: ReconstructionCheck | None
     ) -> tuple[BatchReadings, BatchStreamReadings | None, Sightings]:
-        """One forward pass with everything around it."""
+        """One forward pass that is measured, behind one of the neutral twins where a metric needs them."""
         measured = {layer.index for layer in self.listed}
-        watched = [
-            layer
-            for layer in self.tower.layers
-            if layer.index in measured or any(edit.at(layer.index) for edit in self.edits)
-        ]
         neutral = None
         if not DIVERGENCE_METRICS.keys().isdisjoint(self.names):
-            neutral = _neutral_outputs(self.tower, samples, watched, self.edits, self.blocks, self.removed)
+            neutral = self.neutral_outputs(samples)
         of_heads = BatchReadings(self.names, self.sets, self.tower, batch, self.sampling, neutral)
         around = [block for block in self.blocks if block.index in measured]
         of_stream = None
@@ -208,20 +203,52 @@ class _Measurement:
                 gate.check(call, len(batch.ids))
             call, changed = _edited_call(call, self.edits)
             if call.layer in measured:
-                used = without_constant(call, self.removed[call.layer]) if self.removed else call
+                used = self.without_constant(call)
                 of_heads.add(used)
                 if of_stream is not None:
                     of_stream.calls.setdefault(call.layer, []).append((call, used))
             return call.output if changed else None
 
+        beside = None if of_stream is None else stream_states(around, of_stream.add)
+        return of_heads, of_stream, self.run(batch, on_call, beside)
+
+    def neutral_outputs(self, samples: Sequence[Sample]) -> dict[int, list[Tensor]]:
+        """What heads return for the same inputs with neutral images, by layer in the order of its calls.
+
+        The model is changed, and constants are taken out, as in the pass that is measured.
+        """
+        outputs: dict[int, list[Tensor]] = {}
+
+        def on_call(call: AttentionCall) -> Tensor | None:
+            call, changed = _edited_call(call, self.edits)
+            outputs.setdefault(call.layer, []).append(self.without_constant(call).output)
+            return call.output if changed else None
+
+        twins = [Sample(sample.id, partial(_neutral, sample)) for sample in samples]
+        self.run(self.tower.encode(twins), on_call)
+        return outputs
+
+    def run(
+        self, batch: Batch, on_call: OnCall, beside: AbstractContextManager[object] | None = None
+    ) -> Sightings:
+        """One forward pass of the edited model. beside: entered last, its hooks see what edits made."""
+        watched = [
+            layer
+            for layer in self.tower.layers
+            if layer in self.listed or any(edit.at(layer.index) for edit in self.edits)
+        ]
         with (
             torch.inference_mode(),
             edited_modules(self.tower.layers, self.blocks, self.edits, batch.real),
             self.tower.capture(watched, on_call) as sightings,
-            nullcontext() if of_stream is None else stream_states(around, of_stream.add),
+            beside or nullcontext(),
         ):
             self.tower.forward(batch)
-        return of_heads, of_stream, sightings
+        return sightings
+
+    def without_constant(self, call: AttentionCall) -> AttentionCall:
+        """The call without what is taken out of its layer's values and outputs."""
+        return without_constant(call, self.removed[call.layer]) if call.layer in self.removed else call
 
 
 def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionCall, bool]:
@@ -232,36 +259,6 @@ def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionC
     call = replace(call, output=output)
     call.__dict__["visibility"] = visibility
     return call, True
-
-
-def _neutral_outputs(
-    tower: Tower,
-    chunk: Sequence[Sample],
-    watched: Sequence[Layer],
-    edits: Sequence[Edit],
-    blocks: Sequence[Block],
-    removed: Mapping[int, Tensor],
-) -> dict[int, list[Tensor]]:
-    """What heads return for the same inputs with neutral images, by layer in the order of its calls.
-
-    The model is changed, and constants are taken out, as in the pass that is measured.
-    """
-    outputs: dict[int, list[Tensor]] = {}
-
-    def on_call(call: AttentionCall) -> Tensor | None:
-        call, changed = _edited_call(call, edits)
-        used = without_constant(call, removed[call.layer]) if call.layer in removed else call
-        outputs.setdefault(call.layer, []).append(used.output)
-        return call.output if changed else None
-
-    batch = tower.encode([Sample(sample.id, partial(_neutral, sample)) for sample in chunk])
-    with (
-        torch.inference_mode(),
-        edited_modules(tower.layers, blocks, edits, batch.real),
-        tower.capture(watched, on_call),
-    ):
-        tower.forward(batch)
-    return outputs
 
 
 def _neutral(sample: Sample) -> object:

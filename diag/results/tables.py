@@ -6,7 +6,8 @@
     manifest.json    written last
 
 The unit of replication is the input. Intervals are 95 % percentile bootstrap intervals of the mean
-over inputs, with the same resamples for every cell. No torch here.
+over inputs, with the same resamples for every cell; where a run keeps moments instead of all samples, they
+are Student's t (`diag.results.moments`). No torch here.
 """
 
 from __future__ import annotations

@@ -320,9 +320,9 @@ def test_numbers_do_not_depend_on_the_workers(tmp_path: Path) -> None:
                 measure(of_photographs, stream, metrics=["cos_y_vself"], batch_size=4, incidents=incidents)
             )
         assert list(incidents.failed) == [given[5].id]
-        found.append(([part.ids for part in parts], [x.values for part in parts for x in part.layers]))
+        found.append(([part[0].ids for part in parts], [x.values for part in parts for x in part]))
     plain = list(measure(of_photographs, given, metrics=["cos_y_vself"], batch_size=4))
-    found.append(([part.ids for part in plain], [x.values for part in plain for x in part.layers]))
+    found.append(([part[0].ids for part in plain], [x.values for part in plain for x in part]))
     for ids, values in found[1:]:
         assert ids == found[0][0]
         assert all(np.array_equal(a, b) for a, b in zip(values, found[0][1], strict=True))

@@ -18,6 +18,7 @@ from diag.errors import UserError
 from diag.inputs.images import demo_images
 from diag.inputs.labels import labels
 from diag.inputs.texts import texts
+from diag.measure.batches import BatchSize
 from diag.measure.edited import edited, heads_return
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
@@ -190,6 +191,19 @@ def test_what_does_not_fit_is_run_in_halves(
     table, expected = (sensitivity(rows, seed=0) for rows in (ours, theirs))
     pd.testing.assert_frame_equal(table, expected, rtol=1e-4, atol=1e-6)
     assert not np.allclose(ours["value"], theirs["value"].iloc[::-1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_size_that_follows_the_memory_changes_no_number(loaded: dict[str, Model]) -> None:
+    model, done = loaded["demo:vit-p16"], list[int]()
+    tower, todo = model.tower("vision"), cases([parse("xsa")], model.tower("vision").layers[:2], ("one",))
+    samples = tower_samples(tower, demo_images(), checked(models=("demo:vit-p16",), limit=4))
+    size = BatchSize.of(0, model.module)
+    grown = sweep(model, tower, samples, todo, batch_size=size, advance=done.append)
+    assert done == [1, 2, 1]
+    whole = sweep(model, tower, samples, todo, batch_size=4)
+    by = ["layer", "effect", "input_index"]
+    ours, theirs = (rows.sort_values(by, ignore_index=True) for rows in (grown, whole))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_one_input_that_does_not_fit_is_an_error(loaded: dict[str, Model]) -> None:
