@@ -66,9 +66,11 @@ def test_a_size_lives_as_long_as_the_run() -> None:
     size, seen = BatchSize(4), list[int]()
     tower = short_of_memory(2, ERRORS["python"], seen)
     with pytest.warns(RuntimeWarning):
-        list(measure(tower, IMAGES, batch_size=size))
-    list(measure(tower, IMAGES, batch_size=size))
+        halved = list(measure(tower, IMAGES, batch_size=size))
+    again = list(measure(tower, IMAGES, batch_size=size))
     assert seen == [4, 2, 2, 1, 2, 2, 1]
+    assert [[block.first_input for block in batch] for batch in halved] == [[0] * 3, [2] * 3, [4] * 3]
+    assert [batch[0].first_input for batch in again] == [0, 2, 4]
 
 
 def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
