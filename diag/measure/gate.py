@@ -11,41 +11,17 @@ from diag.errors import MeasurementError, UserError
 from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
-"""So many query rows of a call are rebuilt, evenly spread."""
-
 GATE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 GATE_TOLERANCE_HALF = 1e-2
-"""Relative errors that are allowed by format; the second for those of half precision."""
-
-
-def checked_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
-    """The relative error of rows of A V rebuilt from a call, against those that the model used.
-
-    Raises MeasurementError, naming the layer, where it is larger than the format explains.
-    """
-    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
-    if not error < tolerance:
-        raise MeasurementError(
-            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
-            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
-            "this attention is not understood; please report the model",
-        )
-    return error
 
 
 class ReconstructionCheck:
-    """The gate for the calls of a first batch, and what they tell of their layers."""
+    """The reconstruction gate: on the first batch, A V rebuilt from a call must be what the model used."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[tuple[int, str, str, float]]] = {}
 
     def check(self, call: AttentionCall, inputs: int) -> None:
-        """Checks a call of a forward pass of so many inputs.
-
-        Raises MeasurementError, naming the layer, where the call does not rebuild its output, and UserError
-        where that is not finite.
-        """
         rows = torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         used = call.output[:, :, rows].float() * visible[..., None]
@@ -55,16 +31,33 @@ class ReconstructionCheck:
                 f"layer '{call.module}' gives values that are not finite",
                 "the weights or activations hold NaN or infinity; try --dtype float32",
             )
-        error = checked_error(call, rebuilt, used)
+        error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
         split = call.batch > inputs
         windowed = split or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
-        scope, first_token = "window" if windowed else "full", "excluded" if alone else "included"
-        self.seen.setdefault(call.layer, []).append((call.tokens, scope, first_token, error))
+        facts = (
+            call.tokens,
+            "window" if windowed else "full",
+            "excluded" if alone else "included",
+            error,
+        )
+        self.seen.setdefault(call.layer, []).append(facts)
 
     def facts(self, layer: int, projection: str) -> LayerFacts:
-        """What the calls of a layer told. projection: as in `Sightings`."""
         tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
         return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
+
+
+def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
+    """Relative error of some rows of A V. Raises MeasurementError, naming the layer, if it is too large."""
+    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
+    if not error < tolerance:
+        raise MeasurementError(
+            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
+            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
+            "this attention is not understood; please report the model",
+        )
+    return error

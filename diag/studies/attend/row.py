@@ -17,8 +17,8 @@ from torch.linalg import vecdot, vector_norm
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
-from diag.errors import UserError
-from diag.measure.gate import checked_error
+from diag.errors import MeasurementError, UserError
+from diag.measure.gate import GATE_TOLERANCE, GATE_TOLERANCE_HALF
 
 NUMBERS = (
     "cos_y_vself",
@@ -74,7 +74,7 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
             f"layer '{call.module}' gives values that are not finite",
             "the weights or activations hold NaN or infinity; try --dtype float32",
         )
-    error = checked_error(call, weight @ value, output)
+    error = _rebuilt(call, weight @ value, output)
 
     norm = vector_norm(value, dim=-1)  # [kv_head, token]
     unit = value * _reciprocal(norm)[..., None]
@@ -128,6 +128,19 @@ def visible_keys(call: AttentionCall, row: int) -> Bool[Tensor, "head token"]:
         if seen.rule == "causal":
             visible = visible & (torch.arange(call.tokens, device=visible.device) <= row)
     return visible.expand(call.heads, -1)
+
+
+def _rebuilt(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
+    """The reconstruction gate of `diag.measure.loop`, for this row."""
+    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
+    if not error < tolerance:
+        raise MeasurementError(
+            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
+            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
+            "this attention is not understood; please report the model",
+        )
+    return error
 
 
 def _reciprocal(norm: Tensor) -> Tensor:
