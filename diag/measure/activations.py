@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diag.attention.pattern import pattern_rows
-from diag.measure.loop import Report, capture, readable
-from diag.models.base import Sample, Tower
+from diag.measure.loop import capture, run_batches
+from diag.models.base import Batch, Sample, Tower
 from diag.results.files import atomically
 
 PATTERN_TOKENS = 1024
@@ -29,10 +29,10 @@ def save_activations(
     module paths are in the file's metadata. The pattern is left out above `PATTERN_TOKENS` tokens.
     Samples that cannot be read are left out.
     """
-    for number, sample in enumerate(readable(samples, Report())):
-        batch = tower.encode([sample])
+
+    def write(samples: Sequence[Sample], batch: Batch, number: int) -> None:
         tensors: dict[str, Tensor] = {}
-        told = {"id": sample.id, "tower": tower.name}
+        told = {"id": samples[0].id, "tower": tower.name}
         for call in capture(tower, batch, layers):
             name = stem = f"layer.{call.layer:02d}"
             again = itertools.count(1)
@@ -54,3 +54,6 @@ def save_activations(
             }
             told[name] = json.dumps({"module": call.module, "scale": call.scale, "causal": call.causal})
         atomically(folder / f"{number:05d}.safetensors", partial(save_file, tensors, metadata=told))
+
+    for _ in run_batches(tower, samples, write, batch_size=1):
+        pass

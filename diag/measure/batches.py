@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 
 from diag.errors import UserError
 from diag.measure.memory import available, peak, restart_peak
@@ -38,6 +39,14 @@ class BatchSize:
     now: int
     most: int = 0
     device: torch.device | None = None
+
+    @staticmethod
+    def of(inputs: int, module: nn.Module) -> BatchSize:
+        """So many inputs; 0 for as many as the memory of the module's device allows."""
+        if inputs:
+            return BatchSize(inputs)
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        return BatchSize.automatic(device)
 
     @staticmethod
     def automatic(device: torch.device) -> BatchSize:

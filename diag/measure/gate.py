@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
 from diag.errors import MeasurementError, UserError
+from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
 GATE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -62,24 +61,3 @@ def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
             "this attention is not understood; please report the model",
         )
     return error
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a layer turned out to be; constants of every row of its table.
-
-    All but the sizes are read off the first batch.
-
-    n_tokens: keys of one softmax (the largest, if a layer is called once per window).
-    attn_scope: "full", or "window" if an input's tokens are split over several softmaxes or a mask
-        hides real keys beyond causality.
-    first_token: "excluded" where the first token sees only itself (causal), else "included".
-    projection: whether the output projection read Y "as captured", "modified" or "unknown".
-    gate_error: relative error of A V rebuilt from the call.
-    """
-
-    n_tokens: int
-    attn_scope: str
-    first_token: str
-    projection: str
-    gate_error: float

@@ -1,19 +1,19 @@
-"""The only loop: samples → batches → attention calls → metrics → one number per input, layer and head.
+"""The one loop that runs models over inputs, and what is measured in it: batches → attention calls → numbers.
 
-What leaves this file is small: a `LayerValues` block per layer and batch, on the CPU, in float64. No
-average over inputs is taken here; tables do that, from the blocks of all batches.
+`run_batches` reads samples, makes batches of them and halves those that do not fit into memory; what is done
+with a batch is up to its caller: metrics (`measure`), calls as files (`diag.measure.activations`), a sweep
+of interventions (`diag.studies.intervene`). What `measure` gives is small: `LayerValues` for each layer and
+batch, on the CPU, in float64. No average over inputs is taken here; tables do that.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +21,16 @@ from diag.attention.call import AttentionCall, without_constant
 from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs.images import neutral_image
+from diag.measure.batch_readings import (
+    OF_HEADS,
+    BatchReadings,
+    BatchStreamReadings,
+    Incidents,
+    layer_values,
+)
 from diag.measure.batches import Batches, BatchSize, is_out_of_memory
-from diag.measure.collected import OF_HEADS, BatchReadings, BatchStreamReadings, Report, on_host
 from diag.measure.edited import check_layers, edited_modules, heads_return
-from diag.measure.gate import LayerFacts, ReconstructionCheck
+from diag.measure.gate import ReconstructionCheck
 from diag.metrics.attention import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.stream import STREAM_METRICS
@@ -32,29 +38,51 @@ from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.blocks import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import stream_states
-from diag.models.hooks.seam import Layer, Sightings
+from diag.models.hooks.seam import Layer, OnCall, Sightings
+from diag.results.layer_values import LayerFacts, LayerValues
+
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class LayerValues:
-    """One layer's numbers for one batch: `values[token set, metric, input, head]`, NaN where undefined.
+def run_batches(
+    tower: Tower,
+    samples: Iterable[Sample],
+    work: Callable[[Sequence[Sample], Batch, int], Result],
+    *,
+    batch_size: int | BatchSize = 8,
+    incidents: Incidents | None = None,
+) -> Iterator[Result]:
+    """The one loop over batches: what `work` makes of each, in the order of the samples.
 
-    metrics: names along the metric axis. of_heads: False for numbers of a whole layer; the head axis is 1.
+    work: is given the samples of a batch, the batch itself and the number of its first input, and runs the
+        tower. A batch for which memory runs out is done again in halves: all of its work, from the start.
+    batch_size: inputs per forward pass.
+    incidents: where inputs that cannot be read are noted; they are left out.
+    Raises UserError where a single input does not fit into memory.
     """
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+    batches = Batches(readable(samples, incidents or Incidents(), tower.prepare), size, most=tower.max_batch)
+    first_input = 0
 
-    layer: Layer
-    facts: LayerFacts
-    values: np.ndarray
-    metrics: tuple[str, ...]
-    of_heads: bool = True
+    def done(chunk: Sequence[Sample]) -> tuple[Result, int]:
+        batch = tower.encode(chunk)
+        return work(chunk, batch, first_input), len(batch.ids)
 
-
-@dataclass(frozen=True)
-class BatchValues:
-    """One forward pass: ids of its inputs and a block per layer."""
-
-    ids: tuple[str, ...]
-    layers: tuple[LayerValues, ...]
+    for chunk in batches:
+        before = size.begin()
+        full: str | None = None
+        try:
+            result, inputs = done(chunk)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            full = str(error)
+        if full is not None:  # here the error and what its frames held are gone
+            batches.give_back(chunk, full)
+            continue
+        size.grow(len(chunk), before)
+        yield result
+        first_input += inputs
 
 
 def measure(
@@ -69,9 +97,9 @@ def measure(
     blocks: Sequence[Block] = (),
     sampling: RowSampling | None = None,
     batch_size: int | BatchSize = 8,
-    report: Report | None = None,
-) -> Iterator[BatchValues]:
-    """Runs a tower over samples and yields each batch's numbers.
+    incidents: Incidents | None = None,
+) -> Iterator[list[LayerValues]]:
+    """Runs a tower over samples and yields each batch's numbers, layer by layer.
 
     metrics: names from `METRICS`, `SHAPE_METRICS`, `STREAM_METRICS` and `DIVERGENCE_METRICS` (a second
         forward pass, with neutral images); all of `METRICS` if None.
@@ -83,115 +111,91 @@ def measure(
     blocks: the layers' blocks, for stream metrics and where an edit changes a whole branch.
     sampling: which query rows stand for all of them in long sequences; as `RowSampling` has it if None.
     batch_size: inputs per forward pass. A batch that does not fit into memory is run again in halves.
-    Inputs that cannot be read are noted in `report.failed` and left out.
+    Inputs that cannot be read are noted in `incidents.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
     output, and UserError where values are not finite, or divergence metrics are asked of a text tower.
     """
     names = list(METRICS) if metrics is None else [name for name in metrics if name in OF_HEADS]
-    of_stream = [name for name in metrics or () if name in STREAM_METRICS]
     diverging = [name for name in names if name in DIVERGENCE_METRICS]
     if diverging and tower.input_kind != "vision":
         raise UserError(
             f"'{diverging[0]}' compares an image with a neutral one; the {tower.name} tower takes none",
             "give --images, or leave the divergence metrics out",
         )
+    if diverging:  # the neutral twin is made of the image itself, not of what was prepared for the model
+        tower = replace(tower, prepare=None)
     sets = list(token_sets) if token_sets is not None else list(tower.default_sets)
     for token_set in sets:
         tower.check_set(token_set)  # an unknown set is told before any work
     listed = pick_layers(tower.layers, layers)
     check_layers(edits, tower.layers)
-    report = Report() if report is None else report
-    forward = _Forward(
+    incidents = Incidents() if incidents is None else incidents
+    measurement = _Measurement(
         tower,
         names,
-        of_stream,
+        [name for name in metrics or () if name in STREAM_METRICS],
         sets,
         listed,
-        value_constants,
+        value_constants or {},
         edits,
         blocks,
         sampling or RowSampling(),
-        report,
+        incidents,
     )
-    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
-    # the neutral twin is made of the image itself, not of what was prepared for the model
-    prepare = None if diverging else tower.prepare
-    batches = Batches(readable(samples, report, prepare), size, most=tower.max_batch)
-    facts: dict[int, LayerFacts] = {}
-    for chunk in batches:
-        gate = ReconstructionCheck() if not facts else None
-        before = size.begin()
-        full: str | None = None
-        try:
-            collected, stream, sightings = forward.run(chunk, gate)
-            if gate is not None:
-                report.skipped_layers = {
-                    path: why for path, why in sightings.skipped.items() if path not in sightings.calls
-                }
-                listed = [layer for layer in listed if layer.path not in report.skipped_layers]
-            _all_called(listed, sightings)
-            found = collected.blocks(listed) if names else []
-            if stream is not None:
-                found += stream.blocks(listed)
-            on_cpu = list(on_host(found, collected.batch.ids))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            full = str(error)
-        if full is not None:  # here the error and what its frames held are gone
-            batches.give_back(chunk, full)
-            continue
-        size.grow(len(chunk), before)
-        if gate is not None:
-            facts = {
-                layer.index: gate.facts(layer.index, sightings.projection.get(layer.path, "unknown"))
-                for layer in listed
-            }
-        yield BatchValues(
-            collected.batch.ids,
-            tuple(
-                LayerValues(layer, collected.sized(layer, facts[layer.index]), values, chosen, of_heads)
-                for layer, chosen, of_heads, values in on_cpu
-            ),
-        )
+    yield from run_batches(tower, samples, measurement.numbers, batch_size=batch_size, incidents=incidents)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """One forward pass with everything around it; the fields are the arguments of `measure`."""
+@dataclass
+class _Measurement:
+    """What `measure` does with a batch; the fields are its arguments, and what the first batch has told."""
 
     tower: Tower
     names: Sequence[str]
     of_stream: Sequence[str]
     sets: Sequence[str]
     listed: Sequence[Layer]
-    value_constants: Mapping[int, Tensor] | None
+    removed: Mapping[int, Tensor]
     edits: Sequence[Edit]
     blocks: Sequence[Block]
     sampling: RowSampling
-    report: Report
+    incidents: Incidents
+    facts: dict[int, LayerFacts] = field(default_factory=dict)
 
-    def run(
-        self, samples: Sequence[Sample], gate: ReconstructionCheck | None
+    def numbers(self, samples: Sequence[Sample], batch: Batch, first_input: int) -> list[LayerValues]:
+        """Runs the tower over one batch and reads its numbers; every call of the first one is checked."""
+        gate = None if self.facts else ReconstructionCheck()
+        of_heads, of_stream, sightings = self.forward(samples, batch, gate)
+        if gate is not None:
+            self.incidents.skipped_layers = {
+                path: why for path, why in sightings.skipped.items() if path not in sightings.calls
+            }
+        layers = [layer for layer in self.listed if layer.path not in self.incidents.skipped_layers]
+        _all_called(layers, sightings)
+        facts = self.facts
+        if gate is not None:
+            projection = sightings.projection
+            facts = {
+                layer.index: gate.facts(layer.index, projection.get(layer.path, "unknown"))
+                for layer in layers
+            }
+        found = layer_values(of_heads, of_stream, layers, facts, first_input)
+        self.facts = facts  # now that the numbers are read, memory has not run out
+        return found
+
+    def forward(
+        self, samples: Sequence[Sample], batch: Batch, gate: ReconstructionCheck | None
     ) -> tuple[BatchReadings, BatchStreamReadings | None, Sightings]:
-        """Runs the tower over one batch; on the first one a `gate` checks every call."""
+        """One forward pass that is measured, behind one of the neutral twins where a metric needs them."""
         measured = {layer.index for layer in self.listed}
-        watched = [
-            layer
-            for layer in self.tower.layers
-            if layer.index in measured or any(edit.at(layer.index) for edit in self.edits)
-        ]
-        removed = self.value_constants or {}
-        batch = self.tower.encode(samples)
         neutral = None
         if not DIVERGENCE_METRICS.keys().isdisjoint(self.names):
-            neutral = _neutral_outputs(self.tower, samples, watched, self.edits, self.blocks, removed)
-        collected = BatchReadings(self.names, self.sets, self.tower, batch, self.sampling, neutral)
+            neutral = self.neutral_outputs(samples)
+        of_heads = BatchReadings(self.names, self.sets, self.tower, batch, self.sampling, neutral)
         around = [block for block in self.blocks if block.index in measured]
-        stream = None
+        of_stream = None
         if self.of_stream:
-            stream = BatchStreamReadings(
-                self.of_stream, collected, around, self.edits, self.report, gate is not None
+            of_stream = BatchStreamReadings(
+                self.of_stream, of_heads, around, self.edits, self.incidents, gate is not None
             )
 
         def on_call(call: AttentionCall) -> Tensor | None:
@@ -199,20 +203,52 @@ class _Forward:
                 gate.check(call, len(batch.ids))
             call, changed = _edited_call(call, self.edits)
             if call.layer in measured:
-                used = without_constant(call, removed[call.layer]) if removed else call
-                collected.add(used)
-                if stream is not None:
-                    stream.calls.setdefault(call.layer, []).append((call, used))
+                used = self.without_constant(call)
+                of_heads.add(used)
+                if of_stream is not None:
+                    of_stream.calls.setdefault(call.layer, []).append((call, used))
             return call.output if changed else None
 
+        beside = None if of_stream is None else stream_states(around, of_stream.add)
+        return of_heads, of_stream, self.run(batch, on_call, beside)
+
+    def neutral_outputs(self, samples: Sequence[Sample]) -> dict[int, list[Tensor]]:
+        """What heads return for the same inputs with neutral images, by layer in the order of its calls.
+
+        The model is changed, and constants are taken out, as in the pass that is measured.
+        """
+        outputs: dict[int, list[Tensor]] = {}
+
+        def on_call(call: AttentionCall) -> Tensor | None:
+            call, changed = _edited_call(call, self.edits)
+            outputs.setdefault(call.layer, []).append(self.without_constant(call).output)
+            return call.output if changed else None
+
+        twins = [Sample(sample.id, partial(_neutral, sample)) for sample in samples]
+        self.run(self.tower.encode(twins), on_call)
+        return outputs
+
+    def run(
+        self, batch: Batch, on_call: OnCall, beside: AbstractContextManager[object] | None = None
+    ) -> Sightings:
+        """One forward pass of the edited model. beside: entered last, its hooks see what edits made."""
+        watched = [
+            layer
+            for layer in self.tower.layers
+            if layer in self.listed or any(edit.at(layer.index) for edit in self.edits)
+        ]
         with (
             torch.inference_mode(),
             edited_modules(self.tower.layers, self.blocks, self.edits, batch.real),
             self.tower.capture(watched, on_call) as sightings,
-            nullcontext() if stream is None else stream_states(around, stream.add),
+            beside or nullcontext(),
         ):
             self.tower.forward(batch)
-        return collected, stream, sightings
+        return sightings
+
+    def without_constant(self, call: AttentionCall) -> AttentionCall:
+        """The call without what is taken out of its layer's values and outputs."""
+        return without_constant(call, self.removed[call.layer]) if call.layer in self.removed else call
 
 
 def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionCall, bool]:
@@ -220,36 +256,6 @@ def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionC
     if not any(edit.where == "attention" and edit.at(call.layer) for edit in edits):
         return call, False
     return replace(call, output=heads_return(edits, call)), True
-
-
-def _neutral_outputs(
-    tower: Tower,
-    chunk: Sequence[Sample],
-    watched: Sequence[Layer],
-    edits: Sequence[Edit],
-    blocks: Sequence[Block],
-    removed: Mapping[int, Tensor],
-) -> dict[int, list[Tensor]]:
-    """What heads return for the same inputs with neutral images, by layer in the order of its calls.
-
-    The model is changed, and constants are taken out, as in the pass that is measured.
-    """
-    outputs: dict[int, list[Tensor]] = {}
-
-    def on_call(call: AttentionCall) -> Tensor | None:
-        call, changed = _edited_call(call, edits)
-        used = without_constant(call, removed[call.layer]) if call.layer in removed else call
-        outputs.setdefault(call.layer, []).append(used.output)
-        return call.output if changed else None
-
-    batch = tower.encode([Sample(sample.id, partial(_neutral, sample)) for sample in chunk])
-    with (
-        torch.inference_mode(),
-        edited_modules(tower.layers, blocks, edits, batch.real),
-        tower.capture(watched, on_call),
-    ):
-        tower.forward(batch)
-    return outputs
 
 
 def _neutral(sample: Sample) -> object:
@@ -280,7 +286,7 @@ def pick_layers(layers: Sequence[Layer], chosen: Sequence[int] | None) -> list[L
 
 
 def readable(
-    samples: Iterable[Sample], report: Report, prepare: Callable[[Any], Any] | None = None
+    samples: Iterable[Sample], incidents: Incidents, prepare: Callable[[Any], Any] | None = None
 ) -> Iterator[Sample]:
     """The samples that could be read, held in memory; the others are noted with the reason.
 
@@ -290,7 +296,7 @@ def readable(
         try:
             content = sample.read() if prepare is None else prepare(sample.read())
         except UnreadableInput as error:
-            report.failed[sample.id] = str(error)
+            incidents.failed[sample.id] = str(error)
             continue
         yield Sample(sample.id, partial(_identity, content))
 
@@ -313,13 +319,6 @@ def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
                 f"layer '{layer.path}' was never run: something bypassed it",
                 "leave it out with --layers if that is meant",
             )
-
-
-def chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    """Samples in lists of `size`; the last may be shorter."""
-    iterator = iter(samples)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
 
 
 def _identity(content: object) -> object:

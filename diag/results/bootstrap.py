@@ -8,6 +8,12 @@ import pandas as pd
 RESAMPLES = 2000
 
 
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, NaN where `below` is zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below != 0, above / below, np.nan)
+
+
 def ratio_of_means(above: np.ndarray, below: np.ndarray, *, seed: int) -> np.ndarray:
     """Ratios of means over inputs, both `[input, cell]`, as `[cell, mean std low high n]`.
 
@@ -17,11 +23,11 @@ def ratio_of_means(above: np.ndarray, below: np.ndarray, *, seed: int) -> np.nda
     both = ~np.isnan(above) & ~np.isnan(below)
     above, below, count = np.where(both, above, 0.0), np.where(both, below, 0.0), both.sum(0)
     found = np.full((above.shape[1], 5), np.nan)
-    found[:, 0], found[:, 4] = _ratio(above.sum(0), below.sum(0)), count
+    found[:, 0], found[:, 4] = ratio(above.sum(0), below.sum(0)), count
     total = len(above)
     if total > 1:
         draws = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=RESAMPLES)
-        drawn = _ratio(draws @ above, draws @ below)
+        drawn = ratio(draws @ above, draws @ below)
         some = (count > 1) & ~np.isnan(drawn).all(0)
         if some.any():
             found[some, 2:4] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0).T
@@ -56,8 +62,3 @@ def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.
             bounds = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
             low[part][some], high[part][some] = bounds + mean[part][some]
     return pd.DataFrame({"mean": mean, "std": std, "ci_low": low, "ci_high": high, "n": count})
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(below != 0, above / below, np.nan)

@@ -14,13 +14,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from diag.results.tables import CONSTANTS, KEYS, STATISTICS, WHOLE_LAYER, largest
+from diag.results.bootstrap import ratio
+from diag.results.layer_values import LayerValues
+from diag.results.tables import CONSTANTS, KEYS, SIZES, STATISTICS, WHOLE_LAYER, largest
 
 ACCURACY = 0.005
 TINY = 1e-12
@@ -43,30 +45,6 @@ n, mean, m2: how many inputs, their mean, and the sum of squared deviations from
 these are of its numerator, over inputs that have both parts; mean_below, m2_below and cross are of its
 denominator, and the sum of products of both deviations. low, high: the smallest and the largest value.
 """
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One layer's numbers for some inputs that follow each other: `values[token set, metric, input, head]`.
-
-    ids: of the inputs. first_input: the number of the first one within the run. of_heads: False for numbers
-    of a whole layer, whose head axis is 1. constants: columns that are the same in every row.
-    """
-
-    values: np.ndarray
-    ids: Sequence[str]
-    first_input: int
-    token_sets: Sequence[str]
-    metrics: Sequence[str]
-    of_heads: bool
-    constants: Mapping[str, Any]
-
-    def until(self, number: int) -> Piece | None:
-        """The piece without inputs from a number on; None where nothing is left."""
-        left = number - self.first_input
-        if left >= len(self.ids):
-            return self
-        return replace(self, values=self.values[:, :, :left], ids=self.ids[:left]) if left > 0 else None
 
 
 @dataclass(frozen=True)
@@ -101,15 +79,18 @@ class Moments:
         return Moments(rows, table[NUMBERS].to_numpy(), places << SHIFT | bins + MIDDLE, counts)
 
 
-def moments_of(pieces: Sequence[Piece], ratios: Mapping[str, tuple[str, str]]) -> Moments:
-    """The cells of some inputs, measured in pieces; those of one layer follow each other in input order.
+def moments_of(
+    measured: Sequence[LayerValues], ratios: Mapping[str, tuple[str, str]], constants: Mapping[str, Any]
+) -> Moments:
+    """The cells of some inputs; what belongs to one layer follows each other in the order of the inputs.
 
     ratios: metrics to add, each the ratio of two that are there: name -> (numerator, denominator).
+    constants: columns that are the same in every row (model, tower …).
     """
-    groups: dict[tuple[object, bool, tuple[str, ...]], list[Piece]] = {}
-    for piece in pieces:
-        groups.setdefault((piece.constants["layer"], piece.of_heads, tuple(piece.metrics)), []).append(piece)
-    found = [_layer_cells(parts, ratios) for parts in groups.values()]
+    groups: dict[tuple[int, bool, tuple[str, ...]], list[LayerValues]] = {}
+    for one in measured:
+        groups.setdefault((one.layer, one.of_heads, tuple(one.metrics)), []).append(one)
+    found = [_layer_cells(parts, ratios, constants) for parts in groups.values()]
     if len({group[:2] for group in groups}) < len(groups):
         return merged(found)  # batches of one layer have different metrics: a cell may be in two of them
     starts = np.cumsum([0, *(len(part.rows) for part in found)])
@@ -121,10 +102,12 @@ def moments_of(pieces: Sequence[Piece], ratios: Mapping[str, tuple[str, str]]) -
     )
 
 
-def _layer_cells(pieces: Sequence[Piece], ratios: Mapping[str, tuple[str, str]]) -> Moments:
+def _layer_cells(
+    measured: Sequence[LayerValues], ratios: Mapping[str, tuple[str, str]], constants: Mapping[str, Any]
+) -> Moments:
     """One layer's cells: its own first, then those of its heads."""
-    first = pieces[0]
-    values = np.concatenate([piece.values for piece in pieces], axis=2)
+    first = measured[0]
+    values = np.concatenate([one.values for one in measured], axis=2)
     present = ~np.isnan(values)
     count = present.sum(3)
     with np.errstate(invalid="ignore"):
@@ -143,7 +126,7 @@ def _layer_cells(pieces: Sequence[Piece], ratios: Mapping[str, tuple[str, str]])
         both = ~np.isnan(x) & ~np.isnan(y)
         above.append(np.where(both, x, np.nan))
         below.append(np.where(both, y, np.nan))
-        itself.append(np.where(both & (y != 0), x / np.where(y == 0, np.nan, y), np.nan))
+        itself.append(ratio(x, y))
         names.append(name)
     x, y, drawn = (
         np.concatenate(parts, axis=1).reshape(-1, every.shape[3]) for parts in (above, below, itself)
@@ -156,11 +139,11 @@ def _layer_cells(pieces: Sequence[Piece], ratios: Mapping[str, tuple[str, str]])
             "metric": np.tile(np.repeat(names, len(heads)), sets),
         }
     )
-    constants = [name for name in (*KEYS, *CONSTANTS) if name in first.constants]
-    sized = largest(pd.DataFrame([{name: piece.constants[name] for name in constants} for piece in pieces]))
-    rows = rows.assign(**{name: sized[name].iloc[0] for name in constants})[
-        [*KEYS, *(name for name in constants if name not in KEYS)]
-    ]
+    # of what may differ between inputs, the largest, as in tables of samples
+    sized = {name: max(getattr(one.facts, name) for one in measured) for name in SIZES}
+    columns = first.columns(constants) | sized
+    rows = rows.assign(**{name: columns[name] for name in (*KEYS, *CONSTANTS) if name in columns})
+    rows = rows[[*KEYS, *(name for name in CONSTANTS if name in columns)]]
     numbers = _numbers(x, y, drawn)
     there = ~np.isnan(drawn)
     places = np.repeat(np.arange(len(rows)), inputs).reshape(x.shape)[there]
@@ -221,10 +204,9 @@ def _aligned(rows: pd.DataFrame, more: pd.DataFrame) -> tuple[pd.DataFrame, np.n
     new = places < 0
     places[new] = np.arange(len(rows), len(rows) + new.sum())
     found = pd.concat([rows, more[new]], ignore_index=True) if new.any() else rows.copy()
-    for name in ("n_tokens", "attn_scope"):
+    for name in SIZES:
         if name in found:
             values = found[name].to_numpy(copy=True)
-            # of the scopes of attention, "window" comes after "full", and is what is kept
             values[places] = np.maximum(values[places], more[name].to_numpy())
             found[name] = values
     return found, places
@@ -296,7 +278,7 @@ def quantiles(cells: Moments) -> pd.DataFrame:
 
 
 def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`(layers, heads)` as `records.tables` gives them, but for the interval: Student's t, from the moments.
+    """`(layers, heads)` as `tables` gives them, but for the interval: Student's t, from the moments.
 
     A ratio is that of its parts' means over inputs; its interval is that of its linearisation (delta method).
     """
@@ -304,9 +286,9 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
     is_ratio = cells.rows["metric"].isin(list(ratios)).to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = np.where(n > 1, m2 / (n - 1), np.nan)
-        ratio = np.where(mean_below != 0, mean / mean_below, np.nan)
-        spread = np.maximum(m2 - 2 * ratio * cross + ratio**2 * m2_below, 0.0) / (n - 1) / mean_below**2
-        center = np.where(is_ratio, ratio, np.where(n > 0, mean, np.nan))
+        slope = ratio(mean, mean_below)
+        spread = np.maximum(m2 - 2 * slope * cross + slope**2 * m2_below, 0.0) / (n - 1) / mean_below**2
+        center = np.where(is_ratio, slope, np.where(n > 0, mean, np.nan))
         half = _t975(n - 1) * np.sqrt(np.where(is_ratio, np.where(n > 1, spread, np.nan), variance) / n)
     table = pd.DataFrame(
         {

@@ -6,7 +6,8 @@
     manifest.json    written last
 
 The unit of replication is the input. Intervals are 95 % percentile bootstrap intervals of the mean
-over inputs, with the same resamples for every cell. No torch here.
+over inputs, with the same resamples for every cell; where a run keeps moments instead of all samples, they
+are Student's t (`diag.results.moments`). No torch here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import pandas as pd
 
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
-from diag.results.bootstrap import _ratio, ratio_of_means, summary
+from diag.results.bootstrap import ratio, ratio_of_means, summary
+from diag.results.layer_values import LayerValues
 
 KEYS = ["model", "tower", "layer", "module", "head", "tokens", "metric"]
 STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
@@ -39,6 +41,9 @@ CONSTANTS = [
     "seed",
 ]
 
+SIZES = ("n_tokens", "attn_scope")
+"""What may differ between inputs of one layer; tables give the largest. Of scopes, that is "window"."""
+
 WHOLE_LAYER = -1
 """The `head` of a number that belongs to a layer; such rows are in samples.parquet and layers.csv only."""
 
@@ -47,41 +52,35 @@ FORMAT = 1
 
 
 def samples_frame(
-    values: np.ndarray,
-    *,
-    ids: Sequence[str],
-    first_input: int,
-    token_sets: Sequence[str],
-    metrics: Sequence[str],
-    ratios: Mapping[str, tuple[str, str]],
-    constants: Mapping[str, Any],
-    of_heads: bool = True,
+    measured: LayerValues, ratios: Mapping[str, tuple[str, str]], constants: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """One layer's block `values[token set, metric, input, head]` as long-form rows.
+    """One layer's numbers as long-form rows, one per input and head (-1: of the whole layer).
 
-    of_heads: False for numbers of a whole layer, whose `head` is -1.
     ratios: metrics to add, each the ratio of two that are there.
-    constants: columns that are the same in every row (model, tower, layer, module …).
+    constants: columns that are the same in every row of the tower (model, tower …).
     """
-    names = list(metrics)
+    names, values = list(measured.metrics), measured.values
     added = {k: v for k, v in ratios.items() if v[0] in names and v[1] in names}
     blocks = [values]
     for above, below in added.values():
-        blocks.append(_ratio(values[:, names.index(above)], values[:, names.index(below)])[:, None])
+        blocks.append(ratio(values[:, names.index(above)], values[:, names.index(below)])[:, None])
     values = np.concatenate(blocks, axis=1)
     names += list(added)
     sets, metrics_n, inputs, heads = values.shape
+    place = np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)
     frame = pd.DataFrame(
         {
-            "tokens": _category(token_sets, np.repeat(np.arange(sets), metrics_n * inputs * heads)),
+            "tokens": _category(measured.token_sets, np.repeat(np.arange(sets), metrics_n * inputs * heads)),
             "metric": _category(names, np.tile(np.repeat(np.arange(metrics_n), inputs * heads), sets)),
-            "input": _category(ids, np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)),
-            "input_index": np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n) + first_input,
-            "head": np.tile(np.arange(heads) if of_heads else [WHOLE_LAYER], sets * metrics_n * inputs),
+            "input": _category(measured.ids, place),
+            "input_index": place + measured.first_input,
+            "head": np.tile(
+                np.arange(heads) if measured.of_heads else [WHOLE_LAYER], sets * metrics_n * inputs
+            ),
             "value": values.reshape(-1),
         }
     )
-    for name, constant in constants.items():
+    for name, constant in measured.columns(constants).items():
         frame[name] = (
             _category([constant], np.zeros(len(frame), int)) if isinstance(constant, str) else constant
         )
@@ -120,7 +119,7 @@ def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] =
         both = means[means["metric"] == above].merge(
             means[means["metric"] == below], on=on, suffixes=("", "_below")
         )
-        both["value"] = _ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
+        both["value"] = ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
         parts.append(both.assign(metric=name)[[*within, "value"]])
     return pd.concat([_plain(part) for part in parts], ignore_index=True)
 
@@ -216,12 +215,9 @@ def one_kind(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def largest(samples: pd.DataFrame) -> pd.DataFrame:
-    """Samples with what may differ between inputs of one layer replaced by its largest value.
-
-    Of the scopes of attention, "window" is larger than "full": one input was split, so the layer can.
-    """
+    """Samples with what may differ between inputs of one layer (`SIZES`) replaced by its largest value."""
     found = {}
-    for name in ("n_tokens", "attn_scope"):
+    for name in SIZES:
         if name in samples and samples[name].nunique() > 1:
             text = isinstance(samples[name].dtype, pd.CategoricalDtype)
             values = samples.assign(**{name: samples[name].astype(str)}) if text else samples

@@ -17,12 +17,13 @@ from diag.errors import UserError
 from diag.inputs.given import as_inputs
 from diag.inputs.items import Inputs
 from diag.measure import loop as measure
+from diag.measure.batch_readings import Incidents
 from diag.metrics.registry import metric_names
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families.from_module import from_module
 from diag.models.names.resolve import parse
-from diag.results.tables import tables
+from diag.results.tables import samples_frame, tables
 from diag.run import run, shards
 from diag.run.plan import checked
 
@@ -106,14 +107,18 @@ def probe(
     )
     metric_names(plan.metrics)
     loaded, tower, samples = _prepare(model, inputs, plan)
-    report = measure.Report()
-    work = shards.TowerJob.of(loaded, tower, plan)
-    frames = list(shards.shard_frames(work, samples, report))
+    incidents = Incidents()
+    job = shards.TowerJob.of(loaded, tower, plan)
+    ratios = shards.ratios_of(plan)
+    frames = [
+        samples_frame(values, ratios, job.constants)
+        for values in shards.shard_values(job, samples, incidents)
+    ]
     if not frames:
-        reason = next(iter(report.failed.values()), "there is none")
+        reason = next(iter(incidents.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
     frame = pd.concat(frames, ignore_index=True)
-    return Probe(*tables(frame, seed=seed), frame, report.failed)
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed)
 
 
 def capture(

@@ -21,7 +21,7 @@ import torch
 from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.measure.activations import save_activations
-from diag.measure.collected import Report
+from diag.measure.batch_readings import Incidents
 from diag.measure.device import device_of
 from diag.measure.prefetch import shards_ahead, workers_for
 from diag.metrics.divergence import DIVERGENCE_METRICS
@@ -32,7 +32,7 @@ from diag.models.family import SPREAD
 from diag.models.names.resolve import ModelSpec
 from diag.results.files import CannotWrite, file_stem, write, write_json, writing
 from diag.results.moments import moments_of
-from diag.results.tables import read_heads, read_layers, read_manifest
+from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
 from diag.run.environment import command_line
 from diag.run.finish import draw, finish
 from diag.run.ledger import Part, failure_file, forget_failures, is_finished, lock_file, read_plan, standing
@@ -40,7 +40,7 @@ from diag.run.plan import ProbePlan, inputs_of, run_folder, shard_inputs, specs_
 from diag.run.processes import WHOLE, Locks, Share
 from diag.run.progress import Listener, Progress, Silent
 from diag.run.run_folder import check_room, claim, release
-from diag.run.shards import TowerJob, edits_of, frame_of, ratios_of, shard_pieces, tower_samples
+from diag.run.shards import TowerJob, edits_of, ratios_of, shard_values, tower_samples
 
 PATIENCE = 0.2
 """Seconds between looks at what another process has in hand."""
@@ -306,17 +306,18 @@ def _write_shard(
     samples: Iterable[Sample],
 ) -> None:
     """Measures one shard. What belongs to it is there before it is. samples: its own, at hand."""
-    began, report, ratios = time.time(), Report(), ratios_of(job.plan)
+    began, incidents, ratios = time.time(), Incidents(), ratios_of(job.plan)
     first, keep = place * job.size, job.plan.keep_samples
-    pieces = list(shard_pieces(work, samples, report, first_input=first, advance=job.listener.advance))
+    found = list(shard_values(work, samples, incidents, first_input=first, advance=job.listener.advance))
     if place == 0 and job.plan.save_activations:
         kept = job.folder / "activations" / f"{file_stem(part.given)}-{part.tower}"
         first_ones = [sample for shard in shards for sample in shard][: job.plan.save_activations]
         save_activations(work.tower, first_ones, kept, job.plan.layers)
-    if pieces and sum(map(len, shards)) > keep:
-        write(moments_of(pieces, ratios).frame(), part.cells(place))
-    frames = [frame_of(piece, ratios) for piece in (piece.until(keep) for piece in pieces) if piece]
-    write_json({**asdict(report), "seconds": time.time() - began}, part.account(place))
+    if found and sum(map(len, shards)) > keep:
+        write(moments_of(found, ratios, work.constants).frame(), part.cells(place))
+    kept_values = filter(None, (values.until(keep) for values in found))
+    frames = [samples_frame(values, ratios, work.constants) for values in kept_values]
+    write_json({**asdict(incidents), "seconds": time.time() - began}, part.account(place))
     write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), part.shard(place))
 
 

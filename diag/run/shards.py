@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
 from diag.errors import UserError
 from diag.inputs.items import Inputs
+from diag.measure.batch_readings import Incidents
 from diag.measure.batches import BatchSize
-from diag.measure.collected import Report
 from diag.measure.loop import measure, pick_layers
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.registry import metric_names
@@ -25,8 +24,7 @@ from diag.models.hooks.blocks import Block, find_blocks
 from diag.models.hooks.interventions import BRANCHES, Edit
 from diag.models.hooks.interventions import parse as parse_edit
 from diag.models.value_constants import value_constants
-from diag.results.moments import Piece
-from diag.results.tables import samples_frame
+from diag.results.layer_values import LayerValues
 from diag.run.plan import ProbePlan
 
 
@@ -34,9 +32,9 @@ from diag.run.plan import ProbePlan
 class TowerJob:
     """A tower and all that a plan needs to measure it.
 
-    constants: the columns that are the same in every row. removed: what `--values bias-free` takes out of
-    each layer's values. blocks: where whole branches are changed, or the stream is measured. size: of the
-    next batch; it follows the memory, from shard to shard.
+    constants: the columns that are the same in every row of the tower. removed: what `--values bias-free`
+    takes out of each layer's values. blocks: where whole branches are changed, or the stream is measured.
+    size: of the next batch; it follows the memory, from shard to shard.
     """
 
     tower: Tower
@@ -55,7 +53,7 @@ class TowerJob:
             _constants_of(model, tower, plan),
             _constants_to_remove(model, tower, plan),
             _blocks_of(model, tower, plan),
-            BatchSize(plan.batch_size) if plan.batch_size else BatchSize.automatic(_device_of(model)),
+            BatchSize.of(plan.batch_size, model.module),
         )
 
 
@@ -80,83 +78,43 @@ def sampling_of(plan: ProbePlan) -> RowSampling:
     return RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed)
 
 
-def shard_pieces(
-    work: TowerJob,
+def shard_values(
+    job: TowerJob,
     samples: Iterable[Sample],
-    report: Report,
+    incidents: Incidents,
     *,
     first_input: int = 0,
     advance: Callable[[int], object] = lambda inputs: None,
-) -> Iterator[Piece]:
+) -> Iterator[LayerValues]:
     """Measures samples and yields the numbers of each batch and layer.
 
     first_input: the number of the first sample within the run. advance: told how many inputs are done.
     """
-    tower, plan = work.tower, work.plan
-    position = first_input
+    plan = job.plan
     names = metric_names(plan.metrics)
     needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
-    sets = plan.tokens or tower.default_sets
     for batch in measure(
-        tower,
+        job.tower,
         samples,
         metrics=needed,
-        token_sets=sets,
+        token_sets=plan.tokens or None,
         layers=plan.layers,
-        value_constants=work.removed,
+        value_constants=job.removed,
         edits=edits_of(plan),
-        blocks=work.blocks,
+        blocks=job.blocks,
         sampling=sampling_of(plan),
-        batch_size=work.size,
-        report=report,
+        batch_size=job.size,
+        incidents=incidents,
     ):
-        for block in batch.layers:
-            yield Piece(
-                block.values,
-                batch.ids,
-                position,
-                sets,
-                block.metrics,
-                block.of_heads,
-                {
-                    **work.constants,
-                    "layer": block.layer.index,
-                    "module": block.layer.path,
-                    "n_tokens": block.facts.n_tokens,
-                    "attn_scope": block.facts.attn_scope,
-                    "first_token": block.facts.first_token,
-                    "projection": block.facts.projection,
-                    "gate_error": block.facts.gate_error,
-                },
-            )
-        position += len(batch.ids)
-        advance(len(batch.ids))
-
-
-def frame_of(piece: Piece, ratios: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
-    """A piece as long-form rows, with the ratios that it has the parts of."""
-    return samples_frame(
-        piece.values,
-        ids=piece.ids,
-        first_input=piece.first_input,
-        token_sets=piece.token_sets,
-        metrics=piece.metrics,
-        of_heads=piece.of_heads,
-        ratios=ratios,
-        constants=piece.constants,
-    )
+        for values in batch:
+            yield replace(values, first_input=first_input + values.first_input)
+        advance(len(batch[0].ids))
 
 
 def ratios_of(plan: ProbePlan) -> dict[str, tuple[str, str]]:
     """Those of the plan's metrics that are ratios, with their parts."""
     names = metric_names(plan.metrics)
     return {name: parts for name, parts in RATIOS.items() if name in names}
-
-
-def shard_frames(work: TowerJob, samples: Sequence[Sample], report: Report) -> Iterator[pd.DataFrame]:
-    """Measures samples and yields a long-form frame per batch and layer."""
-    for piece in shard_pieces(work, samples, report):
-        yield frame_of(piece, ratios_of(work.plan))
 
 
 def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
@@ -188,18 +146,13 @@ def _constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[in
 def _blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
     """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
 
-    None where neither needs them. Raises UserError, naming the layer, if a block is not understood.
+    Empty where neither needs them. Raises UserError, naming the layer, if a block is not understood.
     """
     if any(edit.where in BRANCHES for edit in edits_of(plan)):
         return find_blocks(model.module, tower.layers)
     if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
         return ()
     return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
-
-
-def _device_of(model: Model) -> torch.device:
-    found = next((parameter.device for parameter in model.module.parameters()), None)
-    return torch.device("cpu") if found is None else found
 
 
 def _dtype_of(model: Model) -> str:

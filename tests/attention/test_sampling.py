@@ -23,15 +23,17 @@ from diag.attention.softmax import CallStatistics, softmax_statistics
 from diag.attention.statistics import SoftmaxStatistics
 from diag.inputs import images as inputs
 from diag.inputs.texts import texts
-from diag.measure.collected import FEW_KEYS, SAMPLING_ERROR, BatchReadings
-from diag.measure.loop import BatchValues, measure
+from diag.measure.batch_readings import FEW_KEYS, BatchReadings
+from diag.measure.loop import measure
 from diag.metrics.attention import METRICS, Selection, readings, readings_of
+from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
 from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.models import load
 from diag.models.base import Batch, Sample, Tower
 from diag.models.names.resolve import parse
+from diag.results.layer_values import LayerValues
 
 TOKENS, ROWS = 400, 192
 OF_PATTERN = ("entropy", "entropy_p15", "entropy_normalized", "effective_keys")
@@ -299,11 +301,11 @@ def long_tower(*, text: bool = False) -> Tower:
     return tower_of(Stack(Attention(), Attention(kv_heads=2, enable_gqa=True)), text=text)
 
 
-def table(batches: Iterator[BatchValues]) -> tuple[np.ndarray, tuple[str, ...]]:
+def table(batches: Iterator[Sequence[LayerValues]]) -> tuple[np.ndarray, tuple[str, ...]]:
     """`[layer, token set, metric, input, head]` and the names of the metrics."""
     found = list(batches)
-    values = np.concatenate([np.stack([block.values for block in batch.layers]) for batch in found], 3)
-    return values, found[0].layers[0].metrics
+    values = np.concatenate([np.stack([block.values for block in batch]) for batch in found], 3)
+    return values, found[0][0].metrics
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -66,9 +66,11 @@ def test_a_size_lives_as_long_as_the_run() -> None:
     size, seen = BatchSize(4), list[int]()
     tower = short_of_memory(2, ERRORS["python"], seen)
     with pytest.warns(RuntimeWarning):
-        list(measure(tower, IMAGES, batch_size=size))
-    list(measure(tower, IMAGES, batch_size=size))
+        halved = list(measure(tower, IMAGES, batch_size=size))
+    again = list(measure(tower, IMAGES, batch_size=size))
     assert seen == [4, 2, 2, 1, 2, 2, 1]
+    assert [[block.first_input for block in batch] for batch in halved] == [[0] * 3, [2] * 3, [4] * 3]
+    assert [batch[0].first_input for batch in again] == [0, 2, 4]
 
 
 def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +94,6 @@ def test_an_automatic_size_changes_no_number() -> None:
     fixed = run(vision_tower(), IMAGES, batch_size=2)
     size = BatchSize.automatic(torch.device("cpu"))
     found = list(measure(vision_tower(), IMAGES, batch_size=size))
-    assert [len(batch.ids) for batch in found] == [1, 2, 2]
-    grown = np.concatenate([np.stack([block.values for block in batch.layers]) for batch in found], 3)
+    assert [len(batch[0].ids) for batch in found] == [1, 2, 2]
+    grown = np.concatenate([np.stack([block.values for block in batch]) for batch in found], 3)
     np.testing.assert_allclose(grown, fixed, rtol=2e-6, atol=1e-6)

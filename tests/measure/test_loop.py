@@ -39,7 +39,8 @@ from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs import images as inputs
 from diag.inputs.texts import texts
-from diag.measure.loop import Report, capture, measure
+from diag.measure.batch_readings import Incidents
+from diag.measure.loop import capture, measure
 from diag.metrics import attention
 from diag.metrics.attention import METRICS
 from diag.metrics.shape import SHAPE_METRICS
@@ -60,7 +61,7 @@ TOWERS: dict[str, tuple[Callable[[], Tower], list[Sample]]] = {
 
 def facts_of(tower: Tower, samples: Sequence[Sample] = IMAGES) -> list[tuple[Any, ...]]:
     (batch,) = measure(tower, samples, metrics=["self_weight"], batch_size=len(samples))
-    return [(f.n_tokens, f.attn_scope, f.first_token) for f in (block.facts for block in batch.layers)]
+    return [(f.n_tokens, f.attn_scope, f.first_token) for f in (block.facts for block in batch)]
 
 
 # --- streamed equals one-shot, equals the reference -------------------------------------------------
@@ -74,7 +75,7 @@ def test_streamed_equals_one_shot(name: str, batch_size: int) -> None:
     sets = tower.token_sets[:2]
     together = run(tower, samples, token_sets=sets, batch_size=INPUTS)
     streamed = list(measure(tower, samples, token_sets=sets, batch_size=batch_size))
-    assert [len(batch.ids) for batch in streamed] == [
+    assert [len(batch[0].ids) for batch in streamed] == [
         min(batch_size, INPUTS - start) for start in range(0, INPUTS, batch_size)
     ]
     np.testing.assert_allclose(table(streamed), together, rtol=2e-6, atol=1e-6)
@@ -174,13 +175,15 @@ def test_token_sets_are_told_apart() -> None:
 
 def test_blocks_say_what_they_are() -> None:
     batches = list(measure(text_tower(), TEXTS, batch_size=2))
-    assert [batch.ids for batch in batches] == [("input-0", "input-1"), ("input-2", "input-3"), ("input-4",)]
+    assert [batch[0].ids for batch in batches] == [
+        ("input-0", "input-1"),
+        ("input-2", "input-3"),
+        ("input-4",),
+    ]
     for batch in batches:
-        assert [(block.layer.index, block.layer.path) for block in batch.layers] == [
-            (i, f"layers.{i}") for i in range(3)
-        ]
-        for block in batch.layers:
-            assert block.values.shape == (1, len(NAMES), len(batch.ids), 4)
+        assert [(block.layer, block.module) for block in batch] == [(i, f"layers.{i}") for i in range(3)]
+        for block in batch:
+            assert block.values.shape == (1, len(NAMES), len(batch[0].ids), 4)
             assert block.values.dtype == np.float64
 
 
@@ -196,14 +199,14 @@ def test_chosen_metrics_are_those_of_the_whole_table() -> None:
 def test_chosen_layers_are_those_of_the_whole_table() -> None:
     tower = vision_tower()
     batches = list(measure(tower, IMAGES, layers=[2, 0, 2]))
-    assert [block.layer.index for block in batches[0].layers] == [0, 2]
+    assert [block.layer for block in batches[0]] == [0, 2]
     np.testing.assert_array_equal(table(batches), run(tower, IMAGES)[[0, 2]])
     assert [call.layer for call in capture(tower, tower.encode(IMAGES), layers=[1])] == [1]
 
 
 def test_a_batch_holds_no_more_than_the_tower_takes() -> None:
     tower = vision_tower(max_batch=2)
-    assert [len(batch.ids) for batch in measure(tower, IMAGES, batch_size=8)] == [2, 2, 1]
+    assert [len(batch[0].ids) for batch in measure(tower, IMAGES, batch_size=8)] == [2, 2, 1]
 
 
 def test_no_input_gives_no_batch() -> None:
@@ -299,13 +302,13 @@ def test_padding_is_no_window() -> None:
 
 def test_one_token_is_all_there_is() -> None:
     (batch,) = measure(tower_of(Stack(Attention()), prefix=()), samples_of(1, 1))
-    assert (batch.layers[0].facts.n_tokens, batch.layers[0].facts.first_token) == (1, "included")
-    assert np.isnan(batch.layers[0].values).all()
+    assert (batch[0].facts.n_tokens, batch[0].facts.first_token) == (1, "included")
+    assert np.isnan(batch[0].values).all()
 
 
 def test_facts_hold_the_gate_and_the_projection() -> None:
     (batch,) = measure(vision_tower(), IMAGES)
-    for block in batch.layers:
+    for block in batch:
         assert 0 < block.facts.gate_error < 1e-6
         assert block.facts.projection == "as captured"
 
@@ -356,7 +359,7 @@ def test_the_gate_sees_the_call_as_captured() -> None:
     constants = constants_of(tower, IMAGES, size=1e4)
     (plain,) = measure(tower, IMAGES)
     (free,) = measure(tower, IMAGES, value_constants=constants)
-    assert [block.facts for block in plain.layers] == [block.facts for block in free.layers]
+    assert [block.facts for block in plain] == [block.facts for block in free]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("zero vectors")])
@@ -440,7 +443,7 @@ def test_half_precision_may_round() -> None:
     tower = vision_tower(*(Attention().bfloat16() for _ in range(2)))
     samples = [Sample(s.id, lambda s=s: s.read().bfloat16()) for s in IMAGES]
     (batch,) = measure(tower, samples)
-    errors = [block.facts.gate_error for block in batch.layers]
+    errors = [block.facts.gate_error for block in batch]
     assert all(1e-5 < error < 1e-2 for error in errors)
     with pytest.raises(MeasurementError, match=r"layers\.1.*allowed 1e-02"):
         list(measure(replace(tower, capture=tampering(LIES["one value"])), samples))
@@ -474,10 +477,14 @@ def test_unreadable_inputs_are_noted_and_left_out() -> None:
         raise UnreadableInput("cannot read image 'x.png': truncated")
 
     given = [IMAGES[0], Sample("x.png", broken), *IMAGES[1:], Sample("y.png", broken)]
-    report, tower = Report(), vision_tower()
-    batches = list(measure(tower, given, batch_size=2, report=report))
-    assert [batch.ids for batch in batches] == [("input-0", "input-1"), ("input-2", "input-3"), ("input-4",)]
-    assert report.failed == dict.fromkeys(("x.png", "y.png"), "cannot read image 'x.png': truncated")
+    incidents, tower = Incidents(), vision_tower()
+    batches = list(measure(tower, given, batch_size=2, incidents=incidents))
+    assert [batch[0].ids for batch in batches] == [
+        ("input-0", "input-1"),
+        ("input-2", "input-3"),
+        ("input-4",),
+    ]
+    assert incidents.failed == dict.fromkeys(("x.png", "y.png"), "cannot read image 'x.png': truncated")
     np.testing.assert_array_equal(table(batches), run(tower, IMAGES, batch_size=2))
 
 
@@ -502,7 +509,7 @@ def test_one_input_that_is_not_finite_is_named() -> None:
     """The gate has long passed when it comes."""
     given = [*IMAGES[:3], Sample("bad", lambda: torch.full((VISION_TOKENS, 16), math.nan)), IMAGES[4]]
     batches = measure(vision_tower(), given, batch_size=2)
-    assert next(batches).ids == ("input-0", "input-1")
+    assert next(batches)[0].ids == ("input-0", "input-1")
     message = r"^layer 'layers\.0' gives values that are not finite \(\w+, input 'bad'\)$"
     with pytest.raises(UserError, match=message):
         next(batches)
@@ -536,10 +543,10 @@ def test_depths_that_share_weights_are_not_mixed() -> None:
 
 
 def test_pooling_is_left_out_with_its_reason() -> None:
-    report, tower = Report(), vision_tower(Attention(), Pooled(), Attention())
-    batches = list(measure(tower, IMAGES, batch_size=2, report=report))
-    assert [[block.layer.index for block in batch.layers] for batch in batches] == [[0, 2]] * 3
-    assert report.skipped_layers == {"layers.1": "4 queries over 12 keys: cross-attention or pooling"}
+    incidents, tower = Incidents(), vision_tower(Attention(), Pooled(), Attention())
+    batches = list(measure(tower, IMAGES, batch_size=2, incidents=incidents))
+    assert [[block.layer for block in batch] for batch in batches] == [[0, 2]] * 3
+    assert incidents.skipped_layers == {"layers.1": "4 queries over 12 keys: cross-attention or pooling"}
 
 
 def test_nothing_but_pooling_is_an_error() -> None:

@@ -23,7 +23,7 @@ from diag.errors import UnreadableInput, UserError
 from diag.inputs import tars
 from diag.inputs.images import images
 from diag.measure import prefetch
-from diag.measure.collected import Report
+from diag.measure.batch_readings import Incidents
 from diag.measure.loop import measure, readable
 from diag.measure.prefetch import ahead, shards_ahead, workers_for
 from diag.models import load
@@ -73,7 +73,7 @@ def _nobody_is_left() -> Any:
 def test_samples_leave_in_the_order_in_which_they_came(workers: int) -> None:
     given = samples(50)
     with ahead(tower(), given, workers=workers) as stream:
-        found = list(readable(stream, Report(), tower().prepare))
+        found = list(readable(stream, Incidents(), tower().prepare))
     assert [sample.id for sample in found] == [sample.id for sample in given]
     for number, sample in enumerate(found):
         assert torch.equal(sample.read(), torch.full((3, 8, 8), number / 255))
@@ -119,7 +119,7 @@ def test_shards_that_are_passed_over(workers: int) -> None:
     with shards_ahead(tower(), shards, [0, 2, 4, 6, 7, 8], workers=workers) as take:
         for place in (0, 2, 6, 8, 4, 0):
             taken = itertools.islice(take(place), 1 if place == 2 else None)
-            found[place] = [sample.id for sample in readable(taken, Report(), tower().prepare)]
+            found[place] = [sample.id for sample in readable(taken, Incidents(), tower().prepare)]
     assert found == {
         place: [sample.id for sample in shards[place]][: 1 if place == 2 else 4] for place in (0, 2, 6, 8, 4)
     }
@@ -161,19 +161,19 @@ def test_errors_of_one_image_are_its_own(workers: int, broken: int) -> None:
             raise ValueError("too narrow\nfor words")
         return pixels(image)
 
-    report = Report()
+    incidents = Incidents()
     with ahead(tower(narrow), given, workers=workers) as stream:
-        found = [sample.id for sample in readable(stream, report, tower(narrow).prepare)]
-    assert report.failed == {"broken": "it is torn", "003": "cannot preprocess the image: too narrow"}
+        found = [sample.id for sample in readable(stream, incidents, tower(narrow).prepare)]
+    assert incidents.failed == {"broken": "it is torn", "003": "cannot preprocess the image: too narrow"}
     assert found == [f"{number:03d}" for number in range(20) if number not in (3, broken)]
 
 
 def test_all_are_unreadable() -> None:
-    report = Report()
+    incidents = Incidents()
     given = [Sample(str(number), partial(fail, UnreadableInput("torn"))) for number in range(5)]
     with ahead(tower(), given, workers=2) as stream:
-        assert not list(readable(stream, report, tower().prepare))
-    assert list(report.failed) == ["0", "1", "2", "3", "4"]
+        assert not list(readable(stream, incidents, tower().prepare))
+    assert list(incidents.failed) == ["0", "1", "2", "3", "4"]
 
 
 def test_images_of_different_sizes() -> None:
@@ -314,15 +314,15 @@ def test_numbers_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     given = list(of_photographs.samples(images(tmp_path / "a.tar"), None))
     found = []
     for workers in (0, 1, 2):
-        report = Report()
+        incidents = Incidents()
         with ahead(of_photographs, given, workers=workers) as stream:
             parts = list(
-                measure(of_photographs, stream, metrics=["cos_y_vself"], batch_size=4, report=report)
+                measure(of_photographs, stream, metrics=["cos_y_vself"], batch_size=4, incidents=incidents)
             )
-        assert list(report.failed) == [given[5].id]
-        found.append(([part.ids for part in parts], [x.values for part in parts for x in part.layers]))
+        assert list(incidents.failed) == [given[5].id]
+        found.append(([part[0].ids for part in parts], [x.values for part in parts for x in part]))
     plain = list(measure(of_photographs, given, metrics=["cos_y_vself"], batch_size=4))
-    found.append(([part.ids for part in plain], [x.values for part in plain for x in part.layers]))
+    found.append(([part[0].ids for part in plain], [x.values for part in plain for x in part]))
     for ids, values in found[1:]:
         assert ids == found[0][0]
         assert all(np.array_equal(a, b) for a, b in zip(values, found[0][1], strict=True))

@@ -83,10 +83,10 @@ def test_a_vision_tower_beside_the_default_metrics() -> None:
     samples = list(tower.samples(images("demo"), None))[:3]
     plain = next(iter(measure(tower, samples, metrics=["cos_y_vself", "entropy"])))
     both = next(iter(measure(tower, samples, metrics=["cos_y_vself", "entropy", *NAMES])))
-    for before, after in zip(plain.layers, both.layers, strict=True):
+    for before, after in zip(plain, both, strict=True):
         assert np.array_equal(before.values, after.values[:, :2])
         assert (after.values[:, 2:] > 0).all()
         assert (after.values[:, 3] <= 2).all()
     blank = [Sample("blank", lambda: Image.new("RGB", (64, 64), (30, 90, 200)))]
-    for layer in next(iter(measure(tower, blank, metrics=NAMES))).layers:
+    for layer in next(iter(measure(tower, blank, metrics=NAMES))):
         assert (layer.values == 0).all()

@@ -591,8 +591,7 @@ def test_the_loop_gives_the_numbers_of_the_functions() -> None:
         module(images)
     for layer in range(6):
         of_layer = [
-            [part for part in batch.layers if part.layer.index == layer and not part.of_heads]
-            for batch in batches
+            [part for part in batch if part.layer == layer and not part.of_heads] for batch in batches
         ]
         values = np.concatenate([part.values for (part,) in of_layer], axis=2)
         assert values.shape == (2, len(STREAM_METRICS), 5, 1)
@@ -605,7 +604,7 @@ def test_the_loop_gives_the_numbers_of_the_functions() -> None:
                     np.testing.assert_allclose(
                         values[number, place, :, 0], expected[name], rtol=2e-5, atol=2e-6, err_msg=name
                     )
-    of_heads = [part for part in batches[0].layers if part.of_heads]
+    of_heads = [part for part in batches[0] if part.of_heads]
     assert {part.metrics for part in of_heads} == {("cos_y_vself",)}
     assert [part.values.shape for part in of_heads] == [(2, 1, 3, 3)] * 6
 

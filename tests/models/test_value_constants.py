@@ -541,7 +541,7 @@ def test_other_values_are_not_understood(attnbias: Callable[..., Any]) -> None:
 def test_a_model_is_refused_before_it_runs(
     attnbias: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diag.run.run.shard_pieces", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("diag.run.run.shard_values", lambda *_, **__: pytest.fail("it was run"))
     monkeypatch.setattr(
         "diag.models.value_constants._ROWS",
         {("timm.vision_transformer.Block", "timm.Attention"): ROWS[0]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from scipy import stats
 
 from diag.results import tables as records
 from diag.results.files import write
+from diag.results.layer_values import LayerFacts, LayerValues
 from diag.results.moments import (
     ACCURACY,
     NUMBERS,
     QUANTILES,
     TINY,
     Moments,
-    Piece,
     bins_of,
     merged,
     moment_tables,
@@ -28,10 +29,11 @@ from diag.results.moments import (
     quantiles,
     values_of,
 )
-from diag.run.shards import frame_of
+from diag.results.tables import samples_frame
 
 RATIOS = {"fraction": ("above", "below")}
 METRICS = ("above", "below", "other")
+CONSTANTS = {"model": "m", "tower": "vision", "seed": 0}
 INPUTS = 61
 
 
@@ -44,16 +46,21 @@ def random(inputs: int = INPUTS) -> np.ndarray:
     return values
 
 
-def piece(values: np.ndarray, start: int = 0, **constants: Any) -> Piece:
-    fixed = {"model": "m", "tower": "vision", "layer": 0, "module": "blocks.0", "n_tokens": 17, "seed": 0}
+def made(values: np.ndarray, start: int = 0, n_tokens: int = 17, **fields: Any) -> LayerValues:
     ids = [f"image-{start + i}" for i in range(values.shape[2])]
-    return Piece(values, ids, start, ("patch", "cls"), METRICS, True, fixed | constants)
+    facts = LayerFacts(n_tokens, "full", "included", "as captured", 1e-7)
+    given = LayerValues(0, "blocks.0", facts, ("patch", "cls"), METRICS, ids, start, values)
+    return replace(given, **fields)
+
+
+def cells_of(*measured: LayerValues) -> Moments:
+    return moments_of(measured, RATIOS, CONSTANTS)
 
 
 def cut(values: np.ndarray, ends: Sequence[int]) -> list[Moments]:
     """Moments of stretches of the inputs."""
     bounds = [0, *ends, values.shape[2]]
-    return [moments_of([piece(values[:, :, a:b], a)], RATIOS) for a, b in itertools.pairwise(bounds)]
+    return [cells_of(made(values[:, :, a:b], a)) for a, b in itertools.pairwise(bounds)]
 
 
 def assert_same(one: Moments, other: Moments, rtol: float = 0.0) -> None:
@@ -67,7 +74,7 @@ def test_tables_of_moments_are_those_of_samples() -> None:
     """Means, spreads and counts are those of all samples at once, to rounding."""
     values = random()
     cells = merged(cut(values, [1, 17, 18, 40]))
-    samples = pd.concat([frame_of(piece(values), RATIOS)], ignore_index=True)
+    samples = pd.concat([samples_frame(made(values), RATIOS, CONSTANTS)], ignore_index=True)
     expected = records.tables(samples, RATIOS, seed=0)
     for found, table in zip(moment_tables(cells, RATIOS), expected, strict=True):
         assert list(found) == list(table)
@@ -101,16 +108,8 @@ def test_the_interval_of_a_ratio_is_that_of_the_bootstrap() -> None:
     rng = np.random.default_rng(3)
     below = rng.normal(2.0, 0.4, (1, 1, 3000, 1))
     values = np.concatenate([0.6 * below + rng.normal(0, 0.2, below.shape), below], axis=1)
-    made = Piece(
-        values,
-        [str(i) for i in range(3000)],
-        0,
-        ("all",),
-        ("above", "below"),
-        True,
-        piece(random()).constants,
-    )
-    cells = merged([moments_of([made], RATIOS)])
+    measured = made(values, token_sets=("all",), metrics=("above", "below"))
+    cells = merged([cells_of(measured)])
     row = moment_tables(cells, RATIOS)[1].set_index("metric").loc["fraction"]
     x, y = values[0, 0, :, 0], values[0, 1, :, 0]
     _, _, low, high, n = records.ratio_of_means(x[:, None], y[:, None], seed=0)[0]
@@ -133,8 +132,8 @@ def test_merging_is_associative() -> None:
 
 def test_batches_of_a_shard_are_one() -> None:
     values = random()
-    whole = moments_of([piece(values)], RATIOS)
-    parts = moments_of([piece(values[:, :, :8]), piece(values[:, :, 8:], 8)], RATIOS)
+    whole = cells_of(made(values))
+    parts = cells_of(made(values[:, :, :8]), made(values[:, :, 8:], 8))
     assert_same(parts, whole)
 
 
@@ -148,31 +147,27 @@ def test_small_spreads_keep_their_digits() -> None:
 
 def test_a_part_may_lack_layers_and_have_others_sizes() -> None:
     values = random()
-    first = moments_of([piece(values[:, :, :10], n_tokens=17)], RATIOS)
-    both = [piece(values[:, :, 10:], 10, n_tokens=33), piece(values[:, :, 10:], 10, layer=1, n_tokens=9)]
-    total = merged([first, moments_of(both, RATIOS)])
+    first = cells_of(made(values[:, :, :10], n_tokens=17))
+    both = [made(values[:, :, 10:], 10, n_tokens=33), made(values[:, :, 10:], 10, layer=1, n_tokens=9)]
+    total = merged([first, cells_of(*both)])
     assert total.rows.groupby("layer")["n_tokens"].unique().map(list).to_dict() == {0: [33], 1: [9]}
     alone = merged(cut(values, [10]))
     kept = (total.rows["layer"] == 0).to_numpy()
     np.testing.assert_array_equal(total.numbers[kept], alone.numbers)
-    assert_same(merged([first, merged([moments_of(both, RATIOS)])]), total)
+    assert_same(merged([first, merged([cells_of(*both)])]), total)
 
 
 def test_numbers_of_a_whole_layer_have_no_heads() -> None:
-    made = Piece(
-        random()[..., :1], ["x"] * INPUTS, 0, ("patch", "cls"), METRICS, False, piece(random()).constants
-    )
-    layers, heads = moment_tables(moments_of([made], RATIOS), RATIOS)
+    whole = made(random()[..., :1], ids=["x"] * INPUTS, of_heads=False)
+    layers, heads = moment_tables(cells_of(whole), RATIOS)
     assert len(heads) == 0
     assert len(layers) == 2 * 4
 
 
 def test_metrics_may_differ_between_batches() -> None:
     values = random()
-    short = Piece(
-        values[:, :1, 50:], ["x"] * 11, 50, ("patch", "cls"), METRICS[:1], True, piece(values).constants
-    )
-    cells = moments_of([piece(values[:, :, :50]), short], RATIOS)
+    short = made(values[:, :1, 50:], 50, ids=["x"] * 11, metrics=METRICS[:1])
+    cells = cells_of(made(values[:, :, :50]), short)
     n = cells.rows.assign(n=cells.numbers[:, 0]).set_index(["tokens", "head", "metric"])["n"]
     assert n["cls", 0, "above"] == (~np.isnan(values[1, 0, :, 0])).sum()
     assert n["cls", 0, "below"] == (~np.isnan(values[1, 1, :50, 0])).sum()
@@ -242,18 +237,18 @@ def test_one_value_is_every_quantile() -> None:
 
 
 def test_the_numbers_are_named() -> None:
-    assert moments_of([piece(random())], RATIOS).numbers.shape[1] == len(NUMBERS)
+    assert cells_of(made(random())).numbers.shape[1] == len(NUMBERS)
 
 
-# --- pieces
+# --- inputs from a number on
 
 
-def test_a_piece_is_cut_at_an_input() -> None:
+def test_values_are_cut_at_an_input() -> None:
     values = random()
-    made = piece(values, 10)
-    assert made.until(10) is None
-    assert made.until(10 + INPUTS) is made
-    some = made.until(15)
+    measured = made(values, 10)
+    assert measured.until(10) is None
+    assert measured.until(10 + INPUTS) is measured
+    some = measured.until(15)
     assert some is not None
     assert list(some.ids) == [f"image-{i}" for i in range(10, 15)]
     np.testing.assert_array_equal(some.values, values[:, :, :5])

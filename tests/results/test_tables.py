@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from diag.errors import UserError
 from diag.results import tables as records
 from diag.results.bootstrap import summary
 from diag.results.files import atomically, write, write_json
+from diag.results.layer_values import LayerFacts, LayerValues
 from diag.results.tables import STATISTICS, samples_frame, tables
 
 RATIOS = {"fraction": ("above", "below")}
+FACTS = LayerFacts(17, "full", "included", "as captured", 1e-7)
 KEYS = ["model", "tower", "layer", "module", "tokens", "metric"]
 
 
@@ -30,19 +33,16 @@ def frame(
     layer: int = 0,
     first_input: int = 0,
     ratios: dict[str, tuple[str, str]] = RATIOS,
+    n_tokens: int = 17,
+    attn_scope: str = "full",
     **constants: Any,
 ) -> pd.DataFrame:
     """Samples from `values[token set, metric, input, head]`."""
-    fixed = {"model": "m", "tower": "vision", "layer": layer, "module": f"blocks.{layer}", "n_tokens": 17}
-    return samples_frame(
-        values,
-        ids=[f"image-{first_input + i}" for i in range(values.shape[2])],
-        first_input=first_input,
-        token_sets=token_sets,
-        metrics=metrics,
-        ratios=ratios,
-        constants={**fixed, "patch_size": None, "values": "as_computed", "seed": 0, **constants},
-    )
+    ids = [f"image-{first_input + i}" for i in range(values.shape[2])]
+    facts = replace(FACTS, n_tokens=n_tokens, attn_scope=attn_scope)
+    measured = LayerValues(layer, f"blocks.{layer}", facts, token_sets, metrics, ids, first_input, values)
+    fixed = {"model": "m", "tower": "vision", "patch_size": None, "values": "as_computed", "seed": 0}
+    return samples_frame(measured, ratios, fixed | constants)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -99,15 +99,8 @@ def test_a_ratio_whose_parts_were_not_measured_is_left_out() -> None:
 
 
 def test_the_same_input_twice_stays_two_inputs() -> None:
-    table = samples_frame(
-        random(1, 1, 2, 1),
-        ids=["a", "a"],
-        first_input=0,
-        token_sets=["all"],
-        metrics=["above"],
-        ratios={},
-        constants={"model": "m", "tower": "text", "layer": 0, "module": "h.0"},
-    )
+    measured = LayerValues(0, "h.0", FACTS, ["all"], ["above"], ["a", "a"], 0, random(1, 1, 2, 1))
+    table = samples_frame(measured, {}, {"model": "m", "tower": "text"})
     assert list(table["input"]) == ["a", "a"]
     assert tables(table, {}, seed=0)[0]["n"].tolist() == [2]
 
@@ -167,7 +160,7 @@ def test_layers_may_differ_in_their_number_of_heads() -> None:
 
 def test_the_columns_are_the_contract() -> None:
     layers, heads = tables(frame(random(1, 2, 3, 2)), RATIOS, seed=0)
-    constants = ["n_tokens", "patch_size", "values", "seed"]
+    constants = ["n_tokens", "patch_size", "attn_scope", "first_token", "values", "seed"]
     assert list(layers) == [*KEYS, *STATISTICS, *constants]
     assert list(heads) == [*KEYS[:4], "head", *KEYS[4:], *STATISTICS, *constants]
     assert len(layers) == 3

@@ -15,9 +15,11 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.inputs.labels import class_names, labels
+from diag.measure.batch_readings import Incidents
+from diag.measure.batches import BatchSize
 from diag.measure.device import device_of
 from diag.measure.edited import check_layers
-from diag.measure.loop import Report, pick_layers
+from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.resolve import ModelSpec
@@ -107,16 +109,16 @@ def _carried_out(
     if tower.language_head is not None and any(edit.where == "mlp branch" for edit in plan.edits()):
         listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
     listener.start(f"{spec.given} changed", len(samples))
-    report = Report()
+    incidents = Incidents()
     rows = sweep(
         model,
         tower,
         samples,
         todo,
-        batch_size=plan.batch_size,
+        batch_size=BatchSize.of(plan.batch_size, model.module),
         labels=truth,
         classify=classify,
-        report=report,
+        incidents=incidents,
         advance=listener.advance,
     )
     table = sensitivity(rows, seed=plan.seed)
@@ -136,7 +138,7 @@ def _carried_out(
         {
             **document,
             "figures": [str(path.relative_to(folder)) for path in figures],
-            "status": "partial" if report.failed else "complete",
+            "status": "partial" if incidents.failed else "complete",
             "model": {"given": spec.given, "resolved": model.resolved, **dict(model.facts)},
             "tower": tower.name,
             "ends_in": tower.ending,
@@ -146,7 +148,7 @@ def _carried_out(
                 "sha256": given[kind].digest,
                 "n": len(samples),
             },
-            "failed_inputs": report.failed,
+            "failed_inputs": incidents.failed,
             "seconds": round(time.time() - started, 3),
             "environment": environment(),
         },

@@ -16,8 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from diag.measure.batch_readings import Incidents
+from diag.measure.batches import BatchSize
 from diag.measure.edited import edited
-from diag.measure.loop import Report, chunks, pick_layers, readable
+from diag.measure.loop import pick_layers, run_batches
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.blocks import Block, find_blocks
 from diag.models.hooks.interventions import Edit
@@ -75,47 +77,48 @@ def sweep(
     samples: Sequence[Sample],
     todo: Sequence[Case],
     *,
-    batch_size: int = 8,
+    batch_size: int | BatchSize = 8,
     labels: Mapping[str, int] | None = None,
     classify: Callable[[Tensor], Tensor] | None = None,
-    report: Report | None = None,
+    incidents: Incidents | None = None,
     advance: Callable[[int], object] = lambda inputs: None,
 ) -> pd.DataFrame:
     """Runs every input untouched and under every case: one row per case, effect and input.
 
     labels: the true class by input id, where it is known. classify: embeddings → class logits (zero-shot).
+    batch_size, incidents: as in `diag.measure.loop.run_batches`.
     Columns: intervention, strength, scope, layer, head (-1: all), effect, input, input_index, value.
+    Raises UserError where a single input does not fit into memory.
     """
     layers = pick_layers(tower.layers, None)
     head = None if tower.language_head is None else tower.language_head()
     runner = _Runner(tower, layers, find_blocks(model.module, layers), head, classify)
-    rows: list[pd.DataFrame] = []
-    position = 0
-    size = min(batch_size, tower.max_batch or batch_size)
-    for chunk in chunks(readable(samples, report or Report()), size):
-        batch = tower.encode(chunk)
+
+    def changed(chunk: Sequence[Sample], batch: Batch, first_input: int) -> list[pd.DataFrame]:
         truth = torch.tensor([(labels or {}).get(sample.id, -1) for sample in chunk])
         untouched = runner.outcome(batch, (), truth)
-        for case in todo:
-            found = effects(untouched, runner.outcome(batch, (case.edit,), truth))
-            for name, value in found.items():
-                rows.append(
-                    pd.DataFrame(
-                        {
-                            "intervention": case.edit.name,
-                            "strength": case.strength,
-                            "scope": case.scope,
-                            "layer": case.layer,
-                            "head": case.head,
-                            "effect": name,
-                            "input": list(batch.ids),
-                            "input_index": np.arange(len(chunk)) + position,
-                            "value": value.cpu().numpy(),
-                        }
-                    )
-                )
-        position += len(chunk)
-        advance(len(chunk))
+        return [
+            pd.DataFrame(
+                {
+                    "intervention": case.edit.name,
+                    "strength": case.strength,
+                    "scope": case.scope,
+                    "layer": case.layer,
+                    "head": case.head,
+                    "effect": name,
+                    "input": list(batch.ids),
+                    "input_index": np.arange(len(chunk)) + first_input,
+                    "value": value.cpu().numpy(),
+                }
+            )
+            for case in todo
+            for name, value in effects(untouched, runner.outcome(batch, (case.edit,), truth)).items()
+        ]
+
+    rows: list[pd.DataFrame] = []
+    for found in run_batches(tower, samples, changed, batch_size=batch_size, incidents=incidents):
+        rows += found
+        advance(len(found[0]))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.inputs.items import Inputs
-from diag.measure.loop import BatchValues, measure, pick_layers
+from diag.measure.loop import measure, pick_layers
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.registry import metric_names
@@ -36,6 +36,7 @@ from diag.models.base import Batch, Sample, Tower
 from diag.models.families.from_module import TOWER
 from diag.models.hooks.blocks import find_blocks
 from diag.models.hooks.seam import Layer, OnCall, attention_calls, discover
+from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (
     Given,
     InputRecorder,
@@ -232,12 +233,12 @@ class Monitor:
     def _of_stream(self) -> bool:
         return not STREAM_METRICS.keys().isdisjoint(self.metrics)
 
-    def _kept(self, step: int, found: BatchValues) -> dict[str, float]:
+    def _kept(self, step: int, found: Sequence[LayerValues]) -> dict[str, float]:
         """One batch's numbers into the history, and as a logger takes them."""
         inputs: dict[int, dict[str, np.ndarray]] = {}  # layer -> metric -> [input]
-        for block in found.layers:
-            means = zip(block.metrics, _mean(block.values[0]), strict=True)
-            inputs.setdefault(block.layer.index, {}).update(means)
+        for one in found:
+            means = zip(one.metrics, _mean(one.values[0]), strict=True)
+            inputs.setdefault(one.layer, {}).update(means)
         width = max(2, len(str(max(inputs))))
         numbers: dict[str, float] = {}
         for metric in self.metrics:

@@ -188,7 +188,7 @@ def test_a_probe_under_it() -> None:
         next(iter(measure(tower, samples, metrics=["cos_y_vself"], edits=[parse(text) for text in texts])))
         for texts in ([], ["gated:0"])
     ]
-    first, second = ([layer.values for layer in batch.layers] for batch in numbers)
+    first, second = ([layer.values for layer in batch] for batch in numbers)
     assert (first[0] == second[0]).all(), "heads of the layer itself are before its gate"
     assert (first[1] != second[1]).any()
 

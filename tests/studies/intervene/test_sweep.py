@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from commands import Ended
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
+from diag.inputs.images import demo_images
 from diag.inputs.labels import labels
 from diag.inputs.texts import texts
+from diag.measure.batches import BatchSize
 from diag.measure.edited import edited, heads_return
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
@@ -154,6 +157,64 @@ def test_a_gate_of_nothing_changes_nothing_at_all(loaded: dict[str, Model]) -> N
     rows = sweep(model, tower, samples, todo, batch_size=2)
     assert (rows.loc[rows["effect"] == "loss_change", "value"] == 0).all()
     assert len(rows) == 6 * 3 * rows["effect"].nunique()
+
+
+@pytest.mark.parametrize(("name", "kind"), [LM, VIT])
+@pytest.mark.parametrize("fails", ["untouched", "changed"])
+def test_what_does_not_fit_is_run_in_halves(
+    name: str, kind: str, fails: str, loaded: dict[str, Model]
+) -> None:
+    """Memory runs out in the middle of a batch: all of its cases are run anew, and no row is there twice."""
+    model, seen = loaded[name], list[int]()
+    tower = model.tower(kind)
+
+    def forward(batch: Batch) -> object:
+        seen.append(len(batch.ids))
+        result = tower.forward(batch)
+        if len(batch.ids) > 2 and (fails == "untouched" or len(seen) == 3):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return result
+
+    given = texts("demo") if kind == "text" else demo_images()
+    samples = tower_samples(tower, given, checked(models=(name,), seq_len=24, limit=5))
+    todo = cases([parse("xsa"), parse("skip")], tower.layers[:2], ("one",))
+    short, done = replace(tower, forward=forward), list[int]()
+    with pytest.warns(RuntimeWarning, match="5 inputs at once do not fit into memory; going on with 2"):
+        halved = sweep(model, short, samples, todo, batch_size=5, advance=done.append)
+    assert seen == [5] * (1 if fails == "untouched" else 3) + [2] * 10 + [1] * 5
+    assert done == [2, 2, 1]
+    pd.testing.assert_frame_equal(halved, sweep(model, tower, samples, todo, batch_size=2))
+    whole = sweep(model, tower, samples, todo, batch_size=5)
+    by = ["intervention", "layer", "effect", "input_index"]
+    ours, theirs = (rows.sort_values(by, ignore_index=True) for rows in (halved, whole))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-6)
+    table, expected = (sensitivity(rows, seed=0) for rows in (ours, theirs))
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(ours["value"], theirs["value"].iloc[::-1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_size_that_follows_the_memory_changes_no_number(loaded: dict[str, Model]) -> None:
+    model, done = loaded["demo:vit-p16"], list[int]()
+    tower, todo = model.tower("vision"), cases([parse("xsa")], model.tower("vision").layers[:2], ("one",))
+    samples = tower_samples(tower, demo_images(), checked(models=("demo:vit-p16",), limit=4))
+    size = BatchSize.of(0, model.module)
+    grown = sweep(model, tower, samples, todo, batch_size=size, advance=done.append)
+    assert done == [1, 2, 1]
+    whole = sweep(model, tower, samples, todo, batch_size=4)
+    by = ["layer", "effect", "input_index"]
+    ours, theirs = (rows.sort_values(by, ignore_index=True) for rows in (grown, whole))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_one_input_that_does_not_fit_is_an_error(loaded: dict[str, Model]) -> None:
+    model = loaded["demo:vit-p16"]
+    tower = replace(model.tower("vision"), forward=lambda batch: (_ for _ in ()).throw(MemoryError()))
+    samples = tower_samples(tower, demo_images(), checked(models=("demo:vit-p16",), limit=2))
+    with (
+        pytest.warns(RuntimeWarning, match="going on with 1"),
+        pytest.raises(UserError, match="a single input does not fit into memory: none is left"),
+    ):
+        sweep(model, tower, samples, cases([parse("xsa")], tower.layers, ("one",)), batch_size=2)
 
 
 def test_cases() -> None:

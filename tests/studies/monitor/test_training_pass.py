@@ -44,7 +44,7 @@ def state(module: nn.Module) -> list[object]:
         [child.training for child in module.modules()],
         torch.get_rng_state().tolist(),
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        [np.random.get_state()[1].tolist(), np.random.get_state()[2]],
         torch.get_float32_matmul_precision(),
     ]
 

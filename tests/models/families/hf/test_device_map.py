@@ -29,7 +29,7 @@ TEXTS = Inputs("texts", "cats", [Item("long", lambda: TEXT)], "0")
 def numbers(model: Model, kind: str, inputs: Inputs, **options: Any) -> list[np.ndarray]:
     tower = model.towers[kind]
     samples = [sample for sample, _ in zip(tower.samples(inputs, None), range(3), strict=False)]
-    return [layer.values for batch in measure(tower, samples, **options) for layer in batch.layers]
+    return [layer.values for batch in measure(tower, samples, **options) for layer in batch]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit", "clip", "siglip", "dinov2"])

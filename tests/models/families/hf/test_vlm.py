@@ -41,10 +41,7 @@ def numbers(tower: Tower, inputs: Inputs, metrics: list[str], batch_size: int = 
     """`[input, token set, layer, metric, head]` over the default sets."""
     found = measure(tower, list(tower.samples(inputs, None))[:limit], metrics=metrics, batch_size=batch_size)
     return torch.cat(
-        [
-            torch.stack([torch.tensor(layer.values) for layer in batch.layers], 1).movedim(3, 0)
-            for batch in found
-        ]
+        [torch.stack([torch.tensor(layer.values) for layer in batch], 1).movedim(3, 0) for batch in found]
     )
 
 
@@ -239,7 +236,7 @@ def test_divergence_is_that_of_two_runs_of_the_library(
         batch = tower.encode([Sample("a", lambda shown=shown: shown)])
         with torch.inference_mode():
             whole(**batch.data)
-    for index, layer in enumerate(found.layers):
+    for index, layer in enumerate(found):
         one, other = (
             x[0].double().unflatten(-1, (4, 8)).transpose(0, 1) for x in (outputs[index], outputs[index + 2])
         )
@@ -252,7 +249,7 @@ def test_divergence_is_that_of_two_runs_of_the_library(
             torch.testing.assert_close(
                 torch.tensor(layer.values[place, :, 0]), expected, atol=1e-5, rtol=1e-4
             )
-    assert (found.layers[1].values > 1e-4).all(), "the image would make no difference"
+    assert (found[1].values > 1e-4).all(), "the image would make no difference"
 
 
 def test_divergence_by_name_of_the_group(folder_of: Folders, attnbias: Callable[..., Ended]) -> None:

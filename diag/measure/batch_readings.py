@@ -14,7 +14,6 @@ from diag.attention.geometry import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
-from diag.measure.gate import LayerFacts
 from diag.metrics.attention import METRICS, readings_of, selections_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
@@ -27,6 +26,7 @@ from diag.models.hooks.blocks import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import Layer
+from diag.results.layer_values import LayerFacts, LayerValues
 
 OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
@@ -36,10 +36,13 @@ FEW_KEYS = 64
 
 
 @dataclass
-class Report:
+class Incidents:
     """What happened beside the numbers; filled while the loop runs.
 
-    unprojected: layers whose output projection is not understood, so that what needs it is undefined there.
+    failed: inputs that could not be read, by id, and why. skipped_layers: layers that do not attend to their
+        own tokens, by path, and why.
+    unprojected: layers whose output projection is not understood, so that what needs it is undefined
+        there.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -162,13 +165,12 @@ class BatchReadings:
             )
         return mask
 
-    def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
-        """Each layer with its `[token set, metric, input, head]`, on the device.
+    def blocks(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, tuple[str, ...], Tensor]]:
+        """Each layer with its metrics and their `[token set, metric, input, head]`, on the device.
 
         Where rows were sampled, the standard error that comes from it follows as a metric of its own.
         """
         inputs = len(self.batch.ids)
-        found: list[LayerBlock] = []
         for layer in layers:
             of_layer = self.readings.pop(layer.index)
             parts = {
@@ -193,28 +195,29 @@ class BatchReadings:
                     sampling_error(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in sampled
                 ]
             names = (*self.names, *(name + SAMPLING_ERROR for name in sampled))
-            block = torch.stack(rows).view(len(self.sets), len(names), inputs, rows[0].shape[-1])
-            found.append((layer, names, True, block))
-        return found
+            yield layer, names, torch.stack(rows).view(len(self.sets), len(names), inputs, rows[0].shape[-1])
 
 
 class BatchStreamReadings:
-    """Stream metrics of one forward pass: a layer's calls are kept until its block has finished."""
+    """Stream metrics of one forward pass: a layer's calls are kept until its block has finished.
+
+    of_heads: the readings of the same pass. gated: whether it is the first one, and is checked.
+    """
 
     def __init__(
         self,
         names: Sequence[str],
-        collected: BatchReadings,
+        of_heads: BatchReadings,
         blocks: Sequence[Block],
         edits: Sequence[Edit],
-        report: Report,
+        incidents: Incidents,
         gated: bool,
     ) -> None:
-        self.names, self.collected, self.report, self.gated = tuple(names), collected, report, gated
+        self.names, self.of_heads, self.incidents, self.gated = tuple(names), of_heads, incidents, gated
         on_branch = [edit for edit in edits if edit.where == "attention branch"]
         self.changed = {block.index for block in blocks if any(edit.at(block.index) for edit in on_branch)}
         self.known = {block.index: block for block in blocks}
-        self.readings = StreamReadings(names, len(collected.tower.layers))
+        self.readings = StreamReadings(names, len(of_heads.tower.layers))
         self.calls: dict[int, list[tuple[AttentionCall, AttentionCall]]] = {}
 
     def add(self, states: BlockStates) -> None:
@@ -226,44 +229,42 @@ class BatchStreamReadings:
             if self.gated and call.batch == states.batch and states.layer not in self.changed:
                 error = projection_error(self.known[states.layer], replace(states, call=call))
                 if not error < tolerance(states.after.dtype):
-                    self.report.unprojected.append(states.path)
+                    self.incidents.unprojected.append(states.path)
             states = replace(states, call=used)
         if self.gated:
             check_states(self.known[states.layer], states)
-        if states.path in self.report.unprojected:
+        if states.path in self.incidents.unprojected:
             states = replace(states, to_stream=None)
-        sets = self.collected.sets
-        self.readings.add(states, {name: self.collected.tokens(name, states) for name in sets})
+        sets = self.of_heads.sets
+        self.readings.add(states, {name: self.of_heads.tokens(name, states) for name in sets})
 
-    def blocks(self, layers: Sequence[Layer]) -> list[LayerBlock]:
-        """Each layer with its `[token set, metric, input, 1]`, on the device."""
+    def blocks(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, tuple[str, ...], Tensor]]:
+        """Each layer with its metrics and their `[token set, metric, input, 1]`, on the device."""
         self.readings.finished()
-        inputs = len(self.collected.batch.ids)
-        return [
-            (layer, self.names, False, self.readings.block(layer.index, inputs))
-            for layer in layers
-            if layer.index in self.readings.readings
-        ]
+        inputs = len(self.of_heads.batch.ids)
+        for layer in layers:
+            if layer.index in self.readings.readings:
+                yield layer, self.names, self.readings.block(layer.index, inputs)
 
 
-LayerBlock = tuple[Layer, tuple[str, ...], bool, Tensor]
-"""A layer, its metrics, whether they are of heads, and their numbers."""
+def layer_values(
+    of_heads: BatchReadings,
+    of_stream: BatchStreamReadings | None,
+    layers: Sequence[Layer],
+    facts: Mapping[int, LayerFacts],
+    first_input: int,
+) -> list[LayerValues]:
+    """All that was read of one forward pass, its numbers on the CPU; each device is read once.
 
-
-def on_host(
-    found: Sequence[LayerBlock], ids: Sequence[str]
-) -> Iterator[tuple[Layer, tuple[str, ...], bool, np.ndarray]]:
-    """The blocks with their numbers on the CPU; each device is read once for all of its layers."""
-    devices = dict.fromkeys(block.device for *_, block in found)
-    flat = {
-        device: torch.cat([block.flatten() for *_, block in found if block.device == device]).cpu().numpy()
-        for device in devices
-    }
-    start = dict.fromkeys(devices, 0)
-    for layer, names, of_heads, block in found:
-        first = start[block.device]
-        values = flat[block.device][first : first + block.numel()].reshape(block.shape)
-        start[block.device] += block.numel()
+    facts: of the layers, by depth index. first_input: the number of the pass's first input.
+    Raises UserError, naming the layer, the metric and the input, for a number that is infinite.
+    """
+    found = [(True, *block) for block in of_heads.blocks(layers if of_heads.names else ())]
+    if of_stream is not None:
+        found += [(False, *block) for block in of_stream.blocks(layers)]
+    ids, measured = of_heads.batch.ids, []
+    arrays = _on_host([numbers for *_, numbers in found])
+    for (whose, layer, names, _), values in zip(found, arrays, strict=True):
         if np.isinf(values).any():
             metric, who = np.argwhere(np.isinf(values))[0][1:3]
             raise UserError(
@@ -271,4 +272,20 @@ def on_host(
                 f"input '{ids[who]}')",
                 "the weights or activations hold NaN or infinity; try --dtype float32",
             )
-        yield layer, names, of_heads, values
+        sized = of_heads.sized(layer, facts[layer.index])
+        measured.append(
+            LayerValues(layer.index, layer.path, sized, of_heads.sets, names, ids, first_input, values, whose)
+        )
+    return measured
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """The tensors on the CPU; each device is read once for all of its own."""
+    found: dict[int, np.ndarray] = {}
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[place].flatten() for place in places]).cpu().numpy()
+        ends = np.cumsum([tensors[place].numel() for place in places])
+        for place, part in zip(places, np.split(flat, ends[:-1]), strict=True):
+            found[place] = part.reshape(tensors[place].shape)
+    return [found[place] for place in range(len(tensors))]
