@@ -177,12 +177,11 @@ def _plans(
 
 
 def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool) -> None:
+    from diag.results.folder import is_finished
     from diag.run.cache import folder_of, is_measured
     from diag.run.plan import specs_of
 
-    rows: list[dict[str, Any]] = [
-        {"run": str(run), "measured": (run / "manifest.json").is_file()} for run in runs
-    ]
+    rows: list[dict[str, Any]] = [{"run": str(run), "measured": is_finished(run)} for run in runs]
     rows += [
         {
             "run": str(folder_of(plan)),

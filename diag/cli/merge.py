@@ -25,9 +25,10 @@ def merge(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
 ) -> None:
     """Finish a run that several processes measured: tables, figures and manifest out of its shards."""
+    from diag.results.folder import is_finished
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
-    from diag.run.ledger import is_finished, lock_file, read_plan
+    from diag.run.ledger import lock_file, read_plan
     from diag.run.processes import Locks
 
     if is_finished(run):

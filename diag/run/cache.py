@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diag.results.folder import is_finished
 from diag.run.plan import RUNS, ProbePlan, inputs_of, run_folder
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
 
 def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:
     """Whether a plan's run is there, finished."""
-    return (folder_of(plan, root) / "manifest.json").is_file()
+    return is_finished(folder_of(plan, root))
 
 
 def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = None) -> Path:
@@ -31,7 +32,7 @@ def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = 
     Raises UserError as `run.run_probe` does.
     """
     folder = folder_of(plan, root)
-    if (folder / "manifest.json").is_file():
+    if is_finished(folder):
         return folder
     from diag.run.run import run_probe
 

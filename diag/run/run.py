@@ -31,11 +31,12 @@ from diag.models.base import Model, Sample, Tower
 from diag.models.families.hf.device_map import SPREAD
 from diag.models.names.resolve import ModelSpec
 from diag.results.files import CannotWrite, file_stem, write, write_json, writing
+from diag.results.folder import is_finished
 from diag.results.moments import moments_of
 from diag.results.tables import read_heads, read_layers, read_manifest
 from diag.run.environment import command_line
 from diag.run.finish import draw, finish
-from diag.run.ledger import Part, failure_file, forget_failures, is_finished, lock_file, read_plan, standing
+from diag.run.ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
 from diag.run.plan import ProbePlan, inputs_of, run_folder, shard_inputs, specs_of
 from diag.run.processes import WHOLE, Locks, Share
 from diag.run.progress import Listener, Progress, Silent

@@ -22,6 +22,7 @@ from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.resolve import ModelSpec
 from diag.results.files import write, write_json, writing
+from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
 from diag.results.tables import layer_samples, read_layers, read_samples
 from diag.run.cache import measured
 from diag.run.environment import command_line, environment
@@ -127,7 +128,7 @@ def _carried_out(
         ],
         ignore_index=True,
     )
-    for name, frame in (("samples.parquet", rows), ("sensitivity.csv", table), ("relations.csv", relation)):
+    for name, frame in ((SAMPLES, rows), ("sensitivity.csv", table), ("relations.csv", relation)):
         write(frame.assign(model=spec.given, tower=tower.name), folder / name)
     probe = read_layers(probed)
     probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
@@ -150,7 +151,7 @@ def _carried_out(
             "seconds": round(time.time() - started, 3),
             "environment": environment(),
         },
-        folder / "manifest.json",
+        folder / MANIFEST,
     )
     return open_sweep(folder)
 
@@ -174,15 +175,13 @@ def _truth(
 
 def open_sweep(folder: Path) -> Sweep:
     """A finished sweep. Raises UserError if it is none."""
-    import json
-
-    if not (folder / "manifest.json").is_file():
+    if not is_finished(folder):
         raise UserError(f"'{folder}' is not a finished sweep", "attnbias intervene -m MODEL … -o FOLDER")
     return Sweep(
         folder,
         pd.read_csv(folder / "sensitivity.csv"),
         pd.read_csv(folder / "relations.csv"),
-        json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
+        manifest_in(folder),
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from diag.errors import UserError
 from diag.measure.device import device_of
 from diag.results.files import write, write_json
+from diag.results.folder import MANIFEST, PLAN
 from diag.results.tables import read_layers, read_manifest
 from diag.run.environment import command_line, environment
 from diag.run.plan import RUNS, checked
@@ -86,7 +87,7 @@ def run_train(
         raise UserError(
             "--overwrite with several processes would remove what others train", f"rm -r {folder}"
         )
-    if overwrite and (folder / "plan.json").exists():
+    if overwrite and (folder / PLAN).exists():
         for name in ("cells", "probe", "probed"):
             shutil.rmtree(folder / name, ignore_errors=True)
     if claim(folder, document, overwrite=overwrite):
@@ -174,7 +175,7 @@ def _finish(
             "seconds": round(time.time() - started, 3),
             "environment": environment(),
         },
-        folder / "manifest.json",
+        folder / MANIFEST,
     )
     return open_grid(folder)
 
