@@ -69,9 +69,9 @@ def attend(
 ) -> None:
     """Show what one patch or token attends to, how alike their values are, and what it gets back."""
     from diag.show.terminal import StderrListener
-    from diag.studies.attend import checked, read, run_attend
+    from diag.studies.attend import AttendPlan, read, run_attend
 
-    plan = checked(
+    plan = AttendPlan.checked(
         models=tuple(model),
         image=image,
         text=text,

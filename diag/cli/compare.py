@@ -163,14 +163,14 @@ def _plans(
 ) -> list[ProbePlan]:
     """A plan per model, argument and length, so that a run is found again whatever it is compared with."""
     from diag.models.names.series import members
-    from diag.run.plan import checked
+    from diag.run.plan import ProbePlan
 
     models = [*given, *(name for one in series for name in members(one))]
     for argument in ("patch_size", "img_size"):
         if sweeps[argument]:
             models = [f"{name},{argument}={size}" for name in models for size in sweeps[argument]]
     return [
-        checked(models=(name,), seq_len=length, **common)
+        ProbePlan.checked(models=(name,), seq_len=length, **common)
         for name in dict.fromkeys(models)
         for length in sweeps["seq_len"] or (None,)
     ]

@@ -73,11 +73,11 @@ def intervene(
 ) -> None:
     """Change each layer's attention in turn: what it costs, and whether the bias predicts it."""
     from diag.show.terminal import StderrListener
-    from diag.studies.intervene.plan import checked
+    from diag.studies.intervene.plan import IntervenePlan
     from diag.studies.intervene.run import run_intervene
     from diag.studies.intervene.words import table
 
-    plan = checked(
+    plan = IntervenePlan.checked(
         models=(model,),
         interventions=tuple(intervention or ("xsa",)),
         scopes=tuple(part.strip() for part in scope.split(",")),

@@ -90,10 +90,10 @@ def probe(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
 ) -> None:
     """Measure the attention bias of pretrained models, layer by layer and head by head."""
-    from diag.run.plan import checked
+    from diag.run.plan import ProbePlan
     from diag.run.processes import share_of
 
-    plan = checked(
+    plan = ProbePlan.checked(
         models=_models(model or [], series or []),
         images=images,
         texts=texts,
@@ -174,15 +174,17 @@ def _models(given: list[str], series: list[str]) -> tuple[str, ...]:
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
-    from diag.measure.device import device_of
     from diag.run.forecast import forecast
-    from diag.run.run import prepared
+    from diag.run.prepared import Prepared
 
-    specs, found = prepared(plan)
+    prepared = Prepared.of(plan)
     document = {
-        "models": {spec.given: spec.resolved for spec in specs},
-        "inputs": {kind: f"{len(given)} {given.kind} from '{given.source}'" for kind, given in found.items()},
-        "memory": forecast(plan, specs, found, device_of(plan.device)),
+        "models": {spec.given: spec.resolved for spec in prepared.specs},
+        "inputs": {
+            kind: f"{len(given)} {given.kind} from '{given.source}'"
+            for kind, given in prepared.inputs.items()
+        },
+        "memory": forecast(prepared),
         "plan": plan.model_dump(mode="json"),
     }
     if as_json:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from torch import nn
 
 from diag.attention.call import AttentionCall
@@ -17,14 +16,15 @@ from diag.errors import UserError
 from diag.inputs.given import as_inputs
 from diag.inputs.items import Inputs
 from diag.measure import loop as measure
-from diag.metrics.registry import metric_names
+from diag.measure.device import device_of, dtype_of
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families import from_module as own
 from diag.models.names.resolve import parse
 from diag.results.tables import tables
-from diag.run import run, shards
-from diag.run.plan import checked
+from diag.run import shards
+from diag.run.plan import ProbePlan
+from diag.run.prepared import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def probe(
     >>> len(run.layers)
     6
     """
-    plan = checked(
+    plan = ProbePlan.checked(
         models=(model if isinstance(model, str) else type(model).__name__,),
         metrics=_listed(metrics),
         tokens=_listed(tokens),
@@ -104,10 +104,10 @@ def probe(
         dtype=dtype,
         seed=seed,
     )
-    metric_names(plan.metrics)
+    measurement = Measurement.of(plan)
     loaded, tower, samples = _prepare(model, inputs, plan)
     report = measure.Report()
-    work = shards.TowerJob.of(loaded, tower, plan)
+    work = shards.TowerJob.of(loaded, tower, measurement)
     frames = list(shards.shard_frames(work, samples, report))
     if not frames:
         reason = next(iter(report.failed.values()), "there is none")
@@ -135,7 +135,7 @@ def capture(
     Raises UserError as `probe` does, and for more inputs than the model takes at once.
     """
     own_module = isinstance(model, nn.Module)
-    plan = checked(
+    plan = ProbePlan.checked(
         models=(type(model).__name__ if own_module else model,),
         layers=_listed(layers),
         limit=sys.maxsize if own_module else limit,
@@ -152,11 +152,11 @@ def capture(
     return measure.capture(tower, tower.encode(samples), plan.layers)
 
 
-def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tower, Sequence[Sample]]:
+def _prepare(model: str | nn.Module, inputs: Any, plan: ProbePlan) -> tuple[Model, Tower, Sequence[Sample]]:
     if isinstance(model, nn.Module):
         return own.from_module(model, inputs, plan.limit)
     spec = parse(model)
-    loaded = load(spec, device=run.device_of(plan.device), dtype=getattr(torch, plan.dtype))
+    loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
     kind = next(iter(loaded.towers))
     if isinstance(inputs, Inputs):
         kind = inputs.tower
@@ -164,7 +164,11 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tow
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
-    return loaded, tower, shards.tower_samples(tower, as_inputs(inputs, kind), plan)
+    return (
+        loaded,
+        tower,
+        shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len),
+    )
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diag.results.folder import is_finished
-from diag.run.plan import RUNS, ProbePlan, inputs_of, run_folder
+from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
 
 if TYPE_CHECKING:
     from diag.run.progress import Listener
@@ -18,7 +18,7 @@ def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
     Raises UserError if a model or an input is not known.
     """
     digests = {kind: found.digest for kind, found in inputs_of(plan).items()}
-    return run_folder(plan, plan.key(digests), root)
+    return default_folder(plan, plan.key(digests), root)
 
 
 def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:

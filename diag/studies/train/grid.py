@@ -26,7 +26,7 @@ from diag.results.files import write, write_json
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.tables import read_layers, read_manifest
 from diag.run.environment import command_line, environment
-from diag.run.plan import RUNS, checked
+from diag.run.plan import RUNS, ProbePlan
 from diag.run.processes import Locks, share_of
 from diag.run.progress import Listener, Silent
 from diag.run.run import run_probe
@@ -186,7 +186,9 @@ def _probe(
     """The layers table of every trained model; the model column holds the cell's name."""
     paths = {str(folder / "cells" / cell.name / "model"): cell.name for cell in cells}
     run = run_probe(
-        checked(models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")),
+        ProbePlan.checked(
+            models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")
+        ),
         folder / "probe",
         listener=listener,
     )

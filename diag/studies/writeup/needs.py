@@ -21,7 +21,7 @@ from diag.models.names.arguments import merged, read, split, written
 from diag.results.folder import PLAN, is_finished
 from diag.results.profiles import CURVES, SHARES
 from diag.run.cache import is_measured
-from diag.run.plan import HOW, ProbePlan, specs_of
+from diag.run.plan import HOW, ProbePlan, mistake, specs_of
 from diag.show.figures.entropy import METRICS as ENTROPY_METRICS
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
@@ -68,12 +68,9 @@ def runs_of(plan: Plan, document: Document) -> dict[str, tuple[Run, ...]]:
         try:
             found[name] = tuple(_runs(name, plan.probes[name]))
         except ValidationError as error:
-            first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ")
-            place = ("probes", name, *first["loc"])
-            raise document.error(
-                place, f"{first['loc'][0]} {reason}", f"given: {first['input']!r}"
-            ) from error
+            option, reason, given = mistake(error)
+            place = ("probes", name, *option)
+            raise document.error(place, f"{option[0]} {reason}", f"given: {given!r}") from error
         except UserError as error:
             raise document.error(("probes", name, "series"), str(error), error.tip) from error
     for place, _, item in items_of(plan):
