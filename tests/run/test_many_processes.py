@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from diag import run
+from diag.run import run
 from diag.run.plan import ProbePlan
 from diag.models import load
 from diag.models.names.resolve import parse
