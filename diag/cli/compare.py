@@ -149,18 +149,18 @@ def _plans(given: CompareOptions, sweeps: Mapping[str, tuple[int, ...]]) -> list
 
 def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool) -> None:
     from diag.results.folder import is_finished
-    from diag.run.cache import folder_of, is_measured
+    from diag.run.cache import folder_of
     from diag.run.plan import specs_of
 
     rows: list[dict[str, Any]] = [{"run": str(run), "measured": is_finished(run)} for run in runs]
     rows += [
         {
-            "run": str(folder_of(plan)),
-            "measured": is_measured(plan),
+            "run": str(folder),
+            "measured": is_finished(folder),
             "model": specs_of(plan)[0].resolved,
             "seq_len": plan.seq_len,
         }
-        for plan in plans
+        for plan, folder in ((plan, folder_of(plan)) for plan in plans)
     ]
     if as_json:
         print(json.dumps(rows, indent=1))

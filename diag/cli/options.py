@@ -151,9 +151,9 @@ def fields_of(given: Any, plan: type[Plan]) -> dict[str, Any]:
     fields = {}
     for name, hint in get_type_hints(type(given), include_extras=True).items():
         if name in plan.model_fields:
-            fields[name] = getattr(given, name)
-            for mark in hint.__metadata__:
-                fields[name] = mark.by(fields[name]) if isinstance(mark, Read) else fields[name]
+            read = next((mark.by for mark in hint.__metadata__ if isinstance(mark, Read)), None)
+            typed = getattr(given, name)
+            fields[name] = typed if read is None else read(typed)
     return fields
 
 

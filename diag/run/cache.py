@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
     """The folder that a plan's run has, whether it is there or not. Does not import torch.
 
-    Raises UserError if a model or an input is not known.
+    Raises UserError if an input is not there, or a model's arguments are not understood.
     """
     digests = {kind: found.digest for kind, found in inputs_of(plan).items()}
     return default_folder(plan, plan.key(digests), root)

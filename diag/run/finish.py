@@ -25,7 +25,7 @@ from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.tables import FORMAT, one_kind, tables
 from diag.run.environment import environment
 from diag.run.ledger import MERGE, Part, Standing, read_plan, standing
-from diag.run.processes import Locks
+from diag.run.processes import PATIENCE, Locks
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
@@ -61,7 +61,7 @@ def finish(
     while not locks.take(MERGE):
         if not wait:
             return False
-        time.sleep(0.2)
+        time.sleep(PATIENCE)
     try:
         if not is_finished(folder):
             _finish(folder, read_plan(folder), say, drawing)

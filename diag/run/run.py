@@ -34,13 +34,10 @@ from diag.run.finish import draw, finish
 from diag.run.ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
-from diag.run.processes import WHOLE, Locks, Share
+from diag.run.processes import PATIENCE, WHOLE, Locks, Share
 from diag.run.progress import Listener, Progress, Silent
 from diag.run.run_folder import check_room, claim, release
 from diag.run.shards import TowerJob, frame_of, shard_pieces, tower_samples
-
-PATIENCE = 0.2
-"""Seconds between looks at what another process has in hand."""
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
