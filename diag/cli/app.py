@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from diag.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     add_completion=False,
@@ -90,6 +95,16 @@ def main() -> NoReturn:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+@contextmanager
+def interruptible(last_words: Callable[[], str]) -> Iterator[None]:
+    """Where a signal may end what can be resumed. last_words: what is said then, as things stand."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        say(last_words())
+        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+
+
 def two_lines(message: str, tip: str) -> None:
     """What went wrong and what to type, one line each whatever a library put into its message."""
     say(f"error: {' '.join(message.split())}")
@@ -108,3 +123,8 @@ def say_failures(failures: Mapping[str, str], more: str = "") -> None:
 def say(text: str) -> None:
     """A line on stderr; stdout is for results."""
     print(text, file=sys.stderr)
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as JSON has it: a document per row, with null for what is missing."""
+    return json.loads(frame.to_json(orient="records"))

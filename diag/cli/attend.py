@@ -5,106 +5,22 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diag.cli.app import app, say
-from diag.cli.options import (
-    AsJson,
-    Checkpoint,
-    Device,
-    Dtype,
-    ModelArg,
-    Overwrite,
-    QuietFolder,
-    RandomInit,
-    TrustRemoteCode,
-)
+from diag.cli import options
+from diag.cli.app import app, records, say, say_failures
+from diag.cli.options import Read, fields_of, with_options
 from diag.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from diag.studies.attend import Attended
-
-
-@app.command()
-def attend(
-    model: Annotated[
-        list[str],
-        typer.Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
-    ],
-    image: Annotated[str | None, typer.Option(help="An image file, or demo:NAME (demo:astronaut).")] = None,
-    text: Annotated[str | None, typer.Option(help="The text itself, a text file, or 'demo'.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Depth index; -1 is the last.")] = None,
-    depth: Annotated[
-        float | None, typer.Option(help="Instead of --layer: 0 is the first layer, 1 the last.")
-    ] = None,
-    head: Annotated[int | None, typer.Option(help="One query head [default: the mean over heads].")] = None,
-    patch: Annotated[
-        str | None, typer.Option(help="The target patch as ROW,COLUMN of the first model's grid.")
-    ] = None,
-    pixel: Annotated[
-        str | None, typer.Option(help="Instead of --patch: X,Y in the first model's resized image.")
-    ] = None,
-    token: Annotated[int | None, typer.Option(help="The target token of a text; -1 is the last.")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of the text [default: 128, or as many as there are].")
-    ] = None,
-    top: Annotated[int, typer.Option(help="List so many of the most attended tokens.")] = 10,
-    checkpoint: Checkpoint = None,
-    model_arg: ModelArg = None,
-    random_init: RandomInit = False,
-    trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/attend-NAME-KEY].")
-    ] = None,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    as_json: AsJson = False,
-    quiet: QuietFolder = False,
-) -> None:
-    """Show what one patch or token attends to, how alike their values are, and what it gets back."""
-    from diag.show.terminal import StderrListener
-    from diag.studies.attend import checked, read, run_attend
-
-    plan = checked(
-        models=tuple(model),
-        image=image,
-        text=text,
-        layer=layer,
-        depth=depth,
-        head=head,
-        patch=_pair(patch, "--patch", "ROW,COLUMN"),
-        pixel=_pair(pixel, "--pixel", "X,Y"),
-        token=token,
-        seq_len=seq_len,
-        top=top,
-        checkpoint=checkpoint,
-        model_args=tuple(model_arg or ()),
-        random_init=random_init,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        device=device,
-    )
-    with StderrListener(quiet=quiet) as listener:
-        folder = run_attend(plan, out, overwrite=overwrite, listener=listener)
-    found = read(folder)
-    if as_json:
-        print(json.dumps(_document(found, folder, top), indent=1, ensure_ascii=False))
-    elif quiet:
-        print(folder)
-    else:
-        print(_table(found, top))
-        say(f"folder: {folder}")
-    if found.failed:
-        say(f"{len(found.failed)} failed:")
-        for name, why in found.failed.items():
-            say(f"  {name}: {why}")
-        raise SystemExit(3)
 
 
 def _pair(text: str | None, flag: str, form: str) -> tuple[int, int] | None:
@@ -115,6 +31,73 @@ def _pair(text: str | None, flag: str, form: str) -> tuple[int, int] | None:
     if not found:
         raise UserError(f"{flag} does not understand '{text}'", f"{flag} {form}, for example {flag} 3,4")
     return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendOptions:
+    """What `attnbias attend` can be told."""
+
+    model: Annotated[
+        list[str],
+        typer.Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
+    ]
+    image: Annotated[str | None, typer.Option(help="An image file, or demo:NAME (demo:astronaut).")] = None
+    text: Annotated[str | None, typer.Option(help="The text itself, a text file, or 'demo'.")] = None
+    layer: Annotated[int | None, typer.Option(help="Depth index; -1 is the last.")] = None
+    depth: Annotated[
+        float | None, typer.Option(help="Instead of --layer: 0 is the first layer, 1 the last.")
+    ] = None
+    head: Annotated[int | None, typer.Option(help="One query head [default: the mean over heads].")] = None
+    patch: Annotated[
+        str | None,
+        typer.Option(help="The target patch as ROW,COLUMN of the first model's grid."),
+        Read(partial(_pair, flag="--patch", form="ROW,COLUMN")),
+    ] = None
+    pixel: Annotated[
+        str | None,
+        typer.Option(help="Instead of --patch: X,Y in the first model's resized image."),
+        Read(partial(_pair, flag="--pixel", form="X,Y")),
+    ] = None
+    token: Annotated[int | None, typer.Option(help="The target token of a text; -1 is the last.")] = None
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of the text [default: 128, or as many as there are].")
+    ] = None
+    top: Annotated[int, typer.Option(help="List so many of the most attended tokens.")] = 10
+    checkpoint: options.Checkpoint = None
+    model_args: options.ModelArgs = None
+    random_init: options.RandomInit = False
+    trust_remote_code: options.TrustRemoteCode = False
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/attend-NAME-KEY].")
+    ] = None
+    overwrite: options.Overwrite = False
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+    as_json: options.AsJson = False
+    quiet: options.QuietFolder = False
+
+
+@app.command()
+@with_options
+def attend(given: AttendOptions) -> None:
+    """Show what one patch or token attends to, how alike their values are, and what it gets back."""
+    from diag.show.terminal import StderrListener
+    from diag.studies.attend import AttendPlan, read, run_attend
+
+    plan = AttendPlan.checked(models=tuple(given.model), **fields_of(given, AttendPlan))
+    with StderrListener(quiet=given.quiet) as listener:
+        folder = run_attend(plan, given.out, overwrite=given.overwrite, listener=listener)
+    found = read(folder)
+    if given.as_json:
+        print(json.dumps(_document(found, folder, given.top), indent=1, ensure_ascii=False))
+    elif given.quiet:
+        print(folder)
+    else:
+        print(_table(found, given.top))
+        say(f"folder: {folder}")
+    if found.failed:
+        say_failures(found.failed)
+        raise SystemExit(3)
 
 
 def _table(found: Attended, top: int) -> str:
@@ -183,9 +166,9 @@ def _document(found: Attended, folder: Path, top: int) -> dict[str, Any]:
             {
                 **{key: entry[key] for key in ("given", "resolved", "layer", "module", "target", "n_tokens")},
                 "head": tokens["head"].iloc[0],
-                "most_attended": _records(_most(tokens, top)),
-                "decomposition": _records(numbers.to_frame().T.infer_objects())[0],
-                "heads": _records(heads[heads["head"] != "mean"]),
+                "most_attended": records(_most(tokens, top)),
+                "decomposition": records(numbers.to_frame().T.infer_objects())[0],
+                "heads": records(heads[heads["head"] != "mean"]),
             }
         )
     return {"folder": str(folder), "models": models, "failed": dict(found.failed)}
@@ -210,7 +193,3 @@ def _name(token: pd.Series) -> str:
     else:
         name = f"{token['row']},{token['col']}" if token["kind"] == "patch" else f"{token['kind']}"
     return f"{name} (itself)" if token["is_target"] else name
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records"))

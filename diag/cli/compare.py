@@ -4,104 +4,80 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diag.cli.app import app, say, say_failures
-from diag.cli.options import (
-    AsJson,
-    BatchSize,
-    Device,
-    Dtype,
-    Images,
-    Layers,
-    Limit,
-    Metrics,
-    QuietFolder,
-    RandomInit,
-    Series,
-    Texts,
-    Tokens,
-    Values,
-    layer_ranges,
-    names,
-)
+from diag.cli import options
+from diag.cli.app import app, records, say, say_failures
+from diag.cli.options import fields_of, models_of, with_options
 from diag.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from diag.run.plan import ProbePlan
     from diag.studies.compare import Comparison
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN…]", help="Run folders.")] = None,
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What `attnbias compare` can be told."""
+
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN…]", help="Run folders.")] = None
     model: Annotated[
         list[str] | None,
         typer.Option("-m", "--model", help="Model to probe if there is no run of it yet, repeatable."),
-    ] = None,
-    series: Series = None,
-    images: Images = None,
-    texts: Texts = None,
-    limit: Limit = 64,
-    seq_len: Annotated[
-        str | None, typer.Option(help="Tokens per window of text; several (64,128,256) are compared.")
-    ] = None,
+    ] = None
+    series: options.Series = None
+    images: options.Images = None
+    texts: options.Texts = None
+    limit: options.Limit = 64
+    lengths: Annotated[
+        str | None,
+        typer.Option("--seq-len", help="Tokens per window of text; several (64,128,256) are compared."),
+    ] = None
     image_size: Annotated[
         str | None, typer.Option(help="Pixels, one or several (224,448): every model at each.")
-    ] = None,
+    ] = None
     patch_size: Annotated[
         str | None, typer.Option(help="Pixels, one or several (48,32,16): every model at each.")
-    ] = None,
-    metrics: Metrics = None,
-    layers: Layers = None,
-    tokens: Tokens = None,
-    values: Values = "as-computed",
+    ] = None
+    metrics: options.Metrics = None
+    layers: options.Layers = None
+    tokens: options.Tokens = None
+    values: options.Values = "as-computed"
     growth: Annotated[
         str | None, typer.Option(help="Two layers such as 5,11: growth between them [default: first, last].")
-    ] = None,
+    ] = None
     published: Annotated[
         bool, typer.Option("--published", help="Lay published curves of these models over the figures.")
-    ] = False,
-    random_init: RandomInit = False,
+    ] = False
+    random_init: options.RandomInit = False
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/compare-NAMES-KEY].")
-    ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
-    as_json: AsJson = False,
-    quiet: QuietFolder = False,
-) -> None:
+    ] = None
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+    batch_size: options.BatchSize = 8
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False
+    as_json: options.AsJson = False
+    quiet: options.QuietFolder = False
+
+
+@app.command()
+@with_options
+def compare(given: CompareOptions) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
-    between = _pair(growth)
+    between, runs, quiet = _pair(given.growth), given.runs or [], given.quiet
     sweeps = {
-        "seq_len": numbers(seq_len, "--seq-len"),
-        "img_size": numbers(image_size, "--image-size"),
-        "patch_size": numbers(patch_size, "--patch-size"),
+        "seq_len": numbers(given.lengths, "--seq-len"),
+        "img_size": numbers(given.image_size, "--image-size"),
+        "patch_size": numbers(given.patch_size, "--patch-size"),
     }
-    common = {
-        "images": images,
-        "texts": texts,
-        "limit": limit,
-        "metrics": names(metrics),
-        "layers": layer_ranges(layers),
-        "tokens": names(tokens),
-        "values": values,
-        "random_init": random_init,
-        "device": device,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    plans = _plans(model or [], series or [], sweeps, common)
+    plans = _plans(given, sweeps)
     if not plans and not runs:
         raise UserError(
             "name what to compare: run folders, -m/--model NAME or --series NAME",
@@ -112,17 +88,17 @@ def compare(
             "--seq-len, --image-size and --patch-size are for models to be measured",
             "name models with -m or --series; runs are compared as they are",
         )
-    if dry_run:
-        _print_plans(runs or [], plans, as_json)
+    if given.dry_run:
+        _print_plans(runs, plans, given.as_json)
         return
     folders, failed = _measured(plans, quiet)
-    found = _compared([*(runs or []), *folders], between, seed, published, quiet)
+    found = _compared([*runs, *folders], between, given.seed, given.published, quiet)
     from diag.run.environment import command_line
     from diag.studies.compare import default_folder, screen, write_comparison
 
-    folder = out or default_folder(found)
+    folder = given.out or default_folder(found)
     write_comparison(found, folder, command=command_line())
-    if as_json:
+    if given.as_json:
         print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
     elif quiet:
         print(folder)
@@ -131,7 +107,7 @@ def compare(
     failed = {**failed, **found.collection.problems, **_incomplete(found, folders)}
     if failed:
         say_failures(failed)
-    if not as_json and not quiet:
+    if not given.as_json and not quiet:
         say(f"folder: {folder}")
     if failed:
         raise SystemExit(3)
@@ -155,42 +131,36 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _plans(
-    given: Sequence[str],
-    series: Sequence[str],
-    sweeps: dict[str, tuple[int, ...]],
-    common: dict[str, Any],
-) -> list[ProbePlan]:
+def _plans(given: CompareOptions, sweeps: Mapping[str, tuple[int, ...]]) -> list[ProbePlan]:
     """A plan per model, argument and length, so that a run is found again whatever it is compared with."""
-    from diag.models.names.series import members
-    from diag.run.plan import checked
+    from diag.run.plan import ProbePlan
 
-    models = [*given, *(name for one in series for name in members(one))]
+    fields = fields_of(given, ProbePlan)
+    models = models_of(given.model, given.series)
     for argument in ("patch_size", "img_size"):
         if sweeps[argument]:
-            models = [f"{name},{argument}={size}" for name in models for size in sweeps[argument]]
+            models = tuple(f"{name},{argument}={size}" for name in models for size in sweeps[argument])
     return [
-        checked(models=(name,), seq_len=length, **common)
+        ProbePlan.checked(models=(name,), seq_len=length, **fields)
         for name in dict.fromkeys(models)
         for length in sweeps["seq_len"] or (None,)
     ]
 
 
 def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool) -> None:
-    from diag.run.cache import folder_of, is_measured
+    from diag.results.folder import is_finished
+    from diag.run.cache import folder_of
     from diag.run.plan import specs_of
 
-    rows: list[dict[str, Any]] = [
-        {"run": str(run), "measured": (run / "manifest.json").is_file()} for run in runs
-    ]
+    rows: list[dict[str, Any]] = [{"run": str(run), "measured": is_finished(run)} for run in runs]
     rows += [
         {
-            "run": str(folder_of(plan)),
-            "measured": is_measured(plan),
+            "run": str(folder),
+            "measured": is_finished(folder),
             "model": specs_of(plan)[0].resolved,
             "seq_len": plan.seq_len,
         }
-        for plan in plans
+        for plan, folder in ((plan, folder_of(plan)) for plan in plans)
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -263,11 +233,7 @@ def _document(found: Comparison, folder: Path, failed: dict[str, str]) -> dict[s
         "labels": found.labels,
         "missing": found.missing,
         "settings": found.settings,
-        "profiles": _records(found.profiles),
-        "differences": _records(found.differences),
+        "profiles": records(found.profiles),
+        "differences": records(found.differences),
         "verdict": found.verdict,
     }
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records"))

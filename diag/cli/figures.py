@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diag.cli.app import Interrupted, app, say
+from diag.cli.app import app, interruptible, say
 
 if TYPE_CHECKING:
     from diag.studies.writeup import Need, Outcome
@@ -45,15 +45,14 @@ def figures(
         needs = [(document.file, shows(plan), needs_of(plan, document, runs)) for plan, document in found]
         _print_needs(needs, as_json)
         return
-    try:
-        with StderrListener(quiet=quiet) as listener:
-            outcomes = [
-                produce(plan, document, out, root=runs, check=check, listener=listener)
-                for plan, document in found
-            ]
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say("stopped; run the same command again to go on")
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+    with (
+        interruptible(lambda: "stopped; run the same command again to go on"),
+        StderrListener(quiet=quiet) as listener,
+    ):
+        outcomes = [
+            produce(plan, document, out, root=runs, check=check, listener=listener)
+            for plan, document in found
+        ]
     if as_json:
         print(
             json.dumps({"plans": [_document(outcome) for outcome in outcomes]}, indent=1, ensure_ascii=False)

@@ -4,104 +4,77 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diag.cli.app import app, say
-from diag.cli.options import (
-    AsJson,
-    BatchSize,
-    Checkpoint,
-    Device,
-    Dtype,
-    Images,
-    Layers,
-    Length,
-    Limit,
-    ModelArg,
-    Overwrite,
-    QuietFolder,
-    RandomInit,
-    Texts,
-    Tokens,
-    layer_ranges,
-    names,
-)
+from diag.cli import options
+from diag.cli.app import app, records, say
+from diag.cli.options import Read, fields_of, with_options
 
 
-@app.command()
-def intervene(
-    model: Annotated[str, typer.Option("-m", "--model", help="[family:]name[@revision] or a folder.")],
-    intervention: Annotated[
+@dataclass(frozen=True, kw_only=True)
+class InterveneOptions:
+    """What `attnbias intervene` can be told."""
+
+    model: Annotated[str, typer.Option("-m", "--model", help="[family:]name[@revision] or a folder.")]
+    interventions: Annotated[
         list[str] | None,
         typer.Option(
             "--intervene",
             help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa].",
         ),
-    ] = None,
-    scope: Annotated[
+        Read(lambda words: tuple(words or ("xsa",))),
+    ] = None
+    scopes: Annotated[
         str,
-        typer.Option(help="One layer at a time, from the first on, up to the last."),
-    ] = "one,first,last",
+        typer.Option("--scope", help="One layer at a time, from the first on, up to the last."),
+        Read(lambda text: tuple(part.strip() for part in text.split(","))),
+    ] = "one,first,last"
     heads: Annotated[
         bool, typer.Option("--heads", help="Also every head alone: layers × heads more passes.")
-    ] = False,
-    images: Images = None,
-    texts: Texts = None,
+    ] = False
+    images: options.Images = None
+    texts: options.Texts = None
     labelled: Annotated[
         bool, typer.Option("--labelled", help="The image folder is DIR/class/*.jpg: also accuracy.")
-    ] = False,
-    limit: Limit = 32,
-    seq_len: Length = None,
-    layers: Layers = None,
-    tokens: Tokens = None,
-    checkpoint: Checkpoint = None,
-    model_arg: ModelArg = None,
-    random_init: RandomInit = False,
+    ] = False
+    limit: options.Limit = 32
+    seq_len: options.Length = None
+    layers: options.Layers = None
+    tokens: options.Tokens = None
+    checkpoint: options.Checkpoint = None
+    model_args: options.ModelArgs = None
+    random_init: options.RandomInit = False
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/intervene-NAME-KEY].")
-    ] = None,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of random directions.")] = 0,
-    as_json: AsJson = False,
-    quiet: QuietFolder = False,
-) -> None:
+    ] = None
+    overwrite: options.Overwrite = False
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+    batch_size: options.BatchSize = 8
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of random directions.")] = 0
+    as_json: options.AsJson = False
+    quiet: options.QuietFolder = False
+
+
+@app.command()
+@with_options
+def intervene(given: InterveneOptions) -> None:
     """Change each layer's attention in turn: what it costs, and whether the bias predicts it."""
     from diag.show.terminal import StderrListener
-    from diag.studies.intervene.plan import checked
+    from diag.studies.intervene.plan import IntervenePlan
     from diag.studies.intervene.run import run_intervene
     from diag.studies.intervene.words import table
 
-    plan = checked(
-        models=(model,),
-        interventions=tuple(intervention or ("xsa",)),
-        scopes=tuple(part.strip() for part in scope.split(",")),
-        heads=heads,
-        labelled=labelled,
-        images=images,
-        texts=texts,
-        limit=limit,
-        seq_len=seq_len,
-        layers=layer_ranges(layers),
-        tokens=names(tokens),
-        checkpoint=checkpoint,
-        model_args=tuple(model_arg or ()),
-        random_init=random_init,
-        dtype=dtype,
-        seed=seed,
-        device=device,
-        batch_size=batch_size,
-    )
-    with StderrListener(quiet=quiet) as listener:
-        found = run_intervene(plan, out, overwrite=overwrite, listener=listener)
-    if as_json:
+    plan = IntervenePlan.checked(models=(given.model,), **fields_of(given, IntervenePlan))
+    with StderrListener(quiet=given.quiet) as listener:
+        found = run_intervene(plan, given.out, overwrite=given.overwrite, listener=listener)
+    if given.as_json:
         print(json.dumps(_document(found), indent=1, default=str))
-    elif quiet:
+    elif given.quiet:
         print(found.folder)
     else:
         print(table(found.sensitivity, found.relations, found.manifest))
@@ -134,6 +107,6 @@ def _document(found: Any) -> dict[str, Any]:
     return {
         "folder": str(found.folder),
         "manifest": found.manifest,
-        "sensitivity": json.loads(found.sensitivity.to_json(orient="records")),
-        "relations": json.loads(found.relations.to_json(orient="records")),
+        "sensitivity": records(found.sensitivity),
+        "relations": records(found.relations),
     }

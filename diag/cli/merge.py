@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from diag.cli.app import app, say
-from diag.cli.options import AsJson
+from diag.cli.options import AsJson, QuietRun
 from diag.cli.probe import show
 
 
@@ -22,12 +22,13 @@ def merge(
         ),
     ] = None,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
+    quiet: QuietRun = False,
 ) -> None:
     """Finish a run that several processes measured: tables, figures and manifest out of its shards."""
+    from diag.results.folder import is_finished
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
-    from diag.run.ledger import is_finished, lock_file, read_plan
+    from diag.run.ledger import lock_file, read_plan
     from diag.run.processes import Locks
 
     if is_finished(run):

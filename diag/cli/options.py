@@ -1,71 +1,36 @@
-"""Options that several verbs share, and words of options as Python values."""
+"""The options of the verbs, each declared once: what --help says of it, and how what was typed is read.
+
+A verb takes one dataclass of options, in the order of its --help. An option that is called like a field of
+the verb's plan fills it (`fields_of`).
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from diag.errors import UserError, ranges
 
-Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
-Texts = Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")]
-Limit = Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")]
-Length = Annotated[int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")]
-Series = Annotated[
-    list[str] | None,
-    typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
-]
-Metrics = Annotated[
-    str | None, typer.Option(help="Names or groups, comma-separated; see 'attnbias metrics'.")
-]
-Layers = Annotated[str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all].")]
-Tokens = Annotated[
-    str | None,
-    typer.Option(
-        help="patch, all, cls or registers; all for text; image, text, last or all where a language model "
-        "reads images. Comma-separated [default: patch; all for text; image,text]."
-    ),
-]
-Values = Annotated[
-    str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
-]
-Checkpoint = Annotated[Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")]
-ModelArg = Annotated[
-    list[str] | None, typer.Option(help="key=value for the model's constructor, repeatable.")
-]
-RandomInit = Annotated[
-    bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what the folder holds.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-BatchSize = Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")]
-AutoBatchSize = Annotated[
-    str, typer.Option(help="Inputs per forward pass, or auto: as many as memory allows; same table.")
-]
-Exact = Annotated[bool, typer.Option("--exact", help="Compute every query row, also beyond 2,048 tokens.")]
-SampledRows = Annotated[
-    int | None,
-    typer.Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024]."),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU]."),
-]
-Shard = Annotated[
-    str | None,
-    typer.Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says]."),
-]
-KeepSamples = Annotated[
-    int, typer.Option(help="Keep the values of the first N inputs, and of all others moments and quantiles.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-QuietFolder = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")]
+if TYPE_CHECKING:
+    from diag.run.plan import Plan
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Read:
+    """Stands beside an option whose words mean something else. by: makes the plan's value of what was typed.
+
+    `by` raises UserError where it does not understand.
+    """
+
+    by: Callable[[Any], Any]
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
@@ -87,3 +52,117 @@ def inputs_at_once(text: str) -> int:
 def layer_ranges(text: str | None) -> tuple[int, ...] | None:
     """`0,5-11` → (0, 5, …, 11). Raises UserError."""
     return None if text is None else ranges(text, "--layers", "--layers 0,5-11")
+
+
+def listed(words: list[str] | None) -> tuple[str, ...]:
+    """What a repeatable option was given; nothing if it was not."""
+    return tuple(words or ())
+
+
+Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
+Texts = Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")]
+Limit = Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")]
+Length = Annotated[int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")]
+Series = Annotated[
+    list[str] | None,
+    typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
+]
+Metrics = Annotated[
+    str | None, typer.Option(help="Names or groups, comma-separated; see 'attnbias metrics'."), Read(names)
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all]."), Read(layer_ranges)
+]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        help="patch, all, cls or registers; all for text; image, text, last or all where a language model "
+        "reads images. Comma-separated [default: patch; all for text; image,text]."
+    ),
+    Read(names),
+]
+Values = Annotated[
+    str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option("--model-arg", help="key=value for the model's constructor, repeatable."),
+    Read(listed),
+]
+RandomInit = Annotated[
+    bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what the folder holds.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")]
+AutoBatchSize = Annotated[
+    str,
+    typer.Option(help="Inputs per forward pass, or auto: as many as memory allows; same table."),
+    Read(inputs_at_once),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Compute every query row, also beyond 2,048 tokens.")]
+SampledRows = Annotated[
+    int | None,
+    typer.Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024]."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU]."),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says]."),
+]
+KeepSamples = Annotated[
+    int, typer.Option(help="Keep the values of the first N inputs, and of all others moments and quantiles.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+QuietFolder = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")]
+QuietRun = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")]
+
+
+def with_options(verb: Callable[[Options], None]) -> Callable[..., None]:
+    """A verb that takes a dataclass of options, as typer wants it: a function of every single option."""
+    (options,) = (kind for name, kind in get_type_hints(verb).items() if name != "return")
+    hints = get_type_hints(options, include_extras=True)
+
+    @wraps(verb)
+    def command(**given: Any) -> None:
+        verb(options(**given))
+
+    parameters = inspect.signature(options).parameters.values()
+    command.__annotations__ = hints
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    )
+    return command
+
+
+def fields_of(given: Any, plan: type[Plan]) -> dict[str, Any]:
+    """What a verb's options say of its plan, by field: those of one name.
+
+    Raises UserError where what was typed is not understood.
+    """
+    fields = {}
+    for name, hint in get_type_hints(type(given), include_extras=True).items():
+        if name in plan.model_fields:
+            read = next((mark.by for mark in hint.__metadata__ if isinstance(mark, Read)), None)
+            typed = getattr(given, name)
+            fields[name] = typed if read is None else read(typed)
+    return fields
+
+
+def models_of(given: list[str] | None, series: list[str] | None) -> tuple[str, ...]:
+    """The models that were named, one by one and as series, each once.
+
+    Raises UserError for a series that is not known.
+    """
+    from diag.models.names.series import members
+
+    found = [*(given or ()), *(name for one in series or () for name in members(one))]
+    return tuple(dict.fromkeys(found))

@@ -5,45 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diag.cli.app import Interrupted, app, say, say_failures
-from diag.cli.options import (
-    AsJson,
-    AutoBatchSize,
-    Checkpoint,
-    Device,
-    Dtype,
-    Exact,
-    Images,
-    KeepSamples,
-    Layers,
-    Length,
-    Limit,
-    Metrics,
-    ModelArg,
-    Overwrite,
-    RandomInit,
-    SampledRows,
-    Series,
-    Shard,
-    Texts,
-    Tokens,
-    TrustRemoteCode,
-    Values,
-    Workers,
-    inputs_at_once,
-    layer_ranges,
-    names,
-)
+from diag.cli import options
+from diag.cli.app import app, interruptible, records, say, say_failures
+from diag.cli.options import fields_of, models_of, with_options
 from diag.errors import UserError
 
 
-@app.command()
-def probe(
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What `attnbias probe` can be told."""
+
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,93 +28,82 @@ def probe(
             "--model",
             help="Model name, repeatable: [family:]name[@revision][,key=value], or a folder.",
         ),
-    ] = None,
-    series: Series = None,
-    images: Images = None,
-    texts: Texts = None,
-    limit: Limit = 64,
-    seq_len: Length = None,
-    metrics: Metrics = None,
-    layers: Layers = None,
-    tokens: Tokens = None,
-    values: Values = "as-computed",
+    ] = None
+    series: options.Series = None
+    images: options.Images = None
+    texts: options.Texts = None
+    limit: options.Limit = 64
+    seq_len: options.Length = None
+    metrics: options.Metrics = None
+    layers: options.Layers = None
+    tokens: options.Tokens = None
+    values: options.Values = "as-computed"
     intervene: Annotated[
         list[str] | None,
-        typer.Option(help="Change attention while measuring: NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable."),
-    ] = None,
-    checkpoint: Checkpoint = None,
-    model_arg: ModelArg = None,
-    random_init: RandomInit = False,
-    trust_remote_code: TrustRemoteCode = False,
+        typer.Option(
+            "--intervene",
+            help="Change attention while measuring: NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable.",
+        ),
+        options.Read(options.listed),
+    ] = None
+    checkpoint: options.Checkpoint = None
+    model_args: options.ModelArgs = None
+    random_init: options.RandomInit = False
+    trust_remote_code: options.TrustRemoteCode = False
     out: Annotated[
         Path | None, typer.Option("-o", "--output-path", help="Run folder [default: runs/NAME-KEY].")
-    ] = None,
-    overwrite: Overwrite = False,
+    ] = None
+    overwrite: options.Overwrite = False
     save_activations: Annotated[
         int, typer.Option(help="Also write the attention calls of the first N inputs.")
-    ] = 0,
-    keep_samples: KeepSamples = 4096,
-    shard: Shard = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    batch_size: AutoBatchSize = "8",
-    exact: Exact = False,
-    sampled_rows: SampledRows = None,
-    workers: Workers = None,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")] = False,
-) -> None:
+    ] = 0
+    keep_samples: options.KeepSamples = 4096
+    shard: options.Shard = None
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+    batch_size: options.AutoBatchSize = "8"
+    exact: options.Exact = False
+    sampled_rows: options.SampledRows = None
+    workers: options.Workers = None
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False
+    as_json: options.AsJson = False
+    quiet: options.QuietRun = False
+
+
+@app.command()
+@with_options
+def probe(given: ProbeOptions) -> None:
     """Measure the attention bias of pretrained models, layer by layer and head by head."""
-    from diag.run.plan import checked
+    from diag.run.plan import ProbePlan
     from diag.run.processes import share_of
 
-    plan = checked(
-        models=_models(model or [], series or []),
-        images=images,
-        texts=texts,
-        limit=limit,
-        seq_len=seq_len,
-        metrics=names(metrics),
-        layers=layer_ranges(layers),
-        tokens=names(tokens),
-        values=values,
-        intervene=tuple(intervene or ()),
-        checkpoint=checkpoint,
-        model_args=tuple(model_arg or ()),
-        random_init=random_init,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        seed=seed,
-        save_activations=save_activations,
-        keep_samples=keep_samples,
-        device=device,
-        batch_size=inputs_at_once(batch_size),
-        exact=exact,
-        sampled_rows=sampled_rows,
-        workers=workers,
-    )
-    if dry_run:
-        _print_plan(plan, as_json)
+    models = models_of(given.model, given.series)
+    if not models:
+        raise UserError(
+            "name what to measure with -m/--model NAME or --series NAME",
+            "for example -m demo:vit-p8, or --series demo; attnbias probe --help shows more",
+        )
+    plan = ProbePlan.checked(models=models, **fields_of(given, ProbePlan))
+    if given.dry_run:
+        _print_plan(plan, given.as_json)
         return
     from diag.run.progress import Progress
     from diag.run.run import run_share
     from diag.show.terminal import StderrListener
 
-    share, progress = share_of(shard, os.environ), Progress()
-    try:
-        # of the processes that share a terminal, one says what all would say
-        with StderrListener(quiet=quiet or bool(share.local_rank)) as listener:
-            found = run_share(plan, out, share, overwrite=overwrite, listener=listener, progress=progress)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say(
-            f"stopped after {progress.shards_done}/{progress.shards_total} shards; "
-            "run the same command again to resume"
+    share, progress = share_of(given.shard, os.environ), Progress()
+    # of the processes that share a terminal, one says what all would say
+    quiet = given.quiet or bool(share.local_rank)
+    with (
+        interruptible(lambda: f"stopped after {progress}; run the same command again to resume"),
+        StderrListener(quiet=quiet) as listener,
+    ):
+        found = run_share(
+            plan, given.out, share, overwrite=given.overwrite, listener=listener, progress=progress
         )
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
     if found is not None:
-        show(found.folder, found.manifest, found.layers, as_json=as_json, quiet=quiet)
+        show(found.folder, found.manifest, found.layers, as_json=given.as_json, quiet=given.quiet)
 
 
 def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: bool, quiet: bool) -> None:
@@ -145,7 +111,7 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
     from diag.show.terminal import result_table
 
     if as_json:
-        document = {"run": str(folder), "manifest": manifest, "layers": _records(layers)}
+        document = {"run": str(folder), "manifest": manifest, "layers": records(layers)}
         print(json.dumps(document, indent=1, default=str))
     elif quiet:
         print(folder)
@@ -160,29 +126,18 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
         raise SystemExit(3)
 
 
-def _models(given: list[str], series: list[str]) -> tuple[str, ...]:
-    """The models that were named, one by one and as series. Raises UserError if there is none."""
-    from diag.models.names.series import members
-
-    found = [*given, *(name for one in series for name in members(one))]
-    if not found:
-        raise UserError(
-            "name what to measure with -m/--model NAME or --series NAME",
-            "for example -m demo:vit-p8, or --series demo; attnbias probe --help shows more",
-        )
-    return tuple(dict.fromkeys(found))
-
-
 def _print_plan(plan: Any, as_json: bool) -> None:
-    from diag.measure.device import device_of
     from diag.run.forecast import forecast
-    from diag.run.run import prepared
+    from diag.run.prepared import Prepared
 
-    specs, found = prepared(plan)
+    prepared = Prepared.of(plan)
     document = {
-        "models": {spec.given: spec.resolved for spec in specs},
-        "inputs": {kind: f"{len(given)} {given.kind} from '{given.source}'" for kind, given in found.items()},
-        "memory": forecast(plan, specs, found, device_of(plan.device)),
+        "models": {spec.given: spec.resolved for spec in prepared.specs},
+        "inputs": {
+            kind: f"{len(given)} {given.kind} from '{given.source}'"
+            for kind, given in prepared.inputs.items()
+        },
+        "memory": forecast(prepared),
         "plan": plan.model_dump(mode="json"),
     }
     if as_json:
@@ -194,7 +149,3 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         print(f"input  {kind}: {given}, at most {plan.limit}")
     for name, words in document["memory"].items():
         print(f"memory {name}: {words}")
-
-
-def _records(frame: Any) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records"))

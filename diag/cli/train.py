@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from diag.cli.app import Interrupted, app, say
+from diag.cli.app import app, interruptible, say
 from diag.cli.options import AsJson, Device, QuietFolder
 
 
@@ -42,14 +42,11 @@ def train(
     from diag.studies.train.grid import run_train
     from diag.studies.train.summary import shown
 
-    try:
-        with StderrListener(quiet=quiet) as listener:
-            found = run_train(
-                plan, out, device=device, workers=workers, overwrite=overwrite, listener=listener
-            )
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say("stopped; run the same command again to resume")
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+    with (
+        interruptible(lambda: "stopped; run the same command again to resume"),
+        StderrListener(quiet=quiet) as listener,
+    ):
+        found = run_train(plan, out, device=device, workers=workers, overwrite=overwrite, listener=listener)
     if found is None:
         return
     if as_json:

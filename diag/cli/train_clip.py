@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diag.cli.app import Interrupted, app, say
+from diag.cli.app import app, interruptible
 
 
 @app.command(name="train-clip")
@@ -31,8 +31,6 @@ def train_clip(
     """
     from diag.studies.train.clip import train_clip as run
 
-    try:
+    last_words = "stopped; the same command with '--resume latest' goes on from the last checkpoint"
+    with interruptible(lambda: last_words):
         run(arguments or [], attention=attention, text_attention=text_attention, config=config)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say("stopped; the same command with '--resume latest' goes on from the last checkpoint")
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None

@@ -1,4 +1,4 @@
-"""Which device a name stands for."""
+"""Which device and which format a name stands for."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' is not available", "--device auto, cpu or cuda:0") from error
     return device
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`bfloat16` → torch.bfloat16; a plan has seen to it that the name is one."""
+    return getattr(torch, name)

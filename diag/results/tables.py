@@ -12,7 +12,6 @@ are Student's t (`diag.results.moments`). No torch here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pandas as pd
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
 from diag.results.bootstrap import ratio, ratio_of_means, summary
+from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES, is_finished, manifest_in
 from diag.results.layer_values import LayerValues
 
 KEYS = ["model", "tower", "layer", "module", "head", "tokens", "metric"]
@@ -172,29 +172,27 @@ def _components(rows: pd.DataFrame, keys: list[str], name: str, above: str, belo
 
 def read_layers(folder: Path) -> pd.DataFrame:
     """`layers.csv` of a run folder."""
-    return pd.read_csv(_finished(folder) / "layers.csv", keep_default_na=True)
+    return pd.read_csv(_finished(folder) / LAYERS, keep_default_na=True)
 
 
 def read_heads(folder: Path) -> pd.DataFrame:
     """`heads.parquet` of a run folder."""
-    return pd.read_parquet(_finished(folder) / "heads.parquet")
+    return pd.read_parquet(_finished(folder) / HEADS)
 
 
 def read_samples(folder: Path) -> pd.DataFrame:
     """`samples.parquet` of a run folder."""
-    return pd.read_parquet(_finished(folder) / "samples.parquet")
+    return pd.read_parquet(_finished(folder) / SAMPLES)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`manifest.json` of a run folder."""
-    return json.loads((_finished(folder) / "manifest.json").read_text(encoding="utf-8"))
+    return manifest_in(_finished(folder))
 
 
 def _finished(folder: Path) -> Path:
-    if not (folder / "manifest.json").is_file():
-        raise UserError(
-            f"'{folder}' is not a finished run (no manifest.json)", "attnbias probe … -o " + str(folder)
-        )
+    if not is_finished(folder):
+        raise UserError(f"'{folder}' is not a finished run (no {MANIFEST})", f"attnbias probe … -o {folder}")
     return folder
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from torch import nn
 
 from diag.attention.call import AttentionCall
@@ -18,14 +17,15 @@ from diag.inputs.given import as_inputs
 from diag.inputs.items import Inputs
 from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
-from diag.metrics.registry import metric_names
+from diag.measure.device import device_of, dtype_of
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families.from_module import from_module
 from diag.models.names.resolve import parse
 from diag.results.tables import samples_frame, tables
-from diag.run import run, shards
-from diag.run.plan import checked
+from diag.run import shards
+from diag.run.plan import ProbePlan
+from diag.run.prepared import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def probe(
     >>> len(run.layers)
     6
     """
-    plan = checked(
+    plan = ProbePlan.checked(
         models=(model if isinstance(model, str) else type(model).__name__,),
         metrics=_listed(metrics),
         tokens=_listed(tokens),
@@ -105,13 +105,12 @@ def probe(
         dtype=dtype,
         seed=seed,
     )
-    metric_names(plan.metrics)
+    measurement = Measurement.of(plan)
     loaded, tower, samples = _prepare(model, inputs, plan)
     incidents = Incidents()
-    job = shards.TowerJob.of(loaded, tower, plan)
-    ratios = shards.ratios_of(plan)
+    job = shards.TowerJob.of(loaded, tower, measurement)
     frames = [
-        samples_frame(values, ratios, job.constants)
+        samples_frame(values, measurement.ratios, job.constants)
         for values in shards.shard_values(job, samples, incidents)
     ]
     if not frames:
@@ -140,7 +139,7 @@ def capture(
     Raises UserError as `probe` does, and for more inputs than the model takes at once.
     """
     own_module = isinstance(model, nn.Module)
-    plan = checked(
+    plan = ProbePlan.checked(
         models=(type(model).__name__ if own_module else model,),
         layers=_listed(layers),
         limit=sys.maxsize if own_module else limit,
@@ -157,11 +156,11 @@ def capture(
     return measure.capture(tower, tower.encode(samples), plan.layers)
 
 
-def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tower, Sequence[Sample]]:
+def _prepare(model: str | nn.Module, inputs: Any, plan: ProbePlan) -> tuple[Model, Tower, Sequence[Sample]]:
     if isinstance(model, nn.Module):
         return from_module(model, inputs, plan.limit)
     spec = parse(model)
-    loaded = load(spec, device=run.device_of(plan.device), dtype=getattr(torch, plan.dtype))
+    loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
     kind = next(iter(loaded.towers))
     if isinstance(inputs, Inputs):
         kind = inputs.tower
@@ -169,7 +168,11 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: Any) -> tuple[Model, Tow
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
-    return loaded, tower, shards.tower_samples(tower, as_inputs(inputs, kind), plan)
+    return (
+        loaded,
+        tower,
+        shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len),
+    )
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

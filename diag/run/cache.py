@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diag.run.plan import RUNS, ProbePlan, inputs_of, run_folder
+from diag.results.folder import is_finished
+from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
 
 if TYPE_CHECKING:
     from diag.run.progress import Listener
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
 def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
     """The folder that a plan's run has, whether it is there or not. Does not import torch.
 
-    Raises UserError if a model or an input is not known.
+    Raises UserError if an input is not there, or a model's arguments are not understood.
     """
     digests = {kind: found.digest for kind, found in inputs_of(plan).items()}
-    return run_folder(plan, plan.key(digests), root)
+    return default_folder(plan, plan.key(digests), root)
 
 
 def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:
     """Whether a plan's run is there, finished."""
-    return (folder_of(plan, root) / "manifest.json").is_file()
+    return is_finished(folder_of(plan, root))
 
 
 def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = None) -> Path:
@@ -31,7 +32,7 @@ def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = 
     Raises UserError as `run.run_probe` does.
     """
     folder = folder_of(plan, root)
-    if (folder / "manifest.json").is_file():
+    if is_finished(folder):
         return folder
     from diag.run.run import run_probe
 

@@ -20,11 +20,12 @@ from pyarrow import ArrowInvalid
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
 from diag.results.files import atomically, write, write_json, writing
+from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
 from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.tables import FORMAT, one_kind, tables
 from diag.run.environment import environment
-from diag.run.ledger import MERGE, Part, Standing, is_finished, read_plan, standing
-from diag.run.processes import Locks
+from diag.run.ledger import MERGE, Part, Standing, read_plan, standing
+from diag.run.processes import PATIENCE, Locks
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
@@ -60,7 +61,7 @@ def finish(
     while not locks.take(MERGE):
         if not wait:
             return False
-        time.sleep(0.2)
+        time.sleep(PATIENCE)
     try:
         if not is_finished(folder):
             _finish(folder, read_plan(folder), say, drawing)
@@ -132,9 +133,9 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawing: Dra
         raise UserError(next(iter(failed_models.values())), "give images in JPEG, PNG or WebP")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
     layers, heads = _tables(parts, samples, document, folder)
-    write(samples, folder / "samples.parquet")
-    write(layers, folder / "layers.csv")
-    write(heads, folder / "heads.parquet")
+    write(samples, folder / SAMPLES)
+    write(layers, folder / LAYERS)
+    write(heads, folder / HEADS)
     figures = drawing(layers, heads, folder / "figures")
     for left in folder.glob(".*.tmp"):  # by processes that were killed
         left.unlink(missing_ok=True)
@@ -154,7 +155,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawing: Dra
             "environment": environment(),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
-        folder / "manifest.json",
+        folder / MANIFEST,
     )
     shutil.rmtree(folder / "shards", ignore_errors=True)
 
@@ -214,7 +215,7 @@ def _tables(
 ) -> Tables:
     """`(layers, heads)`: of samples where all are kept, else of the moments of all inputs, with quantiles."""
     seed = document["plan"]["seed"]
-    (folder / "quantiles.parquet").unlink(missing_ok=True)
+    (folder / QUANTILES).unlink(missing_ok=True)
     if all("interval" not in note["entry"] for _, note, _ in parts):
         return tables(samples, seed=seed)
     found, spread = list[Tables](), list[pd.DataFrame]()
@@ -227,6 +228,6 @@ def _tables(
         cells = merged(Moments.from_frame(_read(file)) for file in files)
         found.append(moment_tables(cells, RATIOS))
         spread.append(quantiles(cells))
-    write(pd.concat(spread, ignore_index=True), folder / "quantiles.parquet")
+    write(pd.concat(spread, ignore_index=True), folder / QUANTILES)
     layers, heads = (pd.concat(each, ignore_index=True) for each in zip(*found, strict=True))
     return one_kind(layers), one_kind(heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,42 +13,40 @@ from diag.inputs.items import Inputs
 from diag.measure.memory import Prediction, Widths, predicted, resident
 from diag.models import load
 from diag.models.base import Model, Tower
-from diag.models.names.resolve import ModelSpec
-from diag.run.plan import ProbePlan
+from diag.run.prepared import Prepared
 from diag.run.shards import tower_samples
 
 GIBIBYTE = 1 << 30
 
 
-def forecast(
-    plan: ProbePlan, specs: Sequence[ModelSpec], given: Mapping[str, Inputs], device: torch.device | str
-) -> dict[str, str]:
+def forecast(prepared: Prepared) -> dict[str, str]:
     """By model and tower: the predicted peak in words, or why there is none.
 
     Models are loaded on the CPU to see their shapes, from what is on this machine: nothing is downloaded,
     as `HF_HUB_OFFLINE` is set for this process. A model that is spread over GPUs counts as one.
     """
-    device = torch.device("cuda") if isinstance(device, str) else device
     os.environ["HF_HUB_OFFLINE"] = "1"
     found = {}
-    for spec in specs:
+    for spec in prepared.specs:
         try:
-            model = load(spec, device="cpu", dtype=getattr(torch, plan.dtype))
+            model = load(spec, device="cpu", dtype=prepared.dtype)
         except UserError as error:
             found[spec.given] = f"not predicted: {error}"
             continue
-        for kind, inputs in given.items():
-            for tower in model.takers(kind, plan.tokens):
-                found[f"{spec.given} {tower.name}"] = _of_tower(model, tower, inputs, plan, device)
+        for kind, inputs in prepared.inputs.items():
+            for tower in model.takers(kind, prepared.plan.tokens):
+                found[f"{spec.given} {tower.name}"] = _of_tower(model, tower, inputs, prepared)
         del model
     return found
 
 
-def _of_tower(model: Model, tower: Tower, given: Inputs, plan: ProbePlan, device: torch.device) -> str:
-    tokens = tokens_of(tower, given, plan)
+def _of_tower(model: Model, tower: Tower, given: Inputs, prepared: Prepared) -> str:
+    size = prepared.plan.batch_size or 1
+    device = torch.device("cuda") if isinstance(prepared.device, str) else prepared.device
+    tokens = tokens_of(tower, given, prepared.plan.seq_len)
     if tokens is None:
         return "not predicted: the number of tokens depends on the input"
-    inputs = min(plan.batch_size or 1, tower.max_batch or plan.batch_size or 1)
+    inputs = min(size, tower.max_batch or size)
     weights = sum(x.numel() * x.element_size() for x in model.module.parameters())
     prediction = predicted(
         Widths.of(model.module, tower.layers[0].module),
@@ -56,15 +54,15 @@ def _of_tower(model: Model, tower: Tower, given: Inputs, plan: ProbePlan, device
         inputs=inputs,
         loaded=weights if device.type == "cuda" else resident(),
         device=device,
-        dtype=getattr(torch, plan.dtype),
+        dtype=prepared.dtype,
     )
     return in_words(prediction, tokens, inputs)
 
 
-def tokens_of(tower: Tower, given: Inputs, plan: ProbePlan) -> int | None:
+def tokens_of(tower: Tower, given: Inputs, seq_len: int | None) -> int | None:
     """Tokens of one input; None where they differ between inputs."""
     if tower.name == "text":
-        content = tower_samples(tower, given, plan.model_copy(update={"limit": 1}))[0].read()
+        content = tower_samples(tower, given, limit=1, seq_len=seq_len)[0].read()
         return len(content) if isinstance(content, Sequence) else None
     sizes = [tower.facts.get(name) for name in ("image_size", "patch_size")]
     sides = [size if isinstance(size, list | tuple) else (size, size) for size in sizes]

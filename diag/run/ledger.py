@@ -22,6 +22,7 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.results.files import file_stem
+from diag.results.folder import PLAN
 from diag.run.processes import Share
 
 TOWERS = ("vision", "text", "language")
@@ -36,14 +37,9 @@ def lock_file(folder: Path) -> Path:
     return folder / "shards" / ".lock"
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / "manifest.json").is_file()
-
-
 def read_plan(folder: Path) -> dict[str, Any]:
     """What a folder runs, as its first process wrote it. Raises UserError where nothing was begun."""
-    file = folder / "plan.json"
+    file = folder / PLAN
     document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "shard_inputs" not in document:
         raise UserError(

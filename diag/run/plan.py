@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diag.errors import UserError
 from diag.inputs.images import images
@@ -18,8 +17,6 @@ from diag.models.names.arguments import local_files
 from diag.models.names.resolve import ModelSpec, parse
 from diag.results.files import file_stem
 from diag.run.environment import version
-
-Plan = TypeVar("Plan", bound=BaseModel)
 
 RUNS = Path("runs")
 """Where every verb writes unless told otherwise, so that one finds what another measured."""
@@ -33,10 +30,40 @@ MOST_SHARD_INPUTS = 256
 MANY_SHARDS, FEW_SHARDS = 1024, 16
 
 
-class ProbePlan(BaseModel):
-    """Everything that `attnbias probe` needs to know; frozen, and unknown keys are refused."""
+def _known_dtype(dtype: str) -> str:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError("is one of float32, bfloat16, float16")
+    return dtype
+
+
+Dtype = Annotated[str, AfterValidator(_known_dtype)]
+"""The name of a format that a model can be loaded in."""
+
+
+class Plan(BaseModel):
+    """What a verb needs to know; frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def checked(cls, **fields: Any) -> Self:
+        """A plan from options. Raises UserError in the words of the command line."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            (option, *_), reason, given = mistake(error)
+            flag = "--" + str(option).replace("_", "-")
+            raise UserError(f"{flag} {reason}", f"given: {given!r}") from error
+
+
+def mistake(error: ValidationError) -> tuple[tuple[int | str, ...], str, Any]:
+    """The first thing that is wrong with a plan: where, why in words, and what was given."""
+    first = error.errors()[0]
+    return first["loc"], first["msg"].removeprefix("Value error, "), first["input"]
+
+
+class ProbePlan(Plan):
+    """Everything that `attnbias probe` needs to know."""
 
     models: tuple[str, ...] = Field(min_length=1)
     images: str | None = None
@@ -52,7 +79,7 @@ class ProbePlan(BaseModel):
     model_args: tuple[str, ...] = ()
     random_init: bool = False
     trust_remote_code: bool = False
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     seed: int = Field(default=0, ge=0)
     save_activations: int = Field(default=0, ge=0)
     keep_samples: int = Field(default=4096, ge=0)
@@ -84,13 +111,6 @@ class ProbePlan(BaseModel):
             raise ValueError("is an even number: rows are drawn in pairs")
         return rows
 
-    @field_validator("dtype")
-    @classmethod
-    def _known_dtype(cls, dtype: str) -> str:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError("is one of float32, bfloat16, float16")
-        return dtype
-
     def key(self, inputs: dict[str, str]) -> str:
         """Identifies the result: the plan without its `how`, the inputs' digests and local weights.
 
@@ -103,22 +123,6 @@ class ProbePlan(BaseModel):
         files = {str(path): _stamp(path) for path in local}
         document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def checked(**values: Any) -> ProbePlan:
-    """A plan from options. Raises UserError in the words of the command line."""
-    return checked_as(ProbePlan, values)
-
-
-def checked_as(kind: type[Plan], values: Mapping[str, Any]) -> Plan:
-    """A plan of some kind from options. Raises UserError in the words of the command line."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{flag} {reason}", f"given: {first['input']!r}") from error
 
 
 def specs_of(plan: ProbePlan) -> list[ModelSpec]:
@@ -160,7 +164,7 @@ def inputs_of(plan: ProbePlan) -> dict[str, Inputs]:
     return given
 
 
-def run_folder(plan: ProbePlan, key: str, root: Path = RUNS) -> Path:
+def default_folder(plan: ProbePlan, key: str, root: Path = RUNS) -> Path:
     """Where a plan's run lies unless the user says otherwise: the models' names and the key of the result."""
     return root / f"{file_stem('+'.join(plan.models))[:60]}-{key[:8]}"
 

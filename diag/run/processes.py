@@ -22,6 +22,9 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+PATIENCE = 0.2
+"""Seconds between looks at what another process has in hand."""
+
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 """What file systems say that have no locks."""
 

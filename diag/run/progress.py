@@ -33,3 +33,6 @@ class Progress:
 
     shards_done: int = 0
     shards_total: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.shards_done}/{self.shards_total} shards"

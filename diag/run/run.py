@@ -16,41 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from diag.errors import UserError
-from diag.inputs.items import Inputs
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
-from diag.measure.device import device_of
 from diag.measure.prefetch import shards_ahead, workers_for
 from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.registry import metric_names
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.models.family import SPREAD
 from diag.models.names.resolve import ModelSpec
 from diag.results.files import CannotWrite, file_stem, write, write_json, writing
+from diag.results.folder import is_finished
 from diag.results.moments import moments_of
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
 from diag.run.environment import command_line
 from diag.run.finish import draw, finish
-from diag.run.ledger import Part, failure_file, forget_failures, is_finished, lock_file, read_plan, standing
-from diag.run.plan import ProbePlan, inputs_of, run_folder, shard_inputs, specs_of
-from diag.run.processes import WHOLE, Locks, Share
+from diag.run.ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
+from diag.run.plan import ProbePlan, default_folder, shard_inputs
+from diag.run.prepared import Prepared
+from diag.run.processes import PATIENCE, WHOLE, Locks, Share
 from diag.run.progress import Listener, Progress, Silent
 from diag.run.run_folder import check_room, claim, release
-from diag.run.shards import TowerJob, edits_of, ratios_of, shard_values, tower_samples
-
-PATIENCE = 0.2
-"""Seconds between looks at what another process has in hand."""
+from diag.run.shards import TowerJob, shard_values, tower_samples
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run: its folder and what it holds."""
 
     folder: Path
@@ -68,20 +62,13 @@ class Run:
 class _Job:
     """What all models of a run share. size: inputs per shard, as the folder's first process chose it."""
 
-    plan: ProbePlan
+    prepared: Prepared
     folder: Path
-    given: Mapping[str, Inputs]
     share: Share
-    device: torch.device | str
     size: int
     locks: Locks
     listener: Listener
     progress: Progress
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether what the model reads goes to a GPU."""
-        return torch.cuda.is_available() if self.device == SPREAD else self.device != torch.device("cpu")
 
 
 def run_probe(
@@ -91,8 +78,8 @@ def run_probe(
     overwrite: bool = False,
     listener: Listener | None = None,
     progress: Progress | None = None,
-) -> Run:
-    """Carries out a plan in `folder` (default: `config.run_folder(plan)`), resuming what is already there.
+) -> FinishedRun:
+    """Carries out a plan in `folder` (default: `plan.default_folder`), resuming what is already there.
 
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several is noted in the manifest, and the run goes on.
@@ -110,22 +97,21 @@ def run_share(
     overwrite: bool = False,
     listener: Listener | None = None,
     progress: Progress | None = None,
-) -> Run | None:
+) -> FinishedRun | None:
     """One process's part of `run_probe`. None where the run is left to others: their shards are missing yet.
 
     Raises UserError as `run_probe` does, and for `overwrite` where others may have begun already.
     """
     listener, progress = listener or Silent(), progress or Progress()
-    specs, given = prepared(plan)
-    device = device_of(plan.device, share.local_rank)
-    key = plan.key({kind: found.digest for kind, found in given.items()})
-    folder = folder or run_folder(plan, key)
+    prepared = Prepared.of(plan, share.local_rank)
+    document = _document(prepared)
+    folder = folder or default_folder(plan, document["key"])
     if overwrite and share.of > 1:
         raise UserError(
             "--overwrite would remove what other processes have just measured",
             f"remove the folder first: rm -r '{folder}'",
         )
-    if claim(folder, _document(plan, key, given), overwrite=overwrite):
+    if claim(folder, document, overwrite=overwrite):
         shutil.rmtree(folder / "shards", ignore_errors=True)  # of a process that was killed at the very end
         listener.say(f"already complete: {folder} (measure again with --overwrite)")
         return open_run(folder)
@@ -134,9 +120,7 @@ def run_share(
         check_room(folder, ROOM)
         with _locks(folder) as locks:
             forget_failures(folder, share)
-            size = document["shard_inputs"]
-            job = _Job(plan, folder, given, share, device, size, locks, listener, progress)
-            _run_models(job, specs)
+            _run_models(_Job(prepared, folder, share, document["shard_inputs"], locks, listener, progress))
             state = standing(folder, document)
             if not state.missing and not is_finished(folder):
                 finish(folder, locks, wait=share.of == 1, say=listener.say, drawing=draw)
@@ -157,30 +141,22 @@ def run_share(
     return None
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path) -> FinishedRun:
     """A finished run folder. Raises UserError if it is not one."""
-    return Run(folder, read_layers(folder), read_heads(folder), read_manifest(folder))
+    return FinishedRun(folder, read_layers(folder), read_heads(folder), read_manifest(folder))
 
 
-def prepared(plan: ProbePlan) -> tuple[list[ModelSpec], dict[str, Inputs]]:
-    """What a plan's names stand for, with everything checked that needs no model. Raises UserError."""
-    metric_names(plan.metrics)
-    edits_of(plan)
-    device_of(plan.device)
-    return specs_of(plan), inputs_of(plan)
-
-
-def _document(plan: ProbePlan, key: str, given: Mapping[str, Inputs]) -> dict[str, Any]:
+def _document(prepared: Prepared) -> dict[str, Any]:
     """What the first process of a run writes about it, for all others and for the manifest."""
     return {
-        "key": key,
-        "plan": plan.model_dump(mode="json"),
+        "key": prepared.key,
+        "plan": prepared.plan.model_dump(mode="json"),
         "command": command_line(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "shard_inputs": shard_inputs(plan),
+        "shard_inputs": shard_inputs(prepared.plan),
         "inputs": {
             kind: {"source": found.source, "count": len(found), "sha256": found.digest}
-            for kind, found in given.items()
+            for kind, found in prepared.inputs.items()
         },
     }
 
@@ -191,9 +167,9 @@ def _locks(folder: Path) -> Locks:
         return Locks(lock_file(folder))
 
 
-def _run_models(job: _Job, specs: Sequence[ModelSpec]) -> None:
+def _run_models(job: _Job) -> None:
     """Every model, one after the other. Raises the last one's error if all fail."""
-    failed = 0
+    specs, failed = job.prepared.specs, 0
     for number, spec in enumerate(specs):
         if is_finished(job.folder):
             return
@@ -210,35 +186,33 @@ def _run_models(job: _Job, specs: Sequence[ModelSpec]) -> None:
 
 
 def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
-    plan = job.plan
-    model = load(spec, device=job.device, dtype=getattr(torch, plan.dtype))
+    prepared, plan = job.prepared, job.prepared.plan
+    model = load(spec, device=prepared.device, dtype=prepared.dtype)
     for line in (f"{spec.given} → {model.resolved}", *model.notes):
         job.listener.say(line)
-    kinds = [kind for kind in job.given if model.takers(kind)]
+    kinds = [kind for kind in prepared.inputs if model.takers(kind)]
     if not kinds:
-        model.tower(next(iter(job.given)))
+        model.tower(next(iter(prepared.inputs)))
     named = {kind for kind, flag in (("vision", plan.images), ("text", plan.texts)) if flag is not None}
     if not named:
         kinds = kinds[:1]
     towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
     for kind, tower in towers:
-        own = plan.tokens and tuple(name for name in plan.tokens if name in tower.token_sets)
-        of_tower = replace(job, plan=plan.model_copy(update={"tokens": own}))
-        if not DIVERGENCE_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
+        if not DIVERGENCE_METRICS.keys().isdisjoint(prepared.measurement.metrics):
             tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
-        given = job.given[kind]
-        samples = tower_samples(tower, given, plan)
+        given = prepared.inputs[kind]
+        samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
         part = Part(job.folder, number, spec.given, tower.name)
         shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
         note = {
             "towers": [tower.name for _, tower in towers],
             "shards": len(shards),
             "source": given.source,
-            "device": str(job.device),
+            "device": str(prepared.device),
             "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
         }
         write_json(note, part.note)
-        _run_tower(of_tower, part, model, tower, shards)
+        _run_tower(job, part, model, tower, shards)
 
 
 def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
@@ -266,11 +240,13 @@ def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequen
     job.progress.shards_total += len(own)
     if not own:
         return
-    work = TowerJob.of(model, tower, job.plan)
+    plan, on_gpu = job.prepared.plan, job.prepared.on_gpu
+    token_sets = [name for name in plan.tokens or () if name in tower.token_sets]
+    work = TowerJob.of(model, tower, job.prepared.measurement, token_sets)
     job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
     missing = [place for place in own if not part.shard(place).exists()]
-    workers = workers_for(job.plan.workers, on_gpu=job.on_gpu)
-    with shards_ahead(tower, shards, missing, workers=workers, pin=job.on_gpu) as take:
+    workers = workers_for(plan.workers, on_gpu=on_gpu)
+    with shards_ahead(tower, shards, missing, workers=workers, pin=on_gpu) as take:
         said, checked = False, False
         while own and not is_finished(job.folder):
             left = []
@@ -284,7 +260,7 @@ def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequen
                     else:
                         _write_shard(job, part, work, shards, place, take(place))
                         if not checked:
-                            _check_room(part, place, shards, job.plan.keep_samples)
+                            _check_room(part, place, shards, plan.keep_samples)
                         checked = True
                 finally:
                     job.locks.give(part.lock(place))
@@ -306,13 +282,14 @@ def _write_shard(
     samples: Iterable[Sample],
 ) -> None:
     """Measures one shard. What belongs to it is there before it is. samples: its own, at hand."""
-    began, incidents, ratios = time.time(), Incidents(), ratios_of(job.plan)
-    first, keep = place * job.size, job.plan.keep_samples
+    plan, ratios = job.prepared.plan, job.prepared.measurement.ratios
+    began, incidents = time.time(), Incidents()
+    first, keep = place * job.size, plan.keep_samples
     found = list(shard_values(work, samples, incidents, first_input=first, advance=job.listener.advance))
-    if place == 0 and job.plan.save_activations:
+    if place == 0 and plan.save_activations:
         kept = job.folder / "activations" / f"{file_stem(part.given)}-{part.tower}"
-        first_ones = [sample for shard in shards for sample in shard][: job.plan.save_activations]
-        save_activations(work.tower, first_ones, kept, job.plan.layers)
+        first_ones = [sample for shard in shards for sample in shard][: plan.save_activations]
+        save_activations(work.tower, first_ones, kept, plan.layers)
     if found and sum(map(len, shards)) > keep:
         write(moments_of(found, ratios, work.constants).frame(), part.cells(place))
     kept_values = filter(None, (values.until(keep) for values in found))

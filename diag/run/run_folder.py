@@ -15,6 +15,7 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.results.files import CannotWrite, json_text, write_json, writing
+from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, is_finished
 
 
 def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -24,21 +25,21 @@ def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool
     overwrite: remove what another run (or this one) left, and nothing else.
     Raises UserError if the folder holds anything else.
     """
-    plan = folder / "plan.json"
+    plan = folder / PLAN
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file", "give a folder with -o")
     # before the plan is looked for: another process may be writing it at this moment
     foreign = folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir())
     if plan.exists() and overwrite:
         # the manifest goes first: without it the folder is no finished run
-        for name in ("manifest.json", "layers.csv", "heads.parquet", "samples.parquet", "quantiles.parquet"):
+        for name in (MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES):
             (folder / name).unlink(missing_ok=True)
         for name in ("shards", "figures", "activations"):
             shutil.rmtree(folder / name, ignore_errors=True)
     elif plan.exists():
         if json.loads(plan.read_text(encoding="utf-8")).get("key") != document["key"]:
             raise UserError(f"'{folder}' holds another run", "give another folder with -o, or --overwrite")
-        return (folder / "manifest.json").exists()
+        return is_finished(folder)
     elif foreign:
         raise UserError(f"'{folder}' is not empty and holds no run", "give another folder with -o")
     elif not _written_first(document, plan):
@@ -72,7 +73,7 @@ def release(folder: Path) -> None:
         return
     shutil.rmtree(folder / "shards", ignore_errors=True)
     with suppress(OSError):
-        (folder / "plan.json").unlink()
+        (folder / PLAN).unlink()
         folder.rmdir()
 
 

@@ -10,27 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
 from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.measure.batch_readings import Incidents
 from diag.measure.batches import BatchSize
 from diag.measure.loop import measure, pick_layers
-from diag.metrics.catalogue import RATIOS
-from diag.metrics.registry import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Model, Sample, Tower
 from diag.models.hooks.blocks import Block, find_blocks
-from diag.models.hooks.interventions import BRANCHES, Edit
-from diag.models.hooks.interventions import parse as parse_edit
+from diag.models.hooks.interventions import BRANCHES
 from diag.models.value_constants import value_constants
 from diag.results.layer_values import LayerValues
 from diag.run.plan import ProbePlan
+from diag.run.prepared import Measurement
 
 
 @dataclass(frozen=True)
 class TowerJob:
-    """A tower and all that a plan needs to measure it.
+    """A tower and all that is needed to measure it.
 
     constants: the columns that are the same in every row of the tower. removed: what `--values bias-free`
     takes out of each layer's values. blocks: where whole branches are changed, or the stream is measured.
@@ -38,44 +35,42 @@ class TowerJob:
     """
 
     tower: Tower
-    plan: ProbePlan
+    measurement: Measurement
+    token_sets: Sequence[str]
     constants: Mapping[str, Any]
     removed: Mapping[int, Tensor] | None
     blocks: Sequence[Block]
     size: BatchSize
 
     @staticmethod
-    def of(model: Model, tower: Tower, plan: ProbePlan) -> TowerJob:
-        """Raises UserError, naming the layer, where the plan asks for what this model does not allow."""
+    def of(
+        model: Model, tower: Tower, measurement: Measurement, token_sets: Sequence[str] | None = None
+    ) -> TowerJob:
+        """token_sets: the plan's if None, or the tower's defaults.
+
+        Raises UserError, naming the layer, where the plan asks for what this model does not allow.
+        """
+        plan = measurement.plan
         return TowerJob(
             tower,
-            plan,
+            measurement,
+            token_sets or plan.tokens or tower.default_sets,
             _constants_of(model, tower, plan),
             _constants_to_remove(model, tower, plan),
-            _blocks_of(model, tower, plan),
+            _blocks_of(model, tower, measurement),
             BatchSize.of(plan.batch_size, model.module),
         )
 
 
-def tower_samples(tower: Tower, given: Inputs, plan: ProbePlan) -> list[Sample]:
+def tower_samples(tower: Tower, given: Inputs, *, limit: int, seq_len: int | None) -> list[Sample]:
     """The first `limit` samples of a tower. Raises UserError if there is none."""
-    found = list(itertools.islice(tower.samples(given, plan.seq_len), plan.limit))
+    found = list(itertools.islice(tower.samples(given, seq_len), limit))
     if not found:
         raise UserError(
             f"'{given.source}' gives no sample for the {tower.name} tower",
             "the text is shorter than one window: give more text, or a smaller --seq-len",
         )
     return found
-
-
-def edits_of(plan: ProbePlan) -> list[Edit]:
-    """What the plan does to the model. Raises UserError for an unknown intervention."""
-    return [replace(parse_edit(text), seed=plan.seed) for text in plan.intervene]
-
-
-def sampling_of(plan: ProbePlan) -> RowSampling:
-    """Which query rows stand for all of them in long sequences."""
-    return RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed)
 
 
 def shard_values(
@@ -90,31 +85,23 @@ def shard_values(
 
     first_input: the number of the first sample within the run. advance: told how many inputs are done.
     """
-    plan = job.plan
-    names = metric_names(plan.metrics)
-    needed = list(dict.fromkeys(part for name in names for part in RATIOS.get(name, (name,))))
+    asked = job.measurement
     for batch in measure(
         job.tower,
         samples,
-        metrics=needed,
-        token_sets=plan.tokens or None,
-        layers=plan.layers,
+        metrics=asked.computed,
+        token_sets=job.token_sets,
+        layers=asked.plan.layers,
         value_constants=job.removed,
-        edits=edits_of(plan),
+        edits=asked.edits,
         blocks=job.blocks,
-        sampling=sampling_of(plan),
+        sampling=asked.sampling,
         batch_size=job.size,
         incidents=incidents,
     ):
         for values in batch:
             yield replace(values, first_input=first_input + values.first_input)
         advance(len(batch[0].ids))
-
-
-def ratios_of(plan: ProbePlan) -> dict[str, tuple[str, str]]:
-    """Those of the plan's metrics that are ratios, with their parts."""
-    names = metric_names(plan.metrics)
-    return {name: parts for name, parts in RATIOS.items() if name in names}
 
 
 def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
@@ -143,16 +130,16 @@ def _constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[in
     return value_constants(model.module, pick_layers(tower.layers, plan.layers))
 
 
-def _blocks_of(model: Model, tower: Tower, plan: ProbePlan) -> Sequence[Block]:
+def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block]:
     """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
 
     Empty where neither needs them. Raises UserError, naming the layer, if a block is not understood.
     """
-    if any(edit.where in BRANCHES for edit in edits_of(plan)):
+    if any(edit.where in BRANCHES for edit in asked.edits):
         return find_blocks(model.module, tower.layers)
-    if STREAM_METRICS.keys().isdisjoint(metric_names(plan.metrics)):
+    if STREAM_METRICS.keys().isdisjoint(asked.metrics):
         return ()
-    return find_blocks(model.module, pick_layers(tower.layers, plan.layers))
+    return find_blocks(model.module, pick_layers(tower.layers, asked.plan.layers))
 
 
 def _dtype_of(model: Model) -> str:

@@ -25,6 +25,7 @@ import pandas as pd
 from diag.errors import UserError
 from diag.results.collect import Collection
 from diag.results.files import atomically, file_stem, write, write_json, writing
+from diag.results.folder import MANIFEST, kind_of, manifest_in
 from diag.results.profiles import differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
 from diag.run.plan import RUNS
@@ -147,13 +148,13 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
 
     Raises UserError if the folder holds anything else, or cannot be written.
     """
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file", "give a folder with -o")
-    if folder.exists() and any(folder.iterdir()) and not _is_comparison(manifest):
+    if folder.exists() and any(folder.iterdir()) and kind_of(folder) != "compare":
         raise UserError(f"'{folder}' is not empty and holds no comparison", "give another folder with -o")
     if manifest.exists():
-        for file in json.loads(manifest.read_text(encoding="utf-8")).get("figures", ()):
+        for file in manifest_in(folder).get("figures", ()):
             (folder / file).unlink(missing_ok=True)
     document = {
         "kind": "compare",
@@ -181,13 +182,6 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
     document["figures"] = [path.relative_to(folder).as_posix() for path in figures]
     write_json(document, manifest)
     return figures
-
-
-def _is_comparison(manifest: Path) -> bool:
-    try:
-        return json.loads(manifest.read_text(encoding="utf-8")).get("kind") == "compare"
-    except (OSError, ValueError):
-        return False
 
 
 def draw_comparison(found: Comparison, folder: Path) -> list[Path]:

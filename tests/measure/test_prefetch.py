@@ -30,7 +30,7 @@ from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.feeding import image_encoder, image_preparation, image_samples
 from diag.models.names.resolve import parse
-from diag.run.plan import SHARD_INPUTS, checked
+from diag.run.plan import SHARD_INPUTS, ProbePlan
 from diag.run.processes import Share
 from diag.run.run import run_share
 
@@ -352,7 +352,7 @@ def test_three_processes_open_what_is_theirs(
         return read(index, place)
 
     monkeypatch.setattr(tars.Index, "read", logged)
-    plan = checked(
+    plan = ProbePlan.checked(
         models=("demo:vit-p16",),
         images=f"{tmp_path}/{{0..1}}.tar",
         limit=100,

@@ -20,7 +20,7 @@ from diag.errors import UserError
 from diag.results import tables as records
 from diag.results.files import WRITERS
 from diag.run import finish, ledger, run, shards
-from diag.run.plan import ProbePlan, checked, shard_inputs
+from diag.run.plan import ProbePlan, shard_inputs
 from diag.run.processes import Share
 from diag.run.progress import Progress
 from diag.run.run import run_probe, run_share
@@ -35,7 +35,7 @@ COMMAND = ("probe", "-m", "demo:lm", "--texts", __file__, "--limit", 40, "--seq-
 
 def plan(**changes: Any) -> ProbePlan:
     given = {"models": ("demo:lm",), "texts": __file__, "limit": 75, "seq_len": 16, "metrics": METRICS}
-    return checked(**(given | {"layers": (0, 3)} | changes))
+    return ProbePlan.checked(**(given | {"layers": (0, 3)} | changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

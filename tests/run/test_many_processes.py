@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from diag import run
-from diag.run.plan import checked
+from diag.run import run
+from diag.run.plan import ProbePlan
 from diag.models import load
 from diag.models.names.resolve import parse
 from diag.run.processes import Share
@@ -31,7 +31,7 @@ from diag.run.processes import Share
 run.draw = lambda *_: []
 load(parse("demo:lm"), device=torch.device("cpu"), dtype=torch.float32)
 target = Path(sys.argv[1])
-plan = checked(
+plan = ProbePlan.checked(
     models=("demo:lm",), texts=sys.argv[2], limit=150, seq_len=16, layers=(0, 3), batch_size=16,
     metrics=("cos_y_vself", "self_specific_fraction"), keep_samples=90, device="cpu",
 )

@@ -13,13 +13,13 @@ import pytest
 from diag.errors import UserError
 from diag.run import plan as config
 from diag.run.environment import command_line, environment
-from diag.run.plan import ProbePlan, checked
+from diag.run.plan import ProbePlan
 
 DIGESTS = {"vision": "abc"}
 
 
 def plan(**values: Any) -> ProbePlan:
-    return checked(**({"models": ("demo:vit-p16",)} | values))
+    return ProbePlan.checked(**({"models": ("demo:vit-p16",)} | values))
 
 
 CHANGES: dict[str, Any] = {

@@ -20,7 +20,7 @@ from diag.models.families import demo
 from diag.results import tables as records
 from diag.results.files import WRITERS
 from diag.run import run, shards
-from diag.run.plan import SHARD_INPUTS, checked
+from diag.run.plan import SHARD_INPUTS, ProbePlan
 from diag.run.progress import Progress, Silent
 from diag.run.run import open_run, run_probe
 
@@ -68,12 +68,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def plan(**changes: Any) -> Any:
-    return checked(**(LM | changes))
+    return ProbePlan.checked(**(LM | changes))
 
 
 def vision(noise: Path, **changes: Any) -> Any:
     given = {"models": ("demo:vit-p16",), "images": str(noise), "metrics": FAST}
-    return checked(**(given | changes))
+    return ProbePlan.checked(**(given | changes))
 
 
 def tables_of(folder: Path) -> list[pd.DataFrame]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.results.folder import kind_of, manifest_in
 
 PICTURE_BYTES = 2_500_000
 """All pictures together as they are; if they are more, they are made smaller."""
@@ -43,10 +43,7 @@ class AttendFolder:
 
 def is_attend(folder: Path) -> bool:
     """Whether a folder holds what `attnbias attend` wrote."""
-    try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("kind") == "attend"
-    except (OSError, ValueError, AttributeError):
-        return False
+    return kind_of(folder) == "attend"
 
 
 def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str, str]]:
@@ -55,7 +52,7 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
     problems: dict[str, str] = {}
     for folder in dict.fromkeys(folders):
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = manifest_in(folder)
             decomposition = pd.read_csv(folder / "decomposition.csv")
             tokens = pd.read_parquet(folder / "tokens.parquet")
             pictures = sorted((folder / "figures").glob("*.png"))

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from diag.run.environment import command_line
 from diag.run.run_folder import claim, release
 from diag.studies.attend.folder import Attended, read, write
-from diag.studies.attend.plan import AttendPlan, checked, folder_of
+from diag.studies.attend.plan import AttendPlan, folder_of
 
 if TYPE_CHECKING:
     from diag.run.progress import Listener
 
-__all__ = ["AttendPlan", "Attended", "attend", "checked", "folder_of", "read", "run_attend", "write"]
+__all__ = ["AttendPlan", "Attended", "attend", "folder_of", "read", "run_attend", "write"]
 
 
 def attend(plan: AttendPlan, listener: Listener | None = None) -> Attended:

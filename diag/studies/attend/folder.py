@@ -9,7 +9,6 @@ manifest.json       "kind": "attend"; written last
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import pandas as pd
 from diag.errors import UserError
 from diag.results.files import atomically, write_json, writing
 from diag.results.files import write as write_table
+from diag.results.folder import MANIFEST, is_finished, manifest_in
 from diag.results.tables import FORMAT
 from diag.run.environment import command_line, environment
 from diag.studies.attend.plan import AttendPlan
@@ -87,23 +87,22 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
             "environment": environment(),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
-        folder / "manifest.json",
+        folder / MANIFEST,
     )
     return figures
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an attend folder. Raises UserError if it is none, or one of another version."""
-    file = folder / "manifest.json"
-    if not file.is_file():
+    if not is_finished(folder):
         raise UserError(
-            f"'{folder}' is no finished look at a token (no manifest.json)", f"attnbias attend … -o {folder}"
+            f"'{folder}' is no finished look at a token (no {MANIFEST})", f"attnbias attend … -o {folder}"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = manifest_in(folder)
     except ValueError as error:
         raise UserError(
-            f"'{file}' is not JSON: {error}", f"attnbias attend … -o {folder} --overwrite"
+            f"'{folder / MANIFEST}' is not JSON: {error}", f"attnbias attend … -o {folder} --overwrite"
         ) from error
     if manifest.get("kind") != KIND:
         raise UserError(

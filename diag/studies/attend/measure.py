@@ -16,7 +16,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.errors import UnreadableInput, UserError
 from diag.inputs.items import Inputs, Item
-from diag.measure.device import device_of
+from diag.measure.device import device_of, dtype_of
 from diag.measure.loop import capture
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
@@ -63,13 +63,17 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
     listener = listener or Silent()
     specs = specs_of(plan.probe_plan())
     given = _in_memory(plan.inputs())
+    device, dtype = device_of(plan.device), dtype_of(plan.dtype)
     views: list[_View] = []
     failed: dict[str, str] = {}
     for number, spec in enumerate(specs):
         point = views[0].target.point if views else None
         listener.start(spec.given, 1)
         try:
-            views.append(_view(plan, spec, number, given, point, listener))
+            # no name for the model here: the next one is loaded when it is gone
+            views.append(
+                _view(plan, spec, load(spec, device=device, dtype=dtype), number, given, point, listener)
+            )
         except UserError as error:
             if number == 0:
                 raise
@@ -86,9 +90,14 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
 
 
 def _view(
-    plan: AttendPlan, spec: ModelSpec, number: int, given: Inputs, point: Point | None, listener: Listener
+    plan: AttendPlan,
+    spec: ModelSpec,
+    model: Model,
+    number: int,
+    given: Inputs,
+    point: Point | None,
+    listener: Listener,
 ) -> _View:
-    model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
     for note in (f"{spec.given} → {model.resolved}", *model.notes):
         listener.say(note)
     tower = _tower(model, plan.tower)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.inputs.given import as_inputs
@@ -15,14 +14,14 @@ from diag.inputs.images import PHOTOGRAPHS, demo_images, images
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import texts
 from diag.results.files import file_stem
-from diag.run.plan import RUNS, ProbePlan, checked_as
+from diag.run.plan import RUNS, Dtype, Plan, ProbePlan
 
 DEMO = "demo:"
 IMAGE_TIP = "--image takes an image file, or demo:NAME such as demo:astronaut"
 
 
-class AttendPlan(BaseModel):
-    """Everything that `attnbias attend` needs to know; frozen, and unknown keys are refused.
+class AttendPlan(Plan):
+    """Everything that `attnbias attend` needs to know.
 
     image: a file, or `demo:NAME`; text: a file, `demo`, or the text itself. One of them.
     layer: depth index, negative from the end; depth: relative, 0 the first and 1 the last layer. One of them.
@@ -30,8 +29,6 @@ class AttendPlan(BaseModel):
     patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
     token: position in the window of text, negative from the end.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: tuple[str, ...] = Field(min_length=1)
     image: str | None = None
@@ -48,7 +45,7 @@ class AttendPlan(BaseModel):
     model_args: tuple[str, ...] = ()
     random_init: bool = False
     trust_remote_code: bool = False
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     # below: how, not what; it does not change the result
     device: str = "auto"
 
@@ -56,13 +53,6 @@ class AttendPlan(BaseModel):
     @classmethod
     def _once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(models))
-
-    @field_validator("dtype")
-    @classmethod
-    def _known_dtype(cls, dtype: str) -> str:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError("is one of float32, bfloat16, float16")
-        return dtype
 
     @model_validator(mode="after")
     def _one_target(self) -> AttendPlan:
@@ -120,11 +110,6 @@ class AttendPlan(BaseModel):
         what = self.model_dump(mode="json", exclude={"device"})
         document = {"attend": what, "probe": self.probe_plan().key({self.tower: self.inputs().digest})}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def checked(**values: Any) -> AttendPlan:
-    """A plan from options. Raises UserError in the words of the command line."""
-    return checked_as(AttendPlan, values)
 
 
 def folder_of(plan: AttendPlan, root: Path = RUNS) -> Path:

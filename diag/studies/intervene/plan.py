@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from pydantic import Field, field_validator
 
 from diag.errors import one_of
 from diag.models.hooks.interventions import Edit, parse
-from diag.run.plan import ProbePlan, checked_as
+from diag.run.plan import ProbePlan
 from diag.studies.intervene.sweep import SCOPES
 
 
@@ -46,8 +45,3 @@ class IntervenePlan(ProbePlan):
         ]
         unique = {(edit.name, str(edit.strength)): edit for edit in [*found, *controls]}
         return list(unique.values())
-
-
-def checked(**values: Any) -> IntervenePlan:
-    """A plan from options. Raises UserError in the words of the command line."""
-    return checked_as(IntervenePlan, values)

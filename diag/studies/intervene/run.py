@@ -9,25 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from diag.errors import UserError
-from diag.inputs.items import Inputs
 from diag.inputs.labels import class_names, labels
 from diag.measure.batch_readings import Incidents
 from diag.measure.batches import BatchSize
-from diag.measure.device import device_of
 from diag.measure.edited import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.models.names.resolve import ModelSpec
 from diag.results.files import write, write_json, writing
+from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
 from diag.results.tables import layer_samples, read_layers, read_samples
 from diag.run.cache import measured
 from diag.run.environment import command_line, environment
-from diag.run.plan import RUNS, ProbePlan, inputs_of, run_folder, specs_of
+from diag.run.plan import RUNS, ProbePlan, default_folder
+from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
 from diag.run.run_folder import claim, release
 from diag.run.shards import tower_samples
@@ -63,20 +61,19 @@ def run_intervene(
     Raises UserError for what the user can mend.
     """
     listener = listener or Silent()
-    (spec,) = specs_of(plan)
-    given = inputs_of(plan)
-    key = plan.key({kind: found.digest for kind, found in given.items()})
-    folder = folder or RUNS / f"intervene-{run_folder(plan, key).name}"
+    prepared = Prepared.of(plan)
+    key = prepared.key
     document = {
         "kind": "intervene",
         "key": key,
         "plan": plan.model_dump(mode="json"),
         "command": command_line(),
     }
+    folder = folder or RUNS / f"intervene-{default_folder(plan, key).name}"
     if claim(folder, document, overwrite=overwrite):
         return open_sweep(folder)
     try:
-        return _carried_out(plan, spec, given, folder, document, listener)
+        return _carried_out(plan, prepared, folder, document, listener)
     except UserError:
         release(folder)
         raise
@@ -84,29 +81,29 @@ def run_intervene(
 
 def _carried_out(
     plan: IntervenePlan,
-    spec: ModelSpec,
-    given: Mapping[str, Inputs],
+    prepared: Prepared,
     folder: Path,
     document: Mapping[str, Any],
     listener: Listener,
 ) -> Sweep:
     started = time.time()
+    (spec,), given, edits = prepared.specs, prepared.inputs, plan.edits()
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
     probed = measured(ProbePlan(**shared), listener=listener)
-    model = load(spec, device=device_of(plan.device), dtype=getattr(torch, plan.dtype))
+    model = load(spec, device=prepared.device, dtype=prepared.dtype)
     kind = next((kind for kind in given if model.takers(kind)), next(iter(given)))
     tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)
-    samples = tower_samples(tower, given[kind], plan)
+    samples = tower_samples(tower, given[kind], limit=plan.limit, seq_len=plan.seq_len)
     layers = pick_layers(tower.layers, plan.layers)
     before = read_samples(probed)
     before = before[before["tower"] == tower.name]
     before = before[before["tokens"] == before["tokens"].iloc[0]]
-    check_layers(plan.edits(), layers)
+    check_layers(edits, layers)
     heads = int(before["head"].max()) + 1 if plan.heads else 0
-    todo = cases(plan.edits(), layers, plan.scopes, heads=heads)
+    todo = cases(edits, layers, plan.scopes, heads=heads)
     truth, classify = _truth(model, tower, samples) if plan.labelled else (None, None)
     listener.say(f"{spec.given}: {len(todo)} changes of {len(layers)} layers, on {len(samples)} inputs")
-    if tower.language_head is not None and any(edit.where == "mlp branch" for edit in plan.edits()):
+    if tower.language_head is not None and any(edit.where == "mlp branch" for edit in edits):
         listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
     listener.start(f"{spec.given} changed", len(samples))
     incidents = Incidents()
@@ -129,7 +126,7 @@ def _carried_out(
         ],
         ignore_index=True,
     )
-    for name, frame in (("samples.parquet", rows), ("sensitivity.csv", table), ("relations.csv", relation)):
+    for name, frame in ((SAMPLES, rows), ("sensitivity.csv", table), ("relations.csv", relation)):
         write(frame.assign(model=spec.given, tower=tower.name), folder / name)
     probe = read_layers(probed)
     probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
@@ -152,7 +149,7 @@ def _carried_out(
             "seconds": round(time.time() - started, 3),
             "environment": environment(),
         },
-        folder / "manifest.json",
+        folder / MANIFEST,
     )
     return open_sweep(folder)
 
@@ -176,15 +173,13 @@ def _truth(
 
 def open_sweep(folder: Path) -> Sweep:
     """A finished sweep. Raises UserError if it is none."""
-    import json
-
-    if not (folder / "manifest.json").is_file():
+    if not is_finished(folder):
         raise UserError(f"'{folder}' is not a finished sweep", "attnbias intervene -m MODEL … -o FOLDER")
     return Sweep(
         folder,
         pd.read_csv(folder / "sensitivity.csv"),
         pd.read_csv(folder / "relations.csv"),
-        json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
+        manifest_in(folder),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 
 from diag.errors import UserError
 from diag.models.weights import read_variants
-from diag.studies.train.clip_arguments import checked, open_clip_train
+from diag.studies.train.clip_arguments import open_clip_train, read_arguments
 from diag.studies.train.clip_log import logging_restored, watched
 from diag.variants import BASELINE, Variant, apply, parse, variants_in
 
@@ -47,7 +47,7 @@ def train_clip(
     towers = {"visual": parse(attention), "text": parse(text_attention)}
     train = open_clip_train()
     kinds = [variant for variant in (attention, text_attention) if variant != BASELINE]
-    argv, given = checked(arguments, config, "-".join(kinds) or BASELINE)
+    argv, given = read_arguments(arguments, config, "-".join(kinds) or BASELINE)
     create = train.create_model_and_transforms
     with logging_restored(), watched() as watch:
         try:

@@ -2,7 +2,7 @@
 
 A file's keys are open_clip_train's flags without their dashes (`train-data: …`, `local-loss: true`), and
 `global-batch-size`, which is divided by the number of processes. Everything that open_clip_train would find
-out late, refuse with exit code 0 or wait for for ever is checked before it starts.
+out late, refuse with exit code 0 or wait for ever is checked before it starts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def open_clip_train() -> Any:
     return main
 
 
-def checked(arguments: Sequence[str], config: Path | None, label: str) -> tuple[list[str], Namespace]:
+def read_arguments(arguments: Sequence[str], config: Path | None, label: str) -> tuple[list[str], Namespace]:
     """What open_clip_train is called with, as a list and as it will read it.
 
     label: ends the run's name where none is given (`ViT-B-16-LABEL-seed0`), the same in every process and

@@ -23,9 +23,10 @@ import torch
 from diag.errors import UserError
 from diag.measure.device import device_of
 from diag.results.files import write, write_json
+from diag.results.folder import MANIFEST, PLAN
 from diag.results.tables import read_layers, read_manifest
 from diag.run.environment import command_line, environment
-from diag.run.plan import RUNS, checked
+from diag.run.plan import RUNS, ProbePlan
 from diag.run.processes import Locks, share_of
 from diag.run.progress import Listener, Silent
 from diag.run.run import run_probe
@@ -85,7 +86,7 @@ def run_train(
         raise UserError(
             "--overwrite with several processes would remove what others train", f"rm -r {folder}"
         )
-    if overwrite and (folder / "plan.json").exists():
+    if overwrite and (folder / PLAN).exists():
         for name in ("cells", "probe", "probed"):
             shutil.rmtree(folder / name, ignore_errors=True)
     if claim(folder, document, overwrite=overwrite):
@@ -173,7 +174,7 @@ def _finish(
             "seconds": round(time.time() - started, 3),
             "environment": environment(),
         },
-        folder / "manifest.json",
+        folder / MANIFEST,
     )
     return open_grid(folder)
 
@@ -184,7 +185,9 @@ def _probe(
     """The layers table of every trained model; the model column holds the cell's name."""
     paths = {str(folder / "cells" / cell.name / "model"): cell.name for cell in cells}
     run = run_probe(
-        checked(models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")),
+        ProbePlan.checked(
+            models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")
+        ),
         folder / "probe",
         listener=listener,
     )

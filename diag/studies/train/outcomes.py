@@ -16,7 +16,7 @@ from diag.studies.train.pairs import (
     CASE,
     COMPARED,
     OUTCOMES,
-    checked,
+    cleaned,
     grouped,
     of_cells,
     over_seeds,
@@ -45,7 +45,7 @@ def outcome_tables(
     monitor: cell, step, layer, metric, value. log: cell, step, loss. Rows of other cells are left out.
     Raises UserError where results cannot be paired.
     """
-    results = checked(results)
+    results = cleaned(results)
     by_seed = pairs(results)
     gained, probed = gains(by_seed), probed_cells(results, layers)
     return {
@@ -137,7 +137,7 @@ def trends(by_seed: pd.DataFrame) -> pd.DataFrame:
 def probed_cells(results: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
     """What the probe says of each cell: columns cell, task, patch_size, variant, seed, layer, metric, value.
 
-    results: of `checked`. Of several token sets, the patch tokens of an image model, else all tokens.
+    results: of `cleaned`. Of several token sets, the patch tokens of an image model, else all tokens.
     """
     columns = ["model", "layer", "metric", "mean"]
     if layers.empty:

@@ -51,7 +51,7 @@ def control_of(variant: str) -> str:
     return CONTROL + colon + layers
 
 
-def checked(results: pd.DataFrame) -> pd.DataFrame:
+def cleaned(results: pd.DataFrame) -> pd.DataFrame:
     """Results with plain numbers, sorted: tasks and variants as they appear, patches from coarse to fine.
 
     An outcome that is not finite, of a training that went astray, is NaN.
@@ -95,7 +95,7 @@ def checked(results: pd.DataFrame) -> pd.DataFrame:
 def pairs(results: pd.DataFrame) -> pd.DataFrame:
     """Differences of the outcomes of two cells of the same task, patch size and seed, a row each.
 
-    results: of `checked`.
+    results: of `cleaned`.
 
     Columns task, patch_size, variant, against, outcome, unit, seed, difference: variant − `sa`, and variant −
     its control; accuracy in percentage points, loss in nats (below 0 is better). A pair of which one is

@@ -11,9 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diag.errors import UserError
+from diag.run.plan import Plan, mistake
 from diag.variants import BASELINE, parse
-
-STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
 class Recipe(BaseModel):
@@ -27,7 +26,7 @@ class Recipe(BaseModel):
         interruption can lose.
     """
 
-    model_config = STRICT
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -44,8 +43,8 @@ class Recipe(BaseModel):
     checkpoint_every: int = Field(default=100, gt=0)
 
 
-class TrainPlan(BaseModel):
-    """A grid of cells; frozen, and unknown keys are refused.
+class TrainPlan(Plan):
+    """A grid of cells.
 
     task: "crops" (name the bundled photograph that a crop comes from), "images" (a labelled folder or
         WebDataset tars) or "language" (next token).
@@ -57,8 +56,6 @@ class TrainPlan(BaseModel):
     monitor_every: steps between two measurements while training; 0 for none.
     probe_limit: inputs of the probe of every finished cell.
     """
-
-    model_config = STRICT
 
     title: str
     about: str = ""
@@ -121,9 +118,6 @@ def read_plan(file: Path) -> TrainPlan:
     try:
         return TrainPlan(**document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"plan '{file}': {where + ' ' if where else ''}{reason}", "see docs/train.md"
-        ) from None
+        place, reason, _ = mistake(error)
+        where = f"{'.'.join(map(str, place))} " if place else ""
+        raise UserError(f"plan '{file}': {where}{reason}", "see docs/train.md") from None

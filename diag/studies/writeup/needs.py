@@ -18,6 +18,7 @@ from diag.metrics.registry import GROUPS, chosen
 from diag.models.names import series
 from diag.models.names.arguments import merged, read, split
 from diag.models.names.spec import written
+from diag.results.folder import PLAN, is_finished
 from diag.results.profiles import CURVES, SHARES
 from diag.run.cache import is_measured
 from diag.run.plan import HOW, ProbePlan, specs_of
@@ -206,7 +207,7 @@ def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[Mapping[str, An
 
 def _need_of_look(look: AttendPlan, root: Path) -> Need:
     specs = specs_of(look.probe_plan())
-    there = (folder_of_look(look, root) / "manifest.json").is_file()
+    there = is_finished(folder_of_look(look, root))
     where = f"layer {look.layer}" if look.layer is not None else f"depth {look.depth}"
     return Need(
         "attend",
@@ -225,9 +226,9 @@ def _alike(plan: ProbePlan, known: Mapping[str, Any]) -> bool:
 def _finished_plans(root: Path) -> tuple[Mapping[str, Any], ...]:
     """The plans of the finished runs in a folder."""
     found = []
-    for file in sorted(root.glob("*/manifest.json")):
+    for folder in sorted(filter(is_finished, root.glob("*"))):
         try:
-            found.append(json.loads((file.parent / "plan.json").read_text(encoding="utf-8"))["plan"])
+            found.append(json.loads((folder / PLAN).read_text(encoding="utf-8"))["plan"])
         except (OSError, ValueError, KeyError):
             continue  # an attend folder, or one of another version
     return tuple(found)

@@ -19,6 +19,7 @@ import pandas as pd
 from diag.errors import UserError
 from diag.results.collect import Collection, collect
 from diag.results.files import write, write_json
+from diag.results.folder import is_finished
 from diag.results.tables import read_manifest
 from diag.run.cache import folder_of, measured
 from diag.run.environment import version
@@ -181,7 +182,7 @@ def _material(
 def _measure(run: PlannedRun, root: Path, account: _Account, listener: Listener | None) -> None:
     what = f"{run.probe}: {run.words}"
     try:
-        there = (folder_of(run.plan, root) / "manifest.json").is_file()
+        there = is_finished(folder_of(run.plan, root))
         if not there and listener is not None:
             listener.say(f"{what}: not measured yet")
         folder = measured(run.plan, root, listener=listener)
@@ -199,7 +200,7 @@ def _look(look: AttendPlan, root: Path, account: _Account, listener: Listener | 
     what = f"attend: {', '.join(look.models)}"
     try:
         folder = folder_of_look(look, root)
-        there = (folder / "manifest.json").is_file()
+        there = is_finished(folder)
         if not there:
             if listener is not None:
                 listener.say(f"{what}: not measured yet")

@@ -11,7 +11,7 @@ from diag.errors import UserError
 from diag.models.names.arguments import local_files, merged, read, split
 from diag.models.names.resolve import parse
 from diag.models.names.spec import written
-from diag.run.plan import checked, specs_of
+from diag.run.plan import ProbePlan, specs_of
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_errors(typed: str, message: str, tip: str) -> None:
 
 
 def test_options_hold_for_all_names_and_must_not_contradict_one() -> None:
-    plan = checked(models=("vit-b-16,img_size=384", "vit-b-32"), model_args=("force_quick_gelu=true",))
+    plan = ProbePlan.checked(
+        models=("vit-b-16,img_size=384", "vit-b-32"), model_args=("force_quick_gelu=true",)
+    )
     first, second = specs_of(plan)
     assert first.model_args == {"img_size": 384, "force_quick_gelu": True}
     assert second.model_args == {"force_quick_gelu": True}
@@ -131,7 +133,7 @@ def test_an_ambiguous_name_keeps_its_arguments() -> None:
 
 def test_several_checkpoints_in_one_command() -> None:
     specs = specs_of(
-        checked(models=("open_clip:ViT-B-14,checkpoint=a.pt", "open_clip:ViT-B-14,checkpoint=b.pt"))
+        ProbePlan.checked(models=("open_clip:ViT-B-14,checkpoint=a.pt", "open_clip:ViT-B-14,checkpoint=b.pt"))
     )
     assert [spec.checkpoint for spec in specs] == [Path("a.pt"), Path("b.pt")]
     assert [spec.model_args for spec in specs] == [{}, {}]
@@ -142,7 +144,7 @@ def test_a_local_folder_is_stamped_whatever_follows_its_name(tmp_path: Path, for
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
     os.utime(weights, ns=(0, 0))
-    plan = checked(models=(form.format(tmp_path),))
+    plan = ProbePlan.checked(models=(form.format(tmp_path),))
     assert local_files(plan.models[0]) == [tmp_path]
     before = plan.key({})
     os.utime(weights, ns=(0, 1))
@@ -153,7 +155,7 @@ def test_a_checkpoint_in_a_name_is_stamped(tmp_path: Path) -> None:
     files = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for file in files:
         file.write_bytes(b"1")
-    plan = checked(models=tuple(f"open_clip:ViT-B-14,checkpoint={file}" for file in files))
+    plan = ProbePlan.checked(models=tuple(f"open_clip:ViT-B-14,checkpoint={file}" for file in files))
     assert [path for name in plan.models for path in local_files(name)] == files
     before = plan.key({})
     files[1].write_bytes(b"12")

@@ -27,7 +27,7 @@ from diag.models import load
 from diag.models.base import Sample
 from diag.models.names.resolve import parse
 from diag.run.plan import ProbePlan
-from diag.studies.attend import Attended, AttendPlan, attend, checked, folder_of, read, run_attend, write
+from diag.studies.attend import Attended, AttendPlan, attend, folder_of, read, run_attend, write
 from diag.studies.attend.grid import Grid
 from diag.studies.attend.measure import picture_of
 from diag.studies.attend.row import NUMBERS, row_of
@@ -517,7 +517,7 @@ def test_mistakes_name_what_is_allowed(given: dict[str, object], message: str, t
 )
 def test_a_plan_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as told:
-        checked(**{**GIVEN, **change})
+        AttendPlan.checked(**{**GIVEN, **change})
     assert message in str(told.value)
     assert told.value.tip
 

@@ -27,7 +27,7 @@ from diag.models.hooks.blocks import find_blocks
 from diag.models.hooks.interventions import GATE, INTERVENTIONS, parse
 from diag.models.names.resolve import parse as parse_name
 from diag.run.shards import tower_samples
-from diag.studies.intervene.plan import checked
+from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.run import run_intervene
 from diag.studies.intervene.sweep import cases, predicted_bytes, sweep
 from diag.studies.intervene.tables import relations, sensitivity
@@ -43,8 +43,7 @@ def loaded() -> dict[str, Model]:
 
 
 def windows(tower: Tower, count: int = 2) -> Batch:
-    plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=count)
-    return tower.encode(tower_samples(tower, texts("demo"), plan))
+    return tower.encode(tower_samples(tower, texts("demo"), limit=count, seq_len=24))
 
 
 def pictures(tower: Tower) -> Batch:
@@ -151,8 +150,7 @@ def test_the_loss_is_the_librarys_own(loaded: dict[str, Model]) -> None:
 def test_a_gate_of_nothing_changes_nothing_at_all(loaded: dict[str, Model]) -> None:
     model = loaded["demo:lm"]
     tower = model.tower("text")
-    plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=3)
-    samples = tower_samples(tower, texts("demo"), plan)
+    samples = tower_samples(tower, texts("demo"), limit=3, seq_len=24)
     todo = cases([parse("gated_xsa=0")], tower.layers, ("one",))
     rows = sweep(model, tower, samples, todo, batch_size=2)
     assert (rows.loc[rows["effect"] == "loss_change", "value"] == 0).all()
@@ -245,7 +243,7 @@ def test_cases() -> None:
 
 
 def test_every_projection_has_its_control_beside_it() -> None:
-    plan = checked(models=("demo:lm",), interventions=("xsa", "gated_xsa=0.3", "skip"))
+    plan = IntervenePlan.checked(models=("demo:lm",), interventions=("xsa", "gated_xsa=0.3", "skip"))
     assert [(e.name, e.strength) for e in plan.edits()] == [
         ("xsa", 1.0),
         ("gated_xsa", 0.3),
@@ -301,7 +299,9 @@ def test_labels() -> None:
 
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=3, heads=True, layers=(0, 1, 2, 3))
+    plan = IntervenePlan.checked(
+        models=("demo:lm",), texts="demo", seq_len=24, limit=3, heads=True, layers=(0, 1, 2, 3)
+    )
     found = run_intervene(plan)
     assert found.folder.name.startswith("intervene-")
     names = {path.name for path in found.folder.rglob("*") if path.is_file()}

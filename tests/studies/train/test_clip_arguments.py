@@ -11,7 +11,7 @@ import yaml
 from clip_runs import CONFIG, TINY, arguments, save_data
 
 from diag.errors import UserError
-from diag.studies.train.clip_arguments import checked, known_flags, open_clip_train
+from diag.studies.train.clip_arguments import known_flags, open_clip_train, read_arguments
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("clip-cc12m-*.yaml"))
 
@@ -49,7 +49,7 @@ def test_a_file_holds_flags_and_the_command_line_goes_over_them(data: Path, tmp_
         image_mean=[0.1, 0.2, 0.3],
         aug_cfg={"scale": "(0.5, 1.0)"},
     )
-    argv, given = checked(arguments(data, tmp_path, "run", "--epochs", "2"), file, "sa")
+    argv, given = read_arguments(arguments(data, tmp_path, "run", "--epochs", "2"), file, "sa")
     assert (given.epochs, given.lr, given.local_loss, given.torchcompile) == (2, 1e-3, True, False)
     assert given.image_mean == [0.1, 0.2, 0.3]
     assert given.aug_cfg == {"scale": (0.5, 1.0)}
@@ -70,11 +70,11 @@ def test_the_whole_batch_is_divided(
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     file = config(tmp_path, global_batch_size=32)
     given = [word for word in arguments(data, tmp_path, "run", *more) if word not in ("--batch-size", "16")]
-    assert checked(given, file, "sa")[1].batch_size == each
-    assert checked([*given, "--batch-size=5"], file, "sa")[1].batch_size == 5
+    assert read_arguments(given, file, "sa")[1].batch_size == each
+    assert read_arguments([*given, "--batch-size=5"], file, "sa")[1].batch_size == 5
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(UserError, match="cannot be divided by 5 processes"):
-        checked([*given, "--workers", "0"], file, "sa")
+        read_arguments([*given, "--workers", "0"], file, "sa")
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_the_whole_batch_is_divided(
 def test_a_file_that_says_something_else(text: str, said: str, tmp_path: Path) -> None:
     (file := tmp_path / "run.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
-        checked([], file, "sa")
+        read_arguments([], file, "sa")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        checked([], tmp_path / "run.yaml", "sa")
+        read_arguments([], tmp_path / "run.yaml", "sa")
 
 
 def test_the_shipped_files_differ_in_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +109,9 @@ def test_the_shipped_files_differ_in_the_model_alone(tmp_path: Path, monkeypatch
         with pytest.raises(
             UserError, match=r"2176 of 2176 shards are not there: cc12m/cc12m-train-0000\.tar"
         ):
-            checked([], file, "xsa")
+            read_arguments([], file, "xsa")
         assert open_clip.get_model_config(model) is not None
-        argv, given = checked(["--dataset-type", "synthetic", "--train-data="], file, "xsa:0-5")
+        argv, given = read_arguments(["--dataset-type", "synthetic", "--train-data="], file, "xsa:0-5")
         assert (given.model, given.batch_size, given.name) == (model, 256, f"{model}-xsa-0-5-seed0")
         assert argv[-1] == given.name
 
@@ -137,7 +137,7 @@ def test_what_would_be_found_out_late(
     more: tuple[str, ...], said: str, tip: str, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as refused:
-        checked(arguments(data, tmp_path, "run", *more), None, "sa")
+        read_arguments(arguments(data, tmp_path, "run", *more), None, "sa")
     assert said in str(refused.value)
     assert tip in str(refused.value.tip)
     assert not (tmp_path / "run").exists()
@@ -149,49 +149,51 @@ def test_what_would_be_found_out_late(
 def test_no_number_of_samples(data: Path, tmp_path: Path) -> None:
     given = ["--model", TINY, "--workers", "1", "--train-data", f"{data}/{{0000..0001}}.tar"]
     with pytest.raises(UserError, match="number of training samples is not known"):
-        checked(given, None, "sa")
+        read_arguments(given, None, "sa")
     (folder := tmp_path / "counted").mkdir()
     for shard in ("0000.tar", "0001.tar"):
         (folder / shard).symlink_to(data / shard)
     (folder / "sizes.json").write_text('{"0000.tar": 16, "0001.tar": 16}')
-    checked([*given[:-1], f"{folder}/{{0000..0001}}.tar"], None, "sa")
+    read_arguments([*given[:-1], f"{folder}/{{0000..0001}}.tar"], None, "sa")
 
 
 def test_nothing_to_do() -> None:
     with pytest.raises(UserError, match="nothing to train or evaluate on"):
-        checked(["--model", TINY], None, "sa")
+        read_arguments(["--model", TINY], None, "sa")
 
 
 def test_several_sources_and_urls_are_left_to_open_clip(data: Path, tmp_path: Path) -> None:
     both = f"{data}/0000.tar::{data}/0001.tar"
-    checked(arguments(data, tmp_path, "run", "--train-data", both, "--dataset-resampled"), None, "sa")
-    checked(arguments(data, tmp_path, "run", "--train-data", "pipe:cat {0..5}.tar"), None, "sa")
+    read_arguments(arguments(data, tmp_path, "run", "--train-data", both, "--dataset-resampled"), None, "sa")
+    read_arguments(arguments(data, tmp_path, "run", "--train-data", "pipe:cat {0..5}.tar"), None, "sa")
     with pytest.raises(UserError, match="1 of 2 shards"):
-        checked(arguments(data, tmp_path, "run", "--train-data", f"{data}/0000.tar::no.tar"), None, "sa")
+        read_arguments(
+            arguments(data, tmp_path, "run", "--train-data", f"{data}/0000.tar::no.tar"), None, "sa"
+        )
 
 
 def test_a_run_that_exists(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     given = arguments(data, tmp_path, "run")
-    checked(given, None, "sa")
+    read_arguments(given, None, "sa")
     (tmp_path / "run" / "out.log").touch()
     with pytest.raises(UserError, match="exists") as refused:
-        checked(given, None, "sa")
+        read_arguments(given, None, "sa")
     assert "--resume latest" in str(refused.value.tip)
-    checked([*given, "--resume", "latest"], None, "sa")
+    read_arguments([*given, "--resume", "latest"], None, "sa")
     (tmp_path / "run" / "out-3").touch()
-    checked([*given, "--log-local"], None, "sa")
+    read_arguments([*given, "--log-local"], None, "sa")
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match="exists"):
-        checked([*given, "--log-local"], None, "sa")
+        read_arguments([*given, "--log-local"], None, "sa")
 
 
 def test_names_are_the_same_in_every_process(data: Path, tmp_path: Path) -> None:
     given = arguments(data, tmp_path, "run")
     del given[given.index("--name") :]
     for label, name in (("gated_xsa=sigmoid:0,1", "gated_xsa-sigmoid-0-1"), ("sa", "sa")):
-        assert checked([*given, "--seed", "4"], None, label)[1].name == f"{TINY}-{name}-seed4"
-    assert checked(["--model", TINY, "--imagenet-v2", "x"], None, "sa")[1].name is None
+        assert read_arguments([*given, "--seed", "4"], None, label)[1].name == f"{TINY}-{name}-seed4"
+    assert read_arguments(["--model", TINY, "--imagenet-v2", "x"], None, "sa")[1].name is None
 
 
 def test_flags_are_read_from_the_program() -> None:

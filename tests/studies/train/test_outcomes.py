@@ -21,7 +21,7 @@ from diag.studies.train.outcomes import (
 from diag.studies.train.outcomes import gains as gained
 from diag.studies.train.outcomes import outcomes as outcomes_of
 from diag.studies.train.outcomes import trends as trends_of
-from diag.studies.train.pairs import BASELINE, CONTROL, checked, pairs
+from diag.studies.train.pairs import BASELINE, CONTROL, cleaned, pairs
 
 NOTHING = pd.DataFrame()
 
@@ -31,15 +31,15 @@ def tables_of(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def gains(results: pd.DataFrame) -> pd.DataFrame:
-    return gained(pairs(checked(results)))
+    return gained(pairs(cleaned(results)))
 
 
 def trends(results: pd.DataFrame) -> pd.DataFrame:
-    return trends_of(pairs(checked(results)))
+    return trends_of(pairs(cleaned(results)))
 
 
 def outcomes(results: pd.DataFrame) -> pd.DataFrame:
-    return outcomes_of(checked(results), gains(results))
+    return outcomes_of(cleaned(results), gains(results))
 
 
 def sloped(slopes: list[float], patches: tuple[float, ...] = (16, 8, 4)) -> pd.DataFrame:

@@ -11,12 +11,12 @@ from made_grids import grid
 from scipy import stats
 
 from diag.errors import UserError
-from diag.studies.train.pairs import BASELINE, CONTROL, base_of, checked, control_of, of_cells, over_seeds
+from diag.studies.train.pairs import BASELINE, CONTROL, base_of, cleaned, control_of, of_cells, over_seeds
 from diag.studies.train.pairs import pairs as paired
 
 
 def pairs(results: pd.DataFrame) -> pd.DataFrame:
-    return paired(checked(results))
+    return paired(cleaned(results))
 
 
 class TestInterval:
@@ -128,7 +128,7 @@ class TestPairs:
 class TestChecked:
     def test_order_is_of_tasks_and_variants_as_given_and_patches_from_coarse_to_fine(self) -> None:
         shuffled = pd.concat([grid(patches=(4, 16, 8)), grid(task="language", patches=(math.nan,))])
-        found = checked(shuffled)
+        found = cleaned(shuffled)
         assert list(found["task"].unique()) == ["crops", "language"]
         assert list(found["patch_size"].dropna().unique()) == [16, 8, 4]
         assert list(found["variant"].unique()) == ["sa", "xsa", "gated_xsa", "random_direction"]
@@ -148,7 +148,7 @@ class TestChecked:
     )
     def test_what_is_no_grid(self, wrong: object, said: str) -> None:
         with pytest.raises(UserError, match=said):
-            checked(wrong(grid()))
+            cleaned(wrong(grid()))
 
     def test_rows_of_other_cells_are_left_out(self) -> None:
         results = grid(patches=(8,), seeds=1)

@@ -11,7 +11,7 @@ from made_grids import grid, probed
 from scipy import stats
 
 from diag.studies.train.outcomes import probed_cells
-from diag.studies.train.pairs import checked, pairs
+from diag.studies.train.pairs import cleaned, pairs
 from diag.studies.train.predicted import relation, relation_points
 
 
@@ -123,7 +123,7 @@ def test_a_predictor_that_does_not_vary_predicts_nothing() -> None:
 def test_points_are_the_baselines_means_over_layers() -> None:
     results = grid()
     layers = probed(results)
-    points = relation_points(pairs(checked(results)), probed_cells(results, layers))
+    points = relation_points(pairs(cleaned(results)), probed_cells(results, layers))
     row = points.query("variant == 'gated_xsa' and patch_size == 8 and seed == 1 and predictor == 'excess'")
     row = row.iloc[0]
     own = layers[(layers["model"] == "p8-sa-s1") & (layers["metric"] == "excess")]["mean"].mean()

@@ -1,0 +1,36 @@
+"""A folder that a verb writes: the names of its files, and when it is finished.
+
+Whatever the verb, `manifest.json` is written last: a folder that has one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PLAN = "plan.json"
+"""What is run, written first; whose folder it is."""
+
+MANIFEST = "manifest.json"
+
+LAYERS, HEADS, SAMPLES, QUANTILES = "layers.csv", "heads.parquet", "samples.parquet", "quantiles.parquet"
+"""The tables of a run; quantiles only where samples are not all kept."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds the whole of what a verb writes."""
+    return (folder / MANIFEST).is_file()
+
+
+def manifest_in(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder. Raises OSError or ValueError where there is none, or no JSON."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def kind_of(folder: Path) -> str | None:
+    """Which verb's folder it is by its manifest: "attend", "compare" …; None for a probe's, or for none."""
+    try:
+        return manifest_in(folder).get("kind")
+    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but no mapping
+        return None

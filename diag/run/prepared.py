@@ -1,0 +1,79 @@
+"""A plan read once, at the door: what its words stand for. Below it nobody reads them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
+from diag.inputs.items import Inputs
+from diag.measure.device import device_of, dtype_of
+from diag.metrics.catalogue import RATIOS
+from diag.metrics.registry import metric_names
+from diag.models.family import SPREAD
+from diag.models.hooks.interventions import Edit, parse
+from diag.models.names.resolve import ModelSpec
+from diag.run.plan import ProbePlan, inputs_of, specs_of
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a plan measures of a tower, whichever model and inputs.
+
+    metrics: names, groups written out, in the order of tables. computed: the same with the two parts of
+    a ratio in its place. ratios: those among the metrics, with their parts. edits: what is done to
+    attention meanwhile. sampling: which query rows stand for all of them in long sequences.
+    """
+
+    plan: ProbePlan
+    metrics: Sequence[str]
+    computed: Sequence[str]
+    ratios: Mapping[str, tuple[str, str]]
+    edits: Sequence[Edit]
+    sampling: RowSampling
+
+    @staticmethod
+    def of(plan: ProbePlan) -> Measurement:
+        """Raises UserError for a metric or an intervention that is not known."""
+        metrics = metric_names(plan.metrics)
+        return Measurement(
+            plan,
+            metrics,
+            list(dict.fromkeys(part for name in metrics for part in RATIOS.get(name, (name,)))),
+            {name: parts for name, parts in RATIOS.items() if name in metrics},
+            [replace(parse(text), seed=plan.seed) for text in plan.intervene],
+            RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with the models, inputs and device that it names. inputs: by kind, "vision" or "text"."""
+
+    plan: ProbePlan
+    measurement: Measurement
+    specs: Sequence[ModelSpec]
+    inputs: Mapping[str, Inputs]
+    device: torch.device | str
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(plan: ProbePlan, local_rank: int | None = None) -> Prepared:
+        """Everything that can be told without a model. Raises UserError for what is not known or not there.
+
+        local_rank: which of several processes on this machine asks.
+        """
+        measurement, device = Measurement.of(plan), device_of(plan.device, local_rank)
+        return Prepared(plan, measurement, specs_of(plan), inputs_of(plan), device, dtype_of(plan.dtype))
+
+    @property
+    def key(self) -> str:
+        """Identifies the result."""
+        return self.plan.key({kind: inputs.digest for kind, inputs in self.inputs.items()})
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether what a model reads goes to a GPU."""
+        return torch.cuda.is_available() if self.device == SPREAD else self.device != torch.device("cpu")
