@@ -24,10 +24,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def attnbias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """`attnbias("probe", …)` runs the command line in an empty folder, without drawing figures."""
+def attnbias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None, sketched: None
+) -> Callable[..., Ended]:
+    """`attnbias("probe", …)` runs the command line in an empty folder: probes draw nothing, others sketch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diag.run.run.draw", lambda layers, heads, folder: [])
     return run_cli
 
 

@@ -273,7 +273,9 @@ def test_activations_are_saved_for_the_first_inputs(attnbias: Attnbias) -> None:
 
 SLOWLY = """
 import time
-from diag import cli, run, terminal
+from diag import cli
+from diag.run import run
+from diag.show import terminal
 
 run.draw = lambda *_: []
 calls = []
