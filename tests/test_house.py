@@ -253,6 +253,13 @@ def test_a_family_loads_its_own_library(loaded: dict[str, set[str]]) -> None:
     assert loaded["family"].isdisjoint({"open_clip", "transformer_lens"})
 
 
+def test_what_is_checked_is_there(pytestconfig: pytest.Config) -> None:
+    """Modules of `attention` are named one by one: its kernels are read by Triton as they are written."""
+    *checked, _ = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    assert set(checked) - MODULES == set()
+    assert {name_of(file) for file in (HOUSE / "attention").glob("[!_]*.py")} - set(checked) == set()
+
+
 def test_shapes_of_signatures_are_checked_in_tests() -> None:
     """The pytest option is on: a call with tensors of the wrong shape does not come into being."""
     flat = torch.zeros(2, 3)
