@@ -22,18 +22,18 @@ from pathlib import Path
 
 import torch
 
+from diag import run
+from diag.run.plan import checked
 from diag.models import load
 from diag.models.names.resolve import parse
-from diag.run import run
-from diag.run.plan import checked
 from diag.run.processes import Share
 
 run.draw = lambda *_: []
 load(parse("demo:lm"), device=torch.device("cpu"), dtype=torch.float32)
 target = Path(sys.argv[1])
 plan = checked(
-    models=("demo:lm",), texts=sys.argv[2], limit=100, seq_len=16, layers=(0, 3), batch_size=16,
-    metrics=("cos_y_vself", "self_specific_fraction"), keep_samples=60, device="cpu",
+    models=("demo:lm",), texts=sys.argv[2], limit=150, seq_len=16, layers=(0, 3), batch_size=16,
+    metrics=("cos_y_vself", "self_specific_fraction"), keep_samples=90, device="cpu",
 )
 
 
