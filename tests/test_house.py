@@ -6,8 +6,6 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from copy import deepcopy
-from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -60,11 +58,6 @@ def name_of(file: Path) -> str:
 MODULES = {name_of(file) for file in FILES}
 
 
-@cache
-def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
 def room_of(module: str) -> str:
     """`diag.models.families.timm` -> `models`; `diag` -> `__init__`."""
     return [*module.split("."), "__init__"][1]
@@ -91,7 +84,7 @@ def on_top(tree: ast.Module) -> ast.Module:
         id(node) for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
     }
     kept = ast.Module([node for node in tree.body if id(node) not in checked], [])
-    return _Unrun().visit(deepcopy(kept))
+    return _Unrun().visit(kept)
 
 
 class _Unrun(ast.NodeTransformer):
@@ -113,7 +106,7 @@ def test_a_file_imports_from_lower_floors_only() -> None:
     wrong = []
     for file in FILES:
         room = room_of(name_of(file))
-        for name, node in imports_of(tree_of(file)):
+        for name, node in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
             if name.split(".")[0] != "diag" or room_of(name) == room:
                 continue
             if FLOORS[room_of(name)] >= FLOORS[room]:
@@ -141,22 +134,32 @@ def test_imports_go_round_nowhere() -> None:
     """Those inside functions count: one that only breaks a circle hides it."""
     graph = {}
     for file in FILES:
-        imported = {name for name, _ in imports_of(tree_of(file))}
-        graph[name_of(file)] = (imported & MODULES) - {name_of(file)}
+        imported = imports_of(ast.parse(file.read_text(encoding="utf-8")))
+        graph[name_of(file)] = {name for name, _ in imported if name in MODULES and name != name_of(file)}
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError
     assert "diag.attention.call" in graph["diag.models.hooks.seam"]
 
 
-def test_a_library_is_imported_by_its_family_only() -> None:
-    importing: dict[str, set[str]] = {library: set() for library in LIBRARIES}
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_by_its_family_only(library: str) -> None:
+    importing = set()
     for file in FILES:
-        for name, _ in imports_of(on_top(tree_of(file))):
-            importing.get(name.split(".")[0], set()).add(file.relative_to(HOUSE).as_posix())
-    assert importing == LIBRARIES
+        tree = on_top(ast.parse(file.read_text(encoding="utf-8")))
+        if any(name.split(".")[0] == library for name, _ in imports_of(tree)):
+            importing.add(file.relative_to(HOUSE).as_posix())
+    assert importing == LIBRARIES[library]
 
 
 def test_a_file_says_first_what_it_is_for() -> None:
-    assert [str(file) for file in FILES if not ast.get_docstring(tree_of(file))] == []
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
+    assert [str(file.relative_to(HOUSE)) for file, tree in trees.items() if not ast.get_docstring(tree)] == []
+
+
+def loaded_after(*modules: str) -> set[str]:
+    """Top-level names in `sys.modules` of a fresh interpreter that imported `modules`."""
+    code = f"import {', '.join(modules)}, sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 FIGURES = (
@@ -195,62 +198,41 @@ NAMING = (
 )
 
 
-RUNNING = (
-    "diag.run.api",
-    "diag.run.run",
-    "diag.measure.loop",
-    "diag.models",
-    "diag.models.base",
-    "diag.models.families.from_module",
-    "diag.studies.monitor.monitor",
-    "diag.models.families.demo",
-)
-STEPS: dict[str, tuple[str, ...]] = {
-    "package": ("diag",),
-    "help": ("diag.cli",),
-    "names": NAMING,
-    "drawing": DRAWING,
-    "running": RUNNING,
-    "family": ("diag.models.families.timm",),
-}
-"""What one interpreter imports, a step after the other: what is not loaded after one was not before it."""
+def test_neither_tables_nor_figures_load_torch() -> None:
+    loaded = loaded_after(*DRAWING)
+    assert loaded.isdisjoint({"torch", "torchvision", *LIBRARIES})
+    assert {"pandas", "matplotlib"} <= loaded
 
 
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, set[str]]:
-    """Top-level names in `sys.modules` of a fresh interpreter after each of the steps."""
-    code = "".join(
-        f"import {', '.join(modules)}, sys; print(*{{name.split('.')[0] for name in sys.modules}})\n"
-        for modules in STEPS.values()
+def test_neither_names_nor_inputs_load_torch() -> None:
+    assert loaded_after(*NAMING).isdisjoint({"torch", "torchvision", "matplotlib", *LIBRARIES})
+
+
+@pytest.mark.parametrize("module", ["diag", "diag.cli"])
+def test_help_is_instant(module: str) -> None:
+    assert loaded_after(module).isdisjoint({"torch", "numpy", "pandas", "matplotlib", "PIL", "pydantic"})
+
+
+def test_no_family_is_loaded_before_it_is_named() -> None:
+    loaded = loaded_after(
+        "diag.run.api",
+        "diag.run.run",
+        "diag.measure.loop",
+        "diag.models",
+        "diag.models.base",
+        "diag.models.families.from_module",
+        "diag.studies.monitor.monitor",
+        "diag.models.families.demo",
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    return {step: set(line.split()) for step, line in zip(STEPS, lines, strict=True)}
+    assert "torch" in loaded
+    assert loaded.isdisjoint(LIBRARIES)
 
 
-@pytest.mark.parametrize("step", ["package", "help"])
-def test_help_is_instant(step: str, loaded: dict[str, set[str]]) -> None:
-    assert loaded[step].isdisjoint({"torch", "numpy", "pandas", "matplotlib", "PIL", "pydantic"})
-
-
-def test_neither_names_nor_inputs_load_torch(loaded: dict[str, set[str]]) -> None:
-    assert loaded["names"].isdisjoint({"torch", "torchvision", "matplotlib", *LIBRARIES})
-
-
-def test_neither_tables_nor_figures_load_torch(loaded: dict[str, set[str]]) -> None:
-    assert loaded["drawing"].isdisjoint({"torch", "torchvision", *LIBRARIES})
-    assert {"pandas", "matplotlib"} <= loaded["drawing"]
-
-
-def test_no_family_is_loaded_before_it_is_named(loaded: dict[str, set[str]]) -> None:
-    assert "torch" in loaded["running"]
-    assert loaded["running"].isdisjoint(LIBRARIES)
-
-
-def test_a_family_loads_its_own_library(loaded: dict[str, set[str]]) -> None:
+def test_a_family_loads_its_own_library() -> None:
     """A negative control of the test above."""
-    assert "timm" in loaded["family"]
-    assert loaded["family"].isdisjoint({"open_clip", "transformer_lens"})
+    loaded = loaded_after("diag.models.families.timm")
+    assert "timm" in loaded
+    assert loaded.isdisjoint({"open_clip", "transformer_lens"})
 
 
 def test_what_is_checked_is_there(pytestconfig: pytest.Config) -> None:
