@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -53,6 +54,12 @@ LIBRARIES = {
 
 def name_of(file: Path) -> str:
     return ".".join(["diag", *file.relative_to(HOUSE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    """Only to be read."""
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 MODULES = {name_of(file) for file in FILES}
@@ -106,7 +113,7 @@ def test_a_file_imports_from_lower_floors_only() -> None:
     wrong = []
     for file in FILES:
         room = room_of(name_of(file))
-        for name, node in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
+        for name, node in imports_of(tree_of(file)):
             if name.split(".")[0] != "diag" or room_of(name) == room:
                 continue
             if FLOORS[room_of(name)] >= FLOORS[room]:
@@ -134,7 +141,7 @@ def test_imports_go_round_nowhere() -> None:
     """Those inside functions count: one that only breaks a circle hides it."""
     graph = {}
     for file in FILES:
-        imported = imports_of(ast.parse(file.read_text(encoding="utf-8")))
+        imported = imports_of(tree_of(file))
         graph[name_of(file)] = {name for name, _ in imported if name in MODULES and name != name_of(file)}
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError
     assert "diag.attention.call" in graph["diag.models.hooks.seam"]
@@ -151,8 +158,7 @@ def test_a_library_is_imported_by_its_family_only(library: str) -> None:
 
 
 def test_a_file_says_first_what_it_is_for() -> None:
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
-    assert [str(file.relative_to(HOUSE)) for file, tree in trees.items() if not ast.get_docstring(tree)] == []
+    assert [str(file.relative_to(HOUSE)) for file in FILES if not ast.get_docstring(tree_of(file))] == []
 
 
 def loaded_after(*modules: str) -> set[str]:
