@@ -25,7 +25,7 @@ demo: $(READY)  ## probe, compare and report on the embedded models, offline
 	@echo "figures: runs/demo-vision/figures and runs/demo-language/figures; a page to open: runs/demo-report.html"
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from commands import Ended, run_cli
+from matplotlib.figure import Figure
 from PIL import Image
 
 torch.set_num_threads(1)
@@ -22,10 +24,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def attnbias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """`attnbias("probe", …)` runs the command line in an empty folder, without drawing figures."""
+def attnbias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None, sketched: None
+) -> Callable[..., Ended]:
+    """`attnbias("probe", …)` runs the command line in an empty folder: probes draw nothing, others sketch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diag.run.run.draw", lambda layers, heads, folder: [])
     return run_cli
 
 
@@ -33,6 +36,25 @@ def attnbias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., E
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no figures, which takes longer than all else."""
     monkeypatch.setattr("diag.run.run.draw", lambda layers, heads, folder: [])
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out and their rows are written, but the pictures are empty: fonts take the time."""
+    monkeypatch.setattr("diag.show.figures.write.save", _sketch)
+
+
+def _sketch(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+    from diag.show.figures.style import style
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.draw_without_rendering()
+    pictures = [folder / f"{stem}.{suffix}" for suffix in ("pdf", "png")]
+    for picture in pictures:
+        picture.touch()
+    data.to_csv(folder / f"{stem}.csv", index=False)
+    return [*pictures, folder / f"{stem}.csv"]
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import Ended, run_cli
 
 from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
@@ -30,15 +29,11 @@ COMMANDS = re.findall(r"^    (attnbias .+?)(?:  +#.*)?$", README, re.MULTILINE)
 PYTHON = re.findall(r"```python\n([\s\S]*?)```", README)
 
 
-def attnbias(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "diag", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: None) -> Callable[[str], Ended]:
+    """`typed("attnbias …")` runs the command in a folder of its own, inside this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda command: run_cli(*shlex.split(command)[1:])
 
 
 def test_the_readme_shows_what_the_tests_expect_to_find() -> None:
@@ -49,14 +44,15 @@ def test_the_readme_shows_what_the_tests_expect_to_find() -> None:
     assert "make test" in README
 
 
+@pytest.mark.filterwarnings("default")  # as for a reader
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if CONSOLE.search(text)])
-def test_shown_output_is_what_comes(page: str, tmp_path: Path) -> None:
+def test_shown_output_is_what_comes(page: str, typed: Callable[[str], Ended]) -> None:
     """The commands of a page run one after the other in one folder, as a reader would type them."""
     for command, shown in CONSOLE.findall(PAGES[page]):
-        done = attnbias(shlex.split(command)[1:], tmp_path)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        done = typed(command)
+        assert done.code == 0, f"{command}\n{done.err}"
         # another Python brings other help topics, other versions other last digits
-        assert_alike(shown, done.stdout, 0.05 if "text" in command or "lm" in command else 0.011)
+        assert_alike(shown, done.out, 0.05 if "text" in command or "lm" in command else 0.011)
 
 
 def assert_alike(shown: str, found: str, tolerance: float) -> None:
@@ -93,8 +89,9 @@ def test_shown_output_is_really_compared() -> None:
             assert_alike(shown, "a 0.51\nb 1.00\nc 3", 0.02)
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
+def test_every_command_is_understood(command: str, typed: Callable[[str], Ended], tmp_path: Path) -> None:
     """Model names resolve and options exist; what needs the hub is not fetched."""
     from PIL import Image
 
@@ -105,10 +102,10 @@ def test_every_command_is_understood(command: str, tmp_path: Path) -> None:
     (tmp_path / "FOLDER" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "my_clip.pt").write_bytes(b"")
     here = command.replace("hf:Salesforce/wikitext,config=wikitext-2-raw-v1", "demo")
-    arguments = shlex.split(here.replace("configs/", f"{ROOT}/configs/"))[1:]
-    dry = ["--dry-run"] if arguments[0] in ("probe", "compare", "figures") else []
-    done = attnbias([*arguments, *dry], tmp_path)
-    assert done.returncode == 0, done.stderr
+    here = here.replace("configs/", f"{ROOT}/configs/")
+    dry = " --dry-run" if here.split()[1] in ("probe", "compare", "figures") else ""
+    done = typed(here + dry)
+    assert done.code == 0, done.err
 
 
 def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

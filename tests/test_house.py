@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def name_of(file: Path) -> str:
     return ".".join(["diag", *file.relative_to(HOUSE).with_suffix("").parts]).removesuffix(".__init__")
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    """Only to be read."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 MODULES = {name_of(file) for file in FILES}
 
 
@@ -111,14 +118,16 @@ def test_the_rooms_are_those_of_the_plan() -> None:
     assert entries - {"__pycache__"} == set(FLOORS)
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(HOUSE)) for file in FILES])
-def test_a_file_imports_from_lower_floors_only(file: Path) -> None:
-    room = room_of(name_of(file))
-    for name, node in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
-        if name.split(".")[0] != "diag" or room_of(name) == room:
-            continue
-        place = f"{file.relative_to(HOUSE)}:{node.lineno} imports {name}"
-        assert FLOORS[room_of(name)] < FLOORS[room], place
+def test_a_file_imports_from_lower_floors_only() -> None:
+    wrong = []
+    for file in FILES:
+        room = room_of(name_of(file))
+        for name, node in imports_of(tree_of(file)):
+            if name.split(".")[0] != "diag" or room_of(name) == room:
+                continue
+            if FLOORS[room_of(name)] >= FLOORS[room]:
+                wrong.append(f"{file.relative_to(HOUSE)}:{node.lineno} imports {name}")
+    assert wrong == []
 
 
 def test_the_floors_are_told_apart() -> None:
@@ -141,7 +150,7 @@ def test_imports_go_round_nowhere() -> None:
     """Those inside functions count: one that only breaks a circle hides it."""
     graph = {}
     for file in FILES:
-        imported = imports_of(ast.parse(file.read_text(encoding="utf-8")))
+        imported = imports_of(tree_of(file))
         graph[name_of(file)] = {name for name, _ in imported if name in MODULES and name != name_of(file)}
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError
     assert "diag.attention.call" in graph["diag.models.hooks.seam"]
@@ -159,9 +168,8 @@ def test_a_library_is_imported_by_its_family_only(library: str) -> None:
     assert importing == LIBRARIES[library]
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(HOUSE)) for file in FILES])
-def test_a_file_says_first_what_it_is_for(file: Path) -> None:
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+def test_a_file_says_first_what_it_is_for() -> None:
+    assert [str(file.relative_to(HOUSE)) for file in FILES if not ast.get_docstring(tree_of(file))] == []
 
 
 def loaded_after(*modules: str) -> set[str]:
@@ -248,6 +256,13 @@ def test_a_family_loads_its_own_library() -> None:
     loaded = loaded_after("diag.models.families.timm.load")
     assert "timm" in loaded
     assert loaded.isdisjoint({"open_clip", "transformer_lens"})
+
+
+def test_what_is_checked_is_there(pytestconfig: pytest.Config) -> None:
+    """Modules of `attention` are named one by one: its kernels are read by Triton as they are written."""
+    *checked, _ = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    assert set(checked) - MODULES == set()
+    assert {name_of(file) for file in (HOUSE / "attention").glob("[!_]*.py")} - set(checked) == set()
 
 
 def test_shapes_of_signatures_are_checked_in_tests() -> None:

@@ -90,6 +90,7 @@ class TestFolder:
         with pytest.raises(UserError, match="is a file"):
             write_comparison(found, tmp_path / "file")
 
+    @pytest.mark.usefixtures("sketched")
     def test_figures_of_an_earlier_comparison_are_removed(
         self, two: tuple[Path, Path], tmp_path: Path
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_MET
 from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH, STYLE_SHEET, ordered_colours, style
 from diag.show.figures.tables import caption, check_columns, shorten
 from diag.show.figures.write import save
+
+Saved = tuple[Figure, pd.DataFrame, Path]
 
 METRICS = tuple(dict.fromkeys((*CURVE_METRICS, *COMPARISON_METRICS, *HEAD_METRICS, "entropy")))
 LONG_NAME = (
@@ -522,6 +525,15 @@ class TestDrawRun:
         }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A figure, its rows, and the folder that holds it as `a`. Only to be read."""
+    table, folder = layer_table(), tmp_path_factory.mktemp("saved")
+    figure = layer_curves(table)
+    save(figure, table, folder, "a")
+    return figure, table, folder
+
+
 class TestSave:
     def test_the_same_bytes_in_two_folders(self, tmp_path: Path) -> None:
         for folder in ("first", "second"):
@@ -534,17 +546,16 @@ class TestSave:
         for one, other in zip(first, second, strict=True):
             assert one.read_bytes() == other.read_bytes(), one.name
 
-    def test_saving_one_figure_again_changes_nothing(self, tmp_path: Path) -> None:
-        table = layer_table()
-        figure = layer_curves(table)
-        before = [path.read_bytes() for path in save(figure, table, tmp_path, "a")]
-        assert [path.read_bytes() for path in save(figure, table, tmp_path, "a")] == before
+    def test_saving_one_figure_again_changes_nothing(self, saved: Saved, tmp_path: Path) -> None:
+        figure, table, folder = saved
+        for path in save(figure, table, tmp_path, "a"):
+            assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
 
     def test_nothing_of_time_machine_or_user_is_in_the_files(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        table = layer_table()
-        pdf, png, _ = save(layer_curves(table), table, tmp_path, "a")
+        _, table, folder = saved
+        pdf, png = folder / "a.pdf", folder / "a.png"
         assert b"CreationDate" not in pdf.read_bytes()
         assert b"ModDate" not in pdf.read_bytes()
         assert b"/Type3" not in pdf.read_bytes().replace(b" ", b"")  # TrueType, as publishers ask
@@ -554,20 +565,19 @@ class TestSave:
         other, *_ = save(layer_curves(table), table, tmp_path, "b")
         assert other.read_bytes() == pdf.read_bytes()
 
-    def test_the_csv_gives_the_data_back(self, tmp_path: Path) -> None:
-        table = layer_table()
-        *_, path = save(layer_curves(table), table, tmp_path, "a")
-        pd.testing.assert_frame_equal(pd.read_csv(path, keep_default_na=False), table, check_dtype=False)
+    def test_the_csv_gives_the_data_back(self, saved: Saved) -> None:
+        _, table, folder = saved
+        back = pd.read_csv(folder / "a.csv", keep_default_na=False)
+        pd.testing.assert_frame_equal(back, table, check_dtype=False)
 
-    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
+    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, saved: Saved, tmp_path: Path) -> None:
         class Broken(pd.DataFrame):
             def to_csv(self, path: Path, **_: object) -> None:
                 path.write_text("half")
                 raise OSError(28, "No space left on device")
 
-        table = layer_table()
-        figure = layer_curves(table)
-        save(figure, table, tmp_path, "a")
+        figure, table, folder = saved
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
         before = (tmp_path / "a.csv").read_bytes()
         with pytest.raises(OSError, match="No space left"):
             save(figure, Broken(table), tmp_path, "a")

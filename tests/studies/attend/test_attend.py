@@ -408,6 +408,7 @@ def test_a_folder_is_read_and_drawn_without_torch(written: tuple[AttendPlan, Pat
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_finished_folder_is_not_measured_again(
     written: tuple[AttendPlan, Path, Attended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from diag.studies.train.fit import Training, optimiser_of, rate_at
 from diag.studies.train.plan import Recipe, TrainPlan, read_plan
 from diag.studies.train.tasks import task_of
 from diag.variants import apply, parse
+
+Once = Callable[[TrainPlan, Cell], Path]
 
 CPU = torch.device("cpu")
 RECIPE: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup": 2, "held_out": 14}
@@ -82,6 +84,20 @@ def trained(plan: TrainPlan, cell: Cell, folder: Path, **options: Any) -> dict[s
     return card_of(folder)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(plan, cell)` is the folder of a trained cell, which several tests read. Only to be read."""
+    folders: dict[tuple[str, Cell], Path] = {}
+
+    def folder_of(plan: TrainPlan, cell: Cell) -> Path:
+        if (plan.key, cell) not in folders:
+            folders[plan.key, cell] = tmp_path_factory.mktemp(cell.name)
+            trained(plan, cell, folders[plan.key, cell])
+        return folders[plan.key, cell]
+
+    return folder_of
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
@@ -90,23 +106,23 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_cell_can_be_run_again(plan: TrainPlan, tmp_path: Path) -> None:
+def test_a_cell_can_be_run_again(plan: TrainPlan, once: Once, tmp_path: Path) -> None:
     cell = cells_of(plan)[2]
-    cards = [trained(plan, cell, tmp_path / name) for name in "ab"]
-    logs = [(tmp_path / name / "log.csv").read_text() for name in "ab"]
+    folders = [once(plan, cell), tmp_path / "again"]
+    cards = [card_of(folders[0]), trained(plan, cell, folders[1])]
+    logs = [(folder / "log.csv").read_text() for folder in folders]
     assert logs[0] == logs[1]
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert same(*map(weights, folders))
     assert cards[0]["sha256"] == cards[1]["sha256"] != cards[0]["initial_sha256"]
     other = trained(plan, Cell(cell.task, cell.patch_size, cell.variant, 1), tmp_path / "c")
     assert (tmp_path / "c" / "log.csv").read_text() != logs[0]
     assert other["initial_sha256"] != cards[0]["initial_sha256"]
 
 
-def test_variants_start_from_the_same_weights_and_see_the_same_data(plan: TrainPlan, tmp_path: Path) -> None:
-    cards, losses = [], []
-    for cell in cells_of(plan):
-        cards.append(trained(plan, cell, tmp_path / cell.name))
-        losses.append(pd.read_csv(tmp_path / cell.name / "log.csv")["loss"])
+def test_variants_start_from_the_same_weights_and_see_the_same_data(plan: TrainPlan, once: Once) -> None:
+    folders = [once(plan, cell) for cell in cells_of(plan)]
+    cards = [card_of(folder) for folder in folders]
+    losses = [pd.read_csv(folder / "log.csv")["loss"] for folder in folders]
     assert len({card["initial_sha256"] for card in cards}) == 1
     assert losses[0][0] == losses[2][0]  # gated_xsa begins as the baseline,
     assert losses[0].iloc[-1] != losses[2].iloc[-1]  # and becomes something else
@@ -120,11 +136,11 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 5])
-def test_resumed_equals_uninterrupted(plan: TrainPlan, tmp_path: Path, stopped_at: int) -> None:
+def test_resumed_equals_uninterrupted(plan: TrainPlan, once: Once, tmp_path: Path, stopped_at: int) -> None:
     changed = {"checkpoint_every": 2, "ema": 0.9}
     plan = plan.model_copy(update={"recipe": Recipe(**{**RECIPE, **changed})})
     cell = cells_of(plan)[2]
-    whole = trained(plan, cell, tmp_path / "whole")
+    whole = once(plan, cell)
     steps = iter(range(stopped_at))
 
     def stop(done: int) -> None:
@@ -139,9 +155,9 @@ def test_resumed_equals_uninterrupted(plan: TrainPlan, tmp_path: Path, stopped_a
     resumed = trained(plan, cell, tmp_path / "parts", advance=told.append)
     assert sum(told) == plan.recipe.steps
     assert told[0] == (stopped_at // 2 * 2 or 1)
-    assert resumed["sha256"] == whole["sha256"]
+    assert resumed["sha256"] == card_of(whole)["sha256"]
     for name in ("log.csv", "monitor.csv"):
-        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+        assert (tmp_path / "parts" / name).read_text() == (whole / name).read_text()
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
 
@@ -154,27 +170,27 @@ def test_a_finished_cell_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "card.json").stat().st_mtime_ns == before
 
 
-def test_watching_changes_nothing(plan: TrainPlan, tmp_path: Path) -> None:
+def test_watching_changes_nothing(plan: TrainPlan, once: Once, tmp_path: Path) -> None:
     cell = cells_of(plan)[1]
     blind = plan.model_copy(update={"monitor_every": 0})
-    assert trained(plan, cell, tmp_path / "a")["sha256"] == trained(blind, cell, tmp_path / "b")["sha256"]
-    watched = pd.read_csv(tmp_path / "a" / "monitor.csv")
+    seen = once(plan, cell)
+    assert card_of(seen)["sha256"] == trained(blind, cell, tmp_path)["sha256"]
+    watched = pd.read_csv(seen / "monitor.csv")
     assert list(watched.columns) == ["step", "layer", "metric", "value"]
     assert sorted(watched["step"].unique()) == [0, 3, 6]
     assert len(watched) == 3 * 2 * 5
 
 
-def test_workers_make_the_same_batches(tmp_path: Path) -> None:
+def test_workers_make_the_same_batches(once: Once, tmp_path: Path) -> None:
     plan = plan_of()
     cell = cells_of(plan)[0]
-    one, two = (trained(plan, cell, tmp_path / str(n), workers=n) for n in (0, 2))
-    assert one["sha256"] == two["sha256"]
+    assert card_of(once(plan, cell))["sha256"] == trained(plan, cell, tmp_path, workers=2)["sha256"]
 
 
-def test_a_trained_cell_is_a_model_that_can_be_probed(plan: TrainPlan, tmp_path: Path) -> None:
-    cell = cells_of(plan)[2]
-    card = trained(plan, cell, tmp_path / cell.name)
-    model = load(parse_name(str(tmp_path / cell.name / "model")), device="cpu", dtype=torch.float32)
+def test_a_trained_cell_is_a_model_that_can_be_probed(plan: TrainPlan, once: Once) -> None:
+    folder = once(plan, cells_of(plan)[2])
+    card = card_of(folder)
+    model = load(parse_name(str(folder / "model")), device="cpu", dtype=torch.float32)
     assert model.notes == ("trained with gated_xsa in 2 modules",)
     assert len(card["alphas"]) == 2
     assert ("accuracy" in card) == (plan.task != "language")

@@ -37,7 +37,9 @@ PLAN = TrainPlan(
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grid") / "run"
-    found = run_train(PLAN, folder, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diag.run.run.draw", lambda layers, heads, folder: [])  # of the probe
+        found = run_train(PLAN, folder, device="cpu")
     assert found is not None
     assert found.words
     return folder
@@ -97,6 +99,7 @@ def test_cells_that_are_there_are_not_trained_again(grid: Path, tmp_path: Path) 
     assert again["sha256"] == first["sha256"]
 
 
+@pytest.mark.usefixtures("undrawn", "sketched")
 def test_processes_share_the_cells(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = PLAN.model_copy(update={"variants": ("sa", "xsa"), "seeds": (0,), "monitor_every": 0})
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -111,6 +114,7 @@ def test_processes_share_the_cells(grid: Path, tmp_path: Path, monkeypatch: pyte
         assert row["sha256"] == whole.loc[name, "sha256"]
 
 
+@pytest.mark.usefixtures("undrawn", "sketched")
 def test_overwriting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = PLAN.model_copy(update={"variants": ("sa",), "seeds": (0,), "monitor_every": 0})
     first = run_train(small, tmp_path / "run", device="cpu")

@@ -277,6 +277,7 @@ class TestDrawing:
 
 
 class TestOwnPairs:
+    @pytest.mark.usefixtures("sketched")
     def test_pairs_of_a_probe_and_token_sets(self, there: Path) -> None:
         """A class token alone has no pairs: its value similarity is no number and makes no second line."""
         (there / "pairs.yaml").write_text(
@@ -301,6 +302,7 @@ class TestOwnPairs:
 class TestDocs:
     """docs/figures.md shows what comes."""
 
+    @pytest.mark.usefixtures("sketched")
     def test_the_commands_of_the_page(self, there: Path) -> None:
         page = (ROOT / "docs" / "figures.md").read_text()
         (plan,) = re.findall(r"```yaml\n([\s\S]*?)```", page)
