@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from diag.errors import UserError, did_you_mean
-from diag.models.families.open_clip.configs import OWN_CONFIGS
+from diag.models.families.open_clip import OWN_CONFIGS
 
 GLOBAL_BATCH = "global-batch-size"
 HELP = "its flags: python -m open_clip_train.main --help"

@@ -10,16 +10,28 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.models.families.open_clip.configs import open_clip_configs
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
 
+OWN_CONFIGS = Path(__file__).parent / "model_configs"
 BEGINNINGS = ("ViT-", "EVA", "coca_", "RN", "PE-", "ViTamin-")
 """Of architectures that a mistyped name is compared with, before it passes for a hub repository."""
+
+
+@cache
+def open_clip_configs() -> dict[str, Path]:
+    """Name -> config file of every architecture, those shipped here as well; imports nothing."""
+    spec = find_spec("open_clip")
+    folders = [OWN_CONFIGS]
+    if spec is not None and spec.submodule_search_locations:
+        folders.insert(0, Path(spec.submodule_search_locations[0]) / "model_configs")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
 
 
 def _claims(spec: ModelSpec) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.base import Model, Tower
-from diag.models.families.open_clip.configs import OWN_CONFIGS
+from diag.models.families.open_clip import OWN_CONFIGS
 from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
 from diag.models.feeding import (
     frame,

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.models.families.open_clip.configs import open_clip_configs
+from diag.models.families.open_clip import open_clip_configs
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import SCHEMAS, ModelSpec
 
