@@ -38,12 +38,12 @@ class MetricEntry:
     column, gloss: its heading in the terminal, and what that means in the legend below.
     heading: its name in words, for tables. formula; sentence: what it says, for people.
     unit, source: as the documentation has them; `–` where it is from nowhere in particular.
-    rank: a terminal too narrow for all shows the lower first, within the default, the stream's, the other ones.
+    rank: a terminal too narrow for all shows lower ones first, among the default, the stream's, the others.
     ratio: (numerator, denominator) of a metric that is a ratio of two others' means over inputs.
 
-    In figures: drawn, its name where it is not the heading; symbol, a short formula behind that name; axis and
-    title of a panel of its own (the title is the name if empty); unit_interval, whether such a panel runs
-    from 0 to 1; scale, the colours of a layer x head map; line, its role in a panel of several.
+    In figures: drawn, its name where it is not the heading; symbol, a short formula behind that name; axis
+    and title of a panel of its own (the title is the name if empty); unit_interval, whether such a panel
+    runs from 0 to 1; scale, the colours of a layer x head map; line, its role in a panel of several.
     """
 
     name: str
