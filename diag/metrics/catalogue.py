@@ -37,13 +37,13 @@ class MetricEntry:
 
     column, gloss: its heading in the terminal, and what that means in the legend below.
     heading: its name in words, for tables. formula; sentence: what it says, for people.
-    unit, source: as the documentation has them; `–` is a source of its own.
-    rank: of the default, the stream's or the other metrics, a narrow terminal shows those of low rank first.
+    unit, source: as the documentation has them; `–` where it is from nowhere in particular.
+    rank: a terminal too narrow for all shows lower ones first, among the default, the stream's, the others.
     ratio: (numerator, denominator) of a metric that is a ratio of two others' means over inputs.
 
-    In figures: label, where it is not the heading; symbol, for a short formula behind the label;
-    axis and title of a panel of its own (the title is the label if empty); unit_interval, whether panels
-    of it run from 0 to 1; scale, the colours of a layer x head map; line, its role in a panel of several.
+    In figures: drawn, its name where it is not the heading; symbol, a short formula behind that name; axis
+    and title of a panel of its own (the title is the name if empty); unit_interval, whether such a panel
+    runs from 0 to 1; scale, the colours of a layer x head map; line, its role in a panel of several.
     """
 
     name: str
@@ -122,6 +122,7 @@ _VISION = "after vision-aware head divergence (2412.13949), there with the image
 _COSINE, _SHARE, _RATIO, _NATS = "cosine", "share, 0 to 1", "ratio", "nats"
 _LENGTH, _UNIFORM = "pixels (images), tokens (texts)", "1 = uniform"
 
+# a table: three or four lines to a metric, which the formatter would make twelve
 # fmt: off
 _TABLE = (
     # name, place, column, gloss,
