@@ -130,7 +130,7 @@ def measure(
     listed = pick_layers(tower.layers, layers)
     check_layers(edits, tower.layers)
     incidents = Incidents() if incidents is None else incidents
-    measurement = _Measurement(
+    work = _BatchWork(
         tower,
         names,
         [name for name in metrics or () if name in STREAM_METRICS],
@@ -142,11 +142,11 @@ def measure(
         sampling or RowSampling(),
         incidents,
     )
-    yield from run_batches(tower, samples, measurement.numbers, batch_size=batch_size, incidents=incidents)
+    yield from run_batches(tower, samples, work.numbers, batch_size=batch_size, incidents=incidents)
 
 
 @dataclass
-class _Measurement:
+class _BatchWork:
     """What `measure` does with a batch; the fields are its arguments, and what the first batch has told."""
 
     tower: Tower

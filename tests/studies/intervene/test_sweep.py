@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +175,7 @@ def test_what_does_not_fit_is_run_in_halves(
         return result
 
     given = texts("demo") if kind == "text" else demo_images()
-    samples = tower_samples(tower, given, checked(models=(name,), seq_len=24, limit=5))
+    samples = list(islice(tower.samples(given, 24), 5))
     todo = cases([parse("xsa"), parse("skip")], tower.layers[:2], ("one",))
     short, done = replace(tower, forward=forward), list[int]()
     with pytest.warns(RuntimeWarning, match="5 inputs at once do not fit into memory; going on with 2"):
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_run_in_halves(
 def test_a_size_that_follows_the_memory_changes_no_number(loaded: dict[str, Model]) -> None:
     model, done = loaded["demo:vit-p16"], list[int]()
     tower, todo = model.tower("vision"), cases([parse("xsa")], model.tower("vision").layers[:2], ("one",))
-    samples = tower_samples(tower, demo_images(), checked(models=("demo:vit-p16",), limit=4))
+    samples = list(islice(tower.samples(demo_images(), None), 4))
     size = BatchSize.of(0, model.module)
     grown = sweep(model, tower, samples, todo, batch_size=size, advance=done.append)
     assert done == [1, 2, 1]
@@ -207,7 +208,7 @@ def test_a_size_that_follows_the_memory_changes_no_number(loaded: dict[str, Mode
 def test_one_input_that_does_not_fit_is_an_error(loaded: dict[str, Model]) -> None:
     model = loaded["demo:vit-p16"]
     tower = replace(model.tower("vision"), forward=lambda batch: (_ for _ in ()).throw(MemoryError()))
-    samples = tower_samples(tower, demo_images(), checked(models=("demo:vit-p16",), limit=2))
+    samples = list(islice(tower.samples(demo_images(), None), 2))
     with (
         pytest.warns(RuntimeWarning, match="going on with 1"),
         pytest.raises(UserError, match="a single input does not fit into memory: none is left"),
