@@ -238,6 +238,7 @@ def test_labels() -> None:
 # --- the folder and the command line ----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = checked(models=("demo:lm",), texts="demo", seq_len=24, limit=3, heads=True, layers=(0, 1, 2, 3))
