@@ -38,6 +38,7 @@ def undrawn_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestFolder:
+    @pytest.mark.usefixtures("sketched")
     def test_holds_tables_verdict_figures_and_what_was_compared(
         self, two: tuple[Path, Path], tmp_path: Path
     ) -> None:

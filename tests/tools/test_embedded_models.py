@@ -125,7 +125,8 @@ def test_crops_are_seeded() -> None:
     assert images.max() <= 1
 
 
-def test_a_run_is_reproducible(tmp_path: Path) -> None:
+def test_a_run_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.embedded_models.VALIDATION_CROPS", 100)
     recipe = Recipe(steps=2, batch_size=4, learning_rate=1e-3)
     cards = [train_vit(16, recipe, tmp_path / name) for name in ("a", "b")]
     assert cards[0]["sha256"] == cards[1]["sha256"]

@@ -298,6 +298,7 @@ def test_labels() -> None:
 # --- the folder and the command line ----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = IntervenePlan.checked(

@@ -117,20 +117,31 @@ def test_the_baseline_is_what_open_clip_trains(
     assert differing(plain, weights(checkpoint(tmp_path, "xsa")))
 
 
+STILL = ("--lr", "0", "--dataset-type", "webdataset")
+"""With a rate of 0 the weights at the end are those at the start."""
+
+
+@pytest.fixture(scope="module")
+def still(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """The baseline's first weights, and those of another seed."""
+    logs = tmp_path_factory.mktemp("still")
+    train_clip(arguments(data, logs, "sa", *STILL))
+    train_clip(arguments(data, logs, "seed", *STILL, "--seed", "1"))
+    return {name: weights(checkpoint(logs, name)) for name in ("sa", "seed")}
+
+
 @pytest.mark.parametrize("attention", ["xsa", "gated_xsa", "gated=headwise", "random_direction"])
-def test_variants_start_from_the_same_weights(attention: str, data: Path, tmp_path: Path) -> None:
-    """With a rate of 0 the weights at the end are those at the start."""
-    still = ("--lr", "0", "--dataset-type", "webdataset")
-    train_clip(arguments(data, tmp_path, "sa", *still))
-    train_clip(arguments(data, tmp_path, "other", *still), attention=attention, text_attention="xsa:1")
-    plain, other = weights(checkpoint(tmp_path, "sa")), weights(checkpoint(tmp_path, "other"))
+def test_variants_start_from_the_same_weights(
+    attention: str, data: Path, still: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    train_clip(arguments(data, tmp_path, "other", *STILL), attention=attention, text_attention="xsa:1")
+    plain, other = still["sa"], weights(checkpoint(tmp_path, "other"))
     assert not differing(plain, other)
     assert plain.keys() <= other.keys()
     own = {name for name in other if ".change." in name}
     assert other.keys() - plain.keys() == own
     assert bool(own) == (attention != "xsa")
-    train_clip(arguments(data, tmp_path, "seed", *still, "--seed", "1"))
-    assert differing(plain, weights(checkpoint(tmp_path, "seed")))
+    assert differing(plain, still["seed"])
 
 
 def test_both_towers_can_be_changed(data: Path, tmp_path: Path) -> None:
