@@ -33,6 +33,7 @@ class Projection(NamedTuple):
 
 
 Read = Callable[[Any], Projection]
+Norm = str | Callable[[Any], str | None] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Row:
 
     block: str
     attention: str
-    norm: str | Callable[[Any], str | None] | None
+    norm: Norm
     read: Read
 
 
@@ -79,7 +80,7 @@ class _UnknownError(Exception):
     """Why the constant of one layer is not known."""
 
 
-def _constant(root: nn.Module, path: str, module: nn.Module) -> Tensor:
+def _constant(root: nn.Module, path: str, module: Any) -> Tensor:
     attention = _inner(module)
     around = list(_ancestors(root, path))
     kind = f"{_library(attention)}.{type(attention).__name__}"
@@ -88,7 +89,8 @@ def _constant(root: nn.Module, path: str, module: nn.Module) -> Tensor:
     if found is None:
         raise _UnknownError("its value projection is not known")
     row = _ROWS[places[found]]
-    projection = row.read(module) if attention is module else _projection_of_bridge(module)
+    # every bridge of transformer-lens holds a value layer of its own, also where the model's is fused
+    projection = row.read(module) if attention is module else _linear(_inner(module.v))
     constant = torch.zeros_like(projection.weight[:, 0], dtype=torch.float64)
     if projection.bias is not None:
         constant += projection.bias
@@ -179,12 +181,17 @@ def query_key_value(attention: Any) -> Projection:
     return Projection(values(weight), None if bias is None else values(bias))
 
 
-def _projection_of_bridge(bridge: Any) -> Projection:
-    """transformer-lens: every bridge holds a value layer of its own, also where the model's is fused."""
-    return _linear(_inner(bridge.v))
-
-
 # --- the table
+
+
+def _rows(names: str, block: str, norm: Norm, read: Read, attention: str = "Attention") -> list[Row]:
+    """Those of transformers whose classes are called alike: `file.Beginning` of each, and the two endings."""
+    each = (entry.split(".") for entry in names.split())
+    return [
+        Row(f"transformers.{file}.{name}{block}", f"transformers.{name}{attention}", norm, read)
+        for file, name in each
+    ]
+
 
 ROWS = (
     Row("timm.vision_transformer.Block", "timm.Attention", "norm1", timm_qkv),
@@ -208,55 +215,42 @@ ROWS = (
         lambda block: "norm1" if block.norm_first else None,
         in_proj,
     ),
-    Row("transformers.gpt2.GPT2Block", "transformers.GPT2Attention", "ln_1", last_third("c_attn")),
-    Row(
-        "transformers.gpt_neox.GPTNeoXLayer",
-        "transformers.GPTNeoXAttention",
-        "input_layernorm",
-        query_key_value,
-    ),
-    Row(
-        "transformers.opt.OPTDecoderLayer",
-        "transformers.OPTAttention",
+    *_rows("gpt2.GPT2", "Block", "ln_1", last_third("c_attn")),
+    *_rows("gpt_neox.GPTNeoX", "Layer", "input_layernorm", query_key_value),
+    *_rows(
+        "opt.OPT",
+        "DecoderLayer",
         lambda block: "self_attn_layer_norm" if block.do_layer_norm_before else None,
         own("v_proj"),
     ),
-    Row("transformers.t5.T5LayerSelfAttention", "transformers.T5Attention", "layer_norm", own("v")),
-    Row("transformers.bert.BertLayer", "transformers.BertSelfAttention", None, own("value")),
-    Row("transformers.roberta.RobertaLayer", "transformers.RobertaSelfAttention", None, own("value")),
-    Row(
-        "transformers.xlm_roberta.XLMRobertaLayer", "transformers.XLMRobertaSelfAttention", None, own("value")
+    *_rows("t5.T5", "LayerSelfAttention", "layer_norm", own("v")),
+    *_rows(
+        "bert.Bert roberta.Roberta xlm_roberta.XLMRoberta electra.Electra",
+        "Layer",
+        None,
+        own("value"),
+        attention="SelfAttention",
     ),
-    Row("transformers.electra.ElectraLayer", "transformers.ElectraSelfAttention", None, own("value")),
     Row(
         "transformers.distilbert.TransformerBlock", "transformers.DistilBertSelfAttention", None, own("v_lin")
     ),
-    Row(
-        "transformers.qwen2_5_vl.Qwen2_5_VLVisionBlock",
-        "transformers.Qwen2_5_VLVisionAttention",
+    *_rows("qwen2_5_vl.Qwen2_5_VLVision", "Block", "norm1", last_third("qkv")),
+    *_rows(
+        "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL gemma.Gemma "
+        "gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
+        "DecoderLayer",
+        "input_layernorm",
+        own("v_proj"),
+    ),
+    *_rows("olmo2.Olmo2", "DecoderLayer", None, own("v_proj")),
+    *_rows("vit.ViT deit.DeiT beit.Beit", "Layer", "layernorm_before", own("v_proj")),
+    *_rows(
+        "dinov2.Dinov2 dinov2_with_registers.Dinov2WithRegisters dinov3_vit.DINOv3ViT",
+        "Layer",
         "norm1",
-        last_third("qkv"),
+        own("v_proj"),
     ),
-    *(
-        Row(f"transformers.{file}.{name}{layer}", f"transformers.{name}Attention", norm, own("v_proj"))
-        for layer, norm, names in (
-            (
-                "DecoderLayer",
-                "input_layernorm",
-                "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL "
-                "gemma.Gemma gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
-            ),
-            ("DecoderLayer", None, "olmo2.Olmo2"),
-            ("Layer", "layernorm_before", "vit.ViT deit.DeiT beit.Beit"),
-            (
-                "Layer",
-                "norm1",
-                "dinov2.Dinov2 dinov2_with_registers.Dinov2WithRegisters dinov3_vit.DINOv3ViT",
-            ),
-            ("EncoderLayer", "layer_norm1", "clip.CLIP siglip.Siglip siglip2.Siglip2"),
-        )
-        for file, name in (entry.split(".") for entry in names.split())
-    ),
+    *_rows("clip.CLIP siglip.Siglip siglip2.Siglip2", "EncoderLayer", "layer_norm1", own("v_proj")),
 )
 
 _ROWS = {(row.block, row.attention): row for row in ROWS}

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +66,8 @@ class Sightings:
         norm came between, "unknown" where no projection was seen.
     """
 
-    runs: dict[str, int] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
     projection: dict[str, str] = field(default_factory=dict)
 
@@ -155,17 +156,14 @@ def refuse_compiled(layers: Sequence[Layer]) -> None:
 @contextmanager
 def _hooked(seam: _Seam, layers: Sequence[Layer]) -> Iterator[None]:
     """Attaches the seam to every layer and switches it on; undoes both, whatever happens."""
-    handles = []
-    try:
+    with ExitStack() as undone:
+        undone.callback(seam.stack.clear)
         for layer in layers:
-            handles.append(layer.module.register_forward_pre_hook(seam.entered(layer), prepend=True))
-            handles.append(layer.module.register_forward_hook(seam.left(layer), always_call=True))
+            entered, left = seam.entered(layer), seam.left(layer)
+            undone.callback(layer.module.register_forward_pre_hook(entered, prepend=True).remove)
+            undone.callback(layer.module.register_forward_hook(left, always_call=True).remove)
         with seam:
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        seam.stack.clear()
 
 
 @dataclass
@@ -174,7 +172,6 @@ class _Frame:
 
     layer: Layer
     calls: int = 0
-    softmaxes: int = 0
     unread: Tensor | None = None  # the output that the next projection should read
 
 
@@ -185,13 +182,13 @@ class _Seam(TorchFunctionMode):
         self.strict = strict
         self.stack: list[_Frame] = []
         self.sightings = Sightings()
-        self.eager: dict[str, int] = {}
+        self.eager: dict[str, None] = {}  # paths, in order
         self.visibilities: dict[tuple, Visibility] = {}
 
     def entered(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             self.stack.append(_Frame(layer))
-            self.sightings.runs[layer.path] = self.sightings.runs.get(layer.path, 0) + 1
+            self.sightings.runs[layer.path] += 1
 
         return hook
 
@@ -202,10 +199,10 @@ class _Seam(TorchFunctionMode):
             if output is None or not self.strict:
                 return
             if frame.calls == 0:
-                eager = "it computes softmax attention itself (eager)"
+                eager = layer.path in self.eager
                 raise MeasurementError(
                     f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
-                    f"{eager if frame.softmaxes else 'nothing was seen'}",
+                    f"{'it computes softmax attention itself (eager)' if eager else 'nothing was seen'}",
                     "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
                 )
             self.sightings.projection.setdefault(layer.path, "unknown")
@@ -220,7 +217,8 @@ class _Seam(TorchFunctionMode):
             return self.multi_head(args, kwargs)
         if self.stack:
             if func in SOFTMAX:
-                self.note_softmax(args)
+                if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
+                    self.eager[self.stack[-1].layer.path] = None
             elif func in PROJECTIONS and self.stack[-1].unread is not None:
                 self.note_projection(args, PROJECTIONS[func])
         return func(*args, **kwargs)
@@ -243,7 +241,7 @@ class _Seam(TorchFunctionMode):
         if frame is not None:
             frame.unread = None  # the output projection was applied out of sight
             if frame.calls == before:  # need_weights=True
-                self.note_eager(frame)
+                self.eager[frame.layer.path] = None
         return result
 
     def attention(
@@ -299,7 +297,7 @@ class _Seam(TorchFunctionMode):
             log_normaliser=normaliser,
             visibility=seen,
         )
-        self.sightings.calls[path] = self.sightings.calls.get(path, 0) + 1
+        self.sightings.calls[path] += 1
         replaced = self.on_call(call)
         if replaced is not None:
             output = shape.join(replaced.to(output.dtype), output)
@@ -318,14 +316,6 @@ class _Seam(TorchFunctionMode):
             # it holds the mask, so that its address is not given to another one
             self.visibilities[place] = Visibility.of(mask, causal, hidden, output)
         return self.visibilities[place]
-
-    def note_softmax(self, args: tuple) -> None:
-        if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
-            self.note_eager(self.stack[-1])
-
-    def note_eager(self, frame: _Frame) -> None:
-        frame.softmaxes += 1
-        self.eager[frame.layer.path] = self.eager.get(frame.layer.path, 0) + 1
 
     def note_projection(self, args: tuple, which: int) -> None:
         """Compares what the output projection reads with the output that was captured."""
