@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from diag.errors import UserError, did_you_mean
+from diag.models.base import Tower
 from diag.models.hooks.seam import Layer, attention_modules
 from diag.models.names.spec import ModelSpec
 from diag.models.weights import refuse_non_finite
@@ -31,6 +32,28 @@ def ready(
     module.to(device=device, dtype=dtype)
     refuse_non_finite(module, source)
     return module
+
+
+def build_towers(
+    builders: Mapping[str, Callable[[], Tower]], notes: list[str], *, needed: str | None = None
+) -> dict[str, Tower]:
+    """The towers that can be built; why another one cannot is added to `notes`.
+
+    needed: one that may not be left out.
+    Raises UserError where that one, or no tower at all, can be built.
+    """
+    towers, refusals = {}, []
+    for kind, build in builders.items():
+        try:
+            towers[kind] = build()
+        except UserError as refusal:
+            if kind == needed:
+                raise
+            refusals.append(refusal)
+            notes.append(f"no {kind} tower: {refusal}")
+    if not towers:
+        raise refusals[0]
+    return towers
 
 
 def layers_of(root: nn.Module, source: str, tower: str, *, prefix: str = "") -> tuple[Layer, ...]:

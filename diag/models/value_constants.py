@@ -236,8 +236,8 @@ ROWS = (
     ),
     *_rows("qwen2_5_vl.Qwen2_5_VLVision", "Block", "norm1", last_third("qkv")),
     *_rows(
-        "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL gemma.Gemma "
-        "gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
+        "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL "
+        "gemma.Gemma gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
         "DecoderLayer",
         "input_layernorm",
         own("v_proj"),

@@ -14,7 +14,7 @@ from diag.metrics.catalogue import RATIOS
 from diag.metrics.registry import metric_names
 from diag.models.family import SPREAD
 from diag.models.hooks.interventions import Edit, parse
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.run.plan import ProbePlan, inputs_of, specs_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.inputs.items import Inputs
-from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.base import Batch, Model, Sample, Tower, device_of_module
 from diag.models.hooks.seam import discover
 from diag.models.weights import digest
 
@@ -45,7 +45,7 @@ def from_module(
     ready = list(_ready(batches, limit))
     if not ready:
         raise UserError("no batch was given", "pass an iterable of tensors, or of dicts of tensors")
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of_module(module)
 
     def forward(batch: Batch) -> Any:
         return module(**batch.data) if isinstance(batch.data, Mapping) else module(batch.data)

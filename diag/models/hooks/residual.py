@@ -228,7 +228,10 @@ class _Watch(_Shaped):
                 layer=block.index,
                 path=block.path,
                 arrangement=block.arrangement,
-                **seen,
+                before=seen["before"],
+                attention_update=seen["attention_update"],
+                middle=seen["middle"],
+                mlp_update=seen["mlp_update"],
                 after=self.standard(_tensor_in(output)),
                 to_stream=to_stream(block),
             )

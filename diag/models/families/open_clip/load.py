@@ -31,9 +31,9 @@ from diag.models.feeding import (
     text_samples,
     token_text,
 )
-from diag.models.loading import constructing, hub, layers_of, quiet, ready
+from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import SCHEMAS, ModelSpec
-from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
+from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, plain, refuse_remainder, requested
 from diag.models.weights import fit, read_checkpoint, read_variants
 from diag.variants import described, restore
 
@@ -50,7 +50,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     for config in OWN_CONFIGS.glob("*.json"):
         if open_clip.get_model_config(config.stem) is None:
             open_clip.add_model_config(config)
-    notes = [spec.note] if spec.note else []
+    notes: list[str] = []
     image = _image_size(spec)
     native = None if image is None else _native(spec, image)
     module = _create(spec, notes, image)
@@ -70,15 +70,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         "vision": lambda: _vision(spec, module, fit_to, device=device, dtype=dtype),
         "text": lambda: _text(spec, module, device=device),
     }
-    towers, refusals = {}, []
-    for kind, build in builders.items():
-        try:
-            towers[kind] = build()
-        except UserError as refusal:
-            refusals.append(refusal)
-            notes.append(f"no {kind} tower: {refusal}")
-    if not towers:
-        raise refusals[0]
+    towers = build_towers(builders, notes)
     zero_shot = partial(_zero_shot, spec, module, device) if {"vision", "text"} <= set(towers) else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), zero_shot=zero_shot)
 
@@ -118,7 +110,7 @@ def _vision(
         ending="embedding",
         facts={
             "patch_size": patch_size[0] if isinstance(patch_size, tuple) else patch_size,
-            "image_size": size if isinstance(size, int) else size[0] if size[0] == size[1] else tuple(size),
+            "image_size": size if isinstance(size, int) else plain(size),
             **fit_to.facts,
             "preprocessing": {
                 "size": size,
@@ -230,7 +222,7 @@ def _create(
 ) -> nn.Module:
     arguments = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, FORCED)}
     if image is not None:
-        arguments[FORCED] = image[0] if image[0] == image[1] else image
+        arguments[FORCED] = plain(image)
     architecture, _, tag = spec.name.partition("/")
     repository, file = spec.name, "open_clip_config.json"
     published = spec.published
@@ -239,9 +231,8 @@ def _create(
         repository = spec.name.partition(":")[2]
     elif published:
         weights = _published(spec, architecture, tag)
-        repository, _, file = weights["hf_hub"].strip("/").partition("/")
-        organisation, (repository, _, file) = repository, file.partition("/")
-        repository, file = f"{organisation}/{repository}", file or "open_clip_model.safetensors"
+        organisation, name, *path = weights["hf_hub"].strip("/").split("/")
+        repository, file = f"{organisation}/{name}", "/".join(path) or "open_clip_model.safetensors"
         config = open_clip.get_model_config(architecture) or {}
         if weights.get("quick_gelu") and not config.get("quick_gelu"):
             arguments["force_quick_gelu"] = True
