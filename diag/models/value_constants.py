@@ -31,6 +31,10 @@ class Projection(NamedTuple):
     weight: Float[Tensor, "channel width"]
     bias: Float[Tensor, " channel"] | None
 
+    def part(self, rows: Callable[[Tensor], Tensor]) -> Projection:
+        """Some of its rows, alike of weight and bias."""
+        return Projection(rows(self.weight), None if self.bias is None else rows(self.bias))
+
 
 Read = Callable[[Any], Projection]
 Norm = str | Callable[[Any], str | None] | None
@@ -148,12 +152,11 @@ def own(name: str) -> Read:
 
 def last_third(name: str) -> Read:
     """One layer makes queries, keys and values, in this order."""
+    return lambda attention: _linear(getattr(attention, name)).part(_third)
 
-    def read(attention: Any) -> Projection:
-        weight, bias = _linear(getattr(attention, name))
-        return Projection(weight.chunk(3)[2], None if bias is None else bias.chunk(3)[2])
 
-    return read
+def _third(rows: Tensor) -> Tensor:
+    return rows.chunk(3)[2]
 
 
 def timm_qkv(attention: Any) -> Projection:
@@ -167,18 +170,15 @@ def timm_qkv(attention: Any) -> Projection:
 def in_proj(attention: Any) -> Projection:
     """`nn.MultiheadAttention`."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    weight = attention.v_proj_weight if weight is None else weight.chunk(3)[2]
-    return Projection(weight, None if bias is None else bias.chunk(3)[2])
+    if weight is None:
+        return Projection(attention.v_proj_weight, None if bias is None else _third(bias))
+    return Projection(weight, bias).part(_third)
 
 
 def query_key_value(attention: Any) -> Projection:
     """GPT-NeoX: the rows of a head are its query, its key, its value."""
-    weight, bias = _linear(attention.query_key_value)
-
-    def values(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, 3, attention.head_size))[:, 2].flatten(0, 1)
-
-    return Projection(values(weight), None if bias is None else values(bias))
+    by_head = (-1, 3, attention.head_size)
+    return _linear(attention.query_key_value).part(lambda x: x.unflatten(0, by_head)[:, 2].flatten(0, 1))
 
 
 # --- the table

@@ -570,7 +570,7 @@ def test_the_loop_gives_the_numbers_of_the_functions() -> None:
     torch.manual_seed(0)
     module = build_vit(16).eval()
     model = vision_model(
-        ModelSpec("x", "timm", "x"), module, lambda image: image, preprocessing={}, image_size=(64, 64),
+        ModelSpec("x", "timm", "x"), module, lambda image: image, preprocessing={"size": (64, 64)},
         device="cpu", dtype=torch.float32,
     )  # fmt: skip
     tower = model.tower("vision")

@@ -112,7 +112,6 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
         module,
         transform,
         preprocessing=preprocessing,
-        image_size=(size, size),
         fit_to=fit_to,
         device=device,
         dtype=dtype,

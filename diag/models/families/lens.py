@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import MeasurementError, UserError
@@ -84,56 +85,47 @@ def lens_calls(
     sightings = Sightings()
     seen: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in layers}
 
-    def keep(layer: Layer, what: str) -> Callable[..., None]:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            seen[layer.index][what] = tensor
+    def keep(layer: Layer, what: str, tensor: Tensor, hook: Any) -> None:
+        seen[layer.index][what] = tensor
 
-        return hook
+    def at_output(layer: Layer, tensor: Tensor, hook: Any) -> Tensor | None:
+        parts, seen[layer.index] = seen[layer.index], {}
+        if not {"value", "pattern"} <= parts.keys():
+            return None
+        output = tensor.transpose(1, 2)  # [batch, head, token, dim]
+        call = AttentionCall(
+            layer=layer.index,
+            module=layer.path,
+            query=None,
+            key=None,
+            value=parts["value"].transpose(1, 2),  # [batch, kv_head, token, dim]
+            output=output,
+            mask=None,
+            causal=causal,
+            scale=output.shape[-1] ** -0.5,
+            pattern=parts["pattern"],
+        )
+        sightings.calls[layer.path] += 1
+        sightings.projection[layer.path] = "as captured"
+        replaced = on_call(call)
+        return None if replaced is None else replaced.to(tensor.dtype).transpose(1, 2)
 
-    def at_output(layer: Layer) -> Callable[..., Tensor | None]:
-        def hook(tensor: Tensor, hook: Any) -> Tensor | None:
-            parts, seen[layer.index] = seen[layer.index], {}
-            if not {"value", "pattern"} <= parts.keys():
-                return None
-            output = tensor.transpose(1, 2)  # [batch, head, token, dim]
-            call = AttentionCall(
-                layer=layer.index,
-                module=layer.path,
-                query=None,
-                key=None,
-                value=parts["value"].transpose(1, 2),  # [batch, kv_head, token, dim]
-                output=output,
-                mask=None,
-                causal=causal,
-                scale=output.shape[-1] ** -0.5,
-                pattern=parts["pattern"],
+    def finished(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        if layer.path not in sightings.calls:
+            raise MeasurementError(
+                f"layer '{layer.path}' finished without showing its values, pattern and output",
+                "leave the layer out with --layers, or use the hf: family",
             )
-            sightings.calls[layer.path] += 1
-            sightings.projection[layer.path] = "as captured"
-            replaced = on_call(call)
-            return None if replaced is None else replaced.to(tensor.dtype).transpose(1, 2)
-
-        return hook
-
-    def finished(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if layer.path not in sightings.calls:
-                raise MeasurementError(
-                    f"layer '{layer.path}' finished without showing its values, pattern and output",
-                    "leave the layer out with --layers, or use the hf: family",
-                )
-
-        return hook
 
     hooks: list[tuple[str, Callable[..., Any]]] = []
     with ExitStack() as undone:
         for layer in layers:
             hooks += [
-                (f"{layer.path}.hook_v", keep(layer, "value")),
-                (f"{layer.path}.hook_pattern", keep(layer, "pattern")),
-                (f"{layer.path}.hook_z", at_output(layer)),
+                (f"{layer.path}.hook_v", partial(keep, layer, "value")),
+                (f"{layer.path}.hook_pattern", partial(keep, layer, "pattern")),
+                (f"{layer.path}.hook_z", partial(at_output, layer)),
             ]
-            undone.callback(layer.module.register_forward_hook(finished(layer)).remove)
+            undone.callback(layer.module.register_forward_hook(partial(finished, layer)).remove)
         with bridge.hooks(fwd_hooks=hooks):
             yield sightings
 

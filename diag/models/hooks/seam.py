@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def _hooked(seam: _Seam, layers: Sequence[Layer]) -> Iterator[None]:
     with ExitStack() as undone:
         undone.callback(seam.stack.clear)
         for layer in layers:
-            entered, left = seam.entered(layer), seam.left(layer)
+            entered, left = partial(seam.entered, layer), partial(seam.left, layer)
             undone.callback(layer.module.register_forward_pre_hook(entered, prepend=True).remove)
             undone.callback(layer.module.register_forward_hook(left, always_call=True).remove)
         with seam:
@@ -185,29 +186,23 @@ class _Seam(TorchFunctionMode):
         self.eager: dict[str, None] = {}  # paths, in order
         self.visibilities: dict[tuple, Visibility] = {}
 
-    def entered(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.stack.append(_Frame(layer))
-            self.sightings.runs[layer.path] += 1
+    def entered(self, layer: Layer, module: nn.Module, args: Any) -> None:
+        self.stack.append(_Frame(layer))
+        self.sightings.runs[layer.path] += 1
 
-        return hook
-
-    def left(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            frame = self.stack.pop()
-            # None: the forward raised, and its own error is the one to show
-            if output is None or not self.strict:
-                return
-            if frame.calls == 0:
-                eager = layer.path in self.eager
-                raise MeasurementError(
-                    f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
-                    f"{'it computes softmax attention itself (eager)' if eager else 'nothing was seen'}",
-                    "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
-                )
-            self.sightings.projection.setdefault(layer.path, "unknown")
-
-        return hook
+    def left(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        frame = self.stack.pop()
+        # None: the forward raised, and its own error is the one to show
+        if output is None or not self.strict:
+            return
+        if frame.calls == 0:
+            eager = layer.path in self.eager
+            raise MeasurementError(
+                f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
+                f"{'it computes softmax attention itself (eager)' if eager else 'nothing was seen'}",
+                "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
+            )
+        self.sightings.projection.setdefault(layer.path, "unknown")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -67,8 +67,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
     builders: dict[str, Callable[[], Tower]] = {
-        "vision": lambda: _vision(spec, module, fit_to, device=device, dtype=dtype),
-        "text": lambda: _text(spec, module, device=device),
+        "vision": lambda: _vision(spec, module, fit_to, device, dtype),
+        "text": lambda: _text(spec, module, device),
     }
     towers = build_towers(builders, notes)
     zero_shot = partial(_zero_shot, spec, module, device) if {"vision", "text"} <= set(towers) else None
@@ -91,7 +91,7 @@ def _zero_shot(
 
 
 def _vision(
-    spec: ModelSpec, module: Any, fit_to: Fitted, *, device: str | torch.device, dtype: torch.dtype
+    spec: ModelSpec, module: Any, fit_to: Fitted, device: str | torch.device, dtype: torch.dtype
 ) -> Tower:
     visual = module.visual
     trunk = getattr(visual, "trunk", None)
@@ -123,8 +123,9 @@ def _vision(
     )
 
 
-def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
+def _text(spec: ModelSpec, module: Any, device: str | torch.device) -> Tower:
     separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
+    holder = module if separate is None else separate
     root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
     with quiet(), hub(spec.resolved, "tokenizer.json"):
         tokenizer = open_clip.get_tokenizer(_hub_form(spec))
@@ -137,9 +138,7 @@ def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
         def tokenise(text: str) -> list[int]:
             return inner(tokenizer.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
 
-    context = getattr(
-        separate if separate is not None else module, "context_length", tokenizer.context_length
-    )
+    context = getattr(holder, "context_length", tokenizer.context_length)
     fixed = separate is None or getattr(separate, "attn_mask", None) is not None
     return Tower(
         name="text",
