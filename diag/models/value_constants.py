@@ -11,7 +11,7 @@ transformer-lens folds the same two terms, for the same blocks (`supports_fold_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diag.errors import UserError
+from diag.models.hooks.blocks import upwards
 from diag.models.hooks.seam import Layer
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +87,7 @@ class _UnknownError(Exception):
 
 def _constant(root: nn.Module, path: str, module: Any) -> Tensor:
     attention = _inner(module)
-    around = list(_ancestors(root, path))
+    around = list(upwards(root, path))[1:]
     kind = f"{_library(attention)}.{type(attention).__name__}"
     places = [(f"{_library(block)}.{_file(block)}.{type(block).__name__}", kind) for block in around]
     found = next((n for n, place in enumerate(places) if place in _ROWS), None)
@@ -111,13 +112,6 @@ def _shift(norm: nn.Module) -> Tensor | None:
     if not parameters.keys() <= {"weight", "bias"} or dict(norm.named_buffers()):
         raise _UnknownError(f"the norm before its projection, {type(norm).__name__}, is not known")
     return parameters.get("bias")
-
-
-def _ancestors(root: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules around a path, from the innermost."""
-    while path:
-        path = path.rpartition(".")[0]
-        yield root.get_submodule(path)
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from the names of a block's parts which modules return them. What names promise 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ ATTENTION = "attn self_attn attention self_attention"
 PROJECTIONS = "proj c_proj out_proj o_proj dense out_lin o"
 BARE_SCALES = ("gamma_1", "lambda_1")
 """Layer scales that are parameters of the block itself."""
-
-UNDERSTOOD = "an attention module, an MLP beside it and the norm before the MLP, under their usual names"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,7 @@ class Block:
     output_projection: nn.Module | None
     arrangement: str
     mlp_input: nn.Module | None = None
-    norms: tuple[nn.Module, nn.Module] | None = None
+    norms: tuple[nn.Module, ...] = ()
     scale: Tensor | None = None
     batch_first: bool = True
 
@@ -159,27 +157,35 @@ def find_blocks(root: nn.Module, layers: Sequence[Layer]) -> tuple[Block, ...]:
 
     Raises UserError, naming the layer and its class, where a block's parts are not understood.
     """
-    modules = dict(root.named_modules())
-    paths = {module: path for path, module in modules.items()}
-    return tuple(_block_of(layer, modules, paths) for layer in layers)
+    paths = {module: path for path, module in root.named_modules()}
+    return tuple(_block_of(layer, root, paths) for layer in layers)
 
 
-def _block_of(layer: Layer, modules: Mapping[str, nn.Module], paths: Mapping[nn.Module, str]) -> Block:
+def _block_of(layer: Layer, root: nn.Module, paths: Mapping[nn.Module, str]) -> Block:
     if layer.module not in paths:
         raise UserError(f"layer '{layer.path}' is not part of the model", "give the model that it is from")
-    path, around = paths[layer.module], []
-    while True:
-        candidate = modules[path]
-        reason = REFUSED.get(type(candidate).__name__)
-        if reason is not None:
-            raise _not_understood(layer, f"{type(candidate).__name__}: {reason}")
-        around.append(type(candidate).__name__)
+    around = []
+    for candidate in upwards(root, paths[layer.module]):
+        kind = type(candidate).__name__
+        if kind in REFUSED:
+            raise _not_understood(layer, f"{kind}: {REFUSED[kind]}")
+        around.append(kind)
         found = _read(candidate, layer)
         if found is not None:
             return found
-        if not path:
-            raise _not_understood(layer, f"none of {', '.join(around)} holds {UNDERSTOOD}")
+    raise _not_understood(
+        layer,
+        f"none of {', '.join(around)} holds an attention module, an MLP beside it and the norm before the "
+        "MLP, under their usual names",
+    )
+
+
+def upwards(root: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The module at a path, and those around it from the innermost to `root`."""
+    yield root.get_submodule(path)
+    while path:
         path = path.rpartition(".")[0]
+        yield root.get_submodule(path)
 
 
 def _not_understood(layer: Layer, why: str) -> UserError:
@@ -197,8 +203,9 @@ def _read(module: nn.Module, layer: Layer) -> Block | None:
             continue
         attention = _first(module, layout.branch or layout.attention)
         mlp, mlp_input = _first(module, layout.mlp_branch), _first(module, layout.mlp_input)
-        norms = [_child(module, name) for name in layout.norms.split()]
-        if attention is None or mlp is None or None in norms or (layout.mlp_input and mlp_input is None):
+        norms = [norm for name in layout.norms.split() if (norm := _child(module, name)) is not None]
+        lacking = (layout.mlp_input and mlp_input is None) or len(norms) < len(layout.norms.split())
+        if attention is None or mlp is None or lacking:
             continue
         return Block(
             index=layer.index,
@@ -209,7 +216,7 @@ def _read(module: nn.Module, layer: Layer) -> Block | None:
             output_projection=attention if isinstance(attention, nn.Linear) else _first(holder, PROJECTIONS),
             arrangement=layout.arrangement,
             mlp_input=mlp_input,
-            norms=(norms[0], norms[1]) if norms else None,  # type: ignore[arg-type]
+            norms=tuple(norms),
             scale=_scale_of(module),
             batch_first=getattr(layer.module, "batch_first", True),
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,10 +37,10 @@ def gated_xsa(call: AttentionCall, strength: Strength) -> Tensor:
     return _less(output, _unit(value), _per_head(call, strength))
 
 
-def random_direction(call: AttentionCall, strength: Strength, seed: int = 0) -> Tensor:
+def random_direction(call: AttentionCall, strength: Strength) -> Tensor:
     """y − α(y·r)r, r one fixed random unit direction per layer and head: the control of a projection."""
     output, _ = _grouped(call)
-    generator = torch.Generator().manual_seed(seed * 10_007 + call.layer)
+    generator = torch.Generator().manual_seed(call.layer)
     drawn = torch.randn(call.heads, output.shape[-1], generator=generator, dtype=torch.float64)
     direction = _unit(drawn).to(output).unflatten(0, (call.kv_heads, call.group))[:, :, None]
     return _less(output, direction, _per_head(call, strength))
@@ -204,7 +204,6 @@ class Edit:
     strength: float | Mapping[tuple[int, int], float]
     layers: frozenset[int] | None = None
     heads: frozenset[int] | None = None
-    seed: int = field(default=0, compare=False)
 
     @property
     def where(self) -> str:

@@ -73,11 +73,12 @@ def branch_edits(
             raise UserError(f"no block for layer {index}", f"layers are {', '.join(map(str, known))}")
     with _Visible(), ExitStack() as hooks:
         for index, edit in edits.items():
-            change, block = _Change(known[index], edit, real), known[index]
+            block, shaped = known[index], _Shaped(known[index])
             branch = block.attention_branch if which == "attention" else block.mlp_branch
-            hooks.callback(block.module.register_forward_pre_hook(change.entered, with_kwargs=True).remove)
+            hooks.callback(block.module.register_forward_pre_hook(shaped.entered, with_kwargs=True).remove)
             # before any hook that watches, so that what is seen is what is added
-            hooks.callback(branch.register_forward_hook(change.at_branch, prepend=True).remove)
+            change = partial(_changed, shaped, edit, real)
+            hooks.callback(branch.register_forward_hook(change, prepend=True).remove)
         yield
 
 
@@ -88,7 +89,7 @@ def rebuild_error(block: Block, states: BlockStates) -> float:
         middle, after = states.before, states.before + first + second
     else:
         middle, after = states.before + first, states.middle + second
-    if block.norms is not None:
+    if block.norms:
         # forward, not the call: a hook on a norm sees only what the model does
         middle, after = block.norms[0].forward(middle), block.norms[1].forward(after)
     return max(_relative_error(middle, states.middle), _relative_error(after, states.after))
@@ -238,20 +239,15 @@ class _Watch(_Shaped):
         )
 
 
-class _Change(_Shaped):
-    """One branch whose update is being changed."""
-
-    def __init__(self, block: Block, edit: BranchEdit, real: Tensor | None) -> None:
-        super().__init__(block)
-        self.edit, self.real = edit, real
-
-    def at_branch(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.shape is None:
-            return None
-        update = _tensor_in(output)
-        changed = self.edit(self.standard(update), self.real)
-        changed = self.back(changed.to(update.dtype), update)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+def _changed(
+    shaped: _Shaped, edit: BranchEdit, real: Tensor | None, module: nn.Module, args: Any, output: Any
+) -> Any:
+    """A hook on a branch: what it returns, with another update."""
+    if shaped.shape is None:  # called outside its block
+        return None
+    update = _tensor_in(output)
+    changed = shaped.back(edit(shaped.standard(update), real).to(update.dtype), update)
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 def _tensor_in(values: Any) -> Tensor:

@@ -270,21 +270,21 @@ class _Seam(TorchFunctionMode):
                 f"{query.shape[-2]} queries over {key.shape[-2]} keys: cross-attention or pooling"
             )
             return output
-        shape = _HeadAxis.of(query, frame.layer.module)
+        heads = _merged_heads(query, frame.layer.module)
         swin = SHIFTED_WINDOWS.search(type(frame.layer.module).__name__)
         seen = self.visibility_of(
-            None if attn_mask is None else shape.split_mask(attn_mask),
+            None if attn_mask is None else _split_mask(attn_mask, query, heads),
             is_causal,
             SHIFTED_WINDOWS_HIDDEN if swin else HIDDEN,
-            shape.split(output),
+            _split(output, heads),
         )
         call = AttentionCall(
             layer=frame.layer.index,
             module=path,
-            query=shape.split(query),
-            key=shape.split(key),
-            value=shape.split(value),
-            output=shape.split(output),
+            query=_split(query, heads),
+            key=_split(key, heads),
+            value=_split(value, heads),
+            output=_split(output, heads),
             mask=seen.mask,
             causal=seen.causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
@@ -295,7 +295,7 @@ class _Seam(TorchFunctionMode):
         self.sightings.calls[path] += 1
         replaced = self.on_call(call)
         if replaced is not None:
-            output = shape.join(replaced.to(output.dtype), output)
+            output = _joined(replaced.to(output.dtype), output)
         if path not in self.sightings.projection:
             frame.unread = output
         return output
@@ -325,44 +325,35 @@ class _Seam(TorchFunctionMode):
         self.sightings.projection[frame.layer.path] = "as captured" if same else "modified"
 
 
-@dataclass(frozen=True)
-class _HeadAxis:
-    """How a module lays out its heads: the usual `[batch, head, token, dim]`, or one of two others."""
-
-    kind: str
-    heads: int = 1
-
-    @staticmethod
-    def of(query: Tensor, module: nn.Module) -> _HeadAxis:
-        if query.ndim == 4:
-            return _HeadAxis("usual")
-        if query.ndim == 5:  # Hiera: [batch, head, window, token, dim]
-            return _HeadAxis("windows", query.shape[1])
-        if query.ndim == 3:  # SAM: [batch · head, token, dim]
-            counts = [getattr(module, name, None) for name in HEAD_COUNTS]
-            heads = next((count for count in counts if isinstance(count, int)), 1)
-            return _HeadAxis("merged", heads if query.shape[0] % heads == 0 else 1)
+def _merged_heads(query: Tensor, module: nn.Module) -> int:
+    """How many heads a module has put into the batch. Raises MeasurementError for an unknown layout."""
+    if query.ndim not in (3, 4, 5):
         raise MeasurementError(f"attention over {query.ndim} dimensions is not understood")
+    if query.ndim != 3:
+        return 1
+    counts = [getattr(module, name, None) for name in HEAD_COUNTS]
+    heads = next((count for count in counts if isinstance(count, int)), 1)
+    return heads if query.shape[0] % heads == 0 else 1
 
-    def split(self, x: Tensor) -> Tensor:
-        """To `[batch, head, token, dim]`."""
-        if self.kind == "merged":
-            return x.unflatten(0, (-1, self.heads))
-        if self.kind == "windows":
-            return x.transpose(1, 2).flatten(0, 1)
-        return x
 
-    def split_mask(self, mask: Tensor) -> Tensor:
-        if self.kind == "usual":
-            return mask
-        if self.kind == "merged" and mask.ndim == 3:
-            return mask.unflatten(0, (-1, self.heads)) if mask.shape[0] > 1 else mask[None]
-        if mask.ndim == 2:
-            return mask
-        raise MeasurementError("a mask over windows or merged heads is not understood")
+def _split(x: Tensor, heads: int) -> Tensor:
+    """To `[batch, head, token, dim]` from it, SAM's `[batch · head, token, dim]`, or Hiera's
+    `[batch, head, window, token, dim]`."""
+    if x.ndim == 3:
+        return x.unflatten(0, (-1, heads))
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
-    def join(self, x: Tensor, like: Tensor) -> Tensor:
-        """Back from `[batch, head, token, dim]` to the layout of `like`."""
-        if self.kind == "windows":
-            return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
-        return x.reshape(like.shape)
+
+def _split_mask(mask: Tensor, query: Tensor, heads: int) -> Tensor:
+    if query.ndim == 3 and mask.ndim == 3:
+        return mask.unflatten(0, (-1, heads)) if mask.shape[0] > 1 else mask[None]
+    if query.ndim == 4 or mask.ndim == 2:
+        return mask
+    raise MeasurementError("a mask over windows or merged heads is not understood")
+
+
+def _joined(x: Tensor, like: Tensor) -> Tensor:
+    """Back from `[batch, head, token, dim]` to the layout of `like`."""
+    if like.ndim == 5:
+        return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+    return x.reshape(like.shape)

@@ -78,16 +78,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
     scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
-    return Model(
-        spec.given,
-        spec.family,
-        spec.resolved,
-        module,
-        towers,
-        tuple(notes),
-        facts,
-        zero_shot=(lambda names: zero_shot(module, load_tokenizer(spec), names)) if scores else None,
-    )
+    classes = (lambda names: zero_shot(module, load_tokenizer(spec), names)) if scores else None
+    return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
 
 
 # --- loading

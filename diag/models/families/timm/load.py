@@ -55,7 +55,13 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         spec,
         module,
         timm.data.create_transform(**config, is_training=False),
-        preprocessing=_preprocessing(config),
+        preprocessing={
+            "size": list(config["input_size"][1:]),
+            "crop": f"{config['crop_mode']} {config['crop_pct']}",
+            "interpolation": config["interpolation"],
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+        },
         fit_to=fit_to,
         device=device,
         dtype=dtype,
@@ -255,13 +261,3 @@ def _data_config(module: nn.Module) -> dict[str, Any]:
     config = timm.data.resolve_model_data_config(module)
     size = getattr(getattr(module, "patch_embed", None), "img_size", None)
     return config if size is None else {**config, "input_size": (3, *size)}
-
-
-def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "size": list(config["input_size"][1:]),
-        "crop": f"{config['crop_mode']} {config['crop_pct']}",
-        "interpolation": config["interpolation"],
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-    }
