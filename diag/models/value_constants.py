@@ -88,18 +88,16 @@ class _UnknownError(Exception):
 def _constant(root: nn.Module, path: str, module: Any) -> Tensor:
     attention = _inner(module)
     around = list(upwards(root, path))[1:]
-    kind = f"{_library(attention)}.{type(attention).__name__}"
-    places = [(f"{_library(block)}.{_file(block)}.{type(block).__name__}", kind) for block in around]
-    found = next((n for n, place in enumerate(places) if place in _ROWS), None)
-    if found is None:
+    rows = ((_ROWS.get((_name(block, with_file=True), _name(attention))), block) for block in around)
+    row, block = next(((row, block) for row, block in rows if row is not None), (None, None))
+    if row is None:
         raise _UnknownError("its value projection is not known")
-    row = _ROWS[places[found]]
     # every bridge of transformer-lens holds a value layer of its own, also where the model's is fused
     projection = row.read(module) if attention is module else _linear(_inner(module.v))
     constant = torch.zeros_like(projection.weight[:, 0], dtype=torch.float64)
     if projection.bias is not None:
         constant += projection.bias
-    norm = row.norm(around[found]) if callable(row.norm) else row.norm
+    norm = row.norm(block) if callable(row.norm) else row.norm
     shift = None if norm is None else _shift(_inner(getattr(around[0], norm)))
     if shift is not None:
         constant += projection.weight.double() @ shift.double()
@@ -119,12 +117,10 @@ def _inner(module: nn.Module) -> nn.Module:
     return getattr(module, "_original_component", module)
 
 
-def _library(module: nn.Module) -> str:
-    return type(module).__module__.partition(".")[0]
-
-
-def _file(module: nn.Module) -> str:
-    return type(module).__module__.rpartition(".")[2].removeprefix("modeling_")
+def _name(module: nn.Module, *, with_file: bool = False) -> str:
+    """Library and class, with the file between them, as in `Row`."""
+    library, _, file = type(module).__module__.replace("modeling_", "").partition(".")
+    return ".".join([library, *([file.rpartition(".")[2]] if with_file else []), type(module).__name__])
 
 
 # --- reading a projection

@@ -73,14 +73,12 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 def _pickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "global" in str(error):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise UserError(
                 f"checkpoint '{file}' holds more than weights and could run code: not loaded",
                 "save the weights alone: torch.save(model.state_dict(), FILE)",
             ) from None
-        raise _damaged(file, error) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
             raise UserError(
                 f"checkpoint '{file}' is a TorchScript archive, not weights",

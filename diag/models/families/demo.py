@@ -50,8 +50,8 @@ def build_vit(patch_size: int, image_size: int = VIT_CONFIG["img_size"]) -> Visi
     """A randomly initialised ViT with the bundled photographs as classes."""
     from timm.models.vision_transformer import VisionTransformer
 
-    config = {**VIT_CONFIG, "img_size": image_size}
-    return VisionTransformer(patch_size=patch_size, num_classes=CLASSES, **config)
+    sizes = {**VIT_CONFIG, "img_size": image_size, "patch_size": patch_size}
+    return VisionTransformer(num_classes=CLASSES, **sizes)
 
 
 def build_lm() -> GPT2LMHeadModel:
@@ -108,13 +108,7 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
         ]
     )
     model = vision_model(
-        spec,
-        module,
-        transform,
-        preprocessing=preprocessing,
-        fit_to=fit_to,
-        device=device,
-        dtype=dtype,
+        spec, module, transform, preprocessing=preprocessing, fit_to=fit_to, device=device, dtype=dtype
     )
     return replace(model, facts=_card(EMBEDDED / f"{spec.name}.json"))
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.inputs.items import Inputs
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module
 from diag.models.hooks.seam import discover
 from diag.models.weights import digest
@@ -54,11 +53,10 @@ def from_module(
         for number, batch in enumerate(ready)
     ]
 
-    def all_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
-        return iter(samples)
-
     name = type(module).__name__
-    tower = Tower(TOWER, discover(module, run), all_samples, encode, forward, max_batch=1)
+    tower = Tower(
+        TOWER, discover(module, run), lambda inputs, seq_len: iter(samples), encode, forward, max_batch=1
+    )
     facts = {"weights_sha256": digest(module)}
     return Model(name, "module", f"module:{name}", module, {TOWER: tower}, facts=facts), tower, samples
 

@@ -14,12 +14,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.blocks import PARALLEL, Block, to_stream
+
+VISIBLE = BaseTorchFunctionMode
+"""Any mode that is on keeps `nn.TransformerEncoder` off its fused path, which runs no hook and nests padded
+batches."""
 
 WORDS = {
     "attention_update": "attention branch",
@@ -38,7 +42,7 @@ def stream_states(blocks: Sequence[Block], on_block: Callable[[BlockStates], Non
     Raises MeasurementError, naming the layer, if a block or one of its branches never ran.
     """
     watches = [_Watch(block, on_block) for block in blocks]
-    with _Visible(), ExitStack() as hooks:
+    with VISIBLE(), ExitStack() as hooks:
         for watch in watches:
             for handle in watch.attached():
                 hooks.callback(handle.remove)
@@ -71,7 +75,7 @@ def branch_edits(
     for index in edits:
         if index not in known:
             raise UserError(f"no block for layer {index}", f"layers are {', '.join(map(str, known))}")
-    with _Visible(), ExitStack() as hooks:
+    with VISIBLE(), ExitStack() as hooks:
         for index, edit in edits.items():
             block, shaped = known[index], _Shaped(known[index])
             branch = block.attention_branch if which == "attention" else block.mlp_branch
@@ -134,13 +138,6 @@ def _relative_error(rebuilt: Tensor, used: Tensor) -> float:
 
 
 # --- hooks
-
-
-class _Visible(TorchFunctionMode):
-    """Keeps `nn.TransformerEncoder` off its fused path, which runs no hook and nests padded batches."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 class _Shaped:

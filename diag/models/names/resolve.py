@@ -16,15 +16,7 @@ from diag.models.families import FAMILIES, all_families, family_of
 from diag.models.family import LIST_TIP, Listed
 from diag.models.names.aliases import aliases
 from diag.models.names.arguments import merged, read, split
-from diag.models.names.spec import (
-    CHECKPOINT,
-    HUB,
-    SCHEMAS,
-    ModelSpec,
-    folder_named,
-    looks_like_path,
-    written,
-)
+from diag.models.names.spec import CHECKPOINT, HUB, SCHEMAS, ModelSpec, folder_named, looks_like_path, written
 
 
 def parse(
@@ -85,16 +77,10 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
     registry that contains all its words.
     """
     always = [family for family in all_families() if family.always_listed]
-    rows = [
-        Listed(
-            name,
-            entry["model"] + written(entry.get("model_args", {})),
-            entry["tokens"],
-            entry["licence"],
-            entry.get("note", ""),
-        )
-        for name, entry in aliases().items()
-    ]
+    rows = []
+    for name, entry in aliases().items():
+        full = entry["model"] + written(entry.get("model_args", {}))
+        rows.append(Listed(name, full, entry["tokens"], entry["licence"], entry.get("note", "")))
     rows += [family.row(name) for family in always for name in family.names()]
     if query:
         words = query.lower().split()

@@ -21,15 +21,7 @@ from diag.models.sizes import IMAGE, PATCH
 
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
 
-UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextmanager

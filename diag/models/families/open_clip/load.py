@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.models.base import Model, Tower
+from diag.models.base import Model, Tower, device_of_module
 from diag.models.families.open_clip import OWN_CONFIGS
 from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
 from diag.models.feeding import (
@@ -67,17 +67,15 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
     builders: dict[str, Callable[[], Tower]] = {
-        "vision": lambda: _vision(spec, module, fit_to, device, dtype),
-        "text": lambda: _text(spec, module, device),
+        "vision": lambda: _vision(spec, module, fit_to, dtype),
+        "text": lambda: _text(spec, module),
     }
     towers = build_towers(builders, notes)
-    zero_shot = partial(_zero_shot, spec, module, device) if {"vision", "text"} <= set(towers) else None
+    zero_shot = partial(_zero_shot, spec, module) if {"vision", "text"} <= set(towers) else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), zero_shot=zero_shot)
 
 
-def _zero_shot(
-    spec: ModelSpec, module: Any, device: str | torch.device, names: Sequence[str]
-) -> Callable[[Tensor], Tensor]:
+def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
     """Image embeddings → similarities to class names, in open_clip's seven simple templates."""
     with torch.inference_mode():
         classes = open_clip.build_zero_shot_classifier(
@@ -85,14 +83,12 @@ def _zero_shot(
             open_clip.get_tokenizer(_hub_form(spec)),
             [name.replace("_", " ") for name in names],
             open_clip.SIMPLE_IMAGENET_TEMPLATES,
-            device=device,
+            device=device_of_module(module),
         )  # [dim, class]
     return lambda embedding: 100 * torch.nn.functional.normalize(embedding, dim=-1) @ classes
 
 
-def _vision(
-    spec: ModelSpec, module: Any, fit_to: Fitted, device: str | torch.device, dtype: torch.dtype
-) -> Tower:
+def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) -> Tower:
     visual = module.visual
     trunk = getattr(visual, "trunk", None)
     settings = PreprocessCfg(**visual.preprocess_cfg)
@@ -104,7 +100,7 @@ def _vision(
         layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
         samples=image_samples,
         prepare=prepare,
-        encode=image_encoder(prepare, device),
+        encode=image_encoder(prepare, device_of_module(module)),
         forward=lambda batch: module.encode_image(batch.data),
         prefix=(("cls",) if trunk is None else prefix_of(trunk)),
         ending="embedding",
@@ -123,7 +119,7 @@ def _vision(
     )
 
 
-def _text(spec: ModelSpec, module: Any, device: str | torch.device) -> Tower:
+def _text(spec: ModelSpec, module: Any) -> Tower:
     separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
     holder = module if separate is None else separate
     root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
@@ -145,7 +141,7 @@ def _text(spec: ModelSpec, module: Any, device: str | torch.device) -> Tower:
         layers=layers_of(root, spec.resolved, "text", prefix=prefix),
         # a causal mask or a plain CLIP's position embeddings are added whole, whatever the length of the text
         samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
-        encode=text_encoder(device),
+        encode=text_encoder(device_of_module(module)),
         forward=lambda batch: module.encode_text(batch.data),
         token_text=token_text(tokenizer if inner is None else inner),
         ending="embedding",
