@@ -32,7 +32,6 @@ from diag.models.families.hf.files import (
     reading,
 )
 from diag.models.families.hf.head import load_language_head
-from diag.models.families.hf.variants import restore_variants
 from diag.models.families.hf.vision import packed_tower, vision_tower
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
@@ -42,8 +41,8 @@ from diag.models.hooks.seam import Layer
 from diag.models.loading import build_towers, layers_of, ready
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
-from diag.models.weights import up_to_three
-from diag.variants import described
+from diag.models.weights import fit, read_checkpoint, up_to_three
+from diag.variants import METADATA, described, restore
 from diag.variants.in_transformers import HF_NAME
 
 VISION_PARTS = ("vision_model", "visual", "vision_tower")
@@ -124,8 +123,27 @@ def _load_module(
     if missing:
         names = up_to_three([f"'{name}'" for name in missing])
         raise UserError(f"the weights of '{spec.name}' lack {names}: they would be random", tip)
-    restore_variants(module, Path(spec.name))
+    _restore_variants(module, Path(spec.name))
     return module
+
+
+def _restore_variants(module: Any, folder: Path) -> None:
+    """Makes a model that was loaded from a folder what it was when it was saved.
+
+    Its config says which module's attention was changed in training; transformers itself loads the unchanged
+    model, and leaves out what a change has learned.
+    Raises UserError where weights of a change are missing.
+    """
+    kinds, file = getattr(module.config, METADATA, None), folder / "model.safetensors"
+    if not kinds:
+        return
+    prefix = f"{module.base_model_prefix}."  # the folder may hold the model with its head
+    restore(module, {path.removeprefix(prefix): kind for path, kind in kinds.items()})
+    stored = {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(file).items()}
+    for path in kinds:
+        within = f"{path.removeprefix(prefix)}.change."
+        own = {name.removeprefix(within): t for name, t in stored.items() if name.startswith(within)}
+        fit(module.get_submodule(within[:-1]), own, f"'{file}'")
 
 
 # --- towers
