@@ -89,9 +89,10 @@ def lens_calls(
         seen[layer.index][what] = tensor
 
     def at_output(layer: Layer, tensor: Tensor, hook: Any) -> Tensor | None:
-        parts, seen[layer.index] = seen[layer.index], {}
+        parts = seen[layer.index]
         if not {"value", "pattern"} <= parts.keys():
             return None
+        seen[layer.index] = {}
         output = tensor.transpose(1, 2)  # [batch, head, token, dim]
         call = AttentionCall(
             layer=layer.index,
