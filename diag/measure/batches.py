@@ -16,6 +16,7 @@ from torch import nn
 
 from diag.errors import UserError
 from diag.measure.memory import available, peak, restart_peak
+from diag.models.base import device_of_module
 
 GROWN_MOST = {"cpu": 16, "cuda": 256}
 """Larger batches are no faster."""
@@ -45,8 +46,7 @@ class BatchSize:
         """So many inputs; 0 for as many as the memory of the module's device allows."""
         if inputs:
             return BatchSize(inputs)
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        return BatchSize.automatic(device)
+        return BatchSize.automatic(device_of_module(module))
 
     @staticmethod
     def automatic(device: torch.device) -> BatchSize:
