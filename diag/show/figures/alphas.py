@@ -14,6 +14,7 @@ from diag.show.figures.tables import shorten
 from diag.show.figures.variants import at_patch, patch_word, patches_of, seeds_word
 
 
+@style()
 def alpha_maps(table: pd.DataFrame) -> Figure:
     """Means over seeds of one task's α, a panel per patch size and variant, all with one range around 0.
 
@@ -30,18 +31,17 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
     first, shape = extent_of(table)
     fields = [field_of(part.assign(metric="alpha"), "alpha", first, shape) for _, part in drawn]
     limits = colour_range("signed", fields)
-    with style():
-        figure, axes = page(
-            len(drawn),
-            row_height=1.1 + 0.15 * (len(variants) > 1) + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
-            title="Learned α: the share of the part along V_self that a head removes",
-            caption=f"{task} · means, {seeds_word(table['n'])} · below 0, a head adds to that part",
-            columns=columns_for(len(drawn)),
-        )
-        for place, (((patch, variant), _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
-            draw_field(ax, field, "signed", limits, first)
-            of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
-            ax.set_title(letter(place, len(drawn)) + of)
-        bar = axes[0].figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, aspect=25, label="α")
-        bar.outline.set_linewidth(0.4)
+    figure, axes = page(
+        len(drawn),
+        row_height=1.1 + 0.15 * (len(variants) > 1) + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
+        title="Learned α: the share of the part along V_self that a head removes",
+        caption=f"{task} · means, {seeds_word(table['n'])} · below 0, a head adds to that part",
+        columns=columns_for(len(drawn)),
+    )
+    for place, (((patch, variant), _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
+        draw_field(ax, field, "signed", limits, first)
+        of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
+        ax.set_title(letter(place, len(drawn)) + of)
+    bar = axes[0].figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, aspect=25, label="α")
+    bar.outline.set_linewidth(0.4)
     return figure

@@ -70,6 +70,7 @@ def draw_attended(
     }
 
 
+@style()
 def similarity_maps(tokens: pd.DataFrame, pictures: Pictures) -> Figure:
     """A row per model: the image with the target outlined, value cosines, attention relative to uniform.
 
@@ -85,26 +86,26 @@ def similarity_maps(tokens: pd.DataFrame, pictures: Pictures) -> Figure:
     across = [LEFT, LEFT + side + GAP, LEFT + 2 * (side + GAP) + beside]
     heights = [side * pictures[model].shape[0] / pictures[model].shape[1] for model in parts]
     total = 0.5 + sum(height + ROW for height in heights) + 0.4
-    with style():
-        figure = blank(total, "Whose values are like the target's, and where the target attends", tokens)
-        top = total - 0.5
-        for letter, (model, part), height in zip(_letters(parts), parts.items(), heights, strict=True):
-            _heading(figure, top, letter, model)
-            row = [_axes(figure, top - 0.37, x, side, height) for x in across]
-            grid = _grid(part)
-            _picture(row[0], pictures[model], grid)
-            row[0].set_title(_where(part), fontweight="normal")
-            for ax, (quantity, title) in zip(row[1:], MAPS.items(), strict=True):
-                _map(ax, part, grid, quantity, norms[quantity])
-                ax.set_title(title, fontweight="normal")
-            for ax in row:
-                _outline(ax, _target(part), TARGET, 1.4)
-            top -= height + ROW
-        for x, quantity in zip(across[1:], MAPS, strict=True):
-            colour_bar(figure, _axes(figure, 0.46, x, side, 0.08), quantity, norms[quantity])
+    figure = blank(total, "Whose values are like the target's, and where the target attends", tokens)
+    top = total - 0.5
+    for letter, (model, part), height in zip(_letters(parts), parts.items(), heights, strict=True):
+        _heading(figure, top, letter, model)
+        row = [_axes(figure, top - 0.37, x, side, height) for x in across]
+        grid = _grid(part)
+        _picture(row[0], pictures[model], grid)
+        row[0].set_title(_where(part), fontweight="normal")
+        for ax, (quantity, title) in zip(row[1:], MAPS.items(), strict=True):
+            _map(ax, part, grid, quantity, norms[quantity])
+            ax.set_title(title, fontweight="normal")
+        for ax in row:
+            _outline(ax, _target(part), TARGET, 1.4)
+        top -= height + ROW
+    for x, quantity in zip(across[1:], MAPS, strict=True):
+        colour_bar(figure, _axes(figure, 0.46, x, side, 0.08), quantity, norms[quantity])
     return figure
 
 
+@style()
 def most_attended(
     tokens: pd.DataFrame, decomposition: pd.DataFrame, pictures: Pictures, *, top: int = 10
 ) -> Figure:
@@ -124,40 +125,37 @@ def most_attended(
     pictured = {model: PICTURE * pictures[model].shape[0] / pictures[model].shape[1] for model in parts}
     heights = [max(bars, pictured[model]) for model in parts]
     total = 0.5 + sum(height + ROW + 0.15 for height in heights) + 0.3
-    with style():
-        figure = blank(
-            total, "The tokens that the target attends to most, and what attention returns", tokens
-        )
-        top = total - 0.5
-        for letter, (model, part), height in zip(_letters(parts), parts.items(), heights, strict=True):
-            _heading(figure, top, letter, model)
-            place = partial(_axes, figure, top - 0.37)
-            picture = place(LEFT, PICTURE, pictured[model])
-            _attended_picture(picture, pictures[model], part, shown[model])
-            picture.set_title(_where(part), fontweight="normal")
-            weights = place(2.5, 1.0, height)
-            _bars(weights, shown[model], "weight", OKABE_ITO["purple"])
-            weights.axvline(1 / len(part), color="0.1", linewidth=1.0, linestyle=":")
-            weights.set_title("Weight Aᵢⱼ", fontweight="normal")
-            values = place(3.68, 1.0, height)
-            _bars(values, shown[model], "value_cosine", ATTENDED)
-            values.set_xlim(*cosines)
-            values.set_yticklabels([])
-            values.set_title("Value cosine", fontweight="normal")
-            split = place(4.88, PAGE_WIDTH - 4.88 - LEFT - 0.05, height)
-            lines = _split(split, numbers[model], bias)
-            split.set_title("Output yᵢ of the target", fontweight="normal")
-            top -= height + ROW + 0.15
-        handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in PARTS.items()]
-        names = [*PARTS, *(name for name, _ in NULLS.values())]
-        figure.legend(
-            [*handles, *lines],
-            names,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 0.07 / total),
-            ncols=6,
-            columnspacing=1.1,
-        )
+    figure = blank(total, "The tokens that the target attends to most, and what attention returns", tokens)
+    top = total - 0.5
+    for letter, (model, part), height in zip(_letters(parts), parts.items(), heights, strict=True):
+        _heading(figure, top, letter, model)
+        place = partial(_axes, figure, top - 0.37)
+        picture = place(LEFT, PICTURE, pictured[model])
+        _attended_picture(picture, pictures[model], part, shown[model])
+        picture.set_title(_where(part), fontweight="normal")
+        weights = place(2.5, 1.0, height)
+        _bars(weights, shown[model], "weight", OKABE_ITO["purple"])
+        weights.axvline(1 / len(part), color="0.1", linewidth=1.0, linestyle=":")
+        weights.set_title("Weight Aᵢⱼ", fontweight="normal")
+        values = place(3.68, 1.0, height)
+        _bars(values, shown[model], "value_cosine", ATTENDED)
+        values.set_xlim(*cosines)
+        values.set_yticklabels([])
+        values.set_title("Value cosine", fontweight="normal")
+        split = place(4.88, PAGE_WIDTH - 4.88 - LEFT - 0.05, height)
+        lines = _split(split, numbers[model], bias)
+        split.set_title("Output yᵢ of the target", fontweight="normal")
+        top -= height + ROW + 0.15
+    handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in PARTS.items()]
+    names = [*PARTS, *(name for name, _ in NULLS.values())]
+    figure.legend(
+        [*handles, *lines],
+        names,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.07 / total),
+        ncols=6,
+        columnspacing=1.1,
+    )
     return figure
 
 

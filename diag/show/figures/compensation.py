@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -22,6 +24,7 @@ from diag.show.figures.variants import (
 )
 
 
+@style()
 def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
     """A panel per patch size, with the same limits: means over seeds of the baseline and of each variant.
 
@@ -42,41 +45,40 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
     low, high = finite_range(pd.concat([rows[["baseline", "changed"]], ends], axis=1))
     margin = 0.05 * max(high - low, 0.05)
     name = entry_of(metric).labelled
-    with style():
-        figure, axes = page(
-            len(patches),
-            row_height=2.2,
-            title=f"{capitalised(name)} of the baseline and of trained variants",
-            caption=f"{task} · {seeds_word(rows['n'])} · bands: 95 % t interval over seeds of the "
-            f"paired difference from {BASELINE}; filled: it leaves out 0",
-            extra=legend_height(shown),
-            columns=columns_for(len(patches)),
-        )
-        for place, (patch, ax) in enumerate(zip(patches, axes, strict=True)):
-            part = at_patch(rows, patch)
-            own = part.groupby("layer")["baseline"].mean()
-            ax.plot(own.index, own, color=shown[BASELINE].colour, marker="o", label=BASELINE, gid="model")
-            for variant, look in shown.items():
-                ours = part[part["variant"] == variant].sort_values("layer")
-                if ours.empty:
-                    continue
-                curve = ours.assign(mean=ours["changed"], ci_low=ours["low"], ci_high=ours["high"])
-                line(ax, curve, label=variant, colour=look.colour, marker="", dashes=look.dashes)
-                apart = (ours["ci_low"] > 0) | (ours["ci_high"] < 0)
-                for chosen, inside in ((ours[apart], look.colour), (ours[~apart], "white")):
-                    ax.plot(
-                        chosen["layer"],
-                        chosen["changed"],
-                        linestyle="",
-                        marker=look.marker,
-                        markersize=3.5,
-                        markeredgecolor=look.colour,
-                        markeredgewidth=0.8,
-                        markerfacecolor=inside,
-                    )
-            ax.set_ylim(low - margin, high + margin)
-            ax.set_title(letter(place) + patch_word(patch, task) if len(patches) > 1 else task)
-            ax.set_ylabel(name)
-            layer_axis(ax, part["layer"].astype(float))
-        legend_below(figure, shown)
+    figure, axes = page(
+        len(patches),
+        row_height=2.2,
+        title=f"{capitalised(name)} of the baseline and of trained variants",
+        caption=f"{task} · {seeds_word(rows['n'])} · bands: 95 % t interval over seeds of the "
+        f"paired difference from {BASELINE}; filled: it leaves out 0",
+        extra=legend_height(shown),
+        columns=columns_for(len(patches)),
+    )
+    for place, (patch, ax) in enumerate(zip(patches, axes, strict=True)):
+        part = at_patch(rows, patch)
+        own = part.groupby("layer")["baseline"].mean()
+        ax.plot(own.index, own, color=shown[BASELINE].colour, marker="o", label=BASELINE, gid="model")
+        for variant, look in shown.items():
+            ours = part[part["variant"] == variant].sort_values("layer")
+            if ours.empty:
+                continue
+            curve = ours.assign(mean=ours["changed"], ci_low=ours["low"], ci_high=ours["high"])
+            line(ax, curve, replace(look, marker=""))
+            apart = (ours["ci_low"] > 0) | (ours["ci_high"] < 0)
+            for chosen, inside in ((ours[apart], look.colour), (ours[~apart], "white")):
+                ax.plot(
+                    chosen["layer"],
+                    chosen["changed"],
+                    linestyle="",
+                    marker=look.marker,
+                    markersize=3.5,
+                    markeredgecolor=look.colour,
+                    markeredgewidth=0.8,
+                    markerfacecolor=inside,
+                )
+        ax.set_ylim(low - margin, high + margin)
+        ax.set_title(letter(place) + patch_word(patch, task) if len(patches) > 1 else task)
+        ax.set_ylabel(name)
+        layer_axis(ax, part["layer"].astype(float))
+    legend_below(figure, shown)
     return figure

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn
+from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, rule
 from diag.show.figures.overlay import overlays
 from diag.show.figures.page import legend_size, letter, page
-from diag.show.figures.panels import COMPARISON, COMPARISON_METRICS, CURVE_METRICS, CURVES, Panel
-from diag.show.figures.style import (
-    BESIDE_ORDERED,
-    DASHES,
-    LINE_COLOURS,
-    MARKERS,
-    OKABE_ITO,
-    RULE,
-    Colour,
-    shades_of,
-    style,
-)
+from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, CURVES
+from diag.show.figures.style import BESIDE_ORDERED, DASHES, LINE_COLOURS, MARKERS, RULE, shades_of, style
 from diag.show.figures.tables import (
     CONDITIONS,
     LABEL,
@@ -48,6 +39,7 @@ LONE_MARKERS = {"-": "o", "--": "D", ":": "x"}
 """What tells lines without markers apart where there is only one layer, and so no line."""
 
 
+@style()
 def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """The diagnostics of one model over depth: bias with its nulls, its split, similarities, attention.
 
@@ -61,33 +53,36 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     """
     rows = drawable(check_columns(layers), CURVE_METRICS, "layer curves")
     one_selection(rows, "layer curves")
-    panels = [panel for panel in CURVES if not rows_of(rows, (one.metric for one in panel.lines)).empty]
-    cosines = {one.metric for panel in panels if not panel.unit_interval for one in panel.lines}
+    panels = [panel for panel in CURVES if not rows_of(rows, panel.lines).empty]
+    cosines = {metric for panel in panels if not panel.unit_interval for metric in panel.lines}
     known = [overlay for found in overlays(published) if len((overlay := found.of(CURVE_METRICS)).rows)]
     shown = [overlay.of(cosines).rows for overlay in known]
     limits = _cosine_limits(rows_of(rows, cosines), shown)
     deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
-    with style():
-        model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
-        room = 0.15 * len(known) + 0.1 if known else 0.0
-        figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
-        drawn: set[str] = set()
-        for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
-            _draw_panel(ax, panel, rows)
-            fresh = {one.metric for one in panel.lines} - drawn  # a metric of two panels once
-            for overlay in known:
-                overlay.of(fresh).draw(ax)
-            drawn |= fresh
-            ax.set_title(letter(place) + panel.title)
-            ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
-            ax.set_ylabel(panel.y_label)
-            layer_axis(ax, deep)
-        _legends(axes)
-        if known:
-            figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
+    model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
+    room = 0.15 * len(known) + 0.1 if known else 0.0
+    figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
+    drawn: set[str] = set()
+    for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
+        for metric, look in panel.lines.items():
+            _draw_line(ax, profile(rows, metric), look)
+        if not panel.unit_interval:
+            rule(ax)
+        fresh = {*panel.lines} - drawn  # a metric of two panels once
+        for overlay in known:
+            overlay.of(fresh).draw(ax)
+        drawn |= fresh
+        ax.set_title(letter(place) + panel.title)
+        ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
+        ax.set_ylabel(panel.y_label)
+        layer_axis(ax, deep)
+    _legends(axes)
+    if known:
+        figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
     return figure
 
 
+@style()
 def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Small multiples: one panel per metric, one line per model over relative depth, layer / (last layer).
 
@@ -103,39 +98,38 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
     entries = _entries(rows)
     metrics = compared_metrics([entry.rows for entry in entries])
-    with style():
-        # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
-        columns, legend_height = legend_size([entry.label for entry in entries])
-        known = [overlay.of(metrics) for overlay in overlays(published)]
-        known = [overlay for overlay in known if not overlay.rows.empty]
-        figure, axes = page(
-            len(metrics),
-            row_height=2.1,
-            title="Comparison over relative depth",
-            caption=caption(rows, bands=BANDS),
-            extra=legend_height + 0.15 * len(known),
-        )
-        for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
-            title, y_label = COMPARISON[metric]
-            for entry in entries:
-                curve = profile(entry.rows, metric)
-                curve["layer"] /= entry.last
-                _draw_line(ax, curve, entry.label, entry.colour, entry.dashes, entry.marker)
-            for overlay in known:
-                overlay.of([metric]).draw(ax, relative=True)
-            if metric == "self_weight_ratio":
-                ax.axhline(1, color=RULE, linewidth=0.7, linestyle=":")  # uniform attention
-            elif ax.get_ylim()[0] < 0:
-                ax.axhline(0, color=RULE, linewidth=0.7)
-            ax.set_title(letter(place) + title)
-            ax.set_ylabel(y_label)
-            ax.set_xlabel("relative depth")
-            ax.set_xlim(-0.03, 1.03)
-        handles = lines_drawn(axes)
-        shown = [entry.label for entry in entries if entry.label in handles]
-        marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
-        names = [*shown, *(overlay.label for overlay in known)]
-        figure.legend(marks, names, loc="outside lower center", ncols=columns)
+    # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
+    columns, legend_height = legend_size([entry.look.label for entry in entries])
+    known = [overlay.of(metrics) for overlay in overlays(published)]
+    known = [overlay for overlay in known if not overlay.rows.empty]
+    figure, axes = page(
+        len(metrics),
+        row_height=2.1,
+        title="Comparison over relative depth",
+        caption=caption(rows, bands=BANDS),
+        extra=legend_height + 0.15 * len(known),
+    )
+    for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
+        title, y_label = CATALOGUE[metric].panel
+        for entry in entries:
+            curve = profile(entry.rows, metric)
+            curve["layer"] /= entry.last
+            _draw_line(ax, curve, entry.look)
+        for overlay in known:
+            overlay.of([metric]).draw(ax, relative=True)
+        if metric == "self_weight_ratio":
+            ax.axhline(1, color=RULE, linewidth=0.7, linestyle=":")  # uniform attention
+        elif ax.get_ylim()[0] < 0:
+            ax.axhline(0, color=RULE, linewidth=0.7)
+        ax.set_title(letter(place) + title)
+        ax.set_ylabel(y_label)
+        ax.set_xlabel("relative depth")
+        ax.set_xlim(-0.03, 1.03)
+    handles = lines_drawn(axes)
+    shown = [label for entry in entries if (label := entry.look.label) in handles]
+    marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
+    names = [*shown, *(overlay.label for overlay in known)]
+    figure.legend(marks, names, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -144,10 +138,7 @@ class _Entry:
     """One line of the comparison, with how it is drawn."""
 
     rows: pd.DataFrame
-    label: str
-    colour: Colour
-    dashes: str
-    marker: str
+    look: DrawnAs
 
     @property
     def last(self) -> float:
@@ -167,18 +158,19 @@ def _entries(rows: pd.DataFrame) -> list[_Entry]:
     if shades:  # coarse to fine, then the models without patches
         order = sorted(range(len(parts)), key=lambda index: -(patches[index] or 0))
         parts, patches = [parts[index] for index in order], [patches[index] for index in order]
-    palette = [OKABE_ITO[name] for name in BESIDE_ORDERED] if shades else LINE_COLOURS
+    palette = BESIDE_ORDERED if shades else LINE_COLOURS
     labels = _numbered([_label(part, rows) for part in parts])
     entries: list[_Entry] = []
     plain = 0  # lines so far that are not on the map
     for index, (part, patch, label) in enumerate(zip(parts, patches, labels, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
         if patch in shades:
-            entries.append(_Entry(part, label, shades[patch], "-", marker))
+            look = DrawnAs(label, shades[patch], "-", marker)
         else:
             dashes = DASHES[(plain // len(palette) + bool(shades)) % len(DASHES)]
-            entries.append(_Entry(part, label, palette[plain % len(palette)], dashes, marker))
+            look = DrawnAs(label, palette[plain % len(palette)], dashes, marker)
             plain += 1
+        entries.append(_Entry(part, look))
     return entries
 
 
@@ -215,19 +207,11 @@ def _numbered(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _draw_panel(ax: Axes, panel: Panel, rows: pd.DataFrame) -> None:
-    for shown in panel.lines:
-        curve = profile(rows, shown.metric)
-        _draw_line(ax, curve, shown.label, OKABE_ITO[shown.colour], shown.dashes, shown.marker)
-    if not panel.unit_interval:
-        ax.axhline(0, color=RULE, linewidth=0.7, zorder=1)
-
-
-def _draw_line(ax: Axes, curve: pd.DataFrame, label: str, colour: Colour, dashes: str, marker: str) -> None:
+def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs) -> None:
     """`line`, but where there is only one layer, and so no line, its dashes become a marker."""
     if len(curve) == 1:
-        marker, dashes = marker or LONE_MARKERS[dashes], ""
-    line(ax, curve, label=label, colour=colour, dashes=dashes, marker=marker)
+        look = replace(look, marker=look.marker or LONE_MARKERS[look.dashes], dashes="")
+    line(ax, curve, look)
 
 
 def _legends(axes: Sequence[Axes]) -> None:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
+from diag.show.figures.lines import rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import style
 from diag.show.figures.variants import (
@@ -19,7 +20,6 @@ from diag.show.figures.variants import (
     patches_of,
     seeds_word,
     styles_of,
-    zero_line,
 )
 
 SIDE_BY_SIDE = 24
@@ -29,6 +29,7 @@ WIDTH = 0.7
 BETTER = {"accuracy": "above 0: better", "loss": "below 0: better"}
 
 
+@style()
 def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
     """A panel for each outcome of one task, patch sizes from coarse to fine, the variants side by side.
 
@@ -44,50 +45,49 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
     outcomes = [name for name in UNITS if (rows["outcome"] == name).any()]
     step = WIDTH / len(shown)
     aside, apart = min(0.2 * step, 0.03 * len(patches)), min(0.1 * step, 0.012 * len(patches))
-    with style():
-        figure, axes = page(
-            len(outcomes),
-            row_height=2.5,
-            title="What a variant changes against the baseline of the same seed",
-            caption=f"{task} · {seeds_word(rows['n'])} · small: one seed; "
-            "large: mean and 95 % t interval over seeds",
-            extra=legend_height(shown),
-            columns=1 if len(shown) * len(patches) > SIDE_BY_SIDE else 2,
-        )
-        for panel, (outcome, ax) in enumerate(zip(outcomes, axes, strict=True)):
-            zero_line(ax)
-            for number, (name, look) in enumerate(shown.items()):
-                off = (number - (len(shown) - 1) / 2) * step
-                for place, patch in enumerate(patches):
-                    ours = [t[(t["variant"] == name) & (t["outcome"] == outcome)] for t in (rows, dots)]
-                    mean, single = (at_patch(table, patch) for table in ours)
-                    spread = (np.arange(len(single)) - (len(single) - 1) / 2) * apart
-                    ax.plot(
-                        place + off - aside + spread,
-                        single["difference"],
-                        linestyle="",
-                        marker=".",
-                        markersize=4,
-                        markeredgewidth=0,
-                        color=look.colour,
-                        alpha=0.5,
-                        gid="seed",
-                    )
-                    at = np.full(len(mean), place + off + aside / 2)
-                    ax.vlines(at, mean["ci_low"], mean["ci_high"], color=look.colour, linewidth=1.2)
-                    ax.plot(
-                        at,
-                        mean["mean"],
-                        linestyle="",
-                        marker=look.marker,
-                        markersize=5,
-                        color=look.colour,
-                        gid="mean",
-                    )
-            ax.set_title(f"{letter(panel, len(outcomes))}{outcome}, {BETTER[outcome]}")
-            ax.set_ylabel(f"variant − {BASELINE}: {UNITS[outcome]}")
-            ax.set_xticks(range(len(patches)), [patch_word(patch, task) for patch in patches])
-            ax.set_xlim(-0.5, len(patches) - 0.5)
-            ax.grid(False, axis="x")
-        legend_below(figure, shown, lines=False)
+    figure, axes = page(
+        len(outcomes),
+        row_height=2.5,
+        title="What a variant changes against the baseline of the same seed",
+        caption=f"{task} · {seeds_word(rows['n'])} · small: one seed; "
+        "large: mean and 95 % t interval over seeds",
+        extra=legend_height(shown),
+        columns=1 if len(shown) * len(patches) > SIDE_BY_SIDE else 2,
+    )
+    for panel, (outcome, ax) in enumerate(zip(outcomes, axes, strict=True)):
+        rule(ax)
+        for number, (name, look) in enumerate(shown.items()):
+            off = (number - (len(shown) - 1) / 2) * step
+            for place, patch in enumerate(patches):
+                ours = [t[(t["variant"] == name) & (t["outcome"] == outcome)] for t in (rows, dots)]
+                mean, single = (at_patch(table, patch) for table in ours)
+                spread = (np.arange(len(single)) - (len(single) - 1) / 2) * apart
+                ax.plot(
+                    place + off - aside + spread,
+                    single["difference"],
+                    linestyle="",
+                    marker=".",
+                    markersize=4,
+                    markeredgewidth=0,
+                    color=look.colour,
+                    alpha=0.5,
+                    gid="seed",
+                )
+                at = np.full(len(mean), place + off + aside / 2)
+                ax.vlines(at, mean["ci_low"], mean["ci_high"], color=look.colour, linewidth=1.2)
+                ax.plot(
+                    at,
+                    mean["mean"],
+                    linestyle="",
+                    marker=look.marker,
+                    markersize=5,
+                    color=look.colour,
+                    gid="mean",
+                )
+        ax.set_title(f"{letter(panel, len(outcomes))}{outcome}, {BETTER[outcome]}")
+        ax.set_ylabel(f"variant − {BASELINE}: {UNITS[outcome]}")
+        ax.set_xticks(range(len(patches)), [patch_word(patch, task) for patch in patches])
+        ax.set_xlim(-0.5, len(patches) - 0.5)
+        ax.grid(False, axis="x")
+    legend_below(figure, shown, lines=False)
     return figure

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from diag.errors import UserError
-from diag.metrics.catalogue import CATALOGUE
-from diag.show.figures.lines import Colour
-from diag.show.figures.page import page
-from diag.show.figures.style import OKABE_ITO, ordered_colours, style
-from diag.show.figures.variants import BASELINE, UNITS, at_patch, patch_word, patches_of, zero_line
+from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.show.figures.lines import handle, rule
+from diag.show.figures.page import letter, page
+from diag.show.figures.style import OKABE_ITO, Colour, ordered_colours, style
+from diag.show.figures.tables import span
+from diag.show.figures.variants import BASELINE, UNITS, at_patch, patch_word, patches_of
 
 PREDICTORS = {
     name: CATALOGUE[name].symbol or CATALOGUE[name].label
@@ -25,6 +24,7 @@ SHOWN = 2
 """Predictors that fit side by side, each with its numbers."""
 
 
+@style()
 def gain_against_baseline(points: pd.DataFrame, relations: pd.DataFrame, *, outcome: str) -> Figure:
     """A row of panels per variant, a column per predictor; each point a pair of cells of one seed.
 
@@ -40,53 +40,46 @@ def gain_against_baseline(points: pd.DataFrame, relations: pd.DataFrame, *, outc
     variants, patches = list(dict.fromkeys(rows["variant"])), patches_of(rows)
     task, several = str(rows["task"].iloc[0]), len(patches) > 1
     colours: Sequence[Colour] = ordered_colours(len(patches)) if several else [OKABE_ITO["blue"]]
+    looks = [
+        DrawnAs(patch_word(patch, task), colour, "", MARKERS[number % len(MARKERS)])
+        for number, (patch, colour) in enumerate(zip(patches, colours, strict=True))
+    ]
     one = rows[rows["predictor"] == predictors[0]]
     cells = one.groupby("variant", sort=False).size()
-    counted = f"{cells.min()}" if cells.min() == cells.max() else f"{cells.min()}–{cells.max()}"
     sizes = f", {len(patches)} patch sizes" if several else ""
     warned = "\npatch size moves both sides; r within patch sizes is free of that" if several else ""
-    with style():
-        figure, axes = page(
-            len(variants) * len(predictors),
-            row_height=2.3,
-            title="Does what the baseline measures predict the gain?",
-            caption=f"{task} · {counted} pairs of cells, {one['seed'].nunique()} seeds{sizes} · "
-            "baseline: mean over layers · r: Pearson, 95 % interval over seeds" + warned,
-            extra=0.35,
-            columns=len(predictors),
-        )
-        places = [(variant, predictor) for variant in variants for predictor in predictors]
-        for place, ((variant, predictor), ax) in enumerate(zip(places, axes, strict=True)):
-            ours = rows[(rows["variant"] == variant) & (rows["predictor"] == predictor)]
-            zero_line(ax)
-            for number, (patch, colour) in enumerate(zip(patches, colours, strict=True)):
-                part = at_patch(ours, patch)
-                marker = MARKERS[number % len(MARKERS)]
-                ax.plot(part["value"], part["gain"], linestyle="", marker=marker, markersize=4, color=colour)
-            found = relations[
-                (relations["variant"] == variant)
-                & (relations["outcome"] == outcome)
-                & (relations["predictor"] == predictor)
-                & (relations["correlation"] == "pearson")
-            ].set_index("cells")
-            said = _said(found, within=several)
-            ax.set_title(f"({string.ascii_lowercase[place % 26]}) {variant}\n{said}", fontsize=7)
-            ax.set_xlabel(f"baseline: {PREDICTORS[predictor]}")
-            ax.set_ylabel(f"{variant} − {BASELINE}\n{UNITS[outcome]}")
-            ax.margins(0.08)
-        handles = [
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker=MARKERS[number % len(MARKERS)],
-                color=colour,
-                markersize=4,
-                label=patch_word(patch, task),
+    figure, axes = page(
+        len(variants) * len(predictors),
+        row_height=2.3,
+        title="Does what the baseline measures predict the gain?",
+        caption=f"{task} · {span(cells)} pairs of cells, {one['seed'].nunique()} seeds{sizes} · "
+        "baseline: mean over layers · r: Pearson, 95 % interval over seeds" + warned,
+        extra=0.35,
+        columns=len(predictors),
+    )
+    places = [(variant, predictor) for variant in variants for predictor in predictors]
+    for place, ((variant, predictor), ax) in enumerate(zip(places, axes, strict=True)):
+        ours = rows[(rows["variant"] == variant) & (rows["predictor"] == predictor)]
+        rule(ax)
+        for patch, look in zip(patches, looks, strict=True):
+            part = at_patch(ours, patch)
+            ax.plot(
+                part["value"], part["gain"], linestyle="", marker=look.marker, markersize=4, color=look.colour
             )
-            for number, (patch, colour) in enumerate(zip(patches, colours, strict=True))
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+        found = relations[
+            (relations["variant"] == variant)
+            & (relations["outcome"] == outcome)
+            & (relations["predictor"] == predictor)
+            & (relations["correlation"] == "pearson")
+        ].set_index("cells")
+        said = _said(found, within=several)
+        ax.set_title(f"{letter(place)}{variant}\n{said}", fontsize=7)
+        ax.set_xlabel(f"baseline: {PREDICTORS[predictor]}")
+        ax.set_ylabel(f"{variant} − {BASELINE}\n{UNITS[outcome]}")
+        ax.margins(0.08)
+    figure.legend(
+        handles=[handle(look) for look in looks], loc="outside lower center", ncols=min(len(looks), 6)
+    )
     return figure
 
 

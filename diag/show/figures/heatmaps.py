@@ -11,12 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from diag.metrics.catalogue import CATALOGUE, MetricEntry, capitalised
 from diag.show.figures.page import letter, page
-from diag.show.figures.panels import HEAD_MAPS, HEAD_METRICS
+from diag.show.figures.panels import HEAD_METRICS
 from diag.show.figures.style import COLOUR_MAPS, style
-from diag.show.figures.tables import caption, check_columns, drawable, one_selection, rows_of
+from diag.show.figures.tables import caption, check_columns, drawable, one_selection
 
 
+@style()
 def head_heatmaps(heads: pd.DataFrame) -> Figure:
     """Maps of the metrics over layers (downwards) and heads (to the right), of one (model, tower, tokens).
 
@@ -28,26 +30,38 @@ def head_heatmaps(heads: pd.DataFrame) -> Figure:
     """
     rows = drawable(check_columns(heads, ["head"]), HEAD_METRICS, "head heatmaps")
     one_selection(rows, "head heatmaps", index=("layer", "head"))
-    head_maps = [head_map for head_map in HEAD_MAPS if not rows_of(rows, [head_map.metric]).empty]
-    first, shape = extent_of(rows)
-    fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in head_maps}
-    blank = any(np.isnan(field).any() for field in fields.values())
+    first, maps = head_fields(rows)
+    blank = any(np.isnan(field).any() for _, field, _ in maps)
     said = caption(rows.assign(ci_low=math.nan), bands="")
-    with style():
-        figure, axes = page(
-            len(head_maps),
-            row_height=1.0 + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
-            title=str(rows["model"].iloc[0]),
-            caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
-        )
-        for place, (head_map, ax) in enumerate(zip(head_maps, axes, strict=True)):
-            shared = [fields[other.metric] for other in head_maps if other.scale == head_map.scale]
-            limits = colour_range(head_map.scale, shared)
-            draw_field(ax, fields[head_map.metric], head_map.scale, limits, first)
-            bar = ax.figure.colorbar(ax.images[0], ax=ax, pad=0.02, aspect=25)
-            bar.outline.set_linewidth(0.4)
-            ax.set_title(letter(place) + head_map.title)
+    figure, axes = page(
+        len(maps),
+        row_height=1.0 + float(np.clip(0.085 * len(maps[0][1]), 0.6, 3.0)),
+        title=str(rows["model"].iloc[0]),
+        caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
+    )
+    for place, ((entry, field, limits), ax) in enumerate(zip(maps, axes, strict=True)):
+        draw_field(ax, field, entry.scale, limits, first)
+        bar = ax.figure.colorbar(ax.images[0], ax=ax, pad=0.02, aspect=25)
+        bar.outline.set_linewidth(0.4)
+        ax.set_title(letter(place) + capitalised(entry.labelled))
     return figure
+
+
+def head_fields(rows: pd.DataFrame) -> tuple[int, list[tuple[MetricEntry, np.ndarray, tuple[float, float]]]]:
+    """The first layer, and of each metric that is there the entry, its `field_of` and its colour range.
+
+    rows: without NaN. Metrics of one scale share their range.
+    """
+    first, shape = extent_of(rows)
+    entries = [CATALOGUE[metric] for metric in HEAD_METRICS if (rows["metric"] == metric).any()]
+    fields = [field_of(rows, entry.name, first, shape) for entry in entries]
+    ranges = {
+        scale: colour_range(
+            scale, [field for entry, field in zip(entries, fields, strict=True) if entry.scale == scale]
+        )
+        for scale in {entry.scale for entry in entries}
+    }
+    return first, [(entry, field, ranges[entry.scale]) for entry, field in zip(entries, fields, strict=True)]
 
 
 def extent_of(rows: pd.DataFrame) -> tuple[int, tuple[int, int]]:

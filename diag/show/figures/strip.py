@@ -31,6 +31,7 @@ LONGEST = 24
 """Characters of a token that are shown."""
 
 
+@style()
 def heat_strip(tokens: pd.DataFrame) -> Figure:
     """Per model, the tokens that the target sees as boxes: weight over uniform above, value cosine below.
 
@@ -47,36 +48,33 @@ def heat_strip(tokens: pd.DataFrame) -> Figure:
     heights = [HEADING + LINE * (placed[-1].line + 1) for _, placed in parts.values()]
     total = 0.48 + sum(heights) + 0.5
     wide = 1 - 2 * SIDE / PAGE_WIDTH
-    with style():
-        figure = blank(total, "What the target token attends to, and whose values are like its own", tokens)
-        top = total - 0.48
-        for (model, (part, placed)), height in zip(parts.items(), heights, strict=True):
-            top -= height
-            ax = figure.add_axes((SIDE / PAGE_WIDTH, top / total, wide, height / total))
-            # in characters and inches, so that text and boxes agree
-            ax.set(xlim=(0, room), ylim=(height, 0))
-            ax.axis("off")
-            hidden = int((tokens["model"] == model).sum()) - len(part)
-            ax.text(0, 0.11, _heading(model, part, hidden), fontsize=7, fontweight="bold", va="center")
-            filled = [colours_of(part, name, norms[name]) for name in ("times_uniform", "value_cosine")]
-            for box, weight, cosine in zip(placed, *filled, strict=True):
-                _draw(ax, box, weight, cosine)
-        for place, (quantity, before) in enumerate(
-            (("times_uniform", "above: "), ("value_cosine", "below: "))
-        ):
-            ax = figure.add_axes((0.06 + 0.5 * place, 0.38 / total, 0.38, 0.08 / total))
-            colour_bar(figure, ax, quantity, norms[quantity], before=before)
+    figure = blank(total, "What the target token attends to, and whose values are like its own", tokens)
+    top = total - 0.48
+    for (model, (part, placed)), height in zip(parts.items(), heights, strict=True):
+        top -= height
+        ax = figure.add_axes((SIDE / PAGE_WIDTH, top / total, wide, height / total))
+        # in characters and inches, so that text and boxes agree
+        ax.set(xlim=(0, room), ylim=(height, 0))
+        ax.axis("off")
+        hidden = int((tokens["model"] == model).sum()) - len(part)
+        ax.text(0, 0.11, _heading(model, part, hidden), fontsize=7, fontweight="bold", va="center")
+        filled = [colours_of(part, name, norms[name]) for name in ("times_uniform", "value_cosine")]
+        for box, weight, cosine in zip(placed, *filled, strict=True):
+            _draw(ax, box, weight, cosine)
+    for place, (quantity, before) in enumerate((("times_uniform", "above: "), ("value_cosine", "below: "))):
+        ax = figure.add_axes((0.06 + 0.5 * place, 0.38 / total, 0.38, 0.08 / total))
+        colour_bar(figure, ax, quantity, norms[quantity], before=before)
     return figure
 
 
+@style()
 def printable(text: str) -> str:
     """A token's text in one line of signs that the font has: spaces `·`, line ends `↵`, others `□`.
 
     >>> printable(" the")
     '·the'
     """
-    with style():
-        known = get_font(findfont(FontProperties(family=FONT)))
+    known = get_font(findfont(FontProperties(family=FONT)))
     plain = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("\r", "↵")
     signs = "".join(sign if sign.isprintable() and known.get_char_index(ord(sign)) else "□" for sign in plain)
     return signs if len(signs) <= LONGEST else f"{signs[: LONGEST - 1]}…"

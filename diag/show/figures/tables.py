@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of
-from diag.show.figures.panels import COMPARISON
+from diag.show.figures.panels import COMPARISON_METRICS
 
 IDENTITY = ("model", "tower", "tokens")
 LABEL = "label"
@@ -88,7 +88,9 @@ def compared_metrics(parts: Sequence[pd.DataFrame], *, least: int = 1) -> list[s
 
     Of the two self weights the one that more of them have; the relative one compares 49 and 256 tokens.
     """
-    having = {metric: sum(not rows_of(part, [metric]).empty for part in parts) for metric in COMPARISON}
+    having = {
+        metric: sum(not rows_of(part, [metric]).empty for part in parts) for metric in COMPARISON_METRICS
+    }
     spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
     return [metric for metric, count in having.items() if count >= least and metric != spare]
 

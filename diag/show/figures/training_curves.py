@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ METRICS = {
 """Metric -> (title, y label), in the order of the panels; others are left to the table."""
 
 
+@style()
 def curves_over_steps(curves: pd.DataFrame) -> Figure:
     """A panel per metric of one task and patch size; metrics are means over layers.
 
@@ -40,27 +42,26 @@ def curves_over_steps(curves: pd.DataFrame) -> Figure:
     variants = styles_of(list(curves["variant"]))
     window = int(curves.loc[curves["metric"] == "loss", "window"].max()) if "loss" in shown else 1
     smooth = f" · loss: means of {window} steps" if window > 1 else ""
-    with style():
-        figure, axes = page(
-            len(shown),
-            row_height=1.9,
-            title="While training" + ("" if math.isnan(patch) else f", {patch_word(patch, task)}"),
-            caption=f"{task} · {seeds_word(curves['n'])} · means over layers · bands: smallest to largest "
-            f"seed{smooth}",
-            extra=legend_height(variants),
-            columns=columns_for(len(shown)),
-        )
-        for place, (metric, ax) in enumerate(zip(shown, axes, strict=True)):
-            part = curves[curves["metric"] == metric]
-            for name, look in variants.items():
-                ours = part[part["variant"] == name].sort_values("step")
-                curve = ours.rename(columns={"low": "ci_low", "high": "ci_high"})
-                marker = "" if metric == "loss" else look.marker  # many points, and lines that lie close
-                line(ax, curve, label=name, colour=look.colour, marker=marker, dashes=look.dashes, x="step")
-            title, label = METRICS[metric]
-            ax.set_title(letter(place) + title)
-            ax.set_ylabel(label)
-            ax.set_xlabel("step")
-            ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-        legend_below(figure, variants)
+    figure, axes = page(
+        len(shown),
+        row_height=1.9,
+        title="While training" + ("" if math.isnan(patch) else f", {patch_word(patch, task)}"),
+        caption=f"{task} · {seeds_word(curves['n'])} · means over layers · bands: smallest to largest "
+        f"seed{smooth}",
+        extra=legend_height(variants),
+        columns=columns_for(len(shown)),
+    )
+    for place, (metric, ax) in enumerate(zip(shown, axes, strict=True)):
+        part = curves[curves["metric"] == metric]
+        for name, look in variants.items():
+            ours = part[part["variant"] == name].sort_values("step")
+            curve = ours.rename(columns={"low": "ci_low", "high": "ci_high"})
+            # the loss has many points, and lines that lie close
+            line(ax, curve, replace(look, marker="") if metric == "loss" else look, x="step")
+        title, label = METRICS[metric]
+        ax.set_title(letter(place) + title)
+        ax.set_ylabel(label)
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+    legend_below(figure, variants)
     return figure

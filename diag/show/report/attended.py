@@ -32,7 +32,7 @@ class AttendSection:
     name: str
     title: str
     pictures: tuple[tuple[Picture, str], ...]
-    metrics: tuple[tuple[str, MetricEntry], ...]
+    metrics: tuple[MetricEntry, ...]
     rows: tuple[tuple[str, str, str, tuple[NumberCell, ...]], ...]
     failures: tuple[tuple[str, str], ...]
 
@@ -49,7 +49,7 @@ def section_of(attended: AttendFolder) -> AttendSection:
             (picture, " ".join([f"{picture.name.replace('-', ' ').replace('_', ' ')}: {title}.", *said]))
             for picture in attended.pictures
         ),
-        metrics=tuple((metric, CATALOGUE[metric]) for metric in shown),
+        metrics=tuple(CATALOGUE[metric] for metric in shown),
         rows=tuple(_row(row, shown) for row in numbers.to_dict("records")),
         failures=tuple((str(name), str(why)) for name, why in (manifest.get("failed_models") or {}).items()),
     )

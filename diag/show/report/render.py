@@ -17,7 +17,6 @@ from diag.show.report import content, provenance
 from diag.show.report.attended import section_of
 from diag.show.report.content import ReportLine
 from diag.show.report.folders import AttendFolder
-from diag.show.report.glossary import grouped
 from diag.show.report.palette import PAPER, variables
 from diag.show.words import comparison, summary
 from diag.show.words.control import series_control
@@ -41,11 +40,11 @@ def page(
     sentences, compared = words(collection)
     lines = content.lines_of(collection, sentences)
     charts = [drawn for line in lines for drawn in line.charts]
+    looks = [section_of(found) for found in attended]
     side_by_side = content.comparison(lines, collection)
     charts += [found.chart for found in side_by_side]
-    metrics = dict.fromkeys(name for line in lines for table in line.tables for name, _ in table.metrics)
-    looks = [section_of(found) for found in attended]
-    metrics |= dict.fromkeys(name for found in looks for name, _ in found.metrics)
+    shown = [*(table.metrics for line in lines for table in line.tables), *(look.metrics for look in looks)]
+    metrics = dict.fromkeys(entry.name for entries in shown for entry in entries)
     manifests = [*collection.manifests.items(), *((found.name, found.manifest) for found in attended)]
     colours = content.colours_of(collection)
     first_tokens = collection.layers.get("first_token", ())
@@ -63,9 +62,7 @@ def page(
         notes=provenance.notes(collection.layers["values"], first_tokens)
         if "values" in collection.layers
         else [],
-        glossary={
-            title: [(name, entry_of(name)) for name in names] for title, names in grouped(metrics).items()
-        },
+        glossary={title: list(map(entry_of, names)) for title, names in content.grouped(metrics).items()},
         schemes={scheme: variables(colours, scheme) for scheme in PAPER},
         paper=PAPER,
         data=_embedded(
