@@ -70,11 +70,13 @@ def extent_of(rows: pd.DataFrame) -> tuple[int, tuple[int, int]]:
     return first, (int(rows["layer"].max()) - first + 1, int(rows["head"].max()) + 1)
 
 
-def field_of(rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int]) -> np.ndarray:
+def field_of(
+    rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int], column: str = "mean"
+) -> np.ndarray:
     """The means of a metric as [layer, head], NaN where there is none; row 0 is layer `first`."""
     part = rows[rows["metric"] == metric]
     field = np.full(shape, np.nan)
-    field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part["mean"].to_numpy(float)
+    field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part[column].to_numpy(float)
     return field
 
 

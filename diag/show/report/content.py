@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from diag.metrics.catalogue import CATALOGUE, DrawnAs, MetricEntry, entry_of
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
 from diag.results.files import file_stem, free_stem
+from diag.show.figures.heatmaps import extent_of, field_of
 from diag.show.figures.panels import CURVES
 from diag.show.figures.style import DASHES
 from diag.show.figures.tables import check_columns, compared_metrics, patch_size_of, profile, rows_of, span
@@ -178,10 +180,7 @@ def grouped(metrics: Iterable[str]) -> dict[str, list[str]]:
     """The metrics that are there, by the title of their table; those not in the catalogue come last."""
     there = dict.fromkeys(metrics)
     found: dict[str, list[str]] = {}
-    for name in [
-        *(name for name in CATALOGUE if name in there),
-        *(name for name in there if name not in CATALOGUE),
-    ]:
+    for name in sorted(there, key=[*CATALOGUE, *there].index):
         found.setdefault(entry_of(name).place.section, []).append(name)
     return found
 
@@ -194,25 +193,21 @@ def packed_heads(heads: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     if heads.empty:
         return {}
     numbers = sorted(int(layer) for layer in heads["layer"].unique())
-    count = int(heads["head"].max()) + 1
-    place = {layer: index * count for index, layer in enumerate(numbers)}
-    found: dict[str, Any] = {"layers": numbers, "heads": count, "groups": {}, "metrics": {}}
-    for title, metrics in grouped(heads["metric"]).items():
-        found["groups"][title] = metrics
-        for metric in metrics:
-            part = heads[heads["metric"] == metric]
-            at = part["layer"].map(place).to_numpy(int) + part["head"].to_numpy(int)
-            largest = part[["mean", "ci_low", "ci_high"]].abs().max().max()
-            scale = 1000 if pd.isna(largest) or largest < 100 else 10
-            packed: dict[str, Any] = {"scale": scale}
-            for short, name in (("mean", "mean"), ("low", "ci_low"), ("high", "ci_high")):
-                field = np.full(len(numbers) * count, np.nan)
-                field[at] = part[name].to_numpy(float)
-                if short == "mean" or not np.isnan(field).all():
-                    packed[short] = _whole(field, scale)
-            over = profile(layers, metric).set_index("layer")["mean"].reindex(numbers)
-            packed["layer"] = _whole(over.to_numpy(float), scale)
-            found["metrics"][metric] = packed
+    first, shape = extent_of(heads)
+    groups = grouped(heads["metric"])
+    found: dict[str, Any] = {"layers": numbers, "heads": shape[1], "groups": groups, "metrics": {}}
+    for metric in itertools.chain.from_iterable(groups.values()):
+        part = heads[heads["metric"] == metric]
+        largest = part[["mean", "ci_low", "ci_high"]].abs().max().max()
+        scale = 1000 if pd.isna(largest) or largest < 100 else 10
+        packed: dict[str, Any] = {"scale": scale}
+        for column in ("mean", "ci_low", "ci_high"):
+            if column == "mean" or part[column].notna().any():
+                field = field_of(part, metric, first, shape, column)[np.array(numbers) - first]
+                packed[column.removeprefix("ci_")] = _whole(field.ravel(), scale)
+        over = profile(layers, metric).set_index("layer")["mean"].reindex(numbers)
+        packed["layer"] = _whole(over.to_numpy(float), scale)
+        found["metrics"][metric] = packed
     return found
 
 
