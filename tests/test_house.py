@@ -190,7 +190,6 @@ FIGURES = (
     "diag.show.figures.alphas",
     "diag.show.figures.compensation",
     "diag.show.figures.gain",
-    "diag.show.figures.gain_relation",
     "diag.show.figures.training_curves",
 )
 DRAWING = (

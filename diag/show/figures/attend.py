@@ -42,10 +42,7 @@ PARTS = {
     "along its own value": OKABE_ITO["blue"],
     "exclusive": "#c8c8c8",
 }
-NULLS = {
-    name: (CATALOGUE[name].heading, CATALOGUE[name].line.dashes)
-    for name in ("cos_y_vuniform", "cos_y_vpartner")
-}
+NULLS = ("cos_y_vuniform", "cos_y_vpartner")
 MAPS = {"value_cosine": "Value cosine cos(vⱼ, vᵢ)", "times_uniform": "Attention Aᵢⱼ / uniform"}
 
 LEFT, GAP, SWATCHES, PICTURE = 0.1, 0.14, 0.34, 1.75
@@ -135,7 +132,7 @@ def most_attended(
         split = place(4.88, PAGE_WIDTH - 4.88 - LEFT - 0.05, height, "Output yᵢ of the target")
         lines = _split(split, numbers[model], bias)
     handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in PARTS.items()]
-    names = [*PARTS, *(name for name, _ in NULLS.values())]
+    names = [*PARTS, *(CATALOGUE[name].heading for name in NULLS)]
     figure.legend(
         [*handles, *lines],
         names,
@@ -303,11 +300,17 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
         ax.barh(1, part, left=start[part >= 0], color=PARTS[name], height=0.42)
         start[part >= 0] += part
     nulls = [
-        Line2D([numbers[column]] * 2, [0.66, 1.34], color="black", linewidth=1.2, linestyle=dashes)
-        for column, (_, dashes) in NULLS.items()
+        ax.add_line(
+            Line2D(
+                [numbers[name]] * 2,
+                [0.66, 1.34],
+                color="black",
+                linewidth=1.2,
+                linestyle=CATALOGUE[name].line.dashes,
+            )
+        )
+        for name in NULLS
     ]
-    for line in nulls:
-        ax.add_line(line)
     energy = float(numbers["removed_energy"])
     ax.barh(0, energy, color=PARTS["along its own value"], height=0.42)
     ax.barh(0, 1 - energy, left=energy, color=PARTS["exclusive"], height=0.42)

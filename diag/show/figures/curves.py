@@ -55,9 +55,8 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     one_selection(rows, "layer curves")
     panels = [panel for panel in CURVES if not rows_of(rows, panel.lines).empty]
     cosines = {metric for panel in panels if not panel.unit_interval for metric in panel.lines}
-    known = [overlay for found in overlays(published) if len((overlay := found.of(CURVE_METRICS)).rows)]
-    shown = [overlay.of(cosines).rows for overlay in known]
-    limits = _cosine_limits(rows_of(rows, cosines), shown)
+    known = overlays(published, CURVE_METRICS)
+    limits = _cosine_limits(rows_of(rows, cosines), [overlay.of(cosines).rows for overlay in known])
     deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
     model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
     room = 0.15 * len(known) + 0.1 if known else 0.0
@@ -100,8 +99,7 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     metrics = compared_metrics([entry.rows for entry in entries])
     # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
     columns, legend_height = legend_size([entry.look.label for entry in entries])
-    known = [overlay.of(metrics) for overlay in overlays(published)]
-    known = [overlay for overlay in known if not overlay.rows.empty]
+    known = overlays(published, metrics)
     figure, axes = page(
         len(metrics),
         row_height=2.1,
@@ -151,20 +149,19 @@ class _Entry:
 
 def _entries(rows: pd.DataFrame) -> list[_Entry]:
     parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
-    patches = [patch_size_of(part) for part in parts]
-    if set(patches) == {None} and rows["model"].nunique() == 1:
-        patches = [_few_first(part) for part in parts]
-    shades = shades_of(patches)
+    patch_of = patch_size_of
+    if rows["model"].nunique() == 1 and all(patch_size_of(part) is None for part in parts):
+        patch_of = _few_first
+    shades = shades_of([patch_of(part) for part in parts])
     if shades:  # coarse to fine, then the models without patches
-        order = sorted(range(len(parts)), key=lambda index: -(patches[index] or 0))
-        parts, patches = [parts[index] for index in order], [patches[index] for index in order]
+        parts.sort(key=lambda part: -(patch_of(part) or 0))
     palette = BESIDE_ORDERED if shades else LINE_COLOURS
     labels = _numbered([_label(part, rows) for part in parts])
     entries: list[_Entry] = []
     plain = 0  # lines so far that are not on the map
-    for index, (part, patch, label) in enumerate(zip(parts, patches, labels, strict=True)):
+    for index, (part, label) in enumerate(zip(parts, labels, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
-        if patch in shades:
+        if (patch := patch_of(part)) in shades:
             look = DrawnAs(label, shades[patch], "-", marker)
         else:
             dashes = DASHES[(plain // len(palette) + bool(shades)) % len(DASHES)]
@@ -226,7 +223,7 @@ def _legends(axes: Sequence[Axes]) -> None:
             ax.legend(loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + above, ncols=2)
 
 
-def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame] = ()) -> tuple[float, float]:
+def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame]) -> tuple[float, float]:
     """Common limits of the panels of cosines: all means and intervals, and zero, with a margin."""
     ends = [part["value"] + sign * part["uncertainty"].fillna(0) for part in published for sign in (-1, 1)]
     numbers = pd.concat([*(rows[name] for name in ("mean", "ci_low", "ci_high")), *ends]).astype(float)

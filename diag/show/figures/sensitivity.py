@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pandas as pd
@@ -47,12 +48,8 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
     rows = table[(table["head"] < 0) & table["effect"].isin(list(effects)) & table["mean"].notna()]
     if rows.empty:
         raise UserError("nothing to draw: no such effect was measured", f"effects are {', '.join(LABELS)}")
-    panels = [
-        (effect, scope)
-        for effect in effects
-        for scope in SCOPES
-        if not rows[(rows["effect"] == effect) & (rows["scope"] == scope)].empty
-    ]
+    there = set(zip(rows["effect"], rows["scope"], strict=True))
+    panels = [place for place in itertools.product(effects, SCOPES) if place in there]
     names = list(dict.fromkeys(zip(rows["intervention"], rows["strength"], strict=True)))
     n = int(rows["n"].max())
     figure, axes = page(
@@ -87,17 +84,9 @@ def bias_against_effect(
     layers: the probe's table, for the predictors. Points are layers, numbered; bars are 95 % intervals over
     inputs; the title holds Spearman's ρ with its interval and p.
     """
-    chosen = relations[
-        (relations["intervention"] == intervention)
-        & (relations["effect"] == effect)
-        & (relations["level"] == "layer")
-    ]
-    cost = table[
-        (table["intervention"] == intervention)
-        & (table["effect"] == effect)
-        & (table["scope"] == "one")
-        & (table["head"] < 0)
-    ].set_index("layer")
+    same = "intervention == @intervention and effect == @effect"
+    chosen = relations.query(f"{same} and level == 'layer'")
+    cost = table.query(f"{same} and scope == 'one' and head < 0").set_index("layer")
     names = [name for name in PREDICTORS if name in set(chosen["predictor"])][:4]
     if not names or cost.empty:
         raise UserError("nothing to draw: no layer was changed alone", "use --scope one")
@@ -123,10 +112,10 @@ def bias_against_effect(
             markersize=3,
             elinewidth=0.6,
         )
-        for layer in shown:
+        for layer, at in zip(shown, zip(first["mean"], second["mean"], strict=True), strict=True):
             ax.annotate(
                 str(layer),
-                (first.loc[layer, "mean"], second.loc[layer, "mean"]),
+                at,
                 xytext=(3, 3),
                 textcoords="offset points",
                 fontsize=6.5,

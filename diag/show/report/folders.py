@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
-from diag.results.folder import kind_of, manifest_in
+from diag.results.folder import manifest_in
 
 PICTURE_BYTES = 2_500_000
 """All pictures together as they are; if they are more, they are made smaller."""
@@ -39,11 +39,6 @@ class AttendFolder:
     pictures: tuple[Picture, ...]
     decomposition: pd.DataFrame
     tokens: pd.DataFrame
-
-
-def is_attend(folder: Path) -> bool:
-    """Whether a folder holds what `attnbias attend` wrote."""
-    return kind_of(folder) == "attend"
 
 
 def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str, str]]:

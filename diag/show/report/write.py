@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from diag.errors import UserError
 from diag.results.collect import collect
 from diag.results.files import atomically
-from diag.show.report.folders import is_attend, read_attended
+from diag.results.folder import kind_of
+from diag.show.report.folders import read_attended
 from diag.show.report.render import GENERATOR, page
 
 
@@ -20,7 +21,7 @@ class Report:
     path: Path
     size: int
     lines: int
-    problems: Mapping[str, str] = field(default_factory=dict)
+    problems: Mapping[str, str]
 
 
 def write_report(folders: Iterable[Path], path: Path, *, title: str | None = None) -> Report:
@@ -30,7 +31,7 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
     """
     check_free(path)
     given = list(dict.fromkeys(folders))
-    looks = [folder for folder in given if is_attend(folder)]
+    looks = [folder for folder in given if kind_of(folder) == "attend"]
     runs = [folder for folder in given if folder not in looks]
     if not runs:
         raise UserError(

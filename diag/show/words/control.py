@@ -113,11 +113,9 @@ def _facts(collection: Collection) -> pd.DataFrame:
             (one for one in known if one["given"] == first["model"] and one["tower"] == first["tower"]), {}
         )
         resolved = str(entry.get("resolved", first["model"]))
-        facts = {name: str(part[name].max()) for name in ("n_tokens",) if name in part}
-        facts |= {
-            name: str(first[name]) for name in ("patch_size", "image_size", *CONDITIONS) if name in part
-        }
-        facts |= {
+        same = [name for name in ("patch_size", "image_size", *CONDITIONS) if name in part]
+        facts = {"n_tokens": str(part["n_tokens"].max())} if "n_tokens" in part else {}
+        facts |= {name: str(first[name]) for name in same} | {
             "weights": f"{re.sub(SIZES, '', resolved)} {entry.get('checkpoint')}",
             "resolved": resolved,
             "hash": f"{resolved} {entry.get('weights_sha256')}",

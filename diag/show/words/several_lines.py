@@ -48,12 +48,10 @@ def comparison(
 
     def difference(a: str, b: str) -> Difference:
         """Bias of a - b, as it is known or from its own two lines."""
-        for one, other, sign in ((a, b, 1), (b, a, -1)):
-            if known is not None and (row := _bias_row(known, one, other)) is not None:
-                return _difference(row, sign)
-        row = _bias_row(differences(collection.samples, seed=seed, pairs=[(a, b)]), a, b)
-        assert row is not None
-        return _difference(row, 1)
+        found = None if known is None else _difference(known, a, b)
+        found = found or _difference(differences(collection.samples, seed=seed, pairs=[(a, b)]), a, b)
+        assert found is not None
+        return found
 
     said = [_most(found[labels[0]], sure)]
     if len(labels) > 1:
@@ -74,15 +72,16 @@ def _most(found: Profile, sure: pd.Series) -> str:
     return f"{said}."
 
 
-def _bias_row(table: pd.DataFrame, a: str, b: str) -> pd.Series | None:
-    rows = table[(table["a"] == a) & (table["b"] == b) & (table["quantity"] == "bias")]
-    return rows.iloc[0] if len(rows) else None
-
-
-def _difference(row: pd.Series, sign: int) -> Difference:
-    low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
-    n = min(row["n_a"], row["n_b"])
-    return Difference(sign * row["difference"], low, high, n, paired=bool(row["paired"]))
+def _difference(table: pd.DataFrame, a: str, b: str) -> Difference | None:
+    """Bias of a - b, where the table holds it either way round."""
+    for one, other, sign in ((a, b, 1), (b, a, -1)):
+        rows = table[(table["a"] == one) & (table["b"] == other) & (table["quantity"] == "bias")]
+        if len(rows):
+            row = rows.iloc[0]
+            low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
+            n = min(row["n_a"], row["n_b"])
+            return Difference(sign * row["difference"], low, high, n, paired=bool(row["paired"]))
+    return None
 
 
 def _next(label: str, difference: Difference) -> str:

@@ -17,8 +17,7 @@ from matplotlib.lines import Line2D
 from diag.errors import UserError
 from diag.show.figures.alphas import alpha_maps
 from diag.show.figures.compensation import compensation_over_layers
-from diag.show.figures.gain import gain_by_patch
-from diag.show.figures.gain_relation import gain_against_baseline
+from diag.show.figures.gain import gain_against_baseline, gain_by_patch
 from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH
 from diag.show.figures.training import outcome_figures
 from diag.show.figures.training_curves import curves_over_steps
