@@ -187,8 +187,6 @@ FIGURES = (
     "diag.show.figures.heatmaps",
     "diag.show.figures.write",
     "diag.show.figures.training",
-    "diag.show.figures.alphas",
-    "diag.show.figures.compensation",
     "diag.show.figures.gain",
     "diag.show.figures.training_curves",
 )

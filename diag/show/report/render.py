@@ -14,9 +14,8 @@ from diag.metrics.catalogue import entry_of
 from diag.results.collect import Collection
 from diag.results.profiles import profiles
 from diag.show.report import content, provenance
-from diag.show.report.attended import section_of
+from diag.show.report.attended import AttendFolder, section_of
 from diag.show.report.content import ReportLine
-from diag.show.report.folders import AttendFolder
 from diag.show.report.palette import PAPER, variables
 from diag.show.words import comparison, summary
 from diag.show.words.control import series_control

@@ -10,7 +10,7 @@ from diag.errors import UserError
 from diag.results.collect import collect
 from diag.results.files import atomically
 from diag.results.folder import kind_of
-from diag.show.report.folders import read_attended
+from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, page
 
 

@@ -27,9 +27,9 @@ from diag.metrics.stream import STREAM_METRICS
 from diag.results.collect import Collection, collect
 from diag.show.figures.style import OKABE_ITO
 from diag.show.report import default_title, page, write_report
+from diag.show.report.attended import read_attended
 from diag.show.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ChartLine, chart, limits_of
 from diag.show.report.content import grouped, lines_of, packed_heads
-from diag.show.report.folders import read_attended
 from diag.show.report.maps import head_maps, number
 from diag.show.report.palette import CONTRAST, PAPER, compared_colours, contrast, readable, variables
 from diag.show.report.provenance import source
