@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -24,6 +24,7 @@ from diag.show.figures.tables import (
     check_columns,
     compared_metrics,
     drawable,
+    last_layer,
     one_selection,
     patch_size_of,
     profile,
@@ -96,9 +97,9 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     """
     rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
     entries = _entries(rows)
-    metrics = compared_metrics([entry.rows for entry in entries])
+    metrics = compared_metrics([part for part, _ in entries])
     # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
-    columns, legend_height = legend_size([entry.look.label for entry in entries])
+    columns, legend_height = legend_size([look.label for _, look in entries])
     known = overlays(published, metrics)
     figure, axes = page(
         len(metrics),
@@ -109,10 +110,10 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     )
     for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
         title, y_label = CATALOGUE[metric].panel
-        for entry in entries:
-            curve = profile(entry.rows, metric)
-            curve["layer"] /= entry.last
-            _draw_line(ax, curve, entry.look)
+        for part, look in entries:
+            curve = profile(part, metric)
+            curve["layer"] /= last_layer(part)
+            _draw_line(ax, curve, look)
         for overlay in known:
             overlay.of([metric]).draw(ax, relative=True)
         if metric == "self_weight_ratio":
@@ -124,30 +125,15 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
         ax.set_xlabel("relative depth")
         ax.set_xlim(-0.03, 1.03)
     handles = lines_drawn(axes)
-    shown = [label for entry in entries if (label := entry.look.label) in handles]
+    shown = [look.label for _, look in entries if look.label in handles]
     marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
     names = [*shown, *(overlay.label for overlay in known)]
     figure.legend(marks, names, loc="outside lower center", ncols=columns)
     return figure
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One line of the comparison, with how it is drawn."""
-
-    rows: pd.DataFrame
-    look: DrawnAs
-
-    @property
-    def last(self) -> float:
-        """What stands at relative depth 1: the model's last layer where the table knows it, else the last
-        measured one. A model of one layer stands at 0.
-        """
-        counted = self.rows["layer_count"].max() - 1 if "layer_count" in self.rows else 0
-        return max(float(self.rows["layer"].max()), float(counted), 1.0)
-
-
-def _entries(rows: pd.DataFrame) -> list[_Entry]:
+def _entries(rows: pd.DataFrame) -> list[tuple[pd.DataFrame, DrawnAs]]:
+    """The rows of each line of a comparison, with how it is drawn."""
     parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
     patch_of = patch_size_of
     if rows["model"].nunique() == 1 and all(patch_size_of(part) is None for part in parts):
@@ -157,7 +143,7 @@ def _entries(rows: pd.DataFrame) -> list[_Entry]:
         parts.sort(key=lambda part: -(patch_of(part) or 0))
     palette = BESIDE_ORDERED if shades else LINE_COLOURS
     labels = _numbered([_label(part, rows) for part in parts])
-    entries: list[_Entry] = []
+    entries = []
     plain = 0  # lines so far that are not on the map
     for index, (part, label) in enumerate(zip(parts, labels, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
@@ -167,7 +153,7 @@ def _entries(rows: pd.DataFrame) -> list[_Entry]:
             dashes = DASHES[(plain // len(palette) + bool(shades)) % len(DASHES)]
             look = DrawnAs(label, palette[plain % len(palette)], dashes, marker)
             plain += 1
-        entries.append(_Entry(part, look))
+        entries.append((part, look))
     return entries
 
 

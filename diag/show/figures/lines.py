@@ -32,14 +32,7 @@ def heading(place: int, label: str, rows: pd.DataFrame, panels: int) -> str:
     return letter(place, panels) + shorten(label, width) + (f" (T = {length})" if length else "")
 
 
-def line(
-    ax: Axes,
-    curve: pd.DataFrame,
-    look: DrawnAs,
-    *,
-    x: str = "layer",
-    marks: int = MARKS,
-) -> None:
+def line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", marks: int = MARKS) -> None:
     """A mean with its 95 % interval: a band, or a bar where there is one point. Draws nothing if it is empty.
 
     curve: columns `x`, mean, ci_low, ci_high; sorted by x. At most about `marks` points are marked.
@@ -70,13 +63,7 @@ def line(
 def handle(look: DrawnAs) -> Line2D:
     """What stands for a line, or for points where it has no dashes, in a legend."""
     return Line2D(
-        [],
-        [],
-        color=look.colour,
-        marker=look.marker,
-        linestyle=look.dashes,
-        markersize=4,
-        label=look.label,
+        [], [], color=look.colour, marker=look.marker, linestyle=look.dashes, markersize=4, label=look.label
     )
 
 

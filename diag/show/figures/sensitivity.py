@@ -113,13 +113,7 @@ def bias_against_effect(
             elinewidth=0.6,
         )
         for layer, at in zip(shown, zip(first["mean"], second["mean"], strict=True), strict=True):
-            ax.annotate(
-                str(layer),
-                at,
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=6.5,
-            )
+            ax.annotate(str(layer), at, xytext=(3, 3), textcoords="offset points", fontsize=6.5)
         row = chosen[chosen["predictor"] == name].iloc[0]
         ax.set_title(letter(place) + _said(row))
         ax.set_xlabel(PREDICTORS[name])

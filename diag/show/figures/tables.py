@@ -103,6 +103,14 @@ def patch_size_of(part: pd.DataFrame) -> float | None:
     return None if pd.isna(size) else float(size)
 
 
+def last_layer(rows: pd.DataFrame) -> float:
+    """What stands at relative depth 1: a model's last layer where the table knows it, else the last measured
+    one. A model of one layer stands at 0.
+    """
+    counted = rows["layer_count"].max() - 1 if "layer_count" in rows else 0
+    return max(float(rows["layer"].max()), float(counted), 1.0)
+
+
 def profile(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One metric over depth: columns layer, mean, ci_low, ci_high, sorted by layer."""
     rows = table[table["metric"] == metric].sort_values("layer")

@@ -38,10 +38,7 @@ def scales(seen: pd.DataFrame) -> dict[str, Normalize]:
     others = seen[~seen["is_target"]]
     cosine = float(others["value_cosine"].abs().clip(lower=0.05).max()) if len(others) else 1.0
     factor = float(np.clip(seen["times_uniform"].max(), *MOST))
-    return {
-        "value_cosine": Normalize(-cosine, cosine),
-        "times_uniform": LogNorm(LEAST, factor, clip=True),
-    }
+    return {"value_cosine": Normalize(-cosine, cosine), "times_uniform": LogNorm(LEAST, factor, clip=True)}
 
 
 def colour_bar(figure: Figure, ax: Axes, quantity: str, norm: Normalize, *, before: str = "") -> None:

@@ -49,7 +49,7 @@ class ChartLine:
 
 @dataclass(frozen=True)
 class DrawnLine:
-    """A curve as SVG: paths, marker places, and its look."""
+    """A curve as SVG: paths, marker places, and its look. `data` is what tooltips read."""
 
     label: str
     colour: str
@@ -59,11 +59,12 @@ class DrawnLine:
     band: str
     bars: str
     marks: tuple[tuple[float, float], ...]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One pair of axes with its curves. `data` is what tooltips read: positions and numbers."""
+    """One pair of axes with its curves. exact: all curves have points at the same x."""
 
     name: str
     title: str
@@ -75,7 +76,12 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
     rule: float | None
     curves: tuple[DrawnLine, ...]
-    data: dict[str, Any]
+    exact: bool
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What tooltips read: positions and numbers."""
+        return {"exact": self.exact, "curves": [curve.data for curve in self.curves]}
 
 
 def limits_of(curves: Sequence[ChartLine]) -> tuple[float, float]:
@@ -95,15 +101,14 @@ def chart(
     y_label: str,
     limits: tuple[float, float],
     relative: bool = False,
-    rule: float | None = 0.0,
+    rule: float = 0.0,
 ) -> Chart:
-    """Places curves in the axes. Curves without points are left out.
+    """Places curves, which have points, in the axes.
 
     relative: x is depth from 0 to 1 and curves need not share their points; otherwise x is the layer.
     rule: where a thin line is drawn across, such as zero; none if outside the limits.
     """
-    there = [curve for curve in curves if not curve.points.empty]
-    xs = pd.concat([curve.points["x"] for curve in there]).astype(float)
+    xs = pd.concat([curve.points["x"] for curve in curves]).astype(float)
     first, last = (0.0, 1.0) if relative else (float(xs.min()), float(xs.max()))
     margin = 0.5 if first == last else 0.03 * (last - first)
     across = _scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
@@ -116,14 +121,14 @@ def chart(
         name=name,
         title=title,
         hint=hint,
-        description=" ".join(map(_described, there)),
+        description=" ".join(map(_described, curves)),
         x_label="relative depth" if relative else "layer",
         y_label=y_label,
         x_ticks=tuple((round(across(tick), 1), f"{tick:g}") for tick in x_ticks),
         y_ticks=tuple((round(up(tick), 1), text) for tick, text in _named(y_ticks)),
-        rule=round(up(rule), 1) if rule is not None and limits[0] <= rule <= limits[1] else None,
-        curves=tuple(_drawn(curve, across, up) for curve in there),
-        data={"exact": not relative, "curves": [_read(curve, across, up) for curve in there]},
+        rule=round(up(rule), 1) if limits[0] <= rule <= limits[1] else None,
+        curves=tuple(_drawn(curve, across, up) for curve in curves),
+        exact=not relative,
     )
 
 
@@ -150,6 +155,16 @@ def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
     lower = [f"{xs[place]} {lows[place]}" for place in reversed(places)]
     step = math.ceil(len(points) / MARKS)
     outline = curve.look.marker or (LONE[curve.look.dashes] if alone else "")
+    data: dict[str, Any] = {
+        "label": curve.look.label,
+        "colour": curve.look.colour,
+        "layer": [int(layer) for layer in points["layer"]],
+        "x": [float(x) for x in xs],
+        "y": [float(y) for y in ys],
+    }
+    for name in ("mean", "ci_low", "ci_high"):
+        numbers = [None if pd.isna(number) else round(float(number), 4) for number in points[name]]
+        data[name.removeprefix("ci_")] = numbers  # `null` where there is no interval
     return DrawnLine(
         label=curve.look.label,
         colour=str(curve.look.colour),
@@ -158,28 +173,9 @@ def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
         path="" if alone else "M" + "L".join(f"{x} {y}" for x, y in zip(xs, ys, strict=True)),
         band=f"M{'L'.join(upper + lower)}z" if places and not alone else "",
         bars=f"M{xs[0]} {lows[0]}V{highs[0]}" if alone and places else "",
-        marks=tuple((float(x), float(y)) for x, y in zip(xs[::step], ys[::step], strict=True))
-        if outline
-        else (),
+        marks=tuple(zip(data["x"][::step], data["y"][::step], strict=True)) if outline else (),
+        data=data,
     )
-
-
-def _read(curve: ChartLine, across: Any, up: Any) -> dict[str, Any]:
-    """Positions and numbers of a curve for tooltips; `null` where there is no interval."""
-    points = curve.points
-    return {
-        "label": curve.look.label,
-        "colour": curve.look.colour,
-        "layer": [int(layer) for layer in points["layer"]],
-        "x": [round(across(x), 1) for x in points["x"]],
-        "y": [round(up(y), 1) for y in points["mean"]],
-        **{
-            name.removeprefix("ci_"): [
-                None if pd.isna(number) else round(float(number), 4) for number in points[name]
-            ]
-            for name in ("mean", "ci_low", "ci_high")
-        },
-    }
 
 
 def _described(curve: ChartLine) -> str:

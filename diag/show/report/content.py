@@ -17,7 +17,15 @@ from diag.results.files import file_stem, free_stem
 from diag.show.figures.heatmaps import extent_of, field_of
 from diag.show.figures.panels import CURVES
 from diag.show.figures.style import DASHES
-from diag.show.figures.tables import check_columns, compared_metrics, patch_size_of, profile, rows_of, span
+from diag.show.figures.tables import (
+    check_columns,
+    compared_metrics,
+    last_layer,
+    patch_size_of,
+    profile,
+    rows_of,
+    span,
+)
 from diag.show.report.charts import Chart, ChartLine, chart, limits_of
 from diag.show.report.maps import Map, head_maps, number
 from diag.show.report.palette import compared_colours
@@ -242,10 +250,7 @@ def _panels(rows: pd.DataFrame, slug: str) -> list[Chart]:
 
 def _points(rows: pd.DataFrame, metric: str, *, relative: bool = False) -> pd.DataFrame:
     points = profile(rows_of(rows, [metric]), metric)
-    # the model's last layer, also where only some were measured
-    count = "layer_count" if "layer_count" in rows else "layer"
-    last = float(rows[count].max()) - (count == "layer_count")
-    return points.assign(x=points["layer"] / max(last, 1.0) if relative else points["layer"])
+    return points.assign(x=points["layer"] / last_layer(rows) if relative else points["layer"])
 
 
 def _tables(rows: pd.DataFrame, slug: str) -> list[NumberTable]:

@@ -98,10 +98,7 @@ def _ticks(first: int, count: int, start: float, size: float) -> tuple[tuple[flo
 
 
 def _described(field: np.ndarray, first: int) -> str:
-    low, high = (
-        np.unravel_index(np.nanargmin(field), field.shape),
-        np.unravel_index(np.nanargmax(field), field.shape),
-    )
+    low, high = (np.unravel_index(at(field), field.shape) for at in (np.nanargmin, np.nanargmax))
     return (
         f"{field.shape[0]} layers by {field.shape[1]} heads. "
         f"Highest {field[high]:.3f} in layer {first + high[0]}, head {high[1]}; "

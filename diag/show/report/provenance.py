@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-VALUES = {
+NOTES = {
     "as_computed": (
         "values as_computed: biases are in the values. Each row of the attention pattern sums to 1, so a "
         "constant in V (the projection's bias, the norm's shift) enters every output and every value and "
@@ -18,15 +18,12 @@ VALUES = {
         "values bias_free: the constant that the projection's bias and the norm's shift add to every value "
         "was taken out before anything was measured. Libraries that keep biases report other cosines."
     ),
-}
-"""What the convention of values means."""
-
-FIRST_TOKEN = {
     "excluded": (
         "first token excluded: the first token of a causal model sees only itself, so its output is its "
         "value whatever the model learned. It is left out of every number about outputs and attention."
-    )
+    ),
 }
+"""What a convention of values, and of the first token, means."""
 
 MODEL = (
     *("resolved", "family", "tower", "layers", "inputs", "revision", "checkpoint", "weights"),
@@ -104,9 +101,7 @@ def source(name: str, manifest: Mapping[str, Any]) -> Source:
 
 def notes(values: Iterable[Any], first_tokens: Iterable[Any]) -> list[str]:
     """What has to be said about how values and the first token were taken, each once."""
-    said = [VALUES.get(str(name)) for name in dict.fromkeys(values)]
-    said += [FIRST_TOKEN.get(str(name)) for name in dict.fromkeys(first_tokens)]
-    return [text for text in said if text]
+    return [NOTES[name] for name in dict.fromkeys(map(str, [*values, *first_tokens])) if name in NOTES]
 
 
 def _model(entry: Mapping[str, Any]) -> tuple[str, Terms]:

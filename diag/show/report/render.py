@@ -24,9 +24,6 @@ from diag.show.words.phrases import listed
 GENERATOR = "attnbias"
 """What the page names as its maker; a file that does not is never overwritten."""
 
-SEED = 0
-"""Of the bootstrap behind the summary."""
-
 
 def page(
     collection: Collection,
@@ -38,10 +35,9 @@ def page(
     """The page as text."""
     sentences, compared = words(collection)
     lines = content.lines_of(collection, sentences)
-    charts = [drawn for line in lines for drawn in line.charts]
     looks = [section_of(found) for found in attended]
     side_by_side = content.comparison(lines, collection)
-    charts += [found.chart for found in side_by_side]
+    charts = [*(drawn for line in lines for drawn in line.charts), *(found.chart for found in side_by_side)]
     shown = [*(table.metrics for line in lines for table in line.tables), *(look.metrics for look in looks)]
     metrics = dict.fromkeys(entry.name for entries in shown for entry in entries)
     manifests = [*collection.manifests.items(), *((found.name, found.manifest) for found in attended)]
@@ -76,7 +72,7 @@ def page(
 
 def words(collection: Collection) -> tuple[dict[str, list[str]], list[str]]:
     """Sentences about every line, by label, and about their differences where there are several."""
-    found = profiles(collection.samples, seed=SEED)
+    found = profiles(collection.samples, seed=0)
     sentences = {label: summary(collection, found, label) for label in collection.labels}
     if len(sentences) == 1:
         return sentences, []
@@ -96,11 +92,8 @@ def lead(lines: Sequence[ReportLine]) -> str:
     counts = sorted({dict(line.facts).get("inputs (n)", "") for line in lines})
     what = models[0] if len(models) == 1 else f"{len(models)} models"
     more = f" in {len(lines)} ways of measuring" if len(lines) > len(models) else ""
-    n = (
-        f", n = {counts[0]} inputs" + (" each" if len(lines) > 1 else "")
-        if len(counts) == 1 and counts[0]
-        else ""
-    )
+    each = " each" if len(lines) > 1 else ""
+    n = f", n = {counts[0]} inputs{each}" if len(counts) == 1 and counts[0] else ""
     return (
         "How much of what attention returns does the token already have? "
         f"Measured in {what}{more}, layer by layer and head by head{n}."
