@@ -300,22 +300,17 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
         ax.barh(1, part, left=start[part >= 0], color=PARTS[name], height=0.42)
         start[part >= 0] += part
     nulls = [
-        ax.add_line(
-            Line2D(
-                [numbers[name]] * 2,
-                [0.66, 1.34],
-                color="black",
-                linewidth=1.2,
-                linestyle=CATALOGUE[name].line.dashes,
-            )
-        )
+        ax.plot([numbers[name]] * 2, [0.66, 1.34], CATALOGUE[name].line.dashes, color="black", linewidth=1.2)[
+            0
+        ]
         for name in NULLS
     ]
     energy = float(numbers["removed_energy"])
     ax.barh(0, energy, color=PARTS["along its own value"], height=0.42)
     ax.barh(0, 1 - energy, left=energy, color=PARTS["exclusive"], height=0.42)
     ax.vlines([0, 0], [-0.28, 0.72], [0.24, 1.28], color=RULE, linewidth=0.7)  # not through the words
-    bias, own, context = (_signed(float(numbers[c])) for c in ("cos_y_vself", "self_part", "context_part"))
+    shown = numbers[["cos_y_vself", "self_part", "context_part"]]
+    bias, own, context = (f"{float(number):.2f}".replace("-", "−") for number in shown)
     context = context.replace("−", "− ") if context.startswith("−") else f"+ {context}"
     said = f"cos(yᵢ, vᵢ) = {bias} = {own} {context}"
     for place, text in ((1.42, said), (0.28, f"‖yᵢ‖² in shares: {energy:.2f} + {1 - energy:.2f}")):
@@ -327,7 +322,3 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     return nulls
-
-
-def _signed(number: float) -> str:
-    return f"{number:.2f}".replace("-", "−")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
-from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, rule
+from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, published_handle, rule
 from diag.show.figures.overlay import overlays
 from diag.show.figures.page import legend_size, letter, page
 from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, CURVES
@@ -78,7 +78,8 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
         layer_axis(ax, deep)
     _legends(axes)
     if known:
-        figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
+        marks = [published_handle(overlay.label, overlay.marker) for overlay in known]
+        figure.legend(handles=marks, loc="outside lower center")
     return figure
 
 
@@ -125,10 +126,9 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
         ax.set_xlabel("relative depth")
         ax.set_xlim(-0.03, 1.03)
     handles = lines_drawn(axes)
-    shown = [look.label for _, look in entries if look.label in handles]
-    marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
-    names = [*shown, *(overlay.label for overlay in known)]
-    figure.legend(marks, names, loc="outside lower center", ncols=columns)
+    marks = [handles[look.label] for _, look in entries if look.label in handles]
+    marks += [published_handle(overlay.label, overlay.marker) for overlay in known]
+    figure.legend(handles=marks, loc="outside lower center", ncols=columns)
     return figure
 
 

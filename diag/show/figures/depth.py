@@ -131,12 +131,11 @@ def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
     ax.plot(
         least["layer"],
         least["mean"],
-        marker="o",
+        "o",
         markersize=8,
         markerfacecolor="none",
         markeredgecolor="black",
         markeredgewidth=0.9,
-        linestyle="",
         clip_on=False,
         gid="minimum",
         zorder=4,

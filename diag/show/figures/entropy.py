@@ -47,15 +47,8 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
         bound = bounds[label]
         for column, (word, dashes) in BOUNDS.items():
             if bound[column].notna().any():
-                ax.plot(
-                    bound["layer"],
-                    bound[column],
-                    color="black",
-                    linestyle=dashes,
-                    linewidth=1,
-                    label=word,
-                    gid="bound",
-                )
+                at, ends = bound["layer"], bound[column]
+                ax.plot(at, ends, dashes, color="black", linewidth=1, label=word, gid="bound")
         for metric, drawn in LINES.items():
             line(ax, depth_curve(part, metric), drawn)
         ax.set_ylim(0, 1.06 * highest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,8 +78,7 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
                 ax.plot(
                     place + off - aside + spread,
                     single["difference"],
-                    linestyle="",
-                    marker=".",
+                    ".",
                     markersize=4,
                     markeredgewidth=0,
                     color=look.colour,
@@ -87,15 +87,7 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
                 )
                 at = np.full(len(mean), place + off + aside / 2)
                 ax.vlines(at, mean["ci_low"], mean["ci_high"], color=look.colour, linewidth=1.2)
-                ax.plot(
-                    at,
-                    mean["mean"],
-                    linestyle="",
-                    marker=look.marker,
-                    markersize=5,
-                    color=look.colour,
-                    gid="mean",
-                )
+                ax.plot(at, mean["mean"], look.marker, markersize=5, color=look.colour, gid="mean")
         ax.set_title(f"{letter(panel, len(outcomes))}{outcome}, {BETTER[outcome]}")
         ax.set_ylabel(f"variant − {BASELINE}: {UNITS[outcome]}")
         ax.set_xticks(range(len(patches)), [patch_word(patch, task) for patch in patches])
@@ -138,23 +130,16 @@ def gain_against_baseline(points: pd.DataFrame, relations: pd.DataFrame, *, outc
         extra=0.35,
         columns=len(predictors),
     )
-    places = [(variant, predictor) for variant in variants for predictor in predictors]
+    pearson = relations.query("outcome == @outcome and correlation == 'pearson'")
+    places = itertools.product(variants, predictors)
     for place, ((variant, predictor), ax) in enumerate(zip(places, axes, strict=True)):
         ours = rows[(rows["variant"] == variant) & (rows["predictor"] == predictor)]
         rule(ax)
         for patch, look in zip(patches, looks, strict=True):
             part = at_patch(ours, patch)
-            ax.plot(
-                part["value"], part["gain"], linestyle="", marker=look.marker, markersize=4, color=look.colour
-            )
-        found = relations[
-            (relations["variant"] == variant)
-            & (relations["outcome"] == outcome)
-            & (relations["predictor"] == predictor)
-            & (relations["correlation"] == "pearson")
-        ].set_index("cells")
-        said = _said(found, within=several)
-        ax.set_title(f"{letter(place)}{variant}\n{said}", fontsize=7)
+            ax.plot(part["value"], part["gain"], look.marker, markersize=4, color=look.colour)
+        found = pearson.query("variant == @variant and predictor == @predictor").set_index("cells")
+        ax.set_title(f"{letter(place)}{variant}\n{_said(found, within=several)}", fontsize=7)
         ax.set_xlabel(f"baseline: {PREDICTORS[predictor]}")
         ax.set_ylabel(f"{variant} − {BASELINE}\n{UNITS[outcome]}")
         ax.margins(0.08)

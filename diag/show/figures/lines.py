@@ -87,8 +87,7 @@ def published_points(
         values["layer"].astype(float),
         values["value"].astype(float),
         yerr=values["uncertainty"].astype(float).fillna(0.0),
-        linestyle="",
-        marker=marker,
+        fmt=marker,
         markeredgecolor=colour,
         ecolor=colour,
         elinewidth=0.8,
@@ -98,7 +97,7 @@ def published_points(
     )
 
 
-def published_handle(label: str, *, marker: str = "o") -> Line2D:
+def published_handle(label: str, marker: str = "o") -> Line2D:
     """What stands for published points in a legend."""
     return Line2D([], [], linestyle="", label=label, marker=marker, markeredgecolor=PUBLISHED, **OPEN)
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from diag.errors import UserError, one_of
-from diag.show.figures.lines import published_handle, published_points
+from diag.show.figures.lines import published_points
 from diag.show.figures.tables import shorten
 
 COLUMNS = ("model", "metric", "layer", "value", "uncertainty", "source")
@@ -39,10 +38,6 @@ class Overlay:
         for _, points in self.rows.sort_values("layer").groupby("metric", sort=False):
             places = points["layer"].astype(float) / (self.last if relative else 1)
             published_points(ax, points.assign(layer=places), marker=self.marker)
-
-    def handle(self) -> Line2D:
-        """What stands for it in a legend."""
-        return published_handle(self.label, marker=self.marker)
 
 
 def overlays(published: pd.DataFrame | None, metrics: Collection[str]) -> list[Overlay]:

@@ -12,7 +12,7 @@ from diag.show.figures.lines import BANDS, finite_range, layer_axis, line, lines
 from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
 
-SIDES = {"baseline": ("blue", "o"), "XSA-trained": ("vermillion", "s")}
+SIDES = (DrawnAs("baseline", "blue"), DrawnAs("XSA-trained", "vermillion", "-", "s"))
 
 
 @style()
@@ -36,22 +36,20 @@ def effect(points: pd.DataFrame) -> Figure:
     )
     ax.axhline(0, color=RULE, linewidth=0.7)
     for _, point in points.iterrows():
-        again = point["training_run"] > 1
-        colour = colours[point["label"]]
+        again, colour = point["training_run"] > 1, colours[point["label"]]
+        at = point["similarity_baseline"], point["change"]
         ax.plot(
-            point["similarity_baseline"],
-            point["change"],
-            marker="o",
+            *at,
+            "o",
             markersize=6,
             markeredgecolor=colour,
             markerfacecolor="none" if again else colour,
-            linestyle="",
             gid="published",
         )
         word = f"{point['label']}, training {point['training_run']}" if again else point["label"]
         ax.annotate(
             f"{word}: {point['change']:+.2f}".replace(": -", ": \N{MINUS SIGN}"),
-            (point["similarity_baseline"], point["change"]),
+            at,
             xytext=(7, 0),
             textcoords="offset points",
             fontsize=7,
@@ -70,8 +68,8 @@ def effect(points: pd.DataFrame) -> Figure:
 def trained_similarity(curves: pd.DataFrame) -> Figure:
     """Value similarity over layers of a baseline and its XSA-trained twin, a panel per pair.
 
-    curves: columns pair, side (a key of `SIDES`), layer, mean, ci_low, ci_high (NaN where published), source
-    (empty where measured). All panels share their limits.
+    curves: columns pair, side (a label of `SIDES`), layer, mean, ci_low, ci_high (NaN where published),
+    source (empty where measured). All panels share their limits.
 
     Raises UserError if the table is empty.
     """
@@ -91,10 +89,10 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
     )
     for place, (ax, pair) in enumerate(zip(axes, pairs, strict=True)):
         part = curves[curves["pair"] == pair]
-        for side, (colour, marker) in SIDES.items():
-            curve = part[part["side"] == side].sort_values("layer")
-            line(ax, curve, DrawnAs(side, colour, "-", marker))
-            _mean(ax, curve, OKABE_ITO[colour])
+        for look in SIDES:
+            curve = part[part["side"] == look.label].sort_values("layer")
+            line(ax, curve, look)
+            _mean(ax, curve, OKABE_ITO[str(look.colour)])
         ax.set_ylim(min(0.0, float(curves["mean"].min())), 1.08 * high)
         ax.set_title(letter(place, len(pairs)) + pair)
         ax.set_ylabel("value similarity")

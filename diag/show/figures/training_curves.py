@@ -121,8 +121,7 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
                 ax.plot(
                     chosen["layer"],
                     chosen["changed"],
-                    linestyle="",
-                    marker=look.marker,
+                    look.marker,
                     markersize=3.5,
                     markeredgecolor=look.colour,
                     markeredgewidth=0.8,
