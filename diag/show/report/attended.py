@@ -14,18 +14,10 @@ import pandas as pd
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.results.folder import manifest_in
-from diag.show.report.content import NO_NUMBER, NumberCell
+from diag.show.report.content import GLANCE, NO_NUMBER, NumberCell
 from diag.show.report.maps import number
 
-SPLIT = (
-    "cos_y_vself",
-    "self_part",
-    "context_part",
-    "cos_y_vpartner",
-    "cos_y_vuniform",
-    "excess",
-    "self_weight",
-)
+SPLIT = (*GLANCE, "self_weight")
 """Columns of the split, where they are there."""
 
 PICTURE_BYTES = 2_500_000
@@ -128,14 +120,8 @@ def section_of(attended: AttendFolder) -> AttendSection:
 def _title(manifest: Mapping[str, Any]) -> str:
     """`demo:astronaut · layer 5 · mean over heads · patch in row 2, column 3`, as far as it is known."""
     plan = manifest.get("plan") or {}
-    parts = [
-        str(
-            (manifest.get("input") or {}).get("source")
-            or plan.get("image")
-            or plan.get("text")
-            or "one input"
-        )
-    ]
+    source = (manifest.get("input") or {}).get("source") or plan.get("image") or plan.get("text")
+    parts = [str(source or "one input")]
     if plan.get("layer") is not None:
         parts.append("last layer" if plan["layer"] == -1 else f"layer {plan['layer']}")
     elif plan.get("depth") is not None:
