@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.metrics.registry import GROUPS
 from diag.show.figures.tables import span
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 WIDTH = 80
 

@@ -65,17 +65,8 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
 def bounds_of(rows: pd.DataFrame) -> pd.DataFrame:
     """The bounds of each layer: columns layer, bound (ln T), causal (mean of ln i, i = 2 … T; else NaN)."""
     first = rows.sort_values("layer").drop_duplicates("layer")
-    lengths = pd.to_numeric(first["n_tokens"]).to_numpy(float)
-    excluded = (
-        (first["first_token"] == "excluded").to_numpy() if "first_token" in first else [False] * len(first)
-    )
-    return pd.DataFrame(
-        {
-            "layer": first["layer"].to_numpy(float),
-            "bound": [math.log(length) for length in lengths],
-            "causal": [
-                math.lgamma(length + 1) / (length - 1) if hides and length > 1 else math.nan
-                for length, hides in zip(lengths, excluded, strict=True)
-            ],
-        }
-    )
+    lengths = pd.to_numeric(first["n_tokens"]).astype(float)
+    causal = (lengths + 1).map(math.lgamma) / (lengths - 1)
+    excluded = "first_token" in first and first["first_token"] == "excluded"
+    bounds = {"bound": lengths.map(math.log), "causal": causal.where(excluded & (lengths > 1))}
+    return pd.DataFrame({"layer": first["layer"].astype(float), **bounds}, index=first.index)

@@ -59,11 +59,14 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
     if table.empty:
         raise UserError("there is no learned α to draw", "train a variant with one: gated_xsa")
     task, variants = str(table["task"].iloc[0]), list(dict.fromkeys(table["variant"]))
-    places = [(patch, variant) for variant in variants for patch in patches_of(table)]
-    parts = [at_patch(table[table["variant"] == variant], patch) for patch, variant in places]
-    drawn = [(place, part) for place, part in zip(places, parts, strict=True) if len(part)]
+    drawn = [
+        (patch, variant, part.assign(metric="alpha"))
+        for variant in variants
+        for patch in patches_of(table)
+        if len(part := at_patch(table[table["variant"] == variant], patch))
+    ]
     first, shape = extent_of(table)
-    fields = [field_of(part.assign(metric="alpha"), "alpha", first, shape) for _, part in drawn]
+    fields = [field_of(part, "alpha", first, shape) for _, _, part in drawn]
     limits = colour_range("signed", fields)
     figure, axes = page(
         len(drawn),
@@ -72,7 +75,7 @@ def alpha_maps(table: pd.DataFrame) -> Figure:
         caption=f"{task} · means, {seeds_word(table['n'])} · below 0, a head adds to that part",
         columns=columns_for(len(drawn)),
     )
-    for place, (((patch, variant), _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
+    for place, ((patch, variant, _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
         draw_field(ax, field, "signed", limits, first)
         of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
         ax.set_title(letter(place, len(drawn)) + of)
