@@ -89,15 +89,13 @@ def head_fields(rows: pd.DataFrame) -> tuple[int, list[tuple[MetricEntry, np.nda
     rows: without NaN. Metrics of one scale share their range.
     """
     first, shape = extent_of(rows)
-    entries = [CATALOGUE[metric] for metric in HEAD_METRICS if (rows["metric"] == metric).any()]
-    fields = [field_of(rows, entry.name, first, shape) for entry in entries]
+    shown = [CATALOGUE[metric] for metric in HEAD_METRICS if (rows["metric"] == metric).any()]
+    fields = {entry: field_of(rows, entry.name, first, shape) for entry in shown}
     ranges = {
-        scale: colour_range(
-            scale, [field for entry, field in zip(entries, fields, strict=True) if entry.scale == scale]
-        )
-        for scale in {entry.scale for entry in entries}
+        scale: colour_range(scale, [fields[entry] for entry in shown if entry.scale == scale])
+        for scale in {entry.scale for entry in shown}
     }
-    return first, [(entry, field, ranges[entry.scale]) for entry, field in zip(entries, fields, strict=True)]
+    return first, [(entry, field, ranges[entry.scale]) for entry, field in fields.items()]
 
 
 def extent_of(rows: pd.DataFrame) -> tuple[int, tuple[int, int]]:

@@ -132,8 +132,8 @@ def _look(intervention: str, strength: float, number: int) -> DrawnAs:
 
 def _reach(rows: pd.DataFrame) -> list[pd.Series]:
     """Lengths of the bars below and above the mean; 0 without an interval."""
-    low, high = (rows["mean"] - rows["ci_low"]).fillna(0), (rows["ci_high"] - rows["mean"]).fillna(0)
-    return [low.clip(lower=0), high.clip(lower=0)]
+    lengths = rows["mean"] - rows["ci_low"], rows["ci_high"] - rows["mean"]
+    return [length.fillna(0).clip(lower=0) for length in lengths]
 
 
 def _said(row: pd.Series) -> str:

@@ -292,9 +292,6 @@ def _rows(
 
 
 def _agreed(rows: pd.DataFrame, column: str) -> str:
-    """The value that all rows share, a span of several numbers, or nothing."""
-    if column not in rows or rows[column].isna().all():
-        return ""
-    found = list(dict.fromkeys(rows[column].dropna()))
-    said = [f"{value:g}" if isinstance(value, float) else str(value) for value in found]
-    return ", ".join(said)
+    """The values that the rows have, each once; nothing where they have none."""
+    found = dict.fromkeys(rows[column].dropna()) if column in rows else ()
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in found)
