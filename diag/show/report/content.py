@@ -47,6 +47,8 @@ class NumberCell:
 
 
 NO_NUMBER = NumberCell(None, "–", "")
+Rows = list[tuple[str, tuple[NumberCell, ...]]]
+"""Layer and cells."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,6 @@ class ReportLine:
     tables: tuple[NumberTable, ...]
     maps: tuple[Map, ...]
     heads: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One metric of all lines: the chart, and its numbers as rows of `(layer, cells)`."""
-
-    chart: Chart
-    rows: tuple[tuple[str, tuple[NumberCell, ...]], ...]
 
 
 def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> list[ReportLine]:
@@ -129,8 +123,8 @@ def facts_of(rows: pd.DataFrame, heads: pd.DataFrame) -> tuple[tuple[str, str], 
     return tuple((term, value) for term, value in found.items() if value)
 
 
-def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[Compared]:
-    """Charts over relative depth with one line each; none where there is only one line."""
+def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[tuple[Chart, Rows]]:
+    """A chart of each metric over relative depth with its numbers by layer; none where there is one line."""
     if len(lines) < 2:
         return []
     layers = check_columns(collection.layers)
@@ -158,7 +152,7 @@ def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[Comp
             relative=True,
             rule=1.0 if metric == "self_weight_ratio" else 0.0,
         )
-        found.append(Compared(drawn, tuple(_rows(set().union(*columns), columns))))
+        found.append((drawn, _rows(set().union(*columns), columns)))
     return found
 
 
@@ -283,9 +277,7 @@ def _cell(row: pd.Series) -> NumberCell:
     return NumberCell(round(float(row["mean"]), 6), number(row["mean"]), interval)
 
 
-def _rows(
-    layers: Iterable[int], columns: Sequence[Mapping[int, NumberCell]]
-) -> list[tuple[str, tuple[NumberCell, ...]]]:
+def _rows(layers: Iterable[int], columns: Sequence[Mapping[int, NumberCell]]) -> Rows:
     return [
         (str(layer), tuple(column.get(layer, NO_NUMBER) for column in columns)) for layer in sorted(layers)
     ]

@@ -37,7 +37,7 @@ def page(
     lines = content.lines_of(collection, sentences)
     looks = [section_of(found) for found in attended]
     side_by_side = content.comparison(lines, collection)
-    charts = [*(drawn for line in lines for drawn in line.charts), *(found.chart for found in side_by_side)]
+    charts = [*(drawn for line in lines for drawn in line.charts), *(chart for chart, _ in side_by_side)]
     shown = [*(table.metrics for line in lines for table in line.tables), *(look.metrics for look in looks)]
     metrics = dict.fromkeys(entry.name for entries in shown for entry in entries)
     manifests = [*collection.manifests.items(), *((found.name, found.manifest) for found in attended)]
