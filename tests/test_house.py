@@ -187,10 +187,7 @@ FIGURES = (
     "diag.show.figures.heatmaps",
     "diag.show.figures.write",
     "diag.show.figures.training",
-    "diag.show.figures.alphas",
-    "diag.show.figures.compensation",
     "diag.show.figures.gain",
-    "diag.show.figures.gain_relation",
     "diag.show.figures.training_curves",
 )
 DRAWING = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Dashes = Literal["-", "--", ":"]
+Dashes = Literal["-", "--", ":", "-.", ""]
 
 
 class Place(NamedTuple):
@@ -23,10 +23,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class DrawnAs:
-    """A metric as a line among others: its label there, its Okabe-Ito colour, its dashes and marker."""
+    """How a line among others is drawn: label, Okabe-Ito colour (or any, as a value), dashes and marker."""
 
     label: str = ""
-    colour: str = ""
+    colour: str | tuple[float, float, float] = ""
     dashes: Dashes = "-"
     marker: str = "o"
 

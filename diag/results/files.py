@@ -42,23 +42,25 @@ def json_text(document: Mapping[str, Any]) -> str:
 
 
 def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Calls `write_to` with a temporary name beside `path`, then renames: readers see all of it or nothing.
+    """`replacing`, but raises CannotWrite if the disk is full or the folder cannot be written."""
+    with writing(path):
+        replacing(path, write_to)
 
-    Raises CannotWrite if the disk is full or the folder cannot be written.
-    """
+
+def replacing(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Calls `write_to` with a temporary name beside `path`, then renames: readers see all or nothing."""
     # two machines may have a process of the same number
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_to(temporary)
-            # a file system may find only now that it is full
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_to(temporary)
+        # a file system may find only now that it is full
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

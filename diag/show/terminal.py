@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.metrics.registry import GROUPS
+from diag.show.figures.tables import span
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 WIDTH = 80
 
@@ -46,7 +48,7 @@ def result_table(layers: pd.DataFrame) -> str:
             if name == "cos_y_vself" and spread["ci_low"].notna().any():
                 ends = spread.loc[wide.index, ["ci_low", "ci_high"]].itertuples(index=False)
                 more["95 % CI"] = [f"{_number(low)}–{_number(high)}" for low, high in ends]
-            if _width(cells | more) > WIDTH:
+            if len(aligned(cells | more)[0]) > WIDTH:
                 break
             cells |= more
             legend |= {f"{heading}: {meaning}": None} if meaning else {}
@@ -56,28 +58,21 @@ def result_table(layers: pd.DataFrame) -> str:
 
 
 def _title(part: pd.DataFrame) -> list[str]:
-    first, sizes = part.iloc[0], part["n_tokens"]
-    size = str(sizes.min()) if sizes.min() == sizes.max() else f"{sizes.min()}–{sizes.max()}"
-    title = [first["model"], first["tower"], f"{first['tokens']} tokens (T = {size})"]
+    first = part.iloc[0]
+    title = [first["model"], first["tower"], f"{first['tokens']} tokens (T = {span(part['n_tokens'])})"]
     title += [f"n = {part['n'].max()}", f"values {first['values']}"]
     if first.get("intervention", "none") != "none":
         title.append(f"with {first['intervention']}")
     return [*title, "t=0 excluded"] if first["first_token"] == "excluded" else title
 
 
-def _widths(cells: Mapping[str, Sequence[str]]) -> list[int]:
-    return [max(len(heading), *map(len, column)) for heading, column in cells.items()]
-
-
-def _width(cells: Mapping[str, Sequence[str]]) -> int:
-    return sum(_widths(cells)) + len(cells) - 1
-
-
-def aligned(cells: Mapping[str, Sequence[str]]) -> list[str]:
+def aligned(
+    cells: Mapping[str, Sequence[str]], justify: Callable[[str, int], str] = str.rjust, between: str = " "
+) -> list[str]:
     """Columns under their headings, aligned on the right."""
     lines = [tuple(cells), *zip(*cells.values(), strict=True)]
-    widths = _widths(cells)
-    return [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    widths = [max(len(heading), *map(len, column)) for heading, column in cells.items()]
+    return [between.join(map(justify, line, widths)) for line in lines]
 
 
 def _filled(parts: Sequence[str], between: str) -> list[str]:
@@ -90,13 +85,8 @@ def _filled(parts: Sequence[str], between: str) -> list[str]:
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as aligned columns."""
-    heads = list(rows[0])
-    cells = [[("" if row[head] is None else str(row[head])) for head in heads] for row in rows]
-    widths = [max(len(head), *(len(line[i]) for line in cells)) for i, head in enumerate(heads)]
-    lines = [heads, *cells]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    cells = {head: ["" if row[head] is None else str(row[head]) for row in rows] for head in rows[0]}
+    return "\n".join(line.rstrip() for line in aligned(cells, str.ljust, "  "))
 
 
 class StderrListener:

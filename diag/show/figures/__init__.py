@@ -7,8 +7,9 @@ writeup in `diag.studies.writeup.drawing`. Nothing heavy is imported before some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from diag.results.files import file_stem, free_stem
@@ -19,41 +20,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _layer_curves(layers: pd.DataFrame) -> Figure:
-    from diag.show.figures.curves import layer_curves
-
-    return layer_curves(layers)
-
-
-def _model_comparison(layers: pd.DataFrame) -> Figure:
-    from diag.show.figures.curves import model_comparison
-
-    return model_comparison(layers)
-
-
-def _head_heatmaps(heads: pd.DataFrame) -> Figure:
-    from diag.show.figures.heatmaps import head_heatmaps
-
-    return head_heatmaps(heads)
-
-
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: the table it takes (`layers` or `heads`), the metrics it shows, and how it is drawn.
+    """A figure: the table it takes (`layers` or `heads`), the metrics it shows, and where it is drawn.
 
     `compares`: it takes the rows of several models; otherwise those of one (model, tower, tokens).
     """
 
     table: str
     metrics: tuple[str, ...]
-    draw: Callable[[pd.DataFrame], Figure]
+    function: str
     compares: bool = False
+
+    def draw(self, rows: pd.DataFrame) -> Figure:
+        """The figure of these rows."""
+        figure: Figure = resolve_name(f"diag.show.figures.{self.function}")(rows)
+        return figure
 
 
 FIGURES: dict[str, Drawing] = {
-    "curves": Drawing("layers", CURVE_METRICS, _layer_curves),
-    "heads": Drawing("heads", HEAD_METRICS, _head_heatmaps),
-    "comparison": Drawing("layers", COMPARISON_METRICS, _model_comparison, compares=True),
+    "curves": Drawing("layers", CURVE_METRICS, "curves:layer_curves"),
+    "heads": Drawing("heads", HEAD_METRICS, "heatmaps:head_heatmaps"),
+    "comparison": Drawing("layers", COMPARISON_METRICS, "curves:model_comparison", compares=True),
 }
 
 

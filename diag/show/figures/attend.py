@@ -6,8 +6,7 @@ arrays by model. Texts are drawn by `diag.show.figures.strip`.
 
 from __future__ import annotations
 
-import string
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -22,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE
+from diag.show.figures.page import letter
 from diag.show.figures.strip import heat_strip
 from diag.show.figures.style import COLOUR_MAPS, OKABE_ITO, PAGE_WIDTH, RULE, style
 from diag.show.figures.tables import shorten
@@ -42,10 +42,7 @@ PARTS = {
     "along its own value": OKABE_ITO["blue"],
     "exclusive": "#c8c8c8",
 }
-NULLS = {
-    name: (CATALOGUE[name].heading, CATALOGUE[name].line.dashes)
-    for name in ("cos_y_vuniform", "cos_y_vpartner")
-}
+NULLS = ("cos_y_vuniform", "cos_y_vpartner")
 MAPS = {"value_cosine": "Value cosine cos(vⱼ, vᵢ)", "times_uniform": "Attention Aᵢⱼ / uniform"}
 
 LEFT, GAP, SWATCHES, PICTURE = 0.1, 0.14, 0.34, 1.75
@@ -70,6 +67,7 @@ def draw_attended(
     }
 
 
+@style()
 def similarity_maps(tokens: pd.DataFrame, pictures: Pictures) -> Figure:
     """A row per model: the image with the target outlined, value cosines, attention relative to uniform.
 
@@ -78,33 +76,28 @@ def similarity_maps(tokens: pd.DataFrame, pictures: Pictures) -> Figure:
 
     Raises UserError if the table holds no patches.
     """
-    parts = parts_of(with_times_uniform(_vision(tokens)))
+    parts = _parts(tokens)
     norms = scales(pd.concat(parts.values()))
     beside = SWATCHES if (tokens["kind"] != "patch").any() else 0.0
     side = (PAGE_WIDTH - 2 * LEFT - 2 * GAP - 2 * beside) / 3
     across = [LEFT, LEFT + side + GAP, LEFT + 2 * (side + GAP) + beside]
-    heights = [side * pictures[model].shape[0] / pictures[model].shape[1] for model in parts]
-    total = 0.5 + sum(height + ROW for height in heights) + 0.4
-    with style():
-        figure = blank(total, "Whose values are like the target's, and where the target attends", tokens)
-        top = total - 0.5
-        for letter, (model, part), height in zip(_letters(parts), parts.items(), heights, strict=True):
-            _heading(figure, top, letter, model)
-            row = [_axes(figure, top - 0.37, x, side, height) for x in across]
-            grid = _grid(part)
-            _picture(row[0], pictures[model], grid)
-            row[0].set_title(_where(part), fontweight="normal")
-            for ax, (quantity, title) in zip(row[1:], MAPS.items(), strict=True):
-                _map(ax, part, grid, quantity, norms[quantity])
-                ax.set_title(title, fontweight="normal")
-            for ax in row:
-                _outline(ax, _target(part), TARGET, 1.4)
-            top -= height + ROW
-        for x, quantity in zip(across[1:], MAPS, strict=True):
-            colour_bar(figure, _axes(figure, 0.46, x, side, 0.08), quantity, norms[quantity])
+    heights = {model: side * pictures[model].shape[0] / pictures[model].shape[1] for model in parts}
+    total = 0.5 + sum(height + ROW for height in heights.values()) + 0.4
+    figure = blank(total, "Whose values are like the target's, and where the target attends", tokens)
+    for model, height, place in _rows(figure, heights, ROW):
+        part, titles = parts[model], (_where(parts[model]), *MAPS.values())
+        row = [place(x, side, height, title) for x, title in zip(across, titles, strict=True)]
+        _picture(row[0], pictures[model], _grid(part))
+        for ax, quantity in zip(row[1:], MAPS, strict=True):
+            _map(ax, part, quantity, norms[quantity])
+        for ax in row:
+            _outline(ax, _target(part), TARGET, 1.4)
+    for x, quantity in zip(across[1:], MAPS, strict=True):
+        colour_bar(figure, _axes(figure, 0.46, x, side, 0.08), quantity, norms[quantity])
     return figure
 
 
+@style()
 def most_attended(
     tokens: pd.DataFrame, decomposition: pd.DataFrame, pictures: Pictures, *, top: int = 10
 ) -> Figure:
@@ -115,49 +108,39 @@ def most_attended(
 
     Raises UserError if the table holds no patches.
     """
-    parts = parts_of(with_times_uniform(_vision(tokens)))
+    parts = _parts(tokens)
     shown = {model: part[part["rank"] <= top].sort_values("rank") for model, part in parts.items()}
     numbers = {model: _head(decomposition, part) for model, part in parts.items()}
     cosines = _reach(rows["value_cosine"] for rows in shown.values())
     bias = _reach(row[["cos_y_vself", "self_part", "context_part", *NULLS]] for row in numbers.values())
     bars = 0.14 * max(5, *map(len, shown.values())) + 0.1
     pictured = {model: PICTURE * pictures[model].shape[0] / pictures[model].shape[1] for model in parts}
-    heights = [max(bars, pictured[model]) for model in parts]
-    total = 0.5 + sum(height + ROW + 0.15 for height in heights) + 0.3
-    with style():
-        figure = blank(
-            total, "The tokens that the target attends to most, and what attention returns", tokens
-        )
-        top = total - 0.5
-        for letter, (model, part), height in zip(_letters(parts), parts.items(), heights, strict=True):
-            _heading(figure, top, letter, model)
-            place = partial(_axes, figure, top - 0.37)
-            picture = place(LEFT, PICTURE, pictured[model])
-            _attended_picture(picture, pictures[model], part, shown[model])
-            picture.set_title(_where(part), fontweight="normal")
-            weights = place(2.5, 1.0, height)
-            _bars(weights, shown[model], "weight", OKABE_ITO["purple"])
-            weights.axvline(1 / len(part), color="0.1", linewidth=1.0, linestyle=":")
-            weights.set_title("Weight Aᵢⱼ", fontweight="normal")
-            values = place(3.68, 1.0, height)
-            _bars(values, shown[model], "value_cosine", ATTENDED)
-            values.set_xlim(*cosines)
-            values.set_yticklabels([])
-            values.set_title("Value cosine", fontweight="normal")
-            split = place(4.88, PAGE_WIDTH - 4.88 - LEFT - 0.05, height)
-            lines = _split(split, numbers[model], bias)
-            split.set_title("Output yᵢ of the target", fontweight="normal")
-            top -= height + ROW + 0.15
-        handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in PARTS.items()]
-        names = [*PARTS, *(name for name, _ in NULLS.values())]
-        figure.legend(
-            [*handles, *lines],
-            names,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 0.07 / total),
-            ncols=6,
-            columnspacing=1.1,
-        )
+    heights = {model: max(bars, pictured[model]) for model in parts}
+    total = 0.5 + sum(height + ROW + 0.15 for height in heights.values()) + 0.3
+    figure = blank(total, "The tokens that the target attends to most, and what attention returns", tokens)
+    for model, height, place in _rows(figure, heights, ROW + 0.15):
+        part = parts[model]
+        picture = place(LEFT, PICTURE, pictured[model], _where(part))
+        _attended_picture(picture, pictures[model], part, shown[model])
+        weights = place(2.5, 1.0, height, "Weight Aᵢⱼ")
+        _bars(weights, shown[model], "weight", OKABE_ITO["purple"])
+        weights.axvline(1 / len(part), color="0.1", linewidth=1.0, linestyle=":")
+        values = place(3.68, 1.0, height, "Value cosine")
+        _bars(values, shown[model], "value_cosine", ATTENDED)
+        values.set_xlim(*cosines)
+        values.set_yticklabels([])
+        split = place(4.88, PAGE_WIDTH - 4.88 - LEFT - 0.05, height, "Output yᵢ of the target")
+        lines = _split(split, numbers[model], bias)
+    handles = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in PARTS.items()]
+    names = [*PARTS, *(CATALOGUE[name].heading for name in NULLS)]
+    figure.legend(
+        [*handles, *lines],
+        names,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.07 / total),
+        ncols=6,
+        columnspacing=1.1,
+    )
     return figure
 
 
@@ -168,32 +151,35 @@ def token_name(token: pd.Series) -> str:
     return f"({token['row']}, {token['col']})" if token["kind"] == "patch" else str(token["kind"])
 
 
-def _vision(tokens: pd.DataFrame) -> pd.DataFrame:
+def _parts(tokens: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if not (tokens["kind"] == "patch").any():
         raise UserError("the table holds no patches to draw on an image", "texts are drawn by heat_strip")
-    return tokens
+    return parts_of(with_times_uniform(tokens))
 
 
-def _heading(figure: Figure, top: float, letter: str, model: str) -> None:
-    """The model's name above its row; `top` in inches from below."""
-    y = (top - 0.1) / figure.get_figheight()
-    name = f"({letter}) {shorten(model, 80)}"
-    figure.text(LEFT / PAGE_WIDTH, y, name, fontsize=8, fontweight="bold", va="center")
+def _rows(
+    figure: Figure, heights: Mapping[str, float], room: float
+) -> Iterator[tuple[str, float, Callable[..., Axes]]]:
+    """Each model, under its name, with the height of its row and `_axes` that begin there. In inches."""
+    total = figure.get_figheight()
+    top = total - 0.5
+    for number, (model, height) in enumerate(heights.items()):
+        name = letter(number) + shorten(model, 80)
+        figure.text(LEFT / PAGE_WIDTH, (top - 0.1) / total, name, fontsize=8, fontweight="bold", va="center")
+        yield model, height, partial(_axes, figure, top - 0.37)
+        top -= height + room
 
 
-def _axes(figure: Figure, top: float, left: float, width: float, height: float) -> Axes:
+def _axes(figure: Figure, top: float, left: float, width: float, height: float, title: str = "") -> Axes:
     """Axes by their place in inches; `top` from below."""
     total = figure.get_figheight()
-    return figure.add_axes((left / PAGE_WIDTH, (top - height) / total, width / PAGE_WIDTH, height / total))
+    ax = figure.add_axes((left / PAGE_WIDTH, (top - height) / total, width / PAGE_WIDTH, height / total))
+    ax.set_title(title, fontweight="normal")
+    return ax
 
 
 def _where(part: pd.DataFrame) -> str:
     return "{} × {} patches, target {}".format(*_grid(part), _target(part))
-
-
-def _letters(parts: Mapping[str, pd.DataFrame]) -> list[str]:
-    letters = string.ascii_lowercase
-    return [letters[place] if place < len(letters) else str(place + 1) for place in range(len(parts))]
 
 
 def _grid(part: pd.DataFrame) -> tuple[int, int]:
@@ -212,9 +198,9 @@ def _head(decomposition: pd.DataFrame, part: pd.DataFrame) -> pd.Series:
     return decomposition[alike].iloc[0]
 
 
-def _reach(numbers: object) -> tuple[float, float]:
+def _reach(numbers: Iterable[pd.DataFrame | pd.Series]) -> tuple[float, float]:
     """Common limits: 0 to 1, and further down where a number is negative."""
-    low = min(float(np.nanmin(part.to_numpy(float), initial=0.0)) for part in numbers)  # type: ignore[attr-defined]
+    low = min(float(np.nanmin(part.to_numpy(float), initial=0.0)) for part in numbers)
     return (1.08 * low - 0.02 if low < 0 else 0.0), 1.03
 
 
@@ -225,9 +211,9 @@ def _picture(ax: Axes, picture: np.ndarray, grid: tuple[int, int]) -> None:
     _bare(ax)
 
 
-def _map(ax: Axes, part: pd.DataFrame, grid: tuple[int, int], quantity: str, norm: Normalize) -> None:
+def _map(ax: Axes, part: pd.DataFrame, quantity: str, norm: Normalize) -> None:
     """One colour per patch; class and register tokens as squares on the right."""
-    patches = part[part["kind"] == "patch"]
+    patches, grid = part[part["kind"] == "patch"], _grid(part)
     field = np.full(grid, np.nan)
     field[patches["row"].to_numpy(int), patches["col"].to_numpy(int)] = patches[quantity].to_numpy(float)
     extent, colours = (0, grid[1], grid[0], 0), COLOUR_MAPS[quantity]
@@ -314,16 +300,17 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
         ax.barh(1, part, left=start[part >= 0], color=PARTS[name], height=0.42)
         start[part >= 0] += part
     nulls = [
-        Line2D([numbers[column]] * 2, [0.66, 1.34], color="black", linewidth=1.2, linestyle=dashes)
-        for column, (_, dashes) in NULLS.items()
+        ax.plot([numbers[name]] * 2, [0.66, 1.34], CATALOGUE[name].line.dashes, color="black", linewidth=1.2)[
+            0
+        ]
+        for name in NULLS
     ]
-    for line in nulls:
-        ax.add_line(line)
     energy = float(numbers["removed_energy"])
     ax.barh(0, energy, color=PARTS["along its own value"], height=0.42)
     ax.barh(0, 1 - energy, left=energy, color=PARTS["exclusive"], height=0.42)
     ax.vlines([0, 0], [-0.28, 0.72], [0.24, 1.28], color=RULE, linewidth=0.7)  # not through the words
-    bias, own, context = (_signed(float(numbers[c])) for c in ("cos_y_vself", "self_part", "context_part"))
+    shown = numbers[["cos_y_vself", "self_part", "context_part"]]
+    bias, own, context = (f"{float(number):.2f}".replace("-", "−") for number in shown)
     context = context.replace("−", "− ") if context.startswith("−") else f"+ {context}"
     said = f"cos(yᵢ, vᵢ) = {bias} = {own} {context}"
     for place, text in ((1.42, said), (0.28, f"‖yᵢ‖² in shares: {energy:.2f} + {1 - energy:.2f}")):
@@ -335,7 +322,3 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     return nulls
-
-
-def _signed(number: float) -> str:
-    return f"{number:.2f}".replace("-", "−")

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn
+from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, published_handle, rule
 from diag.show.figures.overlay import overlays
 from diag.show.figures.page import legend_size, letter, page
-from diag.show.figures.panels import COMPARISON, COMPARISON_METRICS, CURVE_METRICS, CURVES, Panel
-from diag.show.figures.style import (
-    BESIDE_ORDERED,
-    DASHES,
-    LINE_COLOURS,
-    MARKERS,
-    OKABE_ITO,
-    RULE,
-    Colour,
-    shades_of,
-    style,
-)
+from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, CURVES
+from diag.show.figures.style import BESIDE_ORDERED, DASHES, LINE_COLOURS, MARKERS, RULE, shades_of, style
 from diag.show.figures.tables import (
     CONDITIONS,
     LABEL,
@@ -33,6 +24,7 @@ from diag.show.figures.tables import (
     check_columns,
     compared_metrics,
     drawable,
+    last_layer,
     one_selection,
     patch_size_of,
     profile,
@@ -48,6 +40,7 @@ LONE_MARKERS = {"-": "o", "--": "D", ":": "x"}
 """What tells lines without markers apart where there is only one layer, and so no line."""
 
 
+@style()
 def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """The diagnostics of one model over depth: bias with its nulls, its split, similarities, attention.
 
@@ -61,33 +54,36 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     """
     rows = drawable(check_columns(layers), CURVE_METRICS, "layer curves")
     one_selection(rows, "layer curves")
-    panels = [panel for panel in CURVES if not rows_of(rows, (one.metric for one in panel.lines)).empty]
-    cosines = {one.metric for panel in panels if not panel.unit_interval for one in panel.lines}
-    known = [overlay for found in overlays(published) if len((overlay := found.of(CURVE_METRICS)).rows)]
-    shown = [overlay.of(cosines).rows for overlay in known]
-    limits = _cosine_limits(rows_of(rows, cosines), shown)
+    panels = [panel for panel in CURVES if not rows_of(rows, panel.lines).empty]
+    cosines = {metric for panel in panels if not panel.unit_interval for metric in panel.lines}
+    known = overlays(published, CURVE_METRICS)
+    limits = _cosine_limits(rows_of(rows, cosines), [overlay.of(cosines).rows for overlay in known])
     deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
-    with style():
-        model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
-        room = 0.15 * len(known) + 0.1 if known else 0.0
-        figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
-        drawn: set[str] = set()
-        for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
-            _draw_panel(ax, panel, rows)
-            fresh = {one.metric for one in panel.lines} - drawn  # a metric of two panels once
-            for overlay in known:
-                overlay.of(fresh).draw(ax)
-            drawn |= fresh
-            ax.set_title(letter(place) + panel.title)
-            ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
-            ax.set_ylabel(panel.y_label)
-            layer_axis(ax, deep)
-        _legends(axes)
-        if known:
-            figure.legend(handles=[overlay.handle() for overlay in known], loc="outside lower center")
+    model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
+    room = 0.15 * len(known) + 0.1 if known else 0.0
+    figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
+    drawn: set[str] = set()
+    for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
+        for metric, look in panel.lines.items():
+            _draw_line(ax, profile(rows, metric), look)
+        if not panel.unit_interval:
+            rule(ax)
+        fresh = {*panel.lines} - drawn  # a metric of two panels once
+        for overlay in known:
+            overlay.of(fresh).draw(ax)
+        drawn |= fresh
+        ax.set_title(letter(place) + panel.title)
+        ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
+        ax.set_ylabel(panel.y_label)
+        layer_axis(ax, deep)
+    _legends(axes)
+    if known:
+        marks = [published_handle(overlay.label, overlay.marker) for overlay in known]
+        figure.legend(handles=marks, loc="outside lower center")
     return figure
 
 
+@style()
 def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Small multiples: one panel per metric, one line per model over relative depth, layer / (last layer).
 
@@ -102,83 +98,62 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     """
     rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
     entries = _entries(rows)
-    metrics = compared_metrics([entry.rows for entry in entries])
-    with style():
-        # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
-        columns, legend_height = legend_size([entry.label for entry in entries])
-        known = [overlay.of(metrics) for overlay in overlays(published)]
-        known = [overlay for overlay in known if not overlay.rows.empty]
-        figure, axes = page(
-            len(metrics),
-            row_height=2.1,
-            title="Comparison over relative depth",
-            caption=caption(rows, bands=BANDS),
-            extra=legend_height + 0.15 * len(known),
-        )
-        for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
-            title, y_label = COMPARISON[metric]
-            for entry in entries:
-                curve = profile(entry.rows, metric)
-                curve["layer"] /= entry.last
-                _draw_line(ax, curve, entry.label, entry.colour, entry.dashes, entry.marker)
-            for overlay in known:
-                overlay.of([metric]).draw(ax, relative=True)
-            if metric == "self_weight_ratio":
-                ax.axhline(1, color=RULE, linewidth=0.7, linestyle=":")  # uniform attention
-            elif ax.get_ylim()[0] < 0:
-                ax.axhline(0, color=RULE, linewidth=0.7)
-            ax.set_title(letter(place) + title)
-            ax.set_ylabel(y_label)
-            ax.set_xlabel("relative depth")
-            ax.set_xlim(-0.03, 1.03)
-        handles = lines_drawn(axes)
-        shown = [entry.label for entry in entries if entry.label in handles]
-        marks = [*(handles[label] for label in shown), *(overlay.handle() for overlay in known)]
-        names = [*shown, *(overlay.label for overlay in known)]
-        figure.legend(marks, names, loc="outside lower center", ncols=columns)
+    metrics = compared_metrics([part for part, _ in entries])
+    # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
+    columns, legend_height = legend_size([look.label for _, look in entries])
+    known = overlays(published, metrics)
+    figure, axes = page(
+        len(metrics),
+        row_height=2.1,
+        title="Comparison over relative depth",
+        caption=caption(rows, bands=BANDS),
+        extra=legend_height + 0.15 * len(known),
+    )
+    for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
+        title, y_label = CATALOGUE[metric].panel
+        for part, look in entries:
+            curve = profile(part, metric)
+            curve["layer"] /= last_layer(part)
+            _draw_line(ax, curve, look)
+        for overlay in known:
+            overlay.of([metric]).draw(ax, relative=True)
+        if metric == "self_weight_ratio":
+            ax.axhline(1, color=RULE, linewidth=0.7, linestyle=":")  # uniform attention
+        elif ax.get_ylim()[0] < 0:
+            ax.axhline(0, color=RULE, linewidth=0.7)
+        ax.set_title(letter(place) + title)
+        ax.set_ylabel(y_label)
+        ax.set_xlabel("relative depth")
+        ax.set_xlim(-0.03, 1.03)
+    handles = lines_drawn(axes)
+    marks = [handles[look.label] for _, look in entries if look.label in handles]
+    marks += [published_handle(overlay.label, overlay.marker) for overlay in known]
+    figure.legend(handles=marks, loc="outside lower center", ncols=columns)
     return figure
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One line of the comparison, with how it is drawn."""
-
-    rows: pd.DataFrame
-    label: str
-    colour: Colour
-    dashes: str
-    marker: str
-
-    @property
-    def last(self) -> float:
-        """What stands at relative depth 1: the model's last layer where the table knows it, else the last
-        measured one. A model of one layer stands at 0.
-        """
-        counted = self.rows["layer_count"].max() - 1 if "layer_count" in self.rows else 0
-        return max(float(self.rows["layer"].max()), float(counted), 1.0)
-
-
-def _entries(rows: pd.DataFrame) -> list[_Entry]:
+def _entries(rows: pd.DataFrame) -> list[tuple[pd.DataFrame, DrawnAs]]:
+    """The rows of each line of a comparison, with how it is drawn."""
     parts = [one_selection(part, "each line of a comparison") for part in selections(rows)]
-    patches = [patch_size_of(part) for part in parts]
-    if set(patches) == {None} and rows["model"].nunique() == 1:
-        patches = [_few_first(part) for part in parts]
-    shades = shades_of(patches)
+    patch_of = patch_size_of
+    if rows["model"].nunique() == 1 and all(patch_size_of(part) is None for part in parts):
+        patch_of = _few_first
+    shades = shades_of([patch_of(part) for part in parts])
     if shades:  # coarse to fine, then the models without patches
-        order = sorted(range(len(parts)), key=lambda index: -(patches[index] or 0))
-        parts, patches = [parts[index] for index in order], [patches[index] for index in order]
-    palette = [OKABE_ITO[name] for name in BESIDE_ORDERED] if shades else LINE_COLOURS
+        parts.sort(key=lambda part: -(patch_of(part) or 0))
+    palette = BESIDE_ORDERED if shades else LINE_COLOURS
     labels = _numbered([_label(part, rows) for part in parts])
-    entries: list[_Entry] = []
+    entries = []
     plain = 0  # lines so far that are not on the map
-    for index, (part, patch, label) in enumerate(zip(parts, patches, labels, strict=True)):
+    for index, (part, label) in enumerate(zip(parts, labels, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
-        if patch in shades:
-            entries.append(_Entry(part, label, shades[patch], "-", marker))
+        if (patch := patch_of(part)) in shades:
+            look = DrawnAs(label, shades[patch], "-", marker)
         else:
             dashes = DASHES[(plain // len(palette) + bool(shades)) % len(DASHES)]
-            entries.append(_Entry(part, label, palette[plain % len(palette)], dashes, marker))
+            look = DrawnAs(label, palette[plain % len(palette)], dashes, marker)
             plain += 1
+        entries.append((part, look))
     return entries
 
 
@@ -215,19 +190,11 @@ def _numbered(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _draw_panel(ax: Axes, panel: Panel, rows: pd.DataFrame) -> None:
-    for shown in panel.lines:
-        curve = profile(rows, shown.metric)
-        _draw_line(ax, curve, shown.label, OKABE_ITO[shown.colour], shown.dashes, shown.marker)
-    if not panel.unit_interval:
-        ax.axhline(0, color=RULE, linewidth=0.7, zorder=1)
-
-
-def _draw_line(ax: Axes, curve: pd.DataFrame, label: str, colour: Colour, dashes: str, marker: str) -> None:
+def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs) -> None:
     """`line`, but where there is only one layer, and so no line, its dashes become a marker."""
     if len(curve) == 1:
-        marker, dashes = marker or LONE_MARKERS[dashes], ""
-    line(ax, curve, label=label, colour=colour, dashes=dashes, marker=marker)
+        look = replace(look, marker=look.marker or LONE_MARKERS[look.dashes], dashes="")
+    line(ax, curve, look)
 
 
 def _legends(axes: Sequence[Axes]) -> None:
@@ -242,7 +209,7 @@ def _legends(axes: Sequence[Axes]) -> None:
             ax.legend(loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + above, ncols=2)
 
 
-def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame] = ()) -> tuple[float, float]:
+def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame]) -> tuple[float, float]:
     """Common limits of the panels of cosines: all means and intervals, and zero, with a margin."""
     ends = [part["value"] + sign * part["uncertainty"].fillna(0) for part in published for sign in (-1, 1)]
     numbers = pd.concat([*(rows[name] for name in ("mean", "ci_low", "ci_high")), *ends]).astype(float)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from diag.metrics.catalogue import CATALOGUE, entry_of
+from diag.metrics.catalogue import CATALOGUE, DrawnAs, entry_of
 from diag.show.figures.lines import (
     BANDS,
     depth_curve,
@@ -22,6 +23,7 @@ from diag.show.figures.lines import (
     lines_of,
     published_handle,
     published_points,
+    rule,
 )
 from diag.show.figures.page import columns_for, page
 from diag.show.figures.panels import CURVES
@@ -34,10 +36,11 @@ METRICS = ("cos_y_vself", "value_similarity", "self_weight")
 LABELS = {name: CATALOGUE[name].labelled for name in METRICS} | {
     "value_similarity": "value similarity cos(vᵢ, vⱼ)"
 }
-COLOURS = {name: CATALOGUE[name].line.colour for name in METRICS}
+COLOURS = tuple(CATALOGUE[name].line.colour for name in METRICS)
 MARKERS = "oDs^vP"
 
 
+@style()
 def depth_profiles(
     layers: pd.DataFrame, published: pd.DataFrame | None = None, *, metrics: Sequence[str] = METRICS
 ) -> Figure:
@@ -54,48 +57,48 @@ def depth_profiles(
     known = _of_lines(published, rows, metrics)
     parts = lines_of(rows)
     shown = [metric for metric in metrics if not rows_of(rows, [metric]).empty]
+    looks = {metric: _look(metric, number) for number, metric in enumerate(shown)}
     low, high = _limits(rows, known)
     said = caption(rows, bands=BANDS)
     if len(known):
         # values, not a second measurement: what they are comes with the figure
         said += f"\nopen points: published values, {', '.join(dict.fromkeys(known['source']))}"
-    with style():
-        legend = 0.2 * math.ceil((len(shown) + 2) / 3) + 0.1
-        figure, axes = page(
-            len(parts),
-            row_height=2.15,
-            title="Profiles over depth",
-            caption=said,
-            extra=legend,
-            columns=columns_for(len(parts)),
-        )
-        for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
-            for number, metric in enumerate(shown):
-                colour, marker = _looks(metric, number)
-                theirs = known[(known["label"] == label) & (known["metric"] == metric)]
-                # under open points, a line's own markers would look like some of them filled
-                own = "" if len(theirs) else marker
-                line(ax, depth_curve(part, metric), label=_word(metric), colour=colour, marker=own)
-                published_points(ax, theirs, colour=colour, marker=marker)
-            ax.set_ylim(low, high)
-            _mark_minimum(ax, depth_curve(part, shown[0]))
-            ax.set_title(heading(place, label, part, len(parts)))
-            ax.set_ylabel("cosine, weight")
-            # a model with more published than measured layers shows all of them
-            layer_axis(
-                ax, pd.concat([part["layer"], known.loc[known["label"] == label, "layer"].astype(float)])
-            )
-            if low < 0:
-                ax.axhline(0, color=RULE, linewidth=0.7, zorder=1)
-        _legend(figure, axes, shown, published=len(known) > 0)
+    legend = 0.2 * math.ceil((len(shown) + 2) / 3) + 0.1
+    figure, axes = page(
+        len(parts),
+        row_height=2.15,
+        title="Profiles over depth",
+        caption=said,
+        extra=legend,
+        columns=columns_for(len(parts)),
+    )
+    for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
+        for metric, look in looks.items():
+            theirs = known[(known["label"] == label) & (known["metric"] == metric)]
+            # under open points, a line's own markers would look like some of them filled
+            line(ax, depth_curve(part, metric), replace(look, marker="") if len(theirs) else look)
+            published_points(ax, theirs, colour=look.colour, marker=look.marker)
+        ax.set_ylim(low, high)
+        _mark_minimum(ax, depth_curve(part, shown[0]))
+        ax.set_title(heading(place, label, part, len(parts)))
+        ax.set_ylabel("cosine, weight")
+        # a model with more published than measured layers shows all of them
+        layer_axis(ax, pd.concat([part["layer"], known.loc[known["label"] == label, "layer"].astype(float)]))
+        if low < 0:
+            rule(ax)
+    handles = lines_drawn(axes)
+    ring = Line2D([], [], marker="o", markersize=7, markerfacecolor="none", color="black", linestyle="")
+    named = {look.label: handles[look.label] for look in looks.values()}
+    named[f"minimum of {'the bias' if shown[0] == 'cos_y_vself' else looks[shown[0]].label}"] = ring
+    if len(known):
+        named["published"] = published_handle("published")
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3)
     return figure
 
 
 def _of_lines(published: pd.DataFrame | None, rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     if published is None or published.empty:
-        return pd.DataFrame(
-            {name: [] for name in ("label", "metric", "layer", "value", "uncertainty", "source")}
-        )
+        return pd.DataFrame(columns=["label", "metric", "layer", "value", "uncertainty", "source"])
     return published[published["label"].isin(lines_of(rows)) & published["metric"].isin(list(metrics))]
 
 
@@ -109,15 +112,12 @@ def _limits(rows: pd.DataFrame, known: pd.DataFrame) -> tuple[float, float]:
     return (low - margin, high + 3.5 * margin)
 
 
-def _looks(metric: str, number: int) -> tuple[str, str]:
-    spare = [name for name in OKABE_ITO if name not in (*COLOURS.values(), "yellow")]
-    name = COLOURS.get(metric) or spare[number % len(spare)]
-    return OKABE_ITO[name], MARKERS[number % len(MARKERS)]
-
-
-def _word(metric: str) -> str:
-    names = {line.metric: line.label for panel in CURVES for line in panel.lines}
-    return LABELS.get(metric) or names.get(metric) or entry_of(metric).heading
+def _look(metric: str, number: int) -> DrawnAs:
+    names = {name: look.label for panel in CURVES for name, look in panel.lines.items()}
+    label = LABELS.get(metric) or names.get(metric) or entry_of(metric).heading
+    spare = [name for name in OKABE_ITO if name not in (*COLOURS, "yellow")]
+    colour = CATALOGUE[metric].line.colour if metric in METRICS else spare[number % len(spare)]
+    return DrawnAs(label, OKABE_ITO[str(colour)], "-", MARKERS[number % len(MARKERS)])
 
 
 def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
@@ -131,12 +131,11 @@ def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
     ax.plot(
         least["layer"],
         least["mean"],
-        marker="o",
+        "o",
         markersize=8,
         markerfacecolor="none",
         markeredgecolor="black",
         markeredgewidth=0.9,
-        linestyle="",
         clip_on=False,
         gid="minimum",
         zorder=4,
@@ -145,15 +144,3 @@ def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
     side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
     said = f"min {least['mean']:.3f}, layer {least['layer']:.0f}".replace("-", "\N{MINUS SIGN}")
     ax.annotate(said, (least["layer"], top), fontsize=6.5, ha=side, va="bottom", gid="minimum")
-
-
-def _legend(figure: Figure, axes: Sequence[Axes], shown: Sequence[str], *, published: bool) -> None:
-    handles = lines_drawn(axes)
-    ring = Line2D([], [], marker="o", markersize=7, markerfacecolor="none", color="black", linestyle="")
-    names = [_word(metric) for metric in shown]
-    drawn = [*(handles[name] for name in names), ring]
-    names.append(f"minimum of {'the bias' if shown[0] == 'cos_y_vself' else _word(shown[0])}")
-    if published:
-        drawn.append(published_handle("published"))
-        names.append("published")
-    figure.legend(drawn, names, loc="outside lower center", ncols=3)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import BANDS, depth_curve, heading, layer_axis, line, lines_drawn, lines_of
 from diag.show.figures.page import columns_for, page
-from diag.show.figures.style import OKABE_ITO, style
+from diag.show.figures.style import style
 from diag.show.figures.tables import caption, check_columns, drawable
 
 METRICS = ("entropy", "entropy_p15")
@@ -22,6 +22,7 @@ BOUNDS = {
 """Column of `bounds_of` -> its label and dashes."""
 
 
+@style()
 def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     """A panel per line, in nats; all panels share their limits.
 
@@ -34,56 +35,38 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     parts = lines_of(rows)
     bounds = {label: bounds_of(part) for label, part in parts.items()}
     highest = max(float(bound["bound"].max()) for bound in bounds.values())
-    with style():
-        figure, axes = page(
-            len(parts),
-            row_height=2.15,
-            title="Entropy of attention",
-            caption=caption(rows, bands=BANDS),
-            extra=0.45,
-            columns=columns_for(len(parts)),
-        )
-        for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
-            bound = bounds[label]
-            for column, (word, dashes) in BOUNDS.items():
-                if bound[column].notna().any():
-                    ax.plot(
-                        bound["layer"],
-                        bound[column],
-                        color="black",
-                        linestyle=dashes,
-                        linewidth=1,
-                        label=word,
-                        gid="bound",
-                    )
-            for metric, drawn in LINES.items():
-                curve, colour = depth_curve(part, metric), OKABE_ITO[drawn.colour]
-                line(ax, curve, label=drawn.label, colour=colour, marker=drawn.marker, dashes=drawn.dashes)
-            ax.set_ylim(0, 1.06 * highest)
-            ax.set_title(heading(place, label, part, len(parts)))
-            ax.set_ylabel("entropy in nats")
-            layer_axis(ax, part["layer"])
-        handles = lines_drawn(axes) | lines_drawn(axes, "bound")
-        order = [*(drawn.label for drawn in LINES.values()), *(word for word, _ in BOUNDS.values())]
-        words = [word for word in order if word in handles]
-        figure.legend([handles[word] for word in words], words, loc="outside lower center", ncols=2)
+    figure, axes = page(
+        len(parts),
+        row_height=2.15,
+        title="Entropy of attention",
+        caption=caption(rows, bands=BANDS),
+        extra=0.45,
+        columns=columns_for(len(parts)),
+    )
+    for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
+        bound = bounds[label]
+        for column, (word, dashes) in BOUNDS.items():
+            if bound[column].notna().any():
+                at, ends = bound["layer"], bound[column]
+                ax.plot(at, ends, dashes, color="black", linewidth=1, label=word, gid="bound")
+        for metric, drawn in LINES.items():
+            line(ax, depth_curve(part, metric), drawn)
+        ax.set_ylim(0, 1.06 * highest)
+        ax.set_title(heading(place, label, part, len(parts)))
+        ax.set_ylabel("entropy in nats")
+        layer_axis(ax, part["layer"])
+    handles = lines_drawn(axes) | lines_drawn(axes, "bound")
+    order = [*(drawn.label for drawn in LINES.values()), *(word for word, _ in BOUNDS.values())]
+    words = [word for word in order if word in handles]
+    figure.legend([handles[word] for word in words], words, loc="outside lower center", ncols=2)
     return figure
 
 
 def bounds_of(rows: pd.DataFrame) -> pd.DataFrame:
     """The bounds of each layer: columns layer, bound (ln T), causal (mean of ln i, i = 2 … T; else NaN)."""
     first = rows.sort_values("layer").drop_duplicates("layer")
-    lengths = pd.to_numeric(first["n_tokens"]).to_numpy(float)
-    excluded = (
-        (first["first_token"] == "excluded").to_numpy() if "first_token" in first else [False] * len(first)
-    )
-    return pd.DataFrame(
-        {
-            "layer": first["layer"].to_numpy(float),
-            "bound": [math.log(length) for length in lengths],
-            "causal": [
-                math.lgamma(length + 1) / (length - 1) if hides and length > 1 else math.nan
-                for length, hides in zip(lengths, excluded, strict=True)
-            ],
-        }
-    )
+    lengths = pd.to_numeric(first["n_tokens"]).astype(float)
+    causal = (lengths + 1).map(math.lgamma) / (lengths - 1)
+    excluded = "first_token" in first and first["first_token"] == "excluded"
+    bounds = {"bound": lengths.map(math.log), "causal": causal.where(excluded & (lengths > 1))}
+    return pd.DataFrame({"layer": first["layer"].astype(float), **bounds}, index=first.index)

@@ -1,4 +1,4 @@
-"""Layer x head maps of one model: which heads carry the bias, and whether they attend to themselves."""
+"""Layer x head maps: which heads carry the bias or attend to themselves, and the learned α of gated XSA."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diag.show.figures.page import letter, page
-from diag.show.figures.panels import HEAD_MAPS, HEAD_METRICS
+from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE, MetricEntry, capitalised
+from diag.show.figures.page import columns_for, letter, page
+from diag.show.figures.panels import HEAD_METRICS
 from diag.show.figures.style import COLOUR_MAPS, style
-from diag.show.figures.tables import caption, check_columns, drawable, one_selection, rows_of
+from diag.show.figures.tables import caption, check_columns, drawable, one_selection, shorten
+from diag.show.figures.variants import at_patch, patch_word, patches_of, seeds_word
 
 
+@style()
 def head_heatmaps(heads: pd.DataFrame) -> Figure:
     """Maps of the metrics over layers (downwards) and heads (to the right), of one (model, tower, tokens).
 
@@ -28,26 +32,70 @@ def head_heatmaps(heads: pd.DataFrame) -> Figure:
     """
     rows = drawable(check_columns(heads, ["head"]), HEAD_METRICS, "head heatmaps")
     one_selection(rows, "head heatmaps", index=("layer", "head"))
-    head_maps = [head_map for head_map in HEAD_MAPS if not rows_of(rows, [head_map.metric]).empty]
-    first, shape = extent_of(rows)
-    fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in head_maps}
-    blank = any(np.isnan(field).any() for field in fields.values())
+    first, maps = head_fields(rows)
+    blank = any(np.isnan(field).any() for _, field, _ in maps)
     said = caption(rows.assign(ci_low=math.nan), bands="")
-    with style():
-        figure, axes = page(
-            len(head_maps),
-            row_height=1.0 + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
-            title=str(rows["model"].iloc[0]),
-            caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
-        )
-        for place, (head_map, ax) in enumerate(zip(head_maps, axes, strict=True)):
-            shared = [fields[other.metric] for other in head_maps if other.scale == head_map.scale]
-            limits = colour_range(head_map.scale, shared)
-            draw_field(ax, fields[head_map.metric], head_map.scale, limits, first)
-            bar = ax.figure.colorbar(ax.images[0], ax=ax, pad=0.02, aspect=25)
-            bar.outline.set_linewidth(0.4)
-            ax.set_title(letter(place) + head_map.title)
+    figure, axes = page(
+        len(maps),
+        row_height=1.0 + float(np.clip(0.085 * len(maps[0][1]), 0.6, 3.0)),
+        title=str(rows["model"].iloc[0]),
+        caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
+    )
+    for place, ((entry, field, limits), ax) in enumerate(zip(maps, axes, strict=True)):
+        draw_field(ax, field, entry.scale, limits, first)
+        _colour_bar([ax])
+        ax.set_title(letter(place) + capitalised(entry.labelled))
     return figure
+
+
+@style()
+def alpha_maps(table: pd.DataFrame) -> Figure:
+    """Means over seeds of one task's α, a panel per patch size and variant, all with one range around 0.
+
+    table: columns task, patch_size, variant, layer, head, mean, n. 1 removes the part along the token's own
+    value, below 0 adds to it. Layers without an α are blank and hatched.
+    Raises UserError if it is empty.
+    """
+    if table.empty:
+        raise UserError("there is no learned α to draw", "train a variant with one: gated_xsa")
+    task, variants = str(table["task"].iloc[0]), list(dict.fromkeys(table["variant"]))
+    drawn = [
+        (patch, variant, part.assign(metric="alpha"))
+        for variant in variants
+        for patch in patches_of(table)
+        if len(part := at_patch(table[table["variant"] == variant], patch))
+    ]
+    first, shape = extent_of(table)
+    fields = [field_of(part, "alpha", first, shape) for _, _, part in drawn]
+    limits = colour_range("signed", fields)
+    figure, axes = page(
+        len(drawn),
+        row_height=1.1 + 0.15 * (len(variants) > 1) + float(np.clip(0.085 * shape[0], 0.6, 3.0)),
+        title="Learned α: the share of the part along V_self that a head removes",
+        caption=f"{task} · means, {seeds_word(table['n'])} · below 0, a head adds to that part",
+        columns=columns_for(len(drawn)),
+    )
+    for place, ((patch, variant, _), field, ax) in enumerate(zip(drawn, fields, axes, strict=True)):
+        draw_field(ax, field, "signed", limits, first)
+        of = patch_word(patch, task) + (f"\n{shorten(variant, 28)}" if len(variants) > 1 else "")
+        ax.set_title(letter(place, len(drawn)) + of)
+    _colour_bar(axes, "α")
+    return figure
+
+
+def head_fields(rows: pd.DataFrame) -> tuple[int, list[tuple[MetricEntry, np.ndarray, tuple[float, float]]]]:
+    """The first layer, and of each metric that is there the entry, its `field_of` and its colour range.
+
+    rows: without NaN. Metrics of one scale share their range.
+    """
+    first, shape = extent_of(rows)
+    shown = [CATALOGUE[metric] for metric in HEAD_METRICS if (rows["metric"] == metric).any()]
+    fields = {entry: field_of(rows, entry.name, first, shape) for entry in shown}
+    ranges = {
+        scale: colour_range(scale, [fields[entry] for entry in shown if entry.scale == scale])
+        for scale in {entry.scale for entry in shown}
+    }
+    return first, [(entry, field, ranges[entry.scale]) for entry, field in fields.items()]
 
 
 def extent_of(rows: pd.DataFrame) -> tuple[int, tuple[int, int]]:
@@ -56,11 +104,13 @@ def extent_of(rows: pd.DataFrame) -> tuple[int, tuple[int, int]]:
     return first, (int(rows["layer"].max()) - first + 1, int(rows["head"].max()) + 1)
 
 
-def field_of(rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int]) -> np.ndarray:
+def field_of(
+    rows: pd.DataFrame, metric: str, first: int, shape: tuple[int, int], column: str = "mean"
+) -> np.ndarray:
     """The means of a metric as [layer, head], NaN where there is none; row 0 is layer `first`."""
     part = rows[rows["metric"] == metric]
     field = np.full(shape, np.nan)
-    field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part["mean"].to_numpy(float)
+    field[part["layer"].to_numpy(int) - first, part["head"].to_numpy(int)] = part[column].to_numpy(float)
     return field
 
 
@@ -93,3 +143,8 @@ def draw_field(ax: Axes, field: np.ndarray, scale: str, limits: tuple[float, flo
         axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
+
+
+def _colour_bar(axes: Sequence[Axes], label: str = "") -> None:
+    bar = axes[0].figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, aspect=25, label=label)
+    bar.outline.set_linewidth(0.4)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from diag.errors import UserError
-from diag.metrics.catalogue import entry_of
+from diag.metrics.catalogue import DrawnAs, entry_of
 from diag.show.figures.lines import BANDS, line, lines_drawn
 from diag.show.figures.page import legend_size, letter, page
 from diag.show.figures.style import LINE_COLOURS, MARKERS, RULE, style
@@ -26,6 +26,7 @@ AXES = {
 TICKS = 7
 
 
+@style()
 def against(points: pd.DataFrame) -> Figure:
     """A panel per metric; a line per `line` of the table over `at`, on a logarithmic axis.
 
@@ -48,35 +49,28 @@ def against(points: pd.DataFrame) -> Figure:
     axis = str(rows["against"].iloc[0])
     lines, metrics = list(dict.fromkeys(rows["line"])), list(dict.fromkeys(rows["metric"]))
     columns, legend = legend_size(lines)
-    with style():
-        figure, axes = page(
-            len(metrics),
-            row_height=2.1,
-            title=f"Means over layers against {AXES[axis].partition(',')[0]}",
-            caption=caption(rows, bands=BANDS),
-            extra=legend,
-        )
-        for place, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
-            for number, name in enumerate(lines):
-                part = rows[(rows["line"] == name) & (rows["metric"] == metric)].sort_values("at")
-                line(
-                    ax,
-                    part,
-                    label=name,
-                    colour=LINE_COLOURS[number % len(LINE_COLOURS)],
-                    marker=MARKERS[number % len(MARKERS)],
-                    x="at",
-                )
-            title, y_label = entry_of(metric).panel
-            ax.set_title(letter(place, len(metrics)) + title)
-            ax.set_ylabel(y_label)
-            low, high = ax.get_ylim()
-            if low < 0 < high:
-                ax.axhline(0, color=RULE, linewidth=0.7)
-            _axis(ax, rows["at"], axis)
-        handles = lines_drawn(axes)
-        names = [shorten(name, 96) for name in handles]
-        figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns)
+    figure, axes = page(
+        len(metrics),
+        row_height=2.1,
+        title=f"Means over layers against {AXES[axis].partition(',')[0]}",
+        caption=caption(rows, bands=BANDS),
+        extra=legend,
+    )
+    for place, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
+        for number, name in enumerate(lines):
+            part = rows[(rows["line"] == name) & (rows["metric"] == metric)].sort_values("at")
+            colour, marker = LINE_COLOURS[number % len(LINE_COLOURS)], MARKERS[number % len(MARKERS)]
+            line(ax, part, DrawnAs(name, colour, "-", marker), x="at")
+        title, y_label = entry_of(metric).panel
+        ax.set_title(letter(place, len(metrics)) + title)
+        ax.set_ylabel(y_label)
+        low, high = ax.get_ylim()
+        if low < 0 < high:
+            ax.axhline(0, color=RULE, linewidth=0.7)
+        _axis(ax, rows["at"], axis)
+    handles = lines_drawn(axes)
+    names = [shorten(name, 96) for name in handles]
+    figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns)
     return figure
 
 

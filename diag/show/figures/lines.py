@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,11 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
+from diag.metrics.catalogue import DrawnAs
 from diag.show.figures.page import columns_for, letter
-from diag.show.figures.style import BAND_OPACITY, PUBLISHED, Colour
+from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, PUBLISHED, RULE, Colour
 from diag.show.figures.tables import profile, shorten, span
 
 BANDS = "bands: 95 % bootstrap interval over inputs"
+OPEN: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
+"""Markers of published values."""
 MARKS = 16
 """At most so many markers on a line, unless told otherwise."""
 
@@ -28,23 +32,14 @@ def heading(place: int, label: str, rows: pd.DataFrame, panels: int) -> str:
     return letter(place, panels) + shorten(label, width) + (f" (T = {length})" if length else "")
 
 
-def line(
-    ax: Axes,
-    curve: pd.DataFrame,
-    *,
-    label: str,
-    colour: Colour,
-    marker: str = "o",
-    dashes: str = "-",
-    x: str = "layer",
-    marks: int = MARKS,
-) -> None:
+def line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", marks: int = MARKS) -> None:
     """A mean with its 95 % interval: a band, or a bar where there is one point. Draws nothing if it is empty.
 
     curve: columns `x`, mean, ci_low, ci_high; sorted by x. At most about `marks` points are marked.
     """
     if curve.empty:
         return
+    colour = OKABE_ITO.get(str(look.colour), look.colour)
     if curve["ci_low"].notna().any():
         if len(curve) == 1:
             ax.vlines(curve[x], curve["ci_low"], curve["ci_high"], color=colour, linewidth=1)
@@ -56,12 +51,19 @@ def line(
         curve[x],
         curve["mean"],
         color=colour,
-        linestyle=dashes,
-        marker=marker if marker or len(curve) > 1 else "x",
+        linestyle=look.dashes,
+        marker=look.marker if look.marker or len(curve) > 1 else "x",
         markersize=3,
         markevery=math.ceil(len(curve) / marks),
-        label=label,
+        label=look.label,
         gid="model",
+    )
+
+
+def handle(look: DrawnAs) -> Line2D:
+    """What stands for a line, or for points where it has no dashes, in a legend."""
+    return Line2D(
+        [], [], color=look.colour, marker=look.marker, linestyle=look.dashes, markersize=4, label=look.label
     )
 
 
@@ -85,32 +87,24 @@ def published_points(
         values["layer"].astype(float),
         values["value"].astype(float),
         yerr=values["uncertainty"].astype(float).fillna(0.0),
-        linestyle="",
-        marker=marker,
-        markersize=4,
-        markerfacecolor="none",
+        fmt=marker,
         markeredgecolor=colour,
-        markeredgewidth=0.9,
         ecolor=colour,
         elinewidth=0.8,
         gid="published",
         zorder=4,
+        **OPEN,
     )
 
 
-def published_handle(label: str, *, marker: str = "o") -> Line2D:
+def published_handle(label: str, marker: str = "o") -> Line2D:
     """What stands for published points in a legend."""
-    return Line2D(
-        [],
-        [],
-        linestyle="",
-        label=label,
-        marker=marker,
-        markersize=4,
-        markerfacecolor="none",
-        markeredgecolor=PUBLISHED,
-        markeredgewidth=0.9,
-    )
+    return Line2D([], [], linestyle="", label=label, marker=marker, markeredgecolor=PUBLISHED, **OPEN)
+
+
+def rule(ax: Axes, at: float = 0) -> None:
+    """A thin line beneath all others: where nothing differs."""
+    ax.axhline(at, color=RULE, linewidth=0.7, zorder=1)
 
 
 def layer_axis(ax: Axes, layers: pd.Series) -> None:

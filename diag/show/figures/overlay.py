@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from diag.errors import UserError, one_of
-from diag.show.figures.lines import published_handle, published_points
+from diag.show.figures.lines import published_points
 from diag.show.figures.tables import shorten
 
 COLUMNS = ("model", "metric", "layer", "value", "uncertainty", "source")
@@ -30,9 +29,9 @@ class Overlay:
         """The last published layer, which stands at relative depth 1."""
         return max(float(self.rows["layer"].max()), 1.0)
 
-    def of(self, metrics: Iterable[str]) -> Overlay:
+    def of(self, metrics: Collection[str]) -> Overlay:
         """The same with the rows of these metrics only; may be empty."""
-        return Overlay(self.rows[self.rows["metric"].isin(list(metrics))], self.label, self.marker)
+        return replace(self, rows=self.rows[self.rows["metric"].isin(list(metrics))])
 
     def draw(self, ax: Axes, *, relative: bool = False) -> None:
         """The values over layers, or over depth relative to the last published layer."""
@@ -40,13 +39,9 @@ class Overlay:
             places = points["layer"].astype(float) / (self.last if relative else 1)
             published_points(ax, points.assign(layer=places), marker=self.marker)
 
-    def handle(self) -> Line2D:
-        """What stands for it in a legend."""
-        return published_handle(self.label, marker=self.marker)
 
-
-def overlays(published: pd.DataFrame | None) -> list[Overlay]:
-    """Published values by model and source, labelled `published (SOURCE)`, or with the model if several.
+def overlays(published: pd.DataFrame | None, metrics: Collection[str]) -> list[Overlay]:
+    """Those of the metrics by model and source, labelled `published (SOURCE)`, or with the model if several.
 
     Raises UserError if a column is missing.
     """
@@ -64,11 +59,12 @@ def overlays(published: pd.DataFrame | None) -> list[Overlay]:
         .drop_duplicates(subset=list(COLUMNS))
         .groupby(["model", "source"], sort=False, observed=True)
     )
-    return [
+    found = [
         Overlay(
             rows,
             f"published{f' {shorten(str(model), 40)}' if several else ''} ({shorten(str(source), 40)})",
             MARKERS[place % len(MARKERS)],
-        )
+        ).of(metrics)
         for place, ((model, source), rows) in enumerate(groups)
     ]
+    return [overlay for overlay in found if not overlay.rows.empty]

@@ -1,71 +1,58 @@
-"""What each figure shows: metrics, panels, the lines in them. Names only; draws nothing.
+"""What each figure shows: which metrics share a panel. Names only; draws nothing.
 
-Labels, titles, axes and colours are the catalogue's: here stands which metrics share a panel.
+Labels, titles, axes and colours are the catalogue's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from diag.metrics.catalogue import CATALOGUE, capitalised
-
-
-@dataclass(frozen=True)
-class Line:
-    """One metric as a line: its name in the tables, its label, its Okabe-Ito colour and how it is dashed."""
-
-    metric: str
-    label: str
-    colour: str
-    dashes: str = "-"
-    marker: str = "o"
+from diag.metrics.catalogue import CATALOGUE, DrawnAs
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines that share one pair of axes."""
+    """Metrics that share one pair of axes, as lines. hint: how to read them, for the report."""
 
     title: str
     y_label: str
-    lines: tuple[Line, ...]
+    hint: str
+    lines: Mapping[str, DrawnAs]
 
     @property
     def unit_interval(self) -> bool:
         """Whether it runs from 0 to 1, and not over the range of the cosines."""
-        return all(CATALOGUE[line.metric].unit_interval for line in self.lines)
+        return all(CATALOGUE[metric].unit_interval for metric in self.lines)
 
 
-@dataclass(frozen=True)
-class HeadMap:
-    """One metric as a layer x head map. `scale` names the colours; maps of one scale share their range."""
-
-    metric: str
-    title: str
-    scale: str
-
-
-def _lines(*metrics: str) -> tuple[Line, ...]:
-    drawn = {name: CATALOGUE[name].line for name in metrics}
-    return tuple(Line(name, as_.label, as_.colour, as_.dashes, as_.marker) for name, as_ in drawn.items())
+def _lines(*metrics: str) -> dict[str, DrawnAs]:
+    return {metric: CATALOGUE[metric].line for metric in metrics}
 
 
 CURVES = (
     Panel(
         "Alignment bias",
         "cos(yᵢ, vᵢ) and its nulls",
+        "The solid line is the bias. Where it does not rise above the dashed and dotted nulls, "
+        "it is geometry: another token's value, or uniform attention, would give as much.",
         _lines("cos_y_vself", "cos_y_vpartner", "cos_y_vuniform"),
     ),
     Panel(
         "Where it comes from",
         "part of cos(yᵢ, vᵢ)",
-        (
-            Line("cos_y_vself", "sum = alignment bias", CATALOGUE["cos_y_vself"].line.colour, marker=""),
-            *_lines("self_part", "context_part"),
-        ),
+        "An exact split: the self part is the token attending to itself, the context part is other tokens' "
+        "values pointing the same way. The two add up to the bias.",
+        {
+            "cos_y_vself": replace(CATALOGUE["cos_y_vself"].line, label="sum = alignment bias", marker=""),
+            **_lines("self_part", "context_part"),
+        },
     ),
     Panel(
         "Similarity between tokens",
         "mean pairwise cosine",
+        "How alike values and outputs are. The partial similarity stands beside the value it takes "
+        "where values merely share one direction.",
         _lines(
             "value_similarity",
             "value_similarity_partial",
@@ -77,17 +64,13 @@ CURVES = (
     Panel(
         "Where attention goes",
         "share, 0 to 1",
+        "Weight on the token itself and on the first token; entropy is 1 where attention is uniform.",
         _lines("self_weight", "first_weight", "entropy_normalized"),
     ),
 )
+CURVE_METRICS = tuple(dict.fromkeys(metric for panel in CURVES for metric in panel.lines))
 
 COMPARISON_METRICS = ("cos_y_vself", "excess", "value_similarity", "self_weight", "self_weight_ratio")
-COMPARISON = {name: CATALOGUE[name].panel for name in COMPARISON_METRICS}
-"""Metric -> (title, y label). Only one of the two self weights is drawn."""
+"""Only one of the two self weights is drawn."""
 
 HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
-HEAD_MAPS = tuple(
-    HeadMap(name, capitalised(CATALOGUE[name].labelled), CATALOGUE[name].scale) for name in HEAD_METRICS
-)
-
-CURVE_METRICS = tuple(dict.fromkeys(line.metric for panel in CURVES for line in panel.lines))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.metrics.catalogue import CATALOGUE
-from diag.show.figures.lines import line
+from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.show.figures.lines import line, rule
 from diag.show.figures.page import letter, page
-from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
+from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, style
 
 CONTROL = "random_direction"
 COLOURS = LINE_COLOURS[:6]
@@ -38,6 +38,7 @@ PREDICTORS = {
 }
 
 
+@style()
 def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]) -> Figure:
     """The effect of each intervention over depth: a row of panels per effect, a column per scope.
 
@@ -47,36 +48,34 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
     rows = table[(table["head"] < 0) & table["effect"].isin(list(effects)) & table["mean"].notna()]
     if rows.empty:
         raise UserError("nothing to draw: no such effect was measured", f"effects are {', '.join(LABELS)}")
-    panels = [
-        (effect, scope)
-        for effect in effects
-        for scope in SCOPES
-        if not rows[(rows["effect"] == effect) & (rows["scope"] == scope)].empty
-    ]
+    there = set(zip(rows["effect"], rows["scope"], strict=True))
+    panels = [place for place in itertools.product(effects, SCOPES) if place in there]
     names = list(dict.fromkeys(zip(rows["intervention"], rows["strength"], strict=True)))
     n = int(rows["n"].max())
-    with style():
-        figure, axes = page(
-            len(panels),
-            row_height=2.3,
-            title=title,
-            caption=f"n = {n} inputs · paired with the untouched model · bands: 95 % bootstrap over inputs",
-            extra=0.35,
-        )
-        for place, ((effect, scope), ax) in enumerate(zip(panels, axes, strict=True)):
-            part = rows[(rows["effect"] == effect) & (rows["scope"] == scope)]
-            for number, name in enumerate(names):
-                _line(ax, part, name, number)
-            ax.axhline(_unchanged(effect), color=RULE, linewidth=0.7, zorder=1)
-            ax.set_title(letter(place) + SCOPES[scope])
-            ax.set_ylabel(LABELS[effect])
-            ax.set_xlabel("layer")
-            ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    figure, axes = page(
+        len(panels),
+        row_height=2.3,
+        title=title,
+        caption=f"n = {n} inputs · paired with the untouched model · bands: 95 % bootstrap over inputs",
+        extra=0.35,
+    )
+    for place, ((effect, scope), ax) in enumerate(zip(panels, axes, strict=True)):
+        part = rows[(rows["effect"] == effect) & (rows["scope"] == scope)]
+        for number, (name, strength) in enumerate(names):
+            alike = part["strength"].isna() if pd.isna(strength) else part["strength"] == strength
+            curve = part[(part["intervention"] == name) & alike].sort_values("layer")
+            line(ax, curve, _look(name, strength, number), marks=len(curve))
+        rule(ax, _unchanged(effect))
+        ax.set_title(letter(place) + SCOPES[scope])
+        ax.set_ylabel(LABELS[effect])
+        ax.set_xlabel("layer")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
     return figure
 
 
+@style()
 def bias_against_effect(
     table: pd.DataFrame, relations: pd.DataFrame, layers: pd.DataFrame, *, effect: str, intervention: str
 ) -> Figure:
@@ -85,83 +84,56 @@ def bias_against_effect(
     layers: the probe's table, for the predictors. Points are layers, numbered; bars are 95 % intervals over
     inputs; the title holds Spearman's ρ with its interval and p.
     """
-    chosen = relations[
-        (relations["intervention"] == intervention)
-        & (relations["effect"] == effect)
-        & (relations["level"] == "layer")
-    ]
-    cost = table[
-        (table["intervention"] == intervention)
-        & (table["effect"] == effect)
-        & (table["scope"] == "one")
-        & (table["head"] < 0)
-    ].set_index("layer")
+    same = "intervention == @intervention and effect == @effect"
+    chosen = relations.query(f"{same} and level == 'layer'")
+    cost = table.query(f"{same} and scope == 'one' and head < 0").set_index("layer")
     names = [name for name in PREDICTORS if name in set(chosen["predictor"])][:4]
     if not names or cost.empty:
         raise UserError("nothing to draw: no layer was changed alone", "use --scope one")
     n = int(cost["n"].max())
-    with style():
-        figure, axes = page(
-            len(names),
-            row_height=2.4,
-            title=f"Does it predict what {intervention} costs?",
-            caption=f"each point a layer · n = {n} inputs · bars: 95 % bootstrap over inputs · "
-            "p: random pairings of layers",
+    figure, axes = page(
+        len(names),
+        row_height=2.4,
+        title=f"Does it predict what {intervention} costs?",
+        caption=f"each point a layer · n = {n} inputs · bars: 95 % bootstrap over inputs · "
+        "p: random pairings of layers",
+    )
+    for place, (name, ax) in enumerate(zip(names, axes, strict=True)):
+        given = layers[layers["metric"] == name].set_index("layer")
+        shown = [layer for layer in cost.index if layer in given.index]
+        first, second = given.loc[shown], cost.loc[shown]
+        ax.errorbar(
+            first["mean"],
+            second["mean"],
+            xerr=_reach(first),
+            yerr=_reach(second),
+            fmt="o",
+            color=OKABE_ITO["blue"],
+            markersize=3,
+            elinewidth=0.6,
         )
-        for place, (name, ax) in enumerate(zip(names, axes, strict=True)):
-            given = layers[layers["metric"] == name].set_index("layer")
-            shown = [layer for layer in cost.index if layer in given.index]
-            first, second = given.loc[shown], cost.loc[shown]
-            ax.errorbar(
-                first["mean"],
-                second["mean"],
-                xerr=_reach(first),
-                yerr=_reach(second),
-                fmt="o",
-                color=OKABE_ITO["blue"],
-                markersize=3,
-                elinewidth=0.6,
-            )
-            for layer in shown:
-                ax.annotate(
-                    str(layer),
-                    (first.loc[layer, "mean"], second.loc[layer, "mean"]),
-                    xytext=(3, 3),
-                    textcoords="offset points",
-                    fontsize=6.5,
-                )
-            row = chosen[chosen["predictor"] == name].iloc[0]
-            ax.set_title(letter(place) + _said(row))
-            ax.set_xlabel(PREDICTORS[name])
-            ax.set_ylabel(LABELS[effect])
-            ax.axhline(_unchanged(effect), color=RULE, linewidth=0.7, zorder=1)
+        for layer, at in zip(shown, zip(first["mean"], second["mean"], strict=True), strict=True):
+            ax.annotate(str(layer), at, xytext=(3, 3), textcoords="offset points", fontsize=6.5)
+        row = chosen[chosen["predictor"] == name].iloc[0]
+        ax.set_title(letter(place) + _said(row))
+        ax.set_xlabel(PREDICTORS[name])
+        ax.set_ylabel(LABELS[effect])
+        rule(ax, _unchanged(effect))
     return figure
 
 
-def _line(ax: Axes, part: pd.DataFrame, name: tuple[str, float], number: int) -> None:
-    strength = part["strength"].isna() if pd.isna(name[1]) else part["strength"] == name[1]
-    curve = part[(part["intervention"] == name[0]) & strength].sort_values("layer")
-    control = name[0] == CONTROL
-    line(
-        ax,
-        curve,
-        label=_label(*name),
-        colour=OKABE_ITO["black"] if control else COLOURS[number % len(COLOURS)],
-        marker="" if control else MARKERS[number % len(MARKERS)],
-        dashes="--" if control else "-",
-        marks=len(curve),
-    )
-
-
-def _label(intervention: str, strength: float) -> str:
+def _look(intervention: str, strength: float, number: int) -> DrawnAs:
     words = intervention.replace("_", " ")
-    return words if pd.isna(strength) or strength == 1 else f"{words} {strength:g}"
+    label = words if pd.isna(strength) or strength == 1 else f"{words} {strength:g}"
+    if intervention == CONTROL:
+        return DrawnAs(label, "black", "--", "")
+    return DrawnAs(label, COLOURS[number % len(COLOURS)], "-", MARKERS[number % len(MARKERS)])
 
 
 def _reach(rows: pd.DataFrame) -> list[pd.Series]:
     """Lengths of the bars below and above the mean; 0 without an interval."""
-    low, high = (rows["mean"] - rows["ci_low"]).fillna(0), (rows["ci_high"] - rows["mean"]).fillna(0)
-    return [low.clip(lower=0), high.clip(lower=0)]
+    lengths = rows["mean"] - rows["ci_low"], rows["ci_high"] - rows["mean"]
+    return [length.fillna(0).clip(lower=0) for length in lengths]
 
 
 def _said(row: pd.Series) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,6 +30,7 @@ LONGEST = 24
 """Characters of a token that are shown."""
 
 
+@style()
 def heat_strip(tokens: pd.DataFrame) -> Figure:
     """Per model, the tokens that the target sees as boxes: weight over uniform above, value cosine below.
 
@@ -44,76 +44,64 @@ def heat_strip(tokens: pd.DataFrame) -> Figure:
     seen = with_times_uniform(tokens)
     norms, room = scales(seen), (PAGE_WIDTH - 2 * SIDE) / CHARACTER
     parts = {model: (part, list(_placed(part, room))) for model, part in parts_of(seen).items()}
-    heights = [HEADING + LINE * (placed[-1].line + 1) for _, placed in parts.values()]
+    heights = [HEADING + LINE * (placed[-1][0] + 1) for _, placed in parts.values()]
     total = 0.48 + sum(heights) + 0.5
     wide = 1 - 2 * SIDE / PAGE_WIDTH
-    with style():
-        figure = blank(total, "What the target token attends to, and whose values are like its own", tokens)
-        top = total - 0.48
-        for (model, (part, placed)), height in zip(parts.items(), heights, strict=True):
-            top -= height
-            ax = figure.add_axes((SIDE / PAGE_WIDTH, top / total, wide, height / total))
-            # in characters and inches, so that text and boxes agree
-            ax.set(xlim=(0, room), ylim=(height, 0))
-            ax.axis("off")
-            hidden = int((tokens["model"] == model).sum()) - len(part)
-            ax.text(0, 0.11, _heading(model, part, hidden), fontsize=7, fontweight="bold", va="center")
-            filled = [colours_of(part, name, norms[name]) for name in ("times_uniform", "value_cosine")]
-            for box, weight, cosine in zip(placed, *filled, strict=True):
-                _draw(ax, box, weight, cosine)
-        for place, (quantity, before) in enumerate(
-            (("times_uniform", "above: "), ("value_cosine", "below: "))
-        ):
-            ax = figure.add_axes((0.06 + 0.5 * place, 0.38 / total, 0.38, 0.08 / total))
-            colour_bar(figure, ax, quantity, norms[quantity], before=before)
+    figure = blank(total, "What the target token attends to, and whose values are like its own", tokens)
+    top = total - 0.48
+    for (model, (part, placed)), height in zip(parts.items(), heights, strict=True):
+        top -= height
+        ax = figure.add_axes((SIDE / PAGE_WIDTH, top / total, wide, height / total))
+        # in characters and inches, so that text and boxes agree
+        ax.set(xlim=(0, room), ylim=(height, 0))
+        ax.axis("off")
+        hidden = int((tokens["model"] == model).sum()) - len(part)
+        ax.text(0, 0.11, _heading(model, part, hidden), fontsize=7, fontweight="bold", va="center")
+        filled = [colours_of(part, name, norms[name]) for name in ("times_uniform", "value_cosine")]
+        for token, weight, cosine in zip(placed, *filled, strict=True):
+            _draw(ax, token, weight, cosine)
+    for left, quantity, before in ((0.06, "times_uniform", "above: "), (0.56, "value_cosine", "below: ")):
+        ax = figure.add_axes((left, 0.38 / total, 0.38, 0.08 / total))
+        colour_bar(figure, ax, quantity, norms[quantity], before=before)
     return figure
 
 
+@style()
 def printable(text: str) -> str:
     """A token's text in one line of signs that the font has: spaces `·`, line ends `↵`, others `□`.
 
     >>> printable(" the")
     '·the'
     """
-    with style():
-        known = get_font(findfont(FontProperties(family=FONT)))
+    known = get_font(findfont(FontProperties(family=FONT)))
     plain = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("\r", "↵")
     signs = "".join(sign if sign.isprintable() and known.get_char_index(ord(sign)) else "□" for sign in plain)
     return signs if len(signs) <= LONGEST else f"{signs[: LONGEST - 1]}…"
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A token's place: its line, where it begins and how wide it is in characters, and its text."""
-
-    line: int
-    start: float
-    width: float
-    text: str
-    is_target: bool
-
-
-def _placed(part: pd.DataFrame, room: float) -> Iterator[_Box]:
+def _placed(part: pd.DataFrame, room: float) -> Iterator[tuple[int, float, str, bool]]:
+    """Of each token its line, where it begins there in characters, its text, and whether it is the target."""
     line, start = 0, 0.0
     for given, is_target in zip(part["text"], part["is_target"], strict=True):
         text = printable(str(given)) or "□"
         width = len(text) + PADDING
         if start + width > room:
             line, start = line + 1, 0.0
-        yield _Box(line, start, width, text, bool(is_target))
+        yield line, start, text, bool(is_target)
         start += width + 0.25
 
 
-def _draw(ax: Axes, box: _Box, weight: np.ndarray, cosine: np.ndarray) -> None:
-    """A box in two colours (red, green, blue, opacity), with its text."""
-    top, target = HEADING + box.line * LINE, box.is_target
+def _draw(ax: Axes, token: tuple[int, float, str, bool], weight: np.ndarray, cosine: np.ndarray) -> None:
+    """A token of `_placed` as a box in two colours (red, green, blue, opacity), with its text."""
+    line, start, text, target = token
+    top, width = HEADING + line * LINE, len(text) + PADDING
     for begin, height, colour in ((top, UPPER, weight), (top + UPPER, LOWER, cosine)):
-        filled = Rectangle((box.start, begin), box.width, height, facecolor=tuple(colour), linewidth=0)
+        filled = Rectangle((start, begin), width, height, facecolor=tuple(colour), linewidth=0)
         ax.add_patch(filled)
     ax.add_patch(
         Rectangle(
-            (box.start, top),
-            box.width,
+            (start, top),
+            width,
             UPPER + LOWER,
             fill=False,
             edgecolor="black" if target else "0.6",
@@ -123,9 +111,9 @@ def _draw(ax: Axes, box: _Box, weight: np.ndarray, cosine: np.ndarray) -> None:
         )
     )
     ax.text(
-        box.start + box.width / 2,
+        start + width / 2,
         top + UPPER / 2,
-        box.text,
+        text,
         family=FONT,
         fontsize=FONT_SIZE,
         ha="center",

@@ -12,6 +12,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.style
 
+from diag.metrics.catalogue import Dashes
+
 STYLE_SHEET = Path(__file__).with_name("attnbias.mplstyle")
 
 PAGE_WIDTH = 6.75
@@ -50,13 +52,13 @@ COLOUR_MAPS = {
 """What a field of numbers holds -> its map; those of signed numbers are centred on 0."""
 
 MARKERS = "osD^vP*X"
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 BAND_OPACITY = 0.18
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply the package's style sheet for the time of a `with` block.
+    """Apply the package's style sheet for the time of a `with` block, or of a function as `@style()`.
 
     Needed when a figure is made *and* when it is saved: fonts and embedding are read on saving.
     """

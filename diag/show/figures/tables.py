@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of
-from diag.show.figures.panels import COMPARISON
+from diag.show.figures.panels import COMPARISON_METRICS
 
 IDENTITY = ("model", "tower", "tokens")
 LABEL = "label"
@@ -88,7 +88,9 @@ def compared_metrics(parts: Sequence[pd.DataFrame], *, least: int = 1) -> list[s
 
     Of the two self weights the one that more of them have; the relative one compares 49 and 256 tokens.
     """
-    having = {metric: sum(not rows_of(part, [metric]).empty for part in parts) for metric in COMPARISON}
+    having = {
+        metric: sum(not rows_of(part, [metric]).empty for part in parts) for metric in COMPARISON_METRICS
+    }
     spare = "self_weight" if having["self_weight_ratio"] >= having["self_weight"] else "self_weight_ratio"
     return [metric for metric, count in having.items() if count >= least and metric != spare]
 
@@ -99,6 +101,14 @@ def patch_size_of(part: pd.DataFrame) -> float | None:
         return None
     size = pd.to_numeric(part["patch_size"], errors="coerce").iloc[0]
     return None if pd.isna(size) else float(size)
+
+
+def last_layer(rows: pd.DataFrame) -> float:
+    """What stands at relative depth 1: a model's last layer where the table knows it, else the last measured
+    one. A model of one layer stands at 0.
+    """
+    counted = rows["layer_count"].max() - 1 if "layer_count" in rows else 0
+    return max(float(rows["layer"].max()), float(counted), 1.0)
 
 
 def profile(table: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -38,10 +38,7 @@ def scales(seen: pd.DataFrame) -> dict[str, Normalize]:
     others = seen[~seen["is_target"]]
     cosine = float(others["value_cosine"].abs().clip(lower=0.05).max()) if len(others) else 1.0
     factor = float(np.clip(seen["times_uniform"].max(), *MOST))
-    return {
-        "value_cosine": Normalize(-cosine, cosine),
-        "times_uniform": LogNorm(LEAST, factor, clip=True),
-    }
+    return {"value_cosine": Normalize(-cosine, cosine), "times_uniform": LogNorm(LEAST, factor, clip=True)}
 
 
 def colour_bar(figure: Figure, ax: Axes, quantity: str, norm: Normalize, *, before: str = "") -> None:
@@ -50,7 +47,9 @@ def colour_bar(figure: Figure, ax: Axes, quantity: str, norm: Normalize, *, befo
     extend = "max" if quantity == "value_cosine" else "min"
     bar = figure.colorbar(mappable, cax=ax, orientation="horizontal", extend=extend)
     if quantity == "times_uniform":
-        bar.set_ticks(_factors(float(norm.vmax or 1)))
+        largest = float(norm.vmax or 1)
+        round_ones = (0.5, 1, 2, 5, 10, 20, 50, 100) if largest < 30 else (0.5, 1, 3, 10, 30, 100)
+        bar.set_ticks([factor for factor in round_ones if factor <= largest * 1.0001])
         bar.ax.xaxis.set_minor_locator(NullLocator())
         # the style draws no mathematics, which the formatter of logarithms writes
         bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
@@ -91,9 +90,3 @@ def caption(tokens: pd.DataFrame) -> str:
 def parts_of(tokens: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each model, in order of first appearance."""
     return {str(model): part for model, part in tokens.groupby("model", sort=False)}
-
-
-def _factors(largest: float) -> list[float]:
-    """Round factors of the uniform weight for the ticks of a colour bar, with room for their labels."""
-    round_ones = (0.5, 1, 2, 5, 10, 20, 50, 100) if largest < 30 else (0.5, 1, 3, 10, 30, 100)
-    return [float(factor) for factor in round_ones if factor <= largest * 1.0001]

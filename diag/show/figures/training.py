@@ -8,11 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.results.files import file_stem
-from diag.show.figures.alphas import alpha_maps
-from diag.show.figures.compensation import compensation_over_layers
-from diag.show.figures.gain import gain_by_patch
-from diag.show.figures.gain_relation import gain_against_baseline
-from diag.show.figures.training_curves import METRICS, curves_over_steps
+from diag.show.figures.gain import gain_against_baseline, gain_by_patch
+from diag.show.figures.heatmaps import alpha_maps
+from diag.show.figures.training_curves import METRICS, compensation_over_layers, curves_over_steps
 from diag.show.figures.variants import BASELINE, at_patch, patches_of
 
 INSIDE = ("value_similarity", "cos_y_vself", "excess")

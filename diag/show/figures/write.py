@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diag.results.files import replacing
 from diag.show.figures.style import style
 
-PNG_DPI = 200
+PICTURES: dict[str, dict[str, Any]] = {
+    "pdf": {"metadata": {"CreationDate": None, "ModDate": None}},
+    "png": {"metadata": {"Software": None}, "dpi": 200},
+}
 
 
 def save(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
     """Write `stem`.pdf, .png and .csv into the folder (made if it is missing); the paths written.
 
     Nothing in the files depends on the time or the machine, so that a changed figure can be told by its
-    bytes. Each file is complete or absent: it is written under a temporary name and then renamed.
+    bytes. Each file is complete or absent. Raises OSError if the disk is full or the folder is read-only.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    writers = {kind: partial(figure.savefig, format=kind, **options) for kind, options in PICTURES.items()}
+    writers["csv"] = partial(data.to_csv, index=False, lineterminator="\n")
     with style():
-        return [
-            _write(
-                folder / f"{stem}.pdf",
-                lambda path: figure.savefig(
-                    path, format="pdf", metadata={"CreationDate": None, "ModDate": None}
-                ),
-            ),
-            _write(
-                folder / f"{stem}.png",
-                lambda path: figure.savefig(path, format="png", dpi=PNG_DPI, metadata={"Software": None}),
-            ),
-            _write(folder / f"{stem}.csv", lambda path: data.to_csv(path, index=False, lineterminator="\n")),
-        ]
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        for kind, write in writers.items():
+            replacing(folder / f"{stem}.{kind}", write)
+    return [folder / f"{stem}.{kind}" for kind in writers]

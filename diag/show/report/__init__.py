@@ -5,7 +5,64 @@
 The page holds all it needs: no file beside it, no request to anywhere. The same folders give the same bytes.
 """
 
-from diag.show.report.render import default_title, page
-from diag.show.report.write import Report, write_report
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diag.errors import UserError
+from diag.results.collect import collect
+from diag.results.files import atomically
+from diag.results.folder import kind_of
+from diag.show.report.attended import read_attended
+from diag.show.report.render import GENERATOR, default_title, page
 
 __all__ = ["Report", "default_title", "page", "write_report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that was written: where, its size in bytes, how many lines, and folders that were left out."""
+
+    path: Path
+    size: int
+    lines: int
+    problems: Mapping[str, str]
+
+
+def write_report(folders: Iterable[Path], path: Path, *, title: str | None = None) -> Report:
+    """Reads run folders (and attend folders beside them) and writes the page.
+
+    Raises UserError if no run can be read, or if `path` holds something that is no report.
+    """
+    check_free(path)
+    given = list(dict.fromkeys(folders))
+    looks = [folder for folder in given if kind_of(folder) == "attend"]
+    runs = [folder for folder in given if folder not in looks]
+    if not runs:
+        raise UserError(
+            "no run was given" + (", only attend folders" if looks else ""),
+            "give at least one run folder, for example: attnbias report runs/demo-vision",
+        )
+    collection = collect(runs)
+    attended, problems = read_attended(looks)
+    problems = {**collection.problems, **problems}
+    text = page(collection, attended, title=title, problems=problems)
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    return Report(path, len(text.encode("utf-8")), len(collection.labels), problems)
+
+
+def check_free(path: Path) -> None:
+    """Raises UserError if writing to `path` would take the place of anything but a report."""
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder", "give a file with -o, for example -o report.html")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        start = file.read(2048)
+    if f'<meta name="generator" content="{GENERATOR}">'.encode() not in start:
+        raise UserError(
+            f"'{path}' exists and was not made by attnbias report",
+            "choose another name with -o, or remove the file",
+        )

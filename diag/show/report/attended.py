@@ -1,40 +1,103 @@
-"""Attend folders on the page: what was looked at, its pictures in words, the split of the output."""
+"""Attend folders on the page: their pictures, also in words, and how the output splits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
-from diag.show.report.content import NO_NUMBER, NumberCell
-from diag.show.report.folders import AttendFolder, Picture
+from diag.results.folder import manifest_in
+from diag.show.report.content import GLANCE, NO_NUMBER, NumberCell
 from diag.show.report.maps import number
 
-SPLIT = (
-    "cos_y_vself",
-    "self_part",
-    "context_part",
-    "cos_y_vpartner",
-    "cos_y_vuniform",
-    "excess",
-    "self_weight",
-)
+SPLIT = (*GLANCE, "self_weight")
 """Columns of the split, where they are there."""
+
+PICTURE_BYTES = 2_500_000
+"""All pictures together as they are; if they are more, they are made smaller."""
+PICTURE_WIDTH = 1400
+"""Pixels: about twice what the page shows, for dense screens."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for the page: its bytes as a `data:` address, its size in pixels, and what it is called."""
+
+    name: str
+    address: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class AttendFolder:
+    """One attend folder. decomposition: how the outputs split; may be empty."""
+
+    name: str
+    manifest: Mapping[str, Any]
+    pictures: tuple[Picture, ...]
+    decomposition: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class AttendSection:
     """One token of one input. pictures: with alternative texts. rows: (model, layer, head, cells)."""
 
-    name: str
     title: str
     pictures: tuple[tuple[Picture, str], ...]
-    metrics: tuple[tuple[str, MetricEntry], ...]
+    metrics: tuple[MetricEntry, ...]
     rows: tuple[tuple[str, str, str, tuple[NumberCell, ...]], ...]
     failures: tuple[tuple[str, str], ...]
+
+
+def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str, str]]:
+    """Attend folders, and those that could not be read with the reason."""
+    found: list[tuple[Path, Mapping[str, Any], pd.DataFrame, list[Path]]] = []
+    problems: dict[str, str] = {}
+    for folder in dict.fromkeys(folders):
+        try:
+            manifest = manifest_in(folder)
+            decomposition = pd.read_csv(folder / "decomposition.csv")
+            pd.read_parquet(folder / "tokens.parquet")  # not shown, but a folder without it is not whole
+            pictures = sorted((folder / "figures").glob("*.png"))
+            if not pictures:
+                raise UserError(f"'{folder}' holds no figures/*.png")
+        except (UserError, OSError, ValueError) as error:
+            problems[str(folder)] = " ".join(str(error).split())
+            continue
+        found.append((folder, manifest, decomposition, pictures))
+    small = sum(path.stat().st_size for *_, paths in found for path in paths) > PICTURE_BYTES
+    attended = [
+        AttendFolder(folder.resolve().name, manifest, _pictures(paths, small), decomposition)
+        for folder, manifest, decomposition, paths in found
+    ]
+    return attended, problems
+
+
+def _pictures(paths: Sequence[Path], small: bool) -> tuple[Picture, ...]:
+    from PIL import Image
+
+    found = []
+    for path in paths:
+        data, kind = path.read_bytes(), "png"
+        with Image.open(path) as image:
+            size = image.size
+            if small:
+                buffer = io.BytesIO()
+                smaller = image.convert("RGB")
+                smaller.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH))
+                smaller.save(buffer, "WEBP", quality=85, method=6)
+                data, kind, size = buffer.getvalue(), "webp", smaller.size
+        address = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+        found.append(Picture(path.stem, address, *size))
+    return tuple(found)
 
 
 def section_of(attended: AttendFolder) -> AttendSection:
@@ -43,13 +106,12 @@ def section_of(attended: AttendFolder) -> AttendSection:
     title, said = _title(manifest), _found(numbers)
     shown = [metric for metric in SPLIT if metric in numbers]
     return AttendSection(
-        name=attended.name,
         title=title,
         pictures=tuple(
             (picture, " ".join([f"{picture.name.replace('-', ' ').replace('_', ' ')}: {title}.", *said]))
             for picture in attended.pictures
         ),
-        metrics=tuple((metric, CATALOGUE[metric]) for metric in shown),
+        metrics=tuple(CATALOGUE[metric] for metric in shown),
         rows=tuple(_row(row, shown) for row in numbers.to_dict("records")),
         failures=tuple((str(name), str(why)) for name, why in (manifest.get("failed_models") or {}).items()),
     )
@@ -58,14 +120,8 @@ def section_of(attended: AttendFolder) -> AttendSection:
 def _title(manifest: Mapping[str, Any]) -> str:
     """`demo:astronaut · layer 5 · mean over heads · patch in row 2, column 3`, as far as it is known."""
     plan = manifest.get("plan") or {}
-    parts = [
-        str(
-            (manifest.get("input") or {}).get("source")
-            or plan.get("image")
-            or plan.get("text")
-            or "one input"
-        )
-    ]
+    source = (manifest.get("input") or {}).get("source") or plan.get("image") or plan.get("text")
+    parts = [str(source or "one input")]
     if plan.get("layer") is not None:
         parts.append("last layer" if plan["layer"] == -1 else f"layer {plan['layer']}")
     elif plan.get("depth") is not None:

@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from diag.metrics.catalogue import DrawnAs
+
 WIDTH, HEIGHT = 380, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 38
 """Margins of the axes in units of the view box, which is about as wide as a phone."""
@@ -38,19 +40,16 @@ class ChartLine:
     """One line to draw.
 
     points: columns x (what the axis shows), layer, mean, ci_low, ci_high, sorted by x; NaN interval: no band.
-    colour: name of a CSS variable. Without a marker, one of `LONE` marks the only point of a line.
+    look: its colour is the name of a CSS variable. Without a marker, one of `LONE` marks the only point.
     """
 
-    label: str
     points: pd.DataFrame
-    colour: str
-    dashes: str = "-"
-    marker: str = "o"
+    look: DrawnAs
 
 
 @dataclass(frozen=True)
 class DrawnLine:
-    """A curve as SVG: paths, marker places, and its look."""
+    """A curve as SVG: paths, marker places, and its look. `data` is what tooltips read."""
 
     label: str
     colour: str
@@ -60,11 +59,12 @@ class DrawnLine:
     band: str
     bars: str
     marks: tuple[tuple[float, float], ...]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One pair of axes with its curves. `data` is what tooltips read: positions and numbers."""
+    """One pair of axes with its curves. exact: all curves have points at the same x."""
 
     name: str
     title: str
@@ -76,7 +76,12 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
     rule: float | None
     curves: tuple[DrawnLine, ...]
-    data: dict[str, Any]
+    exact: bool
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What tooltips read: positions and numbers."""
+        return {"exact": self.exact, "curves": [curve.data for curve in self.curves]}
 
 
 def limits_of(curves: Sequence[ChartLine]) -> tuple[float, float]:
@@ -96,15 +101,14 @@ def chart(
     y_label: str,
     limits: tuple[float, float],
     relative: bool = False,
-    rule: float | None = 0.0,
+    rule: float = 0.0,
 ) -> Chart:
-    """Places curves in the axes. Curves without points are left out.
+    """Places curves, which have points, in the axes.
 
     relative: x is depth from 0 to 1 and curves need not share their points; otherwise x is the layer.
     rule: where a thin line is drawn across, such as zero; none if outside the limits.
     """
-    there = [curve for curve in curves if not curve.points.empty]
-    xs = pd.concat([curve.points["x"] for curve in there]).astype(float)
+    xs = pd.concat([curve.points["x"] for curve in curves]).astype(float)
     first, last = (0.0, 1.0) if relative else (float(xs.min()), float(xs.max()))
     margin = 0.5 if first == last else 0.03 * (last - first)
     across = _scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
@@ -117,14 +121,14 @@ def chart(
         name=name,
         title=title,
         hint=hint,
-        description=_described(there),
+        description=" ".join(map(_described, curves)),
         x_label="relative depth" if relative else "layer",
         y_label=y_label,
         x_ticks=tuple((round(across(tick), 1), f"{tick:g}") for tick in x_ticks),
         y_ticks=tuple((round(up(tick), 1), text) for tick, text in _named(y_ticks)),
-        rule=round(up(rule), 1) if rule is not None and limits[0] <= rule <= limits[1] else None,
-        curves=tuple(_drawn(curve, across, up) for curve in there),
-        data={"exact": not relative, "curves": [_read(curve, across, up) for curve in there]},
+        rule=round(up(rule), 1) if limits[0] <= rule <= limits[1] else None,
+        curves=tuple(_drawn(curve, across, up) for curve in curves),
+        exact=not relative,
     )
 
 
@@ -147,60 +151,40 @@ def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
     known = points["ci_low"].notna() & points["ci_high"].notna()
     places = [place for place, there in enumerate(known) if there]
     alone = len(points) == 1
-    band = (
-        ""
-        if alone
-        else "L".join(
-            [f"{xs[place]} {highs[place]}" for place in places]
-            + [f"{xs[place]} {lows[place]}" for place in reversed(places)]
-        )
-    )
+    upper = [f"{xs[place]} {highs[place]}" for place in places]
+    lower = [f"{xs[place]} {lows[place]}" for place in reversed(places)]
     step = math.ceil(len(points) / MARKS)
-    outline = curve.marker or (LONE[curve.dashes] if alone else "")
+    outline = curve.look.marker or (LONE[curve.look.dashes] if alone else "")
+    data: dict[str, Any] = {
+        "label": curve.look.label,
+        "colour": curve.look.colour,
+        "layer": [int(layer) for layer in points["layer"]],
+        "x": [float(x) for x in xs],
+        "y": [float(y) for y in ys],
+    }
+    for name in ("mean", "ci_low", "ci_high"):
+        numbers = [None if pd.isna(number) else round(float(number), 4) for number in points[name]]
+        data[name.removeprefix("ci_")] = numbers  # `null` where there is no interval
     return DrawnLine(
-        label=curve.label,
-        colour=curve.colour,
-        dash=DASHES[curve.dashes],
+        label=curve.look.label,
+        colour=str(curve.look.colour),
+        dash=DASHES[curve.look.dashes],
         outline=MARKERS[outline] if outline else "",
         path="" if alone else "M" + "L".join(f"{x} {y}" for x, y in zip(xs, ys, strict=True)),
-        band=f"M{band}z" if band else "",
+        band=f"M{'L'.join(upper + lower)}z" if places and not alone else "",
         bars=f"M{xs[0]} {lows[0]}V{highs[0]}" if alone and places else "",
-        marks=tuple((float(x), float(y)) for x, y in zip(xs[::step], ys[::step], strict=True))
-        if outline
-        else (),
+        marks=tuple(zip(data["x"][::step], data["y"][::step], strict=True)) if outline else (),
+        data=data,
     )
 
 
-def _read(curve: ChartLine, across: Any, up: Any) -> dict[str, Any]:
-    """Positions and numbers of a curve for tooltips; `null` where there is no interval."""
-    points = curve.points
-    return {
-        "label": curve.label,
-        "colour": curve.colour,
-        "layer": [int(layer) for layer in points["layer"]],
-        "x": [round(across(x), 1) for x in points["x"]],
-        "y": [round(up(y), 1) for y in points["mean"]],
-        **{
-            short: [None if pd.isna(number) else round(float(number), 4) for number in points[name]]
-            for short, name in (("mean", "mean"), ("low", "ci_low"), ("high", "ci_high"))
-        },
-    }
-
-
-def _described(curves: Sequence[ChartLine]) -> str:
-    """The chart for those who do not see it: where each line begins, turns and ends."""
-    return " ".join(_trend(curve) for curve in curves)
-
-
-def _trend(curve: ChartLine) -> str:
-    points = curve.points.reset_index(drop=True)
-    first, last = points.iloc[0], points.iloc[-1]
-    if len(points) == 1:
-        return f"{curve.label}: {first['mean']:.3f} in layer {int(first['layer'])}."
-    low, high = points.iloc[int(points["mean"].argmin())], points.iloc[int(points["mean"].argmax())]
-    return (
-        f"{curve.label}: from {first['mean']:.3f} in layer {int(first['layer'])} "
-        f"to {last['mean']:.3f} in layer {int(last['layer'])}; "
-        f"lowest {low['mean']:.3f} in layer {int(low['layer'])}, "
-        f"highest {high['mean']:.3f} in layer {int(high['layer'])}."
+def _described(curve: ChartLine) -> str:
+    """A line for those who do not see it: where it begins, turns and ends."""
+    means = curve.points["mean"].to_numpy()
+    first, last, low, high = (
+        f"{curve.points['mean'].iloc[place]:.3f} in layer {int(curve.points['layer'].iloc[place])}"
+        for place in (0, -1, means.argmin(), means.argmax())
     )
+    if len(means) == 1:
+        return f"{curve.look.label}: {first}."
+    return f"{curve.look.label}: from {first} to {last}; lowest {low}, highest {high}."

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from diag.metrics.catalogue import MetricEntry, entry_of
+from diag.metrics.catalogue import CATALOGUE, DrawnAs, MetricEntry, entry_of
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
 from diag.results.files import file_stem, free_stem
-from diag.show.figures.panels import COMPARISON, CURVES, Panel
+from diag.show.figures.heatmaps import extent_of, field_of
+from diag.show.figures.panels import CURVES
 from diag.show.figures.style import DASHES
-from diag.show.figures.tables import check_columns, compared_metrics, patch_size_of, profile, rows_of, span
+from diag.show.figures.tables import (
+    check_columns,
+    compared_metrics,
+    last_layer,
+    patch_size_of,
+    profile,
+    rows_of,
+    span,
+)
 from diag.show.report.charts import Chart, ChartLine, chart, limits_of
-from diag.show.report.glossary import grouped
 from diag.show.report.maps import Map, head_maps, number
 from diag.show.report.palette import compared_colours
-
-HINTS = {
-    "Alignment bias": (
-        "The solid line is the bias. Where it does not rise above the dashed and dotted nulls, "
-        "it is geometry: another token's value, or uniform attention, would give as much."
-    ),
-    "Where it comes from": (
-        "An exact split: the self part is the token attending to itself, the context part is other tokens' "
-        "values pointing the same way. The two add up to the bias."
-    ),
-    "Similarity between tokens": (
-        "How alike values and outputs are. The partial similarity stands beside the value it takes "
-        "where values merely share one direction."
-    ),
-    "Where attention goes": (
-        "Weight on the token itself and on the first token; entropy is 1 where attention is uniform."
-    ),
-}
-"""Title of a panel -> how to read it."""
 
 COMPARED_MARKERS = "osD^vPX"
 """Those of figures that are drawn on a page as well."""
@@ -57,6 +47,8 @@ class NumberCell:
 
 
 NO_NUMBER = NumberCell(None, "–", "")
+Rows = list[tuple[str, tuple[NumberCell, ...]]]
+"""Layer and cells."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class NumberTable:
 
     name: str
     title: str
-    metrics: tuple[tuple[str, MetricEntry], ...]
+    metrics: tuple[MetricEntry, ...]
     rows: tuple[tuple[str, str, tuple[NumberCell, ...]], ...]
 
 
@@ -83,15 +75,6 @@ class ReportLine:
     tables: tuple[NumberTable, ...]
     maps: tuple[Map, ...]
     heads: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One metric of all lines: the chart, and its numbers as rows of `(layer, cells)`."""
-
-    chart: Chart
-    metric: str
-    rows: tuple[tuple[str, tuple[NumberCell, ...]], ...]
 
 
 def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> list[ReportLine]:
@@ -140,37 +123,36 @@ def facts_of(rows: pd.DataFrame, heads: pd.DataFrame) -> tuple[tuple[str, str], 
     return tuple((term, value) for term, value in found.items() if value)
 
 
-def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[Compared]:
-    """Charts over relative depth with one line each; none where there is only one line."""
+def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[tuple[Chart, Rows]]:
+    """A chart of each metric over relative depth with its numbers by layer; none where there is one line."""
     if len(lines) < 2:
         return []
     layers = check_columns(collection.layers)
     parts = [layers[layers["label"] == line.label] for line in lines]
+    looks = []
+    for place, line in enumerate(lines):
+        turn, marker = divmod(place, len(COMPARED_MARKERS))
+        looks.append(DrawnAs(line.label, line.colour, DASHES[turn % len(DASHES)], COMPARED_MARKERS[marker]))
     found = []
     for metric in compared_metrics(parts, least=2):
-        title, y_label = COMPARISON[metric]
+        title, y_label = CATALOGUE[metric].panel
         curves = [
-            ChartLine(
-                line.label,
-                _points(part, metric, relative=True),
-                line.colour,
-                DASHES[place // len(COMPARED_MARKERS) % len(DASHES)],
-                COMPARED_MARKERS[place % len(COMPARED_MARKERS)],
-            )
-            for place, (line, part) in enumerate(zip(lines, parts, strict=True))
+            ChartLine(points, look)
+            for part, look in zip(parts, looks, strict=True)
+            if not (points := _points(part, metric, relative=True)).empty
         ]
-        there = [curve for curve in curves if not curve.points.empty]
+        columns = [_by_layer(part, metric) for part in parts]
         drawn = chart(
             f"compared-{metric}",
-            there,
+            curves,
             title=title,
-            hint=entry_of(metric).sentence,
+            hint=CATALOGUE[metric].sentence,
             y_label=y_label,
-            limits=limits_of(there),
+            limits=limits_of(curves),
             relative=True,
             rule=1.0 if metric == "self_weight_ratio" else 0.0,
         )
-        found.append(Compared(drawn, metric, _side_by_side(parts, metric)))
+        found.append((drawn, _rows(set().union(*columns), columns)))
     return found
 
 
@@ -187,14 +169,22 @@ def glance(lines: Sequence[ReportLine], collection: Collection) -> NumberTable |
         wide = wide.reindex(columns=metrics)
         cells = [_cell(row) for _, row in summary(wide.to_numpy(dtype=float), seed=0).iterrows()]
         rows.append((line.label, "", tuple(cells)))
-    columns = tuple((metric, entry_of(metric)) for metric in metrics)
-    return NumberTable("glance", "Means over layers", columns, tuple(rows))
+    return NumberTable("glance", "Means over layers", tuple(map(entry_of, metrics)), tuple(rows))
 
 
 def colours_of(collection: Collection) -> list[str]:
     """The colour of every line, in the order of the labels."""
     layers = collection.layers
     return compared_colours([patch_size_of(layers[layers["label"] == label]) for label in collection.labels])
+
+
+def grouped(metrics: Iterable[str]) -> dict[str, list[str]]:
+    """The metrics that are there, by the title of their table; those not in the catalogue come last."""
+    there = dict.fromkeys(metrics)
+    found: dict[str, list[str]] = {}
+    for name in sorted(there, key=[*CATALOGUE, *there].index):
+        found.setdefault(entry_of(name).place.section, []).append(name)
+    return found
 
 
 def packed_heads(heads: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
@@ -205,25 +195,21 @@ def packed_heads(heads: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     if heads.empty:
         return {}
     numbers = sorted(int(layer) for layer in heads["layer"].unique())
-    count = int(heads["head"].max()) + 1
-    place = {layer: index * count for index, layer in enumerate(numbers)}
-    found: dict[str, Any] = {"layers": numbers, "heads": count, "groups": {}, "metrics": {}}
-    for title, metrics in grouped(heads["metric"]).items():
-        found["groups"][title] = metrics
-        for metric in metrics:
-            part = heads[heads["metric"] == metric]
-            at = part["layer"].map(place).to_numpy(int) + part["head"].to_numpy(int)
-            largest = part[["mean", "ci_low", "ci_high"]].abs().max().max()
-            scale = 1000 if pd.isna(largest) or largest < 100 else 10
-            packed: dict[str, Any] = {"scale": scale}
-            for short, name in (("mean", "mean"), ("low", "ci_low"), ("high", "ci_high")):
-                field = np.full(len(numbers) * count, np.nan)
-                field[at] = part[name].to_numpy(float)
-                if short == "mean" or not np.isnan(field).all():
-                    packed[short] = _whole(field, scale)
-            over = profile(layers, metric).set_index("layer")["mean"].reindex(numbers)
-            packed["layer"] = _whole(over.to_numpy(float), scale)
-            found["metrics"][metric] = packed
+    first, shape = extent_of(heads)
+    groups = grouped(heads["metric"])
+    found: dict[str, Any] = {"layers": numbers, "heads": shape[1], "groups": groups, "metrics": {}}
+    for metric in itertools.chain.from_iterable(groups.values()):
+        part = heads[heads["metric"] == metric]
+        largest = part[["mean", "ci_low", "ci_high"]].abs().max().max()
+        scale = 1000 if pd.isna(largest) or largest < 100 else 10
+        packed: dict[str, Any] = {"scale": scale}
+        for column in ("mean", "ci_low", "ci_high"):
+            if column == "mean" or part[column].notna().any():
+                field = field_of(part, metric, first, shape, column)[np.array(numbers) - first]
+                packed[column.removeprefix("ci_")] = _whole(field.ravel(), scale)
+        over = profile(layers, metric).set_index("layer")["mean"].reindex(numbers)
+        packed["layer"] = _whole(over.to_numpy(float), scale)
+        found["metrics"][metric] = packed
     return found
 
 
@@ -232,8 +218,15 @@ def _whole(numbers: np.ndarray, scale: int) -> list[int | None]:
 
 
 def _panels(rows: pd.DataFrame, slug: str) -> list[Chart]:
-    shown = [panel for panel in CURVES if not rows_of(rows, (line.metric for line in panel.lines)).empty]
-    curves = {panel.title: _curves(panel, rows) for panel in shown}
+    curves = {
+        panel.title: [
+            ChartLine(points, look)
+            for metric, look in panel.lines.items()
+            if not (points := _points(rows, metric)).empty
+        ]
+        for panel in CURVES
+    }
+    shown = [panel for panel in CURVES if curves[panel.title]]
     cosines = [curve for panel in shown if not panel.unit_interval for curve in curves[panel.title]]
     shared = limits_of(cosines) if cosines else (0.0, 1.0)
     return [
@@ -241,7 +234,7 @@ def _panels(rows: pd.DataFrame, slug: str) -> list[Chart]:
             f"curves-{slug}-{file_stem(panel.title).lower()}",
             curves[panel.title],
             title=panel.title,
-            hint=HINTS.get(panel.title, ""),
+            hint=panel.hint,
             y_label=panel.y_label,
             limits=(0.0, 1.02) if panel.unit_interval else shared,
         )
@@ -249,44 +242,26 @@ def _panels(rows: pd.DataFrame, slug: str) -> list[Chart]:
     ]
 
 
-def _curves(panel: Panel, rows: pd.DataFrame) -> list[ChartLine]:
-    return [
-        ChartLine(line.label, _points(rows, line.metric), line.colour, line.dashes, line.marker)
-        for line in panel.lines
-        if not rows_of(rows, [line.metric]).empty
-    ]
-
-
 def _points(rows: pd.DataFrame, metric: str, *, relative: bool = False) -> pd.DataFrame:
     points = profile(rows_of(rows, [metric]), metric)
-    # the model's last layer, also where only some were measured
-    count = "layer_count" if "layer_count" in rows else "layer"
-    last = float(rows[count].max()) - (count == "layer_count")
-    return points.assign(x=points["layer"] / max(last, 1.0) if relative else points["layer"])
+    return points.assign(x=points["layer"] / last_layer(rows) if relative else points["layer"])
 
 
 def _tables(rows: pd.DataFrame, slug: str) -> list[NumberTable]:
     modules = dict(zip(rows["layer"], rows["module"], strict=True)) if "module" in rows else {}
-    found = []
-    for title, metrics in grouped(rows["metric"]).items():
-        cells = {metric: _by_layer(rows, metric) for metric in metrics}
-        layers = sorted(int(layer) for layer in rows["layer"].unique())
-        found.append(
-            NumberTable(
-                f"table-{slug}-{file_stem(title).lower()}",
-                title,
-                tuple((metric, entry_of(metric)) for metric in metrics),
-                tuple(
-                    (
-                        str(layer),
-                        str(modules.get(layer, "")),
-                        tuple(cells[metric].get(layer, NO_NUMBER) for metric in metrics),
-                    )
-                    for layer in layers
-                ),
-            )
+    layers = set(rows["layer"].astype(int))
+    return [
+        NumberTable(
+            f"table-{slug}-{file_stem(title).lower()}",
+            title,
+            tuple(map(entry_of, metrics)),
+            tuple(
+                (layer, str(modules.get(int(layer), "")), cells)
+                for layer, cells in _rows(layers, [_by_layer(rows, metric) for metric in metrics])
+            ),
         )
-    return found
+        for title, metrics in grouped(rows["metric"]).items()
+    ]
 
 
 def _by_layer(rows: pd.DataFrame, metric: str) -> dict[int, NumberCell]:
@@ -302,18 +277,13 @@ def _cell(row: pd.Series) -> NumberCell:
     return NumberCell(round(float(row["mean"]), 6), number(row["mean"]), interval)
 
 
-def _side_by_side(
-    parts: Sequence[pd.DataFrame], metric: str
-) -> tuple[tuple[str, tuple[NumberCell, ...]], ...]:
-    columns = [_by_layer(part, metric) for part in parts]
-    layers = sorted({layer for column in columns for layer in column})
-    return tuple((str(layer), tuple(column.get(layer, NO_NUMBER) for column in columns)) for layer in layers)
+def _rows(layers: Iterable[int], columns: Sequence[Mapping[int, NumberCell]]) -> Rows:
+    return [
+        (str(layer), tuple(column.get(layer, NO_NUMBER) for column in columns)) for layer in sorted(layers)
+    ]
 
 
 def _agreed(rows: pd.DataFrame, column: str) -> str:
-    """The value that all rows share, a span of several numbers, or nothing."""
-    if column not in rows or rows[column].isna().all():
-        return ""
-    found = list(dict.fromkeys(rows[column].dropna()))
-    said = [f"{value:g}" if isinstance(value, float) else str(value) for value in found]
-    return ", ".join(said)
+    """The values that the rows have, each once; nothing where they have none."""
+    found = dict.fromkeys(rows[column].dropna()) if column in rows else ()
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in found)

@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
-from diag.show.figures.heatmaps import colour_range, extent_of, field_of
-from diag.show.figures.panels import HEAD_MAPS, HeadMap
+from diag.metrics.catalogue import MetricEntry, capitalised
+from diag.show.figures.heatmaps import head_fields
+from diag.show.figures.panels import HEAD_METRICS
 from diag.show.figures.style import COLOUR_MAPS
 from diag.show.figures.tables import rows_of
 
@@ -52,25 +53,18 @@ class Map:
 
 def head_maps(heads: pd.DataFrame, name: str) -> list[Map]:
     """The maps of one line, of its rows of heads.parquet. Metrics that were not measured are left out."""
-    rows = rows_of(heads, [head_map.metric for head_map in HEAD_MAPS])
+    rows = rows_of(heads, HEAD_METRICS)
     if rows.empty:
         return []
-    shown = [head_map for head_map in HEAD_MAPS if (rows["metric"] == head_map.metric).any()]
-    first, shape = extent_of(rows)
-    fields = {head_map.metric: field_of(rows, head_map.metric, first, shape) for head_map in shown}
-    found = []
-    for head_map in shown:
-        alike = [fields[other.metric] for other in shown if other.scale == head_map.scale]
-        limits = colour_range(head_map.scale, alike)
-        found.append(_map(f"{name}-{head_map.metric}", head_map, fields[head_map.metric], first, limits))
-    return found
+    first, maps = head_fields(rows)
+    return [_map(f"{name}-{entry.name}", entry, field, first, limits) for entry, field, limits in maps]
 
 
-def _map(name: str, head_map: HeadMap, field: np.ndarray, first: int, limits: tuple[float, float]) -> Map:
+def _map(name: str, entry: MetricEntry, field: np.ndarray, first: int, limits: tuple[float, float]) -> Map:
     layers, heads = field.shape
     wide = (WIDTH - LEFT - RIGHT) / heads
     high = float(np.clip(wide, min(7.0, MOST_HIGH / layers), min(22.0, MOST_HIGH / layers)))
-    colours = matplotlib.colormaps[COLOUR_MAPS[head_map.scale]]
+    colours = matplotlib.colormaps[COLOUR_MAPS[entry.scale]]
     level = np.clip((field - limits[0]) / (limits[1] - limits[0]) * SHADES, 0, SHADES - 1)
     paths: dict[int, list[str]] = {}
     for row, column in zip(*np.nonzero(~np.isnan(field)), strict=True):
@@ -80,8 +74,8 @@ def _map(name: str, head_map: HeadMap, field: np.ndarray, first: int, limits: tu
         )
     return Map(
         name=name,
-        metric=head_map.metric,
-        title=head_map.title,
+        metric=entry.name,
+        title=capitalised(entry.labelled),
         description=_described(field, first),
         first_layer=first,
         layers=layers,
@@ -104,10 +98,7 @@ def _ticks(first: int, count: int, start: float, size: float) -> tuple[tuple[flo
 
 
 def _described(field: np.ndarray, first: int) -> str:
-    low, high = (
-        np.unravel_index(np.nanargmin(field), field.shape),
-        np.unravel_index(np.nanargmax(field), field.shape),
-    )
+    low, high = (np.unravel_index(at(field), field.shape) for at in (np.nanargmin, np.nanargmax))
     return (
         f"{field.shape[0]} layers by {field.shape[1]} heads. "
         f"Highest {field[high]:.3f} in layer {first + high[0]}, head {high[1]}; "

@@ -9,16 +9,21 @@
   root.classList.add("js");
 
   // Elements are made with text, never from markup: names of models may hold anything.
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
+  function set(element, attributes) {
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  }
+  function make(tag, attributes = {}, ...children) {
+    const element = set(document.createElement(tag), attributes);
     element.append(...children);
     return element;
   }
-  function draw(tag, attributes) {
-    const element = document.createElementNS(SVG, tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    return element;
+  const draw = (tag, attributes) => set(document.createElementNS(SVG, tag), attributes);
+  const titles = (names) => make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)));
+  // a table that scrolls in itself where the window is narrow
+  function scrolling(label, caption, names, body, attributes = {}) {
+    const table = make("table", attributes, make("caption", {}, make("span", {}, caption)), make("thead", {}, titles(names)), body);
+    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, table);
   }
   function text(value) {
     if (value === null || value === undefined) return "–";
@@ -26,6 +31,8 @@
     return (shown === "-0.000" ? "0.000" : shown).replace("-", "−");
   }
   const interval = (low, high) => (low === null || low === undefined || high === null ? "" : `${text(low)} to ${text(high)}`);
+  const measured = (found) => make("td", {}, text(found.mean), make("small", {}, interval(found.low, found.high)));
+  const closest = (places, x) => places.reduce((best, at, i) => (Math.abs(at - x) < Math.abs(places[best] - x) ? i : best), 0);
   function step(key, count, place) {
     const moves = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 };
     if (key === "Home") return 0;
@@ -78,9 +85,8 @@
     function readings(x) {
       const found = [];
       for (const curve of chart.curves) {
-        let best = -1;
-        curve.x.forEach((at, i) => { if (best < 0 || Math.abs(at - x) < Math.abs(curve.x[best] - x)) best = i; });
-        if (best < 0 || (chart.exact && Math.abs(curve.x[best] - x) > 0.2)) continue;
+        const best = closest(curve.x, x);
+        if (chart.exact && Math.abs(curve.x[best] - x) > 0.2) continue;
         found.push({ curve, layer: curve.layer[best], mean: curve.mean[best], low: curve.low[best], high: curve.high[best] });
       }
       return found;
@@ -106,10 +112,7 @@
     function leave() { place = -1; cursor.setAttribute("hidden", ""); hide(); }
     function nearest(event) {
       const matrix = svg.getScreenCTM();
-      const x = (event.clientX - matrix.e) / matrix.a;
-      let best = 0;
-      stops.forEach((at, i) => { if (Math.abs(at - x) < Math.abs(stops[best] - x)) best = i; });
-      return best;
+      return closest(stops, (event.clientX - matrix.e) / matrix.a);
     }
     plot.addEventListener("pointermove", (event) => read(nearest(event), false));
     plot.addEventListener("pointerdown", (event) => read(nearest(event), false));
@@ -167,7 +170,7 @@
 
     function mark(row, head, speak, event) {
       places.set(map, [row, head]);
-      for (const [name, value] of Object.entries({ x: 34 + head * wide, y: 4 + row * high, width: wide, height: high })) frame.setAttribute(name, value);
+      set(frame, { x: 34 + head * wide, y: 4 + row * high, width: wide, height: high });
       frame.removeAttribute("hidden");
       const at = heads.layers.indexOf(first + row);
       const found = at < 0 ? { mean: null } : numbers(line, metric, at * heads.heads + head);
@@ -221,16 +224,11 @@
       if (!details.open || details.querySelector("table")) return;
       const { line, metric } = details.dataset;
       const heads = data.heads[line];
-      const top = make("tr", {}, make("th", { scope: "col" }, "layer"));
-      for (let head = 0; head < heads.heads; head++) top.append(make("th", { scope: "col" }, `head ${head}`));
-      const body = make("tbody");
-      heads.layers.forEach((layer, i) => {
-        const row = make("tr", {}, make("th", { scope: "row" }, String(layer)));
-        for (let head = 0; head < heads.heads; head++) row.append(make("td", {}, text(numbers(line, metric, i * heads.heads + head).mean)));
-        body.append(row);
-      });
+      const every = [...Array(heads.heads).keys()];
+      const body = make("tbody", {}, ...heads.layers.map((layer, i) => make("tr", {}, make("th", { scope: "row" }, String(layer)),
+        ...every.map((head) => make("td", {}, text(numbers(line, metric, i * heads.heads + head).mean))))));
       const caption = `${data.metrics[metric].heading} by layer and head, ${heads.label}`;
-      details.append(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, make("table", {}, make("caption", {}, make("span", {}, caption)), make("thead", {}, top), body)));
+      details.append(scrolling(caption, caption, ["layer", ...every.map((head) => `head ${head}`)], body));
     });
   }
 
@@ -288,23 +286,18 @@
         const { heading } = data.metrics[metric];
         rows.append(make("tr", {},
           make("th", { scope: "row" }, heading),
-          make("td", {}, text(here.mean), make("small", {}, interval(here.low, here.high))),
+          measured(here),
           make("td", {}, text(means[at])),
           make("td", {}, spark(over, means, at, `${heading} of head ${head}, from ${text(over[0])} in layer ${heads.layers[0]} to ${text(over.at(-1))} in layer ${heads.layers.at(-1)}`)),
         ));
       }
-      const columns = ["metric", "this head", "mean over heads", "over layers"].map((name) => make("th", { scope: "col" }, name));
-      body.append(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": group }, make("table", { class: "head-table" }, make("caption", {}, make("span", {}, group)), make("thead", {}, make("tr", {}, ...columns)), rows)));
+      body.append(scrolling(group, group, ["metric", "this head", "mean over heads", "over layers"], rows, { class: "head-table" }));
     }
     const all = make("details", {}, make("summary", {}, `Head ${head} in every layer, as a table`));
     const names = Object.values(heads.groups).flat();
-    const table = make("table", {}, make("caption", {}, make("span", {}, `Head ${head} of ${heads.label} in every layer`)),
-      make("thead", {}, make("tr", {}, ...["layer", ...names.map((name) => data.metrics[name].heading)].map((name) => make("th", { scope: "col" }, name)))),
-      make("tbody", {}, ...heads.layers.map((number, i) => make("tr", {}, make("th", { scope: "row" }, String(number)), ...names.map((name) => {
-        const found = numbers(line, name, i * heads.heads + head);
-        return make("td", {}, text(found.mean), make("small", {}, interval(found.low, found.high)));
-      })))));
-    all.append(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "all layers" }, table));
+    const layers = make("tbody", {}, ...heads.layers.map((number, i) => make("tr", {}, make("th", { scope: "row" }, String(number)),
+      ...names.map((name) => measured(numbers(line, name, i * heads.heads + head))))));
+    all.append(scrolling("all layers", `Head ${head} of ${heads.label} in every layer`, ["layer", ...names.map((name) => data.metrics[name].heading)], layers));
     body.append(all);
 
     dialog.replaceChildren(make("div", { class: "dialog-top" }, title, steps), body);

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-VALUES = {
+NOTES = {
     "as_computed": (
         "values as_computed: biases are in the values. Each row of the attention pattern sums to 1, so a "
         "constant in V (the projection's bias, the norm's shift) enters every output and every value and "
@@ -18,15 +18,27 @@ VALUES = {
         "values bias_free: the constant that the projection's bias and the norm's shift add to every value "
         "was taken out before anything was measured. Libraries that keep biases report other cosines."
     ),
-}
-"""What the convention of values means."""
-
-FIRST_TOKEN = {
     "excluded": (
         "first token excluded: the first token of a causal model sees only itself, so its output is its "
         "value whatever the model learned. It is left out of every number about outputs and attention."
-    )
+    ),
 }
+"""What a convention of values, and of the first token, means."""
+
+MODEL = (
+    *("resolved", "family", "tower", "layers", "inputs", "revision", "checkpoint", "weights"),
+    *("weights_sha256", "model_args", "patch_size", "image_size", "context", "bos", "preprocessing"),
+)
+"""What is shown of a model's entry in a manifest; `INPUT` of an input's."""
+INPUT = ("source", "count", "sha256")
+TERMS = {
+    "resolved": "resolved to",
+    "weights_sha256": "weights SHA-256",
+    "model_args": "model arguments",
+    "bos": "BOS",
+    "sha256": "SHA-256 of all",
+}
+"""What the page calls them, where it is not the key in words."""
 
 Terms = tuple[tuple[str, str], ...]
 FAILURES_SHOWN = 50
@@ -80,7 +92,7 @@ def source(name: str, manifest: Mapping[str, Any]) -> Source:
             }
         ),
         models=tuple(_model(entry) for entry in manifest.get("models") or []),
-        inputs=tuple(_input(kind, found) for kind, found in inputs.items()),
+        inputs=tuple((str(kind), _terms(_named(found, INPUT))) for kind, found in inputs.items()),
         failures=tuple(failures[:FAILURES_SHOWN]),
         more_failures=max(len(failures) - FAILURES_SHOWN, 0),
         plan=json.dumps(plan, indent=1, ensure_ascii=False),
@@ -89,42 +101,20 @@ def source(name: str, manifest: Mapping[str, Any]) -> Source:
 
 def notes(values: Iterable[Any], first_tokens: Iterable[Any]) -> list[str]:
     """What has to be said about how values and the first token were taken, each once."""
-    said = [VALUES.get(str(name)) for name in dict.fromkeys(values)]
-    said += [FIRST_TOKEN.get(str(name)) for name in dict.fromkeys(first_tokens)]
-    return [text for text in said if text]
+    return [NOTES[name] for name in dict.fromkeys(map(str, [*values, *first_tokens])) if name in NOTES]
 
 
 def _model(entry: Mapping[str, Any]) -> tuple[str, Terms]:
     skipped = entry.get("skipped_layers") or {}
-    terms = {
-        "resolved to": entry.get("resolved"),
-        "family": entry.get("family"),
-        "tower": entry.get("tower"),
-        "layers": entry.get("layers"),
-        "inputs": entry.get("inputs"),
-        "revision": entry.get("revision"),
-        "checkpoint": entry.get("checkpoint"),
-        "weights": entry.get("weights"),
-        "weights SHA-256": entry.get("weights_sha256"),
-        "model arguments": entry.get("model_args"),
-        "patch size": entry.get("patch_size"),
-        "image size": entry.get("image_size"),
-        "context": entry.get("context"),
-        "BOS": entry.get("bos"),
-        "preprocessing": entry.get("preprocessing"),
+    terms = _named(entry, MODEL) | {
         "notes": "; ".join(map(str, entry.get("notes") or [])),
         "layers left out": "; ".join(f"{path}: {why}" for path, why in skipped.items()),
     }
     return str(entry.get("given", "")), _terms(terms)
 
 
-def _input(kind: str, found: Mapping[str, Any]) -> tuple[str, Terms]:
-    terms = {
-        "source": found.get("source"),
-        "count": found.get("count"),
-        "SHA-256 of all": found.get("sha256"),
-    }
-    return str(kind), _terms(terms)
+def _named(entry: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {TERMS.get(key, key.replace("_", " ")): entry.get(key) for key in keys}
 
 
 def _terms(found: Mapping[str, Any]) -> Terms:

@@ -14,10 +14,8 @@ from diag.metrics.catalogue import entry_of
 from diag.results.collect import Collection
 from diag.results.profiles import profiles
 from diag.show.report import content, provenance
-from diag.show.report.attended import section_of
+from diag.show.report.attended import AttendFolder, section_of
 from diag.show.report.content import ReportLine
-from diag.show.report.folders import AttendFolder
-from diag.show.report.glossary import grouped
 from diag.show.report.palette import PAPER, variables
 from diag.show.words import comparison, summary
 from diag.show.words.control import series_control
@@ -25,9 +23,6 @@ from diag.show.words.phrases import listed
 
 GENERATOR = "attnbias"
 """What the page names as its maker; a file that does not is never overwritten."""
-
-SEED = 0
-"""Of the bootstrap behind the summary."""
 
 
 def page(
@@ -40,12 +35,11 @@ def page(
     """The page as text."""
     sentences, compared = words(collection)
     lines = content.lines_of(collection, sentences)
-    charts = [drawn for line in lines for drawn in line.charts]
-    side_by_side = content.comparison(lines, collection)
-    charts += [found.chart for found in side_by_side]
-    metrics = dict.fromkeys(name for line in lines for table in line.tables for name, _ in table.metrics)
     looks = [section_of(found) for found in attended]
-    metrics |= dict.fromkeys(name for found in looks for name, _ in found.metrics)
+    side_by_side = content.comparison(lines, collection)
+    charts = [*(drawn for line in lines for drawn in line.charts), *(chart for chart, _ in side_by_side)]
+    shown = [*(table.metrics for line in lines for table in line.tables), *(look.metrics for look in looks)]
+    metrics = dict.fromkeys(entry.name for entries in shown for entry in entries)
     manifests = [*collection.manifests.items(), *((found.name, found.manifest) for found in attended)]
     colours = content.colours_of(collection)
     first_tokens = collection.layers.get("first_token", ())
@@ -63,9 +57,7 @@ def page(
         notes=provenance.notes(collection.layers["values"], first_tokens)
         if "values" in collection.layers
         else [],
-        glossary={
-            title: [(name, entry_of(name)) for name in names] for title, names in grouped(metrics).items()
-        },
+        glossary={title: list(map(entry_of, names)) for title, names in content.grouped(metrics).items()},
         schemes={scheme: variables(colours, scheme) for scheme in PAPER},
         paper=PAPER,
         data=_embedded(
@@ -80,7 +72,7 @@ def page(
 
 def words(collection: Collection) -> tuple[dict[str, list[str]], list[str]]:
     """Sentences about every line, by label, and about their differences where there are several."""
-    found = profiles(collection.samples, seed=SEED)
+    found = profiles(collection.samples, seed=0)
     sentences = {label: summary(collection, found, label) for label in collection.labels}
     if len(sentences) == 1:
         return sentences, []
@@ -100,11 +92,8 @@ def lead(lines: Sequence[ReportLine]) -> str:
     counts = sorted({dict(line.facts).get("inputs (n)", "") for line in lines})
     what = models[0] if len(models) == 1 else f"{len(models)} models"
     more = f" in {len(lines)} ways of measuring" if len(lines) > len(models) else ""
-    n = (
-        f", n = {counts[0]} inputs" + (" each" if len(lines) > 1 else "")
-        if len(counts) == 1 and counts[0]
-        else ""
-    )
+    each = " each" if len(lines) > 1 else ""
+    n = f", n = {counts[0]} inputs{each}" if len(counts) == 1 and counts[0] else ""
     return (
         "How much of what attention returns does the token already have? "
         f"Measured in {what}{more}, layer by layer and head by head{n}."

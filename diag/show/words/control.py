@@ -33,9 +33,7 @@ SIZES = r",(?:img_size|patch_size)=[^,]*"
 def series_control(collection: Collection) -> str | None:
     """What is controlled in the first series that holds all models; None: no such series, or one model."""
     models = [
-        {str(entry["given"]), str(entry.get("resolved", entry["given"]))}
-        for manifest in collection.manifests.values()
-        for entry in manifest.get("models", ())
+        {str(entry["given"]), str(entry.get("resolved", entry["given"]))} for entry in _entries(collection)
     ]
     if len({frozenset(names) for names in models}) < 2:
         return None
@@ -43,6 +41,10 @@ def series_control(collection: Collection) -> str | None:
         if all(names & set(series["members"]) for names in models):
             return str(series["control"])
     return None
+
+
+def _entries(collection: Collection) -> list[Mapping[str, Any]]:
+    return [entry for manifest in collection.manifests.values() for entry in manifest.get("models", ())]
 
 
 def control_sentence(collection: Collection, control: str | None) -> Iterator[str]:
@@ -61,10 +63,9 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
 
 def _surprised(collection: Collection) -> Iterator[str]:
     """Which models were given sizes that they were not trained on."""
-    entries = [entry for manifest in collection.manifests.values() for entry in manifest.get("models", ())]
     found = [
         str(entry["given"])
-        for entry in entries
+        for entry in _entries(collection)
         if any("off the training distribution" in str(note) for note in entry.get("notes", ()))
     ]
     if found:
@@ -113,11 +114,9 @@ def _facts(collection: Collection) -> pd.DataFrame:
             (one for one in known if one["given"] == first["model"] and one["tower"] == first["tower"]), {}
         )
         resolved = str(entry.get("resolved", first["model"]))
-        facts = {name: str(part[name].max()) for name in ("n_tokens",) if name in part}
-        facts |= {
-            name: str(first[name]) for name in ("patch_size", "image_size", *CONDITIONS) if name in part
-        }
-        facts |= {
+        same = [name for name in ("patch_size", "image_size", *CONDITIONS) if name in part]
+        facts = {"n_tokens": str(part["n_tokens"].max())} if "n_tokens" in part else {}
+        facts |= {name: str(first[name]) for name in same} | {
             "weights": f"{re.sub(SIZES, '', resolved)} {entry.get('checkpoint')}",
             "resolved": resolved,
             "hash": f"{resolved} {entry.get('weights_sha256')}",

@@ -18,6 +18,7 @@ SHAPES = {
     "mixed": "goes up and down by turns",
     "flat": f"is flat over depth, within {SMALLEST} of its mean",
 }
+LIKE = {"U": "like a U", "inverted U": "like an inverted U"}
 NULLS = (
     ("excess", "cos_y_vpartner", "another token's value"),
     ("excess_over_uniform", "cos_y_vuniform", "uniform attention"),
@@ -48,14 +49,11 @@ def _strongest_layer(layers: pd.DataFrame) -> Iterator[str]:
     layer = int(biases["layer"].to_numpy()[biases["mean"].to_numpy().argmax()])
     at = layer_of(layers, layer)
     bias, where = at["cos_y_vself"], ", where it is strongest," if len(biases) > 1 else ""
-    said = (
-        f"In layer {layer}{where} the bias is {number(bias.value)} {bias.interval(n=True)}: the mean cosine "
-    )
-    said += "between what attention returns to a token and that token's own value"
+    said = f"In layer {layer}{where} the bias is {number(bias.value)} {bias.interval(n=True)}: the mean "
+    said += "cosine between what attention returns to a token and that token's own value"
     if "removed_energy" in at:
-        said += (
-            f"; {share(at['removed_energy'].value)} of the energy of what it returns lies along that value"
-        )
+        along = share(at["removed_energy"].value)
+        said += f"; {along} of the energy of what it returns lies along that value"
     yield f"{said}."
     if "cos_y_vuniform" in at:
         uniform = at["cos_y_vuniform"].value
@@ -100,9 +98,8 @@ def _depth(found: Profile, metric: str, name: str) -> Iterator[str]:
     first, lowest, last = (found[metric, quantity] for quantity in ("first", "minimum", "last"))
     way = f"{number(first.value)} in layer {first.layer:.0f}, "
     if lowest.layer not in (first.layer, last.layer):
-        way += (
-            f"lowest {number(lowest.value)} in layer {lowest.layer:.0f} (relative depth {lowest.depth:.2f}), "
-        )
+        way += f"lowest {number(lowest.value)} in layer {lowest.layer:.0f} "
+        way += f"(relative depth {lowest.depth:.2f}), "
     way += f"{number(last.value)} in layer {last.layer:.0f}; "
     way += f"last − first {number(rise.value, sign=True)} {rise.interval(sign=True)}"
     shape, likeliest = found[metric, "shape"], found[metric, "likeliest_shape"]
@@ -111,12 +108,8 @@ def _depth(found: Profile, metric: str, name: str) -> Iterator[str]:
     elif likeliest.word == UNCLEAR:
         yield f"The {name} over depth: {way}. Too few inputs to name its shape."
     else:
-        seen = f"{share(likeliest.value)} of resamples look {_look(likeliest.word)}"
+        seen = f"{share(likeliest.value)} of resamples look {LIKE.get(likeliest.word, likeliest.word)}"
         yield f"The shape of the {name} over depth is not decided by these data ({seen}): {way}."
-
-
-def _look(word: str) -> str:
-    return f"like {'an' if word == 'inverted U' else 'a'} {word}" if word.endswith("U") else word
 
 
 def _growth(found: Profile) -> Iterator[str]:

@@ -12,7 +12,10 @@ from diag.results.profiles import FEWEST
 
 @dataclass(frozen=True)
 class Found:
-    """A number with its interval; `layer`, `depth` (relative) and `word` where it has them. NaN: unknown."""
+    """A number with its interval, and what else it has: a place in depth, a word. NaN: unknown.
+
+    depth: relative. paired: it is a difference between two lines, whose inputs are all the same.
+    """
 
     value: float
     low: float
@@ -21,6 +24,7 @@ class Found:
     layer: float = float("nan")
     depth: float = float("nan")
     word: str = ""
+    paired: bool = False
 
     @property
     def known(self) -> bool:

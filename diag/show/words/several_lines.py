@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 
@@ -18,13 +17,6 @@ FEW = 20
 
 ORDERS = (("patch_size", "patch size"), ("n_tokens", "T"), ("layer_count", "number of layers"))
 """What may put lines in an order: column, name."""
-
-
-@dataclass(frozen=True)
-class Difference(Found):
-    """A difference between two lines; paired: all their inputs are the same."""
-
-    paired: bool = False
 
 
 def comparison(
@@ -46,14 +38,12 @@ def comparison(
     labels = [str(label) for label in sure.index]
     found = {label: profile_of(profiles, label) for label in labels}
 
-    def difference(a: str, b: str) -> Difference:
+    def difference(a: str, b: str) -> Found:
         """Bias of a - b, as it is known or from its own two lines."""
-        for one, other, sign in ((a, b, 1), (b, a, -1)):
-            if known is not None and (row := _bias_row(known, one, other)) is not None:
-                return _difference(row, sign)
-        row = _bias_row(differences(collection.samples, seed=seed, pairs=[(a, b)]), a, b)
-        assert row is not None
-        return _difference(row, 1)
+        found = None if known is None else _difference(known, a, b)
+        found = found or _difference(differences(collection.samples, seed=seed, pairs=[(a, b)]), a, b)
+        assert found is not None
+        return found
 
     said = [_most(found[labels[0]], sure)]
     if len(labels) > 1:
@@ -74,18 +64,19 @@ def _most(found: Profile, sure: pd.Series) -> str:
     return f"{said}."
 
 
-def _bias_row(table: pd.DataFrame, a: str, b: str) -> pd.Series | None:
-    rows = table[(table["a"] == a) & (table["b"] == b) & (table["quantity"] == "bias")]
-    return rows.iloc[0] if len(rows) else None
+def _difference(table: pd.DataFrame, a: str, b: str) -> Found | None:
+    """Bias of a - b, where the table holds it either way round."""
+    for one, other, sign in ((a, b, 1), (b, a, -1)):
+        rows = table[(table["a"] == one) & (table["b"] == other) & (table["quantity"] == "bias")]
+        if len(rows):
+            row = rows.iloc[0]
+            low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
+            n = min(row["n_a"], row["n_b"])
+            return Found(sign * row["difference"], low, high, n, paired=bool(row["paired"]))
+    return None
 
 
-def _difference(row: pd.Series, sign: int) -> Difference:
-    low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
-    n = min(row["n_a"], row["n_b"])
-    return Difference(sign * row["difference"], low, high, n, paired=bool(row["paired"]))
-
-
-def _next(label: str, difference: Difference) -> str:
+def _next(label: str, difference: Found) -> str:
     said = f"The next, {label}, is {number(difference.value)} lower"
     if difference.n < 2:
         return f"{said}; one input does not tell how sure that is."
@@ -138,9 +129,7 @@ def _split(found: Profile) -> Iterator[str]:
 
 
 def _trend(
-    collection: Collection,
-    found: dict[str, Profile],
-    difference: Callable[[str, str], Difference],
+    collection: Collection, found: dict[str, Profile], difference: Callable[[str, str], Found]
 ) -> Iterator[str]:
     """Bias along what puts three or more lines in an order: patch size from coarse to fine, T, depth."""
     table = collection.layers[collection.layers["label"].isin(list(found))]

@@ -92,7 +92,7 @@ def test_missing_uncertainty_and_values(layers: pd.DataFrame) -> None:
     table = published().assign(uncertainty=np.nan)
     table.loc[0, "value"] = np.nan
     assert len(points(layer_curves(layers, table))["(a) Alignment bias"][0]) == 2
-    assert overlays(None) == []
+    assert overlays(None, []) == []
 
 
 def test_a_table_of_another_kind_is_refused(layers: pd.DataFrame) -> None:

@@ -15,13 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from diag.errors import UserError
-from diag.show.figures.alphas import alpha_maps
-from diag.show.figures.compensation import compensation_over_layers
-from diag.show.figures.gain import gain_by_patch
-from diag.show.figures.gain_relation import gain_against_baseline
+from diag.show.figures.gain import gain_against_baseline, gain_by_patch
+from diag.show.figures.heatmaps import alpha_maps
 from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH
 from diag.show.figures.training import outcome_figures
-from diag.show.figures.training_curves import curves_over_steps
+from diag.show.figures.training_curves import compensation_over_layers, curves_over_steps
 from diag.show.figures.variants import styles_of
 from diag.show.figures.write import save
 from diag.studies.train.outcomes import outcome_tables

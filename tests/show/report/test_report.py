@@ -20,17 +20,16 @@ from PIL import Image
 
 from diag.errors import UserError
 from diag.metrics.attention import METRICS
-from diag.metrics.catalogue import CATALOGUE, RATIOS, entry_of
+from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, DrawnAs, entry_of
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.results.collect import Collection, collect
 from diag.show.figures.style import OKABE_ITO
 from diag.show.report import default_title, page, write_report
+from diag.show.report.attended import read_attended
 from diag.show.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ChartLine, chart, limits_of
-from diag.show.report.content import lines_of, packed_heads
-from diag.show.report.folders import read_attended
-from diag.show.report.glossary import GROUPS, grouped
+from diag.show.report.content import grouped, lines_of, packed_heads
 from diag.show.report.maps import head_maps, number
 from diag.show.report.palette import CONTRAST, PAPER, compared_colours, contrast, readable, variables
 from diag.show.report.provenance import source
@@ -445,7 +444,9 @@ def test_titles_name_models_while_that_is_short(collected: Collection) -> None:
 def test_every_metric_has_a_meaning_and_a_table() -> None:
     every = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
     assert set(CATALOGUE) == every
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(every)
+    groups = grouped(every)
+    assert OTHER not in groups
+    assert sorted(name for names in groups.values() for name in names) == sorted(every)
     assert grouped(["entropy", "new", "excess"]) == {
         "Alignment bias, its parts and its nulls": ["excess"],
         "Where attention goes": ["entropy"],
@@ -460,7 +461,7 @@ def test_points_lie_where_their_numbers_say() -> None:
     )
     drawn = chart(
         "c",
-        [ChartLine("a", points.assign(x=points["layer"]), "blue")],
+        [ChartLine(points.assign(x=points["layer"]), DrawnAs("a", "blue"))],
         title="t",
         hint="",
         y_label="y",
@@ -480,10 +481,10 @@ def test_points_lie_where_their_numbers_say() -> None:
 
 def test_limits_hold_every_interval_and_zero() -> None:
     points = pd.DataFrame({"layer": [0.0], "mean": [0.5], "ci_low": [-0.25], "ci_high": [0.75], "x": [0.0]})
-    low, high = limits_of([ChartLine("a", points, "blue")])
+    low, high = limits_of([ChartLine(points, DrawnAs("a", "blue"))])
     assert low == pytest.approx(-0.29)
     assert high == pytest.approx(0.79)
-    assert limits_of([ChartLine("a", points.assign(ci_low=0.4), "blue")])[0] == 0
+    assert limits_of([ChartLine(points.assign(ci_low=0.4), DrawnAs("a", "blue"))])[0] == 0
 
 
 def test_maps_fill_each_place_once_and_leave_gaps() -> None:
