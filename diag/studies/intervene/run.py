@@ -19,7 +19,7 @@ from diag.measure.edited import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.results.files import write, write_json, writing
+from diag.results.files import file_stem, write, write_json, writing
 from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
 from diag.results.tables import layer_samples, read_layers, read_samples
 from diag.run.cache import measured
@@ -187,7 +187,6 @@ def draw(
     table: pd.DataFrame, relation: pd.DataFrame, layers: pd.DataFrame, folder: Path, *, title: str
 ) -> list[Path]:
     """Layer sensitivity, and what the untouched model measures against it, as PDF, PNG and CSV."""
-    from diag.results.files import file_stem
     from diag.show.figures.sensitivity import bias_against_effect, layer_sensitivity
     from diag.show.figures.write import save
 

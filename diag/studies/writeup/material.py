@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,18 +18,22 @@ from diag.results.bootstrap import summary
 from diag.results.collect import Collection
 from diag.studies.attend.plan import AttendPlan
 
+if TYPE_CHECKING:
+    from diag.studies.writeup.needs import PlannedRun
+
 
 @dataclass(frozen=True)
 class Material:
     """Everything measured for one plan.
 
-    collections: by probe. lines: probe -> run folder's name -> what the run is a point of.
-    looks: folders of finished looks.
+    runs: probe -> folders of finished runs. collections: by probe. lines: probe -> run folder's name -> what
+    the run is a point of. looks: folders of finished looks.
     """
 
-    collections: Mapping[str, Collection] = field(default_factory=dict)
-    lines: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    looks: Mapping[AttendPlan, Path] = field(default_factory=dict)
+    runs: dict[str, dict[Path, PlannedRun]] = field(default_factory=dict)
+    collections: dict[str, Collection] = field(default_factory=dict)
+    lines: dict[str, dict[str, str]] = field(default_factory=dict)
+    looks: dict[AttendPlan, Path] = field(default_factory=dict)
 
     def collection(self, item: Any) -> Collection:
         """The runs that a figure or table shows. Raises UserError if none of them is there."""

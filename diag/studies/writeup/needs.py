@@ -22,19 +22,12 @@ from diag.results.folder import PLAN, is_finished
 from diag.results.profiles import CURVES, SHARES
 from diag.run.cache import is_measured
 from diag.run.plan import HOW, ProbePlan, specs_of
-from diag.show.figures.entropy import METRICS as ENTROPY_METRICS
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.document import Document, Place
-from diag.studies.writeup.schema import (
-    AttendFigure,
-    EntropyFigure,
-    ProfileTable,
-    WriteupPlan,
-    WriteupProbe,
-    attend_plan_of,
-    items_of,
-)
+from diag.studies.writeup.drawing import AttendFigure
+from diag.studies.writeup.schema import WriteupPlan, WriteupProbe, items_of
+from diag.studies.writeup.tables import ProfileTable
 
 NEVER_READ = "hf:"
 """Inputs that a dry run only names: they may have to be downloaded."""
@@ -109,9 +102,7 @@ def _runs(name: str, probe: WriteupProbe) -> Iterator[PlannedRun]:
 
 def looks_of(plan: WriteupPlan) -> list[AttendPlan]:
     """The attend plans of all pictures, each once."""
-    return list(
-        dict.fromkeys(attend_plan_of(item) for _, _, item in items_of(plan) if isinstance(item, AttendFigure))
-    )
+    return list(dict.fromkeys(item.plan for item in plan.figures if isinstance(item, AttendFigure)))
 
 
 def shows(plan: WriteupPlan) -> list[str]:
@@ -152,9 +143,8 @@ def needs_of(plan: WriteupPlan, document: Document, root: Path) -> list[Need]:
         if not isinstance(item, AttendFigure):
             _check_metrics(plan, document, place, item)
             continue
-        look = attend_plan_of(item)
         try:
-            need = _need_of_look(look, root)
+            need = _need_of_look(item.plan, root)
         except UserError as error:
             raise document.error((*place, "attend"), str(error), error.tip) from error
         if need not in found:
@@ -164,12 +154,15 @@ def needs_of(plan: WriteupPlan, document: Document, root: Path) -> list[Need]:
 
 def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: Any) -> None:
     """That metrics are known, and measured by the item's probe. Raises UserError with the line."""
-    named = ENTROPY_METRICS if isinstance(item, EntropyFigure) else getattr(item, "metrics", None) or ()
+    named = getattr(item, "metrics", None) or ()
     try:
         if isinstance(item, ProfileTable):
-            _in_profiles(named)
+            for name in named:
+                if name not in (known := (*CURVES, *SHARES)):
+                    tip = did_you_mean(name, known) or f"they have {one_of(known)}"
+                    raise UserError(f"profiles have no metric '{name}'", tip)
             return
-        _known(named)
+        chosen(named, GROUPS["default"])
         measured = plan.probes[item.probe].metrics if getattr(item, "probe", None) else None
         left_out = [name for name in named if measured is not None and name not in measured]
         if left_out:
@@ -181,19 +174,8 @@ def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: An
         raise document.error((*place, "metrics"), str(error), error.tip) from error
 
 
-def _in_profiles(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in (known := (*CURVES, *SHARES)):
-            tip = did_you_mean(name, known) or f"they have {one_of(known)}"
-            raise UserError(f"profiles have no metric '{name}'", tip)
-
-
-def _known(names: Sequence[str] | None) -> None:
-    chosen(names, GROUPS["default"])
-
-
 def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:
-    _known(run.plan.metrics)
+    chosen(run.plan.metrics, GROUPS["default"])
     (spec,) = specs_of(run.plan)
     sources = [run.plan.images, run.plan.texts]
     if any(source is not None and source.startswith(NEVER_READ) for source in sources):
