@@ -96,6 +96,13 @@ def number(value: float, *, sign: bool = False) -> str:
     return f"{value:+.3f}" if sign else f"{value:.3f}"
 
 
+def decimal(value: float, *, digits: int = 3, sign: bool = False) -> str:
+    """`0.511`, `−0.004`, as people read it: with a real minus, and a dash where there is no number."""
+    if pd.isna(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
 def percent(value: float) -> str:
     """`18%`; what is not all or nothing is not said to be."""
     if 0.995 <= value < 1:

@@ -19,7 +19,7 @@ from diag.inputs.items import Inputs, Item
 from diag.measure.device import device_of, dtype_of
 from diag.measure.loop import capture
 from diag.models import load
-from diag.models.base import Batch, Model, Tower
+from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
 from diag.models.names.resolve import ModelSpec
 from diag.results.files import file_stem
@@ -29,7 +29,6 @@ from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.grid import Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
 from diag.studies.attend.row import NUMBERS, Row, row_of
-from diag.studies.attend.words import window
 
 MEAN = "mean"
 
@@ -105,7 +104,7 @@ def _view(
     sample = (
         next(tower.samples(given, None))
         if plan.image is not None
-        else window(model, tower, given, plan.seq_len, listener)
+        else _window(model, tower, given, plan.seq_len, listener)
     )
     batch = tower.encode([sample])
     call = _one_call(tower, layer, batch)
@@ -220,7 +219,7 @@ def picture_of(pixels: Tensor, preprocessing: Mapping[str, Any]) -> tuple[np.nda
 def _in_memory(given: Inputs) -> Inputs:
     """The input, read once. Raises UserError if it cannot be read."""
     try:
-        items = [Item(item.id, partial(_identity, item.read())) for item in given]
+        items = [Item(item.id, partial(lambda content: content, item.read())) for item in given]
     except UnreadableInput as error:
         raise UserError(str(error), IMAGE_TIP) from error
     return Inputs(given.kind, given.source, items, given.digest)
@@ -231,6 +230,42 @@ def _tower(model: Model, kind: str) -> Tower:
         return model.towers[kind]
     flag = "--text 'STRING' --token I" if "text" in model.towers else "--image FILE --patch ROW,COLUMN"
     raise UserError(f"model '{model.name}' has no {kind} tower", f"it takes {flag}")
+
+
+def _window(model: Model, tower: Tower, given: Inputs, seq_len: int | None, listener: Listener) -> Sample:
+    """The first window of a text, of `seq_len` tokens; if None, the tower's usual length or the whole text.
+
+    Raises UserError if the text is shorter than `seq_len`, or the tower takes no such length.
+    """
+    windows = tower.samples(given, seq_len)
+    found, another = next(windows, None), next(windows, None)
+    if found is None and seq_len is None:
+        found = _whole(tower, given)
+    if found is None:
+        raise UserError(
+            f"the text is shorter than {seq_len or tower.facts.get('context')} tokens of '{model.name}'",
+            "give more text" if seq_len is None else f"give more text, or --seq-len below {seq_len}",
+        )
+    if another is not None:
+        listener.say(f"{model.name}: the first {len(found.read())} tokens of the text are looked at")
+    return Sample(found.id.rpartition(":")[0], found.read)
+
+
+def _whole(tower: Tower, given: Inputs) -> Sample | None:
+    """The longest window that the text fills: towers say only whether a length is possible."""
+    low, high = tower.facts.get("special_tokens", 0) + 1, 4096
+    best = None
+    while low <= high:
+        middle = (low + high) // 2
+        try:
+            found = next(tower.samples(given, middle), None)
+        except UserError:  # longer than the context, or a tower of one length only
+            found = None
+        if found is None:
+            high = middle - 1
+        else:
+            best, low = found, middle + 1
+    return best
 
 
 def _one_call(tower: Tower, layer: Layer, batch: Batch) -> AttentionCall:
@@ -331,7 +366,3 @@ def _decomposition(row: Row, same: Mapping[str, Any]) -> pd.DataFrame:
 def _behind(same: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     """A table with constant columns in front of its own."""
     return pd.DataFrame(dict(same), index=table.index).join(table)
-
-
-def _identity(content: Any) -> Any:
-    return content

@@ -38,15 +38,10 @@ from diag.studies.train.summary import shown, words
 from diag.studies.train.tasks import Task, task_of
 
 RESULTS = (
-    "accuracy",
-    "loss",
-    "held_out",
-    "steps",
-    "parameters",
-    "seconds_per_step",
-    "initial_sha256",
-    "sha256",
+    *("accuracy", "loss", "held_out", "steps", "parameters"),
+    *("seconds_per_step", "initial_sha256", "sha256"),
 )
+"""Of a cell's card, columns of the results."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +141,20 @@ def _finish(
     from diag.show.figures.write import save
 
     layers = _probe(plan, cells, task, folder, device, listener)
+    cards = {cell: card_of(folder / "cells" / cell.name) for cell in cells}
     results = pd.DataFrame(
-        [{**cell.facts, **_results(card_of(folder / "cells" / cell.name))} for cell in cells]
+        [{**cell.facts, **{name: card.get(name) for name in RESULTS}} for cell, card in cards.items()]
+    )
+    alphas = pd.DataFrame(
+        [
+            {**cell.facts, "layer": int(layer), "head": head, "alpha": alpha}
+            for cell, card in cards.items()
+            for layer, found in card["alphas"].items()
+            for head, alpha in enumerate(found)
+        ]
     )
     monitor, log = (_curves(cells, folder, name) for name in ("monitor", "log"))
-    tables = {
-        "results": results,
-        **outcome_tables(results, layers, _alphas(cells, folder), monitor, log),
-    }
+    tables = {"results": results, **outcome_tables(results, layers, alphas, monitor, log)}
     for name, table in tables.items():
         write(table, folder / f"{name}.csv")
     write(shown(tables), folder / "results.md")
@@ -196,22 +197,6 @@ def _probe(
         raise UserError(f"'{name}' could not be probed: {why}", "run the same command again")
     layers = read_layers(folder / "probe")
     return layers.assign(model=layers["model"].map(paths))
-
-
-def _results(card: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: card.get(name) for name in RESULTS}
-
-
-def _alphas(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:
-    """cell, patch_size, variant, seed, layer, head, alpha; empty where nothing was learned."""
-    rows = [
-        {**cell.facts, "layer": int(layer), "head": head, "alpha": alpha}
-        for cell in cells
-        for layer, found in card_of(folder / "cells" / cell.name)["alphas"].items()
-        for head, alpha in enumerate(found)
-    ]
-    columns = [*cells[0].facts, "layer", "head", "alpha"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def _curves(cells: Sequence[Cell], folder: Path, name: str) -> pd.DataFrame:

@@ -75,7 +75,6 @@ class LabelledTask(ImageTask):
         return {"images": self._read(self.testing, places, self.transforms[1])["images"]}
 
     def probed(self, folder: Any) -> dict[str, str]:
-        """The validation images where they lie."""
         return {"images": str(self.plan.validation)}
 
     def _read(self, given: inputs.Inputs, places: Any, transform: Any) -> Batch:

@@ -94,7 +94,6 @@ class CurvesFigure(OfProbe):
     published: Published = False
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """A figure per line."""
         table = check_columns(material.table(self))
         words = (
             "Alignment bias cos(y, v) with its nulls, its split into self and context part, similarity "
@@ -113,7 +112,6 @@ class HeadsFigure(OfProbe):
     kind: Literal["heads"]
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """A figure per line."""
         table = check_columns(material.table(self, "heads"), ["head"])
         words = (
             "Alignment bias, excess over the partner null, self weight and value similarity of every head."
@@ -131,7 +129,6 @@ class ComparisonFigure(OfProbe):
     published: Published = False
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         rows = rows_of(check_columns(material.table(self)), FIGURES["comparison"].metrics)
         known = overlay(rows, self.published)
         words = (
@@ -149,7 +146,6 @@ class DepthFigure(OfProbe):
     published: Published = False
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         table = known_metrics(material.table(self), self.metrics, self.probe)
         known = overlay(table, self.published)
         rows = rows_of(check_columns(table), self.metrics)
@@ -170,7 +166,6 @@ class EntropyFigure(OfProbe):
         return entropy.METRICS
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         rows = known_metrics(check_columns(material.table(self)), self.metrics, self.probe)
         words = (
             "Entropy of attention over layers: mean over tokens and heads, 15th percentile over tokens, and "
@@ -191,7 +186,6 @@ class LengthsFigure(OfProbe):
     layers: Layers | None = None
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         table = points(
             known_metrics(material.table(self, "samples"), self.metrics, self.probe),
             material.lines[self.probe],
@@ -216,7 +210,6 @@ class AttendFigure(Item):
         return AttendPlan(**self.attend)
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         if self.plan not in material.looks:
             raise UserError("its look at a target is not there", "see what failed above")
         found = read_look(material.looks[self.plan])
@@ -230,7 +223,6 @@ class EffectFigure(Item):
     kind: Literal["effect"]
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         table = published.accuracy()
         words = (
             "Published values: change in zero-shot ImageNet top-1 with XSA against the baseline's value "
@@ -256,7 +248,6 @@ class TrainedFigure(Item):
     pairs: tuple[Pair, ...] = ()
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
-        """One figure."""
         if self.probe is None:
             table = published_pairs()
             words = "Published values: value similarity of CLIP models trained on CC12M without and with XSA."

@@ -134,8 +134,9 @@ def points(
         constants = ("n_tokens", "values", "intervention", "first_token")
         rows.append(row | {name: first[name] for name in constants if name in part})
     table = pd.DataFrame(rows)
-    order = {name: place for place, name in enumerate(metrics)}
-    return table.sort_values("metric", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    return table.sort_values(
+        "metric", key=lambda names: names.map(metrics.index), kind="stable", ignore_index=True
+    )
 
 
 def _at(part: pd.DataFrame, against: str) -> float:

@@ -17,6 +17,7 @@ from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published as literature
 from diag.results.files import write
 from diag.results.profiles import differences, profiles
+from diag.show.words.phrases import decimal
 from diag.studies.writeup.item import Item, Names, OfProbe
 from diag.studies.writeup.material import Material, known_metrics, published_name
 
@@ -73,7 +74,6 @@ class LayerTable(OfProbe):
     )
 
     def made(self, stem: str, material: Material) -> list[Tabled]:
-        """One table."""
         rows = known_metrics(material.table(self), self.metrics, self.probe)
         keys = ["label", "layer"]
         wide = rows.pivot_table(
@@ -81,7 +81,7 @@ class LayerTable(OfProbe):
         ).reset_index()
         shown = pd.DataFrame({"model": wide["label"], "layer": wide["layer"].astype(int)})
         for name in self.metrics:
-            shown[heading(name)] = wide[name].map(number)
+            shown[heading(name)] = wide[name].map(decimal)
             if name == self.metrics[0]:
                 ends = rows[rows["metric"] == name].set_index(keys)[["ci_low", "ci_high"]]
                 ends = ends.loc[list(zip(wide["label"], wide["layer"], strict=True))]
@@ -96,7 +96,6 @@ class ProfileTable(OfProbe):
     metrics: Names = ("cos_y_vself",)
 
     def made(self, stem: str, material: Material) -> list[Tabled]:
-        """One table."""
         samples = material.table(self, "samples")
         found = profiles(samples)
         _refuse_unknown(self.metrics, found["metric"], "profiles")
@@ -125,7 +124,6 @@ class DifferenceTable(OfProbe):
     quantities: Names | None = None
 
     def made(self, stem: str, material: Material) -> list[Tabled]:
-        """One table."""
         found = differences(material.table(self, "samples"))
         if self.quantities is not None:
             _refuse_unknown(self.quantities, found["quantity"], "differences")
@@ -136,7 +134,7 @@ class DifferenceTable(OfProbe):
             {
                 "difference": found["a"] + " − " + found["b"],
                 "of": found["quantity"].map(heading),
-                "value": [number(value, sign=True) for value in found["difference"]],
+                "value": [decimal(value, sign=True) for value in found["difference"]],
                 "95 % interval": [
                     interval(low, high, sign=True)
                     for low, high in found[["ci_low", "ci_high"]].to_numpy(float)
@@ -159,7 +157,6 @@ class ReproductionTable(OfProbe):
     reference: Path | None = None
 
     def made(self, stem: str, material: Material) -> list[Tabled]:
-        """One table."""
         layers = material.table(self)
         parts, verdicts = [], []
         for model in dict.fromkeys(layers["model"]):
@@ -188,11 +185,11 @@ class ReproductionTable(OfProbe):
                     f"{value:.3f} ± {off:g}"
                     for value, off in found[["published", "uncertainty"]].to_numpy(float)
                 ],
-                "measured": found["measured"].map(number),
+                "measured": found["measured"].map(decimal),
                 "95 % interval": [
                     interval(low, high) for low, high in found[["ci_low", "ci_high"]].to_numpy(float)
                 ],
-                "difference": [number(value, sign=True) for value in found["difference"]],
+                "difference": [decimal(value, sign=True) for value in found["difference"]],
                 "within": found["within"].map({True: "yes", False: "no"}),
             }
         )
@@ -209,7 +206,6 @@ class ResultsTable(Item):
     kind: Literal["results"]
 
     def made(self, stem: str, material: Material) -> list[Tabled]:
-        """One table."""
         found = literature.accuracy()
         second = found["training_run"] > 1
         shown = pd.DataFrame(
@@ -217,9 +213,9 @@ class ResultsTable(Item):
                 "model": found["label"] + second.map({True: ", second training", False: ""}),
                 "top-1": found["baseline"].map("{:.2f}".format),
                 "top-1 with XSA": found["xsa"].map("{:.2f}".format),
-                "change": found["change"].map(lambda value: number(value, sign=True, digits=2)),
-                "value similarity": found["similarity_baseline"].where(~second).map(number),
-                "with XSA": found["similarity_xsa"].where(~second).map(number),
+                "change": found["change"].map(lambda value: decimal(value, sign=True, digits=2)),
+                "value similarity": found["similarity_baseline"].where(~second).map(decimal),
+                "with XSA": found["similarity_xsa"].where(~second).map(decimal),
             }
         )
         words = (
@@ -231,7 +227,7 @@ class ResultsTable(Item):
 
 def _profiled(row: pd.Series, quantity: str) -> str:
     sign = quantity == "last_minus_first"
-    said = f"{number(row['value'], sign=sign)} [{interval(row['ci_low'], row['ci_high'])}]"
+    said = f"{decimal(row['value'], sign=sign)} [{interval(row['ci_low'], row['ci_high'])}]"
     return f"{said} at {row['layer']:.0f}" if quantity == "minimum" else said
 
 
@@ -248,15 +244,8 @@ def _measured(item: OfProbe, material: Material) -> pd.DataFrame:
     return rows[rows["metric"] == "cos_y_vself"] if (rows["metric"] == "cos_y_vself").any() else rows
 
 
-def number(value: float, *, sign: bool = False, digits: int = 3) -> str:
-    """Three digits and a real minus; a dash where there is none."""
-    if pd.isna(value):
-        return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
 def interval(low: float, high: float, *, sign: bool = False) -> str:
     """`0.101 to 0.134`: a dash between numbers would read as a minus."""
     if pd.isna(low) or pd.isna(high):
         return "–"
-    return f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+    return f"{decimal(low, sign=sign)} to {decimal(high, sign=sign)}"
