@@ -136,8 +136,7 @@ def _exclude(path: str, module: nn.Module, variant: Variant, seed: int) -> None:
         raise UserError(f"'{path}' is a {type(module).__name__}, which cannot be changed", CHANGEABLE)
     # torch's generator on the CPU looks at the low 32 bits of a seed only
     generator = torch.Generator().manual_seed(zlib.crc32(path.encode(), seed))
-    change = CHANGES[variant.name](attention.sizes_of(module), variant.form, generator)
-    attention.swap(module, path, change)
+    attention.swap(module, path, lambda sizes: CHANGES[variant.name](sizes, variant.form, generator))
 
 
 def _remember(module: Any, tensors: Any, prefix: str, metadata: dict[str, Any]) -> None:

@@ -87,11 +87,7 @@ def can_be_changed(module: Any) -> bool:
     )
 
 
-def swap(module: Any, path: str) -> None:
-    """Makes a module that can be changed a changed one."""
+def swap(module: Any, path: str) -> Sizes:
+    """Makes a module that can be changed a changed one; its sizes."""
     module.__class__ = ChangedMultiheadAttention
-
-
-def sizes_of(module: Any) -> Sizes:
-    """Channels, heads and head size."""
     return Sizes(module.embed_dim, module.num_heads, module.head_dim)

@@ -103,6 +103,13 @@ def decimal(value: float, *, digits: int = 3, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def interval(low: float, high: float, *, digits: int = 3, sign: bool = False) -> str:
+    """`0.101 to 0.134`: a dash between numbers would read as a minus."""
+    if pd.isna(low) or pd.isna(high):
+        return "–"
+    return " to ".join(decimal(end, digits=digits, sign=sign) for end in (low, high))
+
+
 def percent(value: float) -> str:
     """`18%`; what is not all or nothing is not said to be."""
     if 0.995 <= value < 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     for entry in attended.models:
         if entry.get("picture"):
             picture = Image.fromarray(attended.pictures[entry["given"]])
-            atomically(folder / entry["picture"], lambda path, p=picture: p.save(path, format="png"))  # type: ignore[misc]
+            atomically(folder / entry["picture"], partial(picture.save, format="png"))
     drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
     with writing(folder / "figures"):
         figures = [

@@ -101,11 +101,10 @@ def _view(
         listener.say(note)
     tower = _tower(model, plan.tower)
     layer = chosen_layer(model, tower, plan.layer, plan.depth)
-    sample = (
-        next(tower.samples(given, None))
-        if plan.image is not None
-        else _window(model, tower, given, plan.seq_len, listener)
-    )
+    if plan.image is not None:
+        sample = next(tower.samples(given, None))
+    else:
+        sample = _window(model, tower, given, plan.seq_len, listener)
     batch = tower.encode([sample])
     call = _one_call(tower, layer, batch)
     if plan.image is not None:
@@ -134,12 +133,8 @@ def _view(
         entry["picture"] = f"pictures/{number:02d}-{file_stem(spec.given)}.png"
         if target.facts["picture_note"]:
             listener.say(f"{spec.given}: {target.facts['picture_note']}")
-    return _View(
-        _tokens(row, chosen_head(plan.head, call, model), target, same),
-        _decomposition(row, same),
-        target,
-        entry,
-    )
+    head = chosen_head(plan.head, call, model)
+    return _View(_tokens(row, head, target, same), _decomposition(row, same), target, entry)
 
 
 def _in_image(
@@ -338,11 +333,10 @@ def _tokens(row: Row, head: int | None, target: _Target, same: Mapping[str, Any]
             **{name: target.places[name].to_numpy() for name in target.places},
             "weight": weight,
             "value_cosine": _mean(row.value_cosine[of_head]),
+            "rank": pd.Series(weight).rank(method="first", ascending=False),
             "is_target": position == target.position,
         }
     )
-    rank = table["weight"].rank(method="first", ascending=False).astype("Int64")
-    table.insert(len(table.columns) - 1, "rank", rank)
     # one type per column, whatever the model: all of it is missing for some
     return _behind(same, table.astype({**TOKEN_TYPES, "text": "string"}))
 

@@ -176,15 +176,13 @@ def untouched(module: nn.Module) -> Iterator[None]:
         np.random.set_state(draws)
 
 
-@contextmanager
-def precision(device: torch.device, chosen: Precision) -> Iterator[None]:
+def precision(device: torch.device, chosen: Precision) -> torch.autocast:
     """Autocast as it was in another pass.
 
     Casts of the weights are not cached: where a training step's autocast is around this, they would be kept,
     and be at hand to its next pass although they were made without gradients.
     """
-    with torch.autocast(device.type, dtype=chosen.dtype, enabled=chosen.enabled, cache_enabled=False):
-        yield
+    return torch.autocast(device.type, dtype=chosen.dtype, enabled=chosen.enabled, cache_enabled=False)
 
 
 @contextmanager

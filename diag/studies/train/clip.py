@@ -22,7 +22,7 @@ import torch
 from diag.errors import UserError
 from diag.models.weights import read_variants
 from diag.studies.train.clip_arguments import open_clip_train, read_arguments
-from diag.studies.train.clip_log import logging_restored, watched
+from diag.studies.train.clip_log import watched
 from diag.variants import BASELINE, Variant, apply, parse, variants_in
 
 REFUSED = -1
@@ -49,7 +49,7 @@ def train_clip(
     kinds = [variant for variant in (attention, text_attention) if variant != BASELINE]
     argv, given = read_arguments(arguments, config, "-".join(kinds) or BASELINE)
     create = train.create_model_and_transforms
-    with logging_restored(), watched() as watch:
+    with watched() as watch:
         try:
             train.create_model_and_transforms = _changing(create, towers, _continued(train, given))
             ended = train.main(argv)
@@ -63,7 +63,9 @@ def train_clip(
 
 
 def _changing(
-    create: Callable[..., tuple[Any, Any, Any]], towers: dict[str, Variant], continued: Sequence[tuple[Path, bool]]
+    create: Callable[..., tuple[Any, Any, Any]],
+    towers: dict[str, Variant],
+    continued: Sequence[tuple[Path, bool]],
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """open_clip's function that creates a model; the first one comes with changed attention."""
     used = False

@@ -70,12 +70,8 @@ def run_train(
     """
     listener = listener or Silent()
     folder = folder or RUNS / f"train-{plan.key[:8]}"
-    document = {
-        "kind": "train",
-        "key": plan.key,
-        "plan": plan.model_dump(mode="json"),
-        "command": command_line(),
-    }
+    what = {"kind": "train", "key": plan.key, "plan": plan.model_dump(mode="json")}
+    document = what | {"command": command_line()}
     share = share_of(None, os.environ)
     if overwrite and share.of > 1:
         raise UserError(
@@ -93,7 +89,7 @@ def run_train(
     place = device_of(device, share.local_rank)
     if not isinstance(place, torch.device):
         raise UserError(f"--device {device} is for one large model", "--device auto, cpu or cuda:0")
-    mine = [number for number in range(len(cells)) if number % share.of == share.rank]
+    mine = range(share.rank, len(cells), share.of)
     listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {place}")
     (folder / "cells").mkdir(exist_ok=True)
     with Locks(folder / "cells" / ".lock") as locks:
@@ -103,15 +99,8 @@ def run_train(
                 listener.say(f"{cell.name} is in the hands of another process")
                 continue
             listener.start(cell.name, plan.recipe.steps)
-            train_cell(
-                plan,
-                cell,
-                task,
-                folder / "cells" / cell.name,
-                device=place,
-                workers=workers,
-                advance=listener.advance,
-            )
+            own, hear = folder / "cells" / cell.name, listener.advance
+            train_cell(plan, cell, task, own, device=place, workers=workers, advance=hear)
             locks.give(number)
         unfinished = [cell for cell in cells if not (folder / "cells" / cell.name / "card.json").exists()]
         if unfinished or not locks.take(len(cells)):

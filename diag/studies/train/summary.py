@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.show.words.phrases import decimal, listed
+from diag.show.words.phrases import decimal, interval, listed
 from diag.studies.train.pairs import BASELINE, CONTROL, base_of, grouped
 
 DIGITS = {"points": 2, "nats": 4, "": 3}
@@ -47,11 +47,15 @@ def shown(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             "seeds": str(row["n"]),
         }
         for name, word, digits in (("accuracy", "accuracy, %", 2), ("loss", "loss, nats", 4)):
-            cells[word] = _spread(row[name], row[f"{name}_sd"], digits)
+            cells[word] = decimal(row[name], digits=digits)
+            if pd.notna(row[f"{name}_sd"]):
+                cells[word] += f" ± {decimal(row[f'{name}_sd'], digits=digits)}"
             unit = "points" if name == "accuracy" else "nats"
             for key, heading in (("gain", f"{name} − {BASELINE}"), ("over_control", f"{name} − control")):
                 mean, low, high = (row[f"{name}_{key}{end}"] for end in ("", "_low", "_high"))
-                cells[f"{heading}, {unit} [95 %]"] = _with_interval(mean, low, high, digits)
+                ends = interval(low, high, digits=digits, sign=True)
+                said = decimal(mean, digits=digits, sign=True)
+                cells[f"{heading}, {unit} [95 %]"] = said if ends == "–" else f"{said} [{ends}]"
         rows.append(cells)
     words = pd.DataFrame(rows)
     if len(words) and words["task"].nunique() == 1:
@@ -240,10 +244,10 @@ def _judged(row: Mapping[str, Any]) -> str:
         return f"{said} ({UNJUDGED})"
     if pd.isna(row["ci_low"]):
         return f"{said} (the same in all {n} seeds, so no interval)"
-    low, high = (decimal(row[end], digits=digits, sign=True) for end in ("ci_low", "ci_high"))
+    ends = interval(row["ci_low"], row["ci_high"], digits=digits, sign=True)
     if _sure(row):
-        return f"{said} ({low} to {high}, n = {n}), {'above' if row['ci_low'] > 0 else 'below'} 0"
-    return f"{said} ({low} to {high}), not distinguishable from 0 with n = {n} seeds"
+        return f"{said} ({ends}, n = {n}), {'above' if row['ci_low'] > 0 else 'below'} 0"
+    return f"{said} ({ends}), not distinguishable from 0 with n = {n} seeds"
 
 
 def _judged_all(rows: pd.DataFrame) -> str:
@@ -258,25 +262,9 @@ def _judged_all(rows: pd.DataFrame) -> str:
 
 
 def _correlation(row: Mapping[str, Any]) -> str:
-    said = decimal(row["value"], digits=2)
-    if pd.isna(row["ci_low"]):
-        return f"{said} (no interval)"
-    return f"{said} ({decimal(row['ci_low'], digits=2)} to {decimal(row['ci_high'], digits=2)})"
+    ends = interval(row["ci_low"], row["ci_high"], digits=2)
+    return f"{decimal(row['value'], digits=2)} ({'no interval' if ends == '–' else ends})"
 
 
 def _seeds(count: int) -> str:
     return f"{count} seed{'s' if count != 1 else ''}"
-
-
-def _spread(mean: float, sd: float, digits: int) -> str:
-    """`61.20 ± 0.35`, without a spread where there is one seed."""
-    if pd.isna(mean) or pd.isna(sd):
-        return decimal(mean, digits=digits)
-    return f"{decimal(mean, digits=digits)} ± {decimal(sd, digits=digits)}"
-
-
-def _with_interval(mean: float, low: float, high: float, digits: int) -> str:
-    said = decimal(mean, digits=digits, sign=True)
-    if pd.isna(low):
-        return said
-    return f"{said} [{' to '.join(decimal(x, digits=digits, sign=True) for x in (low, high))}]"

@@ -62,8 +62,8 @@ class DrawnFigure:
 
 def _per_line(
     item: CurvesFigure | HeadsFigure, table: pd.DataFrame, stem: str
-) -> list[tuple[str, str, pd.DataFrame]]:
-    """`(stem, label, rows)` of every line that has the kind's metrics."""
+) -> list[tuple[str, pd.DataFrame]]:
+    """`(stem, rows)` of every line that has the kind's metrics."""
     metrics = FIGURES[item.kind].metrics
     parts = [(str(label), rows_of(part, metrics)) for label, part in table.groupby("label", sort=False)]
     parts = [(label, rows) for label, rows in parts if not rows.empty]
@@ -71,9 +71,7 @@ def _per_line(
         raise UserError(
             f"probe '{item.probe}' has no metric that {item.kind} show", f"measure {', '.join(metrics)}"
         )
-    if len(parts) == 1:
-        return [(stem, *parts[0])]
-    return [(file_stem(stem, label), label, rows) for label, rows in parts]
+    return [(stem if len(parts) == 1 else file_stem(stem, label), rows) for label, rows in parts]
 
 
 def _overlaid(
@@ -100,7 +98,7 @@ class CurvesFigure(OfProbe):
             "between tokens, and where attention goes, over layers."
         )
         drawn = []
-        for name, _, rows in _per_line(self, table, stem):
+        for name, rows in _per_line(self, table, stem):
             known = overlay(rows, self.published)
             drawn.append(_overlaid(name, layer_curves(rows, known), rows, known, words))
         return drawn
@@ -117,8 +115,7 @@ class HeadsFigure(OfProbe):
             "Alignment bias, excess over the partner null, self weight and value similarity of every head."
         )
         return [
-            DrawnFigure(name, head_heatmaps(rows), rows, words)
-            for name, _, rows in _per_line(self, table, stem)
+            DrawnFigure(name, head_heatmaps(rows), rows, words) for name, rows in _per_line(self, table, stem)
         ]
 
 

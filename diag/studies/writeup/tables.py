@@ -17,7 +17,7 @@ from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published as literature
 from diag.results.files import write
 from diag.results.profiles import differences, profiles
-from diag.show.words.phrases import decimal
+from diag.show.words.phrases import decimal, interval
 from diag.studies.writeup.item import Item, Names, OfProbe
 from diag.studies.writeup.material import Material, known_metrics, published_name
 
@@ -242,10 +242,3 @@ def _measured(item: OfProbe, material: Material) -> pd.DataFrame:
     """The rows that a caption counts inputs and tokens of."""
     rows = material.table(item)
     return rows[rows["metric"] == "cos_y_vself"] if (rows["metric"] == "cos_y_vself").any() else rows
-
-
-def interval(low: float, high: float, *, sign: bool = False) -> str:
-    """`0.101 to 0.134`: a dash between numbers would read as a minus."""
-    if pd.isna(low) or pd.isna(high):
-        return "–"
-    return f"{decimal(low, sign=sign)} to {decimal(high, sign=sign)}"
