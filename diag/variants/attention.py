@@ -38,3 +38,14 @@ def _package(module: nn.Module) -> str:
 
 def _known(module: nn.Module) -> Any:
     return importlib.import_module(f"diag.variants.{FILES[_package(module)]}")
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def mixed(ours: type, theirs: type, prefix: str) -> type:
+    """The subclass `PREFIXTheirs` of both, ours first; the same one every time."""
+    if (ours, theirs) not in _CLASSES:
+        name = f"{prefix}{theirs.__name__}"
+        _CLASSES[ours, theirs] = type(name, (ours, theirs), {"__module__": ours.__module__})
+    return _CLASSES[ours, theirs]

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from diag.errors import UserError
+from diag.variants.attention import mixed
 from diag.variants.changes import Change, Sizes
-from diag.variants.mixed import mixed
 
 HF_NAME = "attnbias"
 """What transformers knows the changed attention as: `config._attn_implementation`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +35,11 @@ def save(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Pa
             ),
             _write(folder / f"{stem}.csv", lambda path: data.to_csv(path, index=False, lineterminator="\n")),
         ]
+
+
+def save_all(drawn: Mapping[str, tuple[Figure, pd.DataFrame]], folder: Path) -> list[Path]:
+    """Writes figures with the rows behind them, by stem, as `save` does; the paths written."""
+    return [path for stem, (figure, data) in drawn.items() for path in save(figure, data, folder, stem)]
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> Path:

@@ -58,7 +58,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     from PIL import Image
 
     from diag.show.figures.attend import draw_attended
-    from diag.show.figures.write import save
+    from diag.show.figures.write import save_all
 
     write_table(attended.tokens, folder / "tokens.parquet")
     write_table(attended.decomposition, folder / "decomposition.csv")
@@ -68,11 +68,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
             atomically(folder / entry["picture"], partial(picture.save, format="png"))
     drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
     with writing(folder / "figures"):
-        figures = [
-            path
-            for stem, (figure, data) in drawn.items()
-            for path in save(figure, data, folder / "figures", stem)
-        ]
+        figures = save_all(drawn, folder / "figures")
     given = plan.inputs()
     write_json(
         {

@@ -34,16 +34,6 @@ MEAN = "mean"
 
 
 @dataclass(frozen=True)
-class _View:
-    """One model's part of the answer."""
-
-    tokens: pd.DataFrame
-    decomposition: pd.DataFrame
-    target: _Target
-    entry: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _Target:
     """Where the target is among the tokens, and what the tokens are.
 
@@ -57,6 +47,10 @@ class _Target:
     point: Point | None = None
 
 
+_View = tuple[pd.DataFrame, pd.DataFrame, _Target, dict[str, Any]]
+"""One model's part of the answer: tokens, decomposition, target, and what the manifest says."""
+
+
 def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attended:
     """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does."""
     listener = listener or Silent()
@@ -66,7 +60,7 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
     views: list[_View] = []
     failed: dict[str, str] = {}
     for number, spec in enumerate(specs):
-        point = views[0].target.point if views else None
+        point = views[0][2].point if views else None
         listener.start(spec.given, 1)
         try:
             # no name for the model here: the next one is loaded when it is gone
@@ -80,10 +74,10 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
             listener.say(f"{spec.given} failed: {error}")
         listener.advance(1)
     return Attended(
-        pd.concat([view.tokens for view in views], ignore_index=True).astype(TOKEN_TYPES),
-        pd.concat([view.decomposition for view in views], ignore_index=True),
-        {v.entry["given"]: v.target.picture for v in views if v.target.picture is not None},
-        [view.entry for view in views],
+        pd.concat([tokens for tokens, *_ in views], ignore_index=True).astype(TOKEN_TYPES),
+        pd.concat([decomposition for _, decomposition, *_ in views], ignore_index=True),
+        {entry["given"]: target.picture for *_, target, entry in views if target.picture is not None},
+        [entry for *_, entry in views],
         failed,
     )
 
@@ -134,7 +128,7 @@ def _view(
         if target.facts["picture_note"]:
             listener.say(f"{spec.given}: {target.facts['picture_note']}")
     head = chosen_head(plan.head, call, model)
-    return _View(_tokens(row, head, target, same), _decomposition(row, same), target, entry)
+    return _tokens(row, head, target, same), _decomposition(row, same), target, entry
 
 
 def _in_image(

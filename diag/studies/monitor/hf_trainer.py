@@ -64,7 +64,6 @@ class MonitorCallback(TrainerCallback):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        """Attaches the monitor to the model that is trained."""
         assert model is not None
         self.monitor = self._attach(model)
         self._measure(state)
@@ -72,7 +71,6 @@ class MonitorCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Measures and logs if the step is due."""
         self._measure(state)
 
     def on_log(
@@ -91,7 +89,6 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Takes the hook off the model."""
         if self.monitor is not None:
             self.monitor.close()
 

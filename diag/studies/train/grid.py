@@ -127,7 +127,7 @@ def _finish(
     started: float,
 ) -> TrainedGrid:
     from diag.show.figures.training import outcome_figures
-    from diag.show.figures.write import save
+    from diag.show.figures.write import save_all
 
     layers = _probe(plan, cells, task, folder, device, listener)
     cards = {cell: card_of(folder / "cells" / cell.name) for cell in cells}
@@ -147,11 +147,7 @@ def _finish(
     for name, table in tables.items():
         write(table, folder / f"{name}.csv")
     write(shown(tables), folder / "results.md")
-    figures = [
-        path
-        for stem, (figure, data) in outcome_figures(tables).items()
-        for path in save(figure, data, folder / "figures", stem)
-    ]
+    figures = save_all(outcome_figures(tables), folder / "figures")
     said = words(tables)
     write_json(
         {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,21 +16,19 @@ from diag.models.names.arguments import split
 from diag.results import published
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
+from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
-
-if TYPE_CHECKING:
-    from diag.studies.writeup.needs import PlannedRun
 
 
 @dataclass(frozen=True)
 class Material:
     """Everything measured for one plan.
 
-    runs: probe -> folders of finished runs. collections: by probe. lines: probe -> run folder's name -> what
-    the run is a point of. looks: folders of finished looks.
+    runs: probe -> folder of a finished run -> its plan. collections: by probe. lines: probe -> run folder's name ->
+    what the run is a point of. looks: folders of finished looks.
     """
 
-    runs: dict[str, dict[Path, PlannedRun]] = field(default_factory=dict)
+    runs: dict[str, dict[Path, ProbePlan]] = field(default_factory=dict)
     collections: dict[str, Collection] = field(default_factory=dict)
     lines: dict[str, dict[str, str]] = field(default_factory=dict)
     looks: dict[AttendPlan, Path] = field(default_factory=dict)

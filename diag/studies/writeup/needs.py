@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,13 @@ def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: An
         raise document.error((*place, "metrics"), str(error), error.tip) from error
 
 
-def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:
+def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[dict[str, Any]]) -> Need:
     chosen(run.plan.metrics, GROUPS["default"])
     (spec,) = specs_of(run.plan)
     sources = [run.plan.images, run.plan.texts]
     if any(source is not None and source.startswith(NEVER_READ) for source in sources):
-        there = any(_alike(run.plan, known) for known in finished)
-        state = "measured" if there else "unknown"
+        what = run.plan.model_dump(mode="json", exclude=set(HOW))
+        state = "measured" if what in finished else "unknown"
     else:
         state = "measured" if is_measured(run.plan, root) else "missing"
     inputs = f"at most {run.plan.limit} of {run.source}"
@@ -200,17 +201,12 @@ def _need_of_look(look: AttendPlan, root: Path) -> Need:
     )
 
 
-def _alike(plan: ProbePlan, known: Mapping[str, Any]) -> bool:
-    mine = plan.model_dump(mode="json", exclude=set(HOW))
-    return mine == {key: value for key, value in known.items() if key not in HOW}
-
-
-def _finished_plans(root: Path) -> tuple[Mapping[str, Any], ...]:
-    """The plans of the finished runs in a folder."""
+def _finished_plans(root: Path) -> list[dict[str, Any]]:
+    """What the finished runs in a folder measured: their plans without `HOW`."""
     found = []
-    for folder in sorted(filter(is_finished, root.glob("*"))):
-        try:
-            found.append(json.loads((folder / PLAN).read_text(encoding="utf-8"))["plan"])
-        except (OSError, ValueError, KeyError):
-            continue  # an attend folder, or one of another version
-    return tuple(found)
+    for folder in filter(is_finished, root.glob("*")):
+        # an attend folder, or one of another version, may have none
+        with suppress(OSError, ValueError, KeyError):
+            plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))["plan"]
+            found.append({key: value for key, value in plan.items() if key not in HOW})
+    return found

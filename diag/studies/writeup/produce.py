@@ -139,7 +139,7 @@ def _material(
                 folders[folder] = run
         if not folders:
             continue
-        material.runs[name] = folders
+        material.runs[name] = {folder: run.plan for folder, run in folders.items()}
         found = material.collections[name] = collect(folders)
         material.lines[name] = {key: folders[folder].line for key, folder in found.folders.items()}
         for place, why in found.problems.items():
@@ -237,8 +237,8 @@ def _document(plan: WriteupPlan, material: Material, outcome: Outcome, drawn: Pa
         "title": plan.title,
         "about": plan.about,
         "probes": {
-            name: [_resolved("run", run.plan, folder) for folder, run in folders.items()]
-            for name, folders in material.runs.items()
+            name: [_resolved("run", run, folder) for folder, run in runs.items()]
+            for name, runs in material.runs.items()
         },
         "looks": [_resolved("look", look, folder) for look, folder in material.looks.items()],
         **items,
@@ -275,15 +275,11 @@ PATHS = (
 )
 
 
-def _portable(document: dict[str, Any]) -> dict[str, Any]:
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: cleaned(inner) if key in PATHS or isinstance(inner, dict) else inner
-                for key, inner in value.items()
-            }
-        if isinstance(value, list):
-            return [cleaned(entry) for entry in value]
-        return portable(value) if isinstance(value, str) else value
-
-    return {key: cleaned(value) if key in (*PATHS, "attend") else value for key, value in document.items()}
+def _portable(value: Any) -> Any:
+    """A part of a plan with what `PATHS` names made portable, at any depth."""
+    if isinstance(value, dict):
+        inner = (*PATHS, "attend")
+        return {key: _portable(part) if key in inner else part for key, part in value.items()}
+    if isinstance(value, list):
+        return [_portable(entry) for entry in value]
+    return portable(value) if isinstance(value, str) else value

@@ -147,8 +147,13 @@ def _check_item(plan: WriteupPlan, document: Document, place: Place, item: Any) 
     if probe is not None and probe not in plan.probes:
         near = did_you_mean(probe, plan.probes) or f"probes are {one_of(plan.probes) or 'none'}"
         raise document.error((*place, "probe"), f"there is no probe '{probe}'", near)
-    for field in _placeholders(item.caption, document, place):
-        if field not in PLACEHOLDERS:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(item.caption or "")]
+    except ValueError as error:
+        where = (*place, "caption")
+        raise document.error(where, f"{error} in the caption", "write {{ for a brace") from error
+    for field in fields:
+        if field is not None and field not in PLACEHOLDERS:
             raise document.error(
                 (*place, "caption"),
                 f"a caption knows no '{{{field}}}'",
@@ -173,15 +178,6 @@ def _check_item(plan: WriteupPlan, document: Document, place: Place, item: Any) 
                 f"'{item.kind}' is not for {'an image' if look.tower == 'vision' else 'a text'}",
                 "kind: similarity-map or most-attended" if look.tower == "vision" else "kind: strip",
             )
-
-
-def _placeholders(caption: str | None, document: Document, place: Place) -> list[str]:
-    try:
-        return [field for _, field, _, _ in string.Formatter().parse(caption or "") if field is not None]
-    except ValueError as error:
-        raise document.error(
-            (*place, "caption"), f"{error} in the caption", "write {{ for a brace"
-        ) from error
 
 
 def _refusal(
