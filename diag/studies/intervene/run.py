@@ -140,11 +140,7 @@ def _carried_out(
             "tower": tower.name,
             "ends_in": tower.ending,
             "probe": probed.name,
-            "inputs": {
-                "source": given[kind].source,
-                "sha256": given[kind].digest,
-                "n": len(samples),
-            },
+            "inputs": {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)},
             "failed_inputs": incidents.failed,
             "seconds": round(time.time() - started, 3),
             "environment": environment(),

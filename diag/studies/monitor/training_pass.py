@@ -24,11 +24,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 
-WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 """Class of a wrapper -> its attribute that holds the module."""
 
 SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")

@@ -88,11 +88,8 @@ def outcomes(results: pd.DataFrame, gained: pd.DataFrame) -> pd.DataFrame:
             row |= {outcome: spread["mean"], f"{outcome}_sd": spread["sd"]}
             for name, baseline in (("gain", True), ("over_control", False)):
                 chosen = ours[(ours["outcome"] == outcome) & (ours["against"].eq(BASELINE) == baseline)]
-                first = chosen.iloc[0] if len(chosen) else pd.Series(dtype=float)
-                row |= {
-                    f"{outcome}_{name}{end}": float(first.get(column, math.nan))
-                    for end, column in ends.items()
-                }
+                first = chosen.iloc[0] if len(chosen) else dict.fromkeys(ends.values(), math.nan)
+                row |= {f"{outcome}_{name}{end}": float(first[column]) for end, column in ends.items()}
         for name in ("parameters", "seconds_per_step"):
             row[name] = part[name].median() if name in part else math.nan
         rows.append(row)

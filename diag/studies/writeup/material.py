@@ -24,8 +24,8 @@ from diag.studies.attend.plan import AttendPlan
 class Material:
     """Everything measured for one plan.
 
-    runs: probe -> folder of a finished run -> its plan. collections: by probe. lines: probe -> run folder's name ->
-    what the run is a point of. looks: folders of finished looks.
+    runs: probe -> folder of a finished run -> its plan. collections: by probe. lines: probe -> run folder's
+    name -> what the run is a point of. looks: folders of finished looks.
     """
 
     runs: dict[str, dict[Path, ProbePlan]] = field(default_factory=dict)

@@ -52,11 +52,6 @@ class PlannedRun:
         """The model, and the length where it is given."""
         return self.model + (f", T = {self.plan.seq_len}" if self.plan.seq_len else "")
 
-    @property
-    def source(self) -> str:
-        """Its inputs, as named."""
-        return " and ".join(filter(None, (self.plan.images, self.plan.texts))) or "demo"
-
 
 def runs_of(plan: WriteupPlan, document: Document) -> dict[str, tuple[PlannedRun, ...]]:
     """The runs of every probe that a figure or table shows, by probe.
@@ -87,18 +82,16 @@ def _runs(name: str, probe: WriteupProbe) -> Iterator[PlannedRun]:
     models: Sequence[str] = probe.models or series.members(probe.series or "")
     shared = probe.model_dump(exclude={"models", "series", "seq_len", "image_size", "patch_size"})
     shared |= {"model_args": probe.model_args or (), "intervene": probe.intervene or ()}
-    for model, image, patch in itertools.product(
-        models, probe.image_size or (None,), probe.patch_size or (None,)
-    ):
-        for length in probe.seq_len or (None,):
-            base, pairs = split(model)
-            sizes = {
-                key: size for key, size in (("img_size", image), ("patch_size", patch)) if size is not None
-            }
-            full = base + written(merged(read(pairs, model), sizes, model)) if sizes else model
-            line = f"series {probe.series}" if probe.series else re.sub(r"@step\d+$", "", base)
-            plan = ProbePlan(models=(full,), seq_len=length, **shared)
-            yield PlannedRun(name, line, plan)
+    images, patches, lengths = (
+        sizes or (None,) for sizes in (probe.image_size, probe.patch_size, probe.seq_len)
+    )
+    for model, image, patch, length in itertools.product(models, images, patches, lengths):
+        base, pairs = split(model)
+        named = {"img_size": image, "patch_size": patch}
+        sizes = {key: size for key, size in named.items() if size is not None}
+        full = base + written(merged(read(pairs, model), sizes, model)) if sizes else model
+        line = f"series {probe.series}" if probe.series else re.sub(r"@step\d+$", "", base)
+        yield PlannedRun(name, line, ProbePlan(models=(full,), seq_len=length, **shared))
 
 
 def looks_of(plan: WriteupPlan) -> list[AttendPlan]:
@@ -178,13 +171,13 @@ def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: An
 def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[dict[str, Any]]) -> Need:
     chosen(run.plan.metrics, GROUPS["default"])
     (spec,) = specs_of(run.plan)
-    sources = [run.plan.images, run.plan.texts]
-    if any(source is not None and source.startswith(NEVER_READ) for source in sources):
+    sources = [source for source in (run.plan.images, run.plan.texts) if source]
+    if any(source.startswith(NEVER_READ) for source in sources):
         what = run.plan.model_dump(mode="json", exclude=set(HOW))
         state = "measured" if what in finished else "unknown"
     else:
         state = "measured" if is_measured(run.plan, root) else "missing"
-    inputs = f"at most {run.plan.limit} of {run.source}"
+    inputs = f"at most {run.plan.limit} of {' and '.join(sources) or 'demo'}"
     return Need(run.probe, {run.model: spec.resolved}, run.plan.seq_len, inputs, state)
 
 
