@@ -63,12 +63,8 @@ def run_intervene(
     listener = listener or Silent()
     prepared = Prepared.of(plan)
     key = prepared.key
-    document = {
-        "kind": "intervene",
-        "key": key,
-        "plan": plan.model_dump(mode="json"),
-        "command": command_line(),
-    }
+    what = {"kind": "intervene", "key": key, "plan": plan.model_dump(mode="json")}
+    document = what | {"command": command_line()}
     folder = folder or RUNS / f"intervene-{default_folder(plan, key).name}"
     if claim(folder, document, overwrite=overwrite):
         return open_sweep(folder)

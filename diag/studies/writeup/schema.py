@@ -106,11 +106,8 @@ def items_of(plan: WriteupPlan) -> Iterator[tuple[Place, str, Any]]:
     """Every figure and table: its place in the document, the stem of its files, itself."""
     for section, items in (("figures", plan.figures), ("tables", plan.tables)):
         for number, item in enumerate(items):
-            yield (
-                (section, number),
-                item.name or file_stem(item.kind, getattr(item, "probe", None) or ""),
-                item,
-            )
+            stem = item.name or file_stem(item.kind, getattr(item, "probe", None) or "")
+            yield (section, number), stem, item
 
 
 def _check(plan: WriteupPlan, document: Document) -> None:

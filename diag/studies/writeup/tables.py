@@ -83,9 +83,10 @@ class LayerTable(OfProbe):
         for name in self.metrics:
             shown[heading(name)] = wide[name].map(decimal)
             if name == self.metrics[0]:
-                ends = rows[rows["metric"] == name].set_index(keys)[["ci_low", "ci_high"]]
-                ends = ends.loc[list(zip(wide["label"], wide["layer"], strict=True))]
-                shown["95 % interval"] = [interval(low, high) for low, high in ends.to_numpy(float)]
+                ends = rows[rows["metric"] == name].set_index(keys)
+                shown["95 % interval"] = _intervals(
+                    ends.loc[list(zip(*(wide[key] for key in keys), strict=True))]
+                )
         return [Tabled(stem, rows, shown, "Means over inputs, layer by layer.", rows)]
 
 
@@ -135,10 +136,7 @@ class DifferenceTable(OfProbe):
                 "difference": found["a"] + " − " + found["b"],
                 "of": found["quantity"].map(heading),
                 "value": [decimal(value, sign=True) for value in found["difference"]],
-                "95 % interval": [
-                    interval(low, high, sign=True)
-                    for low, high in found[["ci_low", "ci_high"]].to_numpy(float)
-                ],
+                "95 % interval": _intervals(found, sign=True),
                 "n": [
                     f"{a}, paired" if paired else str(a) if a == b else f"{a} and {b}"
                     for a, b, paired in zip(found["n_a"], found["n_b"], found["paired"], strict=True)
@@ -186,9 +184,7 @@ class ReproductionTable(OfProbe):
                     for value, off in found[["published", "uncertainty"]].to_numpy(float)
                 ],
                 "measured": found["measured"].map(decimal),
-                "95 % interval": [
-                    interval(low, high) for low, high in found[["ci_low", "ci_high"]].to_numpy(float)
-                ],
+                "95 % interval": _intervals(found),
                 "difference": [decimal(value, sign=True) for value in found["difference"]],
                 "within": found["within"].map({True: "yes", False: "no"}),
             }
@@ -223,6 +219,11 @@ class ResultsTable(Item):
             "layers), of CLIP models trained on CC12M."
         )
         return [Tabled(stem, found, shown, words, pd.DataFrame())]
+
+
+def _intervals(rows: pd.DataFrame, *, sign: bool = False) -> list[str]:
+    ends = rows[["ci_low", "ci_high"]].to_numpy(float)
+    return [interval(low, high, sign=sign) for low, high in ends]
 
 
 def _profiled(row: pd.Series, quantity: str) -> str:
