@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ SEED = 0
 VIT_RECIPE = Recipe(steps=1500, batch_size=64, learning_rate=1e-3, warmup=100)
 LM_RECIPE = Recipe(steps=1500, batch_size=16, learning_rate=2e-3, warmup=100)
 VALIDATION_CROPS = 1400
+ALONE: dict[str, Any] = {"title": "embedded", "variants": (BASELINE,), "seeds": (SEED,)}
+"""A plan of one cell."""
 SHIPPED = ("sa", "xsa")
 """Variants of a grid whose weights are shipped."""
 
@@ -51,7 +53,9 @@ CPU = torch.device("cpu")
 
 def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Trains one ViT, writes `vit-p{patch_size}.safetensors` and its card, returns the card."""
-    task = CropsTask(_plan("crops", recipe, VIT_CONFIG, patch_sizes=(patch_size,)))
+    task = CropsTask(
+        TrainPlan(task="crops", patch_sizes=(patch_size,), model=VIT_CONFIG, recipe=recipe, **ALONE)
+    )
     torch.manual_seed(SEED)
     model = build_vit(patch_size)
     name = f"vit-p{patch_size}"
@@ -67,9 +71,7 @@ def train_vit(patch_size: int, recipe: Recipe, out: Path) -> dict[str, Any]:
         "validation_crops": VALIDATION_CROPS,
         "licence": PHOTOGRAPHS_LICENCE,
     }
-    return _store(
-        model, card, f"vit --patch-size {patch_size}", out / f"{name}.safetensors", out / f"{name}.json"
-    )
+    return _store(model, card, f"vit --patch-size {patch_size}", out / f"{name}.safetensors")
 
 
 def ship_grid(run: Path, out: Path) -> list[dict[str, Any]]:
@@ -103,14 +105,13 @@ def ship_grid(run: Path, out: Path) -> list[dict[str, Any]]:
             "validation_crops": int(outcome["held_out"]),
             "licence": PHOTOGRAPHS_LICENCE,
         }
-        file = out / f"{card['name']}.safetensors"
-        cards.append(_store(model, card, "grid RUN", file, file.with_suffix(".json")))
+        cards.append(_store(model, card, "grid RUN", out / f"{card['name']}.safetensors"))
     return cards
 
 
 def train_lm(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Trains the language model, writes the Hugging Face folder `lm/` and its card, returns the card."""
-    task = LanguageTask(_plan("language", recipe, LM_CONFIG))
+    task = LanguageTask(TrainPlan(task="language", model=LM_CONFIG, recipe=recipe, **ALONE))
     folder = out / "lm"
     task.tokenizer.save_pretrained(folder)
     torch.manual_seed(SEED)
@@ -133,7 +134,7 @@ def train_lm(recipe: Recipe, out: Path) -> dict[str, Any]:
         "licence": LICENCE + "text: the licence of Python",
     }
     model.config.save_pretrained(folder)
-    return _store(model, card, "lm", folder / "model.safetensors", folder / "card.json")
+    return _store(model, card, "lm", folder / "model.safetensors")
 
 
 def _vit_facts(patch_size: int) -> dict[str, Any]:
@@ -144,23 +145,6 @@ def _vit_facts(patch_size: int) -> dict[str, Any]:
         "task": "name the photograph that a crop comes from",
         "data": "14 photographs and textures in scikit-image's wheel; left 60 % trains, right 35 % validates",
     }
-
-
-def _plan(
-    task: Literal["crops", "language"],
-    recipe: Recipe,
-    sizes: dict[str, Any],
-    patch_sizes: tuple[int, ...] = (),
-) -> TrainPlan:
-    return TrainPlan(
-        title="embedded",
-        task=task,
-        patch_sizes=patch_sizes,
-        variants=(BASELINE,),
-        seeds=(SEED,),
-        model=sizes,
-        recipe=recipe,
-    )
 
 
 def _train(model: nn.Module, task: Task, recipe: Recipe, checkpoint: Path, name: str) -> None:
@@ -181,17 +165,15 @@ def _train(model: nn.Module, task: Task, recipe: Recipe, checkpoint: Path, name:
     model.half().float()
 
 
-def _store(
-    model: nn.Module, card: dict[str, Any], arguments: str, weights: Path, card_file: Path
-) -> dict[str, Any]:
+def _store(model: nn.Module, card: dict[str, Any], arguments: str, weights: Path) -> dict[str, Any]:
+    """Writes a model and its card: `card.json` in a folder of its own, else named as the weights are."""
     weights.parent.mkdir(parents=True, exist_ok=True)
     # tied weights are stored once, as Hugging Face does
     tied = {"lm_head.weight"} if "transformer.wte.weight" in model.state_dict() else set()
     tensors = {k: v.half().contiguous() for k, v in model.state_dict().items() if k not in tied}
     changed = variants_in(model)
-    save_file(
-        tensors, weights, metadata={"format": "pt"} | ({METADATA: json.dumps(changed)} if changed else {})
-    )
+    header = {METADATA: json.dumps(changed)} if changed else {}
+    save_file(tensors, weights, metadata={"format": "pt"} | header)
     card |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": "float16",
@@ -199,7 +181,8 @@ def _store(
         "command": f"python -m tools.embedded_models {arguments} --out DIR",
         "torch": torch.__version__,
     }
-    write_json(card, card_file)
+    own = weights.name == "model.safetensors"
+    write_json(card, weights.with_name("card.json") if own else weights.with_suffix(".json"))
     print(json.dumps(card, indent=2))
     return card
 

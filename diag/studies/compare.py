@@ -37,8 +37,8 @@ from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, percent, profile_of
 
 WIDTH = 80
-ScreenCell = str | tuple[str, str]
-"""Of a table on the screen: a word or number, or a number and its interval."""
+Row = Mapping[str, str | tuple[str, str]]
+"""Of a table on the screen, by heading: a word or number, or a number and its interval."""
 
 PROFILES_PER_FIGURE = 12
 
@@ -238,68 +238,64 @@ def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
 
 
 def _means(shown: Mapping[str, Profile]) -> str:
-    rows = []
+    means = {"bias": "cos_y_vself", "over partner": "excess", "over uniform": "excess_over_uniform"}
+    rows: list[Row] = []
     for key, profile in shown.items():
-        means = {"bias": "cos_y_vself", "over partner": "excess", "over uniform": "excess_over_uniform"}
-        row: dict[str, ScreenCell] = {"": key}
-        row |= {head: _with_interval(profile.get((metric, "mean"))) for head, metric in means.items()}
         share = profile.get(("self_part", "share"))
-        row["self"] = percent(share.value) if share is not None and share.known else "–"
-        rows.append(row)
+        said = {head: _with_interval(profile.get((metric, "mean"))) for head, metric in means.items()}
+        own = percent(share.value) if share is not None and share.known else "–"
+        rows.append({"": key, **said, "self": own})
     title = "Mean over layers: bias cos(y,v) with 95 % CI, its excess over two nulls, share\n"
     return title + "of it that is the token attending to itself\n" + _table(rows)
 
 
 def _depth(shown: Mapping[str, Profile]) -> str:
-    rows = []
+    rows: list[Row] = []
     for key, profile in shown.items():
         if ("cos_y_vself", "first") in profile:
-            rise = profile["cos_y_vself", "last_minus_first"]
-            row: dict[str, ScreenCell] = {"": key, **_ends(profile, "cos_y_vself")}
-            row |= {"last - first": _with_interval(rise), "shape": _shape(profile, "cos_y_vself")}
-            rows.append(row)
+            rise = _with_interval(profile["cos_y_vself", "last_minus_first"])
+            rows.append({"": key, **_over_depth(profile, "cos_y_vself", {"last - first": rise})})
     return "Bias over depth (minimum @layer, relative depth)\n" + _table(rows) if rows else ""
 
 
 def _similarity(shown: Mapping[str, Profile]) -> str:
-    rows, words = [], []
+    rows: list[Row] = []
+    words = set()
     for key, profile in shown.items():
         if ("value_similarity", "first") in profile:
             growth, onset = profile["value_similarity", "growth"], profile["value_similarity", "onset"]
-            row: dict[str, ScreenCell] = {"": key, **_ends(profile, "value_similarity")}
-            row |= {"growth": _with_interval(growth, "{:.2f}")}
-            row |= {"onset": f"{onset.value:.0f}" if onset.known else "–"}
-            rows.append(row | {"shape": _shape(profile, "value_similarity")})
-            words.append(growth.word.split(":")[0])
-    said = words[0] if len(set(words)) == 1 else "first to last"
+            begun = f"{onset.value:.0f}" if onset.known else "–"
+            more: Row = {"growth": _with_interval(growth, "{:.2f}"), "onset": begun}
+            rows.append({"": key, **_over_depth(profile, "value_similarity", more)})
+            words.add(growth.word.split(":")[0])
+    said = words.pop() if len(words) == 1 else "first to last"
     title = f"Value similarity over depth (growth: {said}; after the onset it grows)\n"
     return title + _table(rows) if rows else ""
 
 
 def _apart(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
-    rows = []
+    rows: list[Row] = []
     for pair, part in table.groupby(["a", "b"], sort=False):
         a, b = (keys[str(label)] for label in pair)  # type: ignore[attr-defined]
         columns = part[["quantity", "difference", "ci_low", "ci_high", "n_a"]].itertuples(index=False)
         known = {name: Found(value, low, high, int(n)) for name, value, low, high, n in columns}
-        row: dict[str, ScreenCell] = {"": f"{a} - {b}"}
-        row |= {head: _with_interval(known.get(name)) for name, head in SHORT_DIFFERENCES.items()}
-        rows.append(row | {"paired": "yes" if part["paired"].all() else "no"})
+        said = {head: _with_interval(known.get(name)) for name, head in SHORT_DIFFERENCES.items()}
+        rows.append({"": f"{a} - {b}", **said, "paired": "yes" if part["paired"].all() else "no"})
     return "Differences of means over layers, with 95 % CI\n" + _table(rows) if rows else ""
 
 
-def _ends(profile: Profile, metric: str) -> dict[str, str]:
+def _over_depth(profile: Profile, metric: str, more: Row) -> Row:
+    """A curve's ends, more of it, and its shape with the share of resamples that have it: `falling 89%`."""
     first, low, last = (profile[metric, quantity] for quantity in ("first", "minimum", "last"))
-    minimum = f"{low.value:.3f} @{low.layer:.0f} {low.depth:.2f}"
-    return {"first": f"{first.value:.3f}", "minimum": minimum, "last": f"{last.value:.3f}"}
-
-
-def _shape(profile: Profile, metric: str) -> str:
-    """`falling 89%`, `unclear: U 97%`: the share of resamples that have it."""
     shape, likeliest = profile[metric, "shape"], profile[metric, "likeliest_shape"]
+    said = shape.word
     if shape.known:
-        return f"{shape.word} {percent(shape.value)}"
-    return f"{shape.word}: {likeliest.word} {percent(likeliest.value)}" if likeliest.known else shape.word
+        said += f" {percent(shape.value)}"
+    elif likeliest.known:
+        said += f": {likeliest.word} {percent(likeliest.value)}"
+    minimum = f"{low.value:.3f} @{low.layer:.0f} {low.depth:.2f}"
+    ends = {"first": f"{first.value:.3f}", "minimum": minimum, "last": f"{last.value:.3f}"}
+    return {**ends, **more, "shape": said}
 
 
 def _with_interval(number: Found | None, form: str = "{:.3f}") -> tuple[str, str]:
@@ -310,7 +306,7 @@ def _with_interval(number: Found | None, form: str = "{:.3f}") -> tuple[str, str
     return form.format(number.value), spread
 
 
-def _table(rows: Sequence[Mapping[str, ScreenCell]]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     """Aligned columns: words left, numbers right; of a number with an interval, both."""
     columns = []
     for head in rows[0]:

@@ -125,19 +125,14 @@ def _change(model: nn.Module, path: str, kind: str, seed: int) -> None:
         raise UserError(f"'{path}' is changed already, to {module.variant_kind}", "build the model again")
     if variant.name in BROADCASTS:
         branch.swap(model, path, scaled=variant.name == "cb_s")
+    elif not attention.can_be_changed(module):
+        raise UserError(f"'{path}' is a {type(module).__name__}, which cannot be changed", CHANGEABLE)
     else:
-        _exclude(path, module, variant, seed)
+        # torch's generator on the CPU looks at the low 32 bits of a seed only
+        generator = torch.Generator().manual_seed(zlib.crc32(path.encode(), seed))
+        attention.swap(module, path, lambda sizes: CHANGES[variant.name](sizes, variant.form, generator))
     module.variant_kind = variant.kind
     module._register_state_dict_hook(_remember)
-
-
-def _exclude(path: str, module: nn.Module, variant: Variant, seed: int) -> None:
-    if not attention.can_be_changed(module):
-        raise UserError(f"'{path}' is a {type(module).__name__}, which cannot be changed", CHANGEABLE)
-    # torch's generator on the CPU looks at the low 32 bits of a seed only
-    generator = torch.Generator().manual_seed(zlib.crc32(path.encode(), seed))
-    change = CHANGES[variant.name](attention.sizes_of(module), variant.form, generator)
-    attention.swap(module, path, change)
 
 
 def _remember(module: Any, tensors: Any, prefix: str, metadata: dict[str, Any]) -> None:

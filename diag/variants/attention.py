@@ -7,6 +7,7 @@ What the change learns lies under `change` in the module.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,17 +23,13 @@ def can_be_changed(module: nn.Module) -> bool:
     return _package(module) in FILES and _known(module).can_be_changed(module)
 
 
-def sizes_of(module: nn.Module) -> Sizes:
-    """Channels, query heads and head size of a module that can be changed."""
-    return _known(module).sizes_of(module)
+def swap(module: Any, path: str, change: Callable[[Sizes], Change]) -> None:
+    """Puts a change, made for its sizes, into a module that can be changed.
 
-
-def swap(module: Any, path: str, change: Change) -> None:
-    """Puts a change into a module that can be changed. Raises UserError, naming its path."""
-    library = _known(module)
-    parameter = next(module.parameters())
-    library.swap(module, path)
-    module.change = change.to(parameter.device).train(module.training)
+    Raises UserError, naming its path.
+    """
+    device = next(module.parameters()).device
+    module.change = change(_known(module).swap(module, path)).to(device).train(module.training)
 
 
 def _package(module: nn.Module) -> str:
@@ -41,3 +38,14 @@ def _package(module: nn.Module) -> str:
 
 def _known(module: nn.Module) -> Any:
     return importlib.import_module(f"diag.variants.{FILES[_package(module)]}")
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def mixed(ours: type, theirs: type, prefix: str) -> type:
+    """The subclass `PREFIXTheirs` of both, ours first; the same one every time."""
+    if (ours, theirs) not in _CLASSES:
+        name = f"{prefix}{theirs.__name__}"
+        _CLASSES[ours, theirs] = type(name, (ours, theirs), {"__module__": ours.__module__})
+    return _CLASSES[ours, theirs]

@@ -41,6 +41,9 @@ class Change(nn.Module):
     forms: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str]
 
+    def __init__(self, sizes: Sizes, form: str, generator: torch.Generator) -> None:
+        super().__init__()
+
     def forward(self, output: Tensor, value: Tensor, inputs: Tensor) -> Tensor:
         """`y, v, x` → what the projection reads, shape and format of y."""
         raise NotImplementedError
@@ -51,11 +54,7 @@ class Exclusive(Change):
 
     source = "Zhai 2026, arXiv 2603.09078"
 
-    def __init__(self, sizes: Sizes, form: str, generator: torch.Generator) -> None:
-        super().__init__()
-
     def forward(self, output: Tensor, value: Tensor, inputs: Tensor) -> Tensor:
-        """`y, v, x` → z."""
         return _without(output, value, None)
 
 
@@ -66,7 +65,7 @@ class GatedExclusive(Change):
     source = "vision post's proposal"
 
     def __init__(self, sizes: Sizes, form: str, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(sizes, form, generator)
         self.form = form
         self.gate = nn.Parameter(torch.full((sizes.heads,), 0.0 if form == "tanh" else SIGMOID_START))
 
@@ -76,7 +75,6 @@ class GatedExclusive(Change):
         return self.gate.tanh() if self.form == "tanh" else self.gate.sigmoid()
 
     def forward(self, output: Tensor, value: Tensor, inputs: Tensor) -> Tensor:
-        """`y, v, x` → z."""
         return _without(output, value, self.alpha)
 
 
@@ -87,13 +85,12 @@ class RandomDirection(Change):
     direction: Tensor
 
     def __init__(self, sizes: Sizes, form: str, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(sizes, form, generator)
         drawn = torch.randn(sizes.heads, 1, sizes.dim, generator=generator, dtype=torch.float64)
         # stored with the weights, which were trained around it
         self.register_buffer("direction", (drawn / drawn.norm(dim=-1, keepdim=True)).float())
 
     def forward(self, output: Tensor, value: Tensor, inputs: Tensor) -> Tensor:
-        """`y, v, x` → z."""
         y = _at_least_float32(output)
         direction = self.direction.to(y.dtype)
         return (y - (y * direction).sum(-1, keepdim=True) * direction).to(output.dtype)
@@ -106,13 +103,12 @@ class OutputGate(Change):
     source = "Qiu 2025, 2505.06708"
 
     def __init__(self, sizes: Sizes, form: str, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(sizes, form, generator)
         self.per_head = 1 if form == "headwise" else sizes.dim
         drawn = torch.empty(sizes.heads * self.per_head, sizes.channels)
         self.gate = nn.Parameter(drawn.normal_(std=GATE_STD, generator=generator))
 
     def forward(self, output: Tensor, value: Tensor, inputs: Tensor) -> Tensor:
-        """`y, v, x` → the gated y."""
         gate = (
             F.linear(inputs, self.gate.to(inputs.dtype)).sigmoid().unflatten(-1, (-1, self.per_head))
         )  # [batch, token, head, dim or 1]

@@ -39,11 +39,7 @@ def can_be_changed(module: Any) -> bool:
     return type(module) is Attention
 
 
-def swap(module: Any, path: str) -> None:
-    """Makes a module that can be changed a changed one."""
+def swap(module: Any, path: str) -> Sizes:
+    """Makes a module that can be changed a changed one; its sizes."""
     module.__class__ = ChangedTimmAttention
-
-
-def sizes_of(module: Any) -> Sizes:
-    """Channels, heads and head size."""
     return Sizes(module.qkv.in_features, module.num_heads, module.head_dim)

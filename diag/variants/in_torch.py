@@ -59,11 +59,9 @@ def _merged(
     mask: Tensor | None, padding: Tensor | None, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor | None:
     """PyTorch's two masks as one additive mask, broadcastable to `[batch, head, token, token]`."""
-    batch, heads, tokens = sizes
     total = None
     if mask is not None:
-        shaped = mask.view(batch, heads, tokens, tokens) if mask.ndim == 3 else mask
-        total = _additive(shaped, dtype)
+        total = _additive(mask.view(*sizes, sizes[-1]) if mask.ndim == 3 else mask, dtype)
     if padding is not None:
         hidden = _additive(padding, dtype)[:, None, None]
         total = hidden if total is None else total + hidden
@@ -87,11 +85,7 @@ def can_be_changed(module: Any) -> bool:
     )
 
 
-def swap(module: Any, path: str) -> None:
-    """Makes a module that can be changed a changed one."""
+def swap(module: Any, path: str) -> Sizes:
+    """Makes a module that can be changed a changed one; its sizes."""
     module.__class__ = ChangedMultiheadAttention
-
-
-def sizes_of(module: Any) -> Sizes:
-    """Channels, heads and head size."""
     return Sizes(module.embed_dim, module.num_heads, module.head_dim)

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from diag.errors import UserError
+from diag.variants.attention import mixed
 from diag.variants.changes import Change, Sizes
-from diag.variants.mixed import mixed
 
 HF_NAME = "attnbias"
 """What transformers knows the changed attention as: `config._attn_implementation`."""
@@ -57,8 +57,8 @@ def can_be_changed(module: Any) -> bool:
     return named and known and isinstance(module.config, PretrainedConfig)
 
 
-def swap(module: Any, path: str) -> None:
-    """Makes a module that can be changed a changed one.
+def swap(module: Any, path: str) -> Sizes:
+    """Makes a module that can be changed a changed one; its sizes.
 
     The model then takes the attention function of this file in all of its layers. Raises UserError where it
     does not run transformers' sdpa attention.
@@ -70,8 +70,4 @@ def swap(module: Any, path: str) -> None:
         )
     module.config._attn_implementation = HF_NAME
     module.__class__ = mixed(ChangedHf, type(module), "Changed")
-
-
-def sizes_of(module: Any) -> Sizes:
-    """Channels, query heads and head size."""
     return Sizes(module.config.hidden_size, module.config.num_attention_heads, module.head_dim)

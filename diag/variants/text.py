@@ -48,13 +48,9 @@ def parse(text: str) -> Variant:
 
 def listing() -> dict[str, dict[str, Any]]:
     """Every variant with its definition, its forms and where it is from."""
-    rows: dict[str, dict[str, Any]] = {
-        BASELINE: {"definition": "the model as its library built it", "forms": (), "source": "-"}
-    }
-    for name, change in CHANGES.items():
-        first = (change.__doc__ or "").splitlines()[0]
-        rows[name] = {"definition": first, "forms": change.forms, "source": change.source}
-    for name, definition in BROADCASTS.items():
-        source = "Context Broadcasting, 2210.08457"
-        rows[name] = {"definition": definition, "forms": (), "source": source}
-    return rows
+    rows: list[tuple[str, str, tuple[str, ...], str]] = [
+        (BASELINE, "the model as its library built it", (), "-"),
+        *((name, (c.__doc__ or "").splitlines()[0], c.forms, c.source) for name, c in CHANGES.items()),
+        *((name, said, (), "Context Broadcasting, 2210.08457") for name, said in BROADCASTS.items()),
+    ]
+    return {name: {"definition": said, "forms": f, "source": s} for name, said, f, s in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,3 +31,8 @@ def save(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Pa
         for kind, write in writers.items():
             replacing(folder / f"{stem}.{kind}", write)
     return [folder / f"{stem}.{kind}" for kind in writers]
+
+
+def save_all(drawn: Mapping[str, tuple[Figure, pd.DataFrame]], folder: Path) -> list[Path]:
+    """Writes figures with the rows behind them, by stem, as `save` does; the paths written."""
+    return [path for stem, (figure, data) in drawn.items() for path in save(figure, data, folder, stem)]

@@ -100,6 +100,20 @@ def number(value: float, *, sign: bool = False) -> str:
     return f"{value:+.3f}" if sign else f"{value:.3f}"
 
 
+def decimal(value: float, *, digits: int = 3, sign: bool = False) -> str:
+    """`0.511`, `−0.004`, as people read it: with a real minus, and a dash where there is no number."""
+    if pd.isna(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(low: float, high: float, *, digits: int = 3, sign: bool = False) -> str:
+    """`0.101 to 0.134`: a dash between numbers would read as a minus."""
+    if pd.isna(low) or pd.isna(high):
+        return "–"
+    return " to ".join(decimal(end, digits=digits, sign=sign) for end in (low, high))
+
+
 def percent(value: float) -> str:
     """`18%`; what is not all or nothing is not said to be."""
     if 0.995 <= value < 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,17 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     from PIL import Image
 
     from diag.show.figures.attend import draw_attended
-    from diag.show.figures.write import save
+    from diag.show.figures.write import save_all
 
     write_table(attended.tokens, folder / "tokens.parquet")
     write_table(attended.decomposition, folder / "decomposition.csv")
     for entry in attended.models:
         if entry.get("picture"):
             picture = Image.fromarray(attended.pictures[entry["given"]])
-            atomically(folder / entry["picture"], lambda path, p=picture: p.save(path, format="png"))  # type: ignore[misc]
+            atomically(folder / entry["picture"], partial(picture.save, format="png"))
     drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
     with writing(folder / "figures"):
-        figures = [
-            path
-            for stem, (figure, data) in drawn.items()
-            for path in save(figure, data, folder / "figures", stem)
-        ]
+        figures = save_all(drawn, folder / "figures")
     given = plan.inputs()
     write_json(
         {

@@ -19,7 +19,7 @@ from diag.inputs.items import Inputs, Item
 from diag.measure.device import device_of, dtype_of
 from diag.measure.loop import capture
 from diag.models import load
-from diag.models.base import Batch, Model, Tower
+from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
 from diag.models.names.spec import ModelSpec
 from diag.results.files import file_stem
@@ -29,19 +29,8 @@ from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.grid import Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
 from diag.studies.attend.row import NUMBERS, Row, row_of
-from diag.studies.attend.words import window
 
 MEAN = "mean"
-
-
-@dataclass(frozen=True)
-class _View:
-    """One model's part of the answer."""
-
-    tokens: pd.DataFrame
-    decomposition: pd.DataFrame
-    target: _Target
-    entry: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,10 @@ class _Target:
     point: Point | None = None
 
 
+_View = tuple[pd.DataFrame, pd.DataFrame, _Target, dict[str, Any]]
+"""One model's part of the answer: tokens, decomposition, target, and what the manifest says."""
+
+
 def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attended:
     """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does."""
     listener = listener or Silent()
@@ -67,7 +60,7 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
     views: list[_View] = []
     failed: dict[str, str] = {}
     for number, spec in enumerate(specs):
-        point = views[0].target.point if views else None
+        point = views[0][2].point if views else None
         listener.start(spec.given, 1)
         try:
             # no name for the model here: the next one is loaded when it is gone
@@ -81,10 +74,10 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
             listener.say(f"{spec.given} failed: {error}")
         listener.advance(1)
     return Attended(
-        pd.concat([view.tokens for view in views], ignore_index=True).astype(TOKEN_TYPES),
-        pd.concat([view.decomposition for view in views], ignore_index=True),
-        {v.entry["given"]: v.target.picture for v in views if v.target.picture is not None},
-        [view.entry for view in views],
+        pd.concat([tokens for tokens, *_ in views], ignore_index=True).astype(TOKEN_TYPES),
+        pd.concat([decomposition for _, decomposition, *_ in views], ignore_index=True),
+        {entry["given"]: target.picture for *_, target, entry in views if target.picture is not None},
+        [entry for *_, entry in views],
         failed,
     )
 
@@ -102,11 +95,10 @@ def _view(
         listener.say(note)
     tower = _tower(model, plan.tower)
     layer = chosen_layer(model, tower, plan.layer, plan.depth)
-    sample = (
-        next(tower.samples(given, None))
-        if plan.image is not None
-        else window(model, tower, given, plan.seq_len, listener)
-    )
+    if plan.image is not None:
+        sample = next(tower.samples(given, None))
+    else:
+        sample = _window(model, tower, given, plan.seq_len, listener)
     batch = tower.encode([sample])
     call = _one_call(tower, layer, batch)
     if plan.image is not None:
@@ -135,12 +127,8 @@ def _view(
         entry["picture"] = f"pictures/{number:02d}-{file_stem(spec.given)}.png"
         if target.facts["picture_note"]:
             listener.say(f"{spec.given}: {target.facts['picture_note']}")
-    return _View(
-        _tokens(row, chosen_head(plan.head, call, model), target, same),
-        _decomposition(row, same),
-        target,
-        entry,
-    )
+    head = chosen_head(plan.head, call, model)
+    return _tokens(row, head, target, same), _decomposition(row, same), target, entry
 
 
 def _in_image(
@@ -220,7 +208,7 @@ def picture_of(pixels: Tensor, preprocessing: Mapping[str, Any]) -> tuple[np.nda
 def _in_memory(given: Inputs) -> Inputs:
     """The input, read once. Raises UserError if it cannot be read."""
     try:
-        items = [Item(item.id, partial(_identity, item.read())) for item in given]
+        items = [Item(item.id, partial(lambda content: content, item.read())) for item in given]
     except UnreadableInput as error:
         raise UserError(str(error), IMAGE_TIP) from error
     return Inputs(given.kind, given.source, items, given.digest)
@@ -231,6 +219,42 @@ def _tower(model: Model, kind: str) -> Tower:
         return model.towers[kind]
     flag = "--text 'STRING' --token I" if "text" in model.towers else "--image FILE --patch ROW,COLUMN"
     raise UserError(f"model '{model.name}' has no {kind} tower", f"it takes {flag}")
+
+
+def _window(model: Model, tower: Tower, given: Inputs, seq_len: int | None, listener: Listener) -> Sample:
+    """The first window of a text, of `seq_len` tokens; if None, the tower's usual length or the whole text.
+
+    Raises UserError if the text is shorter than `seq_len`, or the tower takes no such length.
+    """
+    windows = tower.samples(given, seq_len)
+    found, another = next(windows, None), next(windows, None)
+    if found is None and seq_len is None:
+        found = _whole(tower, given)
+    if found is None:
+        raise UserError(
+            f"the text is shorter than {seq_len or tower.facts.get('context')} tokens of '{model.name}'",
+            "give more text" if seq_len is None else f"give more text, or --seq-len below {seq_len}",
+        )
+    if another is not None:
+        listener.say(f"{model.name}: the first {len(found.read())} tokens of the text are looked at")
+    return Sample(found.id.rpartition(":")[0], found.read)
+
+
+def _whole(tower: Tower, given: Inputs) -> Sample | None:
+    """The longest window that the text fills: towers say only whether a length is possible."""
+    low, high = tower.facts.get("special_tokens", 0) + 1, 4096
+    best = None
+    while low <= high:
+        middle = (low + high) // 2
+        try:
+            found = next(tower.samples(given, middle), None)
+        except UserError:  # longer than the context, or a tower of one length only
+            found = None
+        if found is None:
+            high = middle - 1
+        else:
+            best, low = found, middle + 1
+    return best
 
 
 def _one_call(tower: Tower, layer: Layer, batch: Batch) -> AttentionCall:
@@ -303,11 +327,10 @@ def _tokens(row: Row, head: int | None, target: _Target, same: Mapping[str, Any]
             **{name: target.places[name].to_numpy() for name in target.places},
             "weight": weight,
             "value_cosine": _mean(row.value_cosine[of_head]),
+            "rank": pd.Series(weight).rank(method="first", ascending=False),
             "is_target": position == target.position,
         }
     )
-    rank = table["weight"].rank(method="first", ascending=False).astype("Int64")
-    table.insert(len(table.columns) - 1, "rank", rank)
     # one type per column, whatever the model: all of it is missing for some
     return _behind(same, table.astype({**TOKEN_TYPES, "text": "string"}))
 
@@ -331,7 +354,3 @@ def _decomposition(row: Row, same: Mapping[str, Any]) -> pd.DataFrame:
 def _behind(same: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     """A table with constant columns in front of its own."""
     return pd.DataFrame(dict(same), index=table.index).join(table)
-
-
-def _identity(content: Any) -> Any:
-    return content

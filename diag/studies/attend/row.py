@@ -111,12 +111,8 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
     }
     cosines = cosine[..., 0].repeat_interleave(call.group, 0)  # [head, token]
     return Row(
-        _numpy(weight.flatten(0, 1).masked_fill(~visible, torch.nan)),
-        _numpy(cosines.masked_fill(~visible, torch.nan)),
-        {name: _numpy(found[name].flatten()) for name in NUMBERS},
+        weight.flatten(0, 1).masked_fill(~visible, torch.nan).numpy(force=True),
+        cosines.masked_fill(~visible, torch.nan).numpy(force=True),
+        {name: found[name].flatten().numpy(force=True) for name in NUMBERS},
         error,
     )
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,34 +90,24 @@ class Effect:
     """One line of the table.
 
     needs: the fields of `Outcome` that it reads.
-    compute: `(untouched, changed) → one number per input`.
+    compute: these fields of the untouched outcome, then of the changed one → one number per input.
     """
 
     definition: str
     needs: tuple[str, ...]
-    compute: Callable[[Outcome, Outcome], Tensor]
+    compute: Callable[..., Tensor]
 
 
-def _loss_change(before: Outcome, after: Outcome) -> Tensor:
-    return _loss(after) - _loss(before)
+def _loss_change(logits: Tensor, ids: Tensor, changed: Tensor, _: Tensor) -> Tensor:
+    return next_token_loss(changed, ids) - next_token_loss(logits, ids)
 
 
-def _loss_change_per_byte(before: Outcome, after: Outcome) -> Tensor:
-    assert before.ids is not None
-    assert before.bytes is not None
-    return _loss_change(before, after) * (before.ids.shape[1] - 1) / before.bytes.double()
+def _loss_change_per_byte(logits: Tensor, ids: Tensor, size: Tensor, changed: Tensor, *_: Tensor) -> Tensor:
+    return _loss_change(logits, ids, changed, ids) * (ids.shape[1] - 1) / size.double()
 
 
-def _loss(outcome: Outcome) -> Tensor:
-    assert outcome.next_logits is not None
-    assert outcome.ids is not None
-    return next_token_loss(outcome.next_logits, outcome.ids)
-
-
-def _right(outcome: Outcome, k: int) -> Tensor:
-    assert outcome.class_logits is not None
-    assert outcome.labels is not None
-    return in_top(outcome.class_logits, outcome.labels, k)
+def _top_change(k: int, logits: Tensor, labels: Tensor, changed: Tensor, _: Tensor) -> Tensor:
+    return in_top(changed, labels, k) - in_top(logits, labels, k)
 
 
 EFFECTS: dict[str, Effect] = {
@@ -131,50 +122,41 @@ EFFECTS: dict[str, Effect] = {
     "top1_change": Effect(
         "share of inputs whose most likely class is the true one, after − before",
         ("class_logits", "labels"),
-        lambda before, after: _right(after, 1) - _right(before, 1),
+        partial(_top_change, 1),
     ),
     "top5_change": Effect(
         "share of inputs whose true class is among the five most likely, after − before",
         ("class_logits", "labels"),
-        lambda before, after: _right(after, 5) - _right(before, 5),
+        partial(_top_change, 5),
     ),
     "class_divergence": Effect(
-        "KL(before ‖ after) of the predicted classes, nats",
-        ("class_logits",),
-        lambda before, after: divergence(before.class_logits, after.class_logits),  # type: ignore[arg-type]
+        "KL(before ‖ after) of the predicted classes, nats", ("class_logits",), divergence
     ),
-    "same_class": Effect(
-        "share of inputs with the same most likely class",
-        ("class_logits",),
-        lambda before, after: agreement(before.class_logits, after.class_logits),  # type: ignore[arg-type]
-    ),
+    "same_class": Effect("share of inputs with the same most likely class", ("class_logits",), agreement),
     "embedding_change": Effect(
-        "1 − cosine of the pooled embedding with the untouched one",
-        ("embedding",),
-        lambda before, after: direction_change(before.embedding, after.embedding),  # type: ignore[arg-type]
+        "1 − cosine of the pooled embedding with the untouched one", ("embedding",), direction_change
     ),
     "embedding_norm": Effect(
-        "norm of the pooled embedding over the untouched one",
-        ("embedding",),
-        lambda before, after: norm_ratio(before.embedding, after.embedding),  # type: ignore[arg-type]
+        "norm of the pooled embedding over the untouched one", ("embedding",), norm_ratio
     ),
     "token_change": Effect(
         "1 − cosine of each token after the last block with the untouched one, averaged over tokens",
         ("states",),
-        lambda before, after: direction_change(before.states, after.states),  # type: ignore[arg-type]
+        direction_change,
     ),
     "token_norm": Effect(
         "norm of each token after the last block over the untouched one, averaged over tokens",
         ("states",),
-        lambda before, after: norm_ratio(before.states, after.states),  # type: ignore[arg-type]
+        norm_ratio,
     ),
 }
 
 
 def effects(before: Outcome, after: Outcome) -> Mapping[str, Float[Tensor, " batch"]]:
     """Every effect that the outcomes allow, one number per input each."""
-    return {
-        name: effect.compute(before, after)
-        for name, effect in EFFECTS.items()
-        if all(getattr(before, need) is not None for need in effect.needs)
-    }
+    found = {}
+    for name, effect in EFFECTS.items():
+        read = [getattr(outcome, need) for outcome in (before, after) for need in effect.needs]
+        if all(part is not None for part in read):
+            found[name] = effect.compute(*read)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +40,13 @@ def spearman(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> Relatio
     known = (~np.isnan(first)).any(0) & (~np.isnan(second)).any(0)
     first, second = first[:, known], second[:, known]
     inputs, places = first.shape
-    nothing = float("nan")
     if places < LEAST_PLACES:
-        return Relation(nothing, nothing, nothing, nothing, places, inputs)
+        return Relation(math.nan, math.nan, math.nan, math.nan, places, inputs)
     even = np.ones((1, inputs)) / inputs
     one, other = (ranks(_means(values, even)) for values in (first, second))
     rho = float(pearson(one, other)[0])
     generator = np.random.default_rng(seed)
-    low = high = nothing
+    low = high = math.nan
     if inputs > 1:
         draws = generator.multinomial(inputs, even[0], size=RESAMPLES)
         found = pearson(*(ranks(_means(values, draws)) for values in (first, second)))

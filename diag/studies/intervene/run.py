@@ -19,7 +19,7 @@ from diag.measure.edited import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.results.files import write, write_json, writing
+from diag.results.files import file_stem, write, write_json, writing
 from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
 from diag.results.tables import layer_samples, read_layers, read_samples
 from diag.run.cache import measured
@@ -63,12 +63,8 @@ def run_intervene(
     listener = listener or Silent()
     prepared = Prepared.of(plan)
     key = prepared.key
-    document = {
-        "kind": "intervene",
-        "key": key,
-        "plan": plan.model_dump(mode="json"),
-        "command": command_line(),
-    }
+    what = {"kind": "intervene", "key": key, "plan": plan.model_dump(mode="json")}
+    document = what | {"command": command_line()}
     folder = folder or RUNS / f"intervene-{default_folder(plan, key).name}"
     if claim(folder, document, overwrite=overwrite):
         return open_sweep(folder)
@@ -140,11 +136,7 @@ def _carried_out(
             "tower": tower.name,
             "ends_in": tower.ending,
             "probe": probed.name,
-            "inputs": {
-                "source": given[kind].source,
-                "sha256": given[kind].digest,
-                "n": len(samples),
-            },
+            "inputs": {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)},
             "failed_inputs": incidents.failed,
             "seconds": round(time.time() - started, 3),
             "environment": environment(),
@@ -187,7 +179,6 @@ def draw(
     table: pd.DataFrame, relation: pd.DataFrame, layers: pd.DataFrame, folder: Path, *, title: str
 ) -> list[Path]:
     """Layer sensitivity, and what the untouched model measures against it, as PDF, PNG and CSV."""
-    from diag.results.files import file_stem
     from diag.show.figures.sensitivity import bias_against_effect, layer_sensitivity
     from diag.show.figures.write import save
 

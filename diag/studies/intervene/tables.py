@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,41 +29,26 @@ def sensitivity(samples: pd.DataFrame, *, seed: int) -> pd.DataFrame:
 
 
 def relations(samples: pd.DataFrame, probed: pd.DataFrame, *, seed: int) -> pd.DataFrame:
-    """Does a metric of the untouched model predict, layer by layer, the effect of changing that layer?
+    """Does a metric of the untouched model predict, place by place, the effect of changing that place?
 
-    samples: `sweep`'s rows. probed: the untouched model's samples, a value for each input and layer (head).
-    One row per intervention, effect, predictor and level ("layer" or "head") with Spearman's ρ, its interval
-    over inputs, p, places and n.
+    samples: `sweep`'s rows, of whole layers or of heads alone. probed: the untouched model's samples, a value
+    for each input and layer (head).
+    One row per intervention, effect and predictor with the level ("layer" or "head"), Spearman's ρ, its
+    interval over inputs, p, places and n.
     """
+    level, places = ("head", ["layer", "head"]) if (samples["head"] >= 0).any() else ("layer", ["layer"])
+    shape: Any = {"index": "input", "columns": places, "values": "value", "dropna": False}
+    given = {name: probed[probed["metric"] == name] for name in PREDICTORS}
+    given = {name: part.pivot_table(**shape) for name, part in given.items() if not part.empty}
     rows = []
-    alone = samples[samples["scope"] == "one"]
-    for (name, strength, effect), part in alone.groupby(
-        ["intervention", "strength", "effect"], sort=False, dropna=False
-    ):
-        for level, keys in (("layer", ["layer"]), ("head", ["layer", "head"])):
-            chosen = part[part["head"] < 0] if level == "layer" else part[part["head"] >= 0]
-            if chosen.empty:
-                continue
-            found = chosen.pivot_table(index="input", columns=keys, values="value", dropna=False)
-            for predictor in PREDICTORS:
-                metric = probed[probed["metric"] == predictor]
-                if metric.empty:
-                    continue
-                given = metric.pivot_table(index="input", columns=keys, values="value", dropna=False)
-                places = found.columns.intersection(given.columns)
-                inputs = found.index.intersection(given.index)
-                if not len(places) or not len(inputs):
-                    continue
-                pair = (table.loc[inputs, places].to_numpy(float) for table in (given, found))
-                relation = spearman(*pair, seed=seed)
-                rows.append(
-                    {
-                        "intervention": name,
-                        "strength": strength,
-                        "effect": effect,
-                        "predictor": predictor,
-                        "level": level,
-                        **asdict(relation),
-                    }
-                )
+    keys = ["intervention", "strength", "effect"]
+    for case, part in samples[samples["scope"] == "one"].groupby(keys, sort=False, dropna=False):
+        found = part.pivot_table(**shape)
+        for predictor, metric in given.items():
+            at = found.columns.intersection(metric.columns)
+            inputs = found.index.intersection(metric.index)
+            if len(at) and len(inputs):
+                pair = (table.loc[inputs, at].to_numpy(float) for table in (metric, found))
+                said = {**dict(zip(keys, case, strict=True)), "predictor": predictor, "level": level}
+                rows.append(said | asdict(spearman(*pair, seed=seed)))
     return pd.DataFrame(rows)

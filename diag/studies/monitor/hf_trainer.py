@@ -7,6 +7,7 @@ trainer.add_callback(diag.MonitorCallback(trainer.log, every=100))
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,8 +43,16 @@ class MonitorCallback(TrainerCallback):
         layers: Sequence[int] | None = None,
         prefix_tokens: int = 0,
     ) -> None:
-        self.log, self.batch, self.every, self.rows = log, batch, every, rows
-        self.metrics, self.layers, self.prefix_tokens = metrics, layers, prefix_tokens
+        self.log = log
+        self._attach = partial(
+            Monitor,
+            batch=batch,
+            every=every,
+            rows=rows,
+            metrics=metrics,
+            layers=layers,
+            prefix_tokens=prefix_tokens,
+        )
         self.monitor: Monitor | None = None
         self._waiting: dict[str, float] = {}
 
@@ -55,23 +64,13 @@ class MonitorCallback(TrainerCallback):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        """Attaches the monitor to the model that is trained."""
         assert model is not None
-        self.monitor = Monitor(
-            model,
-            self.batch,
-            every=self.every,
-            rows=self.rows,
-            metrics=self.metrics,
-            layers=self.layers,
-            prefix_tokens=self.prefix_tokens,
-        )
+        self.monitor = self._attach(model)
         self._measure(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Measures and logs if the step is due."""
         self._measure(state)
 
     def on_log(
@@ -90,7 +89,6 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Takes the hook off the model."""
         if self.monitor is not None:
             self.monitor.close()
 

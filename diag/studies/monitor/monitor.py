@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,6 @@ from torch.utils.hooks import RemovableHandle
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
-from diag.inputs.items import Inputs
 from diag.measure.loop import measure, pick_layers
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
@@ -48,9 +47,6 @@ from diag.studies.monitor.training_pass import (
 )
 
 DEFAULT_METRICS = ("cos_y_vself", "excess", "value_similarity", "entropy", "self_weight")
-
-COLUMNS = ("step", "layer", "metric", "value")
-"""Of `Monitor.history`."""
 
 
 class Monitor:
@@ -121,7 +117,7 @@ class Monitor:
     @property
     def history(self) -> pd.DataFrame:
         """All that was measured, long-form: step, layer, metric, value. Undefined numbers are left out."""
-        return pd.DataFrame(self._rows, columns=list(COLUMNS))
+        return pd.DataFrame(self._rows, columns=["step", "layer", "metric", "value"])
 
     def step(self, step: int) -> dict[str, float]:
         """Told after each step's forward pass; the numbers of a due step, else an empty dict.
@@ -154,6 +150,7 @@ class Monitor:
             raise self._unheard()
         device = device_of_module(self.module)
         given = replace(given.on(device), precision=given.precision or Precision.now(device))
+        of_stream = not STREAM_METRICS.keys().isdisjoint(self.metrics)
         needed = dict.fromkeys(part for name in self.metrics for part in RATIOS.get(name, (name,)))
         with untouched(self.module):
             tower = self._tower_for(given)
@@ -163,7 +160,7 @@ class Monitor:
                     [Sample("batch", lambda: given)],
                     metrics=list(needed),
                     layers=self._chosen,
-                    blocks=find_blocks(self.module, self.layers) if self._of_stream() else (),
+                    blocks=find_blocks(self.module, self.layers) if of_stream else (),
                     batch_size=1,
                 )
             )
@@ -220,7 +217,7 @@ class Monitor:
             self._tower = Tower(
                 name,
                 layers,
-                _no_samples,
+                lambda inputs, seq_len: iter(()),
                 _encoded,
                 lambda batch: _run(self.module, batch.data),
                 prefix=leading,
@@ -228,9 +225,6 @@ class Monitor:
                 capture=_captured,
             )
         return self._tower
-
-    def _of_stream(self) -> bool:
-        return not STREAM_METRICS.keys().isdisjoint(self.metrics)
 
     def _kept(self, step: int, found: Sequence[LayerValues]) -> dict[str, float]:
         """One batch's numbers into the history, and as a logger takes them."""
@@ -263,10 +257,6 @@ def _encoded(group: Sequence[Sample]) -> Batch:
     (sample,) = group
     given = sample.read()
     return Batch(tuple(f"{row:06d}" for row in range(given.rows)), given, given.real)
-
-
-def _no_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
-    return iter(())
 
 
 def _captured(layers: Sequence[Layer], on_call: OnCall) -> AbstractContextManager[Any]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,7 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.models.base import device_of_module
 
-WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 """Class of a wrapper -> its attribute that holds the module."""
 
 SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -67,11 +64,8 @@ class Given:
 
     def on(self, device: torch.device) -> Given:
         """The same with its tensors on a device."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device)
-
-        return Given(_each(self.positional, moved), _each(self.named, moved), self.rows, self.precision)
+        move = partial(Tensor.to, device=device)
+        return replace(self, positional=_each(self.positional, move), named=_each(self.named, move))
 
     def call(self, module: nn.Module) -> Any:
         """Runs the module on it."""
@@ -83,16 +77,15 @@ def fixed(batch: Tensor | Mapping[str, Tensor]) -> Given:
 
     Raises UserError for anything else.
     """
-    given = Given((batch,), {}, 0) if isinstance(batch, Tensor) else None
-    if isinstance(batch, Mapping) and batch and all(isinstance(value, Tensor) for value in batch.values()):
-        given = Given((), dict(batch), 0)
-    rows = None if given is None else _rows(given)
-    if given is None or rows is None:
+    positional, named = ((batch,), {}) if isinstance(batch, Tensor) else ((), batch)
+    tensors = isinstance(named, Mapping) and all(isinstance(value, Tensor) for value in named.values())
+    rows = _rows((positional, named)) if tensors else None
+    if rows is None:
         raise UserError(
             f"the fixed batch is a {type(batch).__name__}",
             "a batch is a tensor, or a dict of tensors, with one input per row",
         )
-    return Given(given.positional, given.named, rows)
+    return Given(positional, dict(named), rows)
 
 
 class InputRecorder:
@@ -110,7 +103,7 @@ class InputRecorder:
         # inside torch.compile nothing can be kept; the hook of the compiled wrapper runs outside of it
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        total = _rows(Given(positional, named, 0))
+        total = _rows((positional, named))
         if total is None:
             return
         rows = min(self.rows, total)
@@ -158,10 +151,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     numbers, draws = random.getstate(), np.random.get_state()
     device = device_of_module(module)
     try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _full_precision(),
-        ):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _full_precision():
             for each in modules:
                 each.training = False  # train() may do more, such as merging adapters into weights
                 each._compiled_call_impl = None
@@ -178,15 +168,13 @@ def untouched(module: nn.Module) -> Iterator[None]:
         np.random.set_state(draws)
 
 
-@contextmanager
-def precision(device: torch.device, chosen: Precision) -> Iterator[None]:
+def precision(device: torch.device, chosen: Precision) -> torch.autocast:
     """Autocast as it was in another pass.
 
     Casts of the weights are not cached: where a training step's autocast is around this, they would be kept,
     and be at hand to its next pass although they were made without gradients.
     """
-    with torch.autocast(device.type, dtype=chosen.dtype, enabled=chosen.enabled, cache_enabled=False):
-        yield
+    return torch.autocast(device.type, dtype=chosen.dtype, enabled=chosen.enabled, cache_enabled=False)
 
 
 @contextmanager
@@ -202,21 +190,14 @@ def _full_precision() -> Iterator[None]:
             each.fp32_precision = chosen
 
 
-def _rows(given: Given) -> int | None:
+def _rows(given: Any) -> int | None:
     """Rows of the first tensor that has any; None where there is no tensor."""
-    lengths: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.ndim:
-            lengths.append(len(tensor))
-        return tensor
-
-    _each(given.positional, note)
-    _each(given.named, note)
-    return lengths[0] if lengths else None
+    tensors: list[Tensor] = []
+    _each(given, tensors.append)
+    return next((len(tensor) for tensor in tensors if tensor.ndim), None)
 
 
-def _each(value: Any, change: Any) -> Any:
+def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """A nest of tuples, lists and mappings with every tensor changed; all else is passed on as it is."""
     if isinstance(value, Tensor):
         return change(value)

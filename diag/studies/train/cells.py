@@ -16,17 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from diag.models.weights import digest
 from diag.results.files import write, write_json
 from diag.run.environment import environment
+from diag.studies.monitor.monitor import Monitor
 from diag.studies.train.fit import Batch, Training
 from diag.studies.train.plan import TrainPlan
-from diag.studies.train.tasks import Task, batch_of
-from diag.studies.train.watch import watcher
+from diag.studies.train.tasks import Task
 from diag.variants import alphas, apply, parse
 
 
@@ -92,7 +94,7 @@ def train_cell(
         _batches(task, cell.seed, training.step, plan.recipe.steps, workers),
         task.loss,
         checkpoint=checkpoint,
-        watch=watcher(model, task.watched(), plan.monitor_every, plan.recipe.steps),
+        watch=_watcher(model, task.watched(), plan.monitor_every, plan.recipe.steps),
         advance=advance,
     )
     result = training.result.eval()
@@ -126,14 +128,32 @@ def card_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "card.json").read_text(encoding="utf-8"))
 
 
+def _watcher(model: nn.Module, batch: Batch, every: int, last: int) -> Callable[[int], list[dict[str, Any]]]:
+    """A function from a step to rows of step, layer, metric, value: every so many steps and at the last.
+
+    The batch is measured whole; every token counts.
+    """
+    if not every:
+        return lambda step: []
+    monitor = Monitor(model, batch.get("images", batch), every=every)
+
+    def look(step: int) -> list[Any]:
+        if step % every and step != last:
+            return []
+        monitor.measure(step)
+        return monitor.history.query("step == @step").to_dict("records")
+
+    return look
+
+
 class _Steps(Dataset[Batch]):
-    """The batches of a seed, by step."""
+    """The batches of a seed, by step: the same for all its variants."""
 
     def __init__(self, task: Task, seed: int) -> None:
         self.task, self.seed = task, seed
 
     def __getitem__(self, step: int) -> Batch:
-        return batch_of(self.task, self.seed, step)
+        return self.task.batch(np.random.default_rng((self.seed, step)))
 
 
 def _batches(task: Task, seed: int, first: int, last: int, workers: int) -> Iterator[Batch]:

@@ -12,8 +12,8 @@ every process runs `train_clip` with the same arguments.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from diag.errors import UserError
 from diag.models.weights import read_variants
 from diag.studies.train.clip_arguments import open_clip_train, read_arguments
-from diag.studies.train.clip_log import logging_restored, watched
+from diag.studies.train.clip_log import watched
 from diag.variants import BASELINE, Variant, apply, parse, variants_in
 
 REFUSED = -1
@@ -49,9 +49,9 @@ def train_clip(
     kinds = [variant for variant in (attention, text_attention) if variant != BASELINE]
     argv, given = read_arguments(arguments, config, "-".join(kinds) or BASELINE)
     create = train.create_model_and_transforms
-    with logging_restored(), watched() as watch:
+    with watched() as watch:
         try:
-            train.create_model_and_transforms = _Changing(create, towers, _continued(train, given))
+            train.create_model_and_transforms = _changing(create, towers, _continued(train, given))
             ended = train.main(argv)
         finally:
             train.create_model_and_transforms = create
@@ -62,34 +62,27 @@ def train_clip(
         torch.distributed.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class _Continued:
-    """A checkpoint that a run goes on from. exact: its attention is that of the run, whatever it is."""
-
-    file: Path
-    exact: bool
-
-
-@dataclass
-class _Changing:
+def _changing(
+    create: Callable[..., tuple[Any, Any, Any]],
+    towers: dict[str, Variant],
+    continued: Sequence[tuple[Path, bool]],
+) -> Callable[..., tuple[Any, Any, Any]]:
     """open_clip's function that creates a model; the first one comes with changed attention."""
+    used = False
 
-    create: Callable[..., tuple[Any, Any, Any]]
-    towers: dict[str, Variant]
-    continued: tuple[_Continued, ...]
-    used: bool = False
-
-    def __call__(self, *arguments: Any, **settings: Any) -> tuple[Any, Any, Any]:
-        """Takes and returns what open_clip's function does."""
-        model, *transforms = self.create(*arguments, **settings)
-        if not self.used:
-            self.used = True
-            for name, variant in self.towers.items():
+    def created(*arguments: Any, **settings: Any) -> tuple[Any, Any, Any]:
+        nonlocal used
+        model, *transforms = create(*arguments, **settings)
+        if not used:
+            used = True
+            for name, variant in towers.items():
                 changed = apply(_tower(model, name), variant)
                 logging.info(f"attnbias: {name} attention is {variant.name}, {len(changed)} modules changed")
-            for checkpoint in self.continued:
-                _refuse_other_attention(checkpoint, variants_in(model))
+            for checkpoint, exact in continued:
+                _refuse_other_attention(checkpoint, exact, variants_in(model))
         return model, *transforms
+
+    return created
 
 
 def _tower(model: Any, name: str) -> Any:
@@ -99,39 +92,36 @@ def _tower(model: Any, name: str) -> Any:
     return getattr(model, name)
 
 
-def _continued(train: Any, given: Any) -> tuple[_Continued, ...]:
-    """The local checkpoints that a run goes on from: `--resume`, and `--pretrained` where it is a file."""
-    found = []
+def _continued(train: Any, given: Any) -> list[tuple[Path, bool]]:
+    """The local checkpoints that a run goes on from: `--resume`, and `--pretrained` where it is a file.
+
+    The first has the attention of the run, whatever it is: True.
+    """
     resume = given.resume
     if resume == "latest" and given.name is not None:
         folder = Path(given.logs) / given.name / "checkpoints"
         newest = train.get_latest_checkpoint(str(folder), remote=False)
         resume = folder / train.LATEST_CHECKPOINT_NAME if given.save_most_recent else newest
-    if resume is not None and Path(resume).is_file():
-        found.append(_Continued(Path(resume), exact=True))
-    if given.pretrained and Path(given.pretrained).is_file():
-        found.append(_Continued(Path(given.pretrained), exact=False))
-    return tuple(found)
+    named = ((resume, True), (given.pretrained, False))
+    return [(Path(file), exact) for file, exact in named if file and Path(file).is_file()]
 
 
-def _refuse_other_attention(checkpoint: _Continued, kinds: dict[str, str]) -> None:
+def _refuse_other_attention(checkpoint: Path, exact: bool, kinds: dict[str, str]) -> None:
     """Raises UserError where a checkpoint was trained with other attention than the model has.
 
     A checkpoint that may be retrofitted (not `exact`) can have plain attention.
     """
-    trained = read_variants(checkpoint.file)
-    if trained == kinds or not (trained or checkpoint.exact):
+    trained = read_variants(checkpoint)
+    if trained == kinds or not (trained or exact):
         return
     theirs, ours = _in_words(trained), _in_words(kinds)
     raise UserError(
-        f"'{checkpoint.file}' was trained with {theirs}, this run has "
+        f"'{checkpoint}' was trained with {theirs}, this run has "
         + (ours if ours != theirs else "other modules changed"),
         "give --attention and --text-attention as for that run, or start another with --name",
     )
 
 
 def _in_words(kinds: dict[str, str]) -> str:
-    counts = {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
-    return (
-        ", ".join(f"{kind} in {count} modules" for kind, count in counts.items()) or f"{BASELINE} attention"
-    )
+    counts = sorted(Counter(kinds.values()).items())
+    return ", ".join(f"{kind} in {count} modules" for kind, count in counts) or f"{BASELINE} attention"

@@ -53,7 +53,7 @@ def read_arguments(arguments: Sequence[str], config: Path | None, label: str) ->
     """
     settings = {} if config is None else _settings(config)
     batch = settings.pop(GLOBAL_BATCH, None)
-    argv = [*_flags(settings, config), *arguments]
+    argv = [*_flags(settings), *arguments]
     given = _parsed(argv)
     if batch is not None and not any(word.split("=")[0] == "--batch-size" for word in arguments):
         argv += ["--batch-size", str(_per_process(batch, given, config))]
@@ -110,21 +110,17 @@ def _settings(config: Path) -> dict[str, Any]:
     return dict(read)
 
 
-def _flags(settings: Mapping[str, Any], config: Path | None) -> list[str]:
+def _flags(settings: Mapping[str, Any]) -> list[str]:
     """`{epochs: 2, local-loss: true, image-std: [1, 1, 1]}` → `--epochs 2 --local-loss --image-std 1 1 1`."""
     flags = []
     for key, value in settings.items():
         if value is None or value is False:
             continue
+        flags.append(f"--{key}")
         if isinstance(value, Mapping):
-            values = [f"{name}={inner}" for name, inner in value.items()]
-        else:
-            values = (
-                []
-                if value is True
-                else [str(inner) for inner in (value if isinstance(value, list) else [value])]
-            )
-        flags += [f"--{key}", *values]
+            flags += [f"{name}={inner}" for name, inner in value.items()]
+        elif value is not True:
+            flags += map(str, value if isinstance(value, list) else [value])
     return flags
 
 
@@ -171,13 +167,10 @@ def _refuse_existing_run(given: Namespace) -> None:
     """open_clip_train ends with exit code 0 here, and under torchrun the other processes wait for ever."""
     from open_clip_train.distributed import world_info_from_env
 
-    if (
-        given.resume not in (None, "latest")
-        and not _is_url(given.resume)
-        and not os.path.isfile(given.resume)
-    ):
-        raise UserError(f"--resume '{given.resume}' does not exist", "--resume latest, or a checkpoint")
-    if given.name is None or given.resume == "latest":
+    resume = given.resume
+    if resume not in (None, "latest") and not _is_url(resume) and not os.path.isfile(resume):
+        raise UserError(f"--resume '{resume}' does not exist", "--resume latest, or a checkpoint")
+    if given.name is None or resume == "latest":
         return
     folder = Path(given.logs) / given.name
     if (folder / (f"out-{world_info_from_env()[1]}" if given.log_local else "out.log")).exists():

@@ -52,22 +52,16 @@ class LossWatch(logging.Handler):
 
 @contextmanager
 def watched() -> Iterator[LossWatch]:
-    """A watch over every line that is logged in the block."""
+    """A watch over every line that is logged in the block.
+
+    What open_clip_train does to every logger's level is undone, and the handlers that it adds are closed.
+    """
+    handlers = list(logging.root.handlers)
+    levels = {logger: logger.level for logger in _loggers()}
     watch = LossWatch()
     logging.root.addHandler(watch)
     try:
         yield watch
-    finally:
-        logging.root.removeHandler(watch)
-
-
-@contextmanager
-def logging_restored() -> Iterator[None]:
-    """Undoes what open_clip_train does to every logger's level, and closes the handlers that it adds."""
-    handlers = list(logging.root.handlers)
-    levels = {logger: logger.level for logger in _loggers()}
-    try:
-        yield
     finally:
         for handler in [handler for handler in logging.root.handlers if handler not in handlers]:
             logging.root.removeHandler(handler)

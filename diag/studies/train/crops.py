@@ -85,11 +85,9 @@ class CropsTask(ImageTask):
         self.testing = Crops(HELD_OUT_REGION, self.size, augment=False)
 
     def batch(self, generator: np.random.Generator) -> Batch:
-        """Random crops, augmented."""
         return self.training.batch(self.plan.recipe.batch_size, generator)
 
     def held_out(self) -> Iterator[Batch]:
-        """The recipe's number of held-out crops."""
         return self.testing.batches(self.plan.recipe.held_out, np.random.default_rng(HELD_OUT_SEED))
 
     def watched(self) -> Batch:

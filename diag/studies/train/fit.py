@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,8 @@ class Training:
     def __post_init__(self) -> None:
         self.optimiser = optimiser_of(self.model, self.recipe)
         decay = self.recipe.ema
-        self.average = (
-            None if decay is None else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        )
+        ema = None if decay is None else get_ema_multi_avg_fn(decay)
+        self.average = None if ema is None else AveragedModel(self.model, multi_avg_fn=ema)
 
     @property
     def result(self) -> nn.Module:
@@ -107,7 +105,8 @@ class Training:
         rate = rate_at(self.recipe, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["scale"]
-        with self._precision():
+        half = self.recipe.precision != "float32"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             loss = loss_of(self.model, batch)
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} at step {self.step}", "lower the learning rate")
@@ -121,11 +120,6 @@ class Training:
             {"step": self.step, "loss": loss.item(), "learning_rate": rate, "gradient_norm": norm.item()}
         )
         self.step += 1
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.recipe.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     def save(self, file: Path) -> None:
         """Writes everything that the rest of the run depends on, atomically."""

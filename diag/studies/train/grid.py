@@ -38,15 +38,10 @@ from diag.studies.train.summary import shown, words
 from diag.studies.train.tasks import Task, task_of
 
 RESULTS = (
-    "accuracy",
-    "loss",
-    "held_out",
-    "steps",
-    "parameters",
-    "seconds_per_step",
-    "initial_sha256",
-    "sha256",
+    *("accuracy", "loss", "held_out", "steps", "parameters"),
+    *("seconds_per_step", "initial_sha256", "sha256"),
 )
+"""Of a cell's card, columns of the results."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +70,8 @@ def run_train(
     """
     listener = listener or Silent()
     folder = folder or RUNS / f"train-{plan.key[:8]}"
-    document = {
-        "kind": "train",
-        "key": plan.key,
-        "plan": plan.model_dump(mode="json"),
-        "command": command_line(),
-    }
+    what = {"kind": "train", "key": plan.key, "plan": plan.model_dump(mode="json")}
+    document = what | {"command": command_line()}
     share = share_of(None, os.environ)
     if overwrite and share.of > 1:
         raise UserError(
@@ -98,7 +89,7 @@ def run_train(
     place = device_of(device, share.local_rank)
     if not isinstance(place, torch.device):
         raise UserError(f"--device {device} is for one large model", "--device auto, cpu or cuda:0")
-    mine = [number for number in range(len(cells)) if number % share.of == share.rank]
+    mine = range(share.rank, len(cells), share.of)
     listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {place}")
     (folder / "cells").mkdir(exist_ok=True)
     with Locks(folder / "cells" / ".lock") as locks:
@@ -108,15 +99,8 @@ def run_train(
                 listener.say(f"{cell.name} is in the hands of another process")
                 continue
             listener.start(cell.name, plan.recipe.steps)
-            train_cell(
-                plan,
-                cell,
-                task,
-                folder / "cells" / cell.name,
-                device=place,
-                workers=workers,
-                advance=listener.advance,
-            )
+            own, hear = folder / "cells" / cell.name, listener.advance
+            train_cell(plan, cell, task, own, device=place, workers=workers, advance=hear)
             locks.give(number)
         unfinished = [cell for cell in cells if not (folder / "cells" / cell.name / "card.json").exists()]
         if unfinished or not locks.take(len(cells)):
@@ -143,25 +127,27 @@ def _finish(
     started: float,
 ) -> TrainedGrid:
     from diag.show.figures.training import outcome_figures
-    from diag.show.figures.write import save
+    from diag.show.figures.write import save_all
 
     layers = _probe(plan, cells, task, folder, device, listener)
+    cards = {cell: card_of(folder / "cells" / cell.name) for cell in cells}
     results = pd.DataFrame(
-        [{**cell.facts, **_results(card_of(folder / "cells" / cell.name))} for cell in cells]
+        [{**cell.facts, **{name: card.get(name) for name in RESULTS}} for cell, card in cards.items()]
+    )
+    alphas = pd.DataFrame(
+        [
+            {**cell.facts, "layer": int(layer), "head": head, "alpha": alpha}
+            for cell, card in cards.items()
+            for layer, found in card["alphas"].items()
+            for head, alpha in enumerate(found)
+        ]
     )
     monitor, log = (_curves(cells, folder, name) for name in ("monitor", "log"))
-    tables = {
-        "results": results,
-        **outcome_tables(results, layers, _alphas(cells, folder), monitor, log),
-    }
+    tables = {"results": results, **outcome_tables(results, layers, alphas, monitor, log)}
     for name, table in tables.items():
         write(table, folder / f"{name}.csv")
     write(shown(tables), folder / "results.md")
-    figures = [
-        path
-        for stem, (figure, data) in outcome_figures(tables).items()
-        for path in save(figure, data, folder / "figures", stem)
-    ]
+    figures = save_all(outcome_figures(tables), folder / "figures")
     said = words(tables)
     write_json(
         {
@@ -196,22 +182,6 @@ def _probe(
         raise UserError(f"'{name}' could not be probed: {why}", "run the same command again")
     layers = read_layers(folder / "probe")
     return layers.assign(model=layers["model"].map(paths))
-
-
-def _results(card: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: card.get(name) for name in RESULTS}
-
-
-def _alphas(cells: Sequence[Cell], folder: Path) -> pd.DataFrame:
-    """cell, patch_size, variant, seed, layer, head, alpha; empty where nothing was learned."""
-    rows = [
-        {**cell.facts, "layer": int(layer), "head": head, "alpha": alpha}
-        for cell in cells
-        for layer, found in card_of(folder / "cells" / cell.name)["alphas"].items()
-        for head, alpha in enumerate(found)
-    ]
-    columns = [*cells[0].facts, "layer", "head", "alpha"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def _curves(cells: Sequence[Cell], folder: Path, name: str) -> pd.DataFrame:

@@ -28,7 +28,6 @@ class ImageTask:
         self.size = int(plan.model.get("img_size", 224))
 
     def build(self, patch_size: int | None) -> nn.Module:
-        """A timm ViT with random weights."""
         return timm_model(self.plan.model, patch_size, len(self.classes))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -37,7 +36,6 @@ class ImageTask:
         return F.cross_entropy(model(batch["images"]), batch["labels"], label_smoothing=smoothing)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """`classified` on the recipe's number of held-out images."""
         return classified(model, self.held_out(), device)
 
     def held_out(self) -> Iterator[Batch]:
@@ -45,7 +43,6 @@ class ImageTask:
         raise NotImplementedError
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """timm's folder: config.json and model.safetensors."""
         save_timm(model, self.plan.model, folder, self.classes)
 
 

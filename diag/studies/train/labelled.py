@@ -23,6 +23,19 @@ WATCHED = 32
 """Images that are looked at while training."""
 
 
+class Labelled:
+    """The images of a source, and the class of each."""
+
+    def __init__(self, source: str) -> None:
+        self.items = inputs.images(source).items
+        self.classes = classes_of(source, [item.id for item in self.items])
+
+    def spread(self, most: int) -> np.ndarray:
+        """Places of at most so many images, evenly over all."""
+        count = len(self.classes)
+        return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
 class LabelledTask(ImageTask):
     """Images of `train` in random crops, those of `validation` whole, resized and cut at the centre.
 
@@ -32,13 +45,9 @@ class LabelledTask(ImageTask):
     def __init__(self, plan: TrainPlan) -> None:
         assert plan.train is not None
         assert plan.validation is not None
-        self.training, self.testing = inputs.images(plan.train), inputs.images(plan.validation)
-        self.named = {
-            id(given): classes_of(source, [item.id for item in given])
-            for source, given in ((plan.train, self.training), (plan.validation, self.testing))
-        }
-        super().__init__(plan, sorted(set(self.named[id(self.training)])))
-        lacking = set(self.named[id(self.testing)]) - set(self.classes)
+        self.training, self.testing = Labelled(plan.train), Labelled(plan.validation)
+        super().__init__(plan, sorted(set(self.training.classes)))
+        lacking = set(self.testing.classes) - set(self.classes)
         if lacking:
             raise UserError(
                 f"'{plan.validation}' has the class '{min(lacking)}', which '{plan.train}' lacks",
@@ -57,31 +66,29 @@ class LabelledTask(ImageTask):
 
     def batch(self, generator: np.random.Generator) -> Batch:
         """Random crops of random images; torchvision draws the crops, seeded by the generator."""
-        chosen = generator.integers(0, len(self.training), self.plan.recipe.batch_size)
+        chosen = generator.integers(0, len(self.training.classes), self.plan.recipe.batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(generator.integers(2**62)))
             return self._read(self.training, chosen, self.transforms[0])
 
     def held_out(self) -> Iterator[Batch]:
         """The first `held_out` validation images, spread evenly over the folder."""
-        count = min(self.plan.recipe.held_out, len(self.testing))
-        places = np.linspace(0, len(self.testing) - 1, count).round().astype(int)
-        for first in range(0, count, EVALUATED_AT_ONCE):
+        places = self.testing.spread(self.plan.recipe.held_out)
+        for first in range(0, len(places), EVALUATED_AT_ONCE):
             yield self._read(self.testing, places[first : first + EVALUATED_AT_ONCE], self.transforms[1])
 
     def watched(self) -> Batch:
         """Validation images, spread evenly over the folder."""
-        places = np.linspace(0, len(self.testing) - 1, min(WATCHED, len(self.testing))).round().astype(int)
-        return {"images": self._read(self.testing, places, self.transforms[1])["images"]}
+        return {
+            "images": self._read(self.testing, self.testing.spread(WATCHED), self.transforms[1])["images"]
+        }
 
     def probed(self, folder: Any) -> dict[str, str]:
-        """The validation images where they lie."""
         return {"images": str(self.plan.validation)}
 
-    def _read(self, given: inputs.Inputs, places: Any, transform: Any) -> Batch:
+    def _read(self, given: Labelled, places: Any, transform: Any) -> Batch:
         images = [transform(given.items[int(place)].read()) for place in places]
-        named = self.named[id(given)]
-        labels = [self.classes.index(named[int(place)]) for place in places]
+        labels = [self.classes.index(given.classes[int(place)]) for place in places]
         return {"images": torch.stack(images), "labels": torch.tensor(labels)}
 
 

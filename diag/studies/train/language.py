@@ -47,7 +47,6 @@ class LanguageTask:
             )
 
     def build(self, patch_size: int | None) -> nn.Module:
-        """A GPT-2 with random weights."""
         return gpt2(self.sizes)
 
     def batch(self, generator: np.random.Generator) -> Batch:
@@ -71,7 +70,6 @@ class LanguageTask:
         return {"input_ids": self._windows()[:WATCHED]}
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """transformers' folder, with its tokenizer."""
         save_transformers(model, self.tokenizer, folder)
 
     def probed(self, folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from diag.studies.train.pairs import (
     CASE,
     COMPARED,
     OUTCOMES,
+    OVER_SEEDS,
     cleaned,
     grouped,
     of_cells,
@@ -87,11 +88,8 @@ def outcomes(results: pd.DataFrame, gained: pd.DataFrame) -> pd.DataFrame:
             row |= {outcome: spread["mean"], f"{outcome}_sd": spread["sd"]}
             for name, baseline in (("gain", True), ("over_control", False)):
                 chosen = ours[(ours["outcome"] == outcome) & (ours["against"].eq(BASELINE) == baseline)]
-                first = chosen.iloc[0] if len(chosen) else pd.Series(dtype=float)
-                row |= {
-                    f"{outcome}_{name}{end}": float(first.get(column, math.nan))
-                    for end, column in ends.items()
-                }
+                first = chosen.iloc[0] if len(chosen) else dict.fromkeys(ends.values(), math.nan)
+                row |= {f"{outcome}_{name}{end}": float(first[column]) for end, column in ends.items()}
         for name in ("parameters", "seconds_per_step"):
             row[name] = part[name].median() if name in part else math.nan
         rows.append(row)
@@ -108,7 +106,7 @@ def gains(by_seed: pd.DataFrame) -> pd.DataFrame:
         {**key, **over_seeds(part["difference"]), "seeds": ", ".join(map(str, part["seed"]))}
         for key, part in grouped(by_seed, COMPARED)
     ]
-    return pd.DataFrame(rows, columns=[*COMPARED, "mean", "sd", "ci_low", "ci_high", "n", "seeds"])
+    return pd.DataFrame(rows, columns=[*COMPARED, *OVER_SEEDS, "seeds"])
 
 
 def trends(by_seed: pd.DataFrame) -> pd.DataFrame:
@@ -120,7 +118,6 @@ def trends(by_seed: pd.DataFrame) -> pd.DataFrame:
     Columns task, variant, against, outcome, unit, mean, sd, ci_low, ci_high, n, patch_sizes.
     """
     keys = [name for name in COMPARED if name != "patch_size"]
-    columns = [*keys, "mean", "sd", "ci_low", "ci_high", "n", "patch_sizes"]
     rows = []
     for key, part in grouped(by_seed.dropna(subset=["patch_size"]), keys):
         wide = part.pivot(index="seed", columns="patch_size", values="difference")
@@ -131,7 +128,7 @@ def trends(by_seed: pd.DataFrame) -> pd.DataFrame:
             slopes = wide.dropna().to_numpy(float) @ at / (at @ at)
             sizes = ", ".join(f"{size:g}" for size in wide.columns)
             rows.append({**key, **over_seeds(slopes), "patch_sizes": sizes})
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=[*keys, *OVER_SEEDS, "patch_sizes"])
 
 
 def probed_cells(results: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
@@ -173,17 +170,15 @@ def compensation(probed: pd.DataFrame, *, over_layers: bool = False) -> pd.DataF
         }
         for key, part in grouped(both, keys)
     ]
-    return pd.DataFrame(rows, columns=[*keys, "baseline", "changed", "mean", "sd", "ci_low", "ci_high", "n"])
+    return pd.DataFrame(rows, columns=[*keys, "baseline", "changed", *OVER_SEEDS])
 
 
 def alpha_table(results: pd.DataFrame, alphas: pd.DataFrame) -> pd.DataFrame:
     """The learned α of every layer and head: mean, sd, 95 % t interval and n over seeds."""
     keys = [*CASE, "variant", "layer", "head"]
-    columns = [*keys, "mean", "sd", "ci_low", "ci_high", "n"]
-    if alphas.empty:
-        return pd.DataFrame(columns=columns)
-    rows = [{**key, **over_seeds(part["alpha"])} for key, part in grouped(of_cells(results, alphas), keys)]
-    return pd.DataFrame(rows, columns=columns)
+    ours = alphas if alphas.empty else of_cells(results, alphas)
+    rows = [{**key, **over_seeds(part["alpha"])} for key, part in grouped(ours, keys)] if len(ours) else []
+    return pd.DataFrame(rows, columns=[*keys, *OVER_SEEDS])
 
 
 def training_curves(results: pd.DataFrame, monitor: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:

@@ -29,6 +29,8 @@ OUTCOMES = {"accuracy": ("points", 100.0), "loss": ("nats", 1.0)}
 CASE = ["task", "patch_size"]
 CELL = [*CASE, "variant", "seed"]
 COMPARED = [*CASE, "variant", "against", "outcome", "unit"]
+OVER_SEEDS = ["mean", "sd", "ci_low", "ci_high", "n"]
+"""What `over_seeds` gives."""
 REQUIRED = ["cell", *CELL, "accuracy", "loss"]
 
 
@@ -80,16 +82,13 @@ def cleaned(results: pd.DataFrame) -> pd.DataFrame:
                     f"cells of task {key['task']}{size} were trained for {found} steps",
                     "only cells of one recipe can be compared",
                 )
-    places = {name: {key: i for i, key in enumerate(table[name].unique())} for name in ("task", "variant")}
-    order = pd.DataFrame(
-        {
-            "task": table["task"].map(places["task"]),
-            "patch_size": -table["patch_size"],
-            "variant": table["variant"].map(places["variant"]),
-            "seed": table["seed"],
-        }
-    ).sort_values(CELL)
-    return table.loc[order.index].reset_index(drop=True)
+
+    def place(column: pd.Series) -> pd.Series:
+        if column.name in ("task", "variant"):
+            return pd.Series(pd.factorize(column)[0], column.index)
+        return -column if column.name == "patch_size" else column
+
+    return table.sort_values(CELL, key=place, ignore_index=True)
 
 
 def pairs(results: pd.DataFrame) -> pd.DataFrame:
@@ -102,12 +101,12 @@ def pairs(results: pd.DataFrame) -> pd.DataFrame:
     missing is left out.
     """
     bases = results["variant"].map(base_of)
-    compared = {
-        BASELINE: results[bases != BASELINE].assign(against=BASELINE),
-        CONTROL: results[~bases.isin([BASELINE, CONTROL])].assign(against=results["variant"].map(control_of)),
-    }
+    compared = (
+        results[bases != BASELINE].assign(against=BASELINE),
+        results[~bases.isin([BASELINE, CONTROL])].assign(against=results["variant"].map(control_of)),
+    )
     parts = []
-    for ours in compared.values():
+    for ours in compared:
         for outcome, (unit, factor) in OUTCOMES.items():
             theirs = results[[*CELL, outcome]].rename(columns={"variant": "against", outcome: "reference"})
             both = ours.merge(theirs, on=[*CASE, "against", "seed"])  # NaN matches NaN

@@ -23,7 +23,7 @@ LEAST_SEEDS = 3
 """Below which there is no interval: of two seeds, every resample is one of them twice, or both."""
 
 KEYS = ["task", "variant", "outcome", "unit"]
-COLUMNS = [*KEYS, "predictor", "cells", "correlation", "value", "ci_low", "ci_high", "p"]
+FOUND = ["value", "ci_low", "ci_high", "p"]
 COUNTS = ["n_cells", "n_patch_sizes", "n_seeds"]
 
 
@@ -38,8 +38,9 @@ def relation_points(pairs: pd.DataFrame, probed: pd.DataFrame) -> pd.DataFrame:
     values = means.reset_index().rename(columns={"metric": "predictor"})
     ours = pairs[pairs["against"] == BASELINE].drop(columns="against")
     points = ours.rename(columns={"difference": "gain"}).merge(values, on=[*CASE, "seed"])
-    order = [place for name in PREDICTORS for place in points.index[points["predictor"] == name]]
-    return points.loc[order].reset_index(drop=True)
+    return points.sort_values(
+        "predictor", key=lambda names: names.map(PREDICTORS.index), kind="stable", ignore_index=True
+    )
 
 
 def relation(pairs: pd.DataFrame, probed: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -70,12 +71,12 @@ def relation(pairs: pd.DataFrame, probed: pd.DataFrame, *, seed: int = 0) -> pd.
             for correlation in ("pearson", "spearman"):
                 found = _related(chosen, within=within, ranked=correlation == "spearman", seed=seed)
                 rows.append({**key, "cells": cells, "correlation": correlation, **found, **counts})
-    return pd.DataFrame(rows, columns=[*COLUMNS, *COUNTS])
+    return pd.DataFrame(rows, columns=[*KEYS, "predictor", "cells", "correlation", *FOUND, *COUNTS])
 
 
 def _related(part: pd.DataFrame, *, within: bool, ranked: bool, seed: int) -> dict[str, float]:
     """A correlation with its interval and p; NaN where it cannot be said."""
-    found = dict.fromkeys(("value", "ci_low", "ci_high", "p"), math.nan)
+    found = dict.fromkeys(FOUND, math.nan)
     patch = part["patch_size"].fillna(0).to_numpy(float)
     groups = (patch[:, None] == np.unique(patch)).astype(float)  # [cell, patch size]
     if len(part) < LEAST_PLACES or (within and len(part) - groups.shape[1] < LEAST_PLACES - 1):

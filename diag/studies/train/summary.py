@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.show.words.phrases import listed
+from diag.show.words.phrases import decimal, interval, listed
 from diag.studies.train.pairs import BASELINE, CONTROL, base_of, grouped
 
 DIGITS = {"points": 2, "nats": 4, "": 3}
@@ -42,16 +42,20 @@ def shown(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for row in _records(table):
         cells = {
             "task": str(row["task"]),
-            "patch": _number(row["patch_size"], digits=0),
+            "patch": decimal(row["patch_size"], digits=0),
             "variant": str(row["variant"]),
             "seeds": str(row["n"]),
         }
         for name, word, digits in (("accuracy", "accuracy, %", 2), ("loss", "loss, nats", 4)):
-            cells[word] = _spread(row[name], row[f"{name}_sd"], digits)
+            cells[word] = decimal(row[name], digits=digits)
+            if pd.notna(row[f"{name}_sd"]):
+                cells[word] += f" ± {decimal(row[f'{name}_sd'], digits=digits)}"
             unit = "points" if name == "accuracy" else "nats"
             for key, heading in (("gain", f"{name} − {BASELINE}"), ("over_control", f"{name} − control")):
                 mean, low, high = (row[f"{name}_{key}{end}"] for end in ("", "_low", "_high"))
-                cells[f"{heading}, {unit} [95 %]"] = _with_interval(mean, low, high, digits)
+                ends = interval(low, high, digits=digits, sign=True)
+                said = decimal(mean, digits=digits, sign=True)
+                cells[f"{heading}, {unit} [95 %]"] = said if ends == "–" else f"{said} [{ends}]"
         rows.append(cells)
     words = pd.DataFrame(rows)
     if len(words) and words["task"].nunique() == 1:
@@ -101,7 +105,8 @@ def _gains(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     for variant, part in rows.groupby("variant", sort=False):
         better = "above 0 is better" if outcome == "accuracy" else "below 0 is better"
         said = f"{variant} − {BASELINE}, {outcome} ({better}): {_judged_all(part)}."
-        trend = _one(of["trends"], variant=variant, outcome=outcome, against=BASELINE)
+        alike = of["trends"].query("variant == @variant and outcome == @outcome and against == @BASELINE")
+        trend = next(iter(_records(alike)), None)
         if trend is not None:
             said += f" Per halving of the patch size it changes by {_judged(trend)}"
             if _sure(trend):
@@ -181,7 +186,7 @@ def _inside(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     rows = rows[(rows["metric"] == metric) & rows["variant"].map(base_of).isin(CONTROLLED)]
     for variant, part in list(rows.groupby("variant", sort=False))[:1]:
         parts = [
-            f"{_at(row)}{_number(row['baseline'])} in {BASELINE} and {_number(row['changed'])} in {variant}, "
+            f"{_at(row)}{decimal(row['baseline'])} in {BASELINE} and {decimal(row['changed'])} in {variant}, "
             f"a difference of {_judged(row)}"
             for row in _records(part)
         ]
@@ -197,9 +202,9 @@ def _learned(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
             least, most = rows[0], rows[-1]
             apart = ((table["ci_low"] > 0) | (table["ci_high"] < 0)).sum()
             said = (
-                f"{_at(key)}a mean of {_number(table['mean'].mean(), sign=True)} over heads, from "
-                f"{_number(least['mean'], sign=True)} (layer {int(least['layer'])}) to "
-                f"{_number(most['mean'], sign=True)} (layer {int(most['layer'])})"
+                f"{_at(key)}a mean of {decimal(table['mean'].mean(), sign=True)} over heads, from "
+                f"{decimal(least['mean'], sign=True)} (layer {int(least['layer'])}) to "
+                f"{decimal(most['mean'], sign=True)} (layer {int(most['layer'])})"
             )
             if table["ci_low"].notna().any() and "sigmoid" not in str(variant):  # which is never 0
                 said += f", {apart} of {len(table)} heads with an interval that leaves out 0"
@@ -213,12 +218,6 @@ def _learned(of: Mapping[str, pd.DataFrame]) -> Iterator[str]:
 def _main(rows: pd.DataFrame) -> str:
     """The outcome that sentences are about: accuracy where there is one."""
     return "accuracy" if (rows["outcome"] == "accuracy").any() else "loss"
-
-
-def _one(table: pd.DataFrame, **keys: Any) -> dict[str, Any] | None:
-    for name, value in keys.items():
-        table = table[table[name] == value]
-    return next(iter(_records(table)), None)
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -240,15 +239,15 @@ def _judged(row: Mapping[str, Any]) -> str:
     digits, n = DIGITS[unit], int(row["n"])
     if n == 0:
         return "an unknown amount (no seed has every patch size)"
-    said = " ".join(filter(None, [_number(row["mean"], digits=digits, sign=True), unit]))
+    said = " ".join(filter(None, [decimal(row["mean"], digits=digits, sign=True), unit]))
     if n == 1:
         return f"{said} ({UNJUDGED})"
     if pd.isna(row["ci_low"]):
         return f"{said} (the same in all {n} seeds, so no interval)"
-    low, high = (_number(row[end], digits=digits, sign=True) for end in ("ci_low", "ci_high"))
+    ends = interval(row["ci_low"], row["ci_high"], digits=digits, sign=True)
     if _sure(row):
-        return f"{said} ({low} to {high}, n = {n}), {'above' if row['ci_low'] > 0 else 'below'} 0"
-    return f"{said} ({low} to {high}), not distinguishable from 0 with n = {n} seeds"
+        return f"{said} ({ends}, n = {n}), {'above' if row['ci_low'] > 0 else 'below'} 0"
+    return f"{said} ({ends}), not distinguishable from 0 with n = {n} seeds"
 
 
 def _judged_all(rows: pd.DataFrame) -> str:
@@ -263,32 +262,9 @@ def _judged_all(rows: pd.DataFrame) -> str:
 
 
 def _correlation(row: Mapping[str, Any]) -> str:
-    said = _number(row["value"], digits=2)
-    if pd.isna(row["ci_low"]):
-        return f"{said} (no interval)"
-    return f"{said} ({_number(row['ci_low'], digits=2)} to {_number(row['ci_high'], digits=2)})"
+    ends = interval(row["ci_low"], row["ci_high"], digits=2)
+    return f"{decimal(row['value'], digits=2)} ({'no interval' if ends == '–' else ends})"
 
 
 def _seeds(count: int) -> str:
     return f"{count} seed{'s' if count != 1 else ''}"
-
-
-def _number(value: float, *, digits: int = 3, sign: bool = False) -> str:
-    """A real minus; a dash where there is no number."""
-    if pd.isna(value):
-        return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def _spread(mean: float, sd: float, digits: int) -> str:
-    """`61.20 ± 0.35`, without a spread where there is one seed."""
-    if pd.isna(mean) or pd.isna(sd):
-        return _number(mean, digits=digits)
-    return f"{_number(mean, digits=digits)} ± {_number(sd, digits=digits)}"
-
-
-def _with_interval(mean: float, low: float, high: float, digits: int) -> str:
-    said = _number(mean, digits=digits, sign=True)
-    if pd.isna(low):
-        return said
-    return f"{said} [{' to '.join(_number(x, digits=digits, sign=True) for x in (low, high))}]"

@@ -55,8 +55,3 @@ TASKS: dict[str, type[CropsTask | LabelledTask | LanguageTask]] = {
 def task_of(plan: TrainPlan) -> Task:
     """The plan's task, with its data at hand. Raises UserError where data cannot be read."""
     return TASKS[plan.task](plan)
-
-
-def batch_of(task: Task, seed: int, step: int) -> Batch:
-    """The training batch of a step, the same for all variants of a seed."""
-    return task.batch(np.random.default_rng((seed, step)))

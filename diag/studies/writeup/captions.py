@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
-from diag.errors import UserError
 from diag.show.figures.tables import span
+from diag.studies.attend.folder import Attended
 
 NAMED = 4
 """Models that a caption names one by one; of more, it names the first and the last."""
@@ -20,7 +19,7 @@ def caption(text: str | None, words: str, rows: pd.DataFrame, inputs: Sequence[s
     text: of the plan; words: of the kind, used where the plan gives none. rows: of a run's table,
     may be empty. inputs: what the runs were given.
     """
-    filled = (text or words).strip().format_map(_Known(_placeholders(rows, inputs)))
+    filled = (text or words).strip().format_map(_placeholders(rows, inputs))
     return " ".join(part for part in (filled, settings(rows, inputs)) if part)
 
 
@@ -44,24 +43,23 @@ def settings(rows: pd.DataFrame, inputs: Sequence[str]) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
-def look_settings(models: Sequence[Mapping[str, Any]], head: str) -> str:
+def look_settings(look: Attended) -> str:
     """How one target was looked at, in one sentence."""
-    parts = []
-    for entry in models:
+    parts, first = [], look.tokens.iloc[0]
+    for entry in look.models:
         target = entry["target"]
         if entry["tower"] == "vision":
             where = "patch {}, {} of {} × {}".format(*target, *entry["grid"])
         else:
             where = f"token {target}"
         parts.append(f"{entry['given']}: layer {entry['layer']}, {where}")
-    heads = "mean over heads" if head == "mean" else f"head {head}"
-    said = [str(models[0]["input"]), *parts, heads, "values as computed"]
+    heads = "mean over heads" if first["head"] == "mean" else f"head {first['head']}"
+    said = [str(first["input"]), *parts, heads, "values as computed"]
     return f"{'; '.join(said)}; one input: an example, not a mean."
 
 
-class _Known(dict[str, str]):
-    def __missing__(self, key: str) -> str:
-        raise UserError(f"a caption knows no '{{{key}}}'", f"it knows {', '.join(self)}")
+PLACEHOLDERS = ("n", "T", "values", "models", "tokens", "inputs")
+"""What a caption may have in braces; a plan with another is refused when it is read."""
 
 
 def _placeholders(rows: pd.DataFrame, inputs: Sequence[str]) -> dict[str, str]:

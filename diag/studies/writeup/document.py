@@ -25,8 +25,7 @@ class Document:
 
     def line(self, place: Place) -> int:
         """The line of a place, or of the innermost place around it that is in the file."""
-        inner = self.known(place)
-        return self.lines.get(inner, 1)
+        return self.lines.get(self.known(place), 1)
 
     def known(self, place: Place) -> Place:
         """As much of a place as the file has; steps that it lacks, such as a kind's name, are left out."""

@@ -1,25 +1,32 @@
-"""Figures of a plan: each kind is one function from its item and the material, listed in `KINDS`."""
+"""Figures of a plan: each kind is a class, with what a plan may say of it and how it is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from diag.errors import UserError
 from diag.metrics.catalogue import entry_of
 from diag.results import published
 from diag.results.files import file_stem
-from diag.show.figures import FIGURES
+from diag.show.figures import FIGURES, entropy, scatter
+from diag.show.figures import write as figure_files
+from diag.show.figures.attend import draw_attended
+from diag.show.figures.curves import layer_curves, model_comparison
+from diag.show.figures.depth import depth_profiles
+from diag.show.figures.heatmaps import head_heatmaps
+from diag.show.figures.lengths import AXES, against
 from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
-from diag.studies.writeup import schema
+from diag.studies.attend.plan import AttendPlan
+from diag.studies.writeup.captions import look_settings
+from diag.studies.writeup.item import Item, Layers, Names, OfProbe, Published, Strict
 from diag.studies.writeup.material import Material, known_metrics, overlay, points
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LOOKS = {
     "similarity-map": "Cosine of every patch's value with the target's, and the target's attention relative "
@@ -32,21 +39,31 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """One figure. stem: of its files. data: the rows behind it. words: caption, where the plan gives none."""
+    """One figure. stem: of its files. data: the rows behind it. words: caption, where the plan gives none.
+
+    settings: how it was measured, where the rows do not say so.
+    """
 
     stem: str
     figure: Figure
     data: pd.DataFrame
     words: str
+    settings: str = ""
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The rows that were measured, for the caption."""
+        return self.data[self.data["n"].notna()] if "n" in self.data else pd.DataFrame()
+
+    def save(self, folder: Path) -> tuple[str, ...]:
+        """Writes its files; their endings."""
+        return tuple(path.suffix for path in figure_files.save(self.figure, self.data, folder, self.stem))
 
 
-def figures_of(item: Any, stem: str, material: Material) -> list[DrawnFigure]:
-    """The figures of one item. Raises UserError where its runs or metrics are not there."""
-    return KINDS[type(item)](item, stem, material)
-
-
-def _per_line(item: Any, table: pd.DataFrame, stem: str) -> list[tuple[str, str, pd.DataFrame]]:
-    """`(stem, label, rows)` of every line that has the kind's metrics."""
+def _per_line(
+    item: CurvesFigure | HeadsFigure, table: pd.DataFrame, stem: str
+) -> list[tuple[str, pd.DataFrame]]:
+    """`(stem, rows)` of every line that has the kind's metrics."""
     metrics = FIGURES[item.kind].metrics
     parts = [(str(label), rows_of(part, metrics)) for label, part in table.groupby("label", sort=False)]
     parts = [(label, rows) for label, rows in parts if not rows.empty]
@@ -54,141 +71,200 @@ def _per_line(item: Any, table: pd.DataFrame, stem: str) -> list[tuple[str, str,
         raise UserError(
             f"probe '{item.probe}' has no metric that {item.kind} show", f"measure {', '.join(metrics)}"
         )
-    if len(parts) == 1:
-        return [(stem, *parts[0])]
-    return [(file_stem(stem, label), label, rows) for label, rows in parts]
+    return [(stem if len(parts) == 1 else file_stem(stem, label), rows) for label, rows in parts]
 
 
-def _curves(item: schema.CurvesFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.curves import layer_curves
-
-    table = check_columns(material.table(item))
-    words = (
-        "Alignment bias cos(y, v) with its nulls, its split into self and context part, similarity between "
-        "tokens, and where attention goes, over layers."
-    )
-    drawn = []
-    for name, _, rows in _per_line(item, table, stem):
-        known = overlay(rows, item.published)
-        figure = layer_curves(rows, known)
-        drawn.append(DrawnFigure(name, figure, _with(known, rows), words + _said_of(known)))
-    return drawn
-
-
-def _heads(item: schema.HeadsFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.heatmaps import head_heatmaps
-
-    table = check_columns(material.table(item, "heads"), ["head"])
-    words = "Alignment bias, excess over the partner null, self weight and value similarity of every head."
-    return [
-        DrawnFigure(name, head_heatmaps(rows), rows, words) for name, _, rows in _per_line(item, table, stem)
-    ]
-
-
-def _comparison(item: schema.ComparisonFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.curves import model_comparison
-
-    rows = rows_of(check_columns(material.table(item)), FIGURES["comparison"].metrics)
-    known = overlay(rows, item.published)
-    words = (
-        "Alignment bias, its excess over the partner null, value similarity and self weight over relative "
-        "depth."
-    )
-    return [DrawnFigure(stem, model_comparison(rows, known), _with(known, rows), words + _said_of(known))]
-
-
-def _depth(item: schema.DepthFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.depth import depth_profiles
-
-    table = known_metrics(material.table(item), item.metrics, item.probe)
-    known = overlay(table, item.published)
-    rows = rows_of(check_columns(table), item.metrics)
-    figure = depth_profiles(rows, known, metrics=item.metrics)
-    named = [entry_of(name).label for name in item.metrics]
-    words = f"{', '.join(named)} over layers".capitalize() + "; the minimum of the first is ringed."
-    return [DrawnFigure(stem, figure, _with(known, rows), words + _said_of(known))]
-
-
-def _with(known: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows behind a figure with the published ones, which have a `source` and no n."""
+def _overlaid(
+    stem: str, figure: Figure, rows: pd.DataFrame, known: pd.DataFrame | None, words: str
+) -> DrawnFigure:
+    """A figure with published values; in the data behind it they have a `source` and no n."""
     if known is None:
-        return rows
+        return DrawnFigure(stem, figure, rows, words)
     theirs = known[known["metric"].isin(rows["metric"])].rename(columns={"value": "mean"})
-    return pd.concat([rows, theirs], ignore_index=True)
+    words += " Open points: published values, not measured here."
+    return DrawnFigure(stem, figure, pd.concat([rows, theirs], ignore_index=True), words)
 
 
-def _said_of(known: pd.DataFrame | None) -> str:
-    return "" if known is None else " Open points: published values, not measured here."
+class CurvesFigure(OfProbe):
+    """The four panels of every line, a figure each."""
+
+    kind: Literal["curves"]
+    published: Published = False
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = check_columns(material.table(self))
+        words = (
+            "Alignment bias cos(y, v) with its nulls, its split into self and context part, similarity "
+            "between tokens, and where attention goes, over layers."
+        )
+        drawn = []
+        for name, rows in _per_line(self, table, stem):
+            known = overlay(rows, self.published)
+            drawn.append(_overlaid(name, layer_curves(rows, known), rows, known, words))
+        return drawn
 
 
-def _entropy(item: schema.EntropyFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.entropy import METRICS, entropy_over_depth
+class HeadsFigure(OfProbe):
+    """Layer × head maps of every line, a figure each."""
 
-    rows = known_metrics(check_columns(material.table(item)), METRICS, item.probe)
-    words = "Entropy of attention over layers: mean over tokens and heads, 15th percentile over tokens, "
-    return [
-        DrawnFigure(stem, entropy_over_depth(rows), rows, words + "and the bound ln T of uniform attention.")
-    ]
+    kind: Literal["heads"]
 
-
-def _lengths(item: schema.LengthsFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.lengths import AXES, against
-
-    table = points(
-        known_metrics(material.table(item, "samples"), item.metrics, item.probe),
-        material.lines[item.probe],
-        metrics=item.metrics,
-        against=item.against,
-        layers=item.layers,
-    )
-    over = "all layers" if item.layers is None else f"layers {', '.join(map(str, item.layers))}"
-    words = f"Means over {over} against {AXES[item.against].partition(',')[0]}."
-    return [DrawnFigure(stem, against(table), table, words)]
-
-
-def _look(item: schema.AttendFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.attend import draw_attended
-
-    look = schema.attend_plan_of(item)
-    found = read_look(material.looks[look])
-    figure, data = draw_attended(found.tokens, found.decomposition, found.pictures, top=look.top)[item.kind]
-    return [DrawnFigure(stem, figure, data, LOOKS[item.kind])]
-
-
-def _effect(item: schema.EffectFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.scatter import effect
-
-    table = published.accuracy()
-    words = (
-        "Published values: change in zero-shot ImageNet top-1 with XSA against the baseline's value "
-        "similarity, mean over layers. Open: a second training of a model, at the similarity of the first."
-    )
-    return [DrawnFigure(stem, effect(table), table, words)]
-
-
-def _trained(item: schema.TrainedFigure, stem: str, material: Material) -> list[DrawnFigure]:
-    from diag.show.figures.scatter import trained_similarity
-
-    if item.probe is None:
-        table = published_pairs()
-        words = "Published values: value similarity of CLIP models trained on CC12M without and with XSA."
-    else:
-        rows = known_metrics(material.collection(item).layers, ("value_similarity",), item.probe)
-        rows = rows[rows["mean"].notna()]  # one class token has no pairs
-        sides = [(pair, side) for pair in item.pairs for side in ("baseline", "trained")]
-        named = {"baseline": "baseline", "trained": "XSA-trained"}
-        parts = [
-            rows[rows["model"] == getattr(pair, side)].assign(pair=pair.name, side=named[side], source="")
-            for pair, side in sides
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = check_columns(material.table(self, "heads"), ["head"])
+        words = (
+            "Alignment bias, excess over the partner null, self weight and value similarity of every head."
+        )
+        return [
+            DrawnFigure(name, head_heatmaps(rows), rows, words) for name, rows in _per_line(self, table, stem)
         ]
-        table = pd.concat(parts, ignore_index=True)
-        if table.duplicated(["pair", "side", "layer"]).any():
-            raise UserError(
-                f"probe '{item.probe}' measures a model of a pair in several ways",
-                "one length, one token set",
-            )
-        words = "Value similarity of baseline and XSA-trained models."
-    return [DrawnFigure(stem, trained_similarity(table), table, f"{words} Dotted: mean over layers.")]
+
+
+class ComparisonFigure(OfProbe):
+    """All lines beside each other over relative depth."""
+
+    kind: Literal["comparison"]
+    published: Published = False
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        rows = rows_of(check_columns(material.table(self)), FIGURES["comparison"].metrics)
+        known = overlay(rows, self.published)
+        words = (
+            "Alignment bias, its excess over the partner null, value similarity and self weight over "
+            "relative depth."
+        )
+        return [_overlaid(stem, model_comparison(rows, known), rows, known, words)]
+
+
+class DepthFigure(OfProbe):
+    """Three curves over depth, a panel per line, with the minimum of the first curve marked."""
+
+    kind: Literal["depth"]
+    metrics: Names = ("cos_y_vself", "value_similarity", "self_weight")
+    published: Published = False
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = known_metrics(material.table(self), self.metrics, self.probe)
+        known = overlay(table, self.published)
+        rows = rows_of(check_columns(table), self.metrics)
+        figure = depth_profiles(rows, known, metrics=self.metrics)
+        named = [entry_of(name).label for name in self.metrics]
+        words = f"{', '.join(named)} over layers".capitalize() + "; the minimum of the first is ringed."
+        return [_overlaid(stem, figure, rows, known, words)]
+
+
+class EntropyFigure(OfProbe):
+    """Entropy over depth, a panel per line: mean, 15th percentile and the bound ln T."""
+
+    kind: Literal["entropy"]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What it shows."""
+        return entropy.METRICS
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        rows = known_metrics(check_columns(material.table(self)), self.metrics, self.probe)
+        words = (
+            "Entropy of attention over layers: mean over tokens and heads, 15th percentile over tokens, and "
+            "the bound ln T of uniform attention."
+        )
+        return [DrawnFigure(stem, entropy.entropy_over_depth(rows), rows, words)]
+
+
+class LengthsFigure(OfProbe):
+    """Metrics, mean over layers, against what varies between the runs of a probe.
+
+    layers: only the mean over these.
+    """
+
+    kind: Literal["lengths"]
+    metrics: Names = ("cos_y_vself", "self_specific_fraction", "value_similarity", "self_weight_ratio")
+    against: Literal["n_tokens", "patch_tokens", "patch_size", "image_size", "step"] = "n_tokens"
+    layers: Layers | None = None
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = points(
+            known_metrics(material.table(self, "samples"), self.metrics, self.probe),
+            material.lines[self.probe],
+            metrics=self.metrics,
+            against=self.against,
+            layers=self.layers,
+        )
+        over = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
+        words = f"Means over {over} against {AXES[self.against].partition(',')[0]}."
+        return [DrawnFigure(stem, against(table), table, words)]
+
+
+class AttendFigure(Item):
+    """A target and the tokens it attends to. attend: the keys of `attnbias attend`."""
+
+    kind: Literal["similarity-map", "most-attended", "strip"]
+    attend: dict[str, Any]
+
+    @cached_property
+    def plan(self) -> AttendPlan:
+        """The attend plan behind it. Raises ValidationError and UserError."""
+        return AttendPlan(**self.attend)
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        if self.plan not in material.looks:
+            raise UserError("its look at a target is not there", "see what failed above")
+        found = read_look(material.looks[self.plan])
+        drawn = draw_attended(found.tokens, found.decomposition, found.pictures, top=self.plan.top)
+        return [DrawnFigure(stem, *drawn[self.kind], LOOKS[self.kind], look_settings(found))]
+
+
+class EffectFigure(Item):
+    """Published: value similarity against what XSA changed."""
+
+    kind: Literal["effect"]
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = published.accuracy()
+        words = (
+            "Published values: change in zero-shot ImageNet top-1 with XSA against the baseline's value "
+            "similarity, mean over layers. Open: a second training of a model, at the similarity of the "
+            "first."
+        )
+        return [DrawnFigure(stem, scatter.effect(table), table, words)]
+
+
+class Pair(Strict):
+    """Two models of a probe that differ in their training."""
+
+    name: str
+    baseline: str
+    trained: str
+
+
+class TrainedFigure(Item):
+    """Value similarity of baseline and XSA-trained models: the published ones, or pairs of a probe."""
+
+    kind: Literal["trained-similarity"]
+    probe: str | None = None
+    pairs: tuple[Pair, ...] = ()
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        if self.probe is None:
+            table = published_pairs()
+            words = "Published values: value similarity of CLIP models trained on CC12M without and with XSA."
+        else:
+            rows = known_metrics(material.collection(self).layers, ("value_similarity",), self.probe)
+            rows = rows[rows["mean"].notna()]  # one class token has no pairs
+            parts = [
+                rows[rows["model"] == model].assign(pair=pair.name, side=side, source="")
+                for pair in self.pairs
+                for side, model in (("baseline", pair.baseline), ("XSA-trained", pair.trained))
+            ]
+            table = pd.concat(parts, ignore_index=True)
+            if table.duplicated(["pair", "side", "layer"]).any():
+                raise UserError(
+                    f"probe '{self.probe}' measures a model of a pair in several ways",
+                    "one length, one token set",
+                )
+            words = "Value similarity of baseline and XSA-trained models."
+        figure = scatter.trained_similarity(table)
+        return [DrawnFigure(stem, figure, table, f"{words} Dotted: mean over layers.")]
 
 
 def published_pairs() -> pd.DataFrame:
@@ -201,17 +277,3 @@ def published_pairs() -> pd.DataFrame:
     ]
     table = pd.concat(parts, ignore_index=True).rename(columns={"value": "mean"})
     return table.assign(ci_low=float("nan"), ci_high=float("nan"))
-
-
-KINDS: Mapping[type, Callable[[Any, str, Material], list[DrawnFigure]]] = {
-    schema.CurvesFigure: _curves,
-    schema.HeadsFigure: _heads,
-    schema.ComparisonFigure: _comparison,
-    schema.DepthFigure: _depth,
-    schema.EntropyFigure: _entropy,
-    schema.LengthsFigure: _lengths,
-    schema.AttendFigure: _look,
-    schema.EffectFigure: _effect,
-    schema.TrainedFigure: _trained,
-}
-"""Kind of figure -> how it is drawn. A new kind is a schema, a function and a line here."""

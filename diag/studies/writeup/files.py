@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from diag.results.files import writing
+from diag.results.files import atomically, writing
 
 NEW, CHANGED, SAME, REMOVED, MISSING, EXTRA = "new", "changed", "same", "removed", "missing", "extra"
 
@@ -46,14 +46,8 @@ def extra(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
 def put(drawn: Path, folder: Path, states: Mapping[str, str]) -> None:
     """New and changed files into the folder, the resolved plan last."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         for name, state in sorted(states.items(), key=lambda entry: entry[0] == "plan.json"):
             if state == REMOVED:
                 (folder / name).unlink(missing_ok=True)
             elif state in (NEW, CHANGED):
-                temporary = folder / f".{name}.{os.getpid()}.tmp"
-                try:
-                    shutil.copyfile(drawn / name, temporary)
-                    temporary.replace(folder / name)
-                finally:
-                    temporary.unlink(missing_ok=True)
+                atomically(folder / name, partial(shutil.copyfile, drawn / name))

@@ -16,6 +16,7 @@ from diag.models.names.arguments import split
 from diag.results import published
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
+from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
 
 
@@ -23,13 +24,14 @@ from diag.studies.attend.plan import AttendPlan
 class Material:
     """Everything measured for one plan.
 
-    collections: by probe. lines: probe -> run folder's name -> what the run is a point of.
-    looks: folders of finished looks.
+    runs: probe -> folder of a finished run -> its plan. collections: by probe. lines: probe -> run folder's
+    name -> what the run is a point of. looks: folders of finished looks.
     """
 
-    collections: Mapping[str, Collection] = field(default_factory=dict)
-    lines: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    looks: Mapping[AttendPlan, Path] = field(default_factory=dict)
+    runs: dict[str, dict[Path, ProbePlan]] = field(default_factory=dict)
+    collections: dict[str, Collection] = field(default_factory=dict)
+    lines: dict[str, dict[str, str]] = field(default_factory=dict)
+    looks: dict[AttendPlan, Path] = field(default_factory=dict)
 
     def collection(self, item: Any) -> Collection:
         """The runs that a figure or table shows. Raises UserError if none of them is there."""
@@ -130,8 +132,9 @@ def points(
         constants = ("n_tokens", "values", "intervention", "first_token")
         rows.append(row | {name: first[name] for name in constants if name in part})
     table = pd.DataFrame(rows)
-    order = {name: place for place, name in enumerate(metrics)}
-    return table.sort_values("metric", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    return table.sort_values(
+        "metric", key=lambda names: names.map(metrics.index), kind="stable", ignore_index=True
+    )
 
 
 def _at(part: pd.DataFrame, against: str) -> float:

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,12 @@ from diag.results.folder import PLAN, is_finished
 from diag.results.profiles import CURVES, SHARES
 from diag.run.cache import is_measured
 from diag.run.plan import HOW, ProbePlan, specs_of
-from diag.show.figures.entropy import METRICS as ENTROPY_METRICS
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.document import Document, Place
-from diag.studies.writeup.schema import (
-    AttendFigure,
-    EntropyFigure,
-    ProfileTable,
-    WriteupPlan,
-    WriteupProbe,
-    attend_plan_of,
-    items_of,
-)
+from diag.studies.writeup.drawing import AttendFigure
+from diag.studies.writeup.schema import WriteupPlan, WriteupProbe, items_of
+from diag.studies.writeup.tables import ProfileTable
 
 NEVER_READ = "hf:"
 """Inputs that a dry run only names: they may have to be downloaded."""
@@ -57,11 +51,6 @@ class PlannedRun:
     def words(self) -> str:
         """The model, and the length where it is given."""
         return self.model + (f", T = {self.plan.seq_len}" if self.plan.seq_len else "")
-
-    @property
-    def source(self) -> str:
-        """Its inputs, as named."""
-        return " and ".join(filter(None, (self.plan.images, self.plan.texts))) or "demo"
 
 
 def runs_of(plan: WriteupPlan, document: Document) -> dict[str, tuple[PlannedRun, ...]]:
@@ -93,25 +82,21 @@ def _runs(name: str, probe: WriteupProbe) -> Iterator[PlannedRun]:
     models: Sequence[str] = probe.models or series.members(probe.series or "")
     shared = probe.model_dump(exclude={"models", "series", "seq_len", "image_size", "patch_size"})
     shared |= {"model_args": probe.model_args or (), "intervene": probe.intervene or ()}
-    for model, image, patch in itertools.product(
-        models, probe.image_size or (None,), probe.patch_size or (None,)
-    ):
-        for length in probe.seq_len or (None,):
-            base, pairs = split(model)
-            sizes = {
-                key: size for key, size in (("img_size", image), ("patch_size", patch)) if size is not None
-            }
-            full = base + written(merged(read(pairs, model), sizes, model)) if sizes else model
-            line = f"series {probe.series}" if probe.series else re.sub(r"@step\d+$", "", base)
-            plan = ProbePlan(models=(full,), seq_len=length, **shared)
-            yield PlannedRun(name, line, plan)
+    images, patches, lengths = (
+        sizes or (None,) for sizes in (probe.image_size, probe.patch_size, probe.seq_len)
+    )
+    for model, image, patch, length in itertools.product(models, images, patches, lengths):
+        base, pairs = split(model)
+        named = {"img_size": image, "patch_size": patch}
+        sizes = {key: size for key, size in named.items() if size is not None}
+        full = base + written(merged(read(pairs, model), sizes, model)) if sizes else model
+        line = f"series {probe.series}" if probe.series else re.sub(r"@step\d+$", "", base)
+        yield PlannedRun(name, line, ProbePlan(models=(full,), seq_len=length, **shared))
 
 
 def looks_of(plan: WriteupPlan) -> list[AttendPlan]:
     """The attend plans of all pictures, each once."""
-    return list(
-        dict.fromkeys(attend_plan_of(item) for _, _, item in items_of(plan) if isinstance(item, AttendFigure))
-    )
+    return list(dict.fromkeys(item.plan for item in plan.figures if isinstance(item, AttendFigure)))
 
 
 def shows(plan: WriteupPlan) -> list[str]:
@@ -152,9 +137,8 @@ def needs_of(plan: WriteupPlan, document: Document, root: Path) -> list[Need]:
         if not isinstance(item, AttendFigure):
             _check_metrics(plan, document, place, item)
             continue
-        look = attend_plan_of(item)
         try:
-            need = _need_of_look(look, root)
+            need = _need_of_look(item.plan, root)
         except UserError as error:
             raise document.error((*place, "attend"), str(error), error.tip) from error
         if need not in found:
@@ -164,12 +148,15 @@ def needs_of(plan: WriteupPlan, document: Document, root: Path) -> list[Need]:
 
 def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: Any) -> None:
     """That metrics are known, and measured by the item's probe. Raises UserError with the line."""
-    named = ENTROPY_METRICS if isinstance(item, EntropyFigure) else getattr(item, "metrics", None) or ()
+    named = getattr(item, "metrics", None) or ()
     try:
         if isinstance(item, ProfileTable):
-            _in_profiles(named)
+            for name in named:
+                if name not in (known := (*CURVES, *SHARES)):
+                    tip = did_you_mean(name, known) or f"they have {one_of(known)}"
+                    raise UserError(f"profiles have no metric '{name}'", tip)
             return
-        _known(named)
+        chosen(named, GROUPS["default"])
         measured = plan.probes[item.probe].metrics if getattr(item, "probe", None) else None
         left_out = [name for name in named if measured is not None and name not in measured]
         if left_out:
@@ -181,27 +168,16 @@ def _check_metrics(plan: WriteupPlan, document: Document, place: Place, item: An
         raise document.error((*place, "metrics"), str(error), error.tip) from error
 
 
-def _in_profiles(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in (known := (*CURVES, *SHARES)):
-            tip = did_you_mean(name, known) or f"they have {one_of(known)}"
-            raise UserError(f"profiles have no metric '{name}'", tip)
-
-
-def _known(names: Sequence[str] | None) -> None:
-    chosen(names, GROUPS["default"])
-
-
-def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[Mapping[str, Any]]) -> Need:
-    _known(run.plan.metrics)
+def _need_of_run(run: PlannedRun, root: Path, finished: Sequence[dict[str, Any]]) -> Need:
+    chosen(run.plan.metrics, GROUPS["default"])
     (spec,) = specs_of(run.plan)
-    sources = [run.plan.images, run.plan.texts]
-    if any(source is not None and source.startswith(NEVER_READ) for source in sources):
-        there = any(_alike(run.plan, known) for known in finished)
-        state = "measured" if there else "unknown"
+    sources = [source for source in (run.plan.images, run.plan.texts) if source]
+    if any(source.startswith(NEVER_READ) for source in sources):
+        what = run.plan.model_dump(mode="json", exclude=set(HOW))
+        state = "measured" if what in finished else "unknown"
     else:
         state = "measured" if is_measured(run.plan, root) else "missing"
-    inputs = f"at most {run.plan.limit} of {run.source}"
+    inputs = f"at most {run.plan.limit} of {' and '.join(sources) or 'demo'}"
     return Need(run.probe, {run.model: spec.resolved}, run.plan.seq_len, inputs, state)
 
 
@@ -218,17 +194,12 @@ def _need_of_look(look: AttendPlan, root: Path) -> Need:
     )
 
 
-def _alike(plan: ProbePlan, known: Mapping[str, Any]) -> bool:
-    mine = plan.model_dump(mode="json", exclude=set(HOW))
-    return mine == {key: value for key, value in known.items() if key not in HOW}
-
-
-def _finished_plans(root: Path) -> tuple[Mapping[str, Any], ...]:
-    """The plans of the finished runs in a folder."""
+def _finished_plans(root: Path) -> list[dict[str, Any]]:
+    """What the finished runs in a folder measured: their plans without `HOW`."""
     found = []
-    for folder in sorted(filter(is_finished, root.glob("*"))):
-        try:
-            found.append(json.loads((folder / PLAN).read_text(encoding="utf-8"))["plan"])
-        except (OSError, ValueError, KeyError):
-            continue  # an attend folder, or one of another version
-    return tuple(found)
+    for folder in filter(is_finished, root.glob("*")):
+        # an attend folder, or one of another version, may have none
+        with suppress(OSError, ValueError, KeyError):
+            plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))["plan"]
+            found.append({key: value for key, value in plan.items() if key not in HOW})
+    return found

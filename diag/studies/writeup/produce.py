@@ -9,39 +9,32 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
+from typing import Any
 
 from diag.errors import UserError
-from diag.results.collect import Collection, collect
-from diag.results.files import write, write_json
-from diag.results.folder import is_finished
+from diag.results.collect import collect
+from diag.results.files import write_json
+from diag.results.folder import is_finished, manifest_in
 from diag.results.tables import read_manifest
 from diag.run.cache import folder_of, measured
 from diag.run.environment import version
-from diag.run.plan import HOW, RUNS
+from diag.run.plan import HOW, RUNS, ProbePlan
+from diag.run.progress import Listener, Silent
 from diag.studies.attend import run_attend
-from diag.studies.attend.folder import read as read_look
 from diag.studies.attend.folder import read_manifest as read_look_manifest
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
-from diag.studies.writeup.captions import caption, look_settings
+from diag.studies.writeup.captions import caption
 from diag.studies.writeup.document import Document
-from diag.studies.writeup.drawing import figures_of
 from diag.studies.writeup.files import EXTRA, MISSING, NEW, REMOVED, SAME, compare, extra, put
 from diag.studies.writeup.material import Material
-from diag.studies.writeup.needs import PlannedRun, looks_of, runs_of
-from diag.studies.writeup.schema import AttendFigure, WriteupPlan, attend_plan_of, items_of, read_plan
-from diag.studies.writeup.tables import Tabled, table
-
-if TYPE_CHECKING:
-    from diag.run.cache import Listener
-
-TABLE_SUFFIXES = (".csv", ".tex", ".md")
+from diag.studies.writeup.needs import looks_of, runs_of
+from diag.studies.writeup.schema import WriteupPlan, items_of, read_plan
+from diag.studies.writeup.tables import Tabled
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Shown:
     endings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What became of a plan.
 
@@ -63,33 +56,23 @@ class Outcome:
 
     plan: Path
     folder: Path
-    shown: tuple[Shown, ...]
-    files: Mapping[str, str]
-    measured: int
-    reused: int
-    failed: Mapping[str, str]
-    tables: tuple[Tabled, ...] = ()
+    shown: list[Shown] = field(default_factory=list)
+    files: Mapping[str, str] = field(default_factory=dict)
+    measured: int = 0
+    reused: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    tables: list[Tabled] = field(default_factory=list)
+    first: UserError | None = None
+
+    def fail(self, what: str, error: UserError) -> None:
+        """Notes what is missing; `first` is the first of all errors."""
+        self.failed[what] = " ".join(str(error).split())
+        self.first = self.first or error
 
     @property
     def differing(self) -> dict[str, str]:
         """Files that are not as they would be drawn now."""
         return {name: state for name, state in self.files.items() if state != SAME}
-
-
-@dataclass
-class _Account:
-    """What is collected while a plan is carried out."""
-
-    folders: dict[str, dict[PlannedRun, Path]] = field(default_factory=dict)
-    looks: dict[AttendPlan, Path] = field(default_factory=dict)
-    measured: int = 0
-    reused: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    first: UserError | None = None
-
-    def fail(self, what: str, error: UserError) -> None:
-        self.failed[what] = " ".join(str(error).split())
-        self.first = self.first or error
 
 
 def read_plans(files: Sequence[Path]) -> list[tuple[WriteupPlan, Document]]:
@@ -122,149 +105,112 @@ def produce(
 
     Raises UserError if nothing at all can be drawn.
     """
-    folder = out / document.file.stem
-    account = _Account()
-    material = _material(plan, document, root, account, listener)
+    outcome = Outcome(document.file, out / document.file.stem)
     with tempfile.TemporaryDirectory(prefix="attnbias-") as temporary:
         drawn = Path(temporary)
-        shown, tables = _draw_all(plan, material, account, drawn)
-        if not shown:
-            assert account.first is not None
-            raise account.first
-        write_json(_document(plan, material, account, drawn), drawn / "plan.json")
-        files = compare(drawn, folder, complete=not account.failed)
+        material = _material(plan, document, root, outcome, listener or Silent())
+        _draw_all(plan, material, outcome, drawn)
+        write_json(_document(plan, material, outcome, drawn), drawn / "plan.json")
+        files = compare(drawn, outcome.folder, complete=not outcome.failed)
         if check:
             names = {NEW: MISSING, REMOVED: EXTRA}
             files = {name: names.get(state, state) for name, state in files.items()}
-            files |= extra(folder, files) if not account.failed else {}
+            files |= extra(outcome.folder, files) if not outcome.failed else {}
         else:
-            put(drawn, folder, files)
-    return Outcome(
-        document.file,
-        folder,
-        tuple(shown),
-        files,
-        account.measured,
-        account.reused,
-        account.failed,
-        tuple(tables),
-    )
+            put(drawn, outcome.folder, files)
+    outcome.files = files
+    return outcome
 
 
 # --- measuring
 
 
 def _material(
-    plan: WriteupPlan, document: Document, root: Path, account: _Account, listener: Listener | None
+    plan: WriteupPlan, document: Document, root: Path, outcome: Outcome, listener: Listener
 ) -> Material:
-    collections: dict[str, Collection] = {}
-    lines: dict[str, dict[str, str]] = {}
+    material = Material()
     for name, runs in runs_of(plan, document).items():
+        folders = {}
         for run in runs:
-            _measure(run, root, account, listener)
-        folders = account.folders.get(name, {})
+            what = f"{run.probe}: {run.words}"
+            there = partial(folder_of, run.plan, root)
+            carry_out = partial(measured, run.plan, root, listener=listener)
+            if folder := _there(what, what, there, carry_out, read_manifest, outcome, listener):
+                folders[folder] = run
         if not folders:
             continue
-        collections[name] = collect(folders.values())
-        lines[name] = {
-            key: run.line
-            for key, folder in collections[name].folders.items()
-            for run in folders
-            if folders[run] == folder
-        }
-        for folder, why in collections[name].problems.items():
-            account.fail(f"{name}: {Path(folder).name}", UserError(why))
+        material.runs[name] = {folder: run.plan for folder, run in folders.items()}
+        found = material.collections[name] = collect(folders)
+        material.lines[name] = {key: folders[folder].line for key, folder in found.folders.items()}
+        for place, why in found.problems.items():
+            outcome.fail(f"{name}: {Path(place).name}", UserError(why))
     for look in looks_of(plan):
-        _look(look, root, account, listener)
-    return Material(collections, lines, account.looks)
+        what, there = f"attend: {', '.join(look.models)}", partial(folder_of_look, look, root)
+        carry_out = partial(_looked, look, root, listener)
+        if folder := _there(what, "attend", there, carry_out, read_look_manifest, outcome, listener):
+            material.looks[look] = folder
+    return material
 
 
-def _measure(run: PlannedRun, root: Path, account: _Account, listener: Listener | None) -> None:
-    what = f"{run.probe}: {run.words}"
+def _looked(look: AttendPlan, root: Path, listener: Listener) -> Path:
+    return run_attend(look, folder_of_look(look, root), listener=listener)
+
+
+def _there(
+    what: str,
+    short: str,
+    folder_of: Callable[[], Path],
+    carry_out: Callable[[], Path],
+    manifest_of: Callable[[Path], dict[str, Any]],
+    outcome: Outcome,
+    listener: Listener,
+) -> Path | None:
+    """The folder of a run or look, measured if it is not there; None where that fails.
+
+    what: it, in words; short: before the names of models and inputs that failed in it.
+    """
     try:
-        there = is_finished(folder_of(run.plan, root))
-        if not there and listener is not None:
+        folder = folder_of()
+        reused = is_finished(folder)
+        if not reused:
             listener.say(f"{what}: not measured yet")
-        folder = measured(run.plan, root, listener=listener)
-        manifest = read_manifest(folder)
+            carry_out()
+        manifest = manifest_of(folder)
     except UserError as error:
-        account.fail(what, error)
-        return
-    account.reused, account.measured = account.reused + there, account.measured + (not there)
-    account.folders.setdefault(run.probe, {})[run] = folder
-    for name, why in {**manifest["failed_models"], **manifest["failed_inputs"]}.items():
-        account.fail(f"{what}: {name}", UserError(why))
-
-
-def _look(look: AttendPlan, root: Path, account: _Account, listener: Listener | None) -> None:
-    what = f"attend: {', '.join(look.models)}"
-    try:
-        folder = folder_of_look(look, root)
-        there = is_finished(folder)
-        if not there:
-            if listener is not None:
-                listener.say(f"{what}: not measured yet")
-            run_attend(look, folder, listener=listener)
-        manifest = read_look_manifest(folder)
-    except UserError as error:
-        account.fail(what, error)
-        return
-    account.reused, account.measured = account.reused + there, account.measured + (not there)
-    account.looks[look] = folder
-    for name, why in manifest["failed_models"].items():
-        account.fail(f"attend: {name}", UserError(why))
+        outcome.fail(what, error)
+        return None
+    outcome.reused, outcome.measured = outcome.reused + reused, outcome.measured + (not reused)
+    for name, why in {**manifest["failed_models"], **manifest.get("failed_inputs", {})}.items():
+        outcome.fail(f"{short}: {name}", UserError(why))
+    return folder
 
 
 # --- drawing
 
 
-def _draw_all(
-    plan: WriteupPlan, material: Material, account: _Account, folder: Path
-) -> tuple[list[Shown], list[Tabled]]:
-    from diag.show.figures.write import save
-
-    shown: list[Shown] = []
-    tables: list[Tabled] = []
-    captions: dict[str, str] = {}
-    for (section, _), stem, item in items_of(plan):
+def _draw_all(plan: WriteupPlan, material: Material, outcome: Outcome, folder: Path) -> None:
+    """Draws every figure and table. Raises UserError where that gives nothing, or one name twice."""
+    about = [" ".join(plan.about.split())] if plan.about.strip() else []
+    blocks = [f"# {plan.title}", *about]
+    for _, stem, item in items_of(plan):
         try:
-            if isinstance(item, AttendFigure) and attend_plan_of(item) not in material.looks:
-                raise UserError("its look at a target is not there", "see what failed above")
-            if section == "tables":
-                made = table(item, stem, material)
-                for suffix in TABLE_SUFFIXES:
-                    # the file's ending picks the writer
-                    write(made.data if suffix == ".csv" else made.shown, folder / f"{stem}{suffix}")
-                captions[stem] = caption(item.caption, made.words, made.rows, _inputs(item, plan))
-                shown.append(Shown(item.kind, stem, TABLE_SUFFIXES))
-                tables.append(made)
-                continue
-            for figure in figures_of(item, stem, material):
-                paths = save(figure.figure, figure.data, folder, figure.stem)
-                captions[figure.stem] = _caption(item, figure.words, figure.data, plan, material)
-                shown.append(Shown(item.kind, figure.stem, tuple(path.suffix for path in paths)))
+            for made in item.made(stem, material):
+                endings = made.save(folder)
+                said = caption(item.caption, made.words, made.rows, _inputs(item, plan))
+                blocks.append(f"## {made.stem}\n\n{' '.join(filter(None, (said, made.settings)))}")
+                outcome.shown.append(Shown(item.kind, made.stem, endings))
+                outcome.tables += [made] if isinstance(made, Tabled) else []
         except UserError as error:
-            account.fail(stem, error)
-    _refuse_collisions(shown)
-    (folder / "captions.md").write_text(_captions(plan, captions), encoding="utf-8")
-    return shown, tables
-
-
-def _refuse_collisions(shown: Sequence[Shown]) -> None:
-    """Figures per line take the line's name into theirs, which only the runs tell."""
-    twice = [stem for stem, count in Counter(entry.stem.lower() for entry in shown).items() if count > 1]
+            outcome.fail(stem, error)
+    # figures per line take the line's name into theirs, which only the runs tell
+    stems = Counter(entry.stem.lower() for entry in outcome.shown)
+    twice = [stem for stem, count in stems.items() if count > 1]
     if twice:
         raise UserError(f"two figures would be called '{twice[0]}'", "give one a name: of its own")
-
-
-def _caption(item: Any, words: str, data: pd.DataFrame, plan: WriteupPlan, material: Material) -> str:
-    if not isinstance(item, AttendFigure):
-        measured_rows = data[data["n"].notna()] if "n" in data else pd.DataFrame()
-        return caption(item.caption, words, measured_rows, _inputs(item, plan))
-    found = read_look(material.looks[attend_plan_of(item)])
-    entries = [{**entry, "input": found.tokens["input"].iloc[0]} for entry in found.models]
-    head = str(found.tokens["head"].iloc[0])
-    return f"{caption(item.caption, words, pd.DataFrame(), ())} {look_settings(entries, head)}"
+    if not outcome.shown:
+        assert outcome.first is not None
+        raise outcome.first
+    (folder / "captions.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
 
 def _inputs(item: Any, plan: WriteupPlan) -> list[str]:
@@ -277,63 +223,45 @@ def _inputs(item: Any, plan: WriteupPlan) -> list[str]:
     return found or ["inputs (demo)"]
 
 
-def _captions(plan: WriteupPlan, captions: Mapping[str, str]) -> str:
-    about = [" ".join(plan.about.split())] if plan.about.strip() else []
-    blocks = [f"# {plan.title}", *about, *(f"## {stem}\n\n{text}" for stem, text in captions.items())]
-    return "\n\n".join(blocks) + "\n"
-
-
 # --- the resolved plan
 
 
-def _document(plan: WriteupPlan, material: Material, account: _Account, drawn: Path) -> dict[str, Any]:
+def _document(plan: WriteupPlan, material: Material, outcome: Outcome, drawn: Path) -> dict[str, Any]:
     """The resolved plan: no times, no absolute paths, so that it is the same wherever it was drawn."""
-    shown = [(section, item) for (section, _), _, item in items_of(plan)]
+    items = {
+        section: [_portable(item.model_dump(mode="json", exclude_defaults=True)) for item in shown]
+        for section, shown in (("figures", plan.figures), ("tables", plan.tables))
+    }
     return {
         "attnbias": version(),
         "title": plan.title,
         "about": plan.about,
         "probes": {
-            name: [_resolved(run, folder) for run, folder in folders.items()]
-            for name, folders in account.folders.items()
+            name: [_resolved("run", run, folder) for folder, run in runs.items()]
+            for name, runs in material.runs.items()
         },
-        "looks": [_resolved_look(look, folder) for look, folder in material.looks.items()],
-        **{
-            section: [
-                _portable(item.model_dump(mode="json", exclude_defaults=True))
-                for at, item in shown
-                if at == section
-            ]
-            for section in ("figures", "tables")
-        },
-        "failed": dict(account.failed),
+        "looks": [_resolved("look", look, folder) for look, folder in material.looks.items()],
+        **items,
+        "failed": outcome.failed,
         "files": sorted([*(path.name for path in drawn.iterdir()), "plan.json"]),
     }
 
 
-def _resolved(run: PlannedRun, folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    how = HOW | {"save_activations"}
-    return {
-        "run": folder.name,
+def _resolved(what: str, plan: ProbePlan | AttendPlan, folder: Path) -> dict[str, Any]:
+    """A run or look: its folder's name, and what was measured."""
+    manifest, how = manifest_in(folder), {*HOW, "save_activations"}
+    resolved = {
+        what: folder.name,
         "key": manifest["key"],
         "models": {entry["given"]: portable(entry["resolved"]) for entry in manifest["models"]},
-        "inputs": {
+    }
+    if "inputs" in manifest:
+        resolved["inputs"] = {
             kind: {**given, "source": portable(str(given["source"]))}
             for kind, given in manifest["inputs"].items()
-        },
-        "plan": _portable(run.plan.model_dump(mode="json", exclude=set(how), exclude_defaults=True)),
-    }
-
-
-def _resolved_look(look: AttendPlan, folder: Path) -> dict[str, Any]:
-    manifest = read_look_manifest(folder)
-    return {
-        "look": folder.name,
-        "key": manifest["key"],
-        "models": {entry["given"]: portable(entry["resolved"]) for entry in manifest["models"]},
-        "plan": _portable(look.model_dump(mode="json", exclude={"device"}, exclude_defaults=True)),
-    }
+        }
+    resolved["plan"] = _portable(plan.model_dump(mode="json", exclude=how, exclude_defaults=True))
+    return resolved
 
 
 def portable(text: str) -> str:
@@ -342,28 +270,16 @@ def portable(text: str) -> str:
 
 
 PATHS = (
-    "models",
-    "images",
-    "texts",
-    "image",
-    "text",
-    "checkpoint",
-    "reference",
-    "model_args",
-    "probe",
-    "model",
+    *("models", "images", "texts", "image", "text"),
+    *("checkpoint", "reference", "model_args", "probe", "model"),
 )
 
 
-def _portable(document: dict[str, Any]) -> dict[str, Any]:
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: cleaned(inner) if key in PATHS or isinstance(inner, dict) else inner
-                for key, inner in value.items()
-            }
-        if isinstance(value, list):
-            return [cleaned(entry) for entry in value]
-        return portable(value) if isinstance(value, str) else value
-
-    return {key: cleaned(value) if key in (*PATHS, "attend") else value for key, value in document.items()}
+def _portable(value: Any) -> Any:
+    """A part of a plan with what `PATHS` names made portable, at any depth."""
+    if isinstance(value, dict):
+        inner = (*PATHS, "attend")
+        return {key: _portable(part) if key in inner else part for key, part in value.items()}
+    if isinstance(value, list):
+        return [_portable(entry) for entry in value]
+    return portable(value) if isinstance(value, str) else value

@@ -10,46 +10,19 @@ import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.results.files import file_stem
 from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
+from diag.studies.writeup import drawing, tables
+from diag.studies.writeup.captions import PLACEHOLDERS
 from diag.studies.writeup.document import Document, Place, read_document
-
-
-def _listed(given: object) -> object:
-    """One value as a list of one."""
-    return given if isinstance(given, list | tuple) or given is None else [given]
-
-
-def _layers(given: object) -> object:
-    """`0,5-11` as on the command line, beside a number and a list of numbers."""
-    if not isinstance(given, str):
-        return _listed(given)
-    found: list[int] = []
-    for part in given.split(","):
-        ends = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
-        if not ends:
-            raise ValueError(f"layers '{part.strip()}' is neither a number nor a range such as 5-11")
-        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
-    return found
-
-
-Numbers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_listed)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layers), Field(min_length=1)]
-Published = bool | dict[str, str]
-"""false; true: what the models' names stand for; or model -> name of what is published."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from diag.studies.writeup.item import Layers, Names, Numbers, Strict
 
 UNSAID = ("trust_remote_code", "save_activations", "keep_samples", "exact", "sampled_rows", "workers")
 """Fields of a probe that a writeup does not let be said: foreign code is trusted on the command line only,
@@ -80,169 +53,38 @@ class WriteupProbe(ProbePlan):
         raise PydanticCustomError("extra_forbidden", "is not for a writeup")
 
 
-class _Shown(_Strict):
-    """A figure or table. name: of its files; by default the kind and the probe. caption: see `captions`."""
-
-    name: str | None = None
-    caption: str | None = None
-
-
-class _OfProbe(_Shown):
-    """model: only this one; tokens: only this token set."""
-
-    probe: str
-    model: str | None = None
-    tokens: str | None = None
-
-
-class CurvesFigure(_OfProbe):
-    """The four panels of every line, a figure each."""
-
-    kind: Literal["curves"]
-    published: Published = False
-
-
-class HeadsFigure(_OfProbe):
-    """Layer × head maps of every line, a figure each."""
-
-    kind: Literal["heads"]
-
-
-class ComparisonFigure(_OfProbe):
-    """All lines beside each other over relative depth."""
-
-    kind: Literal["comparison"]
-    published: Published = False
-
-
-class DepthFigure(_OfProbe):
-    """Three curves over depth, a panel per line, with the minimum of the first curve marked."""
-
-    kind: Literal["depth"]
-    metrics: Names = ("cos_y_vself", "value_similarity", "self_weight")
-    published: Published = False
-
-
-class EntropyFigure(_OfProbe):
-    """Entropy over depth, a panel per line: mean, 15th percentile and the bound ln T."""
-
-    kind: Literal["entropy"]
-
-
-class LengthsFigure(_OfProbe):
-    """Metrics, mean over layers, against what varies between the runs of a probe.
-
-    layers: only the mean over these.
-    """
-
-    kind: Literal["lengths"]
-    metrics: Names = ("cos_y_vself", "self_specific_fraction", "value_similarity", "self_weight_ratio")
-    against: Literal["n_tokens", "patch_tokens", "patch_size", "image_size", "step"] = "n_tokens"
-    layers: Layers | None = None
-
-
-class AttendFigure(_Shown):
-    """A target and the tokens it attends to. attend: the keys of `attnbias attend`."""
-
-    kind: Literal["similarity-map", "most-attended", "strip"]
-    attend: dict[str, Any]
-
-
-class EffectFigure(_Shown):
-    """Published: value similarity against what XSA changed."""
-
-    kind: Literal["effect"]
-
-
-class Pair(_Strict):
-    """Two models of a probe that differ in their training."""
-
-    name: str
-    baseline: str
-    trained: str
-
-
-class TrainedFigure(_Shown):
-    """Value similarity of baseline and XSA-trained models: the published ones, or pairs of a probe."""
-
-    kind: Literal["trained-similarity"]
-    probe: str | None = None
-    pairs: tuple[Pair, ...] = ()
-
-
-class LayerTable(_OfProbe):
-    """A row per layer, a column per metric."""
-
-    kind: Literal["layers"]
-    metrics: Names = (
-        "cos_y_vself",
-        "self_part",
-        "context_part",
-        "cos_y_vpartner",
-        "cos_y_vuniform",
-        "value_similarity",
-        "self_weight",
-    )
-
-
-class ProfileTable(_OfProbe):
-    """First, minimum, last value and shape of metrics over depth, a row per line."""
-
-    kind: Literal["profiles"]
-    metrics: Names = ("cos_y_vself",)
-
-
-class DifferenceTable(_OfProbe):
-    """Differences between lines, with intervals."""
-
-    kind: Literal["differences"]
-    quantities: Names | None = None
-
-
-class ReproductionTable(_OfProbe):
-    """Published value, measured value, difference, within or not. reference: a CSV of one's own."""
-
-    kind: Literal["reproduction"]
-    published: dict[str, str] = {}
-    reference: Path | None = None
-
-
-class ResultsTable(_Shown):
-    """Published: accuracy and value similarity without and with XSA."""
-
-    kind: Literal["results"]
-
-
 AnyFigure = Annotated[
-    CurvesFigure
-    | HeadsFigure
-    | ComparisonFigure
-    | DepthFigure
-    | EntropyFigure
-    | LengthsFigure
-    | AttendFigure
-    | EffectFigure
-    | TrainedFigure,
+    drawing.CurvesFigure
+    | drawing.HeadsFigure
+    | drawing.ComparisonFigure
+    | drawing.DepthFigure
+    | drawing.EntropyFigure
+    | drawing.LengthsFigure
+    | drawing.AttendFigure
+    | drawing.EffectFigure
+    | drawing.TrainedFigure,
     Field(discriminator="kind"),
 ]
+"""Every kind of figure. A new one is a class in `drawing` and a line here."""
+
 AnyTable = Annotated[
-    LayerTable | ProfileTable | DifferenceTable | ReproductionTable | ResultsTable,
+    tables.LayerTable
+    | tables.ProfileTable
+    | tables.DifferenceTable
+    | tables.ReproductionTable
+    | tables.ResultsTable,
     Field(discriminator="kind"),
 ]
 
 
-class WriteupPlan(_Strict):
+class WriteupPlan(Strict):
     """A writeup: what is measured, what is drawn, and what captions say."""
 
     title: str
     about: str = ""
-    probes: dict[str, WriteupProbe] = {}
+    probes: dict[str, WriteupProbe] = Field(default={})
     figures: tuple[AnyFigure, ...] = ()
     tables: tuple[AnyTable, ...] = ()
-
-
-PLACEHOLDERS = ("n", "T", "values", "models", "tokens", "inputs")
-"""What a caption may have in braces."""
 
 
 def read_plan(file: Path) -> tuple[WriteupPlan, Document]:
@@ -264,16 +106,8 @@ def items_of(plan: WriteupPlan) -> Iterator[tuple[Place, str, Any]]:
     """Every figure and table: its place in the document, the stem of its files, itself."""
     for section, items in (("figures", plan.figures), ("tables", plan.tables)):
         for number, item in enumerate(items):
-            yield (
-                (section, number),
-                item.name or file_stem(item.kind, getattr(item, "probe", None) or ""),
-                item,
-            )
-
-
-def attend_plan_of(item: AttendFigure) -> AttendPlan:
-    """The attend plan of a picture. Raises ValidationError and UserError."""
-    return AttendPlan(**item.attend)
+            stem = item.name or file_stem(item.kind, getattr(item, "probe", None) or "")
+            yield (section, number), stem, item
 
 
 def _check(plan: WriteupPlan, document: Document) -> None:
@@ -310,22 +144,27 @@ def _check_item(plan: WriteupPlan, document: Document, place: Place, item: Any) 
     if probe is not None and probe not in plan.probes:
         near = did_you_mean(probe, plan.probes) or f"probes are {one_of(plan.probes) or 'none'}"
         raise document.error((*place, "probe"), f"there is no probe '{probe}'", near)
-    for field in _placeholders(item.caption, document, place):
-        if field not in PLACEHOLDERS:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(item.caption or "")]
+    except ValueError as error:
+        where = (*place, "caption")
+        raise document.error(where, f"{error} in the caption", "write {{ for a brace") from error
+    for field in fields:
+        if field is not None and field not in PLACEHOLDERS:
             raise document.error(
                 (*place, "caption"),
                 f"a caption knows no '{{{field}}}'",
                 did_you_mean(field, PLACEHOLDERS)
                 or f"it knows {one_of(PLACEHOLDERS)}; write {{{{ for a brace",
             )
-    if isinstance(item, TrainedFigure) and (item.probe is None) == bool(item.pairs):
+    if isinstance(item, drawing.TrainedFigure) and (item.probe is None) == bool(item.pairs):
         raise document.error(
             place, "pairs: and probe: belong together", "give both, or neither for the published ones"
         )
-    if isinstance(item, AttendFigure):
+    if isinstance(item, drawing.AttendFigure):
         here = (*place, "attend")
         try:
-            look = attend_plan_of(item)
+            look = item.plan
         except ValidationError as error:
             raise _refusal(document, error, here, AttendPlan) from error
         except UserError as error:
@@ -336,15 +175,6 @@ def _check_item(plan: WriteupPlan, document: Document, place: Place, item: Any) 
                 f"'{item.kind}' is not for {'an image' if look.tower == 'vision' else 'a text'}",
                 "kind: similarity-map or most-attended" if look.tower == "vision" else "kind: strip",
             )
-
-
-def _placeholders(caption: str | None, document: Document, place: Place) -> list[str]:
-    try:
-        return [field for _, field, _, _ in string.Formatter().parse(caption or "") if field is not None]
-    except ValueError as error:
-        raise document.error(
-            (*place, "caption"), f"{error} in the caption", "write {{ for a brace"
-        ) from error
 
 
 def _refusal(
@@ -388,7 +218,7 @@ def _allowed(model: type[BaseModel], steps: tuple[str | int, ...]) -> list[str]:
         model = WriteupProbe
     elif model is WriteupPlan and steps[:1] in (("figures",), ("tables",)):
         model = kinds(AnyFigure if steps[0] == "figures" else AnyTable)[str(steps[2])]
-        model = Pair if "pairs" in steps else model
+        model = drawing.Pair if "pairs" in steps else model
     return keys_of(model)
 
 
