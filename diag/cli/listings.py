@@ -6,9 +6,10 @@ import json
 import textwrap
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from diag.cli.app import app, say
+from diag.cli.options import JsonOnly
 from diag.errors import UserError
 
 MEMBERS_SHOWN = 24
@@ -16,11 +17,11 @@ MEMBERS_SHOWN = 24
 
 @app.command()
 def models(
-    query: Annotated[str, typer.Argument(help="Part of a name.")] = "",
+    query: Annotated[str, Argument(help="Part of a name.")] = "",
     series: Annotated[
-        bool, typer.Option("--series", help="List series of models for controlled comparison.")
+        bool, Option("--series", help="List series of models for controlled comparison.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOnly = False,
 ) -> None:
     """List names that can be probed and what they resolve to."""
     if series:
@@ -97,7 +98,7 @@ def _filled(text: str, indent: str, hanging: int = 0) -> list[str]:
 
 
 @app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def env(as_json: JsonOnly = False) -> None:
     """Show versions, devices and threads: what to paste into a bug report."""
     import torch
 
@@ -116,7 +117,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 
 @app.command()
-def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def metrics(as_json: JsonOnly = False) -> None:
     """List the metrics with their definitions, by group."""
     from diag.metrics.catalogue import CATALOGUE
     from diag.metrics.registry import GROUPS
