@@ -282,6 +282,8 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
 
     A ratio is that of its parts' means over inputs; its interval is that of its linearisation (delta method).
     """
+    from scipy.special import stdtrit
+
     n, mean, m2, mean_below, m2_below, cross = cells.numbers.T[:6]
     is_ratio = cells.rows["metric"].isin(list(ratios)).to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -289,7 +291,8 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
         slope = ratio(mean, mean_below)
         spread = np.maximum(m2 - 2 * slope * cross + slope**2 * m2_below, 0.0) / (n - 1) / mean_below**2
         center = np.where(is_ratio, slope, np.where(n > 0, mean, np.nan))
-        half = _t975(n - 1) * np.sqrt(np.where(is_ratio, np.where(n > 1, spread, np.nan), variance) / n)
+        t = np.where(n > 1, stdtrit(np.maximum(n - 1, 1), 0.975), np.nan)  # Student's, at 97.5 %
+        half = t * np.sqrt(np.where(is_ratio, np.where(n > 1, spread, np.nan), variance) / n)
     table = pd.DataFrame(
         {
             "mean": center,
@@ -304,10 +307,3 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
     whole = (table["head"] == WHOLE_LAYER).to_numpy()
     layers, heads = table[whole].drop(columns="head"), table[~whole]
     return layers.reset_index(drop=True), heads.reset_index(drop=True)
-
-
-def _t975(freedom: np.ndarray) -> np.ndarray:
-    """The 97.5 % quantile of Student's t; NaN where there is no degree of freedom."""
-    from scipy.special import stdtrit
-
-    return np.where(freedom > 0, stdtrit(np.maximum(freedom, 1), 0.975), np.nan)
