@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,6 @@ LIBRARIES = {
         "models/families/demo.py",
         "models/families/timm/__init__.py",
         "models/families/timm/load.py",
-        "studies/train/folders.py",
         "variants/in_timm.py",
     },
     "open_clip": {"models/families/open_clip/load.py"},
@@ -270,3 +270,15 @@ def test_shapes_of_signatures_are_checked_in_tests() -> None:
     flat = torch.zeros(2, 3)
     with pytest.raises(TypeCheckError):
         AttentionCall(0, "x", flat, flat, flat, flat, None, False, 1.0)
+
+
+def test_the_page_about_the_architecture_shows_these_floors() -> None:
+    page = (HOUSE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE)
+    assert {room: int(floor) for floor, room in rows} == {
+        room: floor for room, floor in FLOORS.items() if not room.startswith("__")
+    }
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", page)
+    top = HOUSE.parent
+    assert len(named) > 15
+    assert [path for path in named if not (HOUSE / path).exists() and not (top / path).exists()] == []

@@ -132,8 +132,15 @@ def sampled(call: AttentionCall, seed: int = 0, tokens: Tensor | None = None) ->
     return replace(call, sample=sample_rows([rows, few], keys, replace(SAMPLING, seed=seed)))
 
 
+def repeated(call: AttentionCall, times: int) -> AttentionCall:
+    """A batch of one input over and over: each has rows of its own."""
+    names = ("query", "key", "value", "output", "log_normaliser")
+    parts = {name: part for name in names if (part := getattr(call, name)) is not None}
+    return replace(call, **{name: part.expand(times, *part.shape[1:]) for name, part in parts.items()})
+
+
 def of_rows(call: AttentionCall, softmax: SoftmaxStatistics) -> dict[str, Reading]:
-    """Readings of drawn rows picked from the statistics of all rows: many seeds at the price of one."""
+    """Readings of drawn rows picked from the statistics of all rows, of one input or of each."""
     sample = call.sample
     assert sample is not None
     entropy, squares = sample.at(softmax.entropy), sample.at(softmax.sum_of_squares)
@@ -160,17 +167,12 @@ def test_drawn_rows_are_the_rows_of_the_whole(case: str) -> None:
 @pytest.mark.parametrize("case", CALLS)
 def test_estimates_have_no_bias_and_an_honest_error(case: str) -> None:
     whole, times = CALLS[case], 200
-    softmax = softmax_statistics(whole)
-    numbers: dict[str, list[Tensor]] = {name: [] for name in OF_PATTERN}
-    errors: dict[str, list[Tensor]] = {name: [] for name in OF_PATTERN}
-    for seed in range(times):
-        for name, reading in of_rows(sampled(whole, seed), softmax).items():
-            how = METRICS[name].reduce
-            numbers[name].append(reduce([reading], 1, how)[0])
-            errors[name].append(sampling_error([reading], 1, how)[0])
+    softmax = {name: part.expand(times, -1, -1) for name, part in vars(softmax_statistics(whole)).items()}
+    drawn = of_rows(sampled(repeated(whole, times)), SoftmaxStatistics(**softmax))
     for name, reading in readings_of(Selection(whole), OF_PATTERN).items():
-        exact = reduce([reading], 1, METRICS[name].reduce)[0]
-        found, error = torch.stack(numbers[name]), torch.stack(errors[name])
+        how = METRICS[name].reduce
+        exact = reduce([reading], 1, how)[0]
+        found, error = reduce([drawn[name]], times, how), sampling_error([drawn[name]], times, how)
         spread = found.std(0)
         assert (spread > 0).all()
         # a percentile has a bias of its own, small against its error

@@ -32,8 +32,8 @@ finish.draw = lambda *_: []
 load(parse("demo:lm"), device=torch.device("cpu"), dtype=torch.float32)
 target = Path(sys.argv[1])
 plan = ProbePlan.checked(
-    models=("demo:lm",), texts=sys.argv[2], limit=150, seq_len=16, layers=(0, 3), batch_size=16,
-    metrics=("cos_y_vself", "self_specific_fraction"), keep_samples=90, device="cpu",
+    models=("demo:lm",), texts=sys.argv[2], limit=100, seq_len=16, layers=(0, 3), batch_size=16,
+    metrics=("cos_y_vself", "self_specific_fraction"), keep_samples=60, device="cpu",
 )
 
 

@@ -266,7 +266,8 @@ def test_a_series_is_measured_like_its_members(attnbias: Attnbias) -> None:
         assert (entry["positions"], entry["patch_embedding"]) == ("native", "native")
 
 
-def test_series_and_models_go_together(attnbias: Attnbias) -> None:
+def test_series_and_models_go_together(attnbias: Attnbias, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diag.run.forecast.forecast", lambda *given: {})  # loads every model
     ended = attnbias("probe", "-m", "demo:vit-p8,img_size=128", "--series", "demo", "--dry-run", "--json")
     assert list(json.loads(ended.out)["models"]) == ["demo:vit-p8,img_size=128", *members("demo")]
     ended = attnbias("probe", "--series", "flexivit-b", "--series", "demo", "-m", "demo:vit-p8", "--dry-run")
