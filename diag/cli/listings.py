@@ -59,7 +59,7 @@ def _print_series(query: str, as_json: bool) -> None:
         alike.setdefault(told, []).append(row["name"])
     for (count, tokens, varies, control), found in alike.items():
         print("\n".join(_filled(", ".join(found), "")))
-        counted = [f"{_listed(tokens)} patch tokens"] if tokens else []
+        counted = [f"{', '.join(map(str, tokens))} patch tokens"] if tokens else []
         print("\n".join(_filled(" · ".join([f"{count} models", varies, *counted]), "    ")))
         print("\n".join(_filled(control, "    ")))
     say("models --series NAME lists one, attnbias probe --series NAME measures it")
@@ -81,20 +81,10 @@ def _one_series(row: dict[str, Any]) -> list[str]:
     return [*lines, f"  and {left} more, to {row['members'][-1]} (--json lists all)"] if left else lines
 
 
-def _listed(tokens: Any) -> str:
-    return ", ".join(map(str, tokens))
-
-
 def _filled(text: str, indent: str, hanging: int = 0) -> list[str]:
-    more = " " * hanging
-    return textwrap.wrap(
-        text,
-        79,
-        initial_indent=indent,
-        subsequent_indent=indent + more,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    more = indent + " " * hanging
+    whole = textwrap.TextWrapper(79, indent, more, break_on_hyphens=False, break_long_words=False)
+    return whole.wrap(text)
 
 
 @app.command()

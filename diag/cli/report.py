@@ -10,9 +10,6 @@ from typer import Argument, Option
 from diag.cli.app import app, say
 from diag.cli.options import output
 
-LARGE = 5_000_000
-"""Bytes from which a page is too heavy to send around."""
-
 
 @app.command()
 def report(
@@ -30,7 +27,7 @@ def report(
     if not quiet:
         lines = "1 line" if found.lines == 1 else f"{found.lines} lines"
         say(f"{lines}, {found.size / 1e6:.1f} MB; open it in a browser")
-        if found.size > LARGE:
+        if found.size > 5_000_000:  # too heavy to send around
             say("tip: fewer runs or attend folders make a smaller page")
     print(found.path)
     if found.problems:

@@ -202,12 +202,7 @@ def _apart(x: Tensor, sample: RowSample) -> Tensor:
 
 
 def _estimated_percentile(
-    part: Reading,
-    values: Tensor,
-    weights: Tensor,
-    mean: Tensor,
-    left: Tensor,
-    slopes: Tensor | None,
+    part: Reading, values: Tensor, weights: Tensor, mean: Tensor, left: Tensor, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The percentile and its variance.
 

@@ -265,16 +265,11 @@ def quantiles(cells: Moments) -> pd.DataFrame:
             count[row] = until[-1]
             ranks = np.floor(np.array(list(QUANTILES.values())) * (until[-1] - 1))
             found[row] = own[start:end][np.searchsorted(until, ranks, side="right")]
-    low, high = (
-        np.where(count > 0, cells.numbers[:, NUMBERS.index(name)], np.nan) for name in ("low", "high")
-    )
-    columns = {
-        "low": low,
-        **dict(zip(QUANTILES, np.clip(found, low[:, None], high[:, None]).T, strict=True)),
-        "high": high,
-        "n": count,
-    }
-    return pd.concat([cells.rows[KEYS], pd.DataFrame(columns)], axis=1)
+    ends = [NUMBERS.index("low"), NUMBERS.index("high")]
+    low, high = np.where(count > 0, cells.numbers[:, ends].T, np.nan)
+    columns = np.column_stack([low, np.clip(found, low[:, None], high[:, None]), high])
+    spread = pd.DataFrame(columns, columns=["low", *QUANTILES, "high"]).assign(n=count)
+    return pd.concat([cells.rows[KEYS], spread], axis=1)
 
 
 def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -17,20 +17,7 @@ from diag.errors import UserError, one_of
 from diag.results.profiles.curves import DERIVED, Curve, Drawn, curves_of, inputs_of, interval, minus, over
 from diag.results.profiles.rules import FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
 
-__all__ = [
-    "CURVES",
-    "DIFFERENCES",
-    "FEWEST",
-    "METRICS",
-    "SHAPES",
-    "SHARES",
-    "SMALLEST",
-    "UNCLEAR",
-    "differences",
-    "missing",
-    "profiles",
-    "strongest",
-]
+__all__ = ["FEWEST", "SHAPES", "UNCLEAR", "differences", "missing", "profiles", "strongest"]
 
 CURVES = ("cos_y_vself", "value_similarity", "self_weight", *DERIVED)
 """Metrics that get all quantities of depth."""
