@@ -91,19 +91,15 @@ def attend(given: AttendOptions) -> None:
     elif given.quiet:
         print(folder)
     else:
-        print(_table(found, given.top))
+        print("\n\n".join("\n".join(_block(entry, found, given.top)) for entry in found.models))
         say(f"folder: {folder}")
     if found.failed:
         say_failures(found.failed)
         raise SystemExit(3)
 
 
-def _table(found: Attended, top: int) -> str:
-    """Per model: the target, its most attended tokens, and its split. At most 80 columns wide."""
-    return "\n\n".join("\n".join(_block(entry, found, top)) for entry in found.models)
-
-
 def _block(entry: Any, found: Attended, top: int) -> list[str]:
+    """Of one model: the target, its most attended tokens, and its split. At most 80 columns wide."""
     from diag.show.figures.strip import printable
     from diag.show.figures.tables import shorten
     from diag.show.terminal import WIDTH, columns

@@ -68,7 +68,9 @@ def intervene(given: InterveneOptions) -> None:
     with StderrListener(quiet=given.quiet) as listener:
         found = run_intervene(plan, given.out, overwrite=given.overwrite, listener=listener)
     if given.as_json:
-        print(json.dumps(_document(found), indent=1, default=str))
+        of: dict[str, Any] = {"folder": str(found.folder), "manifest": found.manifest}
+        of |= {"sensitivity": records(found.sensitivity), "relations": records(found.relations)}
+        print(json.dumps(of, indent=1, default=str))
     elif given.quiet:
         print(found.folder)
     else:
@@ -96,12 +98,3 @@ def interventions(as_json: options.JsonOnly = False) -> None:
     for name, entry in INTERVENTIONS.items():
         print(f"{name}" + ("" if entry.strength is None else f"={entry.strength:g}"))
         print(textwrap.fill(entry.definition, 80, initial_indent="    ", subsequent_indent="    "))
-
-
-def _document(found: Any) -> dict[str, Any]:
-    return {
-        "folder": str(found.folder),
-        "manifest": found.manifest,
-        "sensitivity": records(found.sensitivity),
-        "relations": records(found.relations),
-    }

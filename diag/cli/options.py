@@ -64,8 +64,7 @@ Texts = Annotated[str | None, Option(help="Text file or folder, hf:NAME, or 'dem
 Limit = Annotated[int, Option(help="At most so many inputs (images, or windows of text).")]
 Length = Annotated[int | None, Option(help="Tokens per window of text [default: 128, or the context].")]
 Series = Annotated[
-    list[str] | None,
-    Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
+    list[str] | None, Option(help="Models of a series, repeatable; 'attnbias models --series' lists them.")
 ]
 Metrics = Annotated[
     str | None, Option(help="Names or groups, comma-separated; see 'attnbias metrics'."), Read(names)
@@ -103,16 +102,13 @@ AutoBatchSize = Annotated[
 ]
 Exact = Annotated[bool, Option("--exact", help="Compute every query row, also beyond 2,048 tokens.")]
 SampledRows = Annotated[
-    int | None,
-    Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024]."),
+    int | None, Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024].")
 ]
 Workers = Annotated[
-    int | None,
-    Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU]."),
+    int | None, Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU].")
 ]
 Shard = Annotated[
-    str | None,
-    Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says]."),
+    str | None, Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says].")
 ]
 KeepSamples = Annotated[
     int, Option(help="Keep the values of the first N inputs, and of all others moments and quantiles.")

@@ -131,14 +131,8 @@ def _layer_cells(
     x, y, drawn = (
         np.concatenate(parts, axis=1).reshape(-1, every.shape[3]) for parts in (above, below, itself)
     )
-    sets, inputs = len(first.token_sets), x.shape[1]
-    rows = pd.DataFrame(
-        {
-            "head": np.tile(heads, sets * len(names)),
-            "tokens": np.repeat(list(first.token_sets), len(names) * len(heads)),
-            "metric": np.tile(np.repeat(names, len(heads)), sets),
-        }
-    )
+    cells = pd.MultiIndex.from_product([first.token_sets, names, heads], names=["tokens", "metric", "head"])
+    rows = cells.to_frame(index=False)
     # of what may differ between inputs, the largest, as in tables of samples
     sized = {name: max(getattr(one.facts, name) for one in measured) for name in SIZES}
     columns = first.columns(constants) | sized
@@ -146,7 +140,7 @@ def _layer_cells(
     rows = rows[[*KEYS, *(name for name in CONSTANTS if name in columns)]]
     numbers = _numbers(x, y, drawn)
     there = ~np.isnan(drawn)
-    places = np.repeat(np.arange(len(rows)), inputs).reshape(x.shape)[there]
+    places = np.repeat(np.arange(len(rows)), x.shape[1]).reshape(x.shape)[there]
     return Moments(rows, numbers, *_added(places << SHIFT | bins_of(drawn[there]) + MIDDLE))
 
 

@@ -100,16 +100,17 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     models, seconds = list[dict[str, Any]](), 0.0
     parts = list[tuple[Part, dict[str, Any], pd.DataFrame]]()
     for part, note in found.parts:
-        told, samples = _told(part, note["shards"]), _samples(part, note["shards"])
+        told = _told(part, note["shards"])
+        kept = [frame for place in range(note["shards"]) if len(frame := _read(part.shard(place)))]
         failed_inputs |= told["failed"]
         seconds += told["seconds"]
-        if samples is None:
+        if not kept:
             failed_models[part.given] = _nothing_read(part, note, told["failed"])
             say(f"{part.given} failed: {failed_models[part.given]}")
             continue
         _say_told(part.given, told, say)
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
-        parts.append((part, note, samples))
+        parts.append((part, note, pd.concat(kept, ignore_index=True)))
     if not parts:
         raise UserError(next(iter(failed_models.values())), "give images in JPEG, PNG or WebP")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
@@ -165,13 +166,6 @@ def _nothing_read(part: Part, note: Mapping[str, Any], failed: Mapping[str, str]
         part.shard(place).unlink(missing_ok=True)
     why = next(iter(failed.values()), "there is none")
     return f"no input of '{note['source']}' could be read: {why}"
-
-
-def _samples(part: Part, shards: int) -> pd.DataFrame | None:
-    """The samples of a tower; None if no shard holds any."""
-    frames = [_read(part.shard(place)) for place in range(shards)]
-    kept = [frame for frame in frames if len(frame)]
-    return pd.concat(kept, ignore_index=True) if kept else None
 
 
 def _read(file: Path) -> pd.DataFrame:
