@@ -1,8 +1,7 @@
-"""What a model is shown: images and documents, as ordered, re-readable lists of items with an id.
+"""Images from files, folders, tars and data sets, each as an RGB PIL image.
 
-Nothing here knows a model: an image is an RGB PIL image, a document is a string.
-Items are opened lazily, so that 100,000 images cost no memory, and an unreadable file is
-reported where it is read, with its name.
+They are opened lazily, so that 100,000 cost no memory, and an unreadable one is reported where it is read,
+with its name.
 """
 
 from __future__ import annotations

@@ -59,14 +59,6 @@ class Index:
             raise UnreadableInput(f"'{tar.name}' breaks off after {len(content)} of {size} bytes")
         return content
 
-    def _add(self, owner: int, name: str, offset: int, size: int, problem: str | None) -> None:
-        if problem is not None:
-            self.unreadable[len(self.ids)] = problem
-        self.ids.append(name)
-        self.owners.append(owner)
-        self.offsets.append(offset)
-        self.sizes.append(size)
-
 
 def named_tars(source: str) -> list[Path]:
     """The tars that a source names: one file, or a range such as `data/{00000..00099}.tar`; else none.
@@ -102,18 +94,20 @@ def listed(tars: Sequence[Path], root: Path, suffixes: tuple[str, ...]) -> Index
     for owner, tar in enumerate(tars):
         name = tar.relative_to(root).as_posix()
         members: dict[str, tuple[int, int, str | None]] = {}
-        problem = None
         try:
             for member in _members(tar):
                 if member.name.lower().endswith(suffixes) and not member.isdir():
                     plain = member.name.removeprefix("./").lstrip("/")
-                    members[plain] = (member.offset_data, member.size, _problem(member))
+                    members[f"{name}/{plain}"] = (member.offset_data, member.size, _problem(member))
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-            problem = f"tar '{tar.name}' is damaged after {len(members)} images: {error}"
-        for member_name, (offset, size, why) in members.items():
-            index._add(owner, f"{name}/{member_name}", offset, size, why)
-        if problem is not None:
-            index._add(owner, name, 0, 0, problem)
+            members[name] = (0, 0, f"tar '{tar.name}' is damaged after {len(members)} images: {error}")
+        for place, (offset, size, problem) in enumerate(members.values(), len(index.ids)):
+            index.owners.append(owner)
+            index.offsets.append(offset)
+            index.sizes.append(size)
+            if problem is not None:
+                index.unreadable[place] = problem
+        index.ids.extend(members)
     return index
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from diag.errors import UserError
 from diag.measure.memory import available, peak, restart_peak
+from diag.models.base import device_of_module
 
 GROWN_MOST = {"cpu": 16, "cuda": 256}
 """Larger batches are no faster."""
@@ -43,7 +44,7 @@ class BatchSize:
     @staticmethod
     def of(inputs: int, module: nn.Module) -> BatchSize:
         """So many inputs; 0 for as many as the memory of the module's device allows."""
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        device = device_of_module(module)
         return BatchSize(inputs) if inputs else BatchSize(1, GROWN_MOST[device.type], device)
 
     def begin(self) -> int:

@@ -39,5 +39,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         "weights": "random" if spec.random_init else "loaded",
         "weights_sha256": digest(model.module),
     }
-    notes = (*model.notes, "random weights: nothing was learned") if spec.random_init else model.notes
-    return replace(model, notes=notes, facts={**facts, **model.facts})
+    notes = [*([spec.note] if spec.note else []), *model.notes]
+    if spec.random_init:
+        notes.append("random weights: nothing was learned")
+    return replace(model, notes=tuple(notes), facts={**facts, **model.facts})

@@ -20,6 +20,11 @@ from diag.inputs.items import Inputs
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 
 
+def device_of_module(module: nn.Module) -> torch.device:
+    """Where a module's first parameter lies, and its inputs belong; the CPU for one without parameters."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class Sample:
     """One input as the model will see it: an id, and how to get the image or the token ids."""

@@ -40,8 +40,8 @@ class Listed:
 
 def patches(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> str:
     """How many patches an image has, in the words of a row."""
-    sides = [(size, size) if isinstance(size, int) else tuple(size) for size in (image_size, patch_size)]
-    return f"{(sides[0][0] // sides[1][0]) * (sides[0][1] // sides[1][1])} patches"
+    (height, width), patch = ((x, x) if isinstance(x, int) else x for x in (image_size, patch_size))
+    return f"{(height // patch[0]) * (width // patch[1])} patches"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from diag.errors import UserError, did_you_mean
+from diag.models.base import Tower
 from diag.models.hooks.seam import Layer, attention_modules
 from diag.models.names.spec import ModelSpec
 from diag.models.weights import refuse_non_finite
@@ -31,6 +32,28 @@ def ready(
     module.to(device=device, dtype=dtype)
     refuse_non_finite(module, source)
     return module
+
+
+def build_towers(
+    builders: Mapping[str, Callable[[], Tower]], notes: list[str], *, needed: str | None = None
+) -> dict[str, Tower]:
+    """The towers that can be built; why another one cannot is added to `notes`.
+
+    needed: one that may not be left out.
+    Raises UserError where that one, or no tower at all, can be built.
+    """
+    towers, refusals = {}, []
+    for kind, build in builders.items():
+        try:
+            towers[kind] = build()
+        except UserError as refusal:
+            if kind == needed:
+                raise
+            refusals.append(refusal)
+            notes.append(f"no {kind} tower: {refusal}")
+    if not towers:
+        raise refusals[0]
+    return towers
 
 
 def layers_of(root: nn.Module, source: str, tower: str, *, prefix: str = "") -> tuple[Layer, ...]:
@@ -59,34 +82,25 @@ def hub(repository: str, file: str, *, download: str = "", revision: str | None 
         raise
     except Exception as error:
         kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
-        command = f"hf download {repository}"
-        command += (f" {download}" if download else "") + (f" --revision {revision}" if revision else "")
+        page, at = f"https://huggingface.co/{repository}", f" --revision {revision}" if revision else ""
+        command = f"hf download {repository}" + (f" {download}" if download else "") + at
         if "GatedRepoError" in kinds:
-            raise UserError(
-                f"'{repository}' asks you to accept its licence before '{file}' can be downloaded",
-                f"accept it at https://huggingface.co/{repository}, then: hf auth login",
-            ) from error
-        if "RevisionNotFoundError" in kinds:
-            raise UserError(
-                f"'{repository}' has no revision '{revision}'",
-                f"see https://huggingface.co/{repository}/tree/main",
-            ) from error
-        if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
-            raise UserError(
-                f"'{repository}' is not on the Hugging Face Hub (looking for '{file}')",
-                f"check the name; if it is private: hf auth login, then {command}",
-            ) from error
-        if "RemoteEntryNotFoundError" in kinds:
-            raise UserError(
-                f"'{repository}' has no file '{file}' that can be loaded",
-                f"see https://huggingface.co/{repository}/tree/{revision or 'main'}",
-            ) from error
-        if kinds & UNREACHABLE:
-            raise UserError(
-                f"'{file}' of '{repository}' is not on this machine and the hub cannot be reached",
-                f"where there is a network: {command}",
-            ) from error
-        raise
+            why = f"'{repository}' asks you to accept its licence before '{file}' can be downloaded"
+            tip = f"accept it at {page}, then: hf auth login"
+        elif "RevisionNotFoundError" in kinds:
+            why, tip = f"'{repository}' has no revision '{revision}'", f"see {page}/tree/main"
+        elif "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
+            why = f"'{repository}' is not on the Hugging Face Hub (looking for '{file}')"
+            tip = f"check the name; if it is private: hf auth login, then {command}"
+        elif "RemoteEntryNotFoundError" in kinds:
+            why = f"'{repository}' has no file '{file}' that can be loaded"
+            tip = f"see {page}/tree/{revision or 'main'}"
+        elif kinds & UNREACHABLE:
+            why = f"'{file}' of '{repository}' is not on this machine and the hub cannot be reached"
+            tip = f"where there is a network: {command}"
+        else:
+            raise
+        raise UserError(why, tip) from error
 
 
 def first_line(error: BaseException) -> str:

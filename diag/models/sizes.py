@@ -7,7 +7,6 @@ must be able to say so, hence `Fitted`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +71,22 @@ def sides(size: Any) -> Sides | None:
     return (values[0], values[1]) if all(type(value) is int for value in values) else None
 
 
+def square(arguments: Mapping[str, Any], source: str) -> int | None:
+    """The side of the images that a model's arguments ask for, or None.
+
+    Raises UserError for two sides that differ, and as `requested` does.
+    """
+    size = requested(arguments, IMAGE, source)
+    if size is not None and size[0] != size[1]:
+        raise UserError(f"'{source}' takes square images", f"give one number: {IMAGE}={size[0]}")
+    return size and size[0]
+
+
+def plain(size: Sequence[int]) -> int | Sides:
+    """Height and width as one number where they are equal."""
+    return size[0] if size[0] == size[1] else (size[0], size[1])
+
+
 def grid(image: Sides, patch: Sides) -> Sides:
     """Rows and columns of patches; pixels beyond the last whole patch are not seen."""
     return image[0] // patch[0], image[1] // patch[1]
@@ -90,22 +105,22 @@ def refuse_remainder(image: Sides, patch: Sides, source: str) -> None:
 
 def fitted(
     name: str,
-    image: Sides,
+    image: Sequence[int],
     *,
-    positions: tuple[Sides, Sides] | None = None,
-    patch_embedding: tuple[Sides, Sides] | None = None,
+    positions: tuple[Sequence[int], Sequence[int]] | None = None,
+    patch_embedding: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Fitted:
     """What was done, in facts and words.
 
     positions: grid of the stored position embeddings and grid now, where they were interpolated.
     patch_embedding: stored patch size and patch size now, where the kernel was resampled.
     """
-    known = (words for part, size, words in TRAINED if re.search(part, name) and image == (size, size))
+    known = (words for part, size, words in TRAINED if part in name and tuple(image) == (size, size))
     verdict = next(known, SURPRISE)
     notes = []
     if positions:
-        old, new = (_times(size) for size in positions)
-        notes.append(f"position embeddings interpolated from {old} to {new}: {verdict}")
+        old, new = positions
+        notes.append(f"position embeddings interpolated from {_times(old)} to {_times(new)}: {verdict}")
     if patch_embedding:
         before, now = patch_embedding
         how = "exact upward" if min(now) >= min(before) else "lossy below the stored kernel"
@@ -119,5 +134,5 @@ def fitted(
     )
 
 
-def _times(size: Sides) -> str:
+def _times(size: Sequence[int]) -> str:
     return f"{size[0]}×{size[1]}"

@@ -11,7 +11,7 @@ transformer-lens folds the same two terms, for the same blocks (`supports_fold_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diag.errors import UserError
+from diag.models.hooks.blocks import upwards
 from diag.models.hooks.seam import Layer
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,8 +32,13 @@ class Projection(NamedTuple):
     weight: Float[Tensor, "channel width"]
     bias: Float[Tensor, " channel"] | None
 
+    def part(self, rows: Callable[[Tensor], Tensor]) -> Projection:
+        """Some of its rows, alike of weight and bias."""
+        return Projection(rows(self.weight), None if self.bias is None else rows(self.bias))
+
 
 Read = Callable[[Any], Projection]
+Norm = str | Callable[[Any], str | None] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Row:
 
     block: str
     attention: str
-    norm: str | Callable[[Any], str | None] | None
+    norm: Norm
     read: Read
 
 
@@ -79,20 +85,19 @@ class _UnknownError(Exception):
     """Why the constant of one layer is not known."""
 
 
-def _constant(root: nn.Module, path: str, module: nn.Module) -> Tensor:
+def _constant(root: nn.Module, path: str, module: Any) -> Tensor:
     attention = _inner(module)
-    around = list(_ancestors(root, path))
-    kind = f"{_library(attention)}.{type(attention).__name__}"
-    places = [(f"{_library(block)}.{_file(block)}.{type(block).__name__}", kind) for block in around]
-    found = next((n for n, place in enumerate(places) if place in _ROWS), None)
-    if found is None:
+    around = list(upwards(root, path))[1:]
+    rows = ((_ROWS.get((_name(block, with_file=True), _name(attention))), block) for block in around)
+    row, block = next(((row, block) for row, block in rows if row is not None), (None, None))
+    if row is None:
         raise _UnknownError("its value projection is not known")
-    row = _ROWS[places[found]]
-    projection = row.read(module) if attention is module else _projection_of_bridge(module)
+    # every bridge of transformer-lens holds a value layer of its own, also where the model's is fused
+    projection = row.read(module) if attention is module else _linear(_inner(module.v))
     constant = torch.zeros_like(projection.weight[:, 0], dtype=torch.float64)
     if projection.bias is not None:
         constant += projection.bias
-    norm = row.norm(around[found]) if callable(row.norm) else row.norm
+    norm = row.norm(block) if callable(row.norm) else row.norm
     shift = None if norm is None else _shift(_inner(getattr(around[0], norm)))
     if shift is not None:
         constant += projection.weight.double() @ shift.double()
@@ -107,24 +112,15 @@ def _shift(norm: nn.Module) -> Tensor | None:
     return parameters.get("bias")
 
 
-def _ancestors(root: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules around a path, from the innermost."""
-    while path:
-        path = path.rpartition(".")[0]
-        yield root.get_submodule(path)
-
-
 def _inner(module: nn.Module) -> nn.Module:
     """What a bridge of transformer-lens wraps; every other module is itself."""
     return getattr(module, "_original_component", module)
 
 
-def _library(module: nn.Module) -> str:
-    return type(module).__module__.partition(".")[0]
-
-
-def _file(module: nn.Module) -> str:
-    return type(module).__module__.rpartition(".")[2].removeprefix("modeling_")
+def _name(module: nn.Module, *, with_file: bool = False) -> str:
+    """Library and class, with the file between them, as in `Row`."""
+    library, _, file = type(module).__module__.replace("modeling_", "").partition(".")
+    return ".".join([library, *([file.rpartition(".")[2]] if with_file else []), type(module).__name__])
 
 
 # --- reading a projection
@@ -146,12 +142,11 @@ def own(name: str) -> Read:
 
 def last_third(name: str) -> Read:
     """One layer makes queries, keys and values, in this order."""
+    return lambda attention: _linear(getattr(attention, name)).part(_third)
 
-    def read(attention: Any) -> Projection:
-        weight, bias = _linear(getattr(attention, name))
-        return Projection(weight.chunk(3)[2], None if bias is None else bias.chunk(3)[2])
 
-    return read
+def _third(rows: Tensor) -> Tensor:
+    return rows.chunk(3)[2]
 
 
 def timm_qkv(attention: Any) -> Projection:
@@ -165,26 +160,28 @@ def timm_qkv(attention: Any) -> Projection:
 def in_proj(attention: Any) -> Projection:
     """`nn.MultiheadAttention`."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    weight = attention.v_proj_weight if weight is None else weight.chunk(3)[2]
-    return Projection(weight, None if bias is None else bias.chunk(3)[2])
+    if weight is None:
+        return Projection(attention.v_proj_weight, None if bias is None else _third(bias))
+    return Projection(weight, bias).part(_third)
 
 
 def query_key_value(attention: Any) -> Projection:
     """GPT-NeoX: the rows of a head are its query, its key, its value."""
-    weight, bias = _linear(attention.query_key_value)
-
-    def values(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, 3, attention.head_size))[:, 2].flatten(0, 1)
-
-    return Projection(values(weight), None if bias is None else values(bias))
-
-
-def _projection_of_bridge(bridge: Any) -> Projection:
-    """transformer-lens: every bridge holds a value layer of its own, also where the model's is fused."""
-    return _linear(_inner(bridge.v))
+    by_head = (-1, 3, attention.head_size)
+    return _linear(attention.query_key_value).part(lambda x: x.unflatten(0, by_head)[:, 2].flatten(0, 1))
 
 
 # --- the table
+
+
+def _rows(names: str, block: str, norm: Norm, read: Read, attention: str = "Attention") -> list[Row]:
+    """Those of transformers whose classes are called alike: `file.Beginning` of each, and the two endings."""
+    each = (entry.split(".") for entry in names.split())
+    return [
+        Row(f"transformers.{file}.{name}{block}", f"transformers.{name}{attention}", norm, read)
+        for file, name in each
+    ]
+
 
 ROWS = (
     Row("timm.vision_transformer.Block", "timm.Attention", "norm1", timm_qkv),
@@ -208,55 +205,42 @@ ROWS = (
         lambda block: "norm1" if block.norm_first else None,
         in_proj,
     ),
-    Row("transformers.gpt2.GPT2Block", "transformers.GPT2Attention", "ln_1", last_third("c_attn")),
-    Row(
-        "transformers.gpt_neox.GPTNeoXLayer",
-        "transformers.GPTNeoXAttention",
-        "input_layernorm",
-        query_key_value,
-    ),
-    Row(
-        "transformers.opt.OPTDecoderLayer",
-        "transformers.OPTAttention",
+    *_rows("gpt2.GPT2", "Block", "ln_1", last_third("c_attn")),
+    *_rows("gpt_neox.GPTNeoX", "Layer", "input_layernorm", query_key_value),
+    *_rows(
+        "opt.OPT",
+        "DecoderLayer",
         lambda block: "self_attn_layer_norm" if block.do_layer_norm_before else None,
         own("v_proj"),
     ),
-    Row("transformers.t5.T5LayerSelfAttention", "transformers.T5Attention", "layer_norm", own("v")),
-    Row("transformers.bert.BertLayer", "transformers.BertSelfAttention", None, own("value")),
-    Row("transformers.roberta.RobertaLayer", "transformers.RobertaSelfAttention", None, own("value")),
-    Row(
-        "transformers.xlm_roberta.XLMRobertaLayer", "transformers.XLMRobertaSelfAttention", None, own("value")
+    *_rows("t5.T5", "LayerSelfAttention", "layer_norm", own("v")),
+    *_rows(
+        "bert.Bert roberta.Roberta xlm_roberta.XLMRoberta electra.Electra",
+        "Layer",
+        None,
+        own("value"),
+        attention="SelfAttention",
     ),
-    Row("transformers.electra.ElectraLayer", "transformers.ElectraSelfAttention", None, own("value")),
     Row(
         "transformers.distilbert.TransformerBlock", "transformers.DistilBertSelfAttention", None, own("v_lin")
     ),
-    Row(
-        "transformers.qwen2_5_vl.Qwen2_5_VLVisionBlock",
-        "transformers.Qwen2_5_VLVisionAttention",
+    *_rows("qwen2_5_vl.Qwen2_5_VLVision", "Block", "norm1", last_third("qkv")),
+    *_rows(
+        "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL "
+        "gemma.Gemma gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
+        "DecoderLayer",
+        "input_layernorm",
+        own("v_proj"),
+    ),
+    *_rows("olmo2.Olmo2", "DecoderLayer", None, own("v_proj")),
+    *_rows("vit.ViT deit.DeiT beit.Beit", "Layer", "layernorm_before", own("v_proj")),
+    *_rows(
+        "dinov2.Dinov2 dinov2_with_registers.Dinov2WithRegisters dinov3_vit.DINOv3ViT",
+        "Layer",
         "norm1",
-        last_third("qkv"),
+        own("v_proj"),
     ),
-    *(
-        Row(f"transformers.{file}.{name}{layer}", f"transformers.{name}Attention", norm, own("v_proj"))
-        for layer, norm, names in (
-            (
-                "DecoderLayer",
-                "input_layernorm",
-                "llama.Llama mistral.Mistral mixtral.Mixtral qwen2.Qwen2 qwen3.Qwen3 qwen2_5_vl.Qwen2_5_VL "
-                "gemma.Gemma gemma3.Gemma3 granite.Granite phi.Phi stablelm.StableLm starcoder2.Starcoder2",
-            ),
-            ("DecoderLayer", None, "olmo2.Olmo2"),
-            ("Layer", "layernorm_before", "vit.ViT deit.DeiT beit.Beit"),
-            (
-                "Layer",
-                "norm1",
-                "dinov2.Dinov2 dinov2_with_registers.Dinov2WithRegisters dinov3_vit.DINOv3ViT",
-            ),
-            ("EncoderLayer", "layer_norm1", "clip.CLIP siglip.Siglip siglip2.Siglip2"),
-        )
-        for file, name in (entry.split(".") for entry in names.split())
-    ),
+    *_rows("clip.CLIP siglip.Siglip siglip2.Siglip2", "EncoderLayer", "layer_norm1", own("v_proj")),
 )
 
 _ROWS = {(row.block, row.attention): row for row in ROWS}

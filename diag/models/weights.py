@@ -73,14 +73,12 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 def _pickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "global" in str(error):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise UserError(
                 f"checkpoint '{file}' holds more than weights and could run code: not loaded",
                 "save the weights alone: torch.save(model.state_dict(), FILE)",
             ) from None
-        raise _damaged(file, error) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
             raise UserError(
                 f"checkpoint '{file}' is a TorchScript archive, not weights",
@@ -126,14 +124,14 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{source} does not fit the model: {_up_to_three(wrong, '; ')}",
+            f"{source} does not fit the model: {up_to_three(wrong, '; ')}",
             "name the architecture it was trained with, or give its sizes with --model-arg key=value",
         )
     missing = [f"'{name}'" for name in expected if name not in tensors]
     extra = [f"'{name}'" for name in tensors if name not in expected]
     if missing or extra:
-        parts = [f"it lacks {_up_to_three(missing)}"] if missing else []
-        parts += [f"the model has no {_up_to_three(extra)}"] if extra else []
+        parts = [f"it lacks {up_to_three(missing)}"] if missing else []
+        parts += [f"the model has no {up_to_three(extra)}"] if extra else []
         raise UserError(
             f"{source} does not fit the model: {' and '.join(parts)}",
             "name the architecture it was trained with, or give its options with --model-arg key=value",
@@ -162,6 +160,7 @@ def digest(module: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _up_to_three(items: Sequence[str], separator: str = ", ") -> str:
+def up_to_three(items: Sequence[str], separator: str = ", ") -> str:
+    """The first three of what is wrong, and how many more there are."""
     shown = separator.join(items[:3])
     return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

@@ -1,4 +1,4 @@
-"""Published numbers: per-layer curves, accuracies; how a measurement compares.
+"""Published numbers: per-layer curves, a ladder of models, accuracies; how a measurement compares.
 
 The tables in `published_data/` were read from others' code, data and figures; each row names its source, and
 `uncertainty` says how well the number could be read (half a digit of a table, or a digitised plot). No torch.
@@ -45,6 +45,14 @@ def curves(model: str | None = None, file: Path | None = None) -> pd.DataFrame:
             did_you_mean(model, models) or f"choose from {one_of(models)}",
         )
     return found
+
+
+def ladder() -> pd.DataFrame:
+    """Means over layers of nine language models at T = 512.
+
+    Columns model, tokens, cos_y_vself, cos_y_vpartner, self_specific_percent, source.
+    """
+    return pd.read_csv(FOLDER / "published_ladder.csv")
 
 
 def accuracy() -> pd.DataFrame:

@@ -14,7 +14,8 @@ from diag.inputs.images import images
 from diag.inputs.items import Inputs
 from diag.inputs.texts import texts
 from diag.models.names.arguments import local_files
-from diag.models.names.resolve import ModelSpec, parse
+from diag.models.names.resolve import parse
+from diag.models.names.spec import ModelSpec
 from diag.results.files import file_stem
 from diag.run.environment import version
 

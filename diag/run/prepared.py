@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +14,7 @@ from diag.metrics.catalogue import RATIOS
 from diag.metrics.registry import metric_names
 from diag.models.family import SPREAD
 from diag.models.hooks.interventions import Edit, parse
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.run.plan import ProbePlan, inputs_of, specs_of
 
 
@@ -43,7 +43,7 @@ class Measurement:
             metrics,
             list(dict.fromkeys(part for name in metrics for part in RATIOS.get(name, (name,)))),
             {name: parts for name, parts in RATIOS.items() if name in metrics},
-            [replace(parse(text), seed=plan.seed) for text in plan.intervene],
+            [parse(text) for text in plan.intervene],
             RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed),
         )
 

@@ -24,7 +24,7 @@ from diag.measure.prefetch import shards_ahead, workers_for
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.results.files import CannotWrite, file_stem, write, write_json, writing
 from diag.results.folder import is_finished
 from diag.results.moments import moments_of

@@ -29,11 +29,12 @@ from diag.metrics.stream import STREAM_METRICS, Stream, StreamReadings
 from diag.models.base import Batch, Sample
 from diag.models.families import lens
 from diag.models.families.demo import build_vit
-from diag.models.families.timm.load import fuse, vision_tower
+from diag.models.families.timm.load import vision_model
 from diag.models.hooks.blocks import find_blocks
 from diag.models.hooks.residual import check_states, projection_error, stream_states
 from diag.models.hooks.seam import attention_calls, attention_modules
 from diag.models.names.resolve import parse
+from diag.models.names.spec import ModelSpec
 
 WITHIN = [name for name, metric in STREAM_METRICS.items() if metric.reads == "block"]
 TOLERANCE = dict.fromkeys(WITHIN, 1e-5)
@@ -577,11 +578,11 @@ def test_the_loop_gives_the_numbers_of_the_functions() -> None:
     """Batches, token sets and heads: what `measure` yields is what `per_input` says of the same states."""
     torch.manual_seed(0)
     module = build_vit(16).eval()
-    fuse(module)
-    tower = vision_tower(
-        module, lambda image: image, source="x", preprocessing={}, image_size=(64, 64), device="cpu",
-        dtype=torch.float32,
+    model = vision_model(
+        ModelSpec("x", "timm", "x"), module, lambda image: image, preprocessing={"size": (64, 64)},
+        device="cpu", dtype=torch.float32,
     )  # fmt: skip
+    tower = model.tower("vision")
     images = torch.randn(5, 3, 64, 64)
     tower = replace(
         tower, encode=lambda chunk: Batch(tuple(s.id for s in chunk), torch.stack([s.read() for s in chunk]))

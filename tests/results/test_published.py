@@ -69,6 +69,12 @@ class TestCurves:
         np.testing.assert_allclose(table["similarity_baseline"][:3], [0.055, 0.069, 0.224], atol=5e-4)
         np.testing.assert_allclose(table["similarity_xsa"][:3], [0.554, 0.490, 0.459], atol=5e-4)
 
+    def test_the_ladder(self) -> None:
+        table = published.ladder()
+        assert len(table) == 9
+        share = 100 * (1 - table["cos_y_vpartner"] / table["cos_y_vself"])
+        np.testing.assert_allclose(share, table["self_specific_percent"], atol=1.0)
+
 
 @pytest.mark.parametrize(
     ("model", "name"),

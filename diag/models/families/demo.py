@@ -50,8 +50,8 @@ def build_vit(patch_size: int, image_size: int = VIT_CONFIG["img_size"]) -> Visi
     """A randomly initialised ViT with the bundled photographs as classes."""
     from timm.models.vision_transformer import VisionTransformer
 
-    config = {**VIT_CONFIG, "img_size": image_size}
-    return VisionTransformer(patch_size=patch_size, num_classes=CLASSES, **config)
+    sizes = {**VIT_CONFIG, "img_size": image_size, "patch_size": patch_size}
+    return VisionTransformer(num_classes=CLASSES, **sizes)
 
 
 def build_lm() -> GPT2LMHeadModel:
@@ -83,27 +83,15 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
 def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     from torchvision.transforms import v2
 
-    from diag.models.base import Model
-    from diag.models.families.timm.load import fuse, resampled, vision_tower
-    from diag.models.loading import ready
-    from diag.models.sizes import refuse_remainder, requested
-    from diag.models.weights import fit, read_checkpoint, read_variants
-    from diag.variants import described, restore
+    from diag.models.families.timm.load import filled, vision_model
+    from diag.models.sizes import refuse_remainder, square
 
     patch = int(re.search(r"-p(\d+)", spec.name)[1])  # type: ignore[index]
-    height, width = requested(spec.model_args, "img_size", spec.base) or (VIT_CONFIG["img_size"],) * 2
-    if height != width:
-        raise UserError(f"'{spec.base}' takes square images", f"give one number: img_size={height}")
-    size = height
+    size = square(spec.model_args, spec.base) or VIT_CONFIG["img_size"]
     refuse_remainder((size, size), (patch, patch), spec.base)
     module = build_vit(patch, size)
     weights = EMBEDDED / f"{spec.name}.safetensors"
-    stored = read_checkpoint(weights)
-    restore(module, read_variants(weights))
-    tensors, fit_to = resampled(module, stored, spec.name)
-    fit(module, tensors, f"embedded model '{weights.name}'")
-    fuse(module)
-    ready(module, spec.resolved, device=device, dtype=dtype)
+    fit_to = filled(module, weights, f"embedded model '{weights.name}'", resampled_as=spec.name)
     preprocessing = {
         "size": [size, size],
         "crop": "shortest side, centre",
@@ -119,20 +107,10 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
             v2.Lambda(lambda pixels: pixels.float() / 127.5 - 1),  # as in training
         ]
     )
-    tower = vision_tower(
-        module,
-        transform,
-        source=spec.resolved,
-        preprocessing=preprocessing,
-        image_size=(size, size),
-        fit_to=fit_to,
-        device=device,
-        dtype=dtype,
+    model = vision_model(
+        spec, module, transform, preprocessing=preprocessing, fit_to=fit_to, device=device, dtype=dtype
     )
-    card = EMBEDDED / f"{spec.name}.json"
-    facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
-    notes = (*fit_to.notes, *described(module))
-    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, notes, facts)
+    return replace(model, facts=_card(EMBEDDED / f"{spec.name}.json"))
 
 
 def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -142,9 +120,11 @@ def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype)
     if not (folder / "model.safetensors").is_file():
         raise UserError("the package holds no weights of 'demo:lm'", "install it again")
     model = load_folder(replace(spec, family="hf", name=str(folder)), device=device, dtype=dtype)
-    card = folder / "card.json"
-    facts = {"card": json.loads(card.read_text())} if card.is_file() else {}
-    return replace(model, family=spec.family, resolved=spec.resolved, facts=facts)
+    return replace(model, family=spec.family, resolved=spec.resolved, facts=_card(folder / "card.json"))
+
+
+def _card(file: Path) -> dict[str, Any]:
+    return {"card": json.loads(file.read_text())} if file.is_file() else {}
 
 
 def _named(spec: ModelSpec) -> ModelSpec:

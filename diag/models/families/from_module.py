@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.inputs.items import Inputs
-from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.base import Batch, Model, Sample, Tower, device_of_module
 from diag.models.hooks.seam import discover
 from diag.models.weights import digest
 
 TOWER = "module"
-
-
-@dataclass(frozen=True)
-class ReadyBatch:
-    """One batch as the module takes it, and the number of its first row among all inputs."""
-
-    data: Tensor | dict[str, Tensor]
-    rows: int
-    first: int
 
 
 def from_module(
@@ -45,7 +35,7 @@ def from_module(
     ready = list(_ready(batches, limit))
     if not ready:
         raise UserError("no batch was given", "pass an iterable of tensors, or of dicts of tensors")
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of_module(module)
 
     def forward(batch: Batch) -> Any:
         return module(**batch.data) if isinstance(batch.data, Mapping) else module(batch.data)
@@ -63,47 +53,46 @@ def from_module(
         for number, batch in enumerate(ready)
     ]
 
-    def all_samples(inputs: Inputs, seq_len: int | None) -> Iterator[Sample]:
-        return iter(samples)
-
     name = type(module).__name__
-    tower = Tower(TOWER, discover(module, run), all_samples, encode, forward, max_batch=1)
+    tower = Tower(
+        TOWER, discover(module, run), lambda inputs, seq_len: iter(samples), encode, forward, max_batch=1
+    )
     facts = {"weights_sha256": digest(module)}
     return Model(name, "module", f"module:{name}", module, {TOWER: tower}, facts=facts), tower, samples
 
 
-def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None) -> Iterator[ReadyBatch]:
+def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None) -> Iterator[Batch]:
+    """The batches where they lie, with inputs numbered from one to the next."""
     first = 0
     for data in batches:
         left = None if limit is None else limit - first
         if left is not None and left <= 0:
             return
-        batch = _rows(data, first, left)
-        yield batch
-        first += batch.rows
+        cut = _first_rows(data, left)
+        rows = len(cut if isinstance(cut, Tensor) else next(iter(cut.values())))
+        yield Batch(tuple(f"{first + row:06d}" for row in range(rows)), cut)
+        first += rows
 
 
-def _rows(data: Tensor | Mapping[str, Tensor], first: int, left: int | None) -> ReadyBatch:
+def _first_rows(data: Tensor | Mapping[str, Tensor], most: int | None) -> Tensor | dict[str, Tensor]:
     if isinstance(data, Tensor) and data.ndim:
-        return ReadyBatch(data[:left], len(data[:left]), first)
+        return data[:most]
     if isinstance(data, Mapping) and data and all(isinstance(value, Tensor) for value in data.values()):
         lengths = {key: len(value) for key, value in data.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(
                 f"tensors of one batch differ in rows: {lengths}", "give every tensor one row per input"
             )
-        cut = {key: value[:left] for key, value in data.items()}
-        return ReadyBatch(cut, len(next(iter(cut.values()))), first)
+        return {key: value[:most] for key, value in data.items()}
     raise UserError(
         f"a batch is a {type(data).__name__}",
         "a batch is a tensor, or a dict of tensors, with one input per row",
     )
 
 
-def _on_device(batch: ReadyBatch, device: torch.device) -> Batch:
-    ids = tuple(f"{batch.first + row:06d}" for row in range(batch.rows))
+def _on_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch.data, Tensor):
-        return Batch(ids, batch.data.to(device))
+        return replace(batch, data=batch.data.to(device))
     moved = {key: value.to(device) for key, value in batch.data.items()}
     mask = moved.get("attention_mask")
-    return Batch(ids, moved, mask.bool() if mask is not None and mask.ndim == 2 else None)
+    return replace(batch, data=moved, real=mask.bool() if mask is not None and mask.ndim == 2 else None)

@@ -8,7 +8,9 @@ of the checkpoint, and the table is that of `hf:`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import MeasurementError, UserError
@@ -29,17 +31,9 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     """Loads `tl:NAME` through `TransformerBridge`. Raises UserError as `diag.models.load` does."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    from diag.models.base import Model, Tower
+    from diag.models.base import Model
     from diag.models.families.hf.files import commit_of, is_causal, load_config, load_tokenizer, reading
-    from diag.models.families.hf.load import context_of, tokens_of
-    from diag.models.feeding import (
-        frame,
-        text_encoder,
-        text_facts,
-        text_samples,
-        token_text,
-        vocabulary_digest,
-    )
+    from diag.models.families.hf.load import text_tower
     from diag.models.loading import ready
 
     if spec.checkpoint is not None or spec.random_init:
@@ -64,32 +58,16 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     ready(module, spec.resolved, device=device, dtype=dtype)
     bridge.eval()
     causal = is_causal(config)
-    before, after = ([], []) if causal else frame(tokenizer)
     # the calls carry no mask, so a window that hides keys would be read as full causal attention
-    limits = [context_of(module, tokenizer), getattr(config, "sliding_window", None)]
-    context = min((limit for limit in limits if limit), default=None)
-    tower = Tower(
-        name="text",
-        layers=_layers(bridge, spec),
-        samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
-        encode=text_encoder(device),
+    window = getattr(config, "sliding_window", None)
+    tower = replace(
+        text_tower(module, tokenizer, _layers(bridge, spec), causal=causal, window=window),
         forward=lambda batch: bridge(batch.data, return_type="logits"),
-        decode=tokenizer.decode,
-        token_text=token_text(tokenizer),
         ending="next-token logits" if causal else "token states",
         capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
-        facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
     )
-    notes = (spec.note,) if spec.note else ()
-    return Model(
-        spec.given,
-        spec.family,
-        spec.resolved,
-        module,
-        {"text": tower},
-        notes,
-        {"model_type": config.model_type, "commit": commit_of(spec)},
-    )
+    facts = {"model_type": config.model_type, "commit": commit_of(spec)}
+    return Model(spec.given, spec.family, spec.resolved, module, {"text": tower}, facts=facts)
 
 
 @contextmanager
@@ -105,64 +83,52 @@ def lens_calls(
     from diag.models.hooks.seam import Sightings
 
     sightings = Sightings()
-    seen: dict[int, dict[str, Tensor]] = {}
+    seen: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in layers}
 
-    def keep(layer: Layer, what: str) -> Callable[..., None]:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            seen.setdefault(layer.index, {})[what] = tensor
+    def keep(layer: Layer, what: str, tensor: Tensor, hook: Any) -> None:
+        seen[layer.index][what] = tensor
 
-        return hook
+    def at_output(layer: Layer, tensor: Tensor, hook: Any) -> Tensor | None:
+        parts = seen[layer.index]
+        if not {"value", "pattern"} <= parts.keys():
+            return None
+        seen[layer.index] = {}
+        output = tensor.transpose(1, 2)  # [batch, head, token, dim]
+        call = AttentionCall(
+            layer=layer.index,
+            module=layer.path,
+            query=None,
+            key=None,
+            value=parts["value"].transpose(1, 2),  # [batch, kv_head, token, dim]
+            output=output,
+            mask=None,
+            causal=causal,
+            scale=output.shape[-1] ** -0.5,
+            pattern=parts["pattern"],
+        )
+        sightings.calls[layer.path] += 1
+        sightings.projection[layer.path] = "as captured"
+        replaced = on_call(call)
+        return None if replaced is None else replaced.to(tensor.dtype).transpose(1, 2)
 
-    def at_output(layer: Layer) -> Callable[..., Tensor | None]:
-        def hook(tensor: Tensor, hook: Any) -> Tensor | None:
-            parts = seen.get(layer.index, {})
-            if not {"value", "pattern"} <= parts.keys():
-                return None
-            seen.pop(layer.index)
-            output = tensor.transpose(1, 2)  # [batch, head, token, dim]
-            call = AttentionCall(
-                layer=layer.index,
-                module=layer.path,
-                query=None,
-                key=None,
-                value=parts["value"].transpose(1, 2),  # [batch, kv_head, token, dim]
-                output=output,
-                mask=None,
-                causal=causal,
-                scale=output.shape[-1] ** -0.5,
-                pattern=parts["pattern"],
+    def finished(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        if layer.path not in sightings.calls:
+            raise MeasurementError(
+                f"layer '{layer.path}' finished without showing its values, pattern and output",
+                "leave the layer out with --layers, or use the hf: family",
             )
-            sightings.calls[layer.path] = sightings.calls.get(layer.path, 0) + 1
-            sightings.projection[layer.path] = "as captured"
-            replaced = on_call(call)
-            return None if replaced is None else replaced.to(tensor.dtype).transpose(1, 2)
 
-        return hook
-
-    def finished(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if layer.path not in sightings.calls:
-                raise MeasurementError(
-                    f"layer '{layer.path}' finished without showing its values, pattern and output",
-                    "leave the layer out with --layers, or use the hf: family",
-                )
-
-        return hook
-
-    hooks = []
-    for layer in layers:
-        hooks += [
-            (f"{layer.path}.hook_v", keep(layer, "value")),
-            (f"{layer.path}.hook_pattern", keep(layer, "pattern")),
-            (f"{layer.path}.hook_z", at_output(layer)),
-        ]
-    handles = [layer.module.register_forward_hook(finished(layer)) for layer in layers]
-    try:
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+    with ExitStack() as undone:
+        for layer in layers:
+            hooks += [
+                (f"{layer.path}.hook_v", partial(keep, layer, "value")),
+                (f"{layer.path}.hook_pattern", partial(keep, layer, "pattern")),
+                (f"{layer.path}.hook_z", partial(at_output, layer)),
+            ]
+            undone.callback(layer.module.register_forward_hook(partial(finished, layer)).remove)
         with bridge.hooks(fwd_hooks=hooks):
             yield sightings
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _layers(bridge: TransformerBridge, spec: ModelSpec) -> tuple[Layer, ...]:

@@ -7,7 +7,7 @@ from the names of a block's parts which modules return them. What names promise 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,10 @@ from diag.errors import UserError
 from diag.models.hooks.seam import Layer
 
 PRE, RES_POST, POST, PARALLEL = "pre-norm", "res-post-norm", "post-norm", "parallel"
-ATTENTION = ("attn", "self_attn", "attention", "self_attention")
-PROJECTIONS = ("proj", "c_proj", "out_proj", "o_proj", "dense", "out_lin", "o")
-SECOND_NORMS = ("norm2", "ln_2", "layer_norm2", "layernorm_after", "post_attention_layernorm")
+ATTENTION = "attn self_attn attention self_attention"
+PROJECTIONS = "proj c_proj out_proj o_proj dense out_lin o"
 BARE_SCALES = ("gamma_1", "lambda_1")
 """Layer scales that are parameters of the block itself."""
-
-UNDERSTOOD = "an attention module, an MLP beside it and the norm before the MLP, under their usual names"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,21 +47,24 @@ class Block:
     output_projection: nn.Module | None
     arrangement: str
     mlp_input: nn.Module | None = None
-    norms: tuple[nn.Module, nn.Module] | None = None
+    norms: tuple[nn.Module, ...] = ()
     scale: Tensor | None = None
     batch_first: bool = True
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Names of a block's parts, dotted; of several the first that is there."""
+    """Names of a block's parts, dotted; of several, with blanks between them, the first that is there.
+
+    branch: what returns the attention update, where that is not the attention module.
+    """
 
     arrangement: str
-    attention: tuple[str, ...]
-    attention_branch: tuple[str, ...]
-    mlp_branch: tuple[str, ...]
-    mlp_input: tuple[str, ...] = ()
-    norms: tuple[str, str] | None = None
+    attention: str
+    mlp_branch: str
+    mlp_input: str = ""
+    branch: str = ""
+    norms: str = ""
     only: Callable[[nn.Module], bool] = lambda module: True
 
 
@@ -85,93 +85,62 @@ LAYOUTS = (
     # BERT and what follows it
     _Layout(
         POST,
-        ("attention.self",),
-        ("attention.output.dense",),
-        ("output.dense",),
-        ("intermediate",),
-        ("attention.output.LayerNorm", "output.LayerNorm"),
+        "attention.self",
+        "output.dense",
+        "intermediate",
+        branch="attention.output.dense",
+        norms="attention.output.LayerNorm output.LayerNorm",
     ),
     # vision models with BERT's names
-    _Layout(PRE, ("attention",), ("attention",), ("output.dense",), ("layernorm_after",)),
+    _Layout(PRE, "attention", "output.dense", "layernorm_after"),
     # DistilBERT
-    _Layout(POST, ("attention",), ("attention",), ("ffn",), ("ffn",), ("sa_layer_norm", "output_layer_norm")),
+    _Layout(POST, "attention", "ffn", "ffn", norms="sa_layer_norm output_layer_norm"),
     # T5
-    _Layout(
-        PRE,
-        ("layer.0.SelfAttention",),
-        ("layer.0.SelfAttention",),
-        ("layer.1.DenseReluDense",),
-        ("layer.1.layer_norm",),
-    ),
+    _Layout(PRE, "layer.0.SelfAttention", "layer.1.DenseReluDense", "layer.1.layer_norm"),
     # nn.TransformerEncoderLayer
-    _Layout(PRE, ("self_attn",), ("self_attn",), ("linear2",), ("norm2",), only=_flag("norm_first", True)),
-    _Layout(
-        POST,
-        ("self_attn",),
-        ("self_attn",),
-        ("linear2",),
-        ("linear1",),
-        ("norm1", "norm2"),
-        _flag("norm_first", False),
-    ),
+    _Layout(PRE, "self_attn", "linear2", "norm2", only=_flag("norm_first", True)),
+    _Layout(POST, "self_attn", "linear2", "linear1", norms="norm1 norm2", only=_flag("norm_first", False)),
     # OPT
-    _Layout(
-        PRE,
-        ("self_attn",),
-        ("self_attn",),
-        ("fc2",),
-        ("final_layer_norm",),
-        only=_flag("do_layer_norm_before", True),
-    ),
+    _Layout(PRE, "self_attn", "fc2", "final_layer_norm", only=_flag("do_layer_norm_before", True)),
     _Layout(
         POST,
-        ("self_attn",),
-        ("self_attn",),
-        ("fc2",),
-        ("fc1",),
-        ("self_attn_layer_norm", "final_layer_norm"),
-        _flag("do_layer_norm_before", False),
+        "self_attn",
+        "fc2",
+        "fc1",
+        norms="self_attn_layer_norm final_layer_norm",
+        only=_flag("do_layer_norm_before", False),
     ),
     # Gemma 3 and OLMo 2: a norm at the end of each branch
     _Layout(
         RES_POST,
         ATTENTION,
-        ("post_attention_layernorm",),
-        ("post_feedforward_layernorm",),
-        ("pre_feedforward_layernorm", "mlp"),
+        "post_feedforward_layernorm",
+        "pre_feedforward_layernorm mlp",
+        branch="post_attention_layernorm",
     ),
     # timm's
     _Layout(
         RES_POST,
         ATTENTION,
-        ("drop_path1",),
-        ("drop_path2",),
-        ("mlp",),
+        "drop_path2",
+        "mlp",
+        branch="drop_path1",
         only=_is("ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"),
     ),
     # GPT-NeoX, Phi, Cohere
     _Layout(
-        PARALLEL,
-        ATTENTION,
-        ATTENTION,
-        ("mlp",),
-        ("post_attention_layernorm",),
-        only=_flag("use_parallel_residual", True),
+        PARALLEL, ATTENTION, "mlp", "post_attention_layernorm", only=_flag("use_parallel_residual", True)
     ),
     _Layout(
-        PARALLEL,
-        ATTENTION,
-        ATTENTION,
-        ("mlp",),
-        only=_is("PhiDecoderLayer", "CohereDecoderLayer", "Cohere2DecoderLayer"),
+        PARALLEL, ATTENTION, "mlp", only=_is("PhiDecoderLayer", "CohereDecoderLayer", "Cohere2DecoderLayer")
     ),
     # everyone else
     _Layout(
         PRE,
         ATTENTION,
-        ("drop_path1", "ls1", "ls_1", "layer_scale1", *ATTENTION),
-        ("drop_path2", "ls2", "ls_2", "layer_scale2", "mlp"),
-        SECOND_NORMS,
+        "drop_path2 ls2 ls_2 layer_scale2 mlp",
+        "norm2 ln_2 layer_norm2 layernorm_after post_attention_layernorm",
+        branch=f"drop_path1 ls1 ls_1 layer_scale1 {ATTENTION}",
         only=_scale_is_a_module,
     ),
 )
@@ -188,27 +157,35 @@ def find_blocks(root: nn.Module, layers: Sequence[Layer]) -> tuple[Block, ...]:
 
     Raises UserError, naming the layer and its class, where a block's parts are not understood.
     """
-    modules = dict(root.named_modules())
-    paths = {id(module): path for path, module in modules.items()}
-    return tuple(_block_of(layer, modules, paths) for layer in layers)
+    paths = {module: path for path, module in root.named_modules()}
+    return tuple(_block_of(layer, root, paths) for layer in layers)
 
 
-def _block_of(layer: Layer, modules: Mapping[str, nn.Module], paths: Mapping[int, str]) -> Block:
-    if id(layer.module) not in paths:
+def _block_of(layer: Layer, root: nn.Module, paths: Mapping[nn.Module, str]) -> Block:
+    if layer.module not in paths:
         raise UserError(f"layer '{layer.path}' is not part of the model", "give the model that it is from")
-    path, around = paths[id(layer.module)], []
-    while True:
-        candidate = modules[path]
-        reason = REFUSED.get(type(candidate).__name__)
-        if reason is not None:
-            raise _not_understood(layer, f"{type(candidate).__name__}: {reason}")
-        around.append(type(candidate).__name__)
+    around = []
+    for candidate in upwards(root, paths[layer.module]):
+        kind = type(candidate).__name__
+        if kind in REFUSED:
+            raise _not_understood(layer, f"{kind}: {REFUSED[kind]}")
+        around.append(kind)
         found = _read(candidate, layer)
         if found is not None:
             return found
-        if not path:
-            raise _not_understood(layer, f"none of {', '.join(around)} holds {UNDERSTOOD}")
+    raise _not_understood(
+        layer,
+        f"none of {', '.join(around)} holds an attention module, an MLP beside it and the norm before the "
+        "MLP, under their usual names",
+    )
+
+
+def upwards(root: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The module at a path, and those around it from the innermost to `root`."""
+    yield root.get_submodule(path)
+    while path:
         path = path.rpartition(".")[0]
+        yield root.get_submodule(path)
 
 
 def _not_understood(layer: Layer, why: str) -> UserError:
@@ -224,10 +201,11 @@ def _read(module: nn.Module, layer: Layer) -> Block | None:
         holder = _first(module, layout.attention)
         if holder is None or not layout.only(module) or not any(m is layer.module for m in holder.modules()):
             continue
-        attention, mlp = _first(module, layout.attention_branch), _first(module, layout.mlp_branch)
-        mlp_input = _first(module, layout.mlp_input)
-        norms = [_child(module, name) for name in layout.norms or ()]
-        if attention is None or mlp is None or None in norms or (layout.mlp_input and mlp_input is None):
+        attention = _first(module, layout.branch or layout.attention)
+        mlp, mlp_input = _first(module, layout.mlp_branch), _first(module, layout.mlp_input)
+        norms = [norm for name in layout.norms.split() if (norm := _child(module, name)) is not None]
+        lacking = (layout.mlp_input and mlp_input is None) or len(norms) < len(layout.norms.split())
+        if attention is None or mlp is None or lacking:
             continue
         return Block(
             index=layer.index,
@@ -238,15 +216,15 @@ def _read(module: nn.Module, layer: Layer) -> Block | None:
             output_projection=attention if isinstance(attention, nn.Linear) else _first(holder, PROJECTIONS),
             arrangement=layout.arrangement,
             mlp_input=mlp_input,
-            norms=(norms[0], norms[1]) if norms else None,  # type: ignore[arg-type]
+            norms=tuple(norms),
             scale=_scale_of(module),
             batch_first=getattr(layer.module, "batch_first", True),
         )
     return None
 
 
-def _first(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    return next((child for name in names if (child := _child(module, name)) is not None), None)
+def _first(module: nn.Module, names: str) -> nn.Module | None:
+    return next((child for name in names.split() if (child := _child(module, name)) is not None), None)
 
 
 def _child(module: nn.Module, dotted: str) -> nn.Module | None:
@@ -270,10 +248,8 @@ def to_stream(block: Block) -> Callable[[Tensor], Tensor] | None:
 
     None where the projection is not known or a norm stands between it and the stream.
     """
-    projection: Any = block.output_projection
-    projection = getattr(
-        projection, "original_component", projection
-    )  # transformer-lens wraps what it bridges
+    # transformer-lens wraps what it bridges
+    projection: Any = getattr(block.output_projection, "original_component", block.output_projection)
     flipped = type(projection).__name__ == "Conv1D"  # transformers' weights the other way round
     if block.arrangement == RES_POST or not (flipped or isinstance(projection, nn.Linear)):
         return None

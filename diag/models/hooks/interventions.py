@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,18 +34,21 @@ def xsa(call: AttentionCall, strength: Strength) -> Tensor:
 def gated_xsa(call: AttentionCall, strength: Strength) -> Tensor:
     """y − α(y·v̂)v̂, α per head: 0 changes nothing, 1 is `xsa`."""
     output, value = _grouped(call)
-    direction = _unit(value)
-    share = vecdot(output, direction) * _per_head(call, strength)  # [batch, kv_head, group, token]
-    return (output - share[..., None] * direction).flatten(1, 2)
+    return _less(output, _unit(value), _per_head(call, strength))
 
 
-def random_direction(call: AttentionCall, strength: Strength, seed: int = 0) -> Tensor:
+def random_direction(call: AttentionCall, strength: Strength) -> Tensor:
     """y − α(y·r)r, r one fixed random unit direction per layer and head: the control of a projection."""
     output, _ = _grouped(call)
-    generator = torch.Generator().manual_seed(seed * 10_007 + call.layer)
+    generator = torch.Generator().manual_seed(call.layer)
     drawn = torch.randn(call.heads, output.shape[-1], generator=generator, dtype=torch.float64)
     direction = _unit(drawn).to(output).unflatten(0, (call.kv_heads, call.group))[:, :, None]
-    share = vecdot(output, direction) * _per_head(call, strength)
+    return _less(output, direction, _per_head(call, strength))
+
+
+def _less(output: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
+    """The grouped output less so much of its part along a unit direction, heads in one axis again."""
+    share = vecdot(output, direction) * strength  # [batch, kv_head, group, token]
     return (output - share[..., None] * direction).flatten(1, 2)
 
 
@@ -62,11 +66,9 @@ def uniform(call: AttentionCall, strength: Strength) -> Tensor:
     one = torch.ones(1, 1, call.tokens, dtype=output.dtype, device=output.device)
     total = seen.sum(value[:, :, 0], one)  # [batch, head or kv_head, token or 1, dim]
     count = seen.count[..., None]
-    if total.shape[1] == call.heads and call.group > 1:
-        mean = total / count.clamp(min=1)
-    else:
-        mean = total.repeat_interleave(call.group, 1) / count.clamp(min=1)
-    return torch.where(count > 0, mean, output.flatten(1, 2))
+    if total.shape[1] != call.heads:
+        total = total.repeat_interleave(call.group, 1)
+    return torch.where(count > 0, total / count.clamp(min=1), output.flatten(1, 2))
 
 
 def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
@@ -202,7 +204,6 @@ class Edit:
     strength: float | Mapping[tuple[int, int], float]
     layers: frozenset[int] | None = None
     heads: frozenset[int] | None = None
-    seed: int = field(default=0, compare=False)
 
     @property
     def where(self) -> str:
@@ -259,10 +260,8 @@ def parse(text: str) -> Edit:
 
 
 def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
-    try:
+    with suppress(ValueError):
         return float(given)
-    except ValueError:
-        pass
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(
@@ -271,11 +270,12 @@ def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     import pandas as pd
 
     table = pd.read_csv(path)
-    missing = [name for name in ("layer", "head", "strength") if name not in table]
-    if missing:
-        raise UserError(f"'{given}' has no column '{missing[0]}'", "columns are layer, head, strength")
-    columns = (table[name].tolist() for name in ("layer", "head", "strength"))
-    return {(int(layer), int(head)): float(value) for layer, head, value in zip(*columns, strict=True)}
+    columns = ["layer", "head", "strength"]
+    for name in columns:
+        if name not in table:
+            raise UserError(f"'{given}' has no column '{name}'", "columns are layer, head, strength")
+    rows = table[columns].itertuples(index=False)
+    return {(int(layer), int(head)): float(value) for layer, head, value in rows}
 
 
 def _numbers(given: str | None, text: str) -> frozenset[int] | None:

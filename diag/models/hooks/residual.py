@@ -8,20 +8,22 @@ what the block returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.blocks import PARALLEL, Block, to_stream
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
-TOLERANCE_HALF = 1e-2
-"""Relative error that the rebuilt stream may have."""
+VISIBLE = BaseTorchFunctionMode
+"""Any mode that is on keeps `nn.TransformerEncoder` off its fused path, which runs no hook and nests padded
+batches."""
 
 WORDS = {
     "attention_update": "attention branch",
@@ -40,15 +42,10 @@ def stream_states(blocks: Sequence[Block], on_block: Callable[[BlockStates], Non
     Raises MeasurementError, naming the layer, if a block or one of its branches never ran.
     """
     watches = [_Watch(block, on_block) for block in blocks]
-    with _hooks() as handles:
+    with VISIBLE(), ExitStack() as hooks:
         for watch in watches:
-            block = watch.block
-            handles.append(block.module.register_forward_pre_hook(watch.entered, with_kwargs=True))
-            handles.append(block.attention_branch.register_forward_hook(watch.at_attention))
-            handles.append(block.mlp_branch.register_forward_hook(watch.at_mlp))
-            if block.mlp_input is not None:
-                handles.append(block.mlp_input.register_forward_pre_hook(watch.between, with_kwargs=True))
-            handles.append(block.module.register_forward_hook(watch.left))
+            for handle in watch.attached():
+                hooks.callback(handle.remove)
         yield
     for watch in watches:
         if not watch.runs:
@@ -78,13 +75,14 @@ def branch_edits(
     for index in edits:
         if index not in known:
             raise UserError(f"no block for layer {index}", f"layers are {', '.join(map(str, known))}")
-    with _hooks() as handles:
+    with VISIBLE(), ExitStack() as hooks:
         for index, edit in edits.items():
-            change, block = _Change(known[index], edit, real), known[index]
+            block, shaped = known[index], _Shaped(known[index])
             branch = block.attention_branch if which == "attention" else block.mlp_branch
-            handles.append(block.module.register_forward_pre_hook(change.entered, with_kwargs=True))
+            hooks.callback(block.module.register_forward_pre_hook(shaped.entered, with_kwargs=True).remove)
             # before any hook that watches, so that what is seen is what is added
-            handles.append(branch.register_forward_hook(change.at_branch, prepend=True))
+            change = partial(_changed, shaped, edit, real)
+            hooks.callback(branch.register_forward_hook(change, prepend=True).remove)
         yield
 
 
@@ -92,17 +90,13 @@ def rebuild_error(block: Block, states: BlockStates) -> float:
     """Largest relative error of the stream between and after the adds, rebuilt from the updates."""
     first, second = states.attention_update, states.mlp_update
     if block.arrangement == PARALLEL:
-        pairs = [(states.before, states.middle), (states.before + first + second, states.after)]
-    elif block.norms is not None:
-        # forward, not the call: a hook on a norm sees only what the model does
-        norms = [norm.forward for norm in block.norms]
-        pairs = [
-            (norms[0](states.before + first), states.middle),
-            (norms[1](states.middle + second), states.after),
-        ]
+        middle, after = states.before, states.before + first + second
     else:
-        pairs = [(states.before + first, states.middle), (states.middle + second, states.after)]
-    return max(_relative_error(rebuilt, used) for rebuilt, used in pairs)
+        middle, after = states.before + first, states.middle + second
+    if block.norms:
+        # forward, not the call: a hook on a norm sees only what the model does
+        middle, after = block.norms[0].forward(middle), block.norms[1].forward(after)
+    return max(_relative_error(middle, states.middle), _relative_error(after, states.after))
 
 
 def projection_error(block: Block, states: BlockStates) -> float:
@@ -135,7 +129,7 @@ def check_states(block: Block, states: BlockStates) -> None:
 
 def tolerance(dtype: torch.dtype) -> float:
     """Relative error that a rebuilt tensor of a format may have."""
-    return TOLERANCE.get(dtype, TOLERANCE_HALF)
+    return 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
 
 
 def _relative_error(rebuilt: Tensor, used: Tensor) -> float:
@@ -144,24 +138,6 @@ def _relative_error(rebuilt: Tensor, used: Tensor) -> float:
 
 
 # --- hooks
-
-
-class _Visible(TorchFunctionMode):
-    """Keeps `nn.TransformerEncoder` off its fused path, which runs no hook and nests padded batches."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        with _Visible():
-            yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Shaped:
@@ -212,22 +188,25 @@ class _Watch(_Shaped):
         self.runs = 0
         self.seen: dict[str, Tensor] = {}
 
+    def attached(self) -> Iterator[RemovableHandle]:
+        block = self.block
+        yield block.module.register_forward_pre_hook(self.entered, with_kwargs=True)
+        yield block.attention_branch.register_forward_hook(partial(self.after, "attention_update"))
+        yield block.mlp_branch.register_forward_hook(partial(self.after, "mlp_update"))
+        if block.mlp_input is not None:
+            yield block.mlp_input.register_forward_pre_hook(self.between, with_kwargs=True)
+        yield block.module.register_forward_hook(self.left)
+
     def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         super().entered(module, args, kwargs)
         self.seen = {"before": self.standard(_tensor_in((*args, *kwargs.values())))}
 
-    def at_attention(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.keep("attention_update", _tensor_in(output))
-
     def between(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.keep("middle", _tensor_in((*args, *kwargs.values())))
+        self.after("middle", module, args, (*args, *kwargs.values()))
 
-    def at_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.keep("mlp_update", _tensor_in(output))
-
-    def keep(self, name: str, x: Tensor) -> None:
+    def after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if "before" in self.seen:  # a part may be called outside its block
-            self.seen[name] = self.standard(x)
+            self.seen[name] = self.standard(_tensor_in(output))
 
     def left(self, module: nn.Module, args: Any, output: Any) -> None:
         seen, block = self.seen, self.block
@@ -257,20 +236,15 @@ class _Watch(_Shaped):
         )
 
 
-class _Change(_Shaped):
-    """One branch whose update is being changed."""
-
-    def __init__(self, block: Block, edit: BranchEdit, real: Tensor | None) -> None:
-        super().__init__(block)
-        self.edit, self.real = edit, real
-
-    def at_branch(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.shape is None:
-            return None
-        update = _tensor_in(output)
-        changed = self.edit(self.standard(update), self.real)
-        changed = self.back(changed.to(update.dtype), update)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+def _changed(
+    shaped: _Shaped, edit: BranchEdit, real: Tensor | None, module: nn.Module, args: Any, output: Any
+) -> Any:
+    """A hook on a branch: what it returns, with another update."""
+    if shaped.shape is None:  # called outside its block
+        return None
+    update = _tensor_in(output)
+    changed = shaped.back(edit(shaped.standard(update), real).to(update.dtype), update)
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 def _tensor_in(values: Any) -> Tensor:

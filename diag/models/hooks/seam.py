@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +67,8 @@ class Sightings:
         norm came between, "unknown" where no projection was seen.
     """
 
-    runs: dict[str, int] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
     projection: dict[str, str] = field(default_factory=dict)
 
@@ -155,17 +157,14 @@ def refuse_compiled(layers: Sequence[Layer]) -> None:
 @contextmanager
 def _hooked(seam: _Seam, layers: Sequence[Layer]) -> Iterator[None]:
     """Attaches the seam to every layer and switches it on; undoes both, whatever happens."""
-    handles = []
-    try:
+    with ExitStack() as undone:
+        undone.callback(seam.stack.clear)
         for layer in layers:
-            handles.append(layer.module.register_forward_pre_hook(seam.entered(layer), prepend=True))
-            handles.append(layer.module.register_forward_hook(seam.left(layer), always_call=True))
+            entered, left = partial(seam.entered, layer), partial(seam.left, layer)
+            undone.callback(layer.module.register_forward_pre_hook(entered, prepend=True).remove)
+            undone.callback(layer.module.register_forward_hook(left, always_call=True).remove)
         with seam:
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        seam.stack.clear()
 
 
 @dataclass
@@ -174,7 +173,6 @@ class _Frame:
 
     layer: Layer
     calls: int = 0
-    softmaxes: int = 0
     unread: Tensor | None = None  # the output that the next projection should read
 
 
@@ -185,32 +183,26 @@ class _Seam(TorchFunctionMode):
         self.strict = strict
         self.stack: list[_Frame] = []
         self.sightings = Sightings()
-        self.eager: dict[str, int] = {}
+        self.eager: dict[str, None] = {}  # paths, in order
         self.visibilities: dict[tuple, Visibility] = {}
 
-    def entered(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.stack.append(_Frame(layer))
-            self.sightings.runs[layer.path] = self.sightings.runs.get(layer.path, 0) + 1
+    def entered(self, layer: Layer, module: nn.Module, args: Any) -> None:
+        self.stack.append(_Frame(layer))
+        self.sightings.runs[layer.path] += 1
 
-        return hook
-
-    def left(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            frame = self.stack.pop()
-            # None: the forward raised, and its own error is the one to show
-            if output is None or not self.strict:
-                return
-            if frame.calls == 0:
-                eager = "it computes softmax attention itself (eager)"
-                raise MeasurementError(
-                    f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
-                    f"{eager if frame.softmaxes else 'nothing was seen'}",
-                    "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
-                )
-            self.sightings.projection.setdefault(layer.path, "unknown")
-
-        return hook
+    def left(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        frame = self.stack.pop()
+        # None: the forward raised, and its own error is the one to show
+        if output is None or not self.strict:
+            return
+        if frame.calls == 0:
+            eager = layer.path in self.eager
+            raise MeasurementError(
+                f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
+                f"{'it computes softmax attention itself (eager)' if eager else 'nothing was seen'}",
+                "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
+            )
+        self.sightings.projection.setdefault(layer.path, "unknown")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -220,7 +212,8 @@ class _Seam(TorchFunctionMode):
             return self.multi_head(args, kwargs)
         if self.stack:
             if func in SOFTMAX:
-                self.note_softmax(args)
+                if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
+                    self.eager[self.stack[-1].layer.path] = None
             elif func in PROJECTIONS and self.stack[-1].unread is not None:
                 self.note_projection(args, PROJECTIONS[func])
         return func(*args, **kwargs)
@@ -243,7 +236,7 @@ class _Seam(TorchFunctionMode):
         if frame is not None:
             frame.unread = None  # the output projection was applied out of sight
             if frame.calls == before:  # need_weights=True
-                self.note_eager(frame)
+                self.eager[frame.layer.path] = None
         return result
 
     def attention(
@@ -277,21 +270,21 @@ class _Seam(TorchFunctionMode):
                 f"{query.shape[-2]} queries over {key.shape[-2]} keys: cross-attention or pooling"
             )
             return output
-        shape = _HeadAxis.of(query, frame.layer.module)
+        heads = _merged_heads(query, frame.layer.module)
         swin = SHIFTED_WINDOWS.search(type(frame.layer.module).__name__)
         seen = self.visibility_of(
-            None if attn_mask is None else shape.split_mask(attn_mask),
+            None if attn_mask is None else _split_mask(attn_mask, query, heads),
             is_causal,
             SHIFTED_WINDOWS_HIDDEN if swin else HIDDEN,
-            shape.split(output),
+            _split(output, heads),
         )
         call = AttentionCall(
             layer=frame.layer.index,
             module=path,
-            query=shape.split(query),
-            key=shape.split(key),
-            value=shape.split(value),
-            output=shape.split(output),
+            query=_split(query, heads),
+            key=_split(key, heads),
+            value=_split(value, heads),
+            output=_split(output, heads),
             mask=seen.mask,
             causal=seen.causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
@@ -299,10 +292,10 @@ class _Seam(TorchFunctionMode):
             log_normaliser=normaliser,
             visibility=seen,
         )
-        self.sightings.calls[path] = self.sightings.calls.get(path, 0) + 1
+        self.sightings.calls[path] += 1
         replaced = self.on_call(call)
         if replaced is not None:
-            output = shape.join(replaced.to(output.dtype), output)
+            output = _joined(replaced.to(output.dtype), output)
         if path not in self.sightings.projection:
             frame.unread = output
         return output
@@ -319,14 +312,6 @@ class _Seam(TorchFunctionMode):
             self.visibilities[place] = Visibility.of(mask, causal, hidden, output)
         return self.visibilities[place]
 
-    def note_softmax(self, args: tuple) -> None:
-        if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
-            self.note_eager(self.stack[-1])
-
-    def note_eager(self, frame: _Frame) -> None:
-        frame.softmaxes += 1
-        self.eager[frame.layer.path] = self.eager.get(frame.layer.path, 0) + 1
-
     def note_projection(self, args: tuple, which: int) -> None:
         """Compares what the output projection reads with the output that was captured."""
         frame = self.stack[-1]
@@ -340,44 +325,35 @@ class _Seam(TorchFunctionMode):
         self.sightings.projection[frame.layer.path] = "as captured" if same else "modified"
 
 
-@dataclass(frozen=True)
-class _HeadAxis:
-    """How a module lays out its heads: the usual `[batch, head, token, dim]`, or one of two others."""
-
-    kind: str
-    heads: int = 1
-
-    @staticmethod
-    def of(query: Tensor, module: nn.Module) -> _HeadAxis:
-        if query.ndim == 4:
-            return _HeadAxis("usual")
-        if query.ndim == 5:  # Hiera: [batch, head, window, token, dim]
-            return _HeadAxis("windows", query.shape[1])
-        if query.ndim == 3:  # SAM: [batch · head, token, dim]
-            counts = [getattr(module, name, None) for name in HEAD_COUNTS]
-            heads = next((count for count in counts if isinstance(count, int)), 1)
-            return _HeadAxis("merged", heads if query.shape[0] % heads == 0 else 1)
+def _merged_heads(query: Tensor, module: nn.Module) -> int:
+    """How many heads a module has put into the batch. Raises MeasurementError for an unknown layout."""
+    if query.ndim not in (3, 4, 5):
         raise MeasurementError(f"attention over {query.ndim} dimensions is not understood")
+    if query.ndim != 3:
+        return 1
+    counts = [getattr(module, name, None) for name in HEAD_COUNTS]
+    heads = next((count for count in counts if isinstance(count, int)), 1)
+    return heads if query.shape[0] % heads == 0 else 1
 
-    def split(self, x: Tensor) -> Tensor:
-        """To `[batch, head, token, dim]`."""
-        if self.kind == "merged":
-            return x.unflatten(0, (-1, self.heads))
-        if self.kind == "windows":
-            return x.transpose(1, 2).flatten(0, 1)
-        return x
 
-    def split_mask(self, mask: Tensor) -> Tensor:
-        if self.kind == "usual":
-            return mask
-        if self.kind == "merged" and mask.ndim == 3:
-            return mask.unflatten(0, (-1, self.heads)) if mask.shape[0] > 1 else mask[None]
-        if mask.ndim == 2:
-            return mask
-        raise MeasurementError("a mask over windows or merged heads is not understood")
+def _split(x: Tensor, heads: int) -> Tensor:
+    """To `[batch, head, token, dim]` from it, SAM's `[batch · head, token, dim]`, or Hiera's
+    `[batch, head, window, token, dim]`."""
+    if x.ndim == 3:
+        return x.unflatten(0, (-1, heads))
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
-    def join(self, x: Tensor, like: Tensor) -> Tensor:
-        """Back from `[batch, head, token, dim]` to the layout of `like`."""
-        if self.kind == "windows":
-            return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
-        return x.reshape(like.shape)
+
+def _split_mask(mask: Tensor, query: Tensor, heads: int) -> Tensor:
+    if query.ndim == 3 and mask.ndim == 3:
+        return mask.unflatten(0, (-1, heads)) if mask.shape[0] > 1 else mask[None]
+    if query.ndim == 4 or mask.ndim == 2:
+        return mask
+    raise MeasurementError("a mask over windows or merged heads is not understood")
+
+
+def _joined(x: Tensor, like: Tensor) -> Tensor:
+    """Back from `[batch, head, token, dim]` to the layout of `like`."""
+    if like.ndim == 5:
+        return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+    return x.reshape(like.shape)

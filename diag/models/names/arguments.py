@@ -59,10 +59,9 @@ def merged(named: Mapping[str, Any], common: Mapping[str, Any], given: str) -> d
     """Arguments of one name and those for all models. Raises UserError where they disagree."""
     for key in named:
         if key in common and common[key] != named[key]:
-            flag = "--checkpoint" if key == CHECKPOINT else f"--model-arg {key}="
-            between = " " if key == CHECKPOINT else ""
+            flag = "--checkpoint " if key == CHECKPOINT else f"--model-arg {key}="
             raise UserError(
-                f"'{given}' and {flag}{between}{as_text(common[key])} disagree",
+                f"'{given}' and {flag}{as_text(common[key])} disagree",
                 f"give {key} in one place: in each name, or once for all models",
             )
     return {**common, **named}

@@ -13,18 +13,10 @@ from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.families import FAMILIES, all_families, family_of
-from diag.models.family import LIST_TIP, Family, Listed
+from diag.models.family import LIST_TIP, Listed
 from diag.models.names.aliases import aliases
 from diag.models.names.arguments import merged, read, split
-from diag.models.names.spec import (
-    CHECKPOINT,
-    HUB,
-    SCHEMAS,
-    ModelSpec,
-    folder_named,
-    looks_like_path,
-    written,
-)
+from diag.models.names.spec import CHECKPOINT, HUB, SCHEMAS, ModelSpec, folder_named, looks_like_path, written
 
 
 def parse(
@@ -85,7 +77,10 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
     registry that contains all its words.
     """
     always = [family for family in all_families() if family.always_listed]
-    rows = [_short_row(name, entry) for name, entry in aliases().items()]
+    rows = []
+    for name, entry in aliases().items():
+        full = entry["model"] + written(entry.get("model_args", {}))
+        rows.append(Listed(name, full, entry["tokens"], entry["licence"], entry.get("note", "")))
     rows += [family.row(name) for family in always for name in family.names()]
     if query:
         words = query.lower().split()
@@ -99,11 +94,6 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
                 names = (name for name in family.names() if matches(f"{family.prefix}:{name}"))
                 rows += [family.row(name) for name in names]
     return [asdict(row) for row in rows]
-
-
-def _short_row(name: str, entry: Mapping[str, Any]) -> Listed:
-    resolves_to = entry["model"] + written(entry.get("model_args", {}))
-    return Listed(name, resolves_to, entry["tokens"], entry["licence"], entry.get("note", ""))
 
 
 def _split_family(given: str) -> tuple[str | None, str]:
@@ -147,7 +137,10 @@ def _candidates(asked: ModelSpec) -> list[ModelSpec]:
     families.sort(key=lambda family: family.fallback)
     folder = folder_named(given)
     if folder:
-        found.append(_of_folder(asked, folder, families))
+        told = ((family.prefix, family.in_folder(folder, given)) for family in families)
+        # the last family knows every folder, or says what it lacks
+        prefix, name = next((prefix, name) for prefix, name in told if name is not None)
+        found.append(replace(asked, family=prefix, name=name))
     elif looks_like_path(given):
         raise UserError(
             f"folder '{given}' does not exist", "-m takes a folder with config.json, or a model's name"
@@ -181,12 +174,3 @@ def _of_alias(spec: ModelSpec, entry: Mapping[str, Any]) -> ModelSpec:
         arguments = {**entry.get("model_args", {}), **spec.model_args}
         full = replace(full, model_args=arguments, note=entry.get("note"))
     return family_of(prefix).named(full)
-
-
-def _of_folder(asked: ModelSpec, folder: Path, families: Sequence[Family]) -> ModelSpec:
-    """The first family that knows the folder; the last one knows every folder, or says what it lacks."""
-    for family in families:
-        name = family.in_folder(folder, asked.given)
-        if name is not None:
-            return replace(asked, family=family.prefix, name=name)
-    raise unknown(asked.given)

@@ -7,8 +7,8 @@ Resolving a series gives names, nothing is loaded; `attnbias probe --series NAME
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from diag.errors import UserError, did_you_mean, one_of
 FILE = Path(__file__).parent / "series.toml"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Series:
     """One series.
 
@@ -27,8 +27,8 @@ class Series:
     """
 
     name: str
-    members: tuple[str, ...]
-    tokens: tuple[int, ...]
+    members: Sequence[str]
+    tokens: Sequence[int] = ()
     constant: str
     varies: str
     control: str
@@ -56,11 +56,6 @@ def members(name: str) -> list[str]:
     return list(find(name).members)
 
 
-def control(name: str) -> str:
-    """What is controlled in a series and what is not. Raises UserError as `find` does."""
-    return find(name).control
-
-
 def listing(query: str | None = None) -> list[dict[str, Any]]:
     """Rows `name, members, tokens, constant, varies, control` of all series, or of those that match.
 
@@ -71,58 +66,31 @@ def listing(query: str | None = None) -> list[dict[str, Any]]:
     def matches(series: Series) -> bool:
         return any(all(word in name.lower() for word in words) for name in (series.name, *series.members))
 
-    return [
-        {
-            "name": series.name,
-            "members": list(series.members),
-            "tokens": list(series.tokens),
-            "constant": series.constant,
-            "varies": series.varies,
-            "control": series.control,
-        }
-        for series in _all().values()
-        if matches(series)
-    ]
+    return [asdict(series) for series in _all().values() if matches(series)]
 
 
 @cache
 def _all() -> dict[str, Series]:
     tables = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    found = [
-        Series(
-            name,
-            tuple(entry["members"]),
-            tuple(entry.get("tokens", ())),
-            entry["constant"],
-            entry["varies"],
-            entry["control"],
-        )
-        for name, entry in tables["series"].items()
-    ]
-    found += [
-        Series(
-            name.replace("{}", size),
-            tuple(entry["member"].replace("{}", size).replace("#", str(step)) for step in _steps(entry)),
-            (),
-            entry["constant"].replace("{}", size),
-            entry["varies"],
-            entry["control"],
-        )
-        for name, entry in tables["rules"].items()
-        for size in entry["sizes"]
-    ]
-    return {series.name: series for series in found}
+    found = {name: Series(name=name, **entry) for name, entry in tables["series"].items()}
+    for rule, entry in tables["rules"].items():
+        for size in entry["sizes"]:
+            name, member, constant = (
+                text.replace("{}", size) for text in (rule, entry["member"], entry["constant"])
+            )
+            found[name] = Series(
+                name=name,
+                members=[member.replace("#", str(step)) for step in _steps(entry)],
+                constant=constant,
+                varies=entry["varies"],
+                control=entry["control"],
+            )
+    return found
 
 
 def _steps(entry: Mapping[str, Any]) -> Sequence[int]:
     """Training steps as listed, or 0, 1, 2, 4 … and then in equal distances."""
-    return entry["steps"] if "steps" in entry else tuple(_doubling_then_even(entry))
-
-
-def _doubling_then_even(entry: Mapping[str, Any]) -> Iterator[int]:
-    yield 0
-    step = 1
-    while step <= entry["doubling_to"]:
-        yield step
-        step *= 2
-    yield from range(entry["then_every"], entry["until"] + 1, entry["then_every"])
+    if "steps" in entry:
+        return entry["steps"]
+    doubling = [2**power for power in range(entry["doubling_to"].bit_length())]
+    return [0, *doubling, *range(entry["then_every"], entry["until"] + 1, entry["then_every"])]

@@ -21,7 +21,7 @@ from diag.measure.loop import capture
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
 from diag.models.hooks.seam import Layer
-from diag.models.names.resolve import ModelSpec
+from diag.models.names.spec import ModelSpec
 from diag.results.files import file_stem
 from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent

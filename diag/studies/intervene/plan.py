@@ -37,7 +37,7 @@ class IntervenePlan(ProbePlan):
 
     def edits(self) -> list[Edit]:
         """The interventions, each with its matched control behind it where it is a projection."""
-        found = [replace(parse(text), seed=self.seed) for text in self.interventions]
+        found = [parse(text) for text in self.interventions]
         controls = [
             replace(edit, name="random_direction", text=f"random_direction={edit.strength}")
             for edit in found

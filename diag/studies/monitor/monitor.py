@@ -32,7 +32,7 @@ from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.registry import metric_names
 from diag.metrics.stream import STREAM_METRICS
-from diag.models.base import Batch, Sample, Tower
+from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.families.from_module import TOWER
 from diag.models.hooks.blocks import find_blocks
 from diag.models.hooks.seam import Layer, OnCall, attention_calls, discover
@@ -41,7 +41,6 @@ from diag.studies.monitor.training_pass import (
     Given,
     InputRecorder,
     Precision,
-    device_of,
     fixed,
     precision,
     untouched,
@@ -153,7 +152,7 @@ class Monitor:
         given = self._fixed or self._ear.heard
         if given is None:
             raise self._unheard()
-        device = device_of(self.module)
+        device = device_of_module(self.module)
         given = replace(given.on(device), precision=given.precision or Precision.now(device))
         needed = dict.fromkeys(part for name in self.metrics for part in RATIOS.get(name, (name,)))
         with untouched(self.module):
@@ -254,7 +253,7 @@ class Monitor:
 
 def _run(module: nn.Module, given: Given) -> Any:
     """One forward pass, not in inference mode: what a module keeps from that cannot be used in training."""
-    device = device_of(module)
+    device = device_of_module(module)
     autocast = given.precision or Precision.now(device)
     with torch.inference_mode(False), torch.no_grad(), precision(device, autocast):
         return given.call(module)

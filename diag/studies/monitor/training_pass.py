@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
+from diag.models.base import device_of_module
 
 WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -119,7 +120,7 @@ class InputRecorder:
             return part.detach().clone()
 
         with torch.no_grad():
-            autocast = Precision.now(device_of(module))
+            autocast = Precision.now(device_of_module(module))
             self.heard = Given(_each(positional, cut), _each(named, cut), rows, autocast)
 
 
@@ -141,11 +142,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter is; the CPU for one without parameters."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, nothing compiled; on the way out, also after an exception, everything is as it was.
@@ -160,7 +156,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     buffers = [(each, name, buffer) for each in modules for name, buffer in each._buffers.items()]
     copies = {id(buffer): buffer.clone() for *_, buffer in buffers if buffer is not None}
     numbers, draws = random.getstate(), np.random.get_state()
-    device = device_of(module)
+    device = device_of_module(module)
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),

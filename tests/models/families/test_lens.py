@@ -15,7 +15,8 @@ from diag.errors import MeasurementError, UserError
 from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Tower
-from diag.models.names.resolve import ModelSpec, parse
+from diag.models.names.resolve import parse
+from diag.models.names.spec import ModelSpec
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 Folders = Callable[[str], Path]

@@ -15,7 +15,8 @@ from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Model
-from diag.models.names.resolve import ModelSpec, parse
+from diag.models.names.resolve import parse
+from diag.models.names.spec import ModelSpec
 from diag.models.weights import digest
 
 CPU = {"device": "cpu", "dtype": torch.float32}

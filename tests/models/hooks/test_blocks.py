@@ -270,7 +270,7 @@ def test_the_updates_add_up_to_what_the_block_returns(name: str) -> None:
         assert first.norm() > 1e-3 * s.before.norm(), "an update of nothing would prove nothing"
         assert second.norm() > 1e-3 * s.before.norm()
         if given.arrangement == "post-norm":
-            assert block.norms is not None
+            assert len(block.norms) == 2
             middle = block.norms[0](s.before + first)
             after = block.norms[1](middle + second)
         elif given.arrangement == "parallel":

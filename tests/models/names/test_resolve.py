@@ -11,7 +11,8 @@ import pytest
 
 from diag.errors import UserError
 from diag.models.names.arguments import read
-from diag.models.names.resolve import ModelSpec, listing, parse
+from diag.models.names.resolve import listing, parse
+from diag.models.names.spec import ModelSpec
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Tower
 from diag.models.names.resolve import parse
-from diag.models.names.series import Series, control, find, listing, members, names
+from diag.models.names.series import Series, find, listing, members, names
 
 Attnbias = Callable[..., Ended]
 
@@ -92,7 +92,7 @@ def test_an_unknown_series_has_near_names() -> None:
         members("augreg-x")
     assert "'augreg-" in (error.value.tip or "")
     with pytest.raises(UserError) as error:
-        control("qqqqqq")
+        find("qqqqqq")
     assert "series are 'demo', 'augreg-s'" in (error.value.tip or "")
 
 

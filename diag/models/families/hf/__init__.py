@@ -33,10 +33,6 @@ def folder_or_repository(spec: ModelSpec) -> ModelSpec:
     return spec
 
 
-def _claims(spec: ModelSpec) -> bool:
-    return _HUB_NAME.fullmatch(spec.name) is not None
-
-
 def _in_folder(folder: Path, given: str) -> str:
     """Any folder with a config. Raises UserError for one without, or whose config is not JSON."""
     file = folder / "config.json"
@@ -58,7 +54,7 @@ FAMILY = Family(
     "hf",
     load=loaded_by("diag.models.families.hf.load"),
     named=folder_or_repository,
-    claims=_claims,
+    claims=lambda spec: _HUB_NAME.fullmatch(spec.name) is not None,
     in_folder=_in_folder,
     fallback=True,
     form="ORG/NAME",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from diag.errors import UserError
@@ -37,8 +36,3 @@ def refuse_offloaded(module: nn.Module, source: str) -> None:
             f"{sum(parameter.nbytes for parameter in parameters) / 1e9:.1f} GB would stay on disk",
             "use more GPUs, or --dtype bfloat16; --device cpu is slow and needs memory only",
         )
-
-
-def entrance(module: nn.Module) -> torch.device:
-    """The device of a model's first layer, where its inputs belong."""
-    return next(module.parameters()).device

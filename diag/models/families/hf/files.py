@@ -11,34 +11,17 @@ from typing import Any
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from diag.errors import UserError
 from diag.models.families.hf.vlm import PROMPT, image_token
-from diag.models.loading import (
-    first_line,
-    hub,
-    quiet,
-    unknown_argument,
-)
+from diag.models.loading import first_line, hub, quiet, unknown_argument
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, PATCH
 
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
 
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextmanager
@@ -83,16 +66,22 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
         raise UserError(f"{file} of '{spec.name}' cannot be read: {first_line(error)}", tip) from error
 
 
+def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
+    """What one of transformers' automatic classes makes of the files beside the weights."""
+    with reading(spec, file, tip=tip):
+        return kind.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+
+
 def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
     """The model's config with the arguments applied and the cache of generation switched off.
 
     `img_size` is left to the image processor and the forward pass of a model with a vision tower, `prompt`
     to the language tower of a vision-language model.
     """
-    with reading(spec, "config.json", tip="save the model again with model.save_pretrained(FOLDER)"):
-        config = transformers.AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+    tip = "save the model again with model.save_pretrained(FOLDER)"
+    config: transformers.PretrainedConfig = _beside(spec, transformers.AutoConfig, "config.json", tip)
     sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
     asked = {IMAGE: sees, PROMPT: image_token(config) is not None}
     for key, value in spec.model_args.items():
@@ -122,10 +111,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     tip = "save it there with tokenizer.save_pretrained(FOLDER)"
     if not Path(spec.name).is_dir():
         tip = f"where there is a network: hf download {spec.name} {FILES}"
-    with reading(spec, "tokenizer.json", tip=tip):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+    tokenizer = _beside(spec, transformers.AutoTokenizer, "tokenizer.json", tip)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"'{spec.name}' has no tokenizer", tip)
     return tokenizer
@@ -148,16 +134,10 @@ def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
 def load_image_processor(spec: ModelSpec) -> Any:
     """The image processor that lies beside the weights. Raises UserError if there is none."""
     tip = "save it there with image_processor.save_pretrained(FOLDER)"
-    with reading(spec, "preprocessor_config.json", tip=tip):
-        return transformers.AutoImageProcessor.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+    return _beside(spec, transformers.AutoImageProcessor, "preprocessor_config.json", tip)
 
 
 def load_processor(spec: ModelSpec) -> Any:
     """What makes one input of an image and a prompt. Raises UserError if there is none."""
     tip = "save it there with processor.save_pretrained(FOLDER)"
-    with reading(spec, "processor_config.json", tip=tip):
-        return transformers.AutoProcessor.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+    return _beside(spec, transformers.AutoProcessor, "processor_config.json", tip)

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from diag.errors import UserError
+from diag.models.base import device_of_module
 from diag.models.families.hf.files import reading
 from diag.models.loading import ready
 from diag.models.names.spec import ModelSpec
@@ -20,9 +21,7 @@ SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """Configuration of models that change logits after the projection."""
 
 
-def load_language_head(
-    spec: ModelSpec, module: Any, *, device: str | torch.device, dtype: torch.dtype
-) -> nn.Module:
+def load_language_head(spec: ModelSpec, module: Any, *, dtype: torch.dtype) -> nn.Module:
     """States `[batch, token, dim]` → logits `[batch, token, vocabulary]`.
 
     module: the model without its head, loaded from the same spec.
@@ -55,4 +54,4 @@ def load_language_head(
             f"'{spec.base}' has no language head: its next-token loss cannot be computed",
             "give the folder of the whole language model",
         )
-    return ready(head, spec.resolved, device=device, dtype=dtype)
+    return ready(head, spec.resolved, device=device_of_module(module), dtype=dtype)

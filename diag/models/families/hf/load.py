@@ -8,21 +8,19 @@ processor give that size, and the model interpolate its position embeddings if i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-)
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from diag.errors import UserError
-from diag.models.base import Model, Tower
-from diag.models.families.hf.device_map import entrance, placement, refuse_offloaded
+from diag.models.base import Model, Tower, device_of_module
+from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
     commit_of,
     eager_refusal,
@@ -34,16 +32,17 @@ from diag.models.families.hf.files import (
     reading,
 )
 from diag.models.families.hf.head import load_language_head
-from diag.models.families.hf.variants import restore_variants
 from diag.models.families.hf.vision import packed_tower, vision_tower
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
 from diag.models.feeding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
-from diag.models.loading import layers_of, ready
+from diag.models.hooks.seam import Layer
+from diag.models.loading import build_towers, layers_of, ready
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
-from diag.variants import described
+from diag.models.weights import fit, read_checkpoint, up_to_three
+from diag.variants import METADATA, described, restore
 from diag.variants.in_transformers import HF_NAME
 
 VISION_PARTS = ("vision_model", "visual", "vision_tower")
@@ -72,28 +71,14 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     refuse_offloaded(module, spec.resolved)
     # not the format: rotary frequencies, and what a model keeps in float32, would be rounded with the rest
     ready(module, spec.resolved, device=None if spread else device, dtype=None)
-    towers: dict[str, Tower] = {}
-    notes = [spec.note] if spec.note else []
-    refusals = []
-    for kind, build in _builders(spec, module, notes, dtype=dtype).items():
-        try:
-            towers[kind] = build()
-        except UserError as refusal:
-            if kind == "vision" and IMAGE in spec.model_args:
-                raise  # the size was asked for by name
-            refusals.append(refusal)
-            notes.append(f"no {kind} tower: {refusal}")
-    if not towers:
-        raise refusals[0]
+    notes: list[str] = []
+    sized = "vision" if IMAGE in spec.model_args else None  # the size was asked for by name
+    towers = build_towers(_builders(spec, module, notes, dtype=dtype), notes, needed=sized)
     notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
     scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
-    classes = partial(_zero_shot, spec, module) if scores else None
+    classes = (lambda names: zero_shot(module, load_tokenizer(spec), names)) if scores else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
-
-
-def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
-    return zero_shot(module, load_tokenizer(spec), names)
 
 
 # --- loading
@@ -136,11 +121,29 @@ def _load_module(
         )
     missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
     if missing:
-        names = ", ".join(f"'{name}'" for name in missing[:3])
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"the weights of '{spec.name}' lack {names}{more}: they would be random", tip)
-    restore_variants(module, Path(spec.name))
+        names = up_to_three([f"'{name}'" for name in missing])
+        raise UserError(f"the weights of '{spec.name}' lack {names}: they would be random", tip)
+    _restore_variants(module, Path(spec.name))
     return module
+
+
+def _restore_variants(module: Any, folder: Path) -> None:
+    """Makes a model that was loaded from a folder what it was when it was saved.
+
+    Its config says which module's attention was changed in training; transformers itself loads the unchanged
+    model, and leaves out what a change has learned.
+    Raises UserError where weights of a change are missing.
+    """
+    kinds, file = getattr(module.config, METADATA, None), folder / "model.safetensors"
+    if not kinds:
+        return
+    prefix = f"{module.base_model_prefix}."  # the folder may hold the model with its head
+    restore(module, {path.removeprefix(prefix): kind for path, kind in kinds.items()})
+    stored = {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(file).items()}
+    for path in kinds:
+        within = f"{path.removeprefix(prefix)}.change."
+        own = {name.removeprefix(within): t for name, t in stored.items() if name.startswith(within)}
+        fit(module.get_submodule(within[:-1]), own, f"'{file}'")
 
 
 # --- towers
@@ -154,20 +157,25 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
     builders: dict[str, Build] = {}
 
     def see(part: Any, prefix: str) -> Tower:
-        packed = hasattr(part.config, "spatial_merge_size")
-        build = packed_tower if packed else vision_tower
         processor = load_image_processor(spec)
-        return build(spec, part, prefix, processor, notes, device=entrance(part), dtype=dtype)
+        if hasattr(part.config, "spatial_merge_size"):
+            return packed_tower(spec, part, prefix, processor, dtype)
+        return vision_tower(spec, part, prefix, processor, notes, dtype)
+
+    def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
+        tokenizer = load_tokenizer(spec)
+        layers = layers_of(part, spec.resolved, "text", prefix=prefix)
+        return text_tower(part, tokenizer, layers, causal=causal, head=head)
 
     if vision:
         builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
     if text:
         inner = getattr(module, text)
         causal = text == "language_model" or is_causal(inner.config)
-        builders["text"] = lambda: text_tower(spec, inner, f"{text}.", causal=causal)
+        builders["text"] = lambda: read(inner, f"{text}.", causal)
     if vision and text and (token := image_token(config)) is not None:
         builders["language"] = lambda: language_tower(
-            spec, module, f"{text}.", load_processor(spec), token, device=entrance(module), dtype=dtype
+            spec, module, f"{text}.", load_processor(spec), token, dtype
         )
     if builders:
         return builders
@@ -177,9 +185,8 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
         encoder = module.get_encoder() if config.is_encoder_decoder else module
         prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
         causal = is_causal(config)
-        device = entrance(module)
-        head = partial(load_language_head, spec, module, device=device, dtype=dtype) if causal else None
-        return {"text": lambda: text_tower(spec, encoder, prefix, causal=causal, head=head)}
+        head = partial(load_language_head, spec, module, dtype=dtype) if causal else None
+        return {"text": lambda: read(encoder, prefix, causal, head)}
     raise UserError(
         f"'{spec.resolved}' takes '{module.main_input_name}', neither images nor text",
         "attnbias measures text and vision models",
@@ -187,26 +194,32 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
 
 
 def text_tower(
-    spec: ModelSpec,
     module: nn.Module,
-    prefix: str,
+    tokenizer: Any,
+    layers: tuple[Layer, ...],
     *,
     causal: bool,
+    window: int | None = None,
     head: Callable[[], nn.Module] | None = None,
 ) -> Tower:
     """The tower of a text stack: windows of its tokenizer's tokens.
 
     A causal model gets bare text (a BOS in front would be the same sink in every window); one that
     reads both ways, and the text tower of a contrastive model, get their special tokens.
+    window: the most tokens, where that is less than the model takes.
     """
-    tokenizer = load_tokenizer(spec)
     before, after = ([], []) if causal else frame(tokenizer)
-    context = context_of(module, tokenizer)
+    limits = (_context_of(module, tokenizer), window)
+    context = min((limit for limit in limits if limit), default=None)
+
+    def tokens_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
     return Tower(
         name="text",
-        layers=layers_of(module, spec.resolved, "text", prefix=prefix),
-        samples=text_samples(tokens_of(tokenizer), context=context, before=before, after=after),
-        encode=text_encoder(entrance(module)),
+        layers=layers,
+        samples=text_samples(tokens_of, context=context, before=before, after=after),
+        encode=text_encoder(device_of_module(module)),
         forward=lambda batch: module(input_ids=batch.data),
         decode=tokenizer.decode,
         token_text=token_text(tokenizer),
@@ -215,12 +228,7 @@ def text_tower(
     )
 
 
-def tokens_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text -> token ids without special tokens, and without a warning about its length."""
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def context_of(module: nn.Module, tokenizer: Any) -> int | None:
+def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
     """The most tokens that a text model takes; None for no limit.
 
     Models that count positions from behind the padding index (RoBERTa) lose that many of them.

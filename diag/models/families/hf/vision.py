@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.models.base import Batch, Sample, Tower
+from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.feeding import image_encoder, image_preparation, image_samples, preparation
 from diag.models.loading import layers_of
 from diag.models.names.spec import ModelSpec
-from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, refuse_remainder, requested, sides
+from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, plain, refuse_remainder, sides, square
 
 CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "distillation_token")
 LEARNED_POSITIONS = ("position_embedding", "pos_embed", "relative_position_bias")
@@ -29,20 +29,13 @@ FLAG = "interpolate_pos_encoding"
 
 
 def vision_tower(
-    spec: ModelSpec,
-    module: Any,
-    prefix: str,
-    processor: Any,
-    notes: list[str],
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
+    spec: ModelSpec, module: Any, prefix: str, processor: Any, notes: list[str], dtype: torch.dtype
 ) -> Tower:
     """The tower of a vision transformer; what was done to its sizes is added to `notes`.
 
     Raises UserError for an image size that the processor or the model does not take.
     """
-    size = _size_asked_for(spec)
+    size = square(spec.model_args, spec.base)
     sizes = {} if size is None else _sizes_of_processor(processor, size, spec)
 
     def transform(image: Image.Image) -> Tensor:
@@ -59,28 +52,19 @@ def vision_tower(
         layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
         samples=image_samples,
         prepare=prepare,
-        encode=image_encoder(prepare, device),
+        encode=image_encoder(prepare, device_of_module(module)),
         forward=lambda batch: module(pixel_values=batch.data, **flags),
         prefix=_prefix(module),
         facts={
             "patch_size": getattr(module.config, "patch_size", None),
-            "image_size": height if height == width else (height, width),
+            "image_size": plain((height, width)),
             **fit_to.facts,
             "preprocessing": _preprocessing(processor, sizes),
         },
     )
 
 
-def packed_tower(
-    spec: ModelSpec,
-    module: Any,
-    prefix: str,
-    processor: Any,
-    notes: list[str],
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> Tower:
+def packed_tower(spec: ModelSpec, module: Any, prefix: str, processor: Any, dtype: torch.dtype) -> Tower:
     """Qwen-VL's vision tower: patches of one image as one sequence, in the order of its windows.
 
     Several images in one forward would share a sequence, so a batch holds one.
@@ -93,7 +77,7 @@ def packed_tower(
         packed = processor(images=image, return_tensors="pt")
         return packed["pixel_values"].to(dtype), packed["image_grid_thw"]  # [patch, pixels of a patch]
 
-    prepare = preparation(pack)
+    prepare, device = preparation(pack), device_of_module(module)
 
     def encode(samples: Sequence[Sample]) -> Batch:
         (sample,) = samples
@@ -120,15 +104,6 @@ def packed_tower(
 
 
 # --- sizes
-
-
-def _size_asked_for(spec: ModelSpec) -> int | None:
-    size = requested(spec.model_args, IMAGE, spec.base)
-    if size is None:
-        return None
-    if size[0] != size[1]:
-        raise UserError(f"'{spec.base}' takes square images", f"give one number: {IMAGE}={size[0]}")
-    return size[0]
 
 
 def _sizes_of_processor(processor: Any, size: int, spec: ModelSpec) -> dict[str, dict[str, int]]:
@@ -161,9 +136,10 @@ def _fit(spec: ModelSpec, module: Any, image: tuple[int, int]) -> tuple[Fitted, 
     if before == now or not learned:
         return NATIVE, {}
     done = fitted(str(module.config.model_type), image, positions=(before, now))
-    if FLAG in inspect.signature(module.forward).parameters:
-        return (done, {FLAG: True}) if asked else (NATIVE, {})
-    if any(hasattr(part, FLAG) for part in module.modules()):  # such as DINOv2: always interpolated
+    flagged = FLAG in inspect.signature(module.forward).parameters
+    if flagged and asked:
+        return done, {FLAG: True}
+    if not flagged and any(hasattr(part, FLAG) for part in module.modules()):  # DINOv2: always interpolated
         return done, {}
     if asked:
         raise _refusal(spec, "its position embeddings are of one size")
@@ -181,7 +157,7 @@ def _prefix(module: nn.Module) -> tuple[str, ...]:
 
 
 def _preprocessing(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
+    def told(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: side for key, side in value.items() if side is not None}
         return list(value) if isinstance(value, list | tuple) else value
@@ -189,9 +165,9 @@ def _preprocessing(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     settings = {**processor.to_dict(), **sizes}
     resample = settings.get("resample")
     return {
-        "size": plain(settings.get("size")),
-        "crop": plain(settings.get("crop_size")) if settings.get("do_center_crop") else None,
+        "size": told(settings.get("size")),
+        "crop": told(settings.get("crop_size")) if settings.get("do_center_crop") else None,
         "interpolation": None if resample is None else Image.Resampling(resample).name.lower(),
-        "mean": plain(settings.get("image_mean")) if settings.get("do_normalize") else None,
-        "std": plain(settings.get("image_std")) if settings.get("do_normalize") else None,
+        "mean": told(settings.get("image_mean")) if settings.get("do_normalize") else None,
+        "std": told(settings.get("image_std")) if settings.get("do_normalize") else None,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diag.errors import UserError
 from diag.inputs.images import rgb
-from diag.models.base import Batch, Sample, Tower
+from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.feeding import image_samples, vocabulary_digest
 from diag.models.loading import layers_of
 from diag.models.names.spec import ModelSpec
@@ -34,14 +34,7 @@ def image_token(config: Any) -> int | None:
 
 
 def language_tower(
-    spec: ModelSpec,
-    module: Any,
-    prefix: str,
-    processor: Any,
-    token: int,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
+    spec: ModelSpec, module: Any, prefix: str, processor: Any, token: int, dtype: torch.dtype
 ) -> Tower:
     """The tower of the language model below `prefix`, which reads image and prompt.
 
@@ -56,7 +49,7 @@ def language_tower(
         )
     asked = str(spec.model_args.get(PROMPT, DEFAULT_PROMPT))
     text, templated = _written(processor, asked)
-    tokenizer = processor.tokenizer
+    tokenizer, device = processor.tokenizer, device_of_module(module)
     # a template that writes the first special token itself would have it twice
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 

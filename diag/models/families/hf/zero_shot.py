@@ -29,10 +29,7 @@ def is_contrastive(module: Any) -> bool:
 
 
 def zero_shot(
-    module: Any,
-    tokenizer: Any,
-    names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    module: Any, tokenizer: Any, names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Callable[[Float[Tensor, "batch dim"]], Float[Tensor, "batch class"]]:
     """What turns the vision tower's pooled states into class logits, with the model's own temperature.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -67,10 +67,6 @@ def _named(spec: ModelSpec) -> ModelSpec:
     return replace(spec, name=f"{architecture}/{tag.strip()}" if tag and spec.published else architecture)
 
 
-def _names() -> Sequence[str]:
-    return list(open_clip_configs())
-
-
 def _row(name: str) -> Listed:
     """What a config says about its architecture."""
     vision: Mapping[str, Any] = json.loads(open_clip_configs()[name].read_text())["vision_cfg"]
@@ -85,9 +81,9 @@ FAMILY = Family(
     claims=_claims,
     in_folder=_in_folder,
     form="ARCHITECTURE/WEIGHTS",
-    names=_names,
+    names=lambda: list(open_clip_configs()),
     row=_row,
-    architecture=lambda name: name.split("/")[0].split(".")[0],
+    architecture=lambda name: re.split("[./]", name)[0],
     folders=True,
     hub=True,
     tagged=True,

@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.models.base import Model, Tower
+from diag.models.base import Model, Tower, device_of_module
 from diag.models.families.open_clip import OWN_CONFIGS
 from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
 from diag.models.feeding import (
@@ -31,9 +31,9 @@ from diag.models.feeding import (
     text_samples,
     token_text,
 )
-from diag.models.loading import constructing, hub, layers_of, quiet, ready
+from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import SCHEMAS, ModelSpec
-from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested
+from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, plain, refuse_remainder, requested
 from diag.models.weights import fit, read_checkpoint, read_variants
 from diag.variants import described, restore
 
@@ -50,7 +50,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     for config in OWN_CONFIGS.glob("*.json"):
         if open_clip.get_model_config(config.stem) is None:
             open_clip.add_model_config(config)
-    notes = [spec.note] if spec.note else []
+    notes: list[str] = []
     image = _image_size(spec)
     native = None if image is None else _native(spec, image)
     module = _create(spec, notes, image)
@@ -67,25 +67,15 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
     builders: dict[str, Callable[[], Tower]] = {
-        "vision": lambda: _vision(spec, module, fit_to, device=device, dtype=dtype),
-        "text": lambda: _text(spec, module, device=device),
+        "vision": lambda: _vision(spec, module, fit_to, dtype),
+        "text": lambda: _text(spec, module),
     }
-    towers, refusals = {}, []
-    for kind, build in builders.items():
-        try:
-            towers[kind] = build()
-        except UserError as refusal:
-            refusals.append(refusal)
-            notes.append(f"no {kind} tower: {refusal}")
-    if not towers:
-        raise refusals[0]
-    zero_shot = partial(_zero_shot, spec, module, device) if {"vision", "text"} <= set(towers) else None
+    towers = build_towers(builders, notes)
+    zero_shot = partial(_zero_shot, spec, module) if {"vision", "text"} <= set(towers) else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), zero_shot=zero_shot)
 
 
-def _zero_shot(
-    spec: ModelSpec, module: Any, device: str | torch.device, names: Sequence[str]
-) -> Callable[[Tensor], Tensor]:
+def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
     """Image embeddings → similarities to class names, in open_clip's seven simple templates."""
     with torch.inference_mode():
         classes = open_clip.build_zero_shot_classifier(
@@ -93,14 +83,12 @@ def _zero_shot(
             open_clip.get_tokenizer(_hub_form(spec)),
             [name.replace("_", " ") for name in names],
             open_clip.SIMPLE_IMAGENET_TEMPLATES,
-            device=device,
+            device=device_of_module(module),
         )  # [dim, class]
     return lambda embedding: 100 * torch.nn.functional.normalize(embedding, dim=-1) @ classes
 
 
-def _vision(
-    spec: ModelSpec, module: Any, fit_to: Fitted, *, device: str | torch.device, dtype: torch.dtype
-) -> Tower:
+def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) -> Tower:
     visual = module.visual
     trunk = getattr(visual, "trunk", None)
     settings = PreprocessCfg(**visual.preprocess_cfg)
@@ -112,13 +100,13 @@ def _vision(
         layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
         samples=image_samples,
         prepare=prepare,
-        encode=image_encoder(prepare, device),
+        encode=image_encoder(prepare, device_of_module(module)),
         forward=lambda batch: module.encode_image(batch.data),
         prefix=(("cls",) if trunk is None else prefix_of(trunk)),
         ending="embedding",
         facts={
             "patch_size": patch_size[0] if isinstance(patch_size, tuple) else patch_size,
-            "image_size": size if isinstance(size, int) else size[0] if size[0] == size[1] else tuple(size),
+            "image_size": size if isinstance(size, int) else plain(size),
             **fit_to.facts,
             "preprocessing": {
                 "size": size,
@@ -131,8 +119,9 @@ def _vision(
     )
 
 
-def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
+def _text(spec: ModelSpec, module: Any) -> Tower:
     separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
+    holder = module if separate is None else separate
     root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
     with quiet(), hub(spec.resolved, "tokenizer.json"):
         tokenizer = open_clip.get_tokenizer(_hub_form(spec))
@@ -145,16 +134,14 @@ def _text(spec: ModelSpec, module: Any, *, device: str | torch.device) -> Tower:
         def tokenise(text: str) -> list[int]:
             return inner(tokenizer.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
 
-    context = getattr(
-        separate if separate is not None else module, "context_length", tokenizer.context_length
-    )
+    context = getattr(holder, "context_length", tokenizer.context_length)
     fixed = separate is None or getattr(separate, "attn_mask", None) is not None
     return Tower(
         name="text",
         layers=layers_of(root, spec.resolved, "text", prefix=prefix),
         # a causal mask or a plain CLIP's position embeddings are added whole, whatever the length of the text
         samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
-        encode=text_encoder(device),
+        encode=text_encoder(device_of_module(module)),
         forward=lambda batch: module.encode_text(batch.data),
         token_text=token_text(tokenizer if inner is None else inner),
         ending="embedding",
@@ -230,7 +217,7 @@ def _create(
 ) -> nn.Module:
     arguments = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, FORCED)}
     if image is not None:
-        arguments[FORCED] = image[0] if image[0] == image[1] else image
+        arguments[FORCED] = plain(image)
     architecture, _, tag = spec.name.partition("/")
     repository, file = spec.name, "open_clip_config.json"
     published = spec.published
@@ -239,9 +226,8 @@ def _create(
         repository = spec.name.partition(":")[2]
     elif published:
         weights = _published(spec, architecture, tag)
-        repository, _, file = weights["hf_hub"].strip("/").partition("/")
-        organisation, (repository, _, file) = repository, file.partition("/")
-        repository, file = f"{organisation}/{repository}", file or "open_clip_model.safetensors"
+        organisation, name, *path = weights["hf_hub"].strip("/").split("/")
+        repository, file = f"{organisation}/{name}", "/".join(path) or "open_clip_model.safetensors"
         config = open_clip.get_model_config(architecture) or {}
         if weights.get("quick_gelu") and not config.get("quick_gelu"):
             arguments["force_quick_gelu"] = True

@@ -37,15 +37,6 @@ def _row(name: str) -> Listed:
     return Listed(name, f"timm:{name}", tokens, (config.license if config else "") or "")
 
 
-def _architecture(name: str) -> str:
-    """A name without its weights.
-
-    >>> _architecture("vit_base_patch16_224.augreg_in21k")
-    'vit_base_patch16_224'
-    """
-    return name.split("/")[0].split(".")[0]
-
-
 def _claims(spec: ModelSpec) -> bool:
     if not _NAME.fullmatch(spec.name):
         return False
@@ -118,7 +109,7 @@ FAMILY = Family(
     form="NAME",
     names=pretrained,
     row=_row,
-    architecture=_architecture,
+    architecture=lambda name: re.split("[./]", name)[0],
     folders=True,
     hub=True,
     packages=("timm",),

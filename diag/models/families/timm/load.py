@@ -6,7 +6,7 @@ published weights while it loads them; `resampled` does the same, with timm's fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from diag.errors import UserError
 from diag.models.base import Model, Tower
 from diag.models.feeding import image_encoder, image_preparation, image_samples
 from diag.models.loading import constructing, hub, layers_of, quiet, ready
-from diag.models.names.spec import HUB, ModelSpec
-from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, refuse_remainder, requested, sides
+from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
+from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, fitted, plain, refuse_remainder, requested, sides
 from diag.models.weights import fit, read_checkpoint, read_variants
 from diag.variants import described, restore
 
@@ -37,37 +37,41 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     module = _create(spec, pretrained=file is None and not spec.random_init)
     fit_to = NATIVE
     if file is not None:
-        tensors = read_checkpoint(file)
-        restore(module, read_variants(file))
-        if sizes:
-            tensors, fit_to = resampled(module, tensors, spec.name)
-        fit(module, tensors, f"checkpoint '{file}'")
+        fit_to = filled(module, file, f"checkpoint '{file}'", spec.name if sizes else None)
     elif sizes and not spec.random_init:
         fit_to = fitted_by_timm(module, sizes, spec.name)
-    fuse(module)
-    ready(module, spec.resolved, device=device, dtype=dtype)
     config = _data_config(module)
-    tower = vision_tower(
+    model = vision_model(
+        spec,
         module,
         timm.data.create_transform(**config, is_training=False),
-        source=spec.resolved,
-        preprocessing=_preprocessing(config),
-        image_size=config["input_size"][1:],
+        preprocessing={
+            "size": list(config["input_size"][1:]),
+            "crop": f"{config['crop_mode']} {config['crop_pct']}",
+            "interpolation": config["interpolation"],
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+        },
         fit_to=fit_to,
         device=device,
         dtype=dtype,
     )
-    notes = (*((spec.note,) if spec.note else ()), *fit_to.notes, *described(module))
     licence = getattr(module, "pretrained_cfg", {}).get("license")
-    return Model(
-        spec.given,
-        spec.family,
-        spec.resolved,
-        module,
-        {"vision": tower},
-        notes,
-        {"licence": licence} if licence else {},
-    )
+    return replace(model, facts={"licence": licence} if licence else {})
+
+
+def filled(module: nn.Module, file: Path, source: str, resampled_as: str | None) -> Fitted:
+    """Loads weights into a module, with what training changed in its attention, and says how they fitted.
+
+    resampled_as: the model's name where they may be of other sizes; None where that is an error.
+    Raises UserError for weights that do not fit.
+    """
+    tensors, fit_to = read_checkpoint(file), NATIVE
+    restore(module, read_variants(file))
+    if resampled_as:
+        tensors, fit_to = resampled(module, tensors, resampled_as)
+    fit(module, tensors, source)
+    return fit_to
 
 
 def _changed_weights(spec: ModelSpec) -> Path | None:
@@ -77,22 +81,23 @@ def _changed_weights(spec: ModelSpec) -> Path | None:
     return file if local and read_variants(file) else None
 
 
-def vision_tower(
+def vision_model(
+    spec: ModelSpec,
     module: nn.Module,
     transform: Callable[..., Tensor],
     *,
-    source: str,
     preprocessing: Mapping[str, Any],
-    image_size: Sides,
     fit_to: Fitted = NATIVE,
     device: str | torch.device,
     dtype: torch.dtype,
-) -> Tower:
-    """The tower of a timm module; `transform` takes an RGB image to `[3, height, width]`."""
+) -> Model:
+    """The model of a timm module with its weights; `transform` takes an RGB image to `[3, height, width]`."""
+    fuse(module)
+    ready(module, spec.resolved, device=device, dtype=dtype)
     prepare = image_preparation(transform, dtype)
-    return Tower(
+    tower = Tower(
         name="vision",
-        layers=layers_of(module, source, "vision"),
+        layers=layers_of(module, spec.resolved, "vision"),
         samples=image_samples,
         prepare=prepare,
         encode=image_encoder(prepare, device),
@@ -101,11 +106,13 @@ def vision_tower(
         ending="class logits" if getattr(module, "num_classes", 0) else "embedding",
         facts={
             "patch_size": patch_size_of(module),
-            "image_size": _plain(image_size),
+            "image_size": plain(preprocessing["size"]),
             **fit_to.facts,
             "preprocessing": dict(preprocessing),
         },
     )
+    notes = (*fit_to.notes, *described(module))
+    return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, notes)
 
 
 def fuse(module: nn.Module) -> None:
@@ -142,12 +149,8 @@ def patch_size_of(module: nn.Module) -> int | tuple[int, int] | None:
     for holder in (getattr(module, "patch_embed", None), getattr(module, "embeds", None)):
         size = getattr(holder, "patch_size", None)
         if size is not None:
-            return size if isinstance(size, int) else _plain(size)
+            return size if isinstance(size, int) else plain(size)
     return None
-
-
-def _plain(size: tuple[int, int]) -> int | tuple[int, int]:
-    return size[0] if size[0] == size[1] else (size[0], size[1])
 
 
 # --- other sizes than those of the weights
@@ -170,14 +173,14 @@ def resampled(
         before = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
         side = round((position.shape[1] - before) ** 0.5)
         if side**2 + before == position.shape[1]:
-            positions = ((side, side), _pair(embed.grid_size))
+            positions = ((side, side), embed.grid_size)
             now[f"{prefix}pos_embed"] = resample_abs_pos_embed(
                 position.float(), new_size=list(embed.grid_size), num_prefix_tokens=before
             )
     if kernel is not None and kernel.shape[-2:] != embed.proj.weight.shape[-2:]:
-        kernels = (_pair(kernel.shape[-2:]), _pair(embed.patch_size))
+        kernels = (kernel.shape[-2:], embed.patch_size)
         now[f"{prefix}patch_embed.proj.weight"] = resample_patch_embed(kernel.float(), list(embed.patch_size))
-    return now, fitted(name, _pair(embed.img_size), positions=positions, patch_embedding=kernels)
+    return now, fitted(name, embed.img_size, positions=positions, patch_embedding=kernels)
 
 
 def _sizes(spec: ModelSpec) -> nn.Module | None:
@@ -212,23 +215,18 @@ def fitted_by_timm(module: nn.Module, native: nn.Module, name: str) -> Fitted:
     moved = isinstance(getattr(module, "pos_embed", None), Tensor) and now.grid_size != before.grid_size
     positions = kernels = None
     if moved or changed - {"patch_embed.proj.weight"}:
-        positions = (_pair(before.grid_size), _pair(now.grid_size))
+        positions = (before.grid_size, now.grid_size)
     if "patch_embed.proj.weight" in changed:
-        kernels = (_pair(before.patch_size), _pair(now.patch_size))
-    return fitted(name, _pair(now.img_size), positions=positions, patch_embedding=kernels)
-
-
-def _pair(size: Sequence[int]) -> Sides:
-    return size[0], size[1]
+        kernels = (before.patch_size, now.patch_size)
+    return fitted(name, now.img_size, positions=positions, patch_embedding=kernels)
 
 
 def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
     name, arguments = spec.name, dict(spec.model_args)
     remote = name.startswith(HUB)
-    local = name.startswith("local-dir:")
     repository = name.removeprefix(HUB)
     files = "config.json model.safetensors" if remote else "model.safetensors"
-    if pretrained and not remote and not local:
+    if pretrained and not name.startswith(SCHEMAS):
         config = get_pretrained_cfg(name)
         if config is None or not config.has_weights:
             raise UserError(
@@ -253,13 +251,3 @@ def _data_config(module: nn.Module) -> dict[str, Any]:
     config = timm.data.resolve_model_data_config(module)
     size = getattr(getattr(module, "patch_embed", None), "img_size", None)
     return config if size is None else {**config, "input_size": (3, *size)}
-
-
-def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "size": list(config["input_size"][1:]),
-        "crop": f"{config['crop_mode']} {config['crop_pct']}",
-        "interpolation": config["interpolation"],
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-    }

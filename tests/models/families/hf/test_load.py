@@ -17,7 +17,8 @@ from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Model
 from diag.models.families.hf.files import is_causal
-from diag.models.names.resolve import ModelSpec, parse
+from diag.models.names.resolve import parse
+from diag.models.names.spec import ModelSpec
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 Folders = Callable[[str], Path]
