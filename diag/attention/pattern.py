@@ -56,7 +56,14 @@ def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
     query = call.query[:, :, rows].to(dtype).unflatten(1, (call.kv_heads, call.group))
     key = call.key.to(dtype)[:, :, None]
     scores = (query @ key.transpose(-1, -2)).flatten(1, 2) * call.scale  # [batch, head, row, token]
-    return _mask_scores(call, scores, rows)
+    if call.mask is not None:
+        mask = four_dimensional(call.mask)
+        block = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        scores = masked(scores, block, call.hidden, float("-inf"))
+    if call.causal:
+        position = torch.arange(call.tokens, device=scores.device)
+        scores = scores.masked_fill(position > rows[:, None], float("-inf"))
+    return scores
 
 
 def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row value_dim"]:
@@ -215,18 +222,6 @@ def _keys_of_heads(call: AttentionCall, in_batch: slice, in_head: slice) -> Tens
         return call.key[in_batch, kv_head : kv_head + 1]
     owner = torch.arange(in_head.start, in_head.stop, device=call.key.device) // call.group
     return call.key[in_batch][:, owner]
-
-
-def _mask_scores(call: AttentionCall, scores: Tensor, rows: Tensor) -> Tensor:
-    """Adds the mask's `rows` and causality to `scores` `[batch, head, row, token]`; hidden is -inf."""
-    if call.mask is not None:
-        mask = four_dimensional(call.mask)
-        block = mask if mask.shape[2] == 1 else mask[:, :, rows]
-        scores = masked(scores, block, call.hidden, float("-inf"))
-    if call.causal:
-        position = torch.arange(call.tokens, device=scores.device)
-        scores = scores.masked_fill(position > rows[:, None], float("-inf"))
-    return scores
 
 
 def _mask_part(mask: Tensor, in_batch: slice, in_head: slice, in_row: slice, seen: int) -> Tensor:

@@ -91,11 +91,10 @@ def _draw_one(
     kind: Int[Tensor, " token"], key: str, sampling: RowSampling
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"], Int[Tensor, " row"]]:
     """Positions in order with their weights and partners, of one input."""
-    index, weight, other = [], [], []
-    for one in kind.unique().tolist():
+    nothing = torch.zeros(0, dtype=torch.long)
+    index, weight, other = [nothing], [torch.zeros(0)], [nothing]
+    for one in kind[kind > 0].unique().tolist():
         places = (kind == one).nonzero()[:, 0]
-        if one == 0:
-            continue
         if len(places) <= sampling.rows:
             chosen, weights, partners = places, torch.ones(len(places)), places
         else:
@@ -104,9 +103,6 @@ def _draw_one(
         index.append(chosen)
         weight.append(weights)
         other.append(partners)
-    if not index:
-        nothing = torch.zeros(0, dtype=torch.long)
-        return nothing, torch.zeros(0), nothing
     together, order = torch.cat(index).sort()
     return together, torch.cat(weight)[order], torch.searchsorted(together, torch.cat(other)[order])
 

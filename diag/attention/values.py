@@ -92,10 +92,11 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
         found.value_norm[of_values] = norm
         weights = in_set * per_norm
         found.value_total[of_values] = (weights[:, :, None] @ value)[:, :, 0]
-        units = _grouped(visible.sum(value, weights), value.shape[1])  # [.., group or 1, token or 1, dim]
+        # [batch, kv_head, group or 1, token or 1, dim]
+        units = visible.sum(value, weights).unflatten(1, (value.shape[1], -1))
         found.partner[of_outputs] = _inner(output, units).flatten(1, 2)
         del units
-        plain = _grouped(visible.sum(value, in_set.float()), value.shape[1])
+        plain = visible.sum(value, in_set.float()).unflatten(1, (value.shape[1], -1))
         found.uniform[of_uniform] = _inner(value[:, :, None], plain).flatten(1, 2)
         found.uniform_norm[of_uniform] = vector_norm(plain, dim=-1).flatten(1, 2)
         del plain
@@ -119,11 +120,6 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
         ):
             into[of_outputs] = x.flatten(1, 2)
     return found
-
-
-def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """`[batch, kv_head or head, …]` with an axis for the query heads that share a KV head, or 1."""
-    return x.unflatten(1, (kv_heads, -1))
 
 
 def _inner(x: Tensor, total: Tensor) -> Tensor:

@@ -7,20 +7,7 @@ Exit codes: 0 done, 1 failed, 2 usage or unreadable input, 3 finished but some m
 failed, 130 or 143 interrupted.
 """
 
-from diag.cli import probe, merge, compare, attend, figures, report, intervene, train, train_clip, listings  # noqa: I001  in the order of --help
+from diag.cli import probe, merge, compare, attend, figures, report, intervene, train, train_clip, listings  # noqa: F401, I001  in the order of --help
 from diag.cli.app import app, main
 
-__all__ = [
-    "app",
-    "main",
-    "attend",
-    "compare",
-    "figures",
-    "intervene",
-    "listings",
-    "merge",
-    "probe",
-    "report",
-    "train",
-    "train_clip",
-]
+__all__ = ["app", "main"]

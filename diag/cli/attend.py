@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say, say_failures
-from diag.cli.options import Read, fields_of, with_options
+from diag.cli.options import Read, fields_of, output, with_options
 from diag.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,37 +39,35 @@ class AttendOptions:
 
     model: Annotated[
         list[str],
-        typer.Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
+        Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
     ]
-    image: Annotated[str | None, typer.Option(help="An image file, or demo:NAME (demo:astronaut).")] = None
-    text: Annotated[str | None, typer.Option(help="The text itself, a text file, or 'demo'.")] = None
-    layer: Annotated[int | None, typer.Option(help="Depth index; -1 is the last.")] = None
-    depth: Annotated[
-        float | None, typer.Option(help="Instead of --layer: 0 is the first layer, 1 the last.")
-    ] = None
-    head: Annotated[int | None, typer.Option(help="One query head [default: the mean over heads].")] = None
+    image: Annotated[str | None, Option(help="An image file, or demo:NAME (demo:astronaut).")] = None
+    text: Annotated[str | None, Option(help="The text itself, a text file, or 'demo'.")] = None
+    layer: Annotated[int | None, Option(help="Depth index; -1 is the last.")] = None
+    depth: Annotated[float | None, Option(help="Instead of --layer: 0 is the first layer, 1 the last.")] = (
+        None
+    )
+    head: Annotated[int | None, Option(help="One query head [default: the mean over heads].")] = None
     patch: Annotated[
         str | None,
-        typer.Option(help="The target patch as ROW,COLUMN of the first model's grid."),
+        Option(help="The target patch as ROW,COLUMN of the first model's grid."),
         Read(partial(_pair, flag="--patch", form="ROW,COLUMN")),
     ] = None
     pixel: Annotated[
         str | None,
-        typer.Option(help="Instead of --patch: X,Y in the first model's resized image."),
+        Option(help="Instead of --patch: X,Y in the first model's resized image."),
         Read(partial(_pair, flag="--pixel", form="X,Y")),
     ] = None
-    token: Annotated[int | None, typer.Option(help="The target token of a text; -1 is the last.")] = None
+    token: Annotated[int | None, Option(help="The target token of a text; -1 is the last.")] = None
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of the text [default: 128, or as many as there are].")
+        int | None, Option(help="Tokens of the text [default: 128, or as many as there are].")
     ] = None
-    top: Annotated[int, typer.Option(help="List so many of the most attended tokens.")] = 10
+    top: Annotated[int, Option(help="List so many of the most attended tokens.")] = 10
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
     trust_remote_code: options.TrustRemoteCode = False
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/attend-NAME-KEY].")
-    ] = None
+    out: Annotated[Path | None, output("Folder [default: runs/attend-NAME-KEY].")] = None
     overwrite: options.Overwrite = False
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
@@ -93,19 +91,15 @@ def attend(given: AttendOptions) -> None:
     elif given.quiet:
         print(folder)
     else:
-        print(_table(found, given.top))
+        print("\n\n".join("\n".join(_block(entry, found, given.top)) for entry in found.models))
         say(f"folder: {folder}")
     if found.failed:
         say_failures(found.failed)
         raise SystemExit(3)
 
 
-def _table(found: Attended, top: int) -> str:
-    """Per model: the target, its most attended tokens, and its split. At most 80 columns wide."""
-    return "\n\n".join("\n".join(_block(entry, found, top)) for entry in found.models)
-
-
 def _block(entry: Any, found: Attended, top: int) -> list[str]:
+    """Of one model: the target, its most attended tokens, and its split. At most 80 columns wide."""
     from diag.show.figures.strip import printable
     from diag.show.figures.tables import shorten
     from diag.show.terminal import WIDTH, columns

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say, say_failures
-from diag.cli.options import fields_of, models_of, with_options
+from diag.cli.options import fields_of, models_of, output, with_options
 from diag.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,44 +25,41 @@ if TYPE_CHECKING:
 class CompareOptions:
     """What `attnbias compare` can be told."""
 
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN…]", help="Run folders.")] = None
+    runs: Annotated[list[Path] | None, Argument(metavar="[RUN…]", help="Run folders.")] = None
     model: Annotated[
         list[str] | None,
-        typer.Option("-m", "--model", help="Model to probe if there is no run of it yet, repeatable."),
+        Option("-m", "--model", help="Model to probe if there is no run of it yet, repeatable."),
     ] = None
     series: options.Series = None
     images: options.Images = None
     texts: options.Texts = None
     limit: options.Limit = 64
     lengths: Annotated[
-        str | None,
-        typer.Option("--seq-len", help="Tokens per window of text; several (64,128,256) are compared."),
+        str | None, Option("--seq-len", help="Tokens per window of text; several (64,128,256) are compared.")
     ] = None
     image_size: Annotated[
-        str | None, typer.Option(help="Pixels, one or several (224,448): every model at each.")
+        str | None, Option(help="Pixels, one or several (224,448): every model at each.")
     ] = None
     patch_size: Annotated[
-        str | None, typer.Option(help="Pixels, one or several (48,32,16): every model at each.")
+        str | None, Option(help="Pixels, one or several (48,32,16): every model at each.")
     ] = None
     metrics: options.Metrics = None
     layers: options.Layers = None
     tokens: options.Tokens = None
     values: options.Values = "as-computed"
     growth: Annotated[
-        str | None, typer.Option(help="Two layers such as 5,11: growth between them [default: first, last].")
+        str | None, Option(help="Two layers such as 5,11: growth between them [default: first, last].")
     ] = None
     published: Annotated[
-        bool, typer.Option("--published", help="Lay published curves of these models over the figures.")
+        bool, Option("--published", help="Lay published curves of these models over the figures.")
     ] = False
     random_init: options.RandomInit = False
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/compare-NAMES-KEY].")
-    ] = None
+    out: Annotated[Path | None, output("Folder [default: runs/compare-NAMES-KEY].")] = None
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     batch_size: options.BatchSize = 8
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False
+    seed: Annotated[int, Option(min=0, help="Seed of the bootstrap.")] = 0
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False
     as_json: options.AsJson = False
     quiet: options.QuietFolder = False
 

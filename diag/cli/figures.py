@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from diag.cli.app import app, interruptible, say
+from diag.cli.options import output
 
 if TYPE_CHECKING:
     from diag.studies.writeup import Need, Outcome
@@ -17,24 +20,17 @@ if TYPE_CHECKING:
 
 @app.command()
 def figures(
-    plans: Annotated[list[Path], typer.Argument(metavar="PLAN…", help="Plans in YAML: configs/*.yaml.")],
-    out: Annotated[
-        Path, typer.Option("-o", "--output-path", help="A folder per plan is written here.")
-    ] = Path("figures"),
-    runs: Annotated[Path, typer.Option(help="Where finished runs are, and missing ones are put.")] = Path(
-        "runs"
-    ),
+    plans: Annotated[list[Path], Argument(metavar="PLAN…", help="Plans in YAML: configs/*.yaml.")],
+    out: Annotated[Path, output("A folder per plan is written here.")] = Path("figures"),
+    runs: Annotated[Path, Option(help="Where finished runs are, and missing ones are put.")] = Path("runs"),
     check: Annotated[
-        bool,
-        typer.Option("--check", help="Write nothing; exit 1 if a file would change, is missing or extra."),
+        bool, Option("--check", help="Write nothing; exit 1 if a file would change, is missing or extra.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what is measured and what is missing, and stop.")
+        bool, Option("--dry-run", help="Say what is measured and what is missing, and stop.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of tables.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folders.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")] = False,
+    quiet: Annotated[bool, Option("-q", "--quiet", help="Print only the folders.")] = False,
 ) -> None:
     """Draw every figure and table of a writeup, measuring only what is missing."""
     from diag.show.terminal import StderrListener
@@ -113,8 +109,6 @@ def _said(outcome: Outcome, check: bool) -> str:
 
 def _answers(outcome: Outcome) -> list[str]:
     """Tables with a verdict, in full."""
-    import textwrap
-
     from diag.show.terminal import WIDTH, columns
 
     said = []
@@ -148,8 +142,6 @@ def _document(outcome: Outcome) -> dict[str, Any]:
 
 
 def _print_needs(found: Sequence[tuple[Path, list[str], list[Need]]], as_json: bool) -> None:
-    from dataclasses import asdict
-
     if as_json:
         plans = [
             {"plan": str(file), "shows": shows, "needs": [asdict(need) for need in needs]}
@@ -161,8 +153,6 @@ def _print_needs(found: Sequence[tuple[Path, list[str], list[Need]]], as_json: b
 
 
 def _needs(file: Path, shows: Sequence[str], needs: Sequence[Need]) -> str:
-    import textwrap
-
     from diag.show.figures.tables import shorten
     from diag.show.terminal import WIDTH
 

@@ -8,38 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say
-from diag.cli.options import Read, fields_of, with_options
+from diag.cli.options import Read, fields_of, output, with_options
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterveneOptions:
     """What `attnbias intervene` can be told."""
 
-    model: Annotated[str, typer.Option("-m", "--model", help="[family:]name[@revision] or a folder.")]
+    model: Annotated[str, Option("-m", "--model", help="[family:]name[@revision] or a folder.")]
     interventions: Annotated[
         list[str] | None,
-        typer.Option(
-            "--intervene",
-            help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa].",
-        ),
+        Option("--intervene", help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa]."),
         Read(lambda words: tuple(words or ("xsa",))),
     ] = None
     scopes: Annotated[
         str,
-        typer.Option("--scope", help="One layer at a time, from the first on, up to the last."),
+        Option("--scope", help="One layer at a time, from the first on, up to the last."),
         Read(lambda text: tuple(part.strip() for part in text.split(","))),
     ] = "one,first,last"
-    heads: Annotated[
-        bool, typer.Option("--heads", help="Also every head alone: layers × heads more passes.")
-    ] = False
+    heads: Annotated[bool, Option("--heads", help="Also every head alone: layers × heads more passes.")] = (
+        False
+    )
     images: options.Images = None
     texts: options.Texts = None
     labelled: Annotated[
-        bool, typer.Option("--labelled", help="The image folder is DIR/class/*.jpg: also accuracy.")
+        bool, Option("--labelled", help="The image folder is DIR/class/*.jpg: also accuracy.")
     ] = False
     limit: options.Limit = 32
     seq_len: options.Length = None
@@ -48,14 +45,12 @@ class InterveneOptions:
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/intervene-NAME-KEY].")
-    ] = None
+    out: Annotated[Path | None, output("Folder [default: runs/intervene-NAME-KEY].")] = None
     overwrite: options.Overwrite = False
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     batch_size: options.BatchSize = 8
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of random directions.")] = 0
+    seed: Annotated[int, Option(help="Seed of the bootstrap and of random directions.")] = 0
     as_json: options.AsJson = False
     quiet: options.QuietFolder = False
 
@@ -73,7 +68,9 @@ def intervene(given: InterveneOptions) -> None:
     with StderrListener(quiet=given.quiet) as listener:
         found = run_intervene(plan, given.out, overwrite=given.overwrite, listener=listener)
     if given.as_json:
-        print(json.dumps(_document(found), indent=1, default=str))
+        of: dict[str, Any] = {"folder": str(found.folder), "manifest": found.manifest}
+        of |= {"sensitivity": records(found.sensitivity), "relations": records(found.relations)}
+        print(json.dumps(of, indent=1, default=str))
     elif given.quiet:
         print(found.folder)
     else:
@@ -87,7 +84,7 @@ def intervene(given: InterveneOptions) -> None:
 
 
 @app.command()
-def interventions(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def interventions(as_json: options.JsonOnly = False) -> None:
     """List what can be done to attention, with definitions."""
     from diag.models.hooks.interventions import INTERVENTIONS
 
@@ -101,12 +98,3 @@ def interventions(as_json: Annotated[bool, typer.Option("--json", help="Print JS
     for name, entry in INTERVENTIONS.items():
         print(f"{name}" + ("" if entry.strength is None else f"={entry.strength:g}"))
         print(textwrap.fill(entry.definition, 80, initial_indent="    ", subsequent_indent="    "))
-
-
-def _document(found: Any) -> dict[str, Any]:
-    return {
-        "folder": str(found.folder),
-        "manifest": found.manifest,
-        "sensitivity": records(found.sensitivity),
-        "relations": records(found.relations),
-    }

@@ -6,9 +6,10 @@ import json
 import textwrap
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from diag.cli.app import app, say
+from diag.cli.options import JsonOnly
 from diag.errors import UserError
 
 MEMBERS_SHOWN = 24
@@ -16,11 +17,11 @@ MEMBERS_SHOWN = 24
 
 @app.command()
 def models(
-    query: Annotated[str, typer.Argument(help="Part of a name.")] = "",
+    query: Annotated[str, Argument(help="Part of a name.")] = "",
     series: Annotated[
-        bool, typer.Option("--series", help="List series of models for controlled comparison.")
+        bool, Option("--series", help="List series of models for controlled comparison.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOnly = False,
 ) -> None:
     """List names that can be probed and what they resolve to."""
     if series:
@@ -58,7 +59,7 @@ def _print_series(query: str, as_json: bool) -> None:
         alike.setdefault(told, []).append(row["name"])
     for (count, tokens, varies, control), found in alike.items():
         print("\n".join(_filled(", ".join(found), "")))
-        counted = [f"{_listed(tokens)} patch tokens"] if tokens else []
+        counted = [f"{', '.join(map(str, tokens))} patch tokens"] if tokens else []
         print("\n".join(_filled(" · ".join([f"{count} models", varies, *counted]), "    ")))
         print("\n".join(_filled(control, "    ")))
     say("models --series NAME lists one, attnbias probe --series NAME measures it")
@@ -80,24 +81,14 @@ def _one_series(row: dict[str, Any]) -> list[str]:
     return [*lines, f"  and {left} more, to {row['members'][-1]} (--json lists all)"] if left else lines
 
 
-def _listed(tokens: Any) -> str:
-    return ", ".join(map(str, tokens))
-
-
 def _filled(text: str, indent: str, hanging: int = 0) -> list[str]:
-    more = " " * hanging
-    return textwrap.wrap(
-        text,
-        79,
-        initial_indent=indent,
-        subsequent_indent=indent + more,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    more = indent + " " * hanging
+    whole = textwrap.TextWrapper(79, indent, more, break_on_hyphens=False, break_long_words=False)
+    return whole.wrap(text)
 
 
 @app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def env(as_json: JsonOnly = False) -> None:
     """Show versions, devices and threads: what to paste into a bug report."""
     import torch
 
@@ -116,7 +107,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 
 @app.command()
-def metrics(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def metrics(as_json: JsonOnly = False) -> None:
     """List the metrics with their definitions, by group."""
     from diag.metrics.catalogue import CATALOGUE
     from diag.metrics.registry import GROUPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from diag.cli.app import app, say
 from diag.cli.options import AsJson, QuietRun
@@ -14,12 +14,10 @@ from diag.cli.probe import show
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Folder of a run whose shards are all there.", metavar="RUN")],
+    run: Annotated[Path, Argument(help="Folder of a run whose shards are all there.", metavar="RUN")],
     more: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Folders of the same run, measured elsewhere; copied into RUN.", metavar="[MORE]…"
-        ),
+        Argument(help="Folders of the same run, measured elsewhere; copied into RUN.", metavar="[MORE]…"),
     ] = None,
     as_json: AsJson = False,
     quiet: QuietRun = False,

@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-import typer
+from typer import Option
 
 from diag.errors import UserError, ranges
 
@@ -59,71 +59,69 @@ def listed(words: list[str] | None) -> tuple[str, ...]:
     return tuple(words or ())
 
 
-Images = Annotated[str | None, typer.Option(help="Image folder or file, hf:NAME, or 'demo'.")]
-Texts = Annotated[str | None, typer.Option(help="Text file or folder, hf:NAME, or 'demo'.")]
-Limit = Annotated[int, typer.Option(help="At most so many inputs (images, or windows of text).")]
-Length = Annotated[int | None, typer.Option(help="Tokens per window of text [default: 128, or the context].")]
+Images = Annotated[str | None, Option(help="Image folder or file, hf:NAME, or 'demo'.")]
+Texts = Annotated[str | None, Option(help="Text file or folder, hf:NAME, or 'demo'.")]
+Limit = Annotated[int, Option(help="At most so many inputs (images, or windows of text).")]
+Length = Annotated[int | None, Option(help="Tokens per window of text [default: 128, or the context].")]
 Series = Annotated[
-    list[str] | None,
-    typer.Option(help="Models of a series, repeatable; 'attnbias models --series' lists them."),
+    list[str] | None, Option(help="Models of a series, repeatable; 'attnbias models --series' lists them.")
 ]
 Metrics = Annotated[
-    str | None, typer.Option(help="Names or groups, comma-separated; see 'attnbias metrics'."), Read(names)
+    str | None, Option(help="Names or groups, comma-separated; see 'attnbias metrics'."), Read(names)
 ]
 Layers = Annotated[
-    str | None, typer.Option(help="Depth indices such as 0,5-11 [default: all]."), Read(layer_ranges)
+    str | None, Option(help="Depth indices such as 0,5-11 [default: all]."), Read(layer_ranges)
 ]
 Tokens = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="patch, all, cls or registers; all for text; image, text, last or all where a language model "
         "reads images. Comma-separated [default: patch; all for text; image,text]."
     ),
     Read(names),
 ]
-Values = Annotated[
-    str, typer.Option(help="as-computed, or bias-free: without what biases add to every value.")
-]
-Checkpoint = Annotated[Path | None, typer.Option(help="Your weights: safetensors, or a weights-only .pt.")]
+Values = Annotated[str, Option(help="as-computed, or bias-free: without what biases add to every value.")]
+Checkpoint = Annotated[Path | None, Option(help="Your weights: safetensors, or a weights-only .pt.")]
 ModelArgs = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", help="key=value for the model's constructor, repeatable."),
+    Option("--model-arg", help="key=value for the model's constructor, repeatable."),
     Read(listed),
 ]
-RandomInit = Annotated[
-    bool, typer.Option("--random-init", help="Build the model without pretrained weights.")
-]
+RandomInit = Annotated[bool, Option("--random-init", help="Build the model without pretrained weights.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
+    bool, Option("--trust-remote-code", help="Let a hub repository run its own code.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what the folder holds.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-BatchSize = Annotated[int, typer.Option(help="Inputs per forward pass; does not change the table.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Measure again what the folder holds.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
+Dtype = Annotated[str, Option(help="float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, Option(help="Inputs per forward pass; does not change the table.")]
 AutoBatchSize = Annotated[
     str,
-    typer.Option(help="Inputs per forward pass, or auto: as many as memory allows; same table."),
+    Option(help="Inputs per forward pass, or auto: as many as memory allows; same table."),
     Read(inputs_at_once),
 ]
-Exact = Annotated[bool, typer.Option("--exact", help="Compute every query row, also beyond 2,048 tokens.")]
+Exact = Annotated[bool, Option("--exact", help="Compute every query row, also beyond 2,048 tokens.")]
 SampledRows = Annotated[
-    int | None,
-    typer.Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024]."),
+    int | None, Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024].")
 ]
 Workers = Annotated[
-    int | None,
-    typer.Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU]."),
+    int | None, Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU].")
 ]
 Shard = Annotated[
-    str | None,
-    typer.Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says]."),
+    str | None, Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says].")
 ]
 KeepSamples = Annotated[
-    int, typer.Option(help="Keep the values of the first N inputs, and of all others moments and quantiles.")
+    int, Option(help="Keep the values of the first N inputs, and of all others moments and quantiles.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-QuietFolder = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the folder's path.")]
-QuietRun = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the run's path.")]
+JsonOnly = Annotated[bool, Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document instead of a table.")]
+QuietFolder = Annotated[bool, Option("-q", "--quiet", help="Print only the folder's path.")]
+QuietRun = Annotated[bool, Option("-q", "--quiet", help="Print only the run's path.")]
+
+
+def output(help: str) -> Any:
+    """Where a verb writes: the option that is called so in all of them."""
+    return Option("-o", "--output-path", help=help)
 
 
 def with_options(verb: Callable[[Options], None]) -> Callable[..., None]:

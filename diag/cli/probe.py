@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from diag.cli import options
 from diag.cli.app import app, interruptible, records, say, say_failures
-from diag.cli.options import fields_of, models_of, with_options
+from diag.cli.options import fields_of, models_of, output, with_options
 from diag.errors import UserError
 
 
@@ -23,10 +23,8 @@ class ProbeOptions:
 
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            "-m",
-            "--model",
-            help="Model name, repeatable: [family:]name[@revision][,key=value], or a folder.",
+        Option(
+            "-m", "--model", help="Model name, repeatable: [family:]name[@revision][,key=value], or a folder."
         ),
     ] = None
     series: options.Series = None
@@ -40,23 +38,16 @@ class ProbeOptions:
     values: options.Values = "as-computed"
     intervene: Annotated[
         list[str] | None,
-        typer.Option(
-            "--intervene",
-            help="Change attention while measuring: NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable.",
-        ),
+        Option(help="Change attention while measuring: NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable."),
         options.Read(options.listed),
     ] = None
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
     trust_remote_code: options.TrustRemoteCode = False
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output-path", help="Run folder [default: runs/NAME-KEY].")
-    ] = None
+    out: Annotated[Path | None, output("Run folder [default: runs/NAME-KEY].")] = None
     overwrite: options.Overwrite = False
-    save_activations: Annotated[
-        int, typer.Option(help="Also write the attention calls of the first N inputs.")
-    ] = 0
+    save_activations: Annotated[int, Option(help="Also write the attention calls of the first N inputs.")] = 0
     keep_samples: options.KeepSamples = 4096
     shard: options.Shard = None
     device: options.Device = "auto"
@@ -65,8 +56,8 @@ class ProbeOptions:
     exact: options.Exact = False
     sampled_rows: options.SampledRows = None
     workers: options.Workers = None
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False
+    seed: Annotated[int, Option(help="Seed of the bootstrap.")] = 0
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done, and stop.")] = False
     as_json: options.AsJson = False
     quiet: options.QuietRun = False
 

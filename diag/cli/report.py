@@ -5,24 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from diag.cli.app import app, say
-
-LARGE = 5_000_000
-"""Bytes from which a page is too heavy to send around."""
+from diag.cli.options import output
 
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Run folders; attend folders beside them.")
-    ],
-    out: Annotated[
-        Path, typer.Option("-o", "--output-path", help="The page to write; only a report is overwritten.")
-    ] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Title of the page [default: the models' names].")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the page's path.")] = False,
+    runs: Annotated[list[Path], Argument(metavar="RUN…", help="Run folders; attend folders beside them.")],
+    out: Annotated[Path, output("The page to write; only a report is overwritten.")] = Path("report.html"),
+    title: Annotated[str | None, Option(help="Title of the page [default: the models' names].")] = None,
+    quiet: Annotated[bool, Option("-q", "--quiet", help="Print only the page's path.")] = False,
 ) -> None:
     """Write runs as one self-contained HTML page."""
     from diag.show.report import write_report
@@ -33,7 +27,7 @@ def report(
     if not quiet:
         lines = "1 line" if found.lines == 1 else f"{found.lines} lines"
         say(f"{lines}, {found.size / 1e6:.1f} MB; open it in a browser")
-        if found.size > LARGE:
+        if found.size > 5_000_000:  # too heavy to send around
             say("tip: fewer runs or attend folders make a smaller page")
     print(found.path)
     if found.problems:

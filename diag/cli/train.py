@@ -7,24 +7,20 @@ import textwrap
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from diag.cli.app import app, interruptible, say
-from diag.cli.options import AsJson, Device, QuietFolder
+from diag.cli.options import AsJson, Device, JsonOnly, QuietFolder, output
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A plan in YAML, see configs/.")],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output-path", help="Folder [default: runs/train-KEY].")
-    ] = None,
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A plan in YAML, see configs/.")],
+    out: Annotated[Path | None, output("Folder [default: runs/train-KEY].")] = None,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train again what the folder holds.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
+    workers: Annotated[int, Option(min=0, help="Processes that prepare batches.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Train again what the folder holds.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the cells; train nothing.")] = False,
     as_json: AsJson = False,
     quiet: QuietFolder = False,
 ) -> None:
@@ -64,7 +60,7 @@ def train(
 
 
 @app.command()
-def variants(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def variants(as_json: JsonOnly = False) -> None:
     """List the attention variants that can be trained, with definitions."""
     from diag.variants.text import listing
 

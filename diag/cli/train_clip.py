@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from diag.cli.app import app, interruptible
 
@@ -13,15 +13,14 @@ from diag.cli.app import app, interruptible
 @app.command(name="train-clip")
 def train_clip(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="-- ARGUMENTS", help="open_clip_train's own arguments.")
+        list[str] | None, Argument(metavar="-- ARGUMENTS", help="open_clip_train's own arguments.")
     ] = None,
     attention: Annotated[
-        str,
-        typer.Option(help="Vision tower: NAME[=FORM][:LAYERS], such as xsa or gated_xsa:0-5; sa: unchanged."),
+        str, Option(help="Vision tower: NAME[=FORM][:LAYERS], such as xsa or gated_xsa:0-5; sa: unchanged.")
     ] = "sa",
-    text_attention: Annotated[str, typer.Option(help="Text tower, in the same way.")] = "sa",
+    text_attention: Annotated[str, Option(help="Text tower, in the same way.")] = "sa",
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of arguments; those after '--' go over them.")
+        Path | None, Option(help="YAML file of arguments; those after '--' go over them.")
     ] = None,
 ) -> None:
     """Train a CLIP model with open_clip_train, its attention changed. Runs under torchrun.

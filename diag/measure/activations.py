@@ -38,20 +38,11 @@ def save_activations(
             again = itertools.count(1)
             while f"{name}.value" in tensors:
                 name = f"{stem}.{next(again)}"
-            found = {
-                "query": call.query,
-                "key": call.key,
-                "value": call.value,
-                "output": call.output,
-                "mask": call.mask,
-            }
+            found = {part: getattr(call, part) for part in ("query", "key", "value", "output", "mask")}
             if call.tokens <= PATTERN_TOKENS:
                 found["pattern"] = pattern_rows(call)
-            tensors |= {
-                f"{name}.{k}": v.detach().cpu().contiguous().clone()
-                for k, v in found.items()
-                if v is not None
-            }
+            there = {f"{name}.{part}": x for part, x in found.items() if x is not None}
+            tensors |= {key: x.detach().cpu().contiguous().clone() for key, x in there.items()}
             told[name] = json.dumps({"module": call.module, "scale": call.scale, "causal": call.causal})
         atomically(folder / f"{number:05d}.safetensors", partial(save_file, tensors, metadata=told))
 

@@ -40,9 +40,8 @@ class Incidents:
     """What happened beside the numbers; filled while the loop runs.
 
     failed: inputs that could not be read, by id, and why. skipped_layers: layers that do not attend to their
-        own tokens, by path, and why.
-    unprojected: layers whose output projection is not understood, so that what needs it is undefined
-        there.
+        own tokens, by path, and why. unprojected: layers whose output projection is not understood, so that
+        what needs it is undefined there.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -95,10 +94,8 @@ class BatchReadings:
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
         if self.diverging:
             other = self.neutral[call.layer].pop(0)
-            found = [
-                part | divergence_readings(on, other, self.diverging)
-                for part, on in zip(found, selections, strict=True)
-            ]
+            more = [divergence_readings(on, other, self.diverging) for on in selections]
+            found = [plain | optional for plain, optional in zip(found, more, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
             of_layer[token_set].append(
                 {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
@@ -178,22 +175,14 @@ class BatchReadings:
                 for token_set in self.sets
                 for name in self.names
             }
-            sampled = [
-                name
-                for name in self.names
-                if any(
-                    part.variance is not None for token_set in self.sets for part in parts[token_set, name]
-                )
+            estimated = {name for (_, name), of in parts.items() for part in of if part.variance is not None}
+            sampled = [name for name in self.names if name in estimated]
+            rows = [
+                summed(parts[token_set, name], inputs, OF_HEADS[name].reduce)
+                for token_set in self.sets
+                for summed, chosen in ((reduce, self.names), (sampling_error, sampled))
+                for name in chosen
             ]
-            rows: list[Tensor] = []
-            for token_set in self.sets:
-                numbers = {
-                    name: reduce(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in self.names
-                }
-                rows += numbers.values()
-                rows += [
-                    sampling_error(parts[token_set, name], inputs, OF_HEADS[name].reduce) for name in sampled
-                ]
             names = (*self.names, *(name + SAMPLING_ERROR for name in sampled))
             yield layer, names, torch.stack(rows).view(len(self.sets), len(names), inputs, rows[0].shape[-1])
 

@@ -34,7 +34,7 @@ Sample = TypeVar("Sample")
 class BatchSize:
     """The size of the next batch; it lives as long as a run, so that a shard begins where the last ended.
 
-    now: inputs in the next batch. most: what it may grow to. device: whose memory decides that.
+    now: inputs in the next batch. most: what it may grow to, doubled while the memory of `device` allows.
     """
 
     now: int
@@ -44,14 +44,8 @@ class BatchSize:
     @staticmethod
     def of(inputs: int, module: nn.Module) -> BatchSize:
         """So many inputs; 0 for as many as the memory of the module's device allows."""
-        if inputs:
-            return BatchSize(inputs)
-        return BatchSize.automatic(device_of_module(module))
-
-    @staticmethod
-    def automatic(device: torch.device) -> BatchSize:
-        """Begins with one input and doubles while memory allows."""
-        return BatchSize(1, GROWN_MOST[device.type], device)
+        device = device_of_module(module)
+        return BatchSize(inputs) if inputs else BatchSize(1, GROWN_MOST[device.type], device)
 
     def begin(self) -> int:
         """Before a batch: what is held now, where the size may still grow."""

@@ -11,12 +11,10 @@ from diag.errors import MeasurementError, UserError
 from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
-GATE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
-GATE_TOLERANCE_HALF = 1e-2
 
 
 class ReconstructionCheck:
-    """The reconstruction gate: on the first batch, A V rebuilt from a call must be what the model used."""
+    """The gate on the calls of the first batch, and what it saw of each layer."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[tuple[int, str, str, float]]] = {}
@@ -33,16 +31,10 @@ class ReconstructionCheck:
             )
         error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
-        split = call.batch > inputs
-        windowed = split or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
+        windowed = call.batch > inputs or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
-        facts = (
-            call.tokens,
-            "window" if windowed else "full",
-            "excluded" if alone else "included",
-            error,
-        )
-        self.seen.setdefault(call.layer, []).append(facts)
+        scope, first = "window" if windowed else "full", "excluded" if alone else "included"
+        self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error))
 
     def facts(self, layer: int, projection: str) -> LayerFacts:
         tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
@@ -53,7 +45,7 @@ class ReconstructionCheck:
 def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
     """Relative error of some rows of A V. Raises MeasurementError, naming the layer, if it is too large."""
     error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    tolerance = GATE_TOLERANCE.get(call.output.dtype, GATE_TOLERANCE_HALF)
+    tolerance = 1e-5 if call.output.dtype in (torch.float32, torch.float64) else 1e-2
     if not error < tolerance:
         raise MeasurementError(
             f"layer '{call.module}': A V rebuilt from the call differs from what the model used "

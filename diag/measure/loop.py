@@ -21,13 +21,7 @@ from diag.attention.call import AttentionCall, without_constant
 from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs.images import neutral_image
-from diag.measure.batch_readings import (
-    OF_HEADS,
-    BatchReadings,
-    BatchStreamReadings,
-    Incidents,
-    layer_values,
-)
+from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
 from diag.measure.batches import Batches, BatchSize, is_out_of_memory
 from diag.measure.edited import check_layers, edited_modules, heads_return
 from diag.measure.gate import ReconstructionCheck

@@ -39,9 +39,8 @@ CGROUP = Path("/sys/fs/cgroup")
 class Widths(NamedTuple):
     """What of a model's shapes decides its memory: numbers per token.
 
-    stream: of the residual stream. widest: the largest in + 2 out of a linear layer (in + out of
-    a language model's head). heads: of all
-    heads' outputs side by side. kv_heads: of all values side by side.
+    stream: of the residual stream. widest: the largest in + 2 out of a linear layer (in + out of a language
+    model's head). heads: of all heads' outputs side by side. kv_heads: of all values side by side.
     """
 
     stream: int

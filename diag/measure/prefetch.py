@@ -204,11 +204,7 @@ def _together(done: Sequence[_Done]) -> tuple[Any, list[str | None]]:
 def _sample(of: Sample, done: _Done) -> Sample:
     if done.failure is not None:
         return Sample(of.id, partial(_refuse, done.failure))
-    return Sample(of.id, partial(_at_hand, done.content))
-
-
-def _at_hand(content: Any) -> Any:
-    return content
+    return Sample(of.id, lambda: done.content)
 
 
 def _refuse(why: str) -> NoReturn:

@@ -14,7 +14,7 @@ cosine with a zero vector is 0. Which tokens count:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -180,38 +180,32 @@ def selections_of(
 
 @metric("call")
 def cos_y_vself(on: Selection) -> Reading:
-    """cos(y_i, v_i): the alignment bias."""
     return on.per_row(on.cosine)
 
 
 @metric("call")
 def self_part(on: Selection) -> Reading:
-    """A_ii‖v_i‖/‖y_i‖: the bias that comes from the token attending to itself."""
     return on.per_row(on.self_part)
 
 
 @metric("call")
 def context_part(on: Selection) -> Reading:
-    """Σ_{j≠i} A_ij (v_j·v̂_i)/‖y_i‖: the bias that comes from other tokens' values, cos - self part."""
     return on.per_row(on.cosine - on.self_part)
 
 
 @metric("call")
 def cos_y_vpartner(on: Selection) -> Reading:
-    """E_j cos(y_i, v_j) over the other visible j in S: the partner null."""
     return on.per_row(*on.partner)
 
 
 @metric("call")
 def excess(on: Selection) -> Reading:
-    """cos(y_i, v_i) minus the partner null."""
     null, defined = on.partner
     return on.per_row(on.cosine - null, defined)
 
 
 @metric("call")
 def cos_y_vuniform(on: Selection) -> Reading:
-    """cos(ȳ_i, v_i), ȳ_i the plain mean of the visible v_j in S: the uniform-attention null."""
     inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
     cosine = inner * on.per_value_norm * reciprocal(norm)
     return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
@@ -219,19 +213,16 @@ def cos_y_vuniform(on: Selection) -> Reading:
 
 @metric("call")
 def removed_energy(on: Selection) -> Reading:
-    """cos²(y_i, v_i) = 1 - ‖z_i‖²/‖y_i‖²: the share of the output's energy that XSA removes."""
     return on.per_row(on.cosine.square())
 
 
 @metric("call")
 def value_similarity(on: Selection) -> Reading:
-    """Mean over pairs i≠j of cos(v_i, v_j)."""
     return on.per_kv_head(on.value_similarity)
 
 
 @metric("call")
 def value_similarity_partial(on: Selection) -> Reading:
-    """cos(v_j^⊥i, v_k^⊥i) over j≠k≠i, averaged over sampled anchors i: similarity of values beyond v_i."""
     ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
     place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
     other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
@@ -269,19 +260,16 @@ def _partial_cosines(
 
 @metric("call")
 def value_similarity_partial_reference(on: Selection) -> Reading:
-    """ρ/(1+ρ), ρ the value similarity: the partial similarity of equicorrelated values."""
     return on.per_kv_head(on.value_similarity / (1 + on.value_similarity))
 
 
 @metric("call")
 def output_similarity(on: Selection) -> Reading:
-    """Mean over pairs i≠j of cos(y_i, y_j)."""
     return _pairwise_rows(on, on.values.output_total, on.values.output_norm > 0)
 
 
 @metric("call")
 def exclusive_output_similarity(on: Selection) -> Reading:
-    """Mean over pairs i≠j of cos(z_i, z_j), z the output without its part along v_i."""
     found = on.values
     return _pairwise_rows(
         on, found.exclusive_total, found.exclusive_norm > on.rounding_floor * found.output_norm
@@ -290,7 +278,6 @@ def exclusive_output_similarity(on: Selection) -> Reading:
 
 @metric("call")
 def value_participation_ratio(on: Selection) -> Reading:
-    """tr(C)²/‖C‖_F² of the centred values' covariance: the number of directions that they fill."""
     ratio = torch.empty(on.call.batch, on.call.kv_heads, device=on.among.device)
     some = torch.empty_like(ratio, dtype=torch.bool)
     for where, value in value_blocks(on.call):
@@ -309,38 +296,32 @@ def value_participation_ratio(on: Selection) -> Reading:
 
 @metric("call")
 def self_weight(on: Selection) -> Reading:
-    """A_ii."""
     return Reading(on.softmax.self_weight, on.rows)
 
 
 @metric("call")
 def self_weight_ratio(on: Selection) -> Reading:
-    """A_ii × number of visible keys: 1 for uniform attention, whatever the number of tokens."""
     return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
 
 
 @metric("call")
 @metric("call", name="entropy_p15", reduce="percentile")
 def entropy(on: Selection) -> Reading:
-    """-Σ_j A_ij ln A_ij in nats."""
     return on.of_pattern(on.softmax.entropy)
 
 
 @metric("call")
 def entropy_normalized(on: Selection) -> Reading:
-    """Entropy over its bound ln(number of visible keys)."""
     return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).log())
 
 
 @metric("call")
 def effective_keys(on: Selection) -> Reading:
-    """1/Σ_j A_ij²: how many keys share the attention."""
     return on.of_pattern(1 / on.softmax.sum_of_squares)
 
 
 @metric("call")
 def first_weight(on: Selection) -> Reading:
-    """A_i0: attention to the first token (BOS or class token, or the first word or patch)."""
     return Reading(on.softmax.first_weight, on.rows)
 
 
@@ -348,20 +329,9 @@ METRICS = registered("call")
 """The metrics of one attention call, by name: all that are measured by default."""
 
 
-def readings(
-    call: AttentionCall, names: Sequence[str], tokens: Bool[Tensor, "#batch token"] | None = None
-) -> dict[str, Reading]:
-    """The named metrics of one call over one token set (all tokens if None)."""
-    return readings_of(Selection(call, tokens), names)
-
-
 def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
     """The named metrics of one call seen through one token set."""
-    computed: dict[Callable[[Selection], Reading], Reading] = {}
-    for name in names:
-        function = METRICS[name].compute
-        if function not in computed:
-            computed[function] = function(on)
+    computed = {function: function(on) for function in {METRICS[name].compute: None for name in names}}
     return {name: computed[METRICS[name].compute] for name in names}
 
 
@@ -372,7 +342,7 @@ def per_input(
 ) -> dict[str, Float64[Tensor, "batch head"]]:
     """The named metrics (all if None) of one call, one number per row of its batch and query head."""
     names = list(METRICS) if names is None else names
-    found = readings(call, names, tokens)
+    found = readings_of(Selection(call, tokens), names)
     return {name: reduce([found[name]], call.batch, METRICS[name].reduce) for name in names}
 
 

@@ -23,13 +23,11 @@ Output = Float[Tensor, "batch head token dim"]
 
 @metric("neutral")
 def head_divergence(on: Selection, neutral: Output) -> Reading:
-    """‖y_i − y_i⁰‖, y_i⁰ the same head's output where the image is its mean colour."""
     return Reading(_distance(on, neutral), on.rows)
 
 
 @metric("neutral")
 def head_divergence_relative(on: Selection, neutral: Output) -> Reading:
-    """2‖y_i − y_i⁰‖/(‖y_i‖ + ‖y_i⁰‖): 0 the image does not matter, at most 2."""
     whole = on.values.output_norm + vector_norm(neutral.float(), dim=-1)
     return Reading(2 * _distance(on, neutral) / whole.where(whole > 0, 1.0), on.rows)
 

@@ -55,13 +55,11 @@ def pattern_pass(
     there are fewer.
     Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, token]`.
     """
-    unknown = set(wanted) - set(QUANTITIES)
-    assert not unknown, unknown
+    assert set(wanted) <= set(QUANTITIES), wanted
     call = statistics.call
     assert call.sample is None or "received" not in wanted
     tokens, device = call.tokens, call.output.device
-    placed = geometry.grid(tokens) is not None
-    wanted = set(wanted) if placed else set(wanted) - {"distance", "near"}
+    wanted = set(wanted) - (set() if geometry.grid(tokens) else {"distance", "near"})
     fused = _fused(statistics, wanted, rows, live, geometry)
     wanted -= fused.keys()  # what is left needs the blocks
     if not wanted:
@@ -73,9 +71,8 @@ def pattern_pass(
     if "norms" in wanted:
         names += ["norm_total", "norm_entropy"]
     found = {name: torch.zeros(shape, device=device) for name in names}
-    distances = None
-    if "distance" in names:
-        distances = Distances(geometry, tokens, device, keep=call.sample is None)
+    keep = call.sample is None
+    distances = Distances(geometry, tokens, device, keep=keep) if "distance" in names else None
     first = first_key(call)
     givers = None
     if "received" in wanted:
@@ -114,12 +111,11 @@ def pattern_pass(
         if distances is not None:
             on_places = pattern[..., geometry.prefix :]
             lengths = distances.block(at, in_row.start)[:, : on_places.shape[-1]]
-            mass = on_places.sum(-1)
-            found["placed"][where] = mass
+            found["placed"][where] = mass = on_places.sum(-1)
+            mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
             travelled = on_places * lengths
-            found["distance"][where] = travelled.sum(-1) / mass.clamp(min=torch.finfo(mass.dtype).tiny)
-            squares = travelled.mul_(lengths).sum(-1)
-            found["distance_square"][where] = squares / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+            found["distance"][where] = travelled.sum(-1) / mass
+            found["distance_square"][where] = travelled.mul_(lengths).sum(-1) / mass
         if of_keys is not None:
             sums = pattern @ of_keys[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
         if "entropy" in found or of_keys is not None:
@@ -165,17 +161,13 @@ def uniform(
     if not wanted or geometry.grid(tokens) is None:
         return {}
     distances = Distances(geometry, tokens, device, keep=sample is None) if "distance" in wanted else None
-    batch, heads = seen.count.shape[:2]
-    if sample is not None:
-        batch = call.batch
-    # filled in place: small results kept between large temporary blocks would hold the heap open
-    shape = (batch, heads, tokens if sample is None else sample.rows)
-    found = {name: torch.zeros(shape, device=device) for name in ("distance", "near") if name in wanted}
     count = seen.count if sample is None else sample.at(seen.count)
-    rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * shape[0] * shape[1] * tokens))
-    for b in [slice(None)] if sample is None else [slice(b, b + 1) for b in range(batch)]:
-        for start in range(0, shape[2], rows_at_once):
-            in_row = slice(start, min(start + rows_at_once, shape[2]))
+    # filled in place: small results kept between large temporary blocks would hold the heap open
+    found = {name: torch.zeros(count.shape, device=device) for name in ("distance", "near") if name in wanted}
+    rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * count.shape[0] * count.shape[1] * tokens))
+    for b in [slice(None)] if sample is None else [slice(b, b + 1) for b in range(call.batch)]:
+        for start in range(0, count.shape[2], rows_at_once):
+            in_row = slice(start, min(start + rows_at_once, count.shape[2]))
             at = torch.arange(in_row.start, in_row.stop, device=device)
             if sample is not None:
                 at = sample.index[b.start, in_row]
@@ -198,9 +190,8 @@ def norms_of(
     gram = None
     if projection is not None:
         projection = projection.float().unflatten(0, (call.kv_heads, call.group))
-        gram = projection @ projection.transpose(
-            -1, -2
-        )  # ‖v W‖² = v W Wᵀ vᵀ: width is large, value_dim small
+        # ‖v W‖² = v W Wᵀ vᵀ: width is large, value_dim small
+        gram = projection @ projection.transpose(-1, -2)
     for (in_batch, in_head), value in value_blocks(call):
         own = value[:, :, None]  # [batch, kv_head, 1, token, value_dim]
         squares = vecdot(own if gram is None else own @ gram[in_head], own)

@@ -27,7 +27,6 @@ PAIRS_PER_CONTROL = 8
 NEIGHBOURS = 33
 """Over how many drawn rows what the controls leave is averaged, to predict the rows between them."""
 
-
 SMOOTHING = 0.1
 """Width of the ramps that stand for steps in an estimated percentile, in standard deviations."""
 
@@ -114,7 +113,7 @@ def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "
     how: "mean" or "percentile". The percentile of several windows whose rows are sampled is the mean of
     their percentiles.
     """
-    sampled = _any_sampled(parts)
+    sampled = any(part.sample is not None or part.variance is not None for part in parts)
     parts = [condensed(part, inputs, how) for part in parts] if sampled else parts
     if how == "percentile" and not sampled:
         value, weight = _pooled([(part.values, part.weights) for part in parts], inputs)
@@ -157,10 +156,6 @@ def condensed(part: Reading, inputs: int, how: str) -> Reading:
         return part
     _, total = _sums(part.values, part.weights, inputs)
     return Reading(reduce([part], inputs, how)[..., None], total[..., None])
-
-
-def _any_sampled(parts: Sequence[Reading]) -> bool:
-    return any(part.sample is not None or part.variance is not None for part in parts)
 
 
 def _estimated(part: Reading, how: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,12 +202,7 @@ def _apart(x: Tensor, sample: RowSample) -> Tensor:
 
 
 def _estimated_percentile(
-    part: Reading,
-    values: Tensor,
-    weights: Tensor,
-    mean: Tensor,
-    left: Tensor,
-    slopes: Tensor | None,
+    part: Reading, values: Tensor, weights: Tensor, mean: Tensor, left: Tensor, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The percentile and its variance.
 

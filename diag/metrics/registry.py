@@ -40,11 +40,6 @@ class Metric:
     reduce: str = "mean"
     needs: tuple[str, ...] = ()
 
-    @property
-    def definition(self) -> str:
-        """The catalogue's definition, in one line."""
-        return CATALOGUE[self.name].definition
-
 
 REGISTRY: dict[str, Metric] = {}
 """Name -> how it is measured; of the files that were imported. Filled by `metric`."""
@@ -53,7 +48,7 @@ REGISTRY: dict[str, Metric] = {}
 def metric(
     reads: Reads, *, name: str | None = None, reduce: str = "mean", needs: tuple[str, ...] = ()
 ) -> Callable[[Compute], Compute]:
-    """Registers a function as the metric of its name, or of `name`; the function stays what it is.
+    """Registers a function as the metric of its name, or of `name`, with the catalogue's definition.
 
     Raises LookupError if the catalogue has no such line.
     """
@@ -62,6 +57,7 @@ def metric(
         known = name or compute.__name__
         if known not in CATALOGUE:
             raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
+        compute.__doc__ = CATALOGUE[known].definition
         REGISTRY[known] = Metric(known, compute, reads, reduce, needs)
         return compute
 
@@ -73,16 +69,12 @@ def registered(*reads: Reads) -> dict[str, Metric]:
     return {name: REGISTRY[name] for name in CATALOGUE if name in REGISTRY and REGISTRY[name].reads in reads}
 
 
-def _of_group(group: str) -> tuple[str, ...]:
-    """Its metrics; ratios last, since they are made of others."""
-    names = [name for name, entry in CATALOGUE.items() if entry.place.group == group]
-    return tuple(sorted(names, key=lambda name: CATALOGUE[name].ratio is not None))
+GROUPS: dict[str, tuple[str, ...]] = {}
+"""What `--metrics` may name beside metrics: name of a group -> its metrics, ratios of others last."""
 
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    group: _of_group(group) for group in dict.fromkeys(entry.place.group for entry in CATALOGUE.values())
-}
-"""What `--metrics` may name beside metrics: name of a group -> its metrics."""
+for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not None):
+    _group = CATALOGUE[_name].place.group
+    GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
 
 
 def metric_names(names: Sequence[str] | None) -> list[str]:

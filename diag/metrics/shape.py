@@ -10,6 +10,7 @@ than itself. Attention runs over all keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,10 +76,6 @@ class View:
         reading = self.on.of_pattern(values.expand(call.batch, call.heads, -1), rows)
         return reading if also is None else reading._replace(weights=reading.weights * also)
 
-    def at(self, x: Tensor) -> Tensor:
-        """`[batch or 1, head or 1, token]` at the rows of the pass."""
-        return self.on.at(x)
-
     def per_head(self, values: Float[Tensor, "batch head"], defined: Tensor) -> Reading:
         """A reading of one number per head of a call, which weighs as much as it has rows."""
         return Reading(values[..., None], torch.where(defined, self.count, 0.0)[..., None])
@@ -100,14 +97,12 @@ class View:
 
 @metric("pattern", needs=("first",))
 def first_key_received(view: View) -> Reading:
-    """α = mean over i≥k of A_ik, k the first key: the mean attention to it, by itself as well."""
     sees = view.on.among[:, None, :] & (view.on.call.visibility.count > 0)
     return Reading(view.found["first"], sees)
 
 
 @metric("pattern", needs=("first",))
 def sink_rate(view: View) -> Reading:
-    """Whether α > .3, α = first_key_received of one softmax; its mean over heads is the sink rate."""
     values, rows = first_key_received(view)[:2]
     rows = rows.expand(values.shape)
     count = rows.sum(-1)
@@ -118,13 +113,11 @@ def sink_rate(view: View) -> Reading:
 
 @metric("pattern", needs=("received",))
 def sink_share(view: View) -> Reading:
-    """max_j c_j / N, c_j = Σ_i A_ij over the N rows: the share of all attention on one key of S."""
     return view.per_head(view.received.amax(-1), view.several)
 
 
 @metric("pattern", needs=("received",))
 def sink_strength(view: View) -> Reading:
-    """log₁₀(max_j c_j / median_j c_j), c_j = Σ_i A_ij, j in S: decades from the usual key to the sink."""
     received = view.received
     largest = received.amax(-1)
     median = torch.maximum(_median(received, view.on.among[:, None]), largest * 10**-DECADES)
@@ -133,7 +126,6 @@ def sink_strength(view: View) -> Reading:
 
 @metric("pattern", needs=("received",))
 def received_gini(view: View) -> Reading:
-    """Gini coefficient of c_j = Σ_i A_ij over the keys of S: 0 all alike, towards 1 one key takes all."""
     ordered = view.received.sort(-1).values
     tokens, keys = ordered.shape[-1], view.on.count[:, None]
     # keys outside S hold zeros and come first: ranks are counted from the end
@@ -145,7 +137,6 @@ def received_gini(view: View) -> Reading:
 
 @metric("pattern", needs=("received",))
 def sink_value_norm(view: View) -> Reading:
-    """‖v_s‖ / median_j ‖v_j‖, s the key of S that receives most: short in trained sinks."""
     norms = view.on.value_norm[:, :, 0].repeat_interleave(view.on.call.group, 1).double()
     largest, place = view.received.max(-1, keepdim=True)
     sink = norms.gather(-1, place)[..., 0]
@@ -158,26 +149,22 @@ def sink_value_norm(view: View) -> Reading:
 
 @metric("pattern", needs=("distance",))
 def attention_distance(view: View) -> Reading:
-    """Σ_j A_ij D_ij over keys that have a place, weights renormalised: pixels on a grid, tokens in a text."""
     return view.per_row(view.found.get("distance"), view.placed, _mass(view))
 
 
 @metric("pattern", needs=("distance",))
 def attention_distance_rms(view: View) -> Reading:
-    """√(Σ_j A_ij D_ij²) of the same weights: far keys count more."""
     squares = view.found.get("distance_square")
     return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
 
 
 @metric("pattern", needs=("uniform distance",))
 def attention_distance_uniform(view: View) -> Reading:
-    """Mean of D_ij over the visible keys that have a place: the distance of uniform attention."""
     return view.per_row(view.uniform.get("distance"), view.placed)
 
 
 @metric("pattern", needs=("distance", "uniform distance"))
 def attention_distance_ratio(view: View) -> Reading:
-    """attention_distance / attention_distance_uniform, row by row: 1 as far as uniform attention."""
     if "distance" not in view.found:
         return view.per_row(None)
     reference = view.uniform["distance"]
@@ -190,7 +177,6 @@ def attention_distance_ratio(view: View) -> Reading:
 
 @metric("pattern", needs=("received", "entropy"))
 def attention_nmi(view: View) -> Reading:
-    """I(q;k)/√(H(q)H(k)), p(q) = 1/N, p(q,k) = A_qk/N: 0 where all queries see the same map."""
     of_row = torch.where(view.on.rows, view.found["entropy"], 0.0).double()
     given_query = of_row.sum(-1) / view.count.clamp(min=1)
     share = view.found["received"].double() / view.count[..., None].clamp(min=1)
@@ -206,7 +192,6 @@ def attention_nmi(view: View) -> Reading:
 
 @metric("pattern", needs=("top",))
 def top_key_overlap(view: View) -> Reading:
-    """|top k of A_i of this layer ∩ of the layer before| / k, same head, k = 10; rows that see more keys."""
     if view.top_before is None:
         return view.per_row(None)
     top = view.found["top"]
@@ -215,11 +200,10 @@ def top_key_overlap(view: View) -> Reading:
 
 @metric("pattern", needs=("top",))
 def top_key_overlap_chance(view: View) -> Reading:
-    """k / number of visible keys: the overlap of two random choices of k keys."""
     if view.top_before is None:
         return view.per_row(None)
     top = view.found["top"].shape[-1]
-    return view.per_row(top / view.at(view.on.call.visibility.count).clamp(min=1), _with_choice(view))
+    return view.per_row(top / view.on.at(view.on.call.visibility.count).clamp(min=1), _with_choice(view))
 
 
 # --- relative position
@@ -227,33 +211,27 @@ def top_key_overlap_chance(view: View) -> Reading:
 
 @metric("pattern", needs=("previous",))
 def previous_weight(view: View) -> Reading:
-    """A_i,i-1: attention to the token before, in a text."""
     line = view.geometry.grid(view.on.call.tokens)
     if line is None or line[0] != 1:
         return view.per_row(None)
     keys = view.on.call.visibility.keys
-    before = (
-        torch.ones_like(view.on.among) if keys is None else keys.roll(1, -1)
-    )  # its token before is no padding
+    before = torch.ones_like(view.on.among) if keys is None else keys.roll(1, -1)  # that one is no padding
     after = torch.arange(view.on.call.tokens, device=before.device) > view.geometry.prefix
     return view.per_row(view.found["previous"], view.on.rows & (before & after)[:, None])
 
 
 @metric("pattern", needs=("near",))
 def near_share(view: View) -> Reading:
-    """Σ A_ij over near keys, oneself among them: |i-j| ≤ 16 (text), the 3 × 3 patches around (image)."""
     return view.per_row(view.found.get("near"), view.placed)
 
 
 @metric("pattern", needs=("uniform near",))
 def near_share_uniform(view: View) -> Reading:
-    """Near visible keys / visible keys: the near share of uniform attention."""
     return view.per_row(view.uniform.get("near"), view.placed)
 
 
 @metric("pattern", needs=("prefix",))
 def prefix_share(view: View) -> Reading:
-    """Σ A_ij over the prefix tokens j (class token, registers)."""
     return view.per_row(view.found["prefix"] if view.geometry.prefix else None)
 
 
@@ -262,26 +240,23 @@ def prefix_share(view: View) -> Reading:
 
 @metric("pattern", needs=("own", "norms"))
 def norm_weighted_self(view: View) -> Reading:
-    """A_ii ‖f(v_i)‖ / Σ_j A_ij ‖f(v_j)‖: the token's own share of what is added up."""
     assert view.norms is not None
-    return _norm_share(view, view.at(view.found["own"] * view.norms))
+    return _norm_share(view, view.on.at(view.found["own"] * view.norms))
 
 
 @metric("pattern", needs=("first", "norms"))
 def norm_weighted_first(view: View) -> Reading:
-    """A_i0 ‖f(v_0)‖ / Σ_j A_ij ‖f(v_j)‖: little at a sink of short value."""
     assert view.norms is not None
     keys = view.on.call.visibility.keys
     norms = view.norms
     if keys is not None:  # the first key is the first that anyone sees
         first = keys.int().argmax(-1).expand(norms.shape[0])[:, None, None]
         norms = norms.gather(-1, first.expand(-1, norms.shape[1], 1))
-    return _norm_share(view, view.at(view.found["first"] * norms[..., :1]))
+    return _norm_share(view, view.on.at(view.found["first"] * norms[..., :1]))
 
 
 @metric("pattern", needs=("norms",))
 def norm_weighted_entropy(view: View) -> Reading:
-    """-Σ_j P_ij ln P_ij in nats, P_ij = A_ij ‖f(v_j)‖ / Σ_j A_ij ‖f(v_j)‖."""
     return view.per_row(view.found["norm_entropy"], also=view.found["norm_total"] != 0)
 
 
@@ -340,10 +315,9 @@ def shape_readings(
         found = {need: getattr(statistics.softmax, of_single_keys[need]) for need in known}
         streamed -= found.keys()
     if streamed:
-        live = torch.zeros_like(call.visibility.count, dtype=torch.bool)
-        for on in selections:
-            live = live | (on.among[:, None, :] & (call.visibility.count > 0))
-        rows, live = [on.rows for on in selections], selections[0].at(live)
+        among = functools.reduce(torch.logical_or, (on.among for on in selections))
+        live = selections[0].at(among[:, None, :] & (call.visibility.count > 0))
+        rows = [on.rows for on in selections]
         found |= pattern_pass(statistics, streamed, rows, live, geometry=geometry, norms=norms, top=top_keys)
     of_uniform = uniform(call, geometry, {need.removeprefix("uniform ") for need in references})
     before = neighbour.before(call, found["top"]) if neighbour is not None and "top" in found else None
@@ -361,6 +335,7 @@ def _mass(view: View) -> Tensor | None:
 
 
 def _with_choice(view: View) -> Tensor:
+    """Rows that count and see more keys than the top ones."""
     return view.on.rows & (view.on.call.visibility.count > view.found["top"].shape[-1])
 
 

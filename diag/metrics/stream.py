@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from diag.attention.states import BlockStates, Updates
+from diag.attention.values import reciprocal
 from diag.metrics.readings import Reading, reduce
 from diag.metrics.registry import metric, registered
 from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives
@@ -107,50 +108,42 @@ class Stream:
 
 @metric("block")
 def attention_stream_cosine(on: Stream) -> Reading:
-    """cos(Δ_attn, x): whether what attention adds is in the stream already."""
     return on.per_token(on.attention_cosine)
 
 
 @metric("block")
 def attention_stream_energy(on: Stream) -> Reading:
-    """cos²(Δ_attn, x): the share of the attention update's energy that lies along the stream."""
     return on.per_token(on.attention_cosine.square())
 
 
 @metric("block")
 def mlp_stream_cosine(on: Stream) -> Reading:
-    """cos(Δ_mlp, x), x the stream that the MLP update is added to."""
     return on.per_token(on.mlp_cosine)
 
 
 @metric("block")
 def mlp_stream_energy(on: Stream) -> Reading:
-    """cos²(Δ_mlp, x): the share of the MLP update's energy that lies along the stream."""
     return on.per_token(on.mlp_cosine.square())
 
 
 @metric("block")
 def attention_update_ratio(on: Stream) -> Reading:
-    """‖Δ_attn‖/‖x‖: how much attention adds, in units of the stream."""
     return _norm_ratio(on, on.attention_update, on.before)
 
 
 @metric("block")
 def mlp_update_ratio(on: Stream) -> Reading:
-    """‖Δ_mlp‖/‖x‖: how much the MLP adds, in units of the stream."""
     return _norm_ratio(on, on.mlp_update, on.middle)
 
 
 @metric("block")
 def value_stream_cosine(on: Stream) -> Reading:
-    """cos(W_O v_i, x_i), all heads through the output projection without its bias."""
     value = on.projected_value
     return on.undefined() if value is None else on.per_token(cosine(value, on.before))
 
 
 @metric("block")
 def output_value_cosine(on: Stream) -> Reading:
-    """cos(W_O y_i, W_O v_i), without the bias of W_O: the alignment bias as the stream sees it."""
     value, call, to_stream = on.projected_value, on.states.call, on.states.to_stream
     if value is None or call is None or to_stream is None:
         return on.undefined()
@@ -161,13 +154,11 @@ def output_value_cosine(on: Stream) -> Reading:
 
 @metric("block")
 def block_influence(on: Stream) -> Reading:
-    """1 - cos(x_in, x_out) of the whole block (ShortGPT, arXiv 2403.03853)."""
     return on.per_token(_distance(on.before, on.after))
 
 
 @metric("block")
 def update_cosine_previous(on: Stream) -> Reading:
-    """cos of the attention update with that of the layer before; undefined in the first layer."""
     previous = on.states.previous
     if previous is None:
         return on.undefined()
@@ -176,7 +167,6 @@ def update_cosine_previous(on: Stream) -> Reading:
 
 @metric("block")
 def delta_cosine_previous(on: Stream) -> Reading:
-    """cos of x_out - x_in with that of the layer before; undefined in the first layer."""
     previous = on.states.previous
     if previous is None:
         return on.undefined()
@@ -185,7 +175,6 @@ def delta_cosine_previous(on: Stream) -> Reading:
 
 @metric("block")
 def token_similarity(on: Stream) -> Reading:
-    """Mean over pairs i≠j of cos(x_i, x_j) after the block (oversmoothing)."""
     norm = vector_norm(on.after, dim=-1)
     weights = torch.where(on.among & (norm > 0), 1 / norm, 0.0)
     total = (weights[:, None] @ _without(on.after, ~on.among))[:, 0].double()
@@ -196,7 +185,6 @@ def token_similarity(on: Stream) -> Reading:
 
 @metric("block")
 def token_distance(on: Stream) -> Reading:
-    """‖X - mean over tokens‖_F/‖X‖_F after the block: 0 when all tokens are the same (Dong 2021)."""
     states = _without(on.after, ~on.among)
     mean = states.sum(1, keepdim=True) / on.count[:, None, None].clamp(min=1)
     whole = vector_norm(states, dim=(1, 2))
@@ -207,7 +195,6 @@ def token_distance(on: Stream) -> Reading:
 
 @metric("block")
 def massive_activation(on: Stream) -> Reading:
-    """max|x|/median|x| over tokens and dimensions after the block (massive activations)."""
     largest, middle = on.after.new_zeros(on.states.batch), on.after.new_zeros(on.states.batch)
     for i, chosen in enumerate(on.among.expand(on.states.batch, -1)):
         magnitudes = on.after[i, chosen].abs().flatten()  # [token · dim]
@@ -221,13 +208,11 @@ def massive_activation(on: Stream) -> Reading:
 
 @metric("depth")
 def secondary_sinks(on: Sinks) -> Reading:
-    """Tokens that turn into secondary sinks in this layer: |cos(x_t, x_first)| > .9 over some layers."""
     return Reading(on.created.float().sum(-1)[:, None, None], on.weight)
 
 
 @metric("depth")
 def secondary_sink_lifetime(on: Sinks) -> Reading:
-    """Share of the layers in which a secondary sink that is created in this layer stands."""
     return Reading(on.lifetime[:, None], on.created[:, None])
 
 
@@ -323,34 +308,17 @@ class StreamReadings:
         return replace(states, previous=Updates(last[1].attention.to(here), last[1].block.to(here)))
 
 
-def per_input(
-    states: BlockStates,
-    names: Sequence[str] | None = None,
-    tokens: Bool[Tensor, "#batch token"] | None = None,
-) -> dict[str, Float64[Tensor, " batch"]]:
-    """The named metrics of one block (all that need no other layer if None), one number per input."""
-    names = list(registered("block")) if names is None else names
-    on = Stream(states, tokens)
-    entries = {name: STREAM_METRICS[name] for name in names}
-    return {
-        name: reduce([entry.compute(on)], states.batch, entry.reduce)[:, 0] for name, entry in entries.items()
-    }
-
-
 def cosine(
     a: Float[Tensor, "batch token dim"], b: Float[Tensor, "batch token dim"]
 ) -> Float[Tensor, "batch token"]:
     """cos(a_i, b_i), 0 with a zero vector."""
-    norms = vector_norm(a, dim=-1), vector_norm(b, dim=-1)
-    per_norm = [torch.where(norm == 0, 0.0, 1 / norm) for norm in norms]
-    return vecdot(a, b) * per_norm[0] * per_norm[1]
+    return vecdot(a, b) * reciprocal(vector_norm(a, dim=-1)) * reciprocal(vector_norm(b, dim=-1))
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos(a_i, b_i), from ‖â - b̂‖²/2, which keeps its digits where they are nearly parallel."""
     norms = [vector_norm(x, dim=-1, keepdim=True) for x in (a, b)]
-    units = [x * torch.where(norm == 0, 0.0, 1 / norm) for x, norm in zip((a, b), norms, strict=True)]
-    apart = (units[0] - units[1]).square().sum(-1) / 2
+    apart = (a * reciprocal(norms[0]) - b * reciprocal(norms[1])).square().sum(-1) / 2
     zero = (norms[0] == 0) | (norms[1] == 0)
     return torch.where(zero[..., 0], 1.0, apart)
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 RESAMPLES = 2000
+
+
+def drawn(inputs: int, seed: int | Sequence[int], resamples: int = RESAMPLES) -> np.ndarray:
+    """How often each input is drawn in each resample, `[resample, input]`."""
+    return np.random.default_rng(seed).multinomial(inputs, np.full(inputs, 1 / inputs), size=resamples)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -24,13 +31,12 @@ def ratio_of_means(above: np.ndarray, below: np.ndarray, *, seed: int) -> np.nda
     above, below, count = np.where(both, above, 0.0), np.where(both, below, 0.0), both.sum(0)
     found = np.full((above.shape[1], 5), np.nan)
     found[:, 0], found[:, 4] = ratio(above.sum(0), below.sum(0)), count
-    total = len(above)
-    if total > 1:
-        draws = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=RESAMPLES)
-        drawn = ratio(draws @ above, draws @ below)
-        some = (count > 1) & ~np.isnan(drawn).all(0)
+    if len(above) > 1:
+        draws = drawn(len(above), seed)
+        ratios = ratio(draws @ above, draws @ below)
+        some = (count > 1) & ~np.isnan(ratios).all(0)
         if some.any():
-            found[some, 2:4] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0).T
+            found[some, 2:4] = np.nanpercentile(ratios[:, some], [2.5, 97.5], axis=0).T
     return found
 
 
@@ -48,9 +54,8 @@ def summary(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> pd.
         std = np.sqrt((deviation**2).sum(0) / (count - 1))
     std[count < 2] = np.nan
     low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-    total = values.shape[0]
-    if total > 1:
-        draws = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=resamples)
+    if len(values) > 1:
+        draws = drawn(len(values), seed, resamples)
         for start in range(0, values.shape[1], 4096):
             part = slice(start, start + 4096)
             with np.errstate(invalid="ignore", divide="ignore"):

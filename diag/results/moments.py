@@ -131,14 +131,8 @@ def _layer_cells(
     x, y, drawn = (
         np.concatenate(parts, axis=1).reshape(-1, every.shape[3]) for parts in (above, below, itself)
     )
-    sets, inputs = len(first.token_sets), x.shape[1]
-    rows = pd.DataFrame(
-        {
-            "head": np.tile(heads, sets * len(names)),
-            "tokens": np.repeat(list(first.token_sets), len(names) * len(heads)),
-            "metric": np.tile(np.repeat(names, len(heads)), sets),
-        }
-    )
+    cells = pd.MultiIndex.from_product([first.token_sets, names, heads], names=["tokens", "metric", "head"])
+    rows = cells.to_frame(index=False)
     # of what may differ between inputs, the largest, as in tables of samples
     sized = {name: max(getattr(one.facts, name) for one in measured) for name in SIZES}
     columns = first.columns(constants) | sized
@@ -146,7 +140,7 @@ def _layer_cells(
     rows = rows[[*KEYS, *(name for name in CONSTANTS if name in columns)]]
     numbers = _numbers(x, y, drawn)
     there = ~np.isnan(drawn)
-    places = np.repeat(np.arange(len(rows)), inputs).reshape(x.shape)[there]
+    places = np.repeat(np.arange(len(rows)), x.shape[1]).reshape(x.shape)[there]
     return Moments(rows, numbers, *_added(places << SHIFT | bins_of(drawn[there]) + MIDDLE))
 
 
@@ -265,16 +259,11 @@ def quantiles(cells: Moments) -> pd.DataFrame:
             count[row] = until[-1]
             ranks = np.floor(np.array(list(QUANTILES.values())) * (until[-1] - 1))
             found[row] = own[start:end][np.searchsorted(until, ranks, side="right")]
-    low, high = (
-        np.where(count > 0, cells.numbers[:, NUMBERS.index(name)], np.nan) for name in ("low", "high")
-    )
-    columns = {
-        "low": low,
-        **dict(zip(QUANTILES, np.clip(found, low[:, None], high[:, None]).T, strict=True)),
-        "high": high,
-        "n": count,
-    }
-    return pd.concat([cells.rows[KEYS], pd.DataFrame(columns)], axis=1)
+    ends = [NUMBERS.index("low"), NUMBERS.index("high")]
+    low, high = np.where(count > 0, cells.numbers[:, ends].T, np.nan)
+    columns = np.column_stack([low, np.clip(found, low[:, None], high[:, None]), high])
+    spread = pd.DataFrame(columns, columns=["low", *QUANTILES, "high"]).assign(n=count)
+    return pd.concat([cells.rows[KEYS], spread], axis=1)
 
 
 def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -282,6 +271,8 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
 
     A ratio is that of its parts' means over inputs; its interval is that of its linearisation (delta method).
     """
+    from scipy.special import stdtrit
+
     n, mean, m2, mean_below, m2_below, cross = cells.numbers.T[:6]
     is_ratio = cells.rows["metric"].isin(list(ratios)).to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -289,7 +280,8 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
         slope = ratio(mean, mean_below)
         spread = np.maximum(m2 - 2 * slope * cross + slope**2 * m2_below, 0.0) / (n - 1) / mean_below**2
         center = np.where(is_ratio, slope, np.where(n > 0, mean, np.nan))
-        half = _t975(n - 1) * np.sqrt(np.where(is_ratio, np.where(n > 1, spread, np.nan), variance) / n)
+        t = np.where(n > 1, stdtrit(np.maximum(n - 1, 1), 0.975), np.nan)  # Student's, at 97.5 %
+        half = t * np.sqrt(np.where(is_ratio, np.where(n > 1, spread, np.nan), variance) / n)
     table = pd.DataFrame(
         {
             "mean": center,
@@ -304,10 +296,3 @@ def moment_tables(cells: Moments, ratios: Mapping[str, tuple[str, str]]) -> tupl
     whole = (table["head"] == WHOLE_LAYER).to_numpy()
     layers, heads = table[whole].drop(columns="head"), table[~whole]
     return layers.reset_index(drop=True), heads.reset_index(drop=True)
-
-
-def _t975(freedom: np.ndarray) -> np.ndarray:
-    """The 97.5 % quantile of Student's t; NaN where there is no degree of freedom."""
-    from scipy.special import stdtrit
-
-    return np.where(freedom > 0, stdtrit(np.maximum(freedom, 1), 0.975), np.nan)

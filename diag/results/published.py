@@ -34,7 +34,7 @@ def curves(model: str | None = None, file: Path | None = None) -> pd.DataFrame:
     file: a CSV of one's own with the same columns, instead of the package's.
     Raises UserError for an unknown model, or a file that is not such a table.
     """
-    table = _read("published_curves.csv") if file is None else _own(file)
+    table = pd.read_csv(FOLDER / "published_curves.csv") if file is None else _own(file)
     if model is None:
         return table
     found = table[table["model"] == model].reset_index(drop=True)
@@ -52,7 +52,7 @@ def ladder() -> pd.DataFrame:
 
     Columns model, tokens, cos_y_vself, cos_y_vpartner, self_specific_percent, source.
     """
-    return _read("published_ladder.csv")
+    return pd.read_csv(FOLDER / "published_ladder.csv")
 
 
 def accuracy() -> pd.DataFrame:
@@ -63,7 +63,7 @@ def accuracy() -> pd.DataFrame:
     (no curves are published for the second).
     """
     similar = curves().query("metric == 'value_similarity'").groupby("model")["value"].mean()
-    table = _read("published_accuracy.csv")
+    table = pd.read_csv(FOLDER / "published_accuracy.csv")
     return table.assign(
         change=(table["xsa"] - table["baseline"]).round(2),
         similarity_baseline=table["model"].map(similar),
@@ -112,7 +112,7 @@ def reproduction(
             f"'{model_in_table}' was measured in several ways, or on several token sets",
             "choose one: a published value is compared with one measured value",
         )
-    known = curves(name, file).rename(columns={"value": "published"})
+    known = curves(name, file)[list(COLUMNS[1:])].rename(columns={"value": "published"})
     both = known.merge(
         measured.rename(columns={"mean": "measured"})[["metric", "layer", "measured", "ci_low", "ci_high"]],
         on=["metric", "layer"],
@@ -123,23 +123,11 @@ def reproduction(
         )
     low = both["ci_low"].astype(float).fillna(both["measured"]) - both["uncertainty"]
     high = both["ci_high"].astype(float).fillna(both["measured"]) + both["uncertainty"]
-    return both.assign(
+    return both.drop(columns="source").assign(
         difference=both["measured"] - both["published"],
         within=(low <= both["published"]) & (both["published"] <= high),
-    )[
-        [
-            "metric",
-            "layer",
-            "published",
-            "uncertainty",
-            "measured",
-            "ci_low",
-            "ci_high",
-            "difference",
-            "within",
-            "source",
-        ]
-    ]
+        source=both["source"],
+    )
 
 
 def verdict(table: pd.DataFrame, name: str, *, not_measured: int = 0) -> str:
@@ -170,10 +158,6 @@ def other_settings(layers: pd.DataFrame, model_in_table: str, source: str) -> li
 def _word(value: object) -> str:
     plain = {"n_tokens": "T", "first_token": "t = 0"}.get(str(value), str(value))
     return plain.replace("_", " ")
-
-
-def _read(name: str) -> pd.DataFrame:
-    return pd.read_csv(FOLDER / name)
 
 
 def _own(file: Path) -> pd.DataFrame:

@@ -66,17 +66,14 @@ def samples_frame(
         blocks.append(ratio(values[:, names.index(above)], values[:, names.index(below)])[:, None])
     values = np.concatenate(blocks, axis=1)
     names += list(added)
-    sets, metrics_n, inputs, heads = values.shape
-    place = np.tile(np.repeat(np.arange(inputs), heads), sets * metrics_n)
+    token_set, metric, place, head = np.indices(values.shape).reshape(4, -1)
     frame = pd.DataFrame(
         {
-            "tokens": _category(measured.token_sets, np.repeat(np.arange(sets), metrics_n * inputs * heads)),
-            "metric": _category(names, np.tile(np.repeat(np.arange(metrics_n), inputs * heads), sets)),
+            "tokens": _category(measured.token_sets, token_set),
+            "metric": _category(names, metric),
             "input": _category(measured.ids, place),
             "input_index": place + measured.first_input,
-            "head": np.tile(
-                np.arange(heads) if measured.of_heads else [WHOLE_LAYER], sets * metrics_n * inputs
-            ),
+            "head": head if measured.of_heads else WHOLE_LAYER,
             "value": values.reshape(-1),
         }
     )
@@ -149,11 +146,9 @@ def _summarise(
                 own, one, other = places.T
                 table.loc[own, STATISTICS] = ratio_of_means(matrix[:, one], matrix[:, other], seed=seed)
         frames.append(table)
-    front = [key for key in by if key in KEYS]
-    if not frames:
-        return pd.DataFrame(columns=[*front, *STATISTICS, *[key for key in by if key not in front]])
-    table = pd.concat(frames, ignore_index=True)
-    return table[[*front, *STATISTICS, *[key for key in by if key not in front]]]
+    front, rest = ([key for key in by if (key in KEYS) == first] for first in (True, False))
+    columns = [*front, *STATISTICS, *rest]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
 def _components(rows: pd.DataFrame, keys: list[str], name: str, above: str, below: str) -> np.ndarray:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diag.results.folder import is_finished
 from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
-
-if TYPE_CHECKING:
-    from diag.run.progress import Listener
+from diag.run.progress import Listener
 
 
 def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:

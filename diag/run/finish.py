@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from diag.run.processes import PATIENCE, Locks
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
-Drawing = Callable[[pd.DataFrame, pd.DataFrame, Path], list[Path]]
 
 
 def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
@@ -45,14 +43,7 @@ def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
         ]
 
 
-def finish(
-    folder: Path,
-    locks: Locks,
-    *,
-    wait: bool = True,
-    say: Saying = lambda text: None,
-    drawing: Drawing = draw,
-) -> bool:
+def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:
     """Writes what a run ends in and removes its shards; False if another process is at it.
 
     wait: for that other process, if there is one. say: told what was left out.
@@ -64,7 +55,7 @@ def finish(
         time.sleep(PATIENCE)
     try:
         if not is_finished(folder):
-            _finish(folder, read_plan(folder), say, drawing)
+            _finish(folder, read_plan(folder), say)
     finally:
         locks.give(MERGE)
     return True
@@ -102,33 +93,24 @@ def gather(folder: Path, others: Sequence[Path]) -> None:
                 atomically(folder / "shards" / file.name, partial(shutil.copyfile, file))
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What the shards of one tower tell beside their numbers."""
-
-    failed: dict[str, str]
-    skipped: dict[str, str]
-    unprojected: list[str]
-    seconds: float
-
-
-def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawing: Drawing) -> None:
+def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     began = time.time()
     found = check_whole(folder, document)
     failed_models, failed_inputs = dict(found.failed), dict[str, str]()
     models, seconds = list[dict[str, Any]](), 0.0
     parts = list[tuple[Part, dict[str, Any], pd.DataFrame]]()
     for part, note in found.parts:
-        told, samples = _told(part, note["shards"]), _samples(part, note["shards"])
-        failed_inputs |= told.failed
-        seconds += told.seconds
-        if samples is None:
-            failed_models[part.given] = _nothing_read(part, note, told)
+        told = _told(part, note["shards"])
+        kept = [frame for place in range(note["shards"]) if len(frame := _read(part.shard(place)))]
+        failed_inputs |= told["failed"]
+        seconds += told["seconds"]
+        if not kept:
+            failed_models[part.given] = _nothing_read(part, note, told["failed"])
             say(f"{part.given} failed: {failed_models[part.given]}")
             continue
         _say_told(part.given, told, say)
-        models.append(note["entry"] | {"skipped_layers": told.skipped})
-        parts.append((part, note, samples))
+        models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
+        parts.append((part, note, pd.concat(kept, ignore_index=True)))
     if not parts:
         raise UserError(next(iter(failed_models.values())), "give images in JPEG, PNG or WebP")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
@@ -136,7 +118,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawing: Dra
     write(samples, folder / SAMPLES)
     write(layers, folder / LAYERS)
     write(heads, folder / HEADS)
-    figures = drawing(layers, heads, folder / "figures")
+    figures = draw(layers, heads, folder / "figures")
     for left in folder.glob(".*.tmp"):  # by processes that were killed
         left.unlink(missing_ok=True)
     taken = {entry["takes"] for entry in models}
@@ -160,40 +142,30 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawing: Dra
     shutil.rmtree(folder / "shards", ignore_errors=True)
 
 
-def _told(part: Part, shards: int) -> _Told:
+def _told(part: Part, shards: int) -> dict[str, Any]:
+    """What the shards of one tower tell beside their numbers; of layers, what the first one does."""
     accounts = [json.loads(part.account(place).read_text(encoding="utf-8")) for place in range(shards)]
-    return _Told(
-        {name: why for account in accounts for name, why in account["failed"].items()},
-        accounts[0]["skipped_layers"],
-        accounts[0]["unprojected"],
-        sum(account["seconds"] for account in accounts),
-    )
+    failed = {name: why for account in accounts for name, why in account["failed"].items()}
+    return accounts[0] | {"failed": failed, "seconds": sum(account["seconds"] for account in accounts)}
 
 
-def _say_told(given: str, told: _Told, say: Saying) -> None:
-    for path, why in told.skipped.items():
+def _say_told(given: str, told: Mapping[str, Any], say: Saying) -> None:
+    for path, why in told["skipped_layers"].items():
         say(f"{given}: {path} left out, {why}")
-    if told.unprojected:
-        more = f" and {len(told.unprojected) - 1} more" if len(told.unprojected) > 1 else ""
+    if unprojected := told["unprojected"]:
+        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
         say(
             f"{given}: value_stream_cosine and output_value_cosine are empty where the way from "
-            f"heads to the stream is not understood: {told.unprojected[0]}{more}"
+            f"heads to the stream is not understood: {unprojected[0]}{more}"
         )
 
 
-def _nothing_read(part: Part, note: Mapping[str, Any], told: _Told) -> str:
+def _nothing_read(part: Part, note: Mapping[str, Any], failed: Mapping[str, str]) -> str:
     """Why a tower has no row; its shards, which hold nothing, are removed: inputs may be mended."""
     for place in range(note["shards"]):
         part.shard(place).unlink(missing_ok=True)
-    why = next(iter(told.failed.values()), "there is none")
+    why = next(iter(failed.values()), "there is none")
     return f"no input of '{note['source']}' could be read: {why}"
-
-
-def _samples(part: Part, shards: int) -> pd.DataFrame | None:
-    """The samples of a tower; None if no shard holds any."""
-    frames = [_read(part.shard(place)) for place in range(shards)]
-    kept = [frame for frame in frames if len(frame)]
-    return pd.concat(kept, ignore_index=True) if kept else None
 
 
 def _read(file: Path) -> pd.DataFrame:

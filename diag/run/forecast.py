@@ -10,13 +10,11 @@ import torch
 
 from diag.errors import UserError
 from diag.inputs.items import Inputs
-from diag.measure.memory import Prediction, Widths, predicted, resident
+from diag.measure.memory import Widths, predicted, resident
 from diag.models import load
 from diag.models.base import Model, Tower
 from diag.run.prepared import Prepared
 from diag.run.shards import tower_samples
-
-GIBIBYTE = 1 << 30
 
 
 def forecast(prepared: Prepared) -> dict[str, str]:
@@ -41,6 +39,7 @@ def forecast(prepared: Prepared) -> dict[str, str]:
 
 
 def _of_tower(model: Model, tower: Tower, given: Inputs, prepared: Prepared) -> str:
+    """The peak and its parts in one line."""
     size = prepared.plan.batch_size or 1
     device = torch.device("cuda") if isinstance(prepared.device, str) else prepared.device
     tokens = tokens_of(tower, given, prepared.plan.seq_len)
@@ -56,7 +55,8 @@ def _of_tower(model: Model, tower: Tower, given: Inputs, prepared: Prepared) -> 
         device=device,
         dtype=prepared.dtype,
     )
-    return in_words(prediction, tokens, inputs)
+    peak, loaded, forward, probe = (f"{x / 2**30:.2f}" for x in (prediction.peak, *prediction))
+    return f"{peak} GiB at {inputs} × {tokens:,} tokens (loaded {loaded}, forward {forward}, probe {probe})"
 
 
 def tokens_of(tower: Tower, given: Inputs, seq_len: int | None) -> int | None:
@@ -69,12 +69,3 @@ def tokens_of(tower: Tower, given: Inputs, seq_len: int | None) -> int | None:
     if not all(isinstance(side, int) for pair in sides for side in pair):
         return None
     return math.prod(image // patch for image, patch in zip(*sides, strict=True)) + len(tower.prefix)
-
-
-def in_words(prediction: Prediction, tokens: int, inputs: int) -> str:
-    """One line: the peak and its parts."""
-    parts = [f"{x / GIBIBYTE:.2f}" for x in (prediction.peak, *prediction)]
-    return (
-        f"{parts[0]} GiB at {inputs} × {tokens:,} tokens "
-        f"(loaded {parts[1]}, forward {parts[2]}, probe {parts[3]})"
-    )

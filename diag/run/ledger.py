@@ -83,9 +83,6 @@ class Part:
         """The lock of a shard: its number among all that a run can have."""
         return 1 + ((self.number * len(TOWERS) + TOWERS.index(self.tower)) << 32) + place
 
-    def read_note(self) -> dict[str, Any]:
-        return json.loads(self.note.read_text(encoding="utf-8"))
-
 
 def failure_file(folder: Path, number: int, given: str, share: Share) -> Path:
     """Where a process notes that a model failed."""
@@ -128,7 +125,8 @@ def standing(folder: Path, document: Mapping[str, Any]) -> Standing:
     for number, given in enumerate(document["plan"]["models"]):
         given = given.strip()
         parts = {tower: Part(folder, number, given, tower) for tower in TOWERS}
-        notes = {tower: part.read_note() for tower, part in parts.items() if part.note.name in there}
+        begun = {tower: part.note for tower, part in parts.items() if part.note.name in there}
+        notes = {tower: json.loads(file.read_text(encoding="utf-8")) for tower, file in begun.items()}
         why = sorted(name for name in there if name.startswith(f"{number:02d}-{file_stem(given)}.failed-"))
         missing = [] if notes else [f"'{given}' was not begun"]
         for tower in next(iter(notes.values()))["towers"] if notes else ():

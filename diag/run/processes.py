@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from diag.errors import UserError
 
@@ -125,9 +124,7 @@ class Locks:
     def __enter__(self) -> Locks:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         os.close(self.descriptor)
 
     def take(self, place: int) -> bool:

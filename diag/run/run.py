@@ -30,7 +30,7 @@ from diag.results.folder import is_finished
 from diag.results.moments import moments_of
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
 from diag.run.environment import command_line
-from diag.run.finish import draw, finish
+from diag.run.finish import finish
 from diag.run.ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
@@ -123,7 +123,7 @@ def run_share(
             _run_models(_Job(prepared, folder, share, document["shard_inputs"], locks, listener, progress))
             state = standing(folder, document)
             if not state.missing and not is_finished(folder):
-                finish(folder, locks, wait=share.of == 1, say=listener.say, drawing=draw)
+                finish(folder, locks, wait=share.of == 1, say=listener.say)
     except FileNotFoundError:
         if not is_finished(folder):  # else another process has finished the run, and the shards are gone
             raise

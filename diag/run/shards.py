@@ -50,13 +50,15 @@ class TowerJob:
 
         Raises UserError, naming the layer, where the plan asks for what this model does not allow.
         """
-        plan = measurement.plan
+        plan, removed = measurement.plan, None
+        if plan.values == "bias_free":
+            removed = value_constants(model.module, pick_layers(tower.layers, plan.layers))
         return TowerJob(
             tower,
             measurement,
             token_sets or plan.tokens or tower.default_sets,
             _constants_of(model, tower, plan),
-            _constants_to_remove(model, tower, plan),
+            removed,
             _blocks_of(model, tower, measurement),
             BatchSize.of(plan.batch_size, model.module),
         )
@@ -105,7 +107,8 @@ def shard_values(
 
 
 def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]:
-    """The columns that are the same in every row of one tower."""
+    """The columns that are the same in every row of one tower; `float32` for a model without parameters."""
+    dtype = next((parameter.dtype for parameter in model.module.parameters()), torch.float32)
     return {
         "model": model.name,
         "tower": tower.name,
@@ -115,19 +118,9 @@ def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]
         "patch_embedding": tower.facts.get("patch_embedding"),
         "values": plan.values,
         "intervention": " ".join(plan.intervene) or "none",
-        "dtype": _dtype_of(model),
+        "dtype": str(dtype).removeprefix("torch."),
         "seed": plan.seed,
     }
-
-
-def _constants_to_remove(model: Model, tower: Tower, plan: ProbePlan) -> dict[int, Tensor] | None:
-    """What `--values bias-free` takes out of each layer's values; None for values as computed.
-
-    Raises UserError, naming the layer, if one of the plan's layers cannot be made bias-free.
-    """
-    if plan.values == "as_computed":
-        return None
-    return value_constants(model.module, pick_layers(tower.layers, plan.layers))
 
 
 def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block]:
@@ -140,12 +133,6 @@ def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block
     if STREAM_METRICS.keys().isdisjoint(asked.metrics):
         return ()
     return find_blocks(model.module, pick_layers(tower.layers, asked.plan.layers))
-
-
-def _dtype_of(model: Model) -> str:
-    """The format that the model runs in, `float32` for one without parameters."""
-    found = next((parameter.dtype for parameter in model.module.parameters()), torch.float32)
-    return str(found).removeprefix("torch.")
 
 
 def _size(size: Any) -> Any:

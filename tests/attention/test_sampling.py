@@ -25,7 +25,7 @@ from diag.inputs import images as inputs
 from diag.inputs.texts import texts
 from diag.measure.batch_readings import FEW_KEYS, BatchReadings
 from diag.measure.loop import measure
-from diag.metrics.attention import METRICS, Selection, readings, readings_of
+from diag.metrics.attention import METRICS, Selection, readings_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
@@ -169,7 +169,7 @@ def test_estimates_have_no_bias_and_an_honest_error(case: str) -> None:
     whole, times = CALLS[case], 200
     softmax = {name: part.expand(times, -1, -1) for name, part in vars(softmax_statistics(whole)).items()}
     drawn = of_rows(sampled(repeated(whole, times)), SoftmaxStatistics(**softmax))
-    for name, reading in readings(whole, OF_PATTERN).items():
+    for name, reading in readings_of(Selection(whole), OF_PATTERN).items():
         how = METRICS[name].reduce
         exact = reduce([reading], 1, how)[0]
         found, error = reduce([drawn[name]], times, how), sampling_error([drawn[name]], times, how)
@@ -201,7 +201,7 @@ def test_all_rows_drawn_are_the_exact_number(how: str) -> None:
     call = replace(whole, sample=sample_rows([everything()], ["a"], RowSampling(rows=TOKENS)))
     found = of_rows(call, softmax_statistics(whole))
     name = "entropy" if how == "mean" else "entropy_p15"
-    exact = reduce([readings(whole, OF_PATTERN)[name]], 1, how)
+    exact = reduce([readings_of(Selection(whole), OF_PATTERN)[name]], 1, how)
     torch.testing.assert_close(reduce([found[name]], 1, how), exact, rtol=1e-9, atol=0)
     assert (sampling_error([found[name]], 1, how) == 0).all()
 
@@ -212,11 +212,11 @@ def test_padding_and_numbers_that_are_not_finite() -> None:
     broken = call.query.clone()
     broken[:, :, -10:] = torch.nan  # padding: rows that do not count
     whole = replace(call, query=broken)
-    found = reduce([readings(sampled(whole), OF_PATTERN)["entropy"]], 1, "mean")
+    found = reduce([readings_of(Selection(sampled(whole)), OF_PATTERN)["entropy"]], 1, "mean")
     assert found.isfinite().all()
     broken = call.query.clone()
     broken[:, :, : TOKENS - 60] = torch.nan
-    found = readings(sampled(replace(call, query=broken)), OF_PATTERN)["entropy"]
+    found = readings_of(Selection(sampled(replace(call, query=broken))), OF_PATTERN)["entropy"]
     assert reduce([found], 1, "mean").isinf().all()
 
 

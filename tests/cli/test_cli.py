@@ -274,10 +274,10 @@ def test_activations_are_saved_for_the_first_inputs(attnbias: Attnbias) -> None:
 SLOWLY = """
 import time
 from diag import cli
-from diag.run import run
+from diag.run import finish
 from diag.show import terminal
 
-run.draw = lambda *_: []
+finish.draw = lambda *_: []
 calls = []
 
 def advance(self, inputs):

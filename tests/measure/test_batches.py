@@ -75,7 +75,7 @@ def test_a_size_lives_as_long_as_the_run() -> None:
 
 def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each input takes 10; twice the batch has to stay below .8 of what is left."""
-    size = BatchSize.automatic(torch.device("cpu"))
+    size = BatchSize.of(0, torch.nn.Module())
     held = [0]
     monkeypatch.setattr(batches, "restart_peak", lambda device: 100)
     monkeypatch.setattr(batches, "peak", lambda device: 100 + 10 * held[0])
@@ -92,7 +92,7 @@ def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_automatic_size_changes_no_number() -> None:
     fixed = run(vision_tower(), IMAGES, batch_size=2)
-    size = BatchSize.automatic(torch.device("cpu"))
+    size = BatchSize.of(0, torch.nn.Module())
     found = list(measure(vision_tower(), IMAGES, batch_size=size))
     assert [len(batch[0].ids) for batch in found] == [1, 2, 2]
     grown = np.concatenate([np.stack([block.values for block in batch]) for batch in found], 3)

@@ -28,7 +28,7 @@ from diag.attention.softmax import softmax_statistics
 from diag.errors import UserError
 from diag.metrics import attention as metrics
 from diag.metrics.attention import METRICS, per_input
-from diag.metrics.catalogue import RATIOS
+from diag.metrics.catalogue import CATALOGUE, RATIOS
 from diag.metrics.registry import chosen
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -563,7 +563,7 @@ def test_windows_are_pooled_by_token() -> None:
     """A layer called window by window, or with windows in the batch: every token weighs the same."""
     windows = two_windows()
     names = ["cos_y_vself", "entropy", "cos_y_vpartner"]
-    parts = [metrics.readings(window, names) for window in windows]
+    parts = [metrics.readings_of(metrics.Selection(window), names) for window in windows]
     alone = [per_input(window, names) for window in windows]
     for name in names:
         pooled = metrics.reduce([part[name] for part in parts], 1, "mean")
@@ -572,7 +572,7 @@ def test_windows_are_pooled_by_token() -> None:
 
     in_batch = make_call(batch=4, tokens=6, seed=3)  # two inputs of two windows each, input by input
     each = per_input(in_batch, names)
-    for name, reading in metrics.readings(in_batch, names).items():
+    for name, reading in metrics.readings_of(metrics.Selection(in_batch), names).items():
         pooled = metrics.reduce([reading], 2, "mean")
         torch.testing.assert_close(pooled, each[name].unflatten(0, (2, 2)).mean(1), rtol=1e-6, atol=1e-6)
 
@@ -581,8 +581,9 @@ def test_pooled_percentiles_are_of_all_tokens() -> None:
     """The 15th percentile of a layer's windows is not the mean of theirs."""
     windows = two_windows()
     rows = np.concatenate([softmax_statistics(window).entropy[0, :, 1:].numpy() for window in windows], -1)
-    parts = [metrics.readings(window, ["entropy_p15"])["entropy_p15"] for window in windows]
-    pooled = metrics.reduce(parts, 1, METRICS["entropy_p15"].reduce)
+    name = "entropy_p15"
+    parts = [metrics.readings_of(metrics.Selection(window), [name])[name] for window in windows]
+    pooled = metrics.reduce(parts, 1, METRICS[name].reduce)
     np.testing.assert_allclose(pooled[0].numpy(), np.percentile(rows, 15, axis=-1), rtol=1e-5)
 
 
@@ -591,7 +592,7 @@ def test_pooled_percentiles_are_of_all_tokens() -> None:
 
 def test_every_metric_says_what_it_is() -> None:
     for name, metric in METRICS.items():
-        assert metric.definition, name
+        assert CATALOGUE[name].definition, name
         assert metric.reduce in ("mean", "percentile"), name
 
 

@@ -657,8 +657,8 @@ def test_too_few_keys_to_choose_from() -> None:
 def test_every_metric_says_what_it_is() -> None:
     assert set(SHAPE_METRICS).isdisjoint(METRICS)
     for name, metric in SHAPE_METRICS.items():
-        assert len(metric.definition.splitlines()) == 1, name
-        assert metric.definition, name
+        assert len(CATALOGUE[name].definition.splitlines()) == 1, name
+        assert CATALOGUE[name].definition, name
         assert CATALOGUE[name].source, name
         assert CATALOGUE[name].unit, name
         needs = {need.removeprefix("uniform ") for need in metric.needs}
@@ -686,8 +686,8 @@ def test_what_is_near_is_what_the_definitions_say() -> None:
     assert geometry_of.NEAR_PATCHES == 1
     assert shape.SINK == 0.3
     assert shape.TOP_KEYS == 10
-    assert "≤ 16" in SHAPE_METRICS["near_share"].definition
-    assert "k = 10" in SHAPE_METRICS["top_key_overlap"].definition
+    assert "≤ 16" in CATALOGUE["near_share"].definition
+    assert "k = 10" in CATALOGUE["top_key_overlap"].definition
 
 
 # --- memory -----------------------------------------------------------------------------------------

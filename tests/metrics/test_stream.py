@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from diag.attention.states import BlockStates, Updates
 from diag.measure.loop import measure
 from diag.metrics.catalogue import CATALOGUE
 from diag.metrics.readings import reduce
+from diag.metrics.registry import registered
 from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives
-from diag.metrics.stream import STREAM_METRICS, Stream, StreamReadings, per_input
+from diag.metrics.stream import STREAM_METRICS, Stream, StreamReadings
 from diag.models.base import Batch, Sample
 from diag.models.families import lens
 from diag.models.families.demo import build_vit
@@ -40,6 +41,14 @@ TOLERANCE = dict.fromkeys(WITHIN, 1e-5)
 
 
 # --- the reference ------------------------------------------------------------------------------------
+
+
+def per_input(
+    states: BlockStates, names: Sequence[str] = tuple(registered("block")), tokens: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The named metrics of one block (all that need no other layer), one number per input."""
+    on, of = Stream(states, tokens), STREAM_METRICS
+    return {name: reduce([of[name].compute(on)], states.batch, of[name].reduce)[:, 0] for name in names}
 
 
 def cos(a: np.ndarray, b: np.ndarray) -> float:
@@ -313,9 +322,9 @@ def test_readings_have_the_shape_that_reduce_takes() -> None:
 
 
 def test_every_metric_says_what_it_is() -> None:
-    for name, metric in STREAM_METRICS.items():
-        assert metric.definition, name
-        assert "\n" not in metric.definition, name
+    for name in STREAM_METRICS:
+        assert CATALOGUE[name].definition, name
+        assert "\n" not in CATALOGUE[name].definition, name
         assert CATALOGUE[name].source, name
         assert CATALOGUE[name].unit, name
 

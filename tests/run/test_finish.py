@@ -48,7 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Runs of one process: all samples kept, and 20 of 75."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "draw", lambda *_: [])
+        patch.setattr("diag.run.finish.draw", lambda *_: [])
         for keep in (4096, 20):
             run_probe(plan(keep_samples=keep), folder / str(keep))
     return {keep: folder / str(keep) for keep in (4096, 20)}

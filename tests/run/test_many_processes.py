@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from diag.run import run
+from diag.run import finish, run
 from diag.run.plan import ProbePlan
 from diag.models import load
 from diag.models.names.resolve import parse
 from diag.run.processes import Share
 
-run.draw = lambda *_: []
+finish.draw = lambda *_: []
 load(parse("demo:lm"), device=torch.device("cpu"), dtype=torch.float32)
 target = Path(sys.argv[1])
 plan = ProbePlan.checked(

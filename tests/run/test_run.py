@@ -90,7 +90,7 @@ def assert_same(one: Path, other: Path) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "draw", lambda *_: [])
+        patch.setattr("diag.run.finish.draw", lambda *_: [])
         run_probe(plan(), folder)
     return folder
 
@@ -100,7 +100,7 @@ def in_fours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in batches of four, whose numbers may differ in the last bit."""
     folder = tmp_path_factory.mktemp("in-fours") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "draw", lambda *_: [])
+        patch.setattr("diag.run.finish.draw", lambda *_: [])
         run_probe(plan(batch_size=4), folder)
     return folder
 
@@ -237,7 +237,7 @@ def test_an_interruption_between_tables_and_manifest_is_mended(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(run, "draw", stop)
+        patch.setattr("diag.run.finish.draw", stop)
         with pytest.raises(KeyboardInterrupt):
             run_probe(plan(), folder)
     assert not (folder / "manifest.json").exists()

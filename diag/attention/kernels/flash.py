@@ -29,7 +29,15 @@ def attention_with_normaliser(
 
     Arguments are those of `scaled_dot_product_attention`.
     """
-    if _is_cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    given = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    masked_alike = attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype)
+    plain = query.device.type == "cpu" and query.ndim == 4 and masked_alike and not trained and not dropout_p
+    # only the public function is cast by autocast and seen by other function modes
+    plain = plain and not torch.is_autocast_enabled("cpu") and not has_torch_function(given)
+    if plain and SDPBackend.FLASH_ATTENTION.value == torch._fused_sdp_choice(  # what it would choose itself
+        query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+    ):
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # as the public function does
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -37,29 +45,3 @@ def attention_with_normaliser(
         )
     output = _public(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return output, None
-
-
-def _is_cpu_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> bool:
-    """Whether the public function would choose the flash operator for this call."""
-    given = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if query.device.type != "cpu" or query.ndim != 4 or trained or dropout_p:
-        return False
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
-        return False
-    # only the public function is cast by autocast and seen by other function modes
-    if torch.is_autocast_enabled("cpu") or has_torch_function(given):
-        return False
-    choice = torch._fused_sdp_choice(
-        query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return choice == SDPBackend.FLASH_ATTENTION.value

@@ -40,19 +40,6 @@ class Blocks(NamedTuple):
     stages: int
 
 
-BLOCKS = {
-    # (bytes of a number, padded head size): tile. See `blocks`.
-    (2, 64): Blocks(128, 64, 8, 3),
-    (2, 128): Blocks(128, 64, 8, 3),
-    (2, 256): Blocks(64, 64, 8, 2),
-    (4, 64): Blocks(64, 32, 4, 2),
-    (4, 128): Blocks(64, 32, 4, 2),
-    (4, 256): Blocks(64, 32, 4, 2),
-}
-
-UNDER_MASK = Blocks(64, 32, 8, 2)
-"""The tile where every query row has mask entries of its own: addresses and entries take registers too."""
-
 PART = 64
 """How many channels of float32 vectors are multiplied at a time."""
 
@@ -64,8 +51,13 @@ def blocks(itemsize: int, padded: int, under_mask: bool) -> Blocks:
     memory: together below 99 KiB, what the smallest supported device lets one program have. The widest heads
     get fewer rows. Float32 takes twice the registers for the rounded parts of its vectors: smaller tiles, and
     wide vectors are read `PART` channels at a time; with a mask it still spills, and is right but slow.
+    Where every query row has mask entries of its own, addresses and entries take registers too.
     """
-    return UNDER_MASK if under_mask else BLOCKS[itemsize, max(64, padded)]
+    if under_mask:
+        return Blocks(64, 32, 8, 2)
+    if itemsize == 4:
+        return Blocks(64, 32, 4, 2)
+    return Blocks(64, 64, 8, 2) if padded == LARGEST_HEAD else Blocks(128, 64, 8, 3)
 
 
 def supports(call: AttentionCall) -> bool:

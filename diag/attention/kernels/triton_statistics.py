@@ -100,31 +100,19 @@ def row_statistics(
     """
     assert call.query is not None
     device, shape = call.query.device, (call.batch, call.heads, call.tokens)
-    lse, entropy, squares, own, *farther = torch.empty(
-        (7 if distances else 4, *shape), device=device, dtype=torch.float32
-    )
+    planes = torch.empty((7 if distances else 4, *shape), device=device, dtype=torch.float32)
+    lse, entropy, squares, own, *farther = planes
     weights = torch.empty((chosen.shape[1], *shape), device=device, dtype=torch.float32)
     on_plane = distances and places is not None
     coordinates = places.to(device, torch.float32).contiguous() if places is not None else lse
     tensors, scalars = arguments(call)
     sizes, options = launch(call)
-    _row_kernel[(triton.cdiv(call.tokens, sizes.rows) * call.batch * call.heads,)](
-        *tensors,
-        chosen.to(device, torch.int64).contiguous(),
-        coordinates,
-        lse,
-        entropy,
-        squares,
-        own,
-        weights,
-        *(farther or (lse, lse, lse)),  # what is not asked for is not written
-        *scalars,
-        lse.numel(),
-        prefix,
-        CHOSEN=chosen.shape[1],
-        DISTANCE=(2 if on_plane else 1) if distances else 0,
-        **options,
-    )
+    # what is not asked for is not written
+    into = (lse, entropy, squares, own, weights, *(farther or (lse, lse, lse)))
+    read = (*tensors, chosen.to(device, torch.int64).contiguous(), coordinates)
+    options |= {"CHOSEN": chosen.shape[1], "DISTANCE": (2 if on_plane else 1) if distances else 0}
+    programs = (triton.cdiv(call.tokens, sizes.rows) * call.batch * call.heads,)
+    _row_kernel[programs](*read, *into, *scalars, lse.numel(), prefix, **options)
     return RowStatistics(lse, entropy, squares, own, weights, *(farther or (None, None, None)))
 
 

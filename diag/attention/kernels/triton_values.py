@@ -57,14 +57,9 @@ def value_statistics(call: AttentionCall, among: Tensor, rows: Tensor, least: fl
     before = torch.empty(batch, kv_heads, count, 2, padded, device=value.device, dtype=torch.float32)
     sums = torch.empty(batch, heads, count, 2, padded, device=value.device, dtype=torch.float32)
     real = among.new_ones(1, tokens) if seen.keys is None else seen.keys
-    sees = (seen.count > 0).expand(batch, heads, tokens)
-    flags = (
-        _bytes(among.expand(batch, tokens)),
-        _bytes(real.expand(batch, tokens)),
-        _bytes(sees),
-        _bytes(rows.expand(batch, heads, tokens)),
-    )
-    per_key = (flags[0], flags[1], *flags[0].stride(), *flags[1].stride())
+    of_keys = [x.expand(batch, tokens).view(torch.uint8) for x in (among, real)]
+    of_rows = [x.expand(batch, heads, tokens).view(torch.uint8) for x in (seen.count > 0, rows)]
+    per_key, per_row = ((*x, *x[0].stride(), *x[1].stride()) for x in (of_keys, of_rows))
     programs = (batch * kv_heads * count,)
     options = {"DIM": dim, "PADDED": padded, "SIZE": size, "num_warps": 4, "enable_fp_fusion": True}
     _sum_kernel[programs](
@@ -75,47 +70,14 @@ def value_statistics(call: AttentionCall, among: Tensor, rows: Tensor, least: fl
         _scan_kernel[(batch * kv_heads,)](before, count, WIDTH=2 * padded, num_warps=4, enable_fp_fusion=True)
     else:
         before = total
-    _value_kernel[programs](
-        value,
-        output,
-        before,
-        of_values,
-        of_outputs,
-        sums,
-        *per_key,
-        flags[2],
-        flags[3],
-        *flags[2].stride(),
-        *flags[3].stride(),
-        *value.stride(),
-        *output.stride(),
-        tokens,
-        kv_heads,
-        count,
-        call.group,
-        least,
-        CAUSAL=seen.rule == "causal",
-        **options,
-    )
-    value_norm, uniform, uniform_norm = of_values
-    output_norm, product, partner, exclusive_norm = of_outputs
-    output_total, exclusive_total = sums.sum(2)[..., :dim].unbind(2)
-    return ValueStatistics(
-        value_norm=value_norm,
-        uniform=uniform,
-        uniform_norm=uniform_norm,
-        output_norm=output_norm,
-        product=product,
-        partner=partner,
-        exclusive_norm=exclusive_norm,
-        value_total=total[:, :, 0, :dim],
-        output_total=output_total,
-        exclusive_total=exclusive_total,
-    )
-
-
-def _bytes(flags: Tensor) -> Tensor:
-    return flags.view(torch.uint8)
+    vectors = (value, output, before, of_values, of_outputs, sums)
+    strides = (*value.stride(), *output.stride())
+    sizes = (tokens, kv_heads, count, call.group, least)
+    causal = seen.rule == "causal"
+    _value_kernel[programs](*vectors, *per_key, *per_row, *strides, *sizes, CAUSAL=causal, **options)
+    # in the order of its fields
+    totals = total[:, :, 0, :dim], *sums.sum(2)[..., :dim].unbind(2)
+    return ValueStatistics(*of_values, *of_outputs, *totals)
 
 
 @triton.jit

@@ -14,33 +14,10 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of
-from diag.results.profiles.curves import (
-    DERIVED,
-    Curve,
-    Drawn,
-    curves_of,
-    inputs_of,
-    interval,
-    lines_of,
-    minus,
-    over,
-)
+from diag.results.profiles.curves import DERIVED, Curve, Drawn, curves_of, inputs_of, interval, minus, over
 from diag.results.profiles.rules import FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
 
-__all__ = [
-    "CURVES",
-    "DIFFERENCES",
-    "FEWEST",
-    "METRICS",
-    "SHAPES",
-    "SHARES",
-    "SMALLEST",
-    "UNCLEAR",
-    "differences",
-    "missing",
-    "profiles",
-    "strongest",
-]
+__all__ = ["FEWEST", "SHAPES", "UNCLEAR", "differences", "missing", "profiles", "strongest"]
 
 CURVES = ("cos_y_vself", "value_similarity", "self_weight", *DERIVED)
 """Metrics that get all quantities of depth."""
@@ -90,7 +67,8 @@ def profiles(samples: pd.DataFrame, *, seed: int = 0, growth: tuple[int, int] | 
     rows: list[dict[str, object]] = []
     for label, line in _lines(samples).items():
         names = {name: line[name].iloc[0] for name in ("model", "tower", "tokens")}
-        deepest = _layer_count(line) - 1
+        # the last layer of the model; without that column, the last that was measured
+        deepest = int(max(line["layer_count"].max() - 1 if "layer_count" in line else 0, line["layer"].max()))
         for row in _rows(curves_of([line], METRICS, seed)[0], growth):
             layer = float(row.get("layer", np.nan))  # type: ignore[arg-type]
             depth = layer / deepest if deepest > 0 else 0.0 * layer
@@ -133,8 +111,8 @@ def differences(
             (value_a, n_a), (value_b, n_b) = ours[quantity], theirs[quantity]
             difference, draws = minus(value_a, value_b)
             shared = len(inputs_a & inputs_b)
-            row = (a, b, quantity, difference, *interval(draws), n_a, n_b, shared, inputs_a == inputs_b)
-            rows.append(row)
+            paired = inputs_a == inputs_b
+            rows.append((a, b, quantity, difference, *interval(draws), n_a, n_b, shared, paired))
     columns = ["a", "b", "quantity", "difference", "ci_low", "ci_high", "n_a", "n_b", "n_shared", "paired"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -235,17 +213,12 @@ def _layers_at(curve: Curve, places: Iterable[float]) -> np.ndarray:
     return np.array([np.nan if place != place else curve.layers[int(place)] for place in places], dtype=float)
 
 
-def _layer_count(line: pd.DataFrame) -> int:
-    """Layers of the model; without that column, up to the last that was measured."""
-    counted = int(line["layer_count"].max()) if "layer_count" in line else 0
-    return max(counted, int(line["layer"].max()) + 1)
-
-
 def _lines(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The samples of every line by label, in order. Raises UserError if a column is missing."""
     absent = [name for name in NEEDED if name not in samples]
     if absent:
         raise UserError(
             f"the samples have no column {one_of(absent)}",
             "give Collection.samples of diag.results.collect.collect",
         )
-    return lines_of(samples)
+    return {str(label): part for label, part in samples.groupby("label", sort=False, observed=True)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from diag.results.bootstrap import RESAMPLES
+from diag.results.bootstrap import drawn
 
 DERIVED: dict[str, tuple[str, str]] = {
     "excess": ("cos_y_vself", "cos_y_vpartner"),
@@ -65,11 +65,6 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def lines_of(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The samples of every line by label, in order."""
-    return {str(label): part for label, part in samples.groupby("label", sort=False, observed=True)}
-
-
 def inputs_of(line: pd.DataFrame) -> set[tuple[str, str]]:
     """The inputs of a line as (source, id)."""
     known = line[line["value"].notna()]
@@ -86,16 +81,10 @@ def curves_of(lines: Sequence[pd.DataFrame], metrics: Sequence[str], seed: int) 
         listed[source] = [str(name) for name in once["input"]]
     weights = {
         # the first source is drawn as the intervals of the run folder are
-        source: _weights(len(listed[source]), [seed, place] if place else seed)
+        source: drawn(len(listed[source]), [seed, place] if place else seed).astype(float)
         for place, source in enumerate(sources)
     }
     return [_curves(line, metrics, listed[_source(line)], weights[_source(line)]) for line in lines]
-
-
-def _weights(inputs: int, seed: int | Sequence[int]) -> np.ndarray:
-    """How often each input is drawn, [resample, input]."""
-    draw = np.random.default_rng(seed).multinomial
-    return draw(inputs, np.full(inputs, 1 / inputs), size=RESAMPLES).astype(float)
 
 
 def _curves(

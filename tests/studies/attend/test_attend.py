@@ -22,7 +22,7 @@ from torch import nn
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.measure.loop import capture
-from diag.metrics.attention import METRICS, readings
+from diag.metrics.attention import METRICS, Selection, readings_of
 from diag.models import load
 from diag.models.base import Sample
 from diag.models.names.resolve import parse
@@ -166,7 +166,7 @@ def test_a_row_is_what_dense_attention_says(case: str) -> None:
 def test_a_row_agrees_with_the_metrics_of_a_probe(case: str) -> None:
     call = of_one_input(CASES[case])
     among = torch.arange(call.tokens) % 3 != 1
-    expected = readings(call, SHARED, among[None])
+    expected = readings_of(Selection(call, among[None]), SHARED)
     found = row_of(call, 6, among)
     for name in SHARED:
         reading = expected[name]
