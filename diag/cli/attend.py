@@ -44,9 +44,10 @@ class AttendOptions:
     image: Annotated[str | None, Option(help="An image file, or demo:NAME (demo:astronaut).")] = None
     text: Annotated[str | None, Option(help="The text itself, a text file, or 'demo'.")] = None
     layer: Annotated[int | None, Option(help="Depth index; -1 is the last.")] = None
-    depth: Annotated[float | None, Option(help="Instead of --layer: 0 is the first layer, 1 the last.")] = (
-        None
-    )
+    depth: Annotated[
+        float | None,
+        Option(help="Instead of --layer: 0 is the first layer, 1 the last."),
+    ] = None
     head: Annotated[int | None, Option(help="One query head [default: the mean over heads].")] = None
     patch: Annotated[
         str | None,

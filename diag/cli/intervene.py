@@ -30,9 +30,10 @@ class InterveneOptions:
         Option("--scope", help="One layer at a time, from the first on, up to the last."),
         Read(lambda text: tuple(part.strip() for part in text.split(","))),
     ] = "one,first,last"
-    heads: Annotated[bool, Option("--heads", help="Also every head alone: layers × heads more passes.")] = (
-        False
-    )
+    heads: Annotated[
+        bool,
+        Option("--heads", help="Also every head alone: layers × heads more passes."),
+    ] = False
     images: options.Images = None
     texts: options.Texts = None
     labelled: Annotated[
