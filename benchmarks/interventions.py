@@ -34,9 +34,9 @@ def runs_of(
     import torch
     from PIL import Image
 
-    from diag.measure.edited import edited
+    from diag.measure.edited_model import edited
     from diag.measure.loop import measure
-    from diag.metrics.registry import GROUPS as NAMES
+    from diag.metrics.names import GROUPS as NAMES
     from diag.models import load
     from diag.models.base import Sample
     from diag.models.hooks.blocks import find_blocks

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diag.attention.call import AttentionCall
-    from diag.attention.geometry import Geometry
+    from diag.attention.positions import Geometry
 
 HEAD_DIM = 64
 GROUPS = ("sinks", "distance", "nmi", "overlap", "position", "norms")
@@ -61,7 +61,7 @@ def runs_of(call: AttentionCall, geometry: Geometry) -> dict[str, Callable[[], o
     from dataclasses import replace
 
     from diag.metrics.attention import Selection, per_input
-    from diag.metrics.shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
+    from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
 
     def neighbour() -> Neighbour:
         """As it stands when the layer before was measured."""
@@ -114,7 +114,7 @@ def peak(group: str) -> tuple[float, float]:
 
     from diag.metrics.attention import Selection
     from diag.metrics.pattern_pass import Neighbour
-    from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
+    from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 
     names = tuple(SHAPE_METRICS) if group == "all" else GROUPS[group]
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def times(tokens: int, repeats: int) -> None:
     """In a child: the two cases, one after the other."""
     import torch
 
-    from diag.attention.geometry import TEXT, Geometry
+    from diag.attention.positions import TEXT, Geometry
 
     side = max(2, round((tokens / 5) ** 0.5))
     with torch.inference_mode():

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean
 from diag.models.base import Model, Tower
+from diag.models.encoding import text_encoder, text_facts, text_samples
 from diag.models.family import Family, Listed
-from diag.models.feeding import text_encoder, text_facts, text_samples
 from diag.models.loading import layers_of, ready
 from diag.models.names.spec import ModelSpec
 

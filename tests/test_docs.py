@@ -17,7 +17,7 @@ from commands import Ended, run_cli
 from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 
 ROOT = Path(__file__).parent.parent

@@ -56,7 +56,7 @@ LIBRARIES = {
         "studies/monitor/hf_trainer.py",
         "variants/in_transformers.py",
     },
-    "transformer_lens": {"models/families/lens.py"},
+    "transformer_lens": {"models/families/transformer_lens.py"},
 }
 """Library of a model family -> the files that import it on top, or, among models, anywhere."""
 

@@ -110,7 +110,7 @@ def env(as_json: JsonOnly = False) -> None:
 def metrics(as_json: JsonOnly = False) -> None:
     """List the metrics with their definitions, by group."""
     from diag.metrics.catalogue import CATALOGUE
-    from diag.metrics.registry import GROUPS
+    from diag.metrics.names import GROUPS
 
     found = {name: CATALOGUE[name].definition for names in GROUPS.values() for name in names}
     if as_json:

@@ -27,7 +27,7 @@ def merge(
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
     from diag.run.ledger import lock_file, read_plan
-    from diag.run.processes import Locks
+    from diag.run.locks import Locks
 
     if is_finished(run):
         if not quiet:

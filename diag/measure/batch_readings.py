@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.geometry import TEXT, Geometry
+from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
@@ -18,8 +18,8 @@ from diag.metrics.attention import METRICS, readings_of, selections_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.pattern_pass import Neighbour
+from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
-from diag.metrics.shape import SHAPE_METRICS, shape_readings
 from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
 from diag.models.hooks.blocks import Block

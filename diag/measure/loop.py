@@ -22,9 +22,9 @@ from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
-from diag.measure.batches import Batches, BatchSize, is_out_of_memory
-from diag.measure.edited import check_layers, edited_modules, heads_return
-from diag.measure.gate import ReconstructionCheck
+from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
+from diag.measure.edited_model import check_layers, edited_modules, heads_return
+from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics.attention import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.stream import STREAM_METRICS

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from diag.attention.call import AttentionCall, first_key
-from diag.attention.geometry import Distances, Geometry
 from diag.attention.kernels import fused_quantities
 from diag.attention.pattern import BLOCK_ELEMENTS, LN2, log2_pattern_blocks, positions
+from diag.attention.positions import Distances, Geometry
 from diag.attention.softmax import CallStatistics
 from diag.attention.values import value_blocks
 

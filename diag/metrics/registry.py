@@ -1,18 +1,17 @@
-"""Which function measures which metric, how its tokens become one number, and what `--metrics` may name.
+"""Which function measures which metric, and how its tokens become one number.
 
-A new metric is a function with `@metric(...)` above it, in the file of its like (`attention`, `shape`,
-`stream`, `divergence`), and a line of its name in `diag.metrics.catalogue`. The decorator writes it into
+A new metric is a function with `@metric(...)` above it, in the file of its like (`attention`, `stream`,
+`pattern_shape`, `divergence`), and a line of its name in `diag.metrics.catalogue`. The decorator writes it into
 `REGISTRY`; a file is imported before anything of it is measured, so nothing else has to list it. A ratio of
 two metrics' means needs its line only. Names come from the catalogue: they are known without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from diag.errors import UserError, did_you_mean, one_of
 from diag.metrics.catalogue import CATALOGUE
 
 Reads = Literal["call", "pattern", "neutral", "block", "depth"]
@@ -67,29 +66,3 @@ def metric(
 def registered(*reads: Reads) -> dict[str, Metric]:
     """The metrics that are computed from this, in the order of the catalogue."""
     return {name: REGISTRY[name] for name in CATALOGUE if name in REGISTRY and REGISTRY[name].reads in reads}
-
-
-GROUPS: dict[str, tuple[str, ...]] = {}
-"""What `--metrics` may name beside metrics: name of a group -> its metrics, ratios of others last."""
-
-for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not None):
-    _group = CATALOGUE[_name].place.group
-    GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
-
-
-def metric_names(names: Sequence[str] | None) -> list[str]:
-    """What `--metrics` stands for: the default metrics if None, groups written out.
-
-    Raises UserError with the nearest name.
-    """
-    written = [part for name in names or ("default",) for part in GROUPS.get(name, (name,))]
-    return chosen(written, [*(name for group in GROUPS.values() for name in group), *GROUPS])
-
-
-def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """Checks names of metrics; None is all of them. Raises UserError with the nearest name."""
-    for name in names or ():
-        if name not in known:
-            tip = did_you_mean(name, known) or f"metrics are {one_of(known)}"
-            raise UserError(f"unknown metric '{name}'", tip)
-    return list(known if names is None else dict.fromkeys(names))

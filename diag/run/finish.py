@@ -24,7 +24,7 @@ from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.tables import FORMAT, one_kind, tables
 from diag.run.environment import environment
 from diag.run.ledger import MERGE, Part, Standing, read_plan, standing
-from diag.run.processes import PATIENCE, Locks
+from diag.run.locks import PATIENCE, Locks
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]

@@ -11,7 +11,7 @@ from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
 from diag.inputs.items import Inputs
 from diag.measure.device import device_of, dtype_of
 from diag.metrics.catalogue import RATIOS
-from diag.metrics.registry import metric_names
+from diag.metrics.names import metric_names
 from diag.models.family import SPREAD
 from diag.models.hooks.interventions import Edit, parse
 from diag.models.names.spec import ModelSpec

@@ -13,7 +13,7 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.measure.batch_readings import Incidents
-from diag.measure.batches import BatchSize
+from diag.measure.batch_size import BatchSize
 from diag.measure.loop import measure, pick_layers
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Model, Sample, Tower

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
-from diag.metrics.registry import GROUPS
+from diag.metrics.names import GROUPS
 from diag.show.figures.tables import span
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import nn
 
 from diag.errors import UserError
 from diag.variants import attention, branch
-from diag.variants.changes import BASELINE, BROADCASTS, CHANGES, Broadcast, Change, GatedExclusive
+from diag.variants.formulas import BASELINE, BROADCASTS, CHANGES, Broadcast, Change, GatedExclusive
 from diag.variants.text import NAMES, Variant, parse
 
 __all__ = [

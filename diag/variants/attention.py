@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from diag.variants.changes import Change, Sizes
+from diag.variants.formulas import Change, Sizes
 
 FILES = {"timm": "in_timm", "torch": "in_torch", "transformers": "in_transformers"}
 """Top-level package of a module's class -> the file beside this one that knows it."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.variants.attention import mixed
-from diag.variants.changes import Broadcast
+from diag.variants.formulas import Broadcast
 
 MLP_NAMES = ("mlp", "ffn", "feed_forward")
 """What the MLP of a block is called beside its attention."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from torch import Tensor
 
-from diag.variants.changes import Change, Sizes
+from diag.variants.formulas import Change, Sizes
 
 
 class ChangedTimmAttention(Attention):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diag.variants.changes import Change, Sizes
+from diag.variants.formulas import Change, Sizes
 
 
 class ChangedMultiheadAttention(nn.MultiheadAttention):

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from diag.errors import UserError
 from diag.variants.attention import mixed
-from diag.variants.changes import Change, Sizes
+from diag.variants.formulas import Change, Sizes
 
 HF_NAME = "attnbias"
 """What transformers knows the changed attention as: `config._attn_implementation`."""

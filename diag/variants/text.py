@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, ranges
-from diag.variants.changes import BASELINE, BROADCASTS, CHANGES
+from diag.variants.formulas import BASELINE, BROADCASTS, CHANGES
 
 NAMES = (BASELINE, *CHANGES, *BROADCASTS)
 

@@ -17,7 +17,7 @@ from tiny_towers import Attention, Stack, tower_of
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
-from diag.attention.geometry import TEXT, Geometry
+from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSample, RowSampling, sample_rows
 from diag.attention.softmax import CallStatistics, softmax_statistics
 from diag.attention.statistics import SoftmaxStatistics
@@ -28,8 +28,8 @@ from diag.measure.loop import measure
 from diag.metrics.attention import METRICS, Selection, readings_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.pattern_pass import Neighbour
+from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
-from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.models import load
 from diag.models.base import Batch, Sample, Tower
 from diag.models.names.resolve import parse

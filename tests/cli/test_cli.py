@@ -24,8 +24,8 @@ from diag import cli
 from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.registry import GROUPS
-from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.names import GROUPS
+from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 
 Attnbias = Callable[..., Ended]

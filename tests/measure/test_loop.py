@@ -43,7 +43,7 @@ from diag.measure.batch_readings import Incidents
 from diag.measure.loop import capture, measure
 from diag.metrics import attention
 from diag.metrics.attention import METRICS
-from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.hooks.seam import Layer, OnCall, attention_calls

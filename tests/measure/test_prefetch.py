@@ -28,7 +28,7 @@ from diag.measure.loop import measure, readable
 from diag.measure.prefetch import ahead, shards_ahead, workers_for
 from diag.models import load
 from diag.models.base import Sample, Tower
-from diag.models.feeding import image_encoder, image_preparation, image_samples
+from diag.models.encoding import image_encoder, image_preparation, image_samples
 from diag.models.names.resolve import parse
 from diag.run.plan import SHARD_INPUTS, ProbePlan
 from diag.run.processes import Share

@@ -29,7 +29,7 @@ from diag.errors import UserError
 from diag.metrics import attention as metrics
 from diag.metrics.attention import METRICS, per_input
 from diag.metrics.catalogue import CATALOGUE, RATIOS
-from diag.metrics.registry import chosen
+from diag.metrics.names import chosen
 
 every_case = pytest.mark.parametrize("case", CASES)
 

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 import diag
-from diag.metrics import attention, divergence, shape, stream
+from diag.metrics import attention, divergence, stream
+from diag.metrics import pattern_shape as shape
 from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, SAMPLING_ERROR, entry_of
-from diag.metrics.registry import GROUPS, REGISTRY, metric, registered
+from diag.metrics.names import GROUPS
+from diag.metrics.registry import REGISTRY, metric, registered
 
 HOUSE = Path(diag.__file__).parent
 
@@ -38,7 +40,7 @@ LOOK = f"""
 import json
 from pathlib import Path
 from commands import run_cli
-from diag.metrics.registry import metric_names
+from diag.metrics.names import metric_names
 from diag.results.collect import collect
 from diag.show.figures.depth import depth_profiles
 from diag.show.figures.lengths import against

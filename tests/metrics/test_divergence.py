@@ -13,7 +13,7 @@ from diag.inputs.images import images, neutral_image
 from diag.measure.loop import measure
 from diag.metrics.attention import Selection, reduce
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
-from diag.metrics.registry import metric_names
+from diag.metrics.names import metric_names
 from diag.models import load
 from diag.models.base import Sample
 from diag.models.names.resolve import parse

@@ -27,7 +27,7 @@ from diag.metrics.registry import registered
 from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives
 from diag.metrics.stream import STREAM_METRICS, Stream, StreamReadings
 from diag.models.base import Batch, Sample
-from diag.models.families import lens
+from diag.models.families import transformer_lens as lens
 from diag.models.families.demo import build_vit
 from diag.models.families.timm.load import vision_model
 from diag.models.hooks.blocks import find_blocks

@@ -14,7 +14,7 @@ from diag.errors import UnreadableInput, UserError
 from diag.inputs.images import rgb
 from diag.inputs.items import Inputs, Item
 from diag.models.base import Sample
-from diag.models.feeding import image_encoder, image_preparation, text_samples
+from diag.models.encoding import image_encoder, image_preparation, text_samples
 from diag.models.loading import hub, quiet
 
 

@@ -318,7 +318,7 @@ def folded_calls(folder: Path, ids: Tensor) -> list[AttentionCall]:
     """What the hooks of transformer-lens show once it has folded norms and value biases into the weights."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    from diag.models.families.lens import lens_calls
+    from diag.models.families.transformer_lens import lens_calls
 
     bridge = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
     bridge.enable_compatibility_mode(disable_warnings=True)

@@ -375,7 +375,7 @@ def test_a_full_disk_is_no_failure_of_the_model(
 HOLD = """
 import sys
 from pathlib import Path
-from diag.run.processes import Locks
+from diag.run.locks import Locks
 with Locks(Path(sys.argv[1])) as locks:
     print(locks.take(int(sys.argv[2])), flush=True)
     sys.stdin.readline()

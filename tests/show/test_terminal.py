@@ -13,7 +13,7 @@ import pytest
 from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.show import terminal
 from diag.show.terminal import COLUMNS, WIDTH, StderrListener, columns, result_table

@@ -20,7 +20,7 @@ from diag.models.families.demo import build_vit
 from diag.models.hooks.interventions import parse as parse_edit
 from diag.models.hooks.seam import attention_calls, attention_modules
 from diag.variants import METADATA, alphas, apply, parse, restore, variants_in
-from diag.variants.changes import CHANGES, Broadcast, Sizes
+from diag.variants.formulas import CHANGES, Broadcast, Sizes
 
 OPEN_CLIP = {
     "embed_dim": 32,

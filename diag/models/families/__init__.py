@@ -10,7 +10,7 @@ FAMILIES = {
     "timm": "diag.models.families.timm",
     "open_clip": "diag.models.families.open_clip",
     "hf": "diag.models.families.hf",
-    "tl": "diag.models.families.lens",
+    "tl": "diag.models.families.transformer_lens",
     "demo": "diag.models.families.demo",
 }
 """Prefix -> the module that holds the family's `FAMILY`, and imports its library only to load a model."""

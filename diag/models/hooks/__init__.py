@@ -3,7 +3,7 @@
 What is here. `seam` turns a model's attention calls into `AttentionCall`s. `blocks` reads from the names of a
 block's parts which modules return what is added to the residual stream, and `residual` hands out the stream
 around them. `interventions` are the changes, as functions: of a call's output, of a branch's update, or, by
-way of `gates`, of the logits of a model's own output gate.
+way of `output_gates`, of the logits of a model's own output gate.
 
 What it sees. Modules from outside: forward hooks on the listed layers, and the PyTorch functions that run
 between them. The model's own code and weights are untouched. What a layer used arrives as it used it, in its
@@ -14,11 +14,11 @@ stand in depth order, that a block's parts are called what parts of blocks are c
 the tensor that one layer got, given again to the next, still holds the same. Shapes, for what attends to
 itself: as many queries as keys.
 
-What it checks. On the first batch `diag.measure.gate` rebuilds A V from each call, `residual.check_states`
-the block from its updates and `residual.projection_error` the attention update from the heads;
-`Sightings.projection` says whether the output projection read Y as it was captured. A listed layer that
-finishes without a call is an error that names it, and so is a block whose branch never ran: a blind probe
-must not look like a result. Traced, scripted and compiled modules are refused.
+What it checks. On the first batch `diag.measure.reconstruction` rebuilds A V from each call,
+`residual.check_states` the block from its updates and `residual.projection_error` the attention update from
+the heads; `Sightings.projection` says whether the output projection read Y as it was captured. A listed layer
+that finishes without a call is an error that names it, and so is a block whose branch never ran: a blind
+probe must not look like a result. Traced, scripted and compiled modules are refused.
 
 What is left behind: nothing. Everything attached is a context manager that takes itself off, also after an
 exception; but for hooks only one attribute of `torch.nn.functional` is replaced, for the length of one call.

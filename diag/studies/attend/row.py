@@ -19,7 +19,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
 from diag.attention.values import reciprocal
 from diag.errors import UserError
-from diag.measure.gate import rebuilt_error
+from diag.measure.reconstruction import rebuilt_error
 
 NUMBERS = (
     "cos_y_vself",

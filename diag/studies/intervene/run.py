@@ -14,8 +14,8 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.labels import class_names, labels
 from diag.measure.batch_readings import Incidents
-from diag.measure.batches import BatchSize
-from diag.measure.edited import check_layers
+from diag.measure.batch_size import BatchSize
+from diag.measure.edited_model import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower

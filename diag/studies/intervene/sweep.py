@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.measure.batch_readings import Incidents
-from diag.measure.batches import BatchSize
-from diag.measure.edited import edited
+from diag.measure.batch_size import BatchSize
+from diag.measure.edited_model import edited
 from diag.measure.loop import pick_layers, run_batches
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.blocks import Block, find_blocks

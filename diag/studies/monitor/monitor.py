@@ -29,7 +29,7 @@ from diag.errors import UserError
 from diag.measure.loop import measure, pick_layers
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.registry import metric_names
+from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.families.from_module import TOWER

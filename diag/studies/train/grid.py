@@ -26,8 +26,9 @@ from diag.results.files import write, write_json
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.tables import read_layers, read_manifest
 from diag.run.environment import command_line, environment
+from diag.run.locks import Locks
 from diag.run.plan import RUNS, ProbePlan
-from diag.run.processes import Locks, share_of
+from diag.run.processes import share_of
 from diag.run.progress import Listener, Silent
 from diag.run.run import run_probe
 from diag.run.run_folder import claim

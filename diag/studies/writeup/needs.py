@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.metrics.registry import GROUPS, chosen
+from diag.metrics.names import GROUPS, chosen
 from diag.models.names import series
 from diag.models.names.arguments import merged, read, split
 from diag.models.names.spec import written

@@ -10,12 +10,12 @@ from reference import CASES, key_padding, make_call
 
 from diag.attention import kernels
 from diag.attention.call import AttentionCall
-from diag.attention.geometry import TEXT, Geometry
+from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.metrics import pattern_pass
 from diag.metrics.attention import selections_of
+from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.metrics.readings import reduce
-from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
 
 triton_scores = pytest.importorskip("diag.attention.kernels.triton_scores", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(

@@ -22,7 +22,7 @@ from diag.errors import UserError
 from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, DrawnAs, entry_of
 from diag.metrics.divergence import DIVERGENCE_METRICS
-from diag.metrics.shape import SHAPE_METRICS
+from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.results.collect import Collection, collect
 from diag.show.figures.style import OKABE_ITO

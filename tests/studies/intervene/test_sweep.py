@@ -19,8 +19,8 @@ from diag.errors import UserError
 from diag.inputs.images import demo_images
 from diag.inputs.labels import labels
 from diag.inputs.texts import texts
-from diag.measure.batches import BatchSize
-from diag.measure.edited import edited, heads_return
+from diag.measure.batch_size import BatchSize
+from diag.measure.edited_model import edited, heads_return
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
 from diag.models.families.demo import EMBEDDED

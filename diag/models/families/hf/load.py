@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower, device_of_module
+from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
 from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
     commit_of,
@@ -36,7 +37,6 @@ from diag.models.families.hf.vision import packed_tower, vision_tower
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
-from diag.models.feeding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
 from diag.models.hooks.seam import Layer
 from diag.models.loading import build_towers, layers_of, ready
 from diag.models.names.spec import ModelSpec

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.feeding import image_encoder, image_preparation, image_samples, preparation
+from diag.models.encoding import image_encoder, image_preparation, image_samples, preparation
 from diag.models.loading import layers_of
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, plain, refuse_remainder, sides, square

@@ -17,7 +17,7 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.feeding import image_samples, vocabulary_digest
+from diag.models.encoding import image_samples, vocabulary_digest
 from diag.models.loading import layers_of
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE

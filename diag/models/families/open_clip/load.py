@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.base import Model, Tower, device_of_module
-from diag.models.families.open_clip import OWN_CONFIGS
-from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
-from diag.models.feeding import (
+from diag.models.encoding import (
     frame,
     image_encoder,
     image_preparation,
@@ -31,6 +29,8 @@ from diag.models.feeding import (
     text_samples,
     token_text,
 )
+from diag.models.families.open_clip import OWN_CONFIGS
+from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
 from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import SCHEMAS, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, plain, refuse_remainder, requested

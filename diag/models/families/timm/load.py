@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower
-from diag.models.feeding import image_encoder, image_preparation, image_samples
+from diag.models.encoding import image_encoder, image_preparation, image_samples
 from diag.models.loading import constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, fitted, plain, refuse_remainder, requested, sides

@@ -14,8 +14,8 @@ from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.models.base import Tower
 from diag.models.hooks.blocks import Block
-from diag.models.hooks.gates import check_gates, gate_edits
 from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
+from diag.models.hooks.output_gates import check_gates, gate_edits
 from diag.models.hooks.residual import branch_edits
 from diag.models.hooks.seam import Layer
 

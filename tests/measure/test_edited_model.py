@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.measure.edited import check_layers, edited
+from diag.measure.edited_model import check_layers, edited
 from diag.models.base import Batch, Tower
 from diag.models.hooks.blocks import find_blocks
 from diag.models.hooks.interventions import parse

@@ -26,19 +26,20 @@ from reference import (
 )
 from torch import Tensor
 
-from diag.attention import geometry as geometry_of
 from diag.attention import pattern
+from diag.attention import positions as geometry_of
 from diag.attention.call import AttentionCall
-from diag.attention.geometry import TEXT, Geometry
+from diag.attention.positions import TEXT, Geometry
 from diag.attention.softmax import CallStatistics
 from diag.errors import UserError
-from diag.metrics import pattern_pass, shape
+from diag.metrics import pattern_pass
+from diag.metrics import pattern_shape as shape
 from diag.metrics.attention import METRICS, Selection, selections_of
 from diag.metrics.catalogue import CATALOGUE, RATIOS
+from diag.metrics.names import metric_names
 from diag.metrics.pattern_pass import Neighbour
+from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.metrics.readings import reduce
-from diag.metrics.registry import metric_names
-from diag.metrics.shape import GROUPS, SHAPE_METRICS, shape_readings
 
 every_case = pytest.mark.parametrize("case", CASES)
 NAMES = list(SHAPE_METRICS)

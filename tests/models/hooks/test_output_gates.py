@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
-from diag.measure.edited import check_layers, edited
+from diag.measure.edited_model import check_layers, edited
 from diag.measure.loop import measure
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.interventions import parse

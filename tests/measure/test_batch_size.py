@@ -11,8 +11,8 @@ import torch
 from tiny_towers import IMAGES, INPUTS, run, vision_tower
 
 from diag.errors import UserError
-from diag.measure import batches
-from diag.measure.batches import Batches, BatchSize, is_out_of_memory
+from diag.measure import batch_size
+from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
 from diag.measure.loop import measure
 from diag.models.base import Batch, Tower
 
@@ -77,9 +77,9 @@ def test_batches_grow_while_memory_allows(monkeypatch: pytest.MonkeyPatch) -> No
     """Each input takes 10; twice the batch has to stay below .8 of what is left."""
     size = BatchSize.of(0, torch.nn.Module())
     held = [0]
-    monkeypatch.setattr(batches, "restart_peak", lambda device: 100)
-    monkeypatch.setattr(batches, "peak", lambda device: 100 + 10 * held[0])
-    monkeypatch.setattr(batches, "available", lambda device: 110)
+    monkeypatch.setattr(batch_size, "restart_peak", lambda device: 100)
+    monkeypatch.setattr(batch_size, "peak", lambda device: 100 + 10 * held[0])
+    monkeypatch.setattr(batch_size, "available", lambda device: 110)
     given = []
     for chunk in Batches(range(20), size, most=None):
         before, held[0] = size.begin(), len(chunk)

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diag.attention.geometry import TEXT, Geometry
-from diag.metrics import registry
+from diag.attention.positions import TEXT, Geometry
+from diag.metrics import names as known
 from diag.metrics.attention import Selection
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
@@ -265,7 +265,7 @@ def norm_weighted_entropy(view: View) -> Reading:
 SHAPE_METRICS = registered("pattern")
 """The metrics of the shape of attention, by name."""
 
-GROUPS = {group: names for group, names in registry.GROUPS.items() if SHAPE_METRICS.keys() & {*names}}
+GROUPS = {group: names for group, names in known.GROUPS.items() if SHAPE_METRICS.keys() & {*names}}
 """Name of a group -> its metrics."""
 
 

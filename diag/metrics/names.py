@@ -1,0 +1,33 @@
+"""What `--metrics` may name: metrics and groups of them. Optional ones have to be named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diag.errors import UserError, did_you_mean, one_of
+from diag.metrics.catalogue import CATALOGUE
+
+GROUPS: dict[str, tuple[str, ...]] = {}
+"""What `--metrics` may name beside metrics: name of a group -> its metrics, ratios of others last."""
+
+for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not None):
+    _group = CATALOGUE[_name].place.group
+    GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
+
+
+def metric_names(names: Sequence[str] | None) -> list[str]:
+    """What `--metrics` stands for: the default metrics if None, groups written out.
+
+    Raises UserError with the nearest name.
+    """
+    written = [part for name in names or ("default",) for part in GROUPS.get(name, (name,))]
+    return chosen(written, [*(name for group in GROUPS.values() for name in group), *GROUPS])
+
+
+def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Checks names of metrics; None is all of them. Raises UserError with the nearest name."""
+    for name in names or ():
+        if name not in known:
+            tip = did_you_mean(name, known) or f"metrics are {one_of(known)}"
+            raise UserError(f"unknown metric '{name}'", tip)
+    return list(known if names is None else dict.fromkeys(names))
