@@ -84,9 +84,8 @@ class LayerTable(OfProbe):
             shown[heading(name)] = wide[name].map(decimal)
             if name == self.metrics[0]:
                 ends = rows[rows["metric"] == name].set_index(keys)
-                shown["95 % interval"] = _intervals(
-                    ends.loc[list(zip(*(wide[key] for key in keys), strict=True))]
-                )
+                ends = ends.loc[list(zip(wide["label"], wide["layer"], strict=True))]
+                shown["95 % interval"] = _intervals(ends)
         return [Tabled(stem, rows, shown, "Means over inputs, layer by layer.", rows)]
 
 
