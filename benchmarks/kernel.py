@@ -34,7 +34,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.kernels import fused_statistics
 from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.softmax import softmax_statistics
-from diag.metrics.attention import Selection
+from diag.metrics.default import Selection
 
 RESULTS = 5  # numbers per row: lse, entropy, Σ A², self weight, first weight
 

@@ -272,7 +272,7 @@ def layer(method: str, tokens: int, repeats: int) -> Cost:
     from diag.attention.call import AttentionCall
     from diag.attention.kernels.flash import attention_with_normaliser
     from diag.attention.sampling import RowSampling, sample_rows
-    from diag.metrics.attention import per_input
+    from diag.metrics.default import per_input
 
     sampling = RowSampling()
     sampled = method == "sampled" and sampling.applies(tokens)

@@ -60,7 +60,7 @@ def runs_of(call: AttentionCall, geometry: Geometry) -> dict[str, Callable[[], o
     """What is timed, by name; no run knows what another has computed."""
     from dataclasses import replace
 
-    from diag.metrics.attention import Selection, per_input
+    from diag.metrics.default import Selection, per_input
     from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, Neighbour, shape_readings
 
     def neighbour() -> Neighbour:
@@ -112,7 +112,7 @@ def peak(group: str) -> tuple[float, float]:
     """In a child: seconds and bytes that one group (or `all`) adds at 16,384 tokens, one head group."""
     import torch
 
-    from diag.metrics.attention import Selection
+    from diag.metrics.default import Selection
     from diag.metrics.pattern_pass import Neighbour
     from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 

@@ -33,7 +33,7 @@ _HOME = {
     "texts": "diag.inputs.texts",
     "pattern_rows": "diag.attention.pattern",
     "AttentionCall": "diag.attention.call",
-    "METRICS": "diag.metrics.attention",
+    "METRICS": "diag.metrics.default",
     "UserError": "diag.errors",
 }
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from commands import Ended, run_cli
 
-from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
+from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS

@@ -133,12 +133,10 @@ def test_a_file_imports_from_lower_floors_only() -> None:
 def test_the_floors_are_told_apart() -> None:
     """A negative control: what is read from a file with a wrong import is that import."""
     tree = ast.parse(
-        "def f():\n"
-        "    from diag.metrics.attention import METRICS\n"
-        "    from diag.measure import loop, __all__\n"
+        "def f():\n    from diag.metrics.default import METRICS\n    from diag.measure import loop, __all__\n"
     )
     assert [name for name, _ in imports_of(tree)] == [
-        "diag.metrics.attention",
+        "diag.metrics.default",
         "diag.measure.loop",
         "diag.measure",
     ]

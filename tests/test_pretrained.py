@@ -20,7 +20,7 @@ from diag.attention.softmax import softmax_statistics
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import demo_text
 from diag.measure.loop import capture, measure
-from diag.metrics.attention import METRICS, anchors, per_input
+from diag.metrics.default import METRICS, anchors, per_input
 from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.names.resolve import parse

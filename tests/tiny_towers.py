@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diag.measure.loop import measure
-from diag.metrics.attention import METRICS
+from diag.metrics.default import METRICS
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.seam import Layer
 from diag.results.layer_values import LayerValues

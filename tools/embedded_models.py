@@ -27,7 +27,7 @@ from diag.inputs.images import PHOTOGRAPHS
 from diag.inputs.texts import demo_text
 from diag.models.families.demo import LM_CONFIG, VIT_CONFIG, build_lm, build_vit
 from diag.models.weights import fit, read_checkpoint, read_variants
-from diag.results.files import write_json
+from diag.results.writing import write_json
 from diag.studies.train.cells import card_of, cells_of
 from diag.studies.train.crops import CropsTask
 from diag.studies.train.fit import Training

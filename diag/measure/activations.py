@@ -14,7 +14,7 @@ from torch import Tensor
 from diag.attention.pattern import pattern_rows
 from diag.measure.loop import capture, run_batches
 from diag.models.base import Batch, Sample, Tower
-from diag.results.files import atomically
+from diag.results.writing import atomically
 
 PATTERN_TOKENS = 1024
 """Saved activations hold the whole pattern up to this many tokens."""

@@ -14,8 +14,8 @@ from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
-from diag.metrics.attention import METRICS, readings_of, selections_of
 from diag.metrics.catalogue import SAMPLING_ERROR
+from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings

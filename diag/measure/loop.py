@@ -25,7 +25,7 @@ from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamRead
 from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
 from diag.measure.edited_model import check_layers, edited_modules, heads_return
 from diag.measure.reconstruction import ReconstructionCheck
-from diag.metrics.attention import METRICS
+from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower

@@ -2,7 +2,7 @@
 
 Optional metrics of models that see: each input runs twice, once as it is and once with a neutral image of
 the same size and mean colour, so that every token has its partner at the same position. Which tokens count
-is as in `diag.metrics.attention`.
+is as in `diag.metrics.default`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from diag.errors import MeasurementError
-from diag.metrics.attention import Selection
+from diag.metrics.default import Selection
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
 

@@ -1,10 +1,10 @@
 """The shape of attention: where it goes, how far, and whether all queries look alike. Optional metrics.
 
-Functions from one call and a token set to numbers, as in `attention`, here by way of a `View`. All of them
+Functions from one call and a token set to numbers, as in `default`, here by way of a `View`. All of them
 read one pass over blocks of query rows (`diag.metrics.pattern_pass`), so they cost more than the default
 metrics, which need single keys only. Groups are asked for together.
 
-Which tokens count is as in `diag.metrics.attention`: a row of the token set S counts if it sees another key
+Which tokens count is as in `diag.metrics.default`: a row of the token set S counts if it sees another key
 than itself. Attention runs over all keys.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diag.attention.positions import TEXT, Geometry
 from diag.metrics import names as known
-from diag.metrics.attention import Selection
+from diag.metrics.default import Selection
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered

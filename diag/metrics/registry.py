@@ -1,6 +1,6 @@
 """Which function measures which metric, and how its tokens become one number.
 
-A new metric is a function with `@metric(...)` above it, in the file of its like (`attention`, `stream`,
+A new metric is a function with `@metric(...)` above it, in the file of its like (`default`, `stream`,
 `pattern_shape`, `divergence`), and a line of its name in `diag.metrics.catalogue`. The decorator writes it
 into `REGISTRY`; a file is imported before anything of it is measured, so nothing else has to list it. A ratio
 of two metrics' means needs its line only. Names come from the catalogue: they are known without torch.

@@ -18,10 +18,10 @@ from pyarrow import ArrowInvalid
 
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
-from diag.results.files import atomically, write, write_json, writing
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
 from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.tables import FORMAT, one_kind, tables
+from diag.results.writing import atomically, write, write_json, writing
 from diag.run.environment import environment
 from diag.run.ledger import MERGE, Part, Standing, read_plan, standing
 from diag.run.locks import PATIENCE, Locks

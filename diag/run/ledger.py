@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
-from diag.results.files import file_stem
 from diag.results.folder import PLAN
+from diag.results.writing import file_stem
 from diag.run.processes import Share
 
 TOWERS = ("vision", "text", "language")

@@ -16,7 +16,7 @@ from diag.inputs.texts import texts
 from diag.models.names.arguments import local_files
 from diag.models.names.resolve import parse
 from diag.models.names.spec import ModelSpec
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.run.environment import version
 
 RUNS = Path("runs")

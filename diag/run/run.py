@@ -25,10 +25,10 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.spec import ModelSpec
-from diag.results.files import CannotWrite, file_stem, write, write_json, writing
 from diag.results.folder import is_finished
 from diag.results.moments import moments_of
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
+from diag.results.writing import CannotWrite, file_stem, write, write_json, writing
 from diag.run.environment import command_line
 from diag.run.finish import finish
 from diag.run.ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
-from diag.results.files import CannotWrite, json_text, write_json, writing
 from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, is_finished
+from diag.results.writing import CannotWrite, json_text, write_json, writing
 
 
 def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool:

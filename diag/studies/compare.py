@@ -24,10 +24,10 @@ import pandas as pd
 
 from diag.errors import UserError
 from diag.results.collect import Collection
-from diag.results.files import atomically, file_stem, write, write_json, writing
 from diag.results.folder import MANIFEST, kind_of, manifest_in
 from diag.results.profiles import differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
+from diag.results.writing import atomically, file_stem, write, write_json, writing
 from diag.run.plan import RUNS
 from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span

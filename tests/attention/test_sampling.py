@@ -25,8 +25,8 @@ from diag.inputs import images as inputs
 from diag.inputs.texts import texts
 from diag.measure.batch_readings import FEW_KEYS, BatchReadings
 from diag.measure.loop import measure
-from diag.metrics.attention import METRICS, Selection, readings_of
 from diag.metrics.catalogue import SAMPLING_ERROR
+from diag.metrics.default import METRICS, Selection, readings_of
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error

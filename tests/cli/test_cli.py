@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import diag
 from diag import cli
-from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
+from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import GROUPS
 from diag.metrics.pattern_shape import SHAPE_METRICS

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from diag import cli
 from diag.errors import MeasurementError, UserError
 from diag.models.families.demo import EMBEDDED
-from diag.results.files import WRITERS
+from diag.results.writing import WRITERS
 
 Attnbias = Callable[..., Ended]
 

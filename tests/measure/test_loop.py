@@ -41,8 +41,8 @@ from diag.inputs import images as inputs
 from diag.inputs.texts import texts
 from diag.measure.batch_readings import Incidents
 from diag.measure.loop import capture, measure
-from diag.metrics import attention
-from diag.metrics.attention import METRICS
+from diag.metrics import default as default_metrics
+from diag.metrics.default import METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.models import load
 from diag.models.base import Sample, Tower
@@ -147,7 +147,7 @@ def test_no_statistic_of_a_call_is_computed_twice(
 
     for name in ("softmax_statistics", "row_controls"):
         count(softmax, name)
-    count(attention, "value_statistics")
+    count(default_metrics, "value_statistics")
     tower = vision_tower()
     sets, names = ["patch", "all"], [*METRICS, *SHAPE_METRICS]
     list(measure(tower, IMAGES, metrics=names, token_sets=sets, sampling=sampling, batch_size=INPUTS))

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import diag
-from diag.metrics import attention, divergence, stream
-from diag.metrics import pattern_shape as shape
+from diag.metrics import default, divergence, pattern_shape, stream
 from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, SAMPLING_ERROR, entry_of
 from diag.metrics.names import GROUPS
 from diag.metrics.registry import REGISTRY, metric, registered
@@ -78,7 +77,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (root / "docs").mkdir()
     shutil.copy(HOUSE.parent / "docs" / "metrics.md", root / "docs")
     insert(root / "diag" / "metrics" / "catalogue.py", LINE, before="    # --- the residual stream\n")
-    insert(root / "diag" / "metrics" / "attention.py", FUNCTION, before='METRICS = registered("call")\n')
+    insert(root / "diag" / "metrics" / "default.py", FUNCTION, before='METRICS = registered("call")\n')
     path = os.pathsep.join([str(root), str(HOUSE.parent / "tests")])
     subprocess.run([sys.executable, "-c", LOOK], cwd=root, env=os.environ | {"PYTHONPATH": path}, check=True)
     return json.loads((root / "found.json").read_text())
@@ -134,9 +133,14 @@ class TestOneLineAndOneFunction:
 def test_every_line_has_a_function_or_is_a_ratio() -> None:
     assert REGISTRY.keys() | RATIOS.keys() == set(CATALOGUE)
     assert REGISTRY.keys().isdisjoint(RATIOS)
-    tables = (attention.METRICS, shape.SHAPE_METRICS, stream.STREAM_METRICS, divergence.DIVERGENCE_METRICS)
+    tables = (
+        default.METRICS,
+        pattern_shape.SHAPE_METRICS,
+        stream.STREAM_METRICS,
+        divergence.DIVERGENCE_METRICS,
+    )
     assert sum(map(len, tables)) == len(REGISTRY)
-    assert [name for names in GROUPS.values() for name in names if name in attention.METRICS] == list(
+    assert [name for names in GROUPS.values() for name in names if name in default.METRICS] == list(
         registered("call")
     )
 

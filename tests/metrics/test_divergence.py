@@ -11,7 +11,7 @@ from reference import make_call, with_dense_output
 from diag.errors import MeasurementError, UserError
 from diag.inputs.images import images, neutral_image
 from diag.measure.loop import measure
-from diag.metrics.attention import Selection, reduce
+from diag.metrics.default import Selection, reduce
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.names import metric_names
 from diag.models import load

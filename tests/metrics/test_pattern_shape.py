@@ -34,8 +34,8 @@ from diag.attention.softmax import CallStatistics
 from diag.errors import UserError
 from diag.metrics import pattern_pass
 from diag.metrics import pattern_shape as shape
-from diag.metrics.attention import METRICS, Selection, selections_of
 from diag.metrics.catalogue import CATALOGUE, RATIOS
+from diag.metrics.default import METRICS, Selection, selections_of
 from diag.metrics.names import metric_names
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings

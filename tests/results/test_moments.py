@@ -14,7 +14,6 @@ import pytest
 from scipy import stats
 
 from diag.results import tables as records
-from diag.results.files import write
 from diag.results.layer_values import LayerFacts, LayerValues
 from diag.results.moments import (
     ACCURACY,
@@ -30,6 +29,7 @@ from diag.results.moments import (
     values_of,
 )
 from diag.results.tables import samples_frame
+from diag.results.writing import write
 
 RATIOS = {"fraction": ("above", "below")}
 METRICS = ("above", "below", "other")

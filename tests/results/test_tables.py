@@ -16,9 +16,9 @@ import pytest
 from diag.errors import UserError
 from diag.results import tables as records
 from diag.results.bootstrap import summary
-from diag.results.files import atomically, write, write_json
 from diag.results.layer_values import LayerFacts, LayerValues
 from diag.results.tables import STATISTICS, samples_frame, tables
+from diag.results.writing import atomically, write, write_json
 
 RATIOS = {"fraction": ("above", "below")}
 FACTS = LayerFacts(17, "full", "included", "as captured", 1e-7)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import diag
 from diag.errors import UserError
-from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
+from diag.metrics.default import METRICS
 
 FAST = ["cos_y_vself", "entropy"]
 

@@ -18,7 +18,7 @@ from commands import Ended
 
 from diag.errors import UserError
 from diag.results import tables as records
-from diag.results.files import WRITERS
+from diag.results.writing import WRITERS
 from diag.run import finish, ledger, run, shards
 from diag.run.plan import ProbePlan, shard_inputs
 from diag.run.processes import Share

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from diag.errors import UserError
 from diag.models.families import demo
 from diag.results import tables as records
-from diag.results.files import WRITERS
+from diag.results.writing import WRITERS
 from diag.run import run, shards
 from diag.run.plan import SHARD_INPUTS, ProbePlan
 from diag.run.progress import Progress, Silent

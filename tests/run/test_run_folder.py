@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from diag.errors import UserError
-from diag.results.files import CannotWrite, write_json
+from diag.results.writing import CannotWrite, write_json
 from diag.run import run_folder as claims
 from diag.run.run_folder import check_room, claim, release
 

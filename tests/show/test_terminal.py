@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import RATIOS
+from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS

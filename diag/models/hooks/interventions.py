@@ -1,6 +1,6 @@
 """What can be done to attention: pure functions from a call to the output that the model goes on with.
 
-Notation of `diag.metrics.attention`. Every function is differentiable, works on grouped heads without copying
+Notation of `diag.metrics.default`. Every function is differentiable, works on grouped heads without copying
 keys or values, and computes in float32 for half formats. `INTERVENTIONS` is the one place where one is
 registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
 """

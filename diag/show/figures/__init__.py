@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from diag.results.files import file_stem, free_stem
+from diag.results.writing import file_stem, free_stem
 from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS
 
 if TYPE_CHECKING:

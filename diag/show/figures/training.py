@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.show.figures.gain import gain_against_baseline, gain_by_patch
 from diag.show.figures.heatmaps import alpha_maps
 from diag.show.figures.training_curves import METRICS, compensation_over_layers, curves_over_steps

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diag.results.files import replacing
+from diag.results.writing import replacing
 from diag.show.figures.style import style
 
 PICTURES: dict[str, dict[str, Any]] = {

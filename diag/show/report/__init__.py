@@ -13,8 +13,8 @@ from pathlib import Path
 
 from diag.errors import UserError
 from diag.results.collect import collect
-from diag.results.files import atomically
 from diag.results.folder import kind_of
+from diag.results.writing import atomically
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
 

@@ -13,7 +13,7 @@ import pandas as pd
 from diag.metrics.catalogue import CATALOGUE, DrawnAs, MetricEntry, entry_of
 from diag.results.bootstrap import summary
 from diag.results.collect import Collection
-from diag.results.files import file_stem, free_stem
+from diag.results.writing import file_stem, free_stem
 from diag.show.figures.heatmaps import extent_of, field_of
 from diag.show.figures.panels import CURVES
 from diag.show.figures.style import DASHES

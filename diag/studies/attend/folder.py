@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError
-from diag.results.files import atomically, write_json, writing
-from diag.results.files import write as write_table
 from diag.results.folder import MANIFEST, is_finished, manifest_in
 from diag.results.tables import FORMAT
+from diag.results.writing import atomically, write_json, writing
+from diag.results.writing import write as write_table
 from diag.run.environment import command_line, environment
 from diag.studies.attend.plan import AttendPlan
 

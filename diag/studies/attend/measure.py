@@ -22,7 +22,7 @@ from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
 from diag.models.names.spec import ModelSpec
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
 from diag.studies.attend.folder import TOKEN_TYPES, Attended

@@ -13,7 +13,7 @@ from diag.inputs.given import as_inputs
 from diag.inputs.images import PHOTOGRAPHS, demo_images, images
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import texts
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.run.plan import RUNS, Dtype, Plan, ProbePlan
 
 DEMO = "demo:"

@@ -1,7 +1,7 @@
 """One query row of one attention call: its weights, value cosines with its own, and its output's parts.
 
 Only this row of the pattern is computed: O(token · dim), no token × token matrix. Everything is
-reduced in float64. Definitions and token sets are those of `diag.metrics.attention`; the tests hold that the
+reduced in float64. Definitions and token sets are those of `diag.metrics.default`; the tests hold that the
 two agree.
 """
 

@@ -19,9 +19,9 @@ from diag.measure.edited_model import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.results.files import file_stem, write, write_json, writing
 from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
 from diag.results.tables import layer_samples, read_layers, read_samples
+from diag.results.writing import file_stem, write, write_json, writing
 from diag.run.cache import measured
 from diag.run.environment import command_line, environment
 from diag.run.plan import RUNS, ProbePlan, default_folder

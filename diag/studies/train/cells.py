@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from diag.models.weights import digest
-from diag.results.files import write, write_json
+from diag.results.writing import write, write_json
 from diag.run.environment import environment
 from diag.studies.monitor.monitor import Monitor
 from diag.studies.train.fit import Batch, Training

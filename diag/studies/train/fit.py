@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diag.errors import UserError
-from diag.results.files import atomically
+from diag.results.writing import atomically
 from diag.studies.train.plan import Recipe
 
 Batch = dict[str, Tensor]

@@ -22,9 +22,9 @@ import torch
 
 from diag.errors import UserError
 from diag.measure.device import device_of
-from diag.results.files import write, write_json
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.tables import read_layers, read_manifest
+from diag.results.writing import write, write_json
 from diag.run.environment import command_line, environment
 from diag.run.locks import Locks
 from diag.run.plan import RUNS, ProbePlan

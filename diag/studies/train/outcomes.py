@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from diag.studies.train.pairs import (
+from diag.studies.train.paired_gains import (
     BASELINE,
     CASE,
     COMPARED,

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from diag.results.bootstrap import RESAMPLES
 from diag.results.correlation import FLAT, LEAST_PLACES, chance, pearson, ranks
-from diag.studies.train.pairs import BASELINE, CASE, LEVEL, grouped
+from diag.studies.train.paired_gains import BASELINE, CASE, LEVEL, grouped
 
 PREDICTORS = ("value_similarity", "excess", "cos_y_vself")
 LEAST_SEEDS = 3

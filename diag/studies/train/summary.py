@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from diag.show.words.phrases import decimal, interval, listed
-from diag.studies.train.pairs import BASELINE, CONTROL, base_of, grouped
+from diag.studies.train.paired_gains import BASELINE, CONTROL, base_of, grouped
 
 DIGITS = {"points": 2, "nats": 4, "": 3}
 """Digits behind the point; accuracies are coarse, losses are close to each other."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from diag.errors import UserError
 from diag.metrics.catalogue import entry_of
 from diag.results import published
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.show.figures import FIGURES, entropy, scatter
 from diag.show.figures import write as figure_files
 from diag.show.figures.attend import draw_attended

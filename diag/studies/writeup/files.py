@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from diag.results.files import atomically, writing
+from diag.results.writing import atomically, writing
 
 NEW, CHANGED, SAME, REMOVED, MISSING, EXTRA = "new", "changed", "same", "removed", "missing", "extra"
 

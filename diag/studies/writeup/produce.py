@@ -17,9 +17,9 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.results.collect import collect
-from diag.results.files import write_json
 from diag.results.folder import is_finished, manifest_in
 from diag.results.tables import read_manifest
+from diag.results.writing import write_json
 from diag.run.cache import folder_of, measured
 from diag.run.environment import version
 from diag.run.plan import HOW, RUNS, ProbePlan

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup import drawing, tables

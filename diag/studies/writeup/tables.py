@@ -15,8 +15,8 @@ from pydantic import Field
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published as literature
-from diag.results.files import write
 from diag.results.profiles import differences, profiles
+from diag.results.writing import write
 from diag.show.words.phrases import decimal, interval
 from diag.studies.writeup.item import Item, Names, OfProbe
 from diag.studies.writeup.material import Material, known_metrics, published_name

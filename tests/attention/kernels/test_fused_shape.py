@@ -13,7 +13,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.metrics import pattern_pass
-from diag.metrics.attention import selections_of
+from diag.metrics.default import selections_of
 from diag.metrics.pattern_shape import GROUPS, SHAPE_METRICS, shape_readings
 from diag.metrics.readings import reduce
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from diag.errors import UserError
-from diag.results.files import file_stem
+from diag.results.writing import file_stem
 from diag.show.figures import FIGURES, draw_run
 from diag.show.figures.curves import layer_curves, model_comparison
 from diag.show.figures.heatmaps import head_heatmaps

@@ -19,8 +19,8 @@ from commands import Ended
 from PIL import Image
 
 from diag.errors import UserError
-from diag.metrics.attention import METRICS
 from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, DrawnAs, entry_of
+from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS

@@ -22,7 +22,7 @@ from torch import nn
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.measure.loop import capture
-from diag.metrics.attention import METRICS, Selection, readings_of
+from diag.metrics.default import METRICS, Selection, readings_of
 from diag.models import load
 from diag.models.base import Sample
 from diag.models.names.resolve import parse

@@ -24,7 +24,7 @@ import diag
 import diag.studies.monitor.monitor
 from diag.attention.call import AttentionCall
 from diag.errors import MeasurementError, UserError
-from diag.metrics.attention import per_input
+from diag.metrics.default import per_input
 from diag.studies.monitor.monitor import DEFAULT_METRICS, Monitor
 from diag.variants import apply, parse
 

@@ -21,7 +21,7 @@ from diag.studies.train.outcomes import (
 from diag.studies.train.outcomes import gains as gained
 from diag.studies.train.outcomes import outcomes as outcomes_of
 from diag.studies.train.outcomes import trends as trends_of
-from diag.studies.train.pairs import BASELINE, CONTROL, cleaned, pairs
+from diag.studies.train.paired_gains import BASELINE, CONTROL, cleaned, pairs
 
 NOTHING = pd.DataFrame()
 

@@ -11,7 +11,7 @@ from made_grids import grid, probed
 from scipy import stats
 
 from diag.studies.train.outcomes import probed_cells
-from diag.studies.train.pairs import cleaned, pairs
+from diag.studies.train.paired_gains import cleaned, pairs
 from diag.studies.train.predicted import relation, relation_points
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from made_grids import grid, learned, probed, watched
 
-from diag.results.files import write
+from diag.results.writing import write
 from diag.studies.train.outcomes import outcome_tables
 from diag.studies.train.summary import shown, words
 

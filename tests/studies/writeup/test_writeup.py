@@ -22,7 +22,7 @@ from diag.models.names.series import members
 from diag.results import tables as records
 from diag.results.bootstrap import summary
 from diag.results.collect import collect
-from diag.results.files import write, write_json
+from diag.results.writing import write, write_json
 from diag.show.figures.style import style
 from diag.studies.writeup import needs_of, read_plans, schema, shows
 from diag.studies.writeup.captions import caption

@@ -14,7 +14,7 @@ from checkpoints import TEXT
 from diag.errors import UserError
 from diag.inputs.items import Inputs, Item
 from diag.measure.loop import measure
-from diag.metrics.attention import METRICS
+from diag.metrics.default import METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models import load
 from diag.models.base import Model

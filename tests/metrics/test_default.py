@@ -26,9 +26,9 @@ from diag.attention import pattern
 from diag.attention.call import AttentionCall
 from diag.attention.softmax import softmax_statistics
 from diag.errors import UserError
-from diag.metrics import attention as metrics
-from diag.metrics.attention import METRICS, per_input
+from diag.metrics import default as metrics
 from diag.metrics.catalogue import CATALOGUE, RATIOS
+from diag.metrics.default import METRICS, per_input
 from diag.metrics.names import chosen
 
 every_case = pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The statistics: pure functions from one attention call and a token set to numbers per token or head.
+"""The metrics measured by default: pure functions from one call and a token set to numbers per token or head.
 
 Every function of `METRICS` takes a `Selection` and returns a `Reading`. Their wording is in
 `diag.metrics.catalogue`, and so are the ratios of two metrics' means, which are taken later, from tables.

@@ -11,8 +11,16 @@ from made_grids import grid
 from scipy import stats
 
 from diag.errors import UserError
-from diag.studies.train.pairs import BASELINE, CONTROL, base_of, cleaned, control_of, of_cells, over_seeds
-from diag.studies.train.pairs import pairs as paired
+from diag.studies.train.paired_gains import (
+    BASELINE,
+    CONTROL,
+    base_of,
+    cleaned,
+    control_of,
+    of_cells,
+    over_seeds,
+)
+from diag.studies.train.paired_gains import pairs as paired
 
 
 def pairs(results: pd.DataFrame) -> pd.DataFrame:
