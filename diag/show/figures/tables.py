@@ -122,7 +122,7 @@ def span(numbers: pd.Series) -> str:
     known = pd.to_numeric(numbers).dropna()
     if known.empty:
         return ""
-    low, high = f"{known.min():g}", f"{known.max():g}"
+    low, high = f"{known.min():.15g}", f"{known.max():.15g}"
     return low if low == high else f"{low}–{high}"
 
 

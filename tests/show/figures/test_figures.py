@@ -27,7 +27,7 @@ from diag.show.figures.curves import layer_curves, model_comparison
 from diag.show.figures.heatmaps import head_heatmaps
 from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS
 from diag.show.figures.style import OKABE_ITO, PAGE_WIDTH, STYLE_SHEET, ordered_colours, style
-from diag.show.figures.tables import caption, check_columns, shorten
+from diag.show.figures.tables import caption, check_columns, shorten, span
 from diag.show.figures.write import save
 
 Saved = tuple[Figure, pd.DataFrame, Path]
@@ -613,6 +613,11 @@ class TestStyleAndText:
         assert short[:4] == LONG_NAME[:4]
         assert short[-4:] == LONG_NAME[-4:]
         assert shorten("gpt2", width) == "gpt2"
+
+    def test_whole_numbers_are_whole_whatever_their_size(self) -> None:
+        assert span(pd.Series([1_048_576.0, None, 4096.0])) == "4096–1048576"
+        assert span(pd.Series([224, 224])) == "224"
+        assert span(pd.Series([None], dtype=float)) == ""
 
     def test_caption_gives_ranges_and_leaves_out_what_differs(self) -> None:
         rows = check_columns(pd.concat([layer_table(n_tokens=49), layer_table(n_tokens=256, tower="text")]))
