@@ -15,7 +15,7 @@ from diag.cli.app import app, interruptible, say
 from diag.cli.options import output
 
 if TYPE_CHECKING:
-    from diag.studies.writeup import Need, Outcome
+    from diag.studies.writeup import Need, Produced
 
 
 @app.command()
@@ -61,7 +61,7 @@ def figures(
     _end(outcomes, check, [f"{flag} {path}" for flag, path, usual in given if path != Path(usual)])
 
 
-def _end(outcomes: Sequence[Outcome], check: bool, options: Sequence[str]) -> None:
+def _end(outcomes: Sequence[Produced], check: bool, options: Sequence[str]) -> None:
     failed = {f"{outcome.plan}: {what}": why for outcome in outcomes for what, why in outcome.failed.items()}
     if failed:
         say(f"{len(failed)} failed:")
@@ -84,7 +84,7 @@ def _end(outcomes: Sequence[Outcome], check: bool, options: Sequence[str]) -> No
         raise SystemExit(3)
 
 
-def _said(outcome: Outcome, check: bool) -> str:
+def _said(outcome: Produced, check: bool) -> str:
     """What is in the folder, one line per figure or table; then the tables that are an answer themselves."""
     from diag.show.figures.tables import shorten
     from diag.show.terminal import columns
@@ -107,7 +107,7 @@ def _said(outcome: Outcome, check: bool) -> str:
     return "\n\n".join([f"{head}\n{columns(rows)}", *_answers(outcome)])
 
 
-def _answers(outcome: Outcome) -> list[str]:
+def _answers(outcome: Produced) -> list[str]:
     """Tables with a verdict, in full."""
     from diag.show.terminal import WIDTH, columns
 
@@ -125,7 +125,7 @@ def _answers(outcome: Outcome) -> list[str]:
     return said
 
 
-def _document(outcome: Outcome) -> dict[str, Any]:
+def _document(outcome: Produced) -> dict[str, Any]:
     return {
         "plan": str(outcome.plan),
         "folder": str(outcome.folder),

@@ -42,7 +42,7 @@ Norm = str | Callable[[Any], str | None] | None
 
 
 @dataclass(frozen=True)
-class Row:
+class BlockKind:
     """How one kind of attention inside one kind of block reads its values.
 
     block, attention: library and class; the block with the file that it is in. The attention lies in
@@ -118,7 +118,7 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def _name(module: nn.Module, *, with_file: bool = False) -> str:
-    """Library and class, with the file between them, as in `Row`."""
+    """Library and class, with the file between them, as in `BlockKind`."""
     library, _, file = type(module).__module__.replace("modeling_", "").partition(".")
     return ".".join([library, *([file.rpartition(".")[2]] if with_file else []), type(module).__name__])
 
@@ -174,32 +174,32 @@ def query_key_value(attention: Any) -> Projection:
 # --- the table
 
 
-def _rows(names: str, block: str, norm: Norm, read: Read, attention: str = "Attention") -> list[Row]:
+def _rows(names: str, block: str, norm: Norm, read: Read, attention: str = "Attention") -> list[BlockKind]:
     """Those of transformers whose classes are called alike: `file.Beginning` of each, and the two endings."""
     each = (entry.split(".") for entry in names.split())
     return [
-        Row(f"transformers.{file}.{name}{block}", f"transformers.{name}{attention}", norm, read)
+        BlockKind(f"transformers.{file}.{name}{block}", f"transformers.{name}{attention}", norm, read)
         for file, name in each
     ]
 
 
 ROWS = (
-    Row("timm.vision_transformer.Block", "timm.Attention", "norm1", timm_qkv),
-    Row("timm.vision_transformer.ResPostBlock", "timm.Attention", None, timm_qkv),
-    Row("timm.vision_transformer.ParallelThingsBlock", "timm.Attention", "norm", timm_qkv),
-    Row("timm.vision_transformer_relpos.RelPosBlock", "timm.RelPosAttention", "norm1", timm_qkv),
-    Row("timm.vision_transformer_relpos.ResPostRelPosBlock", "timm.RelPosAttention", None, timm_qkv),
-    Row("timm.vision_transformer_sam.Block", "timm.Attention", "norm1", timm_qkv),
-    Row("timm.beit.Block", "timm.Attention", "norm1", timm_qkv),
-    Row("timm.eva.EvaBlock", "timm.EvaAttention", "norm1", timm_qkv),
-    Row("timm.eva.EvaBlock", "timm.AttentionRope", "norm1", timm_qkv),
-    Row("timm.eva.EvaBlockPostNorm", "timm.EvaAttention", None, timm_qkv),
-    Row("timm.eva.EvaBlockPostNorm", "timm.AttentionRope", None, timm_qkv),
-    Row("timm.swin_transformer.SwinTransformerBlock", "timm.WindowAttention", "norm1", timm_qkv),
-    Row("timm.hiera.HieraBlock", "timm.MaskUnitAttention", "norm1", timm_qkv),
-    Row("open_clip.transformer.ResidualAttentionBlock", "torch.MultiheadAttention", "ln_1", in_proj),
-    Row("torchvision.vision_transformer.EncoderBlock", "torch.MultiheadAttention", "ln_1", in_proj),
-    Row(
+    BlockKind("timm.vision_transformer.Block", "timm.Attention", "norm1", timm_qkv),
+    BlockKind("timm.vision_transformer.ResPostBlock", "timm.Attention", None, timm_qkv),
+    BlockKind("timm.vision_transformer.ParallelThingsBlock", "timm.Attention", "norm", timm_qkv),
+    BlockKind("timm.vision_transformer_relpos.RelPosBlock", "timm.RelPosAttention", "norm1", timm_qkv),
+    BlockKind("timm.vision_transformer_relpos.ResPostRelPosBlock", "timm.RelPosAttention", None, timm_qkv),
+    BlockKind("timm.vision_transformer_sam.Block", "timm.Attention", "norm1", timm_qkv),
+    BlockKind("timm.beit.Block", "timm.Attention", "norm1", timm_qkv),
+    BlockKind("timm.eva.EvaBlock", "timm.EvaAttention", "norm1", timm_qkv),
+    BlockKind("timm.eva.EvaBlock", "timm.AttentionRope", "norm1", timm_qkv),
+    BlockKind("timm.eva.EvaBlockPostNorm", "timm.EvaAttention", None, timm_qkv),
+    BlockKind("timm.eva.EvaBlockPostNorm", "timm.AttentionRope", None, timm_qkv),
+    BlockKind("timm.swin_transformer.SwinTransformerBlock", "timm.WindowAttention", "norm1", timm_qkv),
+    BlockKind("timm.hiera.HieraBlock", "timm.MaskUnitAttention", "norm1", timm_qkv),
+    BlockKind("open_clip.transformer.ResidualAttentionBlock", "torch.MultiheadAttention", "ln_1", in_proj),
+    BlockKind("torchvision.vision_transformer.EncoderBlock", "torch.MultiheadAttention", "ln_1", in_proj),
+    BlockKind(
         "torch.transformer.TransformerEncoderLayer",
         "torch.MultiheadAttention",
         lambda block: "norm1" if block.norm_first else None,
@@ -221,7 +221,7 @@ ROWS = (
         own("value"),
         attention="SelfAttention",
     ),
-    Row(
+    BlockKind(
         "transformers.distilbert.TransformerBlock", "transformers.DistilBertSelfAttention", None, own("v_lin")
     ),
     *_rows("qwen2_5_vl.Qwen2_5_VLVision", "Block", "norm1", last_third("qkv")),

@@ -28,7 +28,7 @@ from diag.run.progress import Listener, Silent
 from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.grid import Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
-from diag.studies.attend.row import NUMBERS, Row, row_of
+from diag.studies.attend.row import NUMBERS, TokenRow, row_of
 
 MEAN = "mean"
 
@@ -315,7 +315,7 @@ def _position(token: int, tokens: int, model: Model) -> int:
     )
 
 
-def _tokens(row: Row, head: int | None, target: _Target, same: Mapping[str, Any]) -> pd.DataFrame:
+def _tokens(row: TokenRow, head: int | None, target: _Target, same: Mapping[str, Any]) -> pd.DataFrame:
     """The tokens' table of one model, in the columns of `Attended.tokens`."""
     of_head = slice(None) if head is None else slice(head, head + 1)
     weight = _mean(row.weight[of_head])
@@ -343,7 +343,7 @@ def _mean(per_head: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _decomposition(row: Row, same: Mapping[str, Any]) -> pd.DataFrame:
+def _decomposition(row: TokenRow, same: Mapping[str, Any]) -> pd.DataFrame:
     heads = [*map(str, range(len(row.weight))), MEAN]
     visible = (~np.isnan(row.weight)).sum(1)
     numbers = {name: [*row.numbers[name], row.numbers[name].mean()] for name in NUMBERS}

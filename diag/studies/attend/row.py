@@ -40,7 +40,7 @@ are ‖y‖, ‖z‖ with z = y - (y·v̂)v̂, and ‖v‖."""
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One row, per query head.
 
     weight, value_cosine: `[head, token]`, NaN where the row does not see the token.
@@ -54,7 +54,7 @@ class Row:
     gate_error: float
 
 
-def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
+def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> TokenRow:
     """Reads one row off a call whose batch is one.
 
     among: the tokens that are partners of the two nulls, as a token set selects them.
@@ -110,7 +110,7 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Row:
         "value_norm": own_norm.expand_as(bias),
     }
     cosines = cosine[..., 0].repeat_interleave(call.group, 0)  # [head, token]
-    return Row(
+    return TokenRow(
         weight.flatten(0, 1).masked_fill(~visible, torch.nan).numpy(force=True),
         cosines.masked_fill(~visible, torch.nan).numpy(force=True),
         {name: found[name].flatten().numpy(force=True) for name in NUMBERS},

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class PassOutcome:
     """What one forward pass ended in; None where the model has no such thing.
 
     next_logits: `[batch, token, vocabulary]` of a causal language model. ids: its input tokens.
@@ -89,7 +89,7 @@ def norm_ratio(
 class Effect:
     """One line of the table.
 
-    needs: the fields of `Outcome` that it reads.
+    needs: the fields of `PassOutcome` that it reads.
     compute: these fields of the untouched outcome, then of the changed one → one number per input.
     """
 
@@ -152,7 +152,7 @@ EFFECTS: dict[str, Effect] = {
 }
 
 
-def effects(before: Outcome, after: Outcome) -> Mapping[str, Float[Tensor, " batch"]]:
+def effects(before: PassOutcome, after: PassOutcome) -> Mapping[str, Float[Tensor, " batch"]]:
     """Every effect that the outcomes allow, one number per input each."""
     found = {}
     for name, effect in EFFECTS.items():

@@ -24,7 +24,7 @@ from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.blocks import Block, find_blocks
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.seam import Layer
-from diag.studies.intervene.effect import Outcome, effects
+from diag.studies.intervene.effect import PassOutcome, effects
 
 SCOPES = {
     "one": "one layer at a time",
@@ -132,7 +132,7 @@ class _Runner:
     head: nn.Module | None
     classify: Callable[[Tensor], Tensor] | None
 
-    def outcome(self, batch: Batch, edits: Sequence[Edit], labels: Tensor) -> Outcome:
+    def outcome(self, batch: Batch, edits: Sequence[Edit], labels: Tensor) -> PassOutcome:
         """What one forward pass with the edits ends in."""
         tower, states = self.tower, []
 
@@ -153,7 +153,7 @@ class _Runner:
         scores = ended if tower.ending == "class logits" else None
         if self.classify is not None and embedding is not None:
             scores = self.classify(embedding)
-        return Outcome(
+        return PassOutcome(
             next_logits=logits,
             ids=None if logits is None else batch.data,
             bytes=None

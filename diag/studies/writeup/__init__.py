@@ -8,6 +8,6 @@ Importing this does not import torch; neither does drawing a plan of which nothi
 """
 
 from diag.studies.writeup.needs import Need, needs_of, shows
-from diag.studies.writeup.produce import Outcome, produce, read_plans
+from diag.studies.writeup.produce import Produced, produce, read_plans
 
-__all__ = ["Need", "Outcome", "needs_of", "produce", "read_plans", "shows"]
+__all__ = ["Need", "Produced", "needs_of", "produce", "read_plans", "shows"]

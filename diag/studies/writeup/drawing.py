@@ -25,7 +25,7 @@ from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup.captions import look_settings
-from diag.studies.writeup.item import Item, Layers, Names, OfProbe, Published, Strict
+from diag.studies.writeup.item import Layers, Names, OfProbe, Published, Strict, WriteupItem
 from diag.studies.writeup.material import Material, known_metrics, overlay, points
 
 LOOKS = {
@@ -195,7 +195,7 @@ class LengthsFigure(OfProbe):
         return [DrawnFigure(stem, against(table), table, words)]
 
 
-class AttendFigure(Item):
+class AttendFigure(WriteupItem):
     """A target and the tokens it attends to. attend: the keys of `attnbias attend`."""
 
     kind: Literal["similarity-map", "most-attended", "strip"]
@@ -214,7 +214,7 @@ class AttendFigure(Item):
         return [DrawnFigure(stem, *drawn[self.kind], LOOKS[self.kind], look_settings(found))]
 
 
-class EffectFigure(Item):
+class EffectFigure(WriteupItem):
     """Published: value similarity against what XSA changed."""
 
     kind: Literal["effect"]
@@ -237,7 +237,7 @@ class Pair(Strict):
     trained: str
 
 
-class TrainedFigure(Item):
+class TrainedFigure(WriteupItem):
     """Value similarity of baseline and XSA-trained models: the published ones, or pairs of a probe."""
 
     kind: Literal["trained-similarity"]

@@ -39,7 +39,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Item(Strict):
+class WriteupItem(Strict):
     """A figure or table. name: of its files; by default the kind and the probe. caption: see `captions`.
 
     Each kind has `made(stem, material)`: what is written. It raises UserError where runs or metrics are
@@ -50,7 +50,7 @@ class Item(Strict):
     caption: str | None = None
 
 
-class OfProbe(Item):
+class OfProbe(WriteupItem):
     """model: only this one; tokens: only this token set."""
 
     probe: str

@@ -47,7 +47,7 @@ class Shown:
 
 
 @dataclass
-class Outcome:
+class Produced:
     """What became of a plan.
 
     files: name -> new, changed, same, removed; or, of a check, changed, missing, extra, same.
@@ -97,7 +97,7 @@ def produce(
     root: Path = RUNS,
     check: bool = False,
     listener: Listener | None = None,
-) -> Outcome:
+) -> Produced:
     """Draws a plan into `out`/<name of the plan's file>, or compares what is there with what would be drawn.
 
     root: where finished runs lie and missing ones are put. A model that fails, and what cannot be drawn
@@ -105,7 +105,7 @@ def produce(
 
     Raises UserError if nothing at all can be drawn.
     """
-    outcome = Outcome(document.file, out / document.file.stem)
+    outcome = Produced(document.file, out / document.file.stem)
     with tempfile.TemporaryDirectory(prefix="attnbias-") as temporary:
         drawn = Path(temporary)
         material = _material(plan, document, root, outcome, listener or Silent())
@@ -126,7 +126,7 @@ def produce(
 
 
 def _material(
-    plan: WriteupPlan, document: Document, root: Path, outcome: Outcome, listener: Listener
+    plan: WriteupPlan, document: Document, root: Path, outcome: Produced, listener: Listener
 ) -> Material:
     material = Material()
     for name, runs in runs_of(plan, document).items():
@@ -162,7 +162,7 @@ def _there(
     folder_of: Callable[[], Path],
     carry_out: Callable[[], Path],
     manifest_of: Callable[[Path], dict[str, Any]],
-    outcome: Outcome,
+    outcome: Produced,
     listener: Listener,
 ) -> Path | None:
     """The folder of a run or look, measured if it is not there; None where that fails.
@@ -188,7 +188,7 @@ def _there(
 # --- drawing
 
 
-def _draw_all(plan: WriteupPlan, material: Material, outcome: Outcome, folder: Path) -> None:
+def _draw_all(plan: WriteupPlan, material: Material, outcome: Produced, folder: Path) -> None:
     """Draws every figure and table. Raises UserError where that gives nothing, or one name twice."""
     about = [" ".join(plan.about.split())] if plan.about.strip() else []
     blocks = [f"# {plan.title}", *about]
@@ -226,7 +226,7 @@ def _inputs(item: Any, plan: WriteupPlan) -> list[str]:
 # --- the resolved plan
 
 
-def _document(plan: WriteupPlan, material: Material, outcome: Outcome, drawn: Path) -> dict[str, Any]:
+def _document(plan: WriteupPlan, material: Material, outcome: Produced, drawn: Path) -> dict[str, Any]:
     """The resolved plan: no times, no absolute paths, so that it is the same wherever it was drawn."""
     items = {
         section: [_portable(item.model_dump(mode="json", exclude_defaults=True)) for item in shown]

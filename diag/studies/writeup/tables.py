@@ -18,7 +18,7 @@ from diag.results import published as literature
 from diag.results.profiles import differences, profiles
 from diag.results.writing import write
 from diag.show.words.phrases import decimal, interval
-from diag.studies.writeup.item import Item, Names, OfProbe
+from diag.studies.writeup.item import Names, OfProbe, WriteupItem
 from diag.studies.writeup.material import Material, known_metrics, published_name
 
 _SHORT = {name: CATALOGUE[name].column for name in ("cos_y_vself", "self_part", "context_part")}
@@ -195,7 +195,7 @@ class ReproductionTable(OfProbe):
         return [Tabled(stem, found, shown, words, layers, tuple(verdicts))]
 
 
-class ResultsTable(Item):
+class ResultsTable(WriteupItem):
     """Published: accuracy and value similarity without and with XSA."""
 
     kind: Literal["results"]

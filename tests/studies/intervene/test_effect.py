@@ -9,7 +9,7 @@ import torch
 
 from diag.studies.intervene.effect import (
     EFFECTS,
-    Outcome,
+    PassOutcome,
     direction_change,
     divergence,
     effects,
@@ -22,13 +22,13 @@ UNCHANGED = dict.fromkeys(("same_class", "embedding_norm", "token_norm"), 1.0)
 """What an effect is where nothing changed; 0 for the others."""
 
 
-def whole(seed: int) -> Outcome:
+def whole(seed: int) -> PassOutcome:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return Outcome(
+    return PassOutcome(
         next_logits=drawn(3, 6, 11),
         ids=torch.arange(18).view(3, 6) % 11,
         bytes=torch.tensor([5, 10, 20]),
@@ -105,4 +105,7 @@ def test_the_loss_per_byte_is_the_same_loss_in_another_unit() -> None:
 
 def test_only_what_a_model_has_is_measured() -> None:
     states = torch.ones(2, 3, 4)
-    assert set(effects(Outcome(states=states), Outcome(states=2 * states))) == {"token_change", "token_norm"}
+    assert set(effects(PassOutcome(states=states), PassOutcome(states=2 * states))) == {
+        "token_change",
+        "token_norm",
+    }
