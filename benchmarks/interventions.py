@@ -39,7 +39,7 @@ def runs_of(
     from diag.metrics.names import GROUPS as NAMES
     from diag.models import load
     from diag.models.base import Sample
-    from diag.models.hooks.blocks import find_blocks
+    from diag.models.hooks.block_parts import find_blocks
     from diag.models.hooks.interventions import parse
     from diag.models.names.resolve import parse as parse_name
 

@@ -33,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from diag.attention.call import AttentionCall
 from diag.attention.kernels import fused_statistics
 from diag.attention.kernels.flash import attention_with_normaliser
-from diag.attention.softmax import softmax_statistics
+from diag.attention.softmax_statistics import softmax_statistics
 from diag.metrics.default import Selection
 
 RESULTS = 5  # numbers per row: lse, entropy, Σ A², self weight, first weight

@@ -16,7 +16,7 @@ import torch
 from reference import reference
 
 from diag.attention.call import AttentionCall
-from diag.attention.softmax import softmax_statistics
+from diag.attention.softmax_statistics import softmax_statistics
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import demo_text
 from diag.measure.loop import capture, measure

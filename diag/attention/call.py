@@ -1,7 +1,8 @@
 """One attention call: the queries, keys, values and output of one layer as the model used them.
 
 Everything that is measured starts from an `AttentionCall`. It is data: what is computed of it is kept by
-whoever measures (`diag.attention.softmax.CallStatistics`). No function here holds a token × token matrix.
+whoever measures (`CallStatistics`, `diag.attention.softmax_statistics`). No function here holds a token ×
+token matrix.
 
 Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_j exp s_ij`,
 `A_ij = exp(s_ij - lse_i)`, `y_i = Σ_j A_ij v_j`.

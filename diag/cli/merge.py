@@ -26,8 +26,8 @@ def merge(
     from diag.results.folder import is_finished
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
-    from diag.run.ledger import lock_file, read_plan
     from diag.run.locks import Locks
+    from diag.run.shard_ledger import lock_file, read_plan
 
     if is_finished(run):
         if not quiet:

@@ -22,7 +22,7 @@ from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
 from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
-from diag.models.hooks.blocks import Block
+from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import Layer

@@ -13,7 +13,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.models.base import Tower
-from diag.models.hooks.blocks import Block
+from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
 from diag.models.hooks.output_gates import check_gates, gate_edits
 from diag.models.hooks.residual import branch_edits

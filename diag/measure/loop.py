@@ -29,7 +29,7 @@ from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower
-from diag.models.hooks.blocks import Block
+from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import stream_states
 from diag.models.hooks.seam import Layer, OnCall, Sightings

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from diag.attention.call import AttentionCall
-from diag.attention.softmax import CallStatistics
-from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
-from diag.attention.values import reciprocal, value_blocks, value_statistics
+from diag.attention.containers import SoftmaxStatistics, ValueStatistics
+from diag.attention.softmax_statistics import CallStatistics
+from diag.attention.value_statistics import reciprocal, value_blocks, value_statistics
 from diag.attention.visibility import of_inputs
 from diag.metrics.readings import Controls, Reading, reduce
 from diag.metrics.registry import metric, registered

@@ -18,8 +18,8 @@ from diag.attention.call import AttentionCall, first_key
 from diag.attention.kernels import fused_quantities
 from diag.attention.pattern import BLOCK_ELEMENTS, LN2, log2_pattern_blocks, positions
 from diag.attention.positions import Distances, Geometry
-from diag.attention.softmax import CallStatistics
-from diag.attention.values import value_blocks
+from diag.attention.softmax_statistics import CallStatistics
+from diag.attention.value_statistics import value_blocks
 
 NOTHING = -1e30
 """The logarithm of a weight of zero: finite, so that `A ln A` is 0."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from diag.attention.states import BlockStates, Updates
-from diag.attention.values import reciprocal
+from diag.attention.value_statistics import reciprocal
 from diag.metrics.readings import Reading, reduce
 from diag.metrics.registry import metric, registered
 from diag.metrics.secondary_sinks import alike_first, secondary_sink_lives

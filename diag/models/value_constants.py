@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.models.hooks.blocks import upwards
+from diag.models.hooks.block_parts import upwards
 from diag.models.hooks.seam import Layer
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -23,8 +23,8 @@ from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.tables import FORMAT, one_kind, tables
 from diag.results.writing import atomically, write, write_json, writing
 from diag.run.environment import environment
-from diag.run.ledger import MERGE, Part, Standing, read_plan, standing
 from diag.run.locks import PATIENCE, Locks
+from diag.run.shard_ledger import MERGE, Part, Standing, read_plan, standing
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]

@@ -31,13 +31,13 @@ from diag.results.tables import read_heads, read_layers, read_manifest, samples_
 from diag.results.writing import CannotWrite, file_stem, write, write_json, writing
 from diag.run.environment import command_line
 from diag.run.finish import finish
-from diag.run.ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
 from diag.run.processes import WHOLE, Share
 from diag.run.progress import Listener, Progress, Silent
 from diag.run.run_folder import check_room, claim, release
+from diag.run.shard_ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
 from diag.run.shards import TowerJob, shard_values, tower_samples
 
 ROOM = 32_000_000

@@ -17,7 +17,7 @@ from diag.measure.batch_size import BatchSize
 from diag.measure.loop import measure, pick_layers
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Model, Sample, Tower
-from diag.models.hooks.blocks import Block, find_blocks
+from diag.models.hooks.block_parts import Block, find_blocks
 from diag.models.hooks.interventions import BRANCHES
 from diag.models.value_constants import value_constants
 from diag.results.layer_values import LayerValues

@@ -27,7 +27,7 @@ from torch import Tensor
 from diag.attention import pattern
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
-from diag.attention.softmax import softmax_statistics
+from diag.attention.softmax_statistics import softmax_statistics
 from diag.attention.visibility import Visibility
 
 STATISTICS = ("entropy", "sum_of_squares", "self_weight", "first_weight")

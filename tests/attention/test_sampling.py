@@ -17,10 +17,10 @@ from tiny_towers import Attention, Stack, tower_of
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
+from diag.attention.containers import SoftmaxStatistics
 from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSample, RowSampling, sample_rows
-from diag.attention.softmax import CallStatistics, softmax_statistics
-from diag.attention.statistics import SoftmaxStatistics
+from diag.attention.softmax_statistics import CallStatistics, softmax_statistics
 from diag.inputs import images as inputs
 from diag.inputs.texts import texts
 from diag.measure.batch_readings import FEW_KEYS, BatchReadings

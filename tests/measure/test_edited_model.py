@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.measure.edited_model import check_layers, edited
 from diag.models.base import Batch, Tower
-from diag.models.hooks.blocks import find_blocks
+from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.interventions import parse
 from diag.models.hooks.seam import attention_modules
 from diag.run.api import probe

@@ -33,7 +33,7 @@ from tiny_towers import (
 )
 from torch import Tensor
 
-from diag.attention import softmax
+from diag.attention import softmax_statistics as softmax
 from diag.attention.call import AttentionCall, without_constant
 from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diag.attention import pattern
 from diag.attention.call import AttentionCall
-from diag.attention.softmax import softmax_statistics
+from diag.attention.softmax_statistics import softmax_statistics
 from diag.errors import UserError
 from diag.metrics import default as metrics
 from diag.metrics.catalogue import CATALOGUE, RATIOS

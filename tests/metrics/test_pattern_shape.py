@@ -30,7 +30,7 @@ from diag.attention import pattern
 from diag.attention import positions as geometry_of
 from diag.attention.call import AttentionCall
 from diag.attention.positions import TEXT, Geometry
-from diag.attention.softmax import CallStatistics
+from diag.attention.softmax_statistics import CallStatistics
 from diag.errors import UserError
 from diag.metrics import pattern_pass
 from diag.metrics import pattern_shape as shape

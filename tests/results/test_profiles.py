@@ -13,8 +13,8 @@ from commands import Ended
 from diag.errors import UserError
 from diag.results.collect import collect
 from diag.results.profiles import DIFFERENCES, METRICS, differences, missing, profiles, strongest
+from diag.results.profiles.curve_shape import onset_of, shape_of
 from diag.results.profiles.curves import Drawn, curves_of, interval, minus, over
-from diag.results.profiles.rules import onset_of, shape_of
 
 FALLING = [0.6, 0.55, 0.5, 0.4, 0.3, 0.25]
 RISING = FALLING[::-1]

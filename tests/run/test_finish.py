@@ -19,7 +19,8 @@ from commands import Ended
 from diag.errors import UserError
 from diag.results import tables as records
 from diag.results.writing import WRITERS
-from diag.run import finish, ledger, run, shards
+from diag.run import finish, run, shards
+from diag.run import shard_ledger as ledger
 from diag.run.plan import ProbePlan, shard_inputs
 from diag.run.processes import Share
 from diag.run.progress import Progress

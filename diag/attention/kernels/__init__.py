@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.statistics import SoftmaxStatistics, ValueStatistics
+from diag.attention.containers import SoftmaxStatistics, ValueStatistics
 
 
 def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
@@ -59,7 +59,7 @@ def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
 def fused_values(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics | None:
     """Norms, products and sums of values and outputs on CUDA; None where plain PyTorch has to compute them.
 
-    The arguments are those of `diag.attention.values.value_statistics`.
+    The arguments are those of `diag.attention.value_statistics.value_statistics`.
     """
     if not _has_triton(call):
         return None

@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diag.attention.call import AttentionCall, first_key
+from diag.attention.containers import SoftmaxStatistics
 from diag.attention.kernels.triton_scores import (
     LN2,
     NOTHING,
@@ -45,7 +46,6 @@ from diag.attention.kernels.triton_scores import (
     read_vectors,
     score_tile,
 )
-from diag.attention.statistics import SoftmaxStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class RowStatistics:
 
 
 def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
-    """What `diag.attention.softmax` gives, in one pass; a given log-normaliser is not read.
+    """What `diag.attention.softmax_statistics` gives, in one pass; a given log-normaliser is not read.
 
     The log-normaliser needs all rows whatever sample of them the call has, and so all of them are computed.
     """

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
+from diag.attention.containers import ValueStatistics
 from diag.attention.kernels.triton_scores import on_device, reach, read_vectors
-from diag.attention.statistics import ValueStatistics
 
 ELEMENTS = 4096
 """Numbers of a block of vectors: 32 per thread, and four to five such blocks are held at once."""

@@ -1,9 +1,9 @@
 """How a model is watched and changed while it runs: attention calls, blocks, the stream between them.
 
-What is here. `seam` turns a model's attention calls into `AttentionCall`s. `blocks` reads from the names of a
-block's parts which modules return what is added to the residual stream, and `residual` hands out the stream
-around them. `interventions` are the changes, as functions: of a call's output, of a branch's update, or, by
-way of `output_gates`, of the logits of a model's own output gate.
+What is here. `seam` turns a model's attention calls into `AttentionCall`s. `block_parts` reads from the names
+of a block's parts which modules return what is added to the residual stream, and `residual` hands out the
+stream around them. `interventions` are the changes, as functions: of a call's output, of a branch's update,
+or, by way of `output_gates`, of the logits of a model's own output gate.
 
 What it sees. Modules from outside: forward hooks on the listed layers, and the PyTorch functions that run
 between them. The model's own code and weights are untouched. What a layer used arrives as it used it, in its

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.blocks import PARALLEL, Block, to_stream
+from diag.models.hooks.block_parts import PARALLEL, Block, to_stream
 
 VISIBLE = BaseTorchFunctionMode
 """Any mode that is on keeps `nn.TransformerEncoder` off its fused path, which runs no hook and nests padded

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of
+from diag.results.profiles.curve_shape import FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
 from diag.results.profiles.curves import DERIVED, Curve, Drawn, curves_of, inputs_of, interval, minus, over
-from diag.results.profiles.rules import FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
 
 __all__ = ["FEWEST", "SHAPES", "UNCLEAR", "differences", "missing", "profiles", "strongest"]
 

@@ -17,7 +17,7 @@ from torch.linalg import vecdot, vector_norm
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
-from diag.attention.values import reciprocal
+from diag.attention.value_statistics import reciprocal
 from diag.errors import UserError
 from diag.measure.reconstruction import rebuilt_error
 

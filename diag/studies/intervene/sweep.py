@@ -21,7 +21,7 @@ from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import edited
 from diag.measure.loop import pick_layers, run_batches
 from diag.models.base import Batch, Model, Sample, Tower
-from diag.models.hooks.blocks import Block, find_blocks
+from diag.models.hooks.block_parts import Block, find_blocks
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.seam import Layer
 from diag.studies.intervene.effect import PassOutcome, effects

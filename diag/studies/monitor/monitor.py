@@ -33,7 +33,7 @@ from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.families.from_module import TOWER
-from diag.models.hooks.blocks import find_blocks
+from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.seam import Layer, OnCall, attention_calls, discover
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (

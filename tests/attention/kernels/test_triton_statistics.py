@@ -26,10 +26,11 @@ from reference import (
 )
 from torch import Tensor
 
-from diag.attention import kernels, softmax
+from diag.attention import kernels
+from diag.attention import softmax_statistics as softmax
 from diag.attention.call import AttentionCall, first_key
+from diag.attention.containers import SoftmaxStatistics
 from diag.attention.sampling import RowSample
-from diag.attention.statistics import SoftmaxStatistics
 
 triton_scores = pytest.importorskip("diag.attention.kernels.triton_scores", reason="Triton is not installed")
 from diag.attention.kernels.triton_received import received  # noqa: E402

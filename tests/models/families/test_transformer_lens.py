@@ -10,7 +10,7 @@ import torch
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
-from diag.attention.softmax import softmax_statistics
+from diag.attention.softmax_statistics import softmax_statistics
 from diag.errors import MeasurementError, UserError
 from diag.inputs.items import Inputs
 from diag.models import load

@@ -24,7 +24,7 @@ from diag.measure.edited_model import edited, heads_return
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
 from diag.models.families.demo import EMBEDDED
-from diag.models.hooks.blocks import find_blocks
+from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.interventions import GATE, INTERVENTIONS, parse
 from diag.models.names.resolve import parse as parse_name
 from diag.run.shards import tower_samples

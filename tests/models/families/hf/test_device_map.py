@@ -20,7 +20,7 @@ from diag.models import load
 from diag.models.base import Model
 from diag.models.families.hf import device_map
 from diag.models.family import SPREAD
-from diag.models.hooks.blocks import find_blocks
+from diag.models.hooks.block_parts import find_blocks
 from diag.models.names.resolve import parse
 
 TEXTS = Inputs("texts", "cats", [Item("long", lambda: TEXT)], "0")

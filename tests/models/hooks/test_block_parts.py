@@ -27,7 +27,7 @@ from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, UserError
 from diag.models.families.demo import build_vit
 from diag.models.families.timm.load import fuse
-from diag.models.hooks.blocks import Block, find_blocks, to_stream
+from diag.models.hooks.block_parts import Block, find_blocks, to_stream
 from diag.models.hooks.residual import (
     branch_edits,
     check_states,

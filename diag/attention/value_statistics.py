@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from diag.attention.call import AttentionCall, head_chunks
+from diag.attention.containers import ValueStatistics
 from diag.attention.kernels import fused_values
-from diag.attention.statistics import ValueStatistics
 from diag.attention.visibility import of_inputs, part_of
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from diag.attention.call import AttentionCall, first_key, head_chunks
+from diag.attention.containers import SoftmaxStatistics
 from diag.attention.kernels import fused_statistics
 from diag.attention.pattern import LN2, Scratch, log2_pattern_blocks, masked
-from diag.attention.statistics import SoftmaxStatistics
 from diag.attention.visibility import four_dimensional
 
 

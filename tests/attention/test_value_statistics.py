@@ -10,7 +10,7 @@ import torch
 from reference import CASES, dense_values, key_padding, make_call, random_mask
 
 from diag.attention import call as attention
-from diag.attention.values import value_blocks, value_statistics
+from diag.attention.value_statistics import value_blocks, value_statistics
 
 LEAST = 4e-6
 
