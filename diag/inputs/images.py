@@ -20,6 +20,8 @@ from diag.inputs import tars
 from diag.inputs.items import Inputs, Item, Listing, data_set, existing, sha256
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is decoded, whatever a file is called: one of Pillow's other decoders starts a program."""
 
 NO_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for bytes that are no image, or too much of one."""
@@ -79,7 +81,7 @@ def open_image(file: Path) -> Image.Image:
 
 def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return rgb(ImageOps.exif_transpose(image))
     except NO_IMAGE as error:
         raise UnreadableInput(f"cannot read image '{name}': {error}") from error

@@ -153,9 +153,8 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
         raise UserError(f"'{folder}' is a file", "give a folder with -o")
     if folder.exists() and any(folder.iterdir()) and kind_of(folder) != "compare":
         raise UserError(f"'{folder}' is not empty and holds no comparison", "give another folder with -o")
-    if manifest.exists():
-        for file in manifest_in(folder).get("figures", ()):
-            (folder / file).unlink(missing_ok=True)
+    for file in _figures_before(folder):
+        file.unlink()
     document = {
         "kind": "compare",
         "key": found.key,
@@ -182,6 +181,19 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
     document["figures"] = [path.relative_to(folder).as_posix() for path in figures]
     write_json(document, manifest)
     return figures
+
+
+def _figures_before(folder: Path) -> list[Path]:
+    """Figures of an earlier comparison, as its manifest lists them; nothing that a name or link has outside."""
+    if kind_of(folder) != "compare":
+        return []
+    home = folder.resolve() / "figures"
+    listed = (folder / str(name) for name in manifest_in(folder).get("figures") or ())
+    return [
+        file
+        for file in listed
+        if file.suffix in (".pdf", ".png", ".csv") and file.resolve().parent == home and file.is_file()
+    ]
 
 
 def draw_comparison(found: Comparison, folder: Path) -> list[Path]:

@@ -93,6 +93,22 @@ def test_flat_deep_greyscale_is_an_image_too(tmp_path: Path) -> None:
     assert pixels(saved(tmp_path, Image.fromarray(np.full((2, 2), 40_000, np.uint16)))).shape == (2, 2, 3)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
+def test_only_formats_that_are_promised_are_decoded(tmp_path: Path, kind: str) -> None:
+    """Whatever a file is called: other decoders are not started, and one of them starts a program."""
+    file = tmp_path / "image.jpg"
+    Image.new("RGB", (8, 8)).save(file, kind)
+    with pytest.raises(UnreadableInput, match=r"cannot read image 'image\.jpg'"):
+        open_image(file)
+
+
+def test_pictures_of_two_lenses_are_jpeg(tmp_path: Path) -> None:
+    """Pillow's MPO, which some cameras write: the first picture counts."""
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    first.save(tmp_path / "image.jpg", "MPO", save_all=True, append_images=[second])
+    assert pixels(tmp_path / "image.jpg").mean((0, 1))[0] > 200
+
+
 def test_cmyk_becomes_colour(tmp_path: Path) -> None:
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     red = pixels(saved(tmp_path, image, "image.jpg", quality=95)).mean((0, 1))

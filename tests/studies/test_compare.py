@@ -105,6 +105,21 @@ class TestFolder:
             "profiles.csv",
         }
 
+    def test_nothing_but_its_own_figures_is_removed(self, two: tuple[Path, Path], tmp_path: Path) -> None:
+        """A manifest may have been edited, and a figures folder may hold links."""
+        folder, kept = tmp_path / "out", [tmp_path / "precious.txt", tmp_path / "linked.png"]
+        write_comparison(compare(collect(two)), folder)
+        kept.append(folder / "figures" / "notes.txt")
+        for file in kept:
+            file.write_text("mine")
+        (folder / "figures" / "link.png").symlink_to(tmp_path / "linked.png")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        named = ["../precious.txt", str(tmp_path / "linked.png"), "figures/link.png", "figures/notes.txt"]
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"figures": manifest["figures"] + named}))
+        write_comparison(compare(collect(two[:1])), folder)
+        assert [file.read_text() for file in kept] == ["mine"] * 3
+        assert not (folder / "figures" / "comparison.png").exists()
+
     def test_the_name_follows_from_the_content(self, two: tuple[Path, Path]) -> None:
         found = compare(collect(two))
         assert default_folder(found).name == f"compare-one+two-{found.key[:8]}"

@@ -204,6 +204,10 @@ class AttendFigure(WriteupItem):
     @cached_property
     def plan(self) -> AttendPlan:
         """The attend plan behind it. Raises ValidationError and UserError."""
+        if "trust_remote_code" in self.attend:
+            raise UserError(
+                "trust_remote_code is not for a writeup", "foreign code is trusted on the command line only"
+            )
         return AttendPlan(**self.attend)
 
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:

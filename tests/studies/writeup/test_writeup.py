@@ -475,6 +475,13 @@ class TestRefusedPlans:
                 "unknown kind 'layer'",
                 "did you mean 'layers'?",
             ),
+            (
+                HEAD + "figures:\n  - kind: strip\n    attend: {models: [demo:vit-p8], image: demo:astronaut,"
+                " layer: 0, patch: [0, 0], trust_remote_code: true}\n",
+                6,
+                "trust_remote_code is not for a writeup",
+                "on the command line only",
+            ),
             (HEAD + "figures:\n  - {probe: p}\n", 5, "'kind' is missing", "kind: 'curves'"),
             (HEAD + "figures:\n  - {kind: depth, probe: q}\n", 5, "there is no probe 'q'", "probes are 'p'"),
             (HEAD + "figures:\n  - {kind: depth}\n", 5, "'probe' is missing", "give probe:"),
