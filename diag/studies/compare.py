@@ -184,7 +184,7 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
 
 
 def _figures_before(folder: Path) -> list[Path]:
-    """Figures of an earlier comparison, as its manifest lists them; nothing that a name or link has outside."""
+    """Figures of an earlier comparison, as its manifest lists them; no name or link leads outside."""
     if kind_of(folder) != "compare":
         return []
     home = folder.resolve() / "figures"
