@@ -91,8 +91,8 @@ def predicted(
     kept = KEPT_BY_ALLOCATOR[device.type]
     forward = inputs * tokens * (2 * widths.stream + widths.widest) * dtype.itemsize
     one_head = tokens * HEAD * widths.heads // widths.kv_heads  # with the query heads that share it
-    lane = min(inputs * tokens * widths.heads, max(of_threads(TENSOR_ELEMENTS, device), one_head))
-    probe = (inputs * tokens * widths.heads * NUMBERS_PER_ROW // HEAD + 9 * lane) * 4
+    at_once = min(inputs * tokens * widths.heads, max(of_threads(TENSOR_ELEMENTS, device), one_head))
+    probe = (inputs * tokens * widths.heads * NUMBERS_PER_ROW // HEAD + 9 * at_once) * 4
     # the probe runs while the layer's wide tensors are not there yet: only what goes beyond them counts
     during_attention = inputs * tokens * (3 * widths.stream + 2 * widths.heads + 2 * widths.kv_heads)
     extra = max(0, during_attention * dtype.itemsize + probe - forward) + 4 * BLOCK_ELEMENTS[device.type]
