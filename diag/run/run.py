@@ -80,7 +80,7 @@ def run_probe(
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> FinishedRun:
-    """Carries out a plan in `folder` (default: `plan.default_folder`), resuming what is already there.
+    """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several is noted in the manifest, and the run goes on.
