@@ -22,7 +22,7 @@ LN2 = math.log(2)
 BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """How many pattern entries one streamed block may hold: 8 MiB, or 256 MiB."""
 
-LANE_ELEMENTS = {"cpu": 1 << 17, "cuda": BLOCK_ELEMENTS["cuda"] // 2}
+SEVERAL_HEADS_ELEMENTS = {"cpu": 1 << 17, "cuda": BLOCK_ELEMENTS["cuda"] // 2}
 """Up to how many pattern entries per thread one block takes several heads: few stay in a core's cache."""
 
 BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
@@ -167,8 +167,8 @@ def _all_blocks(
     if call.tokens <= 2 * rows_at_once:
         rows_at_once = call.tokens
     rows_at_once = max(1, min(rows_at_once, max(budget // call.tokens, 16)))
-    of_lanes = min(of_threads(LANE_ELEMENTS, call.output.device), budget)
-    number = max(1, of_lanes // (rows_at_once * call.tokens))
+    of_several = min(of_threads(SEVERAL_HEADS_ELEMENTS, call.output.device), budget)
+    number = max(1, of_several // (rows_at_once * call.tokens))
     heads_at_once = min(call.heads, number)
     batch_at_once = max(1, number // call.heads)
     upper = torch.ones(rows_at_once, rows_at_once, dtype=torch.bool, device=call.output.device).triu(1)

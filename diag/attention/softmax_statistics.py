@@ -57,7 +57,7 @@ class CallStatistics:
 
 
 def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
-    """Every row statistic of a call's pattern in O(token) memory (science: section 5).
+    """Every row statistic of a call's pattern in O(token) memory.
 
     Entropy and Σ A² stream blocks of query rows through one matrix product each, all rows or the call's
     sampled ones; the weights on single keys need only the log-normaliser and are of all rows.

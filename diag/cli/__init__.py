@@ -1,4 +1,4 @@
-"""The command line: the only place where typed names become objects. One file per verb.
+"""The command line: options become plans, results go to the screen. A file holds one verb, or a few.
 
 stdout carries the result, stderr everything else. Everything heavy is imported inside functions, so
 that `--help` is instant.

@@ -5,13 +5,16 @@ inputs of T tokens, in numbers of the model's format (the probe's are float32):
 
     plain forward    n T (2 D + max(in + 2 out))   the stream and its norm; of the widest linear layer its
                                                    input, its output and what is made of the output
+    attention        n T (3 D + 2 Y + 2 K)         the stream, and queries, outputs, keys and values
     probe            n T · 45 Y / 64               the statistics of each row, heads taken as 64 wide
                      9 L                           float32 values and outputs of the heads that are read at
                                                    once, running sums and the like; L numbers each
                      4 blocks of pattern rows
 
-D is the width of the stream, K that of all values side by side, Y that of all heads' outputs. L is n T Y, but
-at most what `diag.attention.call.head_chunks` reads at once. A CPU's allocator keeps about as much again.
+The probe runs during attention, while a layer's widest tensors are not there yet: but for its blocks, only
+what both take beyond the plain forward counts. D is the width of the stream, K that of all values side by
+side, Y that of all heads' outputs. L is n T Y, but at most what `diag.attention.call.head_chunks` reads at
+once. A CPU's allocator keeps about as much again.
 """
 
 from __future__ import annotations
@@ -91,8 +94,8 @@ def predicted(
     kept = KEPT_BY_ALLOCATOR[device.type]
     forward = inputs * tokens * (2 * widths.stream + widths.widest) * dtype.itemsize
     one_head = tokens * HEAD * widths.heads // widths.kv_heads  # with the query heads that share it
-    lane = min(inputs * tokens * widths.heads, max(of_threads(TENSOR_ELEMENTS, device), one_head))
-    probe = (inputs * tokens * widths.heads * NUMBERS_PER_ROW // HEAD + 9 * lane) * 4
+    at_once = min(inputs * tokens * widths.heads, max(of_threads(TENSOR_ELEMENTS, device), one_head))
+    probe = (inputs * tokens * widths.heads * NUMBERS_PER_ROW // HEAD + 9 * at_once) * 4
     # the probe runs while the layer's wide tensors are not there yet: only what goes beyond them counts
     during_attention = inputs * tokens * (3 * widths.stream + 2 * widths.heads + 2 * widths.kv_heads)
     extra = max(0, during_attention * dtype.itemsize + probe - forward) + 4 * BLOCK_ELEMENTS[device.type]

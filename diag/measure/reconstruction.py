@@ -8,9 +8,11 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
 from diag.errors import MeasurementError, UserError
+from diag.models.hooks.residual import tolerance
 from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
+"""Query rows of each call that are rebuilt, spread evenly over its tokens."""
 
 
 class ReconstructionCheck:
@@ -20,6 +22,11 @@ class ReconstructionCheck:
         self.seen: dict[int, list[tuple[int, str, str, float]]] = {}
 
     def check(self, call: AttentionCall, inputs: int) -> None:
+        """Rebuilds rows of a call and notes what its layer is. inputs: how many the batch has.
+
+        Raises MeasurementError, naming the layer, if they differ from what the model used, and UserError for
+        values that are not finite.
+        """
         rows = torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         used = call.output[:, :, rows].float() * visible[..., None]
@@ -37,6 +44,7 @@ class ReconstructionCheck:
         self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error))
 
     def facts(self, layer: int, projection: str) -> LayerFacts:
+        """What was seen of a layer, all of its calls together. projection: as in `LayerFacts`."""
         tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
         return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
@@ -45,11 +53,11 @@ class ReconstructionCheck:
 def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
     """Relative error of some rows of A V. Raises MeasurementError, naming the layer, if it is too large."""
     error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    tolerance = 1e-5 if call.output.dtype in (torch.float32, torch.float64) else 1e-2
-    if not error < tolerance:
+    allowed = tolerance(call.output.dtype)
+    if not error < allowed:
         raise MeasurementError(
             f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
-            f"(relative error {error:.1e}, allowed {tolerance:.0e})",
+            f"(relative error {error:.1e}, allowed {allowed:.0e})",
             "this attention is not understood; please report the model",
         )
     return error

@@ -265,9 +265,9 @@ def _pattern_blocks(statistics: CallStatistics) -> Iterator[tuple[tuple[slice, s
         return
     budget = BLOCK_ELEMENTS[call.output.device.type]
     rows_at_once = max(1, min(call.tokens, budget // call.tokens))
-    head_chunks = max(1, budget // (rows_at_once * call.tokens))
-    heads = min(call.heads, head_chunks)
-    batch = max(1, head_chunks // call.heads)
+    number = max(1, budget // (rows_at_once * call.tokens))
+    heads = min(call.heads, number)
+    batch = max(1, number // call.heads)
     for b in range(0, call.batch, batch):
         for h in range(0, call.heads, heads):
             for r in range(0, call.tokens, rows_at_once):
@@ -291,5 +291,5 @@ def _on_near_places(weights: Tensor, rows: Tensor, geometry: Geometry, tokens: i
     inside = (around >= prefix) & (around < keys)
     around = around.clamp(0, keys - 1)
     inside &= geometry.near((rows - prefix)[:, None], around - prefix, tokens)
-    head_chunks = weights.expand(*weights.shape[:2], len(rows), keys)
-    return (head_chunks.gather(-1, around.expand(*head_chunks.shape[:2], -1, -1)) * inside).sum(-1)
+    every = weights.expand(*weights.shape[:2], len(rows), keys)
+    return (every.gather(-1, around.expand(*every.shape[:2], -1, -1)) * inside).sum(-1)

@@ -1,4 +1,4 @@
-"""The run folder: tidy tables out of samples, written so that a half-written file is never read.
+"""The tables of a run folder: how they follow from samples, and how they are read.
 
     samples.parquet  one value per input, layer, head and metric: everything else follows from it
     layers.csv       per layer: mean over heads within each input, then statistics over inputs

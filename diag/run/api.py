@@ -76,10 +76,9 @@ def probe(
     inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
         images or strings. For a module, an iterable of batches, each a tensor or a dict of tensors
         that the module takes; every row of a batch is one input. A module runs where it is, as it is.
-    metrics, tokens, layers: names, token sets and depth indices; defaults are all metrics, the
-        tower's first token set, and all layers.
+    metrics, tokens, layers: names, token sets and depth indices; defaults are the `default` group, the
+        tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
-
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".

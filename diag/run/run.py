@@ -80,7 +80,7 @@ def run_probe(
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> FinishedRun:
-    """Carries out a plan in `folder` (default: `plan.default_folder`), resuming what is already there.
+    """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several is noted in the manifest, and the run goes on.
@@ -243,7 +243,7 @@ def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequen
         return
     plan, on_gpu = job.prepared.plan, job.prepared.on_gpu
     token_sets = [name for name in plan.tokens or () if name in tower.token_sets]
-    work = TowerJob.of(model, tower, job.prepared.measurement, token_sets)
+    tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets)
     job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
     missing = [place for place in own if not part.shard(place).exists()]
     workers = workers_for(plan.workers, on_gpu=on_gpu)
@@ -259,7 +259,7 @@ def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequen
                     if part.shard(place).exists():
                         job.listener.advance(len(shards[place]))
                     else:
-                        _write_shard(job, part, work, shards, place, take(place))
+                        _write_shard(job, part, tower_job, shards, place, take(place))
                         if not checked:
                             _check_room(part, place, shards, plan.keep_samples)
                         checked = True
@@ -277,7 +277,7 @@ def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequen
 def _write_shard(
     job: _Job,
     part: Part,
-    work: TowerJob,
+    tower_job: TowerJob,
     shards: Sequence[Sequence[Sample]],
     place: int,
     samples: Iterable[Sample],
@@ -286,15 +286,15 @@ def _write_shard(
     plan, ratios = job.prepared.plan, job.prepared.measurement.ratios
     began, incidents = time.time(), Incidents()
     first, keep = place * job.size, plan.keep_samples
-    found = list(shard_values(work, samples, incidents, first_input=first, advance=job.listener.advance))
+    found = list(shard_values(tower_job, samples, incidents, first_input=first, advance=job.listener.advance))
     if place == 0 and plan.save_activations:
         kept = job.folder / "activations" / f"{file_stem(part.given)}-{part.tower}"
         first_ones = [sample for shard in shards for sample in shard][: plan.save_activations]
-        save_activations(work.tower, first_ones, kept, plan.layers)
+        save_activations(tower_job.tower, first_ones, kept, plan.layers)
     if found and sum(map(len, shards)) > keep:
-        write(moments_of(found, ratios, work.constants).frame(), part.cells(place))
+        write(moments_of(found, ratios, tower_job.constants).frame(), part.cells(place))
     kept_values = filter(None, (values.until(keep) for values in found))
-    frames = [samples_frame(values, ratios, work.constants) for values in kept_values]
+    frames = [samples_frame(values, ratios, tower_job.constants) for values in kept_values]
     write_json({**asdict(incidents), "seconds": time.time() - began}, part.account(place))
     write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), part.shard(place))
 

@@ -38,8 +38,8 @@ def test_values_match_the_dense_reference(name: str, elements: int, monkeypatch:
 
 def test_blocks_hold_every_value_once_and_are_of_about_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call(batch=3, heads=10, kv_heads=5, tokens=7, dim=4)
-    for head_chunks, shapes in ((2, [(1, 2), (1, 2), (1, 1)] * 3), (7, [(1, 5)] * 3), (10, [(2, 5), (1, 5)])):
-        monkeypatch.setitem(attention.TENSOR_ELEMENTS, "cpu", head_chunks * call.group * 7 * 4)
+    for number, shapes in ((2, [(1, 2), (1, 2), (1, 1)] * 3), (7, [(1, 5)] * 3), (10, [(2, 5), (1, 5)])):
+        monkeypatch.setitem(attention.TENSOR_ELEMENTS, "cpu", number * call.group * 7 * 4)
         whole = torch.full_like(call.value, torch.nan)
         seen = []
         for where, value in value_blocks(call):

@@ -340,7 +340,7 @@ def test_a_folder_that_has_become_read_only_is_told_before_anything_is_loaded(
 
     run_share(plan(), tmp_path / "run", Share(0, 2))
     before = sorted((tmp_path / "run").rglob("*"))
-    monkeypatch.setattr("diag.run.processes.os.open", refuse)
+    monkeypatch.setattr("diag.run.locks.os.open", refuse)
     monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match="Read-only file system") as caught:
         run_probe(plan(), tmp_path / "run")

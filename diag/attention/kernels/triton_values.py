@@ -146,7 +146,7 @@ def _value_kernel(
 ):  # fmt: skip
     """A program: one block of values, and the outputs of every query head that shares them."""
     lane = (tl.program_id(0) // count).to(tl.int64)
-    head_chunks = (tl.num_programs(0) // count).to(tl.int64)
+    lanes = (tl.num_programs(0) // count).to(tl.int64)
     block = tl.program_id(0) % count
     batch, kv_head = lane // kv_heads, lane % kv_heads
     token = block * SIZE + tl.arange(0, SIZE)
@@ -165,7 +165,7 @@ def _value_kernel(
         before += lane * 2 * PADDED
         units = tl.load(before + dims)[None, :]
         plain = tl.load(before + PADDED + dims)[None, :]
-    plane = head_chunks * tokens
+    plane = lanes * tokens
     at = of_values + lane * tokens + token
     tl.store(at + plane, tl.sum(value * plain, 1), mask=inside)
     tl.store(at + 2 * plane, tl.sqrt(tl.sum(plain * plain, 1)) + tl.zeros([SIZE], tl.float32), mask=inside)

@@ -46,7 +46,7 @@ FIGURES: dict[str, Drawing] = {
 
 
 def draw_run(layers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    """Every figure of a run with the rows behind it, by file stem, such as `curves-vit-p8-vision-patch`.
+    """Every figure of a run with the rows behind it, by file stem, such as `curves-demo-vit-p8-vision-patch`.
 
     One of each kind per (model, tower, tokens) and way of measuring, and a `comparison` if there is more
     than one model. Figures whose metrics were not measured are left out, so the answer may be empty.
