@@ -18,6 +18,9 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -41,8 +44,6 @@ _MODULES = {
     "attend": "diag.studies.attend",
     "collect": "diag.results.collect",
     "figures": "diag.show.figures",
-    "figures.curves": "diag.show.figures.curves",
-    "figures.depth": "diag.show.figures.depth",
     "profiles": "diag.results.profiles",
     "published": "diag.results.published",
 }
@@ -51,22 +52,32 @@ _MODULES = {
 __all__ = list(_HOME)
 
 
-class _Public(ModuleType):
-    """A module under its public name; the one that it stands for is loaded when something of it is used."""
+class _Public(MetaPathFinder, Loader):
+    """Finds a public module, and what is inside it, where it lives: under both names it is one module."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
-        return getattr(import_module(_MODULES[self.__name__.removeprefix("diag.")]), name)
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, *inside = name.split(".")
+        if package != __name__ or not inside or inside[0] not in _MODULES:
+            return None
+        home = find_spec(".".join([_MODULES[inside[0]], *inside[1:]]))
+        return home and ModuleSpec(name, self, origin=home.origin, loader_state=home.name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(spec.loader_state)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state  # the import put that of the public name there
 
 
-for _name in _MODULES:
-    sys.modules[f"diag.{_name}"] = _Public(f"diag.{_name}")
+sys.meta_path.insert(0, _Public())
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return sys.modules[f"diag.{name}"]
+        return import_module(f"diag.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'diag' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -209,6 +210,27 @@ NAMING = (
     "diag.inputs.images",
     "diag.metrics.registry",
 )
+
+
+PUBLIC = (
+    "import diag.figures.curves as there, diag.show.figures.curves as home",
+    "import diag.show.figures.curves as home, diag.figures.curves as there",
+    "import diag.figures.curves; there, home = diag.figures.curves, diag.show.figures.curves",
+    "import diag.results.collect as home, diag; there = diag.collect",
+    "import diag.profiles.curves as there, diag.results.profiles.curves as home",
+)
+
+
+@pytest.mark.parametrize("imports", PUBLIC)
+def test_a_public_module_is_the_module_where_it_lives(imports: str) -> None:
+    code = f"{imports}; from importlib import reload; assert there is home is reload(home)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_public_module_that_is_not_there_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'diag\.figures\.nowhere'"):
+        importlib.import_module("diag.figures.nowhere")
 
 
 def test_neither_tables_nor_figures_load_torch() -> None:
