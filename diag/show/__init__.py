@@ -1,1 +1,1 @@
-"""What people look at: figures, report, sentences, terminal. Tables in; knows no model, loads no torch."""
+"""What people look at: figures, report, sentences, terminal. Tables in; loads no model and no torch."""
