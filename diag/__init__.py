@@ -76,7 +76,7 @@ sys.meta_path.insert(0, _Public())
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _MODULES or name == "variants":
         return import_module(f"diag.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'diag' has no attribute '{name}'")
@@ -84,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_MODULES])
+    return sorted([*globals(), *_HOME, *_MODULES, "variants"])

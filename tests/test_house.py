@@ -228,6 +228,12 @@ def test_a_public_module_is_the_module_where_it_lives(imports: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_public_modules_are_there_without_an_import_of_their_own() -> None:
+    code = "import diag; diag.variants.apply, diag.collect.collect, diag.figures.FIGURES"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_public_module_that_is_not_there_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'diag\.figures\.nowhere'"):
         importlib.import_module("diag.figures.nowhere")
