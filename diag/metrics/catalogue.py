@@ -224,13 +224,13 @@ _TABLE = (
     ),
     MetricEntry(
         "entropy", WHERE, "H", "entropy in nats",
-        "entropy", "−Σ Aᵢⱼ ln Aᵢⱼ", "How widely attention is spread.",
+        "entropy", "−Σ Aᵢⱼ ln Aᵢⱼ", "How widely attention is spread, in nats.",
         _NATS, line=DrawnAs("mean over tokens", "blue"),
     ),
     MetricEntry(
         "entropy_p15", WHERE, "H p15", "15th percentile of entropy",
         "entropy p15", "15th percentile of the entropy over an input's tokens",
-        "How widely the more narrowly attending tokens spread it.", _NATS,
+        "How widely the more narrowly attending tokens spread it, in nats.", _NATS,
         "Context Broadcasting (arXiv 2210.08457), Fig. 4",
         line=DrawnAs("15th percentile over tokens", "vermillion", "-", "s"),
     ),
