@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 100)  # tests make many small objects, libraries are large, and cycles are few
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on the CPU; read when Triton is imported
 

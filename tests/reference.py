@@ -138,9 +138,14 @@ def dense_pattern(call: AttentionCall) -> Array:
 # --- small formulas ---------------------------------------------------------------------------------
 
 
+def length_of(x: Array) -> float:
+    """‖x‖ of one vector, as `np.linalg.norm` computes it after much longer deliberation."""
+    return math.sqrt(x @ x)
+
+
 def cosine(x: Array, y: Array) -> float:
     """cos(x, y); 0 where either vector is zero."""
-    lengths = np.linalg.norm(x) * np.linalg.norm(y)
+    lengths = length_of(x) * length_of(y)
     return float(x @ y / lengths) if lengths > 0 else 0.0
 
 
@@ -159,12 +164,12 @@ def without(x: Array, direction: Array, least: float = 1e-6) -> Array:
 
     Zero where no more than `least` of `x` is left: what rounding leaves there is no direction.
     """
-    length = np.linalg.norm(direction)
+    length = length_of(direction)
     if length == 0:
         return x
     unit = direction / length
     left = x - (x @ unit) * unit
-    return left if np.linalg.norm(left) > least * np.linalg.norm(x) else np.zeros_like(x)
+    return left if length_of(left) > least * length_of(x) else np.zeros_like(x)
 
 
 def partial_similarity(values: Array, anchor: int) -> float:
@@ -260,7 +265,7 @@ def rows_of_one_head(
     for i in rows:
         y, v, weights, seen = outputs[i], values[i], pattern[i], visible[i].sum()
         alignment = cosine(y, v)
-        own = weights[i] * np.linalg.norm(v) / np.linalg.norm(y) if np.linalg.norm(y) > 0 else 0.0
+        own = weights[i] * length_of(v) / length_of(y) if length_of(y) > 0 else 0.0
         numbers["cos_y_vself"].append(alignment)
         numbers["removed_energy"].append(alignment**2)
         numbers["self_part"].append(own)
