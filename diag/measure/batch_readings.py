@@ -253,7 +253,7 @@ def layer_values(
         found += [(False, *block) for block in of_stream.blocks(layers)]
     ids, measured = of_heads.batch.ids, []
     arrays = _on_host([numbers for *_, numbers in found])
-    for (whose, layer, names, _), values in zip(found, arrays, strict=True):
+    for (per_head, layer, names, _), values in zip(found, arrays, strict=True):
         if np.isinf(values).any():
             metric, who = np.argwhere(np.isinf(values))[0][1:3]
             raise UserError(
@@ -263,7 +263,9 @@ def layer_values(
             )
         sized = of_heads.sized(layer, facts[layer.index])
         measured.append(
-            LayerValues(layer.index, layer.path, sized, of_heads.sets, names, ids, first_input, values, whose)
+            LayerValues(
+                layer.index, layer.path, sized, of_heads.sets, names, ids, first_input, values, per_head
+            )
         )
     return measured
 

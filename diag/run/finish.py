@@ -33,14 +33,10 @@ Saying = Callable[[str], object]
 def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
     """Every figure of a run, written as PDF, PNG and the CSV behind it."""
     from diag.show.figures import draw_run
-    from diag.show.figures.write import save
+    from diag.show.figures.write import save_all
 
     with writing(folder):
-        return [
-            path
-            for stem, (figure, data) in draw_run(layers, heads).items()
-            for path in save(figure, data, folder, stem)
-        ]
+        return save_all(draw_run(layers, heads), folder)
 
 
 def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:
