@@ -1,0 +1,67 @@
+"""Files that others wrote, read within bounds: what is wrong with one is told in two lines that name it.
+
+Every plan, manifest, configuration and text comes in through here, so that an empty file, a pipe, wrong
+bytes or a list in place of a mapping is the user's to mend and never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from diag.errors import UserError
+
+MEGABYTE = 1_000_000
+
+MOST_DOCUMENT = 64 * MEGABYTE
+"""Bytes of a JSON document, such as a manifest: those of real runs stay far below."""
+
+
+def regular(path: Path, what: str, tip: str) -> None:
+    """Raises UserError unless a path is a plain file that is there: reading a pipe would wait for ever.
+
+    what: it, in words, for the first line.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise UserError(f"cannot read {what} '{path}': {reason(error)}", tip) from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"cannot read {what} '{path}': it is a folder", tip)
+    if not stat.S_ISREG(mode):
+        raise UserError(f"cannot read {what} '{path}': it is no plain file", tip)
+
+
+def text_of(path: Path, what: str, *, tip: str, most: int | None = None) -> str:
+    """A UTF-8 file, at most `most` bytes of it. Raises UserError, naming what was read."""
+    regular(path, what, tip)
+    try:
+        if most is not None and (size := path.stat().st_size) > most:
+            sizes = f"{size / MEGABYTE:.0f} MB, where {most / MEGABYTE:.0f} are the most"
+            raise UserError(f"cannot read {what} '{path}': {sizes}", tip)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {what} '{path}': it is not UTF-8 (byte {error.start})", tip) from error
+    except OSError as error:
+        raise UserError(f"cannot read {what} '{path}': {reason(error)}", tip) from error
+
+
+def json_of(path: Path, what: str, *, tip: str, most: int = MOST_DOCUMENT) -> dict[str, Any]:
+    """A JSON file that holds a mapping. Raises UserError, naming what was read and where it breaks."""
+    text = text_of(path, what, tip=tip, most=most)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is empty" if not text.strip() else f"it is not JSON ({reason(error)})"
+        raise UserError(f"cannot read {what} '{path}': {why}", tip) from error
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {what} '{path}': it holds no mapping of names to values", tip)
+    return found
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line and short enough for a terminal."""
+    said = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(said)[:200]

@@ -1,0 +1,51 @@
+"""Files of others: each thing that can be wrong with one is a sentence that names it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from diag.errors import UserError
+from diag.inputs.outside import json_of, text_of
+
+WRONG = {
+    "empty": (b"", "it is empty"),
+    "no JSON": (b"{", "it is not JSON"),
+    "a list": (b"[1]", "it holds no mapping"),
+    "null": (b"null", "it holds no mapping"),
+    "other bytes": (b"\xff\xfe", "it is not UTF-8 (byte 0)"),
+    "too deep": (b"[" * 100_000, "it is not JSON"),
+    "a number beyond reason": (b'{"a": ' + b"9" * 5000 + b"}", "it is not JSON"),
+    "too large": (b'"' + b"a" * 3_000_000 + b'"', "3 MB, where 2 are the most"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_no_mapping_is_told(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        json_of(file, "the manifest", tip="measure again", most=2_000_000)
+    assert str(caught.value).startswith(f"cannot read the manifest '{file}': ")
+    assert said in str(caught.value)
+    assert caught.value.tip == "measure again"
+
+
+def test_a_mapping_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text('{"a": [1, null]}', encoding="utf-8")
+    assert json_of(file, "the manifest", tip="") == {"a": [1, None]}
+
+
+def test_nothing_but_a_plain_file_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer
+    for name, said in (
+        ("pipe", "no plain file"),
+        (".", "a folder"),
+        ("none", "No such file"),
+        ("\0", "null"),
+    ):
+        with pytest.raises(UserError, match=said):
+            text_of(tmp_path / name, "the text", tip="give a file")
