@@ -16,6 +16,7 @@ from diag.cli import options
 from diag.cli.app import app, records, say, say_failures
 from diag.cli.options import Read, fields_of, output, with_options
 from diag.errors import UserError
+from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +120,7 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
             "token": _name(token),
             "weight": f"{token['weight']:>6.4f}",
             "× uniform": f"{token['weight'] * visible:>9.1f}",
-            "value cosine": f"{token['value_cosine']:>12.3f}",
+            "value cosine": fixed(token["value_cosine"]).rjust(12),
         }
         for _, token in _most(tokens, top).iterrows()
     ]
@@ -135,16 +136,15 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
 def _split(numbers: pd.Series, mean: bool) -> list[str]:
     """cos(y, v) in its two parts, its nulls, and ‖y‖² in its two parts."""
     bias, own, context, uniform, partner = (
-        "–" if numbers[name] != numbers[name] else f"{numbers[name]:.3f}"
+        "–" if numbers[name] != numbers[name] else fixed(numbers[name])
         for name in ("cos_y_vself", "self_part", "context_part", "cos_y_vuniform", "cos_y_vpartner")
     )
     energy = numbers["removed_energy"]
     shares = f"{energy:.0%} along v, {1 - energy:.0%} exclusive"
     norms = "means over heads"  # norms and signed projections of several heads do not add up
     if not mean:
-        norms = "‖y‖ {output_norm:.3f}, along v {projection:.3f}, exclusive {exclusive_norm:.3f}".format(
-            **numbers
-        )
+        parts = {"‖y‖": "output_norm", "along v": "projection", "exclusive": "exclusive_norm"}
+        norms = ", ".join(f"{words} {fixed(numbers[name])}" for words, name in parts.items())
     return [
         f"cos(y,v) {bias} = self {own} + context {context}",
         f"nulls    uniform {uniform}, partner {partner}",

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.results.decimals import fixed
 
 FOLDER = Path(__file__).parent / "published_data"
 COLUMNS = ("model", "metric", "layer", "value", "uncertainty", "source")
@@ -136,7 +137,7 @@ def verdict(table: pd.DataFrame, name: str, *, not_measured: int = 0) -> str:
     not_measured: published values of the model that the table has no measurement of.
     """
     worst = table.iloc[int(table["difference"].abs().to_numpy().argmax())]
-    largest = f"{worst['difference']:+.3f}".replace("-", "\N{MINUS SIGN}")
+    largest = fixed(worst["difference"], sign=True).replace("-", "\N{MINUS SIGN}")
     rest = f"; {not_measured} more are published and were not measured" if not_measured else ""
     return (
         f"{name}: {int(table['within'].sum())} of {len(table)} published values are within uncertainty and "

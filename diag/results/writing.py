@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of
+from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,10 +91,11 @@ LATEX = {
 
 def _latex(frame: pd.DataFrame) -> str:
     """A `tabular` between booktabs' rules, everything escaped: text to the left, numbers to the right."""
-    from pandas.api.types import is_numeric_dtype  # naming a file needs no tables
+    from pandas.api.types import is_float_dtype, is_numeric_dtype  # naming a file needs no tables
 
     numbers = [is_numeric_dtype(kind) for kind in frame.dtypes]
-    styler = frame.style.hide(axis="index").format(escape="latex", precision=3, na_rep="--")
+    decimals: dict[Any, Any] = {name: fixed for name, kind in frame.dtypes.items() if is_float_dtype(kind)}
+    styler = frame.style.hide(axis="index").format(decimals, escape="latex", precision=3, na_rep="--")
     styler = styler.format_index(escape="latex", axis=1)
     text = styler.to_latex(hrules=True, column_format="".join("r" if number else "l" for number in numbers))
     for sign, command in LATEX.items():

@@ -13,6 +13,7 @@ import pandas as pd
 
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.metrics.names import GROUPS
+from diag.results.decimals import shown
 from diag.show.figures.tables import span
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ def result_table(layers: pd.DataFrame) -> str:
         for name, (heading, meaning) in (COLUMNS | others).items():
             if name not in wide:
                 continue
-            more = {heading: [_number(value) for value in wide[name]]}
+            more = {heading: [shown(value) for value in wide[name]]}
             if name == "cos_y_vself" and spread["ci_low"].notna().any():
                 ends = spread.loc[wide.index, ["ci_low", "ci_high"]].itertuples(index=False)
-                more["95 % CI"] = [f"{_number(low)}–{_number(high)}" for low, high in ends]
+                between = "…" if (spread["ci_low"] < 0).any() else "–"  # a dash would read as a minus
+                more["95 % CI"] = [f"{shown(low)}{between}{shown(high)}" for low, high in ends]
             if len(aligned(cells | more)[0]) > WIDTH:
                 break
             cells |= more
@@ -136,9 +138,3 @@ class StderrListener:
         elif not self.quiet and time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()
             print(f"{self.what}: {self.done}/{self.total}", file=sys.stderr, flush=True)
-
-
-def _number(value: float) -> str:
-    if pd.isna(value):
-        return "–"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

@@ -24,6 +24,7 @@ import pandas as pd
 
 from diag.errors import UserError
 from diag.results.collect import Collection
+from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST, kind_of, manifest_in
 from diag.results.profiles import differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
@@ -277,7 +278,7 @@ def _similarity(shown: Mapping[str, Profile]) -> str:
         if ("value_similarity", "first") in profile:
             growth, onset = profile["value_similarity", "growth"], profile["value_similarity", "onset"]
             begun = f"{onset.value:.0f}" if onset.known else "–"
-            more: Row = {"growth": _with_interval(growth, "{:.2f}"), "onset": begun}
+            more: Row = {"growth": _with_interval(growth, digits=2), "onset": begun}
             rows.append({"": key, **_over_depth(profile, "value_similarity", more)})
             words.add(growth.word.split(":")[0])
     said = words.pop() if len(words) == 1 else "first to last"
@@ -305,17 +306,17 @@ def _over_depth(profile: Profile, metric: str, more: Row) -> Row:
         said += f" {percent(shape.value)}"
     elif likeliest.known:
         said += f": {likeliest.word} {percent(likeliest.value)}"
-    minimum = f"{low.value:.3f} @{low.layer:.0f} {low.depth:.2f}"
-    ends = {"first": f"{first.value:.3f}", "minimum": minimum, "last": f"{last.value:.3f}"}
+    minimum = f"{fixed(low.value)} @{low.layer:.0f} {low.depth:.2f}"
+    ends = {"first": fixed(first.value), "minimum": minimum, "last": fixed(last.value)}
     return {**ends, **more, "shape": said}
 
 
-def _with_interval(number: Found | None, form: str = "{:.3f}") -> tuple[str, str]:
+def _with_interval(number: Found | None, digits: int = 3) -> tuple[str, str]:
     """A number and its interval, two parts of one cell."""
     if number is None or not number.known:
         return "–", ""
-    spread = "" if pd.isna(number.low) else f"{form.format(number.low)}…{form.format(number.high)}"
-    return form.format(number.value), spread
+    spread = "" if pd.isna(number.low) else f"{fixed(number.low, digits)}…{fixed(number.high, digits)}"
+    return fixed(number.value, digits), spread
 
 
 def _table(rows: Sequence[Row]) -> str:

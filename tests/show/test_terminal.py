@@ -82,7 +82,7 @@ def test_what_was_asked_for_is_shown_in_place() -> None:
 
 def test_intervals_and_missing_numbers() -> None:
     table = layers(["cos_y_vself"])
-    assert "-0.123–-0.045" in result_table(table)
+    assert "-0.123…-0.045" in result_table(table)  # a dash would read as a minus
     without = result_table(table.assign(ci_low=np.nan, ci_high=np.nan))
     assert "CI" not in without
     assert "–" in result_table(layers(["entropy"], mean=np.nan)).splitlines()[2]

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE
+from diag.results.decimals import fixed
 from diag.show.figures.page import letter
 from diag.show.figures.strip import heat_strip
 from diag.show.figures.style import COLOUR_MAPS, OKABE_ITO, PAGE_WIDTH, RULE, style
@@ -310,7 +311,7 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
     ax.barh(0, 1 - energy, left=energy, color=PARTS["exclusive"], height=0.42)
     ax.vlines([0, 0], [-0.28, 0.72], [0.24, 1.28], color=RULE, linewidth=0.7)  # not through the words
     shown = numbers[["cos_y_vself", "self_part", "context_part"]]
-    bias, own, context = (f"{float(number):.2f}".replace("-", "−") for number in shown)
+    bias, own, context = (fixed(float(number), 2).replace("-", "−") for number in shown)
     context = context.replace("−", "− ") if context.startswith("−") else f"+ {context}"
     said = f"cos(yᵢ, vᵢ) = {bias} = {own} {context}"
     for place, text in ((1.42, said), (0.28, f"‖yᵢ‖² in shares: {energy:.2f} + {1 - energy:.2f}")):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from diag.metrics.catalogue import CATALOGUE, DrawnAs, entry_of
+from diag.results.decimals import fixed
 from diag.show.figures.lines import (
     BANDS,
     depth_curve,
@@ -142,5 +143,5 @@ def _mark_minimum(ax: Axes, curve: pd.DataFrame) -> None:
     )
     share = (least["layer"] - curve["layer"].min()) / (curve["layer"].max() - curve["layer"].min())
     side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
-    said = f"min {least['mean']:.3f}, layer {least['layer']:.0f}".replace("-", "\N{MINUS SIGN}")
+    said = f"min {fixed(least['mean'])}, layer {least['layer']:.0f}".replace("-", "\N{MINUS SIGN}")
     ax.annotate(said, (least["layer"], top), fontsize=6.5, ha=side, va="bottom", gid="minimum")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.results.decimals import fixed
 from diag.show.figures.lines import handle, rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import OKABE_ITO, Colour, ordered_colours, style
@@ -158,9 +159,9 @@ def _said(found: pd.DataFrame, *, within: bool) -> str:
             lines.append(f"{word}: too few cells for an r")
             continue
         row = rows.iloc[0]
-        said = f"{word}: r = {row['value']:.2f}"
+        said = f"{word}: r = {fixed(row['value'], 2)}"
         if pd.notna(row["ci_low"]):
-            said += f" [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            said += f" [{fixed(row['ci_low'], 2)}, {fixed(row['ci_high'], 2)}]"
         if pd.notna(row["p"]):
             said += f", p = {row['p']:.2g}"
         lines.append(said)

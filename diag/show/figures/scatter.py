@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs
+from diag.results.decimals import fixed
 from diag.show.figures.lines import BANDS, finite_range, layer_axis, line, lines_drawn
 from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
@@ -48,7 +49,7 @@ def effect(points: pd.DataFrame) -> Figure:
         )
         word = f"{point['label']}, training {point['training_run']}" if again else point["label"]
         ax.annotate(
-            f"{word}: {point['change']:+.2f}".replace(": -", ": \N{MINUS SIGN}"),
+            f"{word}: {fixed(point['change'], 2, sign=True)}".replace(": -", ": \N{MINUS SIGN}"),
             at,
             xytext=(7, 0),
             textcoords="offset points",
@@ -108,7 +109,7 @@ def _mean(ax: Axes, curve: pd.DataFrame, colour: str) -> None:
         mean = float(curve["mean"].mean())
         ax.axhline(mean, color=colour, linewidth=0.7, linestyle=":", gid="mean")
         ax.annotate(
-            f"{mean:.3f}",
+            fixed(mean),
             (1.0, mean),
             xycoords=("axes fraction", "data"),
             xytext=(2, 0),

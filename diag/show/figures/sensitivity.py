@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, style
@@ -139,7 +140,8 @@ def _reach(rows: pd.DataFrame) -> list[pd.Series]:
 def _said(row: pd.Series) -> str:
     if pd.isna(row["rho"]):
         return "too few layers for a ρ"
-    return f"ρ = {row['rho']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}], p = {row['p']:.2g}"
+    rho, low, high = (fixed(row[name], 2) for name in ("rho", "ci_low", "ci_high"))
+    return f"ρ = {rho} [{low}, {high}], p = {row['p']:.2g}"
 
 
 def _unchanged(effect: str) -> float:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
+from diag.results.decimals import fixed
 from diag.results.folder import manifest_in
 from diag.show.report.content import GLANCE, NO_NUMBER, NumberCell
 from diag.show.report.maps import number
@@ -142,8 +143,8 @@ def _found(numbers: pd.DataFrame) -> list[str]:
         return []
     means = numbers[numbers["head"].astype(str) == "mean"]
     return [
-        f"{row['model']}: cosine of output and own value {row['cos_y_vself']:.3f}, "
-        f"of which {row['self_part']:.3f} self part and {row['context_part']:.3f} context part."
+        f"{row['model']}: cosine of output and own value {fixed(row['cos_y_vself'])}, "
+        f"of which {fixed(row['self_part'])} self part and {fixed(row['context_part'])} context part."
         for row in (means if len(means) else numbers).to_dict("records")
     ]
 

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from diag.metrics.catalogue import DrawnAs
+from diag.results.decimals import fixed
 
 WIDTH, HEIGHT = 380, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 38
@@ -141,7 +142,7 @@ def _named(ticks: Sequence[float]) -> list[tuple[float, str]]:
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1
     decimals += round(step * 10**decimals, 6) % 1 > 0
-    return [(tick, f"{tick:.{decimals}f}".replace("-", "−")) for tick in (t + 0.0 for t in ticks)]
+    return [(tick, fixed(tick, decimals).replace("-", "−")) for tick in (t + 0.0 for t in ticks)]
 
 
 def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
@@ -182,7 +183,7 @@ def _described(curve: ChartLine) -> str:
     """A line for those who do not see it: where it begins, turns and ends."""
     means = curve.points["mean"].to_numpy()
     first, last, low, high = (
-        f"{curve.points['mean'].iloc[place]:.3f} in layer {int(curve.points['layer'].iloc[place])}"
+        f"{fixed(curve.points['mean'].iloc[place])} in layer {int(curve.points['layer'].iloc[place])}"
         for place in (0, -1, means.argmin(), means.argmax())
     )
     if len(means) == 1:

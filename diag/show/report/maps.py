@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import matplotlib
@@ -12,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
 from diag.metrics.catalogue import MetricEntry, capitalised
+from diag.results.decimals import fixed, shown
 from diag.show.figures.heatmaps import head_fields
 from diag.show.figures.panels import HEAD_METRICS
 from diag.show.figures.style import COLOUR_MAPS
@@ -101,15 +101,12 @@ def _described(field: np.ndarray, first: int) -> str:
     low, high = (np.unravel_index(at(field), field.shape) for at in (np.nanargmin, np.nanargmax))
     return (
         f"{field.shape[0]} layers by {field.shape[1]} heads. "
-        f"Highest {field[high]:.3f} in layer {first + high[0]}, head {high[1]}; "
-        f"lowest {field[low]:.3f} in layer {first + low[0]}, head {low[1]}; "
-        f"mean {np.nanmean(field):.3f}."
+        f"Highest {fixed(field[high])} in layer {first + high[0]}, head {high[1]}; "
+        f"lowest {fixed(field[low])} in layer {first + low[0]}, head {low[1]}; "
+        f"mean {fixed(np.nanmean(field))}."
     )
 
 
 def number(value: float) -> str:
-    """A number as tables show it: three decimals, one from a hundred on, a dash where there is none."""
-    if math.isnan(value):
-        return "–"
-    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-    return "0.000" if text == "-0.000" else text.replace("-", "−")
+    """A number as tables show it, with a real minus."""
+    return shown(value).replace("-", "−")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from diag.results.decimals import fixed
 from diag.results.profiles import FEWEST
 
 
@@ -97,14 +98,14 @@ def widening(n: int) -> float:
 
 def number(value: float, *, sign: bool = False) -> str:
     """`0.511`, `-0.004`, with a sign that programs read as well."""
-    return f"{value:+.3f}" if sign else f"{value:.3f}"
+    return fixed(value, sign=sign)
 
 
 def decimal(value: float, *, digits: int = 3, sign: bool = False) -> str:
     """`0.511`, `−0.004`, as people read it: with a real minus, and a dash where there is no number."""
     if pd.isna(value):
         return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    return fixed(value, digits, sign=sign).replace("-", "−")
 
 
 def interval(low: float, high: float, *, digits: int = 3, sign: bool = False) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from diag.results.decimals import fixed
 from diag.show.terminal import WIDTH, aligned
 from diag.studies.intervene.effect import EFFECTS
 from diag.studies.intervene.sweep import SCOPES
@@ -76,9 +77,9 @@ def _predicted(relations: pd.DataFrame) -> Iterator[str]:
             name = _label((row["intervention"], row["strength"]))
             if name not in cells["intervention"]:
                 cells["intervention"].append(name)
-            rho, low, high, p = (float(row[key]) for key in ("rho", "ci_low", "ci_high", "p"))
+            rho, low, high = (fixed(float(row[key]), 2, sign=True) for key in ("rho", "ci_low", "ci_high"))
             cells.setdefault(PREDICTORS[row["predictor"]], []).append(
-                f"{rho:+.2f} [{low:+.2f}, {high:+.2f}] p = {p:.2g}"
+                f"{rho} [{low}, {high}] p = {float(row['p']):.2g}"
             )
         yield from aligned(cells)
         clear = shown[(shown["p"] <= 0.05) & (shown["ci_low"] * shown["ci_high"] > 0)]
@@ -97,5 +98,6 @@ def _label(name: Any) -> str:
 
 def _cell(row: pd.Series) -> str:
     if pd.isna(row["ci_low"]):
-        return f"{row['mean']:+.4f}"
-    return f"{row['mean']:+.4f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        return fixed(row["mean"], 4, sign=True)
+    ends = ", ".join(fixed(row[end], sign=True) for end in ("ci_low", "ci_high"))
+    return f"{fixed(row['mean'], 4, sign=True)} [{ends}]"

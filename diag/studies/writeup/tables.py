@@ -15,6 +15,7 @@ from pydantic import Field
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published as literature
+from diag.results.decimals import fixed
 from diag.results.profiles import differences, profiles
 from diag.results.writing import write
 from diag.show.words.phrases import decimal, interval
@@ -179,7 +180,7 @@ class ReproductionTable(OfProbe):
                 "metric": found["metric"],
                 "layer": found["layer"].astype(int),
                 "published": [
-                    f"{value:.3f} ± {off:g}"
+                    f"{fixed(value)} ± {off:g}"
                     for value, off in found[["published", "uncertainty"]].to_numpy(float)
                 ],
                 "measured": found["measured"].map(decimal),
