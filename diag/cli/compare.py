@@ -223,6 +223,8 @@ def _incomplete(found: Comparison, measured: Sequence[Path]) -> dict[str, str]:
 
 
 def _document(found: Comparison, folder: Path, failed: dict[str, str]) -> dict[str, Any]:
+    from diag.studies.compare import DIFFERENCE
+
     return {
         "folder": str(folder),
         "runs": {name: str(path) for name, path in found.collection.folders.items()},
@@ -231,6 +233,7 @@ def _document(found: Comparison, folder: Path, failed: dict[str, str]) -> dict[s
         "missing": found.missing,
         "settings": found.settings,
         "profiles": records(found.profiles),
+        "difference": DIFFERENCE,
         "differences": records(found.differences),
         "verdict": found.verdict,
     }

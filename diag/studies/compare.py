@@ -26,7 +26,7 @@ from diag.errors import UserError
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST, kind_of, manifest_in
-from diag.results.profiles import differences, missing, profiles
+from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
 from diag.results.writing import atomically, file_stem, write, write_json, writing
 from diag.run.plan import RUNS
@@ -35,11 +35,14 @@ from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
-from diag.show.words.phrases import Found, Profile, percent, profile_of
+from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
 
 WIDTH = 80
 Row = Mapping[str, str | tuple[str, str]]
 """Of a table on the screen, by heading: a word or number, or a number and its interval."""
+
+DIFFERENCE = "b - a: above 0, b has more"
+"""Which way round all differences are."""
 
 PROFILES_PER_FIGURE = 12
 
@@ -167,6 +170,7 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
         "problems": found.collection.problems,
         "labels": found.labels,
         "missing": found.missing,
+        "difference": DIFFERENCE,
         **found.settings,
         "figures": [],
     }
@@ -227,7 +231,7 @@ def screen(found: Comparison) -> str:
     keys = dict(zip(found.labels, names, strict=False))
     shown = {keys[label]: profile_of(found.profiles, label) for label in found.labels}
     blocks = [_lines(found, keys), _means(shown)]
-    blocks += [_depth(shown), _similarity(shown), _apart(found.differences, keys)]
+    blocks += [_depth(shown), _similarity(shown), _unclear(shown), _apart(found.differences, keys)]
     blocks.append("\n".join(map(_filled, found.verdict)))
     return "\n\n".join(block for block in blocks if block)
 
@@ -286,6 +290,24 @@ def _similarity(shown: Mapping[str, Profile]) -> str:
     return title + _table(rows) if rows else ""
 
 
+def _unclear(shown: Mapping[str, Profile]) -> str:
+    """Why shapes are not named that resamples have, and what the shares beside them count."""
+    said = []
+    for metric, name in (("cos_y_vself", "bias"), ("value_similarity", "value similarity")):
+        doubts: dict[str, list[str]] = {}
+        for key, profile in shown.items():
+            if doubt := doubt_of(profile, metric):
+                doubts.setdefault(doubt, []).append(key)
+        told = [f"{doubt} ({', '.join(keys)})" for doubt, keys in doubts.items()]
+        said += [f"Unclear {name}: {'; '.join(told)}."] if told else []
+    if not said:
+        return ""
+    said.append(
+        "A share counts the resamples that look so; noise is judged over all pairs of layers at once."
+    )
+    return "\n".join(map(_filled, said))
+
+
 def _apart(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
     rows: list[Row] = []
     for pair, part in table.groupby(["a", "b"], sort=False):
@@ -293,15 +315,16 @@ def _apart(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
         columns = part[["quantity", "difference", "ci_low", "ci_high", "n_a"]].itertuples(index=False)
         known = {name: Found(value, low, high, int(n)) for name, value, low, high, n in columns}
         said = {head: _with_interval(known.get(name)) for name, head in SHORT_DIFFERENCES.items()}
-        rows.append({"": f"{a} - {b}", **said, "paired": "yes" if part["paired"].all() else "no"})
-    return "Differences of means over layers, with 95 % CI\n" + _table(rows) if rows else ""
+        rows.append({"": f"{b} - {a}", **said, "paired": "yes" if part["paired"].all() else "no"})
+    title = "Differences of means over layers, with 95 % CI (B - A above 0: B has more)\n"
+    return title + _table(rows) if rows else ""
 
 
 def _over_depth(profile: Profile, metric: str, more: Row) -> Row:
     """A curve's ends, more of it, and its shape with the share of resamples that have it: `falling 89%`."""
     first, low, last = (profile[metric, quantity] for quantity in ("first", "minimum", "last"))
     shape, likeliest = profile[metric, "shape"], profile[metric, "likeliest_shape"]
-    said = shape.word
+    said = UNCLEAR if doubt_of(profile, metric) else shape.word
     if shape.known:
         said += f" {percent(shape.value)}"
     elif likeliest.known:

@@ -145,7 +145,8 @@ class TestScreen:
         assert "growth: layer 1 to 2" in text
         assert "1.67" in text
         assert "falling 100%" in text
-        assert "A - B" in text
+        assert "(B - A above 0: B has more)" in text
+        assert "\nB - A -0.1" in text
         assert "yes" in text
         assert "Strongest mean bias: demo:vit-p16, 0.500" in text
         assert "Controlled series: Identical recipe" in text
@@ -164,7 +165,7 @@ class TestScreen:
         assert ("Differences" in text) == (count > 1)
         if count == 30:
             assert "30 hf:/data" in text
-            assert len([line for line in text.splitlines() if " - 1 " in line]) == 29
+            assert len([line for line in text.splitlines() if " - 1 " in line]) == 29  # each less the first
 
     def test_columns_are_aligned_under_their_headings(self, two: tuple[Path, Path]) -> None:
         lines = screen(compare(collect(two))).splitlines()
@@ -241,6 +242,10 @@ class TestVerb:
         document = json.loads(ended.out)
         assert document["labels"] == ["demo:vit-p16", "demo:vit-p8"]
         assert document["settings"]["growth"] == [0, 2]
+        assert document["difference"] == "b - a: above 0, b has more"
+        bias = next(row for row in document["differences"] if row["quantity"] == "bias")
+        assert (bias["a"], bias["b"]) == ("demo:vit-p16", "demo:vit-p8")
+        assert bias["difference"] < 0
         assert {row["quantity"] for row in document["differences"]} >= {"bias", "self_share"}
         assert any(row["quantity"] == "onset" for row in document["profiles"])
         assert document["verdict"][0].startswith("Strongest")

@@ -144,4 +144,18 @@ def _row(name: str) -> Listed:
     return Listed(name, name, tokens, "this package's", note)
 
 
-FAMILY = Family("demo", load=load, named=_named, names=_names, row=_row, always_listed=True)
+def _architecture(name: str) -> str:
+    if name not in MODELS:
+        return name
+    return "GPT-2" if name == "lm" else "ViT with xsa" if name.endswith("-xsa") else "ViT"
+
+
+FAMILY = Family(
+    "demo",
+    load=load,
+    named=_named,
+    names=_names,
+    row=_row,
+    always_listed=True,
+    architecture=_architecture,
+)

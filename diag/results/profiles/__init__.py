@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of
-from diag.results.profiles.curve_shape import FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
+from diag.results.profiles.curve_shape import DOUBTS, FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
 from diag.results.profiles.curves import DERIVED, Curve, Drawn, curves_of, inputs_of, interval, minus, over
 
-__all__ = ["FEWEST", "SHAPES", "UNCLEAR", "differences", "missing", "profiles", "strongest"]
+__all__ = ["DOUBTS", "FEWEST", "SHAPES", "UNCLEAR", "differences", "missing", "profiles", "strongest"]
 
 CURVES = ("cos_y_vself", "value_similarity", "self_weight", *DERIVED)
 """Metrics that get all quantities of depth."""
@@ -57,9 +57,10 @@ def profiles(samples: pd.DataFrame, *, seed: int = 0, growth: tuple[int, int] | 
 
     Quantities of each metric of `CURVES`: `first`, `minimum`, `maximum`, `last` (with their layer),
     `last_minus_first`, `mean` over layers, `growth` (value at the second layer over value at the first),
-    `shape` (in `word`; `value` is the share of resamples that have it), `likeliest_shape` (the shape that
-    most resamples have, decided or not), and of value similarity `onset` (`value` is a layer). Of each of
-    `SHARES`: `mean`, and `share` of the bias. What was not measured has no rows; see `missing`.
+    `shape` (in `word`, or `unclear: ` and why; `value` is the share of resamples that have it),
+    `likeliest_shape` (the shape that most resamples have, decided or not), and of value similarity `onset`
+    (`value` is a layer). Of each of `SHARES`: `mean`, and `share` of the bias. What was not measured has no
+    rows; see `missing`.
 
     `relative_depth`: layer / (layers of the model - 1). `n`: inputs. `word`: also why a value is NaN.
     Raises UserError if a column is missing.
@@ -88,9 +89,11 @@ def missing(samples: pd.DataFrame) -> dict[str, tuple[str, ...]]:
 def differences(
     samples: pd.DataFrame, *, seed: int = 0, pairs: Sequence[tuple[str, str]] | None = None
 ) -> pd.DataFrame:
-    """How lines differ: a row per pair and quantity of `DIFFERENCES`, `difference` = a - b.
+    """How lines differ: a row per pair and quantity of `DIFFERENCES`.
 
-    pairs: labels; by default every pair, or each line against the first where there are more than six.
+    `difference` = b - a: above 0, b has more.
+    pairs: labels (a, b); by default every pair in the order of lines, or where there are more than six, the
+    first and each of the others.
 
     Columns a, b, quantity, difference, ci_low, ci_high, n_a, n_b, n_shared, paired. Inputs that both lines
     have are resampled together, so that what they have in common cancels; `paired`: all inputs are.
@@ -100,7 +103,7 @@ def differences(
     if pairs is None:
         first, *others = lines
         many = len(lines) > MANY_LINES
-        pairs = [(label, first) for label in others] if many else list(combinations(lines, 2))
+        pairs = [(first, label) for label in others] if many else list(combinations(lines, 2))
     rows = []
     for a, b in pairs:
         ours, theirs = (_numbers(found) for found in curves_of([lines[a], lines[b]], METRICS, seed))
@@ -109,7 +112,7 @@ def differences(
             if quantity not in ours or quantity not in theirs:
                 continue
             (value_a, n_a), (value_b, n_b) = ours[quantity], theirs[quantity]
-            difference, draws = minus(value_a, value_b)
+            difference, draws = minus(value_b, value_a)
             shared = len(inputs_a & inputs_b)
             paired = inputs_a == inputs_b
             rows.append((a, b, quantity, difference, *interval(draws), n_a, n_b, shared, paired))
@@ -158,7 +161,8 @@ def _depth_rows(curve: Curve, metric: str, growth: tuple[int, int] | None) -> It
     yield {"quantity": "mean"} | _valued(curve.over_layers())
     smallest = SMALLEST_WEIGHT * abs(float(mean.mean())) if metric == "self_weight" else SMALLEST
     shape = shape_of(mean, draws, smallest=smallest, n=curve.n)
-    yield {"quantity": "shape", "word": shape.word, "value": shape.share}
+    word = f"{shape.word}: {shape.doubt}" if shape.doubt else shape.word
+    yield {"quantity": "shape", "word": word, "value": shape.share}
     yield {"quantity": "likeliest_shape", "word": shape.likeliest, "value": shape.likeliest_share}
     if metric not in DERIVED:
         yield {"quantity": "growth"} | _growth(curve, growth)

@@ -17,19 +17,30 @@ FEWEST = 5
 SHAPES = ("falling", "rising", "U", "inverted U", "mixed", "flat")
 UNCLEAR = "unclear"
 
+DOUBTS = {
+    "falling": "the ends may differ by noise",
+    "rising": "the ends may differ by noise",
+    "U": "the dip may be noise",
+    "inverted U": "the bump may be noise",
+    "mixed": "the dip or the bump may be noise",
+    "flat": "some layer may be off the mean",
+}
+"""Why a shape that most resamples have is not given all the same: what makes it is not shown."""
+
 
 @dataclass(frozen=True)
 class Shape:
     """What a curve is called, and how sure that is.
 
     word: one of `SHAPES`, or unclear. share: of the resamples whose own curve has that shape (NaN: unclear).
-    likeliest, likeliest_share: the shape that most resamples have, decided or not.
+    likeliest, likeliest_share: the shape that most resamples have, decided or not. doubt: why it is unclear.
     """
 
     word: str
     share: float
     likeliest: str
     likeliest_share: float
+    doubt: str = ""
 
 
 def shape_of(mean: np.ndarray, draws: np.ndarray, *, smallest: float, n: int) -> Shape:
@@ -48,7 +59,8 @@ def shape_of(mean: np.ndarray, draws: np.ndarray, *, smallest: float, n: int) ->
     - and there are two layers and `FEWEST` inputs.
     """
     if len(mean) < 2 or n < FEWEST:
-        return Shape(UNCLEAR, np.nan, UNCLEAR, np.nan)
+        doubt = "one layer has none" if len(mean) < 2 else f"n = {n} is too few"
+        return Shape(UNCLEAR, np.nan, UNCLEAR, np.nan, doubt)
     surely = mean - mean[:, None] > _margins(mean, draws, n)  # [i, j]: layer j above layer i
     inner = slice(1, len(mean) - 1)
     dip = bool((surely[inner, 0] & surely[inner, -1]).any())
@@ -66,9 +78,14 @@ def shape_of(mean: np.ndarray, draws: np.ndarray, *, smallest: float, n: int) ->
     shares = [float((drawn == place).mean()) for place in range(len(SHAPES))]
     likeliest = int(np.argmax(shares))
     seen = int(_plain_shapes(mean[None], smallest)[0])
-    if shown[SHAPES[seen]] and shares[seen] > 0.5:
-        return Shape(SHAPES[seen], shares[seen], SHAPES[likeliest], shares[likeliest])
-    return Shape(UNCLEAR, np.nan, SHAPES[likeliest], shares[likeliest])
+    told = SHAPES[likeliest], shares[likeliest]
+    if shares[likeliest] <= 0.5:
+        return Shape(UNCLEAR, np.nan, *told, "no shape has most resamples")
+    if seen != likeliest:
+        return Shape(UNCLEAR, np.nan, *told, f"the curve itself counts as {SHAPES[seen]}")
+    if not shown[SHAPES[seen]]:
+        return Shape(UNCLEAR, np.nan, *told, DOUBTS[SHAPES[seen]])
+    return Shape(*told, *told)
 
 
 def onset_of(mean: np.ndarray, draws: np.ndarray, *, smallest: float, n: int) -> tuple[float, np.ndarray]:

@@ -43,6 +43,12 @@ def series_control(collection: Collection) -> str | None:
     return None
 
 
+def _entry(collection: Collection, run: str, model: str, tower: str) -> Mapping[str, Any]:
+    """What the manifest of a line's run says of its model."""
+    known = collection.manifests.get(run, {}).get("models", ())
+    return next((one for one in known if (one["given"], one["tower"]) == (model, tower)), {})
+
+
 def _entries(collection: Collection) -> list[Mapping[str, Any]]:
     return [entry for manifest in collection.manifests.values() for entry in manifest.get("models", ())]
 
@@ -59,6 +65,19 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
         windows = "; windows of another length are other stretches of the text" if varying == ["T"] else ""
         yield f"Of patch size, image size, T and weights only {varying[0]} {differs}{windows}."
     yield from _surprised(collection)
+    if untrained := random_lines(collection):
+        whose = "all lines" if len(untrained) == len(collection.labels) else listed(untrained)
+        yield f"Random weights, nothing was learned: {whose}. Such numbers show the architecture alone."
+
+
+def random_lines(collection: Collection) -> list[str]:
+    """The labels of lines whose model was given random weights."""
+    lines = collection.layers.drop_duplicates("label")[["label", "run", "model", "tower"]]
+    return [
+        str(label)
+        for label, *line in lines.itertuples(index=False)
+        if _entry(collection, *line).get("weights") == "random"
+    ]
 
 
 def _surprised(collection: Collection) -> Iterator[str]:
@@ -87,9 +106,11 @@ def uncontrolled(collection: Collection, *, in_series: bool = False) -> list[str
         # the size of images is in the members' names, the length of texts is not
         cut = "text" in set(facts.get("tower", ())) and facts["n_tokens"].nunique() > 1
         return [*reasons, "T differs as well"] if cut else reasons
-    for column, name in (("family", "families"), ("architecture", "architectures")):
-        if facts[column].nunique() > 1:
-            shown = [str(value) for value in facts[column].unique()]
+    for name, shown in (
+        ("families", list(facts["family"].unique())),
+        ("architectures", _architectures(facts)),
+    ):
+        if len(shown) > 1:
             reasons.append(f"{name} differ ({', '.join(shown[:3])}{', …' if len(shown) > 3 else ''})")
     varying = _varying(facts, FACTORS)
     if len(varying) > 1:
@@ -104,15 +125,13 @@ def alike(collection: Collection) -> bool:
 
 
 def _facts(collection: Collection) -> pd.DataFrame:
-    """A row per line: what may differ between lines, as text."""
+    """A row per line: what may differ between lines, and their sizes."""
     rows = []
     sources = collection.samples.groupby("label", sort=False)["source"].first()
+    heads = collection.heads.groupby("label", sort=False)["head"].max() + 1
     for label, part in collection.layers.groupby("label", sort=False):
         first = part.iloc[0]
-        known = collection.manifests[first["run"]].get("models", ())
-        entry: Mapping[str, Any] = next(
-            (one for one in known if one["given"] == first["model"] and one["tower"] == first["tower"]), {}
-        )
+        entry = _entry(collection, first["run"], first["model"], first["tower"])
         resolved = str(entry.get("resolved", first["model"]))
         same = [name for name in ("patch_size", "image_size", *CONDITIONS) if name in part]
         facts = {"n_tokens": str(part["n_tokens"].max())} if "n_tokens" in part else {}
@@ -122,6 +141,9 @@ def _facts(collection: Collection) -> pd.DataFrame:
             "hash": f"{resolved} {entry.get('weights_sha256')}",
             "family": str(entry.get("family", resolved.split(":")[0])),
             "architecture": architecture(resolved),
+            "called": model_name(resolved),
+            "layers": int(part["layer_count"].max()),
+            "heads": heads.get(label, 0),
             "content": str(sources.get(label, "")).split("/")[0],
         }
         rows.append(facts)
@@ -131,6 +153,16 @@ def _facts(collection: Collection) -> pd.DataFrame:
     return table
 
 
+def _architectures(facts: pd.DataFrame) -> list[str]:
+    """Each architecture, by a model that has it, and its layers and heads where these differ."""
+    sizes = [name for name in ("layers", "heads") if facts[name].nunique() > 1]
+    found = []
+    for one in facts.drop_duplicates("architecture").to_dict("records"):
+        its = " and ".join(f"{one[name]} {name}" for name in sizes)
+        found.append(f"{one['called']} with {its}" if its else str(one["called"]))
+    return found
+
+
 def _varying(facts: pd.DataFrame, names: Mapping[str, str]) -> list[str]:
     found = [name for name in names if name in facts and facts[name].nunique(dropna=False) > 1]
     if {"patch_size", "image_size"} & set(found):
@@ -138,16 +170,23 @@ def _varying(facts: pd.DataFrame, names: Mapping[str, str]) -> list[str]:
     return [names[name] for name in found]
 
 
+def model_name(resolved: str) -> str:
+    """A model's name without its family, weights, revision and arguments.
+
+    >>> model_name("timm:vit_base_patch16_224.augreg_in21k"), model_name("open_clip:ViT-B-16/openai")
+    ('vit_base_patch16_224', 'ViT-B-16')
+    """
+    family, _, name = re.split(r"[@,]", resolved)[0].partition(":")
+    if name.startswith(HUB):
+        return name.rsplit("/", 1)[-1]
+    return family_of(family).architecture(name) if family in FAMILIES else name
+
+
 def architecture(resolved: str) -> str:
-    """A model's name without its family, weights, revision, arguments, patch and image size.
+    """`model_name` without patch and image size: what is alike where only these differ.
 
     >>> architecture("timm:vit_base_patch16_224.augreg_in21k"), architecture("open_clip:ViT-B-16/openai")
     ('vit_base_patch', 'ViT-B')
     """
-    family, _, name = re.split(r"[@,]", resolved)[0].partition(":")
-    if name.startswith(HUB):
-        name = name.rsplit("/", 1)[-1]
-    elif family in FAMILIES:
-        name = family_of(family).architecture(name)
-    name = re.sub(r"(?<=patch)\d+|(?<=-p)\d+$", "", name)
+    name = re.sub(r"(?<=patch)\d+", "", model_name(resolved))
     return re.sub(r"(?<=^ViT-[BSLHg])-\d+|[_-]\d{3,4}(?=[_-]|$)", "", name)

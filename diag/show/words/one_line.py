@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pandas as pd
 
 from diag.results.collect import Collection
-from diag.results.profiles import FEWEST, SMALLEST, UNCLEAR
-from diag.show.words.phrases import Profile, layer_of, number, profile_of, share
+from diag.results.profiles import DOUBTS, FEWEST, SMALLEST, UNCLEAR
+from diag.show.words.control import random_lines
+from diag.show.words.phrases import Profile, doubt_of, layer_of, number, profile_of, share
 
 SHAPES = {
     "falling": "falls with depth",
@@ -39,6 +40,8 @@ def summary(collection: Collection, profiles: pd.DataFrame, label: str) -> list[
         *_depth(found, "value_similarity", "similarity of values"),
         *_growth(found),
     ]
+    if said and label in random_lines(collection):
+        said.append("The weights are random, nothing was learned: such numbers show the architecture alone.")
     return said or ["The alignment bias was not measured here."]
 
 
@@ -109,6 +112,9 @@ def _depth(found: Profile, metric: str, name: str) -> Iterator[str]:
         yield f"The {name} over depth: {way}. Too few inputs to name its shape."
     else:
         seen = f"{share(likeliest.value)} of resamples look {LIKE.get(likeliest.word, likeliest.word)}"
+        doubt = doubt_of(found, metric)
+        seen += f", but {doubt}"
+        seen += ", judged over all pairs of layers at once" if doubt in DOUBTS.values() else ""
         yield f"The shape of the {name} over depth is not decided by these data ({seen}): {way}."
 
 

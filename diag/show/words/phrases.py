@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from diag.results.decimals import fixed
-from diag.results.profiles import FEWEST
+from diag.results.profiles import FEWEST, UNCLEAR
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ def profile_of(profiles: pd.DataFrame, label: str) -> Profile:
         (metric, quantity): Found(value, low, high, int(n), layer, depth, "" if pd.isna(word) else str(word))
         for metric, quantity, value, low, high, n, layer, depth, word in rows[columns].itertuples(index=False)
     }
+
+
+def doubt_of(found: Profile, metric: str) -> str:
+    """Why the shape of a curve is unclear; `""` where it is not, or was not looked for."""
+    word = found[metric, "shape"].word if (metric, "shape") in found else ""
+    return word.removeprefix(f"{UNCLEAR}: ") if word.startswith(UNCLEAR) else ""
 
 
 def layer_of(layers: pd.DataFrame, layer: int) -> dict[str, Found]:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from diag.results.collect import Collection
 from diag.results.profiles import FEWEST, differences, strongest
-from diag.show.words.control import alike, control_sentence
+from diag.show.words.control import alike, control_sentence, random_lines
 from diag.show.words.one_line import NULLS
 from diag.show.words.phrases import Found, Profile, listed, number, profile_of, share
 
@@ -38,25 +38,28 @@ def comparison(
     labels = [str(label) for label in sure.index]
     found = {label: profile_of(profiles, label) for label in labels}
 
-    def difference(a: str, b: str) -> Found:
-        """Bias of a - b, as it is known or from its own two lines."""
-        found = None if known is None else _difference(known, a, b)
-        found = found or _difference(differences(collection.samples, seed=seed, pairs=[(a, b)]), a, b)
+    def difference(of: str, to: str) -> Found:
+        """Bias of one line less another's, as it is known or from its own two lines."""
+        found = None if known is None else _difference(known, of, to)
+        found = found or _difference(differences(collection.samples, seed=seed, pairs=[(to, of)]), of, to)
         assert found is not None
         return found
 
-    said = [_most(found[labels[0]], sure)]
+    untrained = random_lines(collection)
+    called = [f"{label} (random weights)" if label in untrained else label for label in labels]
+    said = [_most(called[0], found[labels[0]], sure)]
     if len(labels) > 1:
-        said[0] += f" {_next(labels[1], difference(labels[0], labels[1]))}"
-    said += [_nulls(found, labels), *_split(found[labels[0]])]
+        said[0] += f" {_next(called[1], difference(labels[0], labels[1]))}"
+    by_name = dict(zip(called, found.values(), strict=True))
+    said += [_nulls(by_name, called), *_split(found[labels[0]])]
     if control is not None or alike(collection):
         said += _trend(collection, found, difference)
     return [*said, *control_sentence(collection, control)]
 
 
-def _most(found: Profile, sure: pd.Series) -> str:
+def _most(label: str, found: Profile, sure: pd.Series) -> str:
     bias = found["cos_y_vself", "mean"]
-    said = f"Strongest mean bias: {sure.index[0]}, {number(bias.value)} {bias.interval(n=True)}"
+    said = f"Strongest mean bias: {label}, {number(bias.value)} {bias.interval(n=True)}"
     if len(sure) > 1 and pd.notna(sure.iloc[0]) and bias.n >= FEWEST:
         said += f"; it is the strongest in {share(sure.iloc[0])} of resamples"
     if FEWEST <= bias.n < FEW:
@@ -64,10 +67,10 @@ def _most(found: Profile, sure: pd.Series) -> str:
     return f"{said}."
 
 
-def _difference(table: pd.DataFrame, a: str, b: str) -> Found | None:
-    """Bias of a - b, where the table holds it either way round."""
-    for one, other, sign in ((a, b, 1), (b, a, -1)):
-        rows = table[(table["a"] == one) & (table["b"] == other) & (table["quantity"] == "bias")]
+def _difference(table: pd.DataFrame, of: str, to: str) -> Found | None:
+    """Bias of one line less another's, where the table holds it either way round."""
+    for a, b, sign in ((to, of, 1), (of, to, -1)):
+        rows = table[(table["a"] == a) & (table["b"] == b) & (table["quantity"] == "bias")]
         if len(rows):
             row = rows.iloc[0]
             low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))

@@ -133,7 +133,7 @@ class DifferenceTable(OfProbe):
             raise UserError("a table of differences needs two lines", "name a second model in the probe")
         shown = pd.DataFrame(
             {
-                "difference": found["a"] + " − " + found["b"],
+                "difference": found["b"] + " − " + found["a"],
                 "of": found["quantity"].map(heading),
                 "value": [decimal(value, sign=True) for value in found["difference"]],
                 "95 % interval": _intervals(found, sign=True),
@@ -143,7 +143,10 @@ class DifferenceTable(OfProbe):
                 ],
             }
         )
-        words = "Differences between models, of means over layers; paired where the inputs are the same."
+        words = (
+            "Differences between models, of means over layers (B − A: above 0, B has more); paired where the "
+            "inputs are the same."
+        )
         return [Tabled(stem, found, shown, words, _measured(self, material))]
 
 

@@ -73,7 +73,17 @@ class TestSummary:
     def test_an_undecided_shape_is_said_to_be_undecided(self, make: Make) -> None:
         text = told(collect([make(noise=0.3)]))
         assert re.search(
-            r"shape of the bias over depth is not decided by these data \(\d+ % of resamples look", text
+            r"shape of the bias over depth is not decided by these data "
+            r"\(\d+ % of resamples look [\w ]+, but [^)]+\): 0\.6",
+            text,
+        )
+
+    def test_a_shape_that_most_resamples_have_is_undecided_for_a_reason(self, make: Make) -> None:
+        text = told(collect([make(noise=0.15, curves=CURVES | {"cos_y_vself": [0.6, 0.4, 0.55]})]))
+        assert re.search(
+            r"\d\d % of resamples look like a U, but the dip may be noise, judged over all pairs of layers "
+            r"at once\):",
+            text,
         )
 
     def test_one_input(self, make: Make) -> None:
@@ -197,7 +207,7 @@ class TestComparison:
             turned.splitlines()[0].split(" lower ")[0] == said(collection).splitlines()[0].split(" lower ")[0]
         )
         assert "distinguishable" in turned
-        strange = table.assign(difference=-0.7, ci_low=-0.8, ci_high=-0.6)
+        strange = table.assign(difference=0.7, ci_low=0.6, ci_high=0.8)
         assert "is 0.700 lower (0.600 to 0.800" in said(collection, known=strange)
         assert said(collection, known=table.iloc[:0]) == said(collection)
 
@@ -211,12 +221,19 @@ class TestControl:
             ({}, {"sha256": "others"}, ["inputs differ"]),
             ({"dtype": "bfloat16"}, {"tokens": "cls"}, ["token sets and dtypes differ"]),
             ({}, {"model": "demo:vit-p16", "patch_size": 16}, ["patch size and weights differ at once"]),
-            ({}, {"model": "demo:lm"}, ["architectures differ (vit-p, lm)"]),
+            ({}, {"model": "demo:lm"}, ["architectures differ (ViT, GPT-2)"]),
             (
                 {},
                 {"model": "timm:vit_x"},
-                ["families differ (demo, timm)", "architectures differ (vit-p, vit_x)"],
+                ["families differ (demo, timm)", "architectures differ (ViT, vit_x)"],
             ),
+            (
+                {},
+                {"model": "demo:lm", "entry": {"layers": 12}, "heads": 4},
+                ["architectures differ (ViT with 3 layers and 2 heads, GPT-2 with 12 layers and 4 heads)"],
+            ),
+            ({}, {"model": "demo:grid-p8-xsa"}, ["architectures differ (ViT, ViT with xsa)"]),
+            ({}, {"model": "demo:grid-p8-sa"}, []),
             ({}, {"model": "demo:vit-p8,img_size=96", "image_size": 96, "n_tokens": 145}, []),
             ({}, {"patch_size": 16, "image_size": 96}, ["patch size and image size differ at once"]),
         ],
@@ -251,6 +268,19 @@ class TestControl:
         text = said(collect(folders))
         assert "only weights differ." in text
 
+    def test_random_weights_are_said_to_be_random(self, make: Make) -> None:
+        random = {"weights": "random"}
+        drawn = make("drawn", model="timm:a", entry=random)
+        text = said(collect([drawn, make("learned", model="timm:b", curves=GEOMETRY)]))
+        assert "Strongest mean bias: timm:a (random weights), " in text
+        assert text.splitlines()[-1] == (
+            "Random weights, nothing was learned: timm:a. Such numbers show the architecture alone."
+        )
+        alone = collect([drawn])
+        assert told(alone).splitlines()[-1].startswith("The weights are random, nothing was learned")
+        assert "nothing was learned: all lines." in said(collect([drawn, make("c", entry=random)]))
+        assert "andom" not in said(collect([make("d"), make("e", model="timm:b")]))
+
     def test_sizes_that_a_model_was_not_trained_on(self, make: Make) -> None:
         note = {
             "notes": ["position embeddings interpolated from 8×8 to 12×12: off the training distribution"]
@@ -269,7 +299,9 @@ class TestControl:
             ("open_clip:ViT-L-14/datacomp_xl_s13b_b90k", "ViT-L"),
             ("open_clip:hf-hub:UCSC-VLAA/openvision-vit-small-patch16-224", "openvision-vit-small-patch"),
             ("hf:EleutherAI/pythia-160m@step3000", "EleutherAI/pythia-160m"),
-            ("demo:vit-p16", "vit-p"),
+            ("demo:vit-p16", "ViT"),
+            ("demo:grid-p16-sa", "ViT"),
+            ("demo:no-such", "no-such"),
         ],
     )
     def test_architecture(self, resolved: str, name: str) -> None:
