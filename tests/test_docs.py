@@ -141,7 +141,17 @@ def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
     verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
     known = {option for verb in verbs for parameter in verb.params for option in parameter.opts}
     # of other programs
-    known |= {"--debug", "--version", "--help", "--out", "--methods", "--nproc-per-node", *known_flags()}
+    known |= {
+        "--tries",
+        "--kills",
+        "--debug",
+        "--version",
+        "--help",
+        "--out",
+        "--methods",
+        "--nproc-per-node",
+        *known_flags(),
+    }
     for page, text in PAGES.items():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
             assert option in known or page == "benchmarks.md", f"{page}: {option}"
