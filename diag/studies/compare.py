@@ -227,7 +227,7 @@ def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
 
 def screen(found: Comparison) -> str:
     """Lines, means, depth, differences and verdict, at most `WIDTH` columns wide."""
-    names = list(string.ascii_uppercase) if len(found.labels) <= 26 else list(map(str, range(1, 1000)))
+    names = list(string.ascii_uppercase) if len(found.labels) <= 26 else list(map(str, range(1, len(found.labels) + 1)))
     keys = dict(zip(found.labels, names, strict=False))
     shown = {keys[label]: profile_of(found.profiles, label) for label in found.labels}
     blocks = [_lines(found, keys), _means(shown)]
