@@ -34,7 +34,7 @@ from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
-from diag.show.words.control import series_control
+from diag.show.words.control import random_lines, series_control
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
 
 WIDTH = 80
@@ -227,7 +227,11 @@ def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
 
 def screen(found: Comparison) -> str:
     """Lines, means, depth, differences and verdict, at most `WIDTH` columns wide."""
-    names = list(string.ascii_uppercase) if len(found.labels) <= 26 else list(map(str, range(1, len(found.labels) + 1)))
+    names = (
+        list(string.ascii_uppercase)
+        if len(found.labels) <= 26
+        else list(map(str, range(1, len(found.labels) + 1)))
+    )
     keys = dict(zip(found.labels, names, strict=False))
     shown = {keys[label]: profile_of(found.profiles, label) for label in found.labels}
     blocks = [_lines(found, keys), _means(shown)]
@@ -243,11 +247,12 @@ def _filled(said: str) -> str:
 
 
 def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
-    said = []
+    said, untrained = [], random_lines(found.collection)
     for label, part in found.collection.layers.groupby("label", sort=False):
         size, counts = span(part["n_tokens"]) if "n_tokens" in part else "", span(part["n"])
         facts = [f"T = {size}"] if size and " T = " not in str(label) else []
         facts += [f"n = {counts}", str(part["tokens"].iloc[0])]
+        facts += ["random weights"] if label in untrained else []
         more = " · ".join(facts)
         key = keys[str(label)]
         said.append(f"{key} {shorten(str(label), WIDTH - len(key) - len(more) - 4)} · {more}")

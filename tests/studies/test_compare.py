@@ -179,6 +179,18 @@ class TestScreen:
         assert head.endswith("self")
         assert len(first) == len(head)
 
+    def test_random_weights_are_called_so(self, make: Make) -> None:
+        text = screen(compare(collect([make("a", entry={"weights": "random"}), make("b", model="demo:b")])))
+        assert text.splitlines()[0] == "A demo:vit-p8 · T = 65 · n = 8 · patch · random weights"
+        assert "random" not in text.splitlines()[1]
+
+    def test_unclear_shapes_have_a_reason(self, make: Make) -> None:
+        curves = CURVES | {"cos_y_vself": [0.6, 0.4, 0.55]}
+        text = screen(compare(collect([make("a", curves=curves, noise=0.15), make("b", model="demo:b")])))
+        assert "unclear: U" in text
+        assert "Unclear bias: the dip may be noise (A)." in text
+        assert "Unclear" not in screen(compare(collect([make("c")])))
+
     def test_one_input(self, make: Make) -> None:
         text = screen(compare(collect([make("a", n=1), make("b", model="demo:b", n=1, curves=LOW)])))
         assert "nan" not in text
