@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
-import signal
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Option
 
-from diag.errors import UserError
+from diag.cli.interrupts import Interrupted, take_signals
+from diag.cli.streams import Unprinted, standard_streams
+from diag.cli.typed import CheckedVerbs
+from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
 app = typer.Typer(
+    cls=CheckedVerbs,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -35,12 +38,20 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; typer carries its own copy of click from some version on."""
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; carries the exit code."""
+UNREAD = 128 + 13
+"""The exit code where nobody read stdout to its end: what a shell says of a process that SIGPIPE ended."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
+SYSTEM: Mapping[int, str] = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 4096 allows more files; or fewer --workers"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+        "give another path, or a folder that you may write",
+    ),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "see to the disk and run the same command again"),
+    errno.ENOMEM: "smaller --batch-size or --limit, or a shorter --seq-len",
+}
+"""What the system refuses wherever it is asked, and what helps; any other error of its is a fault of ours."""
 
 
 @app.callback(invoke_without_command=True)
@@ -62,48 +73,73 @@ def top(
 
 def main() -> NoReturn:
     """Runs the command line and turns every expected failure into two lines and an exit code."""
-    debug = "--debug" in sys.argv
+    take_signals()
+    with standard_streams():
+        raise SystemExit(_exit_code("--debug" in sys.argv))
 
-    def stop(number: int, frame: object) -> NoReturn:
-        raise Interrupted(number)
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a dash that the terminal lacks must not end a run
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+def _exit_code(debug: bool) -> int:
+    """Carries out the command; its exit code, after what there is to say about it.
+
+    debug: an error is raised, as it came, and not told in two lines.
+    """
     try:
-        code = app(prog_name="attnbias", standalone_mode=False)
+        code = _carried_out()
+    except Unprinted as error:
+        return _unprinted(error)
     except UserError as error:
         if debug:
             raise
         two_lines(str(error), error.tip or "'attnbias --help' shows what can be typed")
-        raise SystemExit(error.exit_code) from None
-    except Interrupted as interrupted:
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as interrupted:  # a library may raise its own
         say("stopped")
-        raise SystemExit(interrupted.exit_code) from None
+        return getattr(interrupted, "exit_code", Interrupted().exit_code)
     except Exception as error:
         if isinstance(error, USAGE_ERROR):
             context = error.ctx
             two_lines(error.format_message(), f"{context.command_path if context else 'attnbias'} --help")
-            raise SystemExit(2) from None
+            return 2
         if debug:
             raise
-        two_lines(
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            "this was not expected; attnbias --debug … shows the traceback for a report",
-        )
-        raise SystemExit(1) from None
-    raise SystemExit(code if isinstance(code, int) else 0)
+        two_lines(*_told(error))
+        return 1
+    return code if isinstance(code, int) else 0
 
 
-@contextmanager
-def interruptible(last_words: Callable[[], str]) -> Iterator[None]:
-    """Where a signal may end what can be resumed. last_words: what is said then, as things stand."""
+def _carried_out() -> object:
+    """The exit code of the verb, if it has one to give."""
     try:
-        yield
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say(last_words())
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+        code = app(prog_name="attnbias", standalone_mode=False)
+    except SystemExit as ended:
+        code = ended.code
+    sys.stdout.flush()
+    return code
+
+
+def _unprinted(error: Unprinted) -> int:
+    """Says where the result is, and gives the exit code."""
+    where = f"; it is in '{error.place}'" if error.place else ""
+    if error.unread:  # `| head` has what it wanted
+        if error.place:
+            say(f"the result was not read to its end{where}")
+        return UNREAD
+    two_lines(f"the result cannot be printed: {error}{where}", "see to where stdout goes, or leave it alone")
+    return 1
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What the system refused; else a fault of ours, which must be seen as one."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError):
+        return "there is not enough memory", SYSTEM[errno.ENOMEM]
+    if isinstance(error, RecursionError):
+        return f"what was read is nested too deeply ({first})", "attnbias --debug … shows what"
+    if isinstance(error, OSError) and (tip := SYSTEM.get(error.errno or 0)):
+        name = f": '{os.fsdecode(error.filename)}'" if isinstance(error.filename, str | bytes) else ""
+        return f"{error.strerror}{name}", tip
+    report = "this was not expected; attnbias --debug … shows the traceback for a report"
+    return f"{type(error).__name__}: {first}", report
 
 
 def two_lines(message: str, tip: str) -> None:
@@ -119,11 +155,6 @@ def say_failures(failures: Mapping[str, str], more: str = "") -> None:
         say(f"  {name}: {why}")
     if len(failures) > FAILURES_SHOWN:
         say(f"  and {len(failures) - FAILURES_SHOWN} more{more}")
-
-
-def say(text: str) -> None:
-    """A line on stderr; stdout is for results."""
-    print(text, file=sys.stderr)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

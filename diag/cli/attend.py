@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from diag.cli import options
-from diag.cli.app import app, records, say, say_failures
+from diag.cli.app import app, records, say_failures
 from diag.cli.options import Read, fields_of, output, with_options
-from diag.errors import UserError
+from diag.cli.streams import answer
+from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,12 +88,14 @@ def attend(given: AttendOptions) -> None:
     with StderrListener(quiet=given.quiet) as listener:
         folder = run_attend(plan, given.out, overwrite=given.overwrite, listener=listener)
     found = read(folder)
-    if given.as_json:
-        print(json.dumps(_document(found, folder, given.top), indent=1, ensure_ascii=False))
-    elif given.quiet:
-        print(folder)
-    else:
-        print("\n\n".join("\n".join(_block(entry, found, given.top)) for entry in found.models))
+    with answer(folder):
+        if given.as_json:
+            print(json.dumps(_document(found, folder, given.top), indent=1, ensure_ascii=False))
+        elif given.quiet:
+            print(folder)
+        else:
+            print("\n\n".join("\n".join(_block(entry, found, given.top)) for entry in found.models))
+    if not given.as_json and not given.quiet:
         say(f"folder: {folder}")
     if found.failed:
         say_failures(found.failed)

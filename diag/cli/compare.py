@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from diag.cli import options
-from diag.cli.app import app, records, say, say_failures
+from diag.cli.app import app, records, say_failures
 from diag.cli.options import fields_of, models_of, output, with_options
-from diag.errors import UserError
+from diag.cli.streams import answer
+from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     from diag.run.plan import ProbePlan
@@ -95,12 +96,13 @@ def compare(given: CompareOptions) -> None:
 
     folder = given.out or default_folder(found)
     write_comparison(found, folder, command=command_line())
-    if given.as_json:
-        print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
-    elif quiet:
-        print(folder)
-    else:
-        print(screen(found))
+    with answer(folder):
+        if given.as_json:
+            print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
+        elif quiet:
+            print(folder)
+        else:
+            print(screen(found))
     failed = {**failed, **found.collection.problems, **_incomplete(found, folders)}
     if failed:
         say_failures(failed)

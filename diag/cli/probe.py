@@ -12,9 +12,11 @@ from typing import Annotated, Any
 from typer import Option
 
 from diag.cli import options
-from diag.cli.app import app, interruptible, records, say, say_failures
+from diag.cli.app import app, records, say_failures
+from diag.cli.interrupts import interruptible
 from diag.cli.options import fields_of, models_of, output, with_options
-from diag.errors import UserError
+from diag.cli.streams import answer
+from diag.errors import UserError, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,14 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
     """Prints a finished run. Raises SystemExit with code 3 if something failed on the way."""
     from diag.show.terminal import result_table
 
-    if as_json:
-        document = {"run": str(folder), "manifest": manifest, "layers": records(layers)}
-        print(json.dumps(document, indent=1, default=str))
-    elif quiet:
-        print(folder)
-    else:
-        print(result_table(layers))
+    with answer(folder):
+        if as_json:
+            document = {"run": str(folder), "manifest": manifest, "layers": records(layers)}
+            print(json.dumps(document, indent=1, default=str))
+        elif quiet:
+            print(folder)
+        else:
+            print(result_table(layers))
     failures = {**manifest["failed_models"], **manifest["failed_inputs"]}
     if failures:
         say_failures(failures, ", in manifest.json")

@@ -96,18 +96,18 @@ def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message", "tip"),
     [
-        ({"limit": 0}, "--limit", "given: 0"),
-        ({"batch_size": -1}, "--batch-size", "given: -1"),
+        ({"limit": 0}, "--limit is above 0", "given: 0"),
+        ({"batch_size": -1}, "--batch-size is at least 0", "given: -1"),
         ({"seq_len": 0}, "--seq-len", "given: 0"),
         ({"seed": -1}, "--seed", "given: -1"),
         ({"dtype": "float8"}, "--dtype is one of float32, bfloat16, float16", "given: 'float8'"),
-        ({"metrics": ()}, "--metrics names nothing", "given: ()"),
-        ({"layers": ()}, "--layers names nothing", "given: ()"),
-        ({"tokens": ()}, "--tokens names nothing", "given: ()"),
-        ({"layers": ("x",)}, "--layers", "given: 'x'"),
-        ({"models": ()}, "--models", "given: ()"),
+        ({"metrics": ()}, "--metrics names nothing", "given: ''"),
+        ({"layers": ()}, "--layers names nothing", "given: ''"),
+        ({"tokens": ()}, "--tokens names nothing", "given: ''"),
+        ({"layers": ("x",)}, "--layers is a whole number", "given: 'x'"),
+        ({"models": ()}, "--model names too little: at least 1", "given: ''"),
         ({"values": "centred"}, "--values is as-computed or bias-free", "given: 'centred'"),
-        ({"colour": 1}, "--colour", "given: 1"),
+        ({"colour": 1}, "--colour is not known", "given: 1"),
     ],
 )
 def test_bad_options_are_named(values: dict[str, Any], message: str, tip: str) -> None:
