@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer import Option
 
-from diag.cli.interrupts import Interrupted, take_signals
+from diag.cli.interrupts import interruption, signals_taken
 from diag.cli.streams import Unprinted, standard_streams
 from diag.cli.typed import CheckedVerbs
 from diag.errors import UserError, say
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 
 FAILURES_SHOWN = 20
+LONGEST_WORD = 200
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; typer carries its own copy of click from some version on."""
@@ -73,8 +74,7 @@ def top(
 
 def main() -> NoReturn:
     """Runs the command line and turns every expected failure into two lines and an exit code."""
-    take_signals()
-    with standard_streams():
+    with signals_taken(), standard_streams():
         raise SystemExit(_exit_code("--debug" in sys.argv))
 
 
@@ -85,25 +85,20 @@ def _exit_code(debug: bool) -> int:
     """
     try:
         code = _carried_out()
-    except Unprinted as error:
-        return _unprinted(error)
-    except UserError as error:
-        if debug:
-            raise
-        two_lines(str(error), error.tip or "'attnbias --help' shows what can be typed")
-        return error.exit_code
-    except (Interrupted, KeyboardInterrupt) as interrupted:  # a library may raise its own
-        say("stopped")
-        return getattr(interrupted, "exit_code", Interrupted().exit_code)
-    except Exception as error:
+    except BaseException as error:
+        if (stopped := interruption(error)) is not None:
+            say("stopped")
+            return stopped
+        if isinstance(error, Unprinted):
+            return _unprinted(error)
         if isinstance(error, USAGE_ERROR):
             context = error.ctx
             two_lines(error.format_message(), f"{context.command_path if context else 'attnbias'} --help")
             return 2
-        if debug:
+        if debug or not isinstance(error, Exception):
             raise
         two_lines(*_told(error))
-        return 1
+        return error.exit_code if isinstance(error, UserError) else 1
     return code if isinstance(code, int) else 0
 
 
@@ -129,9 +124,11 @@ def _unprinted(error: Unprinted) -> int:
 
 
 def _told(error: Exception) -> tuple[str, str]:
-    """What the system refused; else a fault of ours, which must be seen as one."""
+    """What is wrong and what to type. What neither user nor system did is a fault of ours, seen as one."""
+    if isinstance(error, UserError):
+        return str(error), error.tip or "'attnbias --help' shows what can be typed"
     first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError):
+    if _memory_ran_out(error):
         return "there is not enough memory", SYSTEM[errno.ENOMEM]
     if isinstance(error, RecursionError):
         return f"what was read is nested too deeply ({first})", "attnbias --debug … shows what"
@@ -142,9 +139,19 @@ def _told(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {first}", report
 
 
+def _memory_ran_out(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from diag.measure.batch_size import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 def two_lines(message: str, tip: str) -> None:
     """What went wrong and what to type, one line each whatever a library put into its message."""
-    say(f"error: {' '.join(message.split())}")
+    # a number of thousands of digits needs not all of them
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:60]}…{word[-20:]}" for word in message.split())
+    say(f"error: {' '.join(words)}")
     say(f"tip: {' '.join(tip.split())}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,9 @@ from typer import Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say_failures
-from diag.cli.options import Read, fields_of, output, with_options
+from diag.cli.options import Read, fields_of, output, whole_numbers, with_options
 from diag.cli.streams import answer
-from diag.errors import UserError, say
+from diag.errors import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,10 +27,8 @@ def _pair(text: str | None, flag: str, form: str) -> tuple[int, int] | None:
     """`3,4` → (3, 4). Raises UserError."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*", text)
-    if not found:
-        raise UserError(f"{flag} does not understand '{text}'", f"{flag} {form}, for example {flag} 3,4")
-    return int(found[1]), int(found[2])
+    first, second = whole_numbers(text, flag, f"{flag} {form}, for example {flag} 3,4", count=2)
+    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)

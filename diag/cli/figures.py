@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def figures(
-    plans: Annotated[list[Path], Argument(metavar="PLAN…", help="Plans in YAML: configs/*.yaml.")],
+    plans: Annotated[
+        list[Path], Argument(metavar="PLAN…", help="Plans in YAML, see configs/; others are left out.")
+    ],
     out: Annotated[Path, output("A folder per plan is written here.")] = Path("figures"),
     runs: Annotated[Path, Option(help="Where finished runs are, and missing ones are put.")] = Path("runs"),
     check: Annotated[

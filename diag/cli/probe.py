@@ -78,6 +78,7 @@ def probe(given: ProbeOptions) -> None:
             "for example -m demo:vit-p8, or --series demo; attnbias probe --help shows more",
         )
     plan = ProbePlan.checked(models=models, **fields_of(given, ProbePlan))
+    share = share_of(given.shard, os.environ)
     if given.dry_run:
         _print_plan(plan, given.as_json)
         return
@@ -85,7 +86,7 @@ def probe(given: ProbeOptions) -> None:
     from diag.run.run import run_share
     from diag.show.terminal import StderrListener
 
-    share, progress = share_of(given.shard, os.environ), Progress()
+    progress = Progress()
     # of the processes that share a terminal, one says what all would say
     quiet = given.quiet or bool(share.local_rank)
     with (

@@ -69,10 +69,10 @@ def mistake(error: ValidationError) -> tuple[tuple[int | str, ...], str, Any]:
 
 
 WORDS = {
-    "greater_than": "is above {gt}",
-    "greater_than_equal": "is at least {ge}",
-    "less_than": "is below {lt}",
-    "less_than_equal": "is at most {le}",
+    "greater_than": "is above {gt:.16g}",
+    "greater_than_equal": "is at least {ge:.16g}",
+    "less_than": "is below {lt:.16g}",
+    "less_than_equal": "is at most {le:.16g}",
     "finite_number": "is a number, and finite",
     "literal_error": "is {expected}",
     "too_short": "names too little: at least {min_length}",
