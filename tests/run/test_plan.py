@@ -107,6 +107,9 @@ def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
         ({"layers": ("x",)}, "--layers is a whole number", "given: 'x'"),
         ({"models": ()}, "--model names too little: at least 1", "given: ''"),
         ({"values": "centred"}, "--values is as-computed or bias-free", "given: 'centred'"),
+        ({"limit": 1.5}, "--limit is a whole number", "given: 1.5"),
+        ({"random_init": 7}, "--random-init is true or false", "given: 7"),
+        ({"models": ("a",), "model_args": 3}, "--model-arg is a list", "given: 3"),
         ({"colour": 1}, "--colour is not known", "given: 1"),
     ],
 )
