@@ -55,6 +55,7 @@ def test_a_share_that_is_none_is_told(given: str) -> None:
     [
         TORCHRUN | {"RANK": "4"},
         TORCHRUN | {"RANK": "one"},
+        TORCHRUN | {"LOCAL_WORLD_SIZE": "two"},
         TORCHRUN | {"RANK": "9" * 5000},
         TORCHRUN | {"WORLD_SIZE": "²"},
         SLURM | {"SLURM_ARRAY_TASK_ID": "6"},  # between two steps: the list has gaps
