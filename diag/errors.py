@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
+
+OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey, not show: control characters, changes of direction, bytes that are no text."""
+
+LARGEST = 2**63 - 1
+"""The largest whole number that every library takes."""
+
+DIGITS = 5
+"""Of the number of a layer or head. No model has more, and a range of billions would fill memory."""
 
 
 class UserError(Exception):
@@ -25,6 +36,23 @@ class MeasurementError(UserError):
     """The model ran, but what it did cannot be measured honestly; names the layer."""
 
     exit_code = 1
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """Text with what a terminal would obey written out, as JSON writes it. keep: such signs that stay.
+
+    File names and model names are whatever somebody called them.
+
+    >>> visible("a\\x1b[2J\\nb")
+    'a\\\\u001b[2J\\\\u000ab'
+    """
+    return OBEYED.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
+
+
+def say(text: str) -> None:
+    """A line on stderr. It is advice: where it cannot be written it is lost, and nothing else is."""
+    with suppress(OSError, ValueError):  # ValueError: the stream is closed
+        print(visible(" ".join(text.splitlines())), file=sys.stderr, flush=True)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str | None:
@@ -56,11 +84,13 @@ def ranges(text: str, said: str, example: str) -> tuple[int, ...]:
     """`0,5-11` → (0, 5, …, 11), each once, in the order written.
 
     said: where it was written, for the error; example: what to write instead. Raises UserError where a part
-    is no number or range.
+    is no number or range, or counts further than models do.
     """
     found: dict[int, None] = {}
     for part in text.split(","):
         ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        if ends and max(len(end.lstrip("0")) for end in ends.groups("")) > DIGITS:
+            raise UserError(f"{said} goes beyond every model with '{part.strip()}'", f"for example {example}")
         span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
         if not span:
             raise UserError(f"{said} does not understand '{part.strip()}'", f"for example {example}")

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
-from diag.errors import MeasurementError, UnreadableInput, UserError, did_you_mean, one_of
+from diag.errors import MeasurementError, UnreadableInput, UserError, did_you_mean, one_of, ranges, say
+
+
+def test_ranges_end_where_models_do() -> None:
+    assert ranges("0,2-3", "--layers", "0") == (0, 2, 3)
+    for text in ("0-4000000000", "9" * 5000):
+        with pytest.raises(UserError, match="--layers goes beyond every model"):
+            ranges(text, "--layers", "0")
+
+
+def test_advice_that_nobody_can_read_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("hello")
 
 
 def test_exit_codes_tell_whose_mistake_it_was() -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
-import signal
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Option
 
-from diag.errors import UserError
+from diag.cli.interrupts import interruption, signals_taken
+from diag.cli.streams import Unprinted, standard_streams
+from diag.cli.typed import CheckedVerbs
+from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
 app = typer.Typer(
+    cls=CheckedVerbs,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -30,17 +33,26 @@ app = typer.Typer(
 )
 
 FAILURES_SHOWN = 20
+LONGEST_WORD = 200
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; typer carries its own copy of click from some version on."""
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; carries the exit code."""
+UNREAD = 128 + 13
+"""The exit code where nobody read stdout to its end: what a shell says of a process that SIGPIPE ended."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
+SYSTEM: Mapping[int, str] = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 4096 allows more files; or fewer --workers"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+        "give another path, or a folder that you may write",
+    ),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "see to the disk and run the same command again"),
+    errno.ENOMEM: "smaller --batch-size or --limit, or a shorter --seq-len",
+}
+"""What the system refuses wherever it is asked, and what helps; any other error of its is a fault of ours."""
 
 
 @app.callback(invoke_without_command=True)
@@ -62,53 +74,84 @@ def top(
 
 def main() -> NoReturn:
     """Runs the command line and turns every expected failure into two lines and an exit code."""
-    debug = "--debug" in sys.argv
+    with signals_taken(), standard_streams():
+        raise SystemExit(_exit_code("--debug" in sys.argv))
 
-    def stop(number: int, frame: object) -> NoReturn:
-        raise Interrupted(number)
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a dash that the terminal lacks must not end a run
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+def _exit_code(debug: bool) -> int:
+    """Carries out the command; its exit code, after what there is to say about it.
+
+    debug: an error is raised, as it came, and not told in two lines.
+    """
     try:
-        code = app(prog_name="attnbias", standalone_mode=False)
-    except UserError as error:
-        if debug:
-            raise
-        two_lines(str(error), error.tip or "'attnbias --help' shows what can be typed")
-        raise SystemExit(error.exit_code) from None
-    except Interrupted as interrupted:
-        say("stopped")
-        raise SystemExit(interrupted.exit_code) from None
-    except Exception as error:
+        code = _carried_out()
+    except BaseException as error:
+        if (stopped := interruption(error)) is not None:
+            say("stopped")
+            return stopped
+        if isinstance(error, Unprinted):
+            return _unprinted(error)
         if isinstance(error, USAGE_ERROR):
             context = error.ctx
             two_lines(error.format_message(), f"{context.command_path if context else 'attnbias'} --help")
-            raise SystemExit(2) from None
-        if debug:
+            return 2
+        if debug or not isinstance(error, Exception):
             raise
-        two_lines(
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            "this was not expected; attnbias --debug … shows the traceback for a report",
-        )
-        raise SystemExit(1) from None
-    raise SystemExit(code if isinstance(code, int) else 0)
+        two_lines(*_told(error))
+        return error.exit_code if isinstance(error, UserError) else 1
+    return code if isinstance(code, int) else 0
 
 
-@contextmanager
-def interruptible(last_words: Callable[[], str]) -> Iterator[None]:
-    """Where a signal may end what can be resumed. last_words: what is said then, as things stand."""
+def _carried_out() -> object:
+    """The exit code of the verb, if it has one to give."""
     try:
-        yield
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say(last_words())
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+        code = app(prog_name="attnbias", standalone_mode=False)
+    except SystemExit as ended:
+        code = ended.code
+    sys.stdout.flush()
+    return code
+
+
+def _unprinted(error: Unprinted) -> int:
+    """Says where the result is, and gives the exit code."""
+    where = f"; it is in '{error.place}'" if error.place else ""
+    if error.unread:  # `| head` has what it wanted
+        if error.place:
+            say(f"the result was not read to its end{where}")
+        return UNREAD
+    two_lines(f"the result cannot be printed: {error}{where}", "see to where stdout goes, or leave it alone")
+    return 1
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What is wrong and what to type. What neither user nor system did is a fault of ours, seen as one."""
+    if isinstance(error, UserError):
+        return str(error), error.tip or "'attnbias --help' shows what can be typed"
+    first = (str(error).splitlines() or [""])[0]
+    if _memory_ran_out(error):
+        return "there is not enough memory", SYSTEM[errno.ENOMEM]
+    if isinstance(error, RecursionError):
+        return f"what was read is nested too deeply ({first})", "attnbias --debug … shows what"
+    if isinstance(error, OSError) and (tip := SYSTEM.get(error.errno or 0)):
+        name = f": '{os.fsdecode(error.filename)}'" if isinstance(error.filename, str | bytes) else ""
+        return f"{error.strerror}{name}", tip
+    report = "this was not expected; attnbias --debug … shows the traceback for a report"
+    return f"{type(error).__name__}: {first}", report
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from diag.measure.batch_size import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def two_lines(message: str, tip: str) -> None:
     """What went wrong and what to type, one line each whatever a library put into its message."""
-    say(f"error: {' '.join(message.split())}")
+    # a number of thousands of digits needs not all of them
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:60]}…{word[-20:]}" for word in message.split())
+    say(f"error: {' '.join(words)}")
     say(f"tip: {' '.join(tip.split())}")
 
 
@@ -119,11 +162,6 @@ def say_failures(failures: Mapping[str, str], more: str = "") -> None:
         say(f"  {name}: {why}")
     if len(failures) > FAILURES_SHOWN:
         say(f"  and {len(failures) - FAILURES_SHOWN} more{more}")
-
-
-def say(text: str) -> None:
-    """A line on stderr; stdout is for results."""
-    print(text, file=sys.stderr)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

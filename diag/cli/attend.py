@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from diag.cli import options
-from diag.cli.app import app, records, say, say_failures
-from diag.cli.options import Read, fields_of, output, with_options
-from diag.errors import UserError
+from diag.cli.app import app, records, say_failures
+from diag.cli.options import Read, fields_of, output, whole_numbers, with_options
+from diag.cli.streams import answer
+from diag.errors import say
 from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
@@ -28,10 +28,8 @@ def _pair(text: str | None, flag: str, form: str) -> tuple[int, int] | None:
     """`3,4` → (3, 4). Raises UserError."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*", text)
-    if not found:
-        raise UserError(f"{flag} does not understand '{text}'", f"{flag} {form}, for example {flag} 3,4")
-    return int(found[1]), int(found[2])
+    first, second = whole_numbers(text, flag, f"{flag} {form}, for example {flag} 3,4", count=2)
+    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +86,14 @@ def attend(given: AttendOptions) -> None:
     with StderrListener(quiet=given.quiet) as listener:
         folder = run_attend(plan, given.out, overwrite=given.overwrite, listener=listener)
     found = read(folder)
-    if given.as_json:
-        print(json.dumps(_document(found, folder, given.top), indent=1, ensure_ascii=False))
-    elif given.quiet:
-        print(folder)
-    else:
-        print("\n\n".join("\n".join(_block(entry, found, given.top)) for entry in found.models))
+    with answer(folder):
+        if given.as_json:
+            print(json.dumps(_document(found, folder, given.top), indent=1, ensure_ascii=False))
+        elif given.quiet:
+            print(folder)
+        else:
+            print("\n\n".join("\n".join(_block(entry, found, given.top)) for entry in found.models))
+    if not given.as_json and not given.quiet:
         say(f"folder: {folder}")
     if found.failed:
         say_failures(found.failed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from diag.cli import options
-from diag.cli.app import app, records, say, say_failures
-from diag.cli.options import fields_of, models_of, output, with_options
-from diag.errors import UserError
+from diag.cli.app import app, records, say_failures
+from diag.cli.options import fields_of, models_of, output, whole_numbers, with_options
+from diag.cli.streams import answer
+from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     from diag.run.plan import ProbePlan
@@ -95,12 +95,13 @@ def compare(given: CompareOptions) -> None:
 
     folder = given.out or default_folder(found)
     write_comparison(found, folder, command=command_line())
-    if given.as_json:
-        print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
-    elif quiet:
-        print(folder)
-    else:
-        print(screen(found))
+    with answer(folder):
+        if given.as_json:
+            print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
+        elif quiet:
+            print(folder)
+        else:
+            print(screen(found))
     failed = {**failed, **found.collection.problems, **_incomplete(found, folders)}
     if failed:
         say_failures(failed)
@@ -112,20 +113,18 @@ def compare(given: CompareOptions) -> None:
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...]:
     """`64,128` → (64, 128); None → (). Raises UserError for anything but positive whole numbers."""
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not re.fullmatch(r"[0-9]+", part) or int(part) == 0:
-            raise UserError(f"{flag} does not understand '{part}'", f"for example {flag} 64,128")
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    found = () if text is None else whole_numbers(text, flag, f"for example {flag} 64,128", least=1)
+    return tuple(dict.fromkeys(found))
 
 
 def _pair(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    found = re.fullmatch(r"\s*([0-9]+)\s*,\s*([0-9]+)\s*", text)
-    if not found or int(found[1]) == int(found[2]):
-        raise UserError(f"--growth takes two layers, not '{text}'", "for example --growth 5,11")
-    return int(found[1]), int(found[2])
+    tip = "for example --growth 5,11"
+    found = whole_numbers(text, "--growth", tip, least=0)
+    if len(found) != 2 or found[0] == found[1]:
+        raise UserError(f"--growth takes two layers, not '{text}'", tip)
+    return found[0], found[1]
 
 
 def _plans(given: CompareOptions, sweeps: Mapping[str, tuple[int, ...]]) -> list[ProbePlan]:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from diag.cli.app import app, interruptible, say
+from diag.cli.app import app
+from diag.cli.interrupts import interruptible
 from diag.cli.options import output
+from diag.cli.plans import plans_for
+from diag.cli.streams import answer
+from diag.errors import say
 
 if TYPE_CHECKING:
     from diag.studies.writeup import Need, Produced
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def figures(
-    plans: Annotated[list[Path], Argument(metavar="PLAN…", help="Plans in YAML: configs/*.yaml.")],
+    plans: Annotated[
+        list[Path], Argument(metavar="PLAN…", help="Plans in YAML, see configs/; others are left out.")
+    ],
     out: Annotated[Path, output("A folder per plan is written here.")] = Path("figures"),
     runs: Annotated[Path, Option(help="Where finished runs are, and missing ones are put.")] = Path("runs"),
     check: Annotated[
@@ -36,7 +42,7 @@ def figures(
     from diag.show.terminal import StderrListener
     from diag.studies.writeup import needs_of, produce, read_plans, shows
 
-    found = read_plans(plans)
+    found = read_plans(plans_for("figures", plans))
     if dry_run:
         needs = [(document.file, shows(plan), needs_of(plan, document, runs)) for plan, document in found]
         _print_needs(needs, as_json)
@@ -49,14 +55,14 @@ def figures(
             produce(plan, document, out, root=runs, check=check, listener=listener)
             for plan, document in found
         ]
-    if as_json:
-        print(
-            json.dumps({"plans": [_document(outcome) for outcome in outcomes]}, indent=1, ensure_ascii=False)
-        )
-    elif quiet:
-        print(*(outcome.folder for outcome in outcomes), sep="\n")
-    else:
-        print("\n\n".join(_said(outcome, check) for outcome in outcomes))
+    with answer(out):
+        if as_json:
+            document = {"plans": [_document(outcome) for outcome in outcomes]}
+            print(json.dumps(document, indent=1, ensure_ascii=False))
+        elif quiet:
+            print(*(outcome.folder for outcome in outcomes), sep="\n")
+        else:
+            print("\n\n".join(_said(outcome, check) for outcome in outcomes))
     given = (("-o", out, "figures"), ("--runs", runs, "runs"))
     _end(outcomes, check, [f"{flag} {path}" for flag, path, usual in given if path != Path(usual)])
 

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from diag.cli import options
-from diag.cli.app import app, records, say
+from diag.cli.app import app, records, say_failures
 from diag.cli.options import Read, fields_of, output, with_options
+from diag.cli.streams import answer
+from diag.errors import UserError, say
+
+if TYPE_CHECKING:
+    from diag.studies.intervene.run import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterveneOptions:
     """What `attnbias intervene` can be told."""
 
-    model: Annotated[str, Option("-m", "--model", help="[family:]name[@revision] or a folder.")]
+    model: Annotated[
+        list[str],
+        Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
+    ]
     interventions: Annotated[
         list[str] | None,
         Option("--intervene", help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa]."),
@@ -46,7 +55,10 @@ class InterveneOptions:
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
-    out: Annotated[Path | None, output("Folder [default: runs/intervene-NAME-KEY].")] = None
+    out: Annotated[
+        Path | None,
+        output("Folder; of several models, where each gets its own [default: runs/intervene-NAME-KEY]."),
+    ] = None
     overwrite: options.Overwrite = False
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
@@ -60,28 +72,57 @@ class InterveneOptions:
 @with_options
 def intervene(given: InterveneOptions) -> None:
     """Change each layer's attention in turn: what it costs, and whether the bias predicts it."""
+    from diag.run.plan import RUNS, specs_of
     from diag.show.terminal import StderrListener
     from diag.studies.intervene.plan import IntervenePlan
-    from diag.studies.intervene.run import run_intervene
+    from diag.studies.intervene.run import run_intervene, sweep_folder
+
+    models, fields = dict.fromkeys(given.model), fields_of(given, IntervenePlan)
+    plans = {name: IntervenePlan.checked(models=(name,), **fields) for name in models}
+    for plan in plans.values():
+        specs_of(plan)  # a mistyped name ends the command before anything is measured
+    found: list[Sweep] = []
+    failed: dict[str, str] = {}
+    several, root = len(plans) > 1, given.out or RUNS
+    with StderrListener(quiet=given.quiet) as listener:
+        for name, plan in plans.items():
+            folder = sweep_folder(plan, root) if several else given.out
+            try:
+                found.append(run_intervene(plan, folder, overwrite=given.overwrite, listener=listener))
+            except UserError as error:
+                failed[name] = str(error)
+                if len(failed) == len(plans):
+                    raise
+    with answer(root if several else found[0].folder):
+        _print(found, given, several)
+    for sweep in found:
+        failed |= sweep.manifest["failed_inputs"]
+        if not given.as_json and not given.quiet:
+            say(f"folder: {sweep.folder}")
+    if failed:
+        say_failures(failed)
+        raise SystemExit(3)
+
+
+def _print(sweeps: Sequence[Sweep], given: InterveneOptions, several: bool) -> None:
+    """The sweeps one after the other; as JSON a document, or of several models a list of them."""
     from diag.studies.intervene.words import table
 
-    plan = IntervenePlan.checked(models=(given.model,), **fields_of(given, IntervenePlan))
-    with StderrListener(quiet=given.quiet) as listener:
-        found = run_intervene(plan, given.out, overwrite=given.overwrite, listener=listener)
     if given.as_json:
-        of: dict[str, Any] = {"folder": str(found.folder), "manifest": found.manifest}
-        of |= {"sensitivity": records(found.sensitivity), "relations": records(found.relations)}
-        print(json.dumps(of, indent=1, default=str))
+        documents = [
+            {
+                "folder": str(sweep.folder),
+                "manifest": sweep.manifest,
+                "sensitivity": records(sweep.sensitivity),
+                "relations": records(sweep.relations),
+            }
+            for sweep in sweeps
+        ]
+        print(json.dumps(documents if several else documents[0], indent=1, default=str))
     elif given.quiet:
-        print(found.folder)
+        print(*(sweep.folder for sweep in sweeps), sep="\n")
     else:
-        print(table(found.sensitivity, found.relations, found.manifest))
-        say(f"folder: {found.folder}")
-    failed = found.manifest["failed_inputs"]
-    for name, why in failed.items():
-        say(f"failed: {name}: {why}")
-    if failed:
-        raise SystemExit(3)
+        print(*(table(s.sensitivity, s.relations, s.manifest) for s in sweeps), sep="\n\n")
 
 
 @app.command()

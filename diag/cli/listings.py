@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from diag.cli.app import app, say
+from diag.cli.app import app
 from diag.cli.options import JsonOnly
-from diag.errors import UserError
+from diag.errors import UserError, say
 
 MEMBERS_SHOWN = 24
 

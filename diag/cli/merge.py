@@ -7,9 +7,10 @@ from typing import Annotated
 
 from typer import Argument
 
-from diag.cli.app import app, say
+from diag.cli.app import app
 from diag.cli.options import AsJson, QuietRun
 from diag.cli.probe import show
+from diag.errors import say
 
 
 @app.command()

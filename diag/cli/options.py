@@ -7,6 +7,7 @@ the verb's plan fills it (`fields_of`).
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -44,9 +45,23 @@ def inputs_at_once(text: str) -> int:
     """`8` → 8, `auto` → 0. Raises UserError."""
     if text == "auto":
         return 0
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise UserError(f"--batch-size does not understand '{text}'", "a number of inputs, or auto")
-    return int(text)
+    return whole_numbers(text, "--batch-size", "a number of inputs, or auto", count=1, least=1)[0]
+
+
+def whole_numbers(
+    text: str, said: str, tip: str, *, count: int | None = None, least: int | None = None
+) -> tuple[int, ...]:
+    """`64, 128` → (64, 128). said: the option. count: how many there must be. least: the smallest allowed.
+
+    Raises UserError for anything else, and for more digits than any number of these needs.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        understood = re.fullmatch(r"-?[0-9]{1,15}", part) and (least is None or int(part) >= least)
+        if not understood or count not in (None, len(parts)):
+            part = text if understood else part
+            raise UserError(f"{said} does not understand '{part}'", tip)
+    return tuple(map(int, parts))
 
 
 def layer_ranges(text: str | None) -> tuple[int, ...] | None:
@@ -94,7 +109,7 @@ TrustRemoteCode = Annotated[
 Overwrite = Annotated[bool, Option("--overwrite", help="Measure again what the folder holds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
 Dtype = Annotated[str, Option(help="float32, bfloat16 or float16.")]
-BatchSize = Annotated[int, Option(help="Inputs per forward pass; does not change the table.")]
+BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not change the table.")]
 AutoBatchSize = Annotated[
     str,
     Option(help="Inputs per forward pass, or auto: as many as memory allows; same table."),

@@ -12,9 +12,11 @@ from typing import Annotated, Any
 from typer import Option
 
 from diag.cli import options
-from diag.cli.app import app, interruptible, records, say, say_failures
+from diag.cli.app import app, records, say_failures
+from diag.cli.interrupts import interruptible
 from diag.cli.options import fields_of, models_of, output, with_options
-from diag.errors import UserError
+from diag.cli.streams import answer
+from diag.errors import UserError, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ def probe(given: ProbeOptions) -> None:
             "for example -m demo:vit-p8, or --series demo; attnbias probe --help shows more",
         )
     plan = ProbePlan.checked(models=models, **fields_of(given, ProbePlan))
+    share = share_of(given.shard, os.environ)
     if given.dry_run:
         _print_plan(plan, given.as_json)
         return
@@ -83,7 +86,7 @@ def probe(given: ProbeOptions) -> None:
     from diag.run.run import run_share
     from diag.show.terminal import StderrListener
 
-    share, progress = share_of(given.shard, os.environ), Progress()
+    progress = Progress()
     # of the processes that share a terminal, one says what all would say
     quiet = given.quiet or bool(share.local_rank)
     with (
@@ -101,13 +104,14 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
     """Prints a finished run. Raises SystemExit with code 3 if something failed on the way."""
     from diag.show.terminal import result_table
 
-    if as_json:
-        document = {"run": str(folder), "manifest": manifest, "layers": records(layers)}
-        print(json.dumps(document, indent=1, default=str))
-    elif quiet:
-        print(folder)
-    else:
-        print(result_table(layers))
+    with answer(folder):
+        if as_json:
+            document = {"run": str(folder), "manifest": manifest, "layers": records(layers)}
+            print(json.dumps(document, indent=1, default=str))
+        elif quiet:
+            print(folder)
+        else:
+            print(result_table(layers))
     failures = {**manifest["failed_models"], **manifest["failed_inputs"]}
     if failures:
         say_failures(failures, ", in manifest.json")

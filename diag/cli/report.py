@@ -7,8 +7,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from diag.cli.app import app, say
+from diag.cli.app import app
 from diag.cli.options import output
+from diag.cli.streams import answer
+from diag.errors import say
 
 
 @app.command()
@@ -29,6 +31,7 @@ def report(
         say(f"{lines}, {found.size / 1e6:.1f} MB; open it in a browser")
         if found.size > 5_000_000:  # too heavy to send around
             say("tip: fewer runs or attend folders make a smaller page")
-    print(found.path)
+    with answer(found.path):
+        print(found.path)
     if found.problems:
         raise SystemExit(3)

@@ -9,8 +9,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from diag.cli.app import app, interruptible, say
+from diag.cli.app import app
+from diag.cli.interrupts import interruptible
 from diag.cli.options import AsJson, Device, JsonOnly, QuietFolder, output
+from diag.cli.plans import plans_for
+from diag.cli.streams import answer
+from diag.errors import say
 
 
 @app.command()
@@ -28,6 +32,7 @@ def train(
     from diag.studies.train.cells import cells_of
     from diag.studies.train.plan import read_plan
 
+    (config,) = plans_for("train", [config])
     plan = read_plan(config)
     if dry_run:
         cells = [cell.name for cell in cells_of(plan)]
@@ -45,17 +50,20 @@ def train(
         found = run_train(plan, out, device=device, workers=workers, overwrite=overwrite, listener=listener)
     if found is None:
         return
-    if as_json:
-        print(json.dumps({"folder": str(found.folder), "manifest": found.manifest}, indent=1, default=str))
-    elif quiet:
-        print(found.folder)
-    else:
-        table = shown(found.tables)
-        named = [str(column) for column in table]
-        by_accuracy = any(column.startswith("accuracy") for column in named)
-        kept = [column for column in named if not (by_accuracy and column.startswith("loss"))]
-        print(table[kept].to_string(index=False))
-        print("", *(textwrap.fill(sentence, 100) for sentence in found.words), sep="\n")
+    with answer(found.folder):
+        if as_json:
+            document = {"folder": str(found.folder), "manifest": found.manifest}
+            print(json.dumps(document, indent=1, default=str))
+        elif quiet:
+            print(found.folder)
+        else:
+            table = shown(found.tables)
+            named = [str(column) for column in table]
+            by_accuracy = any(column.startswith("accuracy") for column in named)
+            kept = [column for column in named if not (by_accuracy and column.startswith("loss"))]
+            print(table[kept].to_string(index=False))
+            print("", *(textwrap.fill(sentence, 100) for sentence in found.words), sep="\n")
+    if not as_json and not quiet:
         say(f"folder: {found.folder}")
 
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from diag.cli.app import app, interruptible
+from diag.cli.app import app
+from diag.cli.interrupts import interruptible
+from diag.cli.plans import plans_for
 
 
 @app.command(name="train-clip")
@@ -30,6 +32,8 @@ def train_clip(
     """
     from diag.studies.train.clip import train_clip as run
 
+    if config is not None:
+        plans_for("train-clip", [config])
     last_words = "stopped; the same command with '--resume latest' goes on from the last checkpoint"
     with interruptible(lambda: last_words):
         run(arguments or [], attention=attention, text_attention=text_attention, config=config)

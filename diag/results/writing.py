@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from diag.errors import UserError, one_of
+from diag.errors import UserError, one_of, visible
 from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def write_json(document: Mapping[str, Any], path: Path) -> None:
 
 def json_text(document: Mapping[str, Any]) -> str:
     """A JSON document as it is written."""
-    return json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
+    # a file name need not be UTF-8, and a document must
+    return visible(json.dumps(document, indent=2, ensure_ascii=False, default=str), keep="\n") + "\n"
 
 
 def atomically(path: Path, write_to: Callable[[Path], object]) -> None:

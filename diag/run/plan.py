@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -46,21 +47,61 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    flags: ClassVar[Mapping[str, str]] = {"models": "--model", "model_args": "--model-arg"}
+    """Options that are not called like their field."""
+
     @classmethod
     def checked(cls, **fields: Any) -> Self:
         """A plan from options. Raises UserError in the words of the command line."""
         try:
             return cls(**fields)
         except ValidationError as error:
-            (option, *_), reason, given = mistake(error)
-            flag = "--" + str(option).replace("_", "-")
-            raise UserError(f"{flag} {reason}", f"given: {given!r}") from error
+            place, reason, given = mistake(error)
+            option = str(place[0]) if place else "what is given"
+            flag = cls.flags.get(option, "--" + option.replace("_", "-")) if place else option
+            raise UserError(f"{flag} {reason}", f"given: {as_typed(given)}") from error
 
 
 def mistake(error: ValidationError) -> tuple[tuple[int | str, ...], str, Any]:
     """The first thing that is wrong with a plan: where, why in words, and what was given."""
-    first = error.errors()[0]
-    return first["loc"], first["msg"].removeprefix("Value error, "), first["input"]
+    first = error.errors(include_url=False)[0]
+    return first["loc"], in_words(first), first["input"]
+
+
+WORDS = {
+    "greater_than": "is above {gt:.16g}",
+    "greater_than_equal": "is at least {ge:.16g}",
+    "less_than": "is below {lt:.16g}",
+    "less_than_equal": "is at most {le:.16g}",
+    "finite_number": "is a number, and finite",
+    "literal_error": "is {expected}",
+    "too_short": "names too little: at least {min_length}",
+    "too_long": "names too much: at most {max_length}",
+    "missing": "is missing",
+    "extra_forbidden": "is not known",
+    "value_error": "{error}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "is a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "is a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "is true or false"),
+    **dict.fromkeys(("string_type", "string_unicode", "path_type"), "is text"),
+    **dict.fromkeys(("tuple_type", "list_type"), "is a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "is a mapping of names to values"),
+}
+"""What pydantic calls a mistake -> how it is told."""
+
+
+def in_words(mistake: Mapping[str, Any]) -> str:
+    """One of pydantic's errors, as what its field is or may be. What has no words here keeps pydantic's."""
+    said = WORDS.get(mistake["type"])
+    return said.format(**mistake.get("ctx", {})) if said else f"is refused ({mistake['msg']})"
+
+
+def as_typed(given: Any) -> str:
+    """A value as it stood on the command line: of several, with commas; one that is long, in part."""
+    several = isinstance(given, list | tuple)
+    text = ",".join(map(str, given)) if several else str(given)
+    text = text if len(text) <= 80 else f"{text[:60]}…"
+    return f"'{text}'" if several or isinstance(given, str | Path) else text
 
 
 class ProbePlan(Plan):

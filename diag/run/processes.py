@@ -44,8 +44,10 @@ def share_of(given: str | None, environment: Mapping[str, str]) -> Share:
     among all of them. Raises UserError for what is no share.
     """
     local = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None
+    if _number(environment, "LOCAL_WORLD_SIZE", "1") == 0:  # which shares out the cores of a machine
+        raise UserError("the environment variable LOCAL_WORLD_SIZE is 0", "unset it, or start with torchrun")
     if given is not None:
-        found = re.fullmatch(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*", given)
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", given)
         part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
         if not 1 <= part <= parts:
             raise UserError(
@@ -84,7 +86,7 @@ def _slurm_task(environment: Mapping[str, str]) -> tuple[int, int]:
 
 def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environment.get(name, default)
-    if text is None or not text.strip().isdigit():
+    if text is None or not re.fullmatch(r"[0-9]{1,9}", text.strip()):
         raise UserError(
             f"the environment variable {name} is '{text}', which is no number",
             "give the share with --shard i/n",

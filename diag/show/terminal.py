@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from diag.errors import say, visible
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.metrics.names import GROUPS
 from diag.results.decimals import shown
@@ -65,15 +66,16 @@ def _title(part: pd.DataFrame) -> list[str]:
     title += [f"n = {part['n'].max()}", f"values {first['values']}"]
     if first.get("intervention", "none") != "none":
         title.append(f"with {first['intervention']}")
-    return [*title, "t=0 excluded"] if first["first_token"] == "excluded" else title
+    title += ["t=0 excluded"] if first["first_token"] == "excluded" else []
+    return [visible(str(part)) for part in title]
 
 
 def aligned(
     cells: Mapping[str, Sequence[str]], justify: Callable[[str, int], str] = str.rjust, between: str = " "
 ) -> list[str]:
     """Columns under their headings, aligned on the right."""
-    lines = [tuple(cells), *zip(*cells.values(), strict=True)]
-    widths = [max(len(heading), *map(len, column)) for heading, column in cells.items()]
+    lines = [tuple(map(visible, line)) for line in [tuple(cells), *zip(*cells.values(), strict=True)]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [between.join(map(justify, line, widths)) for line in lines]
 
 
@@ -120,15 +122,17 @@ class StderrListener:
         if self.quiet:
             return
         if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.bar.console.print(visible(text), markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def start(self, what: str, total: int) -> None:
         """A new bar."""
         self.what, self.total, self.done, self.told = what, total, 0, time.monotonic()
         if self.bar is not None:
-            self.task = self.bar.add_task(what, total=total)
+            from rich.markup import escape
+
+            self.task = self.bar.add_task(escape(visible(what)), total=total)
 
     def advance(self, inputs: int) -> None:
         """Moves the bar, or says where things are if nothing was said for a while."""
@@ -137,4 +141,4 @@ class StderrListener:
             self.bar.advance(self.task, inputs)
         elif not self.quiet and time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()
-            print(f"{self.what}: {self.done}/{self.total}", file=sys.stderr, flush=True)
+            say(f"{self.what}: {self.done}/{self.total}")

@@ -80,7 +80,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, str]] = {
     "layers backwards": ((*VIT, "--layers", "5-2"), "--layers does not understand '5-2'", "0,5-11"),
     "open layers": ((*VIT, "--layers", "5-"), "--layers does not understand '5-'", "0,5-11"),
     "odd layers": ((*VIT, "--layers", "²"), "--layers does not understand '²'", "0,5-11"),
-    "no layers": ((*VIT, "--layers", ""), "--layers does not understand ''", "0,5-11"),
+    "no layers": ((*VIT, "--layers", ""), "--layers is empty", "leave it out"),
     "metric": ((*VIT, "--metrics", "entrpy"), "unknown metric 'entrpy'", "did you mean 'entropy'"),
     "no metric": ((*VIT, "--metrics", ","), "--metrics names nothing", "given"),
     "dtype": ((*VIT, "--dtype", "float8"), "--dtype is one of float32, bfloat16, float16", "'float8'"),

@@ -29,7 +29,7 @@ def test_what_nobody_typed_is_what_a_plan_has_by_itself() -> None:
     for given in (ProbeOptions(), CompareOptions()):
         assert ProbePlan.checked(models=ONE, **fields_of(given, ProbePlan)) == ProbePlan(models=ONE)
     own = {"interventions": ("xsa",), "scopes": ("one", "first", "last"), "limit": 32}
-    intervene = fields_of(InterveneOptions(model=ONE[0]), IntervenePlan)
+    intervene = fields_of(InterveneOptions(model=[*ONE]), IntervenePlan)
     assert IntervenePlan.checked(models=ONE, **intervene) == IntervenePlan(models=ONE, **own)
     target: Any = {"image": "demo:astronaut", "layer": 1}
     attend = fields_of(AttendOptions(model=[*ONE], patch="3,4", **target), AttendPlan)

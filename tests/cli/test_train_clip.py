@@ -23,7 +23,7 @@ def test_help_says_how_arguments_are_passed_on() -> None:
         (("--text-attention", "xsa=0.5", "--"), "error: variant 'xsa' has no form '0.5'"),
         (("--", "--train-dota", "x"), "error: open_clip_train: unrecognized arguments: --train-dota x"),
         (("--", "--model", "ViT-B-14"), "error: there is nothing to train or evaluate on"),
-        (("--config", "no.yaml", "--"), "error: 'no.yaml' does not exist"),
+        (("--config", "no.yaml", "--"), "error: cannot read flags 'no.yaml': No such file or directory"),
     ],
 )
 def test_mistakes_are_two_lines(given: tuple[str, ...], said: str) -> None:

@@ -43,7 +43,7 @@ def test_the_share_is_read_from_option_and_environment(
     assert (found.rank, found.of, found.local_rank) == expected
 
 
-@pytest.mark.parametrize("given", ["0/4", "5/4", "1", "a/b", "-1/4", "1/0", ""])
+@pytest.mark.parametrize("given", ["0/4", "5/4", "1", "a/b", "-1/4", "1/0", "", "1/" + "9" * 5000])
 def test_a_share_that_is_none_is_told(given: str) -> None:
     with pytest.raises(UserError, match="--shard does not understand") as caught:
         share_of(given, {})
@@ -55,6 +55,9 @@ def test_a_share_that_is_none_is_told(given: str) -> None:
     [
         TORCHRUN | {"RANK": "4"},
         TORCHRUN | {"RANK": "one"},
+        TORCHRUN | {"LOCAL_WORLD_SIZE": "two"},
+        TORCHRUN | {"RANK": "9" * 5000},
+        TORCHRUN | {"WORLD_SIZE": "²"},
         SLURM | {"SLURM_ARRAY_TASK_ID": "6"},  # between two steps: the list has gaps
         SLURM | {"SLURM_ARRAY_TASK_ID": "13"},
         SLURM | {"SLURM_ARRAY_TASK_ID": "1"},

@@ -147,6 +147,20 @@ def test_progress_is_a_line_now_and_then_elsewhere(
     assert told.out == ""
 
 
+def test_a_name_is_neither_markup_nor_a_command_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with StderrListener(quiet=False) as listener:
+        listener.start("[/]a\x07", 1)
+        listener.say("b\x07")
+        listener.advance(1)
+    assert "[/]a\\u0007" in screen.getvalue()
+    assert "\x07" not in screen.getvalue()
+    table = result_table(layers(["entropy"], model="a\x1b[2J\n"))
+    assert table.splitlines()[0].startswith("a\\u001b[2J\\u000a · vision")
+
+
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
     screen = stream()

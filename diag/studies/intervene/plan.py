@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field, field_validator
 
@@ -14,6 +16,12 @@ from diag.studies.intervene.sweep import SCOPES
 
 class IntervenePlan(ProbePlan):
     """A probe's plan, and what is to be done to the model."""
+
+    flags: ClassVar[Mapping[str, str]] = {
+        **ProbePlan.flags,
+        "scopes": "--scope",
+        "interventions": "--intervene",
+    }
 
     interventions: tuple[str, ...] = Field(default=("xsa", "random_direction"), min_length=1)
     scopes: tuple[str, ...] = Field(default=("one",), min_length=1)

@@ -65,7 +65,7 @@ def run_intervene(
     key = prepared.key
     what = {"kind": "intervene", "key": key, "plan": plan.model_dump(mode="json")}
     document = what | {"command": command_line()}
-    folder = folder or RUNS / f"intervene-{default_folder(plan, key).name}"
+    folder = folder or _among(RUNS, plan, key)
     if claim(folder, document, overwrite=overwrite):
         return open_sweep(folder)
     try:
@@ -73,6 +73,15 @@ def run_intervene(
     except UserError:
         release(folder)
         raise
+
+
+def sweep_folder(plan: IntervenePlan, root: Path) -> Path:
+    """The folder that a plan's sweep has to itself under `root`. Raises UserError as `run_intervene` does."""
+    return _among(root, plan, Prepared.of(plan).key)
+
+
+def _among(root: Path, plan: IntervenePlan, key: str) -> Path:
+    return root / f"intervene-{default_folder(plan, key).name}"
 
 
 def _carried_out(

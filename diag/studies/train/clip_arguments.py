@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from diag.errors import UserError, did_you_mean
+from diag.inputs.outside import MEGABYTE, text_of
 from diag.models.families.open_clip import OWN_CONFIGS
 
 GLOBAL_BATCH = "global-batch-size"
@@ -93,11 +94,10 @@ def known_flags() -> tuple[str, ...]:
 
 
 def _settings(config: Path) -> dict[str, Any]:
+    text = text_of(config, "flags", tip="see configs/clip-cc12m-b16.yaml", most=MEGABYTE)
     try:
-        read = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{config}' does not exist", "see configs/clip-cc12m-b16.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        read = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"'{config}' is not YAML: {error}", "see configs/clip-cc12m-b16.yaml") from None
     if not isinstance(read, Mapping):
         raise UserError(f"'{config}' holds no flags", "write one 'flag: value' per line, without dashes")

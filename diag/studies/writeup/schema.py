@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.results.writing import file_stem
-from diag.run.plan import ProbePlan
+from diag.run.plan import ProbePlan, in_words
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup import drawing, tables
 from diag.studies.writeup.captions import PLACEHOLDERS
@@ -182,7 +182,7 @@ def _refusal(
 ) -> UserError:
     """The first mistake, in words; a mistyped key before the key that it leaves missing."""
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
-    place, reason = (*at, *first["loc"]), first["msg"].removeprefix("Value error, ")
+    place, reason = (*at, *first["loc"]), in_words(first)
     last = str(first["loc"][-1]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         allowed = _allowed(model, first["loc"][:-1])

@@ -510,10 +510,10 @@ def test_mistakes_name_what_is_allowed(given: dict[str, object], message: str, t
         ({"seq_len": 8}, "--seq-len belongs to --text"),
         ({"image": None, "text": "a"}, "--patch belongs to --image"),
         ({"image": None, "text": "a", "patch": None}, "no target is given"),
-        ({"top": 0}, "--top Input should be greater than 0"),
-        ({"depth": 1.5, "layer": None}, "--depth Input should be less than or equal to 1"),
+        ({"top": 0}, "--top is above 0"),
+        ({"depth": 1.5, "layer": None}, "--depth is at most 1"),
         ({"dtype": "int8"}, "--dtype is one of float32, bfloat16, float16"),
-        ({"heads": 1}, "--heads Extra inputs are not permitted"),
+        ({"heads": 1}, "--heads is not known"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:

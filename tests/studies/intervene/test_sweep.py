@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -345,13 +346,43 @@ def test_the_command(attnbias: Callable[..., Ended]) -> None:
     assert attnbias("intervene", *given, "--scope", "one", "-o", "out", "-q").out == "out\n"
 
 
+def test_several_models_are_swept_one_after_the_other(attnbias: Callable[..., Ended]) -> None:
+    given = (
+        "intervene",
+        "-m",
+        "demo:vit-p16",
+        "--images",
+        "demo",
+        "--limit",
+        2,
+        "--scope",
+        "one",
+        "--layers",
+        0,
+    )
+    done = attnbias(*given, "-m", "demo:vit-p8", "-o", "out")
+    assert done.code == 0, done.err
+    folders = sorted(Path("out").iterdir())
+    assert [line for line in done.lines if line.startswith("folder: ")] == [
+        f"folder: {folder}" for folder in folders
+    ]
+    assert [block.split(" ")[0] for block in done.out.split("\n\ndemo:")] == ["demo:vit-p16", "vit-p8"]
+    again = attnbias(*given, "-m", "demo:vit-p8", "-o", "out", "--json")
+    assert {document["folder"] for document in json.loads(again.out)} == set(map(str, folders))
+    partly = attnbias(*given, "-m", "demo:lm", "-o", "out", "-q")
+    assert (partly.code, partly.out) == (3, f"{folders[0]}\n")
+    assert partly.lines == ["1 failed:", "  demo:lm: model 'demo:lm' has no vision tower"]
+    none = attnbias(*given[:1], "-m", "demo:lm", *given[3:], "-m", "demo:nothing")
+    assert (none.code, len(none.lines)) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--intervene", "xsb"), "there is no intervention 'xsb'"),
         (("--intervene", "xsa:9"), "there is no layer 9"),
         (("--intervene", "xsa:0/7"), "layer 0 has no head 7"),
-        (("--scope", "all"), "--scopes is one of"),
+        (("--scope", "all"), "--scope is one of"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str, attnbias: Callable[..., Ended]) -> None:

@@ -490,7 +490,7 @@ class TestRefusedPlans:
             (
                 HEAD.replace("64", "-1") + "figures:\n  - {kind: depth, probe: p}\n",
                 3,
-                "seq_len: input should be greater than 0",
+                "seq_len is above 0",
                 "given: -1",
             ),
             (

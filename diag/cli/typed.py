@@ -1,0 +1,112 @@
+"""What was typed, looked at before a verb begins: what no verb can take is told for all of them here."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from diag.cli.interrupts import Interrupted
+from diag.errors import LARGEST, UserError
+
+
+class CheckedVerbs(TyperGroup):
+    """All verbs. Refuses what would be lost silently: an option given twice, whose last value would count."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The verb and its arguments. Raises UserError for arguments that no verb can take."""
+        name, verb, rest = super().resolve_command(ctx, args)
+        if verb is None:
+            return name, verb, rest
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # torch would end the process, in words of its own
+            raise UserError("the folder that this is run in was removed", "cd to one that is there") from None
+        parser = verb.make_parser(typer.Context(verb, parent=ctx, info_name=name))
+        words, _, order = parser.parse_args(args=list(rest))
+        given = {parameter: _listed(words.get(parameter.name)) for parameter in order}
+        for parameter, times in Counter(order).items():
+            _check_words(parameter, given[parameter], times)
+        try:
+            context = verb.make_context(name, list(rest), parent=ctx)
+        except typer.BadParameter as error:
+            wrong = getattr(error, "param", None)
+            if type(error) is not typer.BadParameter or wrong not in given:
+                raise  # something is missing
+            what = " ".join(_short(str(word)) for word in given[wrong])
+            tip = f"attnbias {name} --help"
+            raise UserError(f"{_said(wrong)} does not understand '{what}'", tip) from error
+        for parameter, texts in given.items():
+            _check_values(_said(parameter), texts, _listed(context.params.get(parameter.name)))
+        return name, verb, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Carries out the verb. What typer ends with, and without a word, is raised as something else."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+        except EOFError as error:
+            raise RuntimeError(f"EOFError: {error}") from error
+        except BrokenPipeError as error:
+            raise RuntimeError(f"a process that this one wrote to has ended ({error.strerror})") from error
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _said(parameter: Any) -> str:
+    """An option or argument as --help shows it."""
+    if parameter.param_type_name == "option":
+        return "/".join(parameter.opts)
+    return str(parameter.metavar or parameter.name.upper()).strip("[]")
+
+
+def _check_words(parameter: Any, words: Sequence[Any], times: int) -> None:
+    """Raises UserError for an option that was given more than once, or empty. words: none of a flag."""
+    texts = [word for word in words if isinstance(word, str)]
+    if parameter.param_type_name != "option" or not texts:
+        return
+    if times > 1 and not parameter.multiple:
+        last = _short(texts[-1])
+        raise UserError(f"{_said(parameter)} is given {times} times", f"give it once: the last, '{last}'?")
+    if not all(text.strip() for text in texts):
+        raise UserError(f"{_said(parameter)} is empty", "give it a value, or leave it out")
+
+
+def _check_values(said: str, words: Sequence[Any], values: Sequence[Any]) -> None:
+    """Raises UserError for numbers and paths that no system takes. words: as typed. values: as read."""
+    for word, value in zip(words, values, strict=False):
+        if isinstance(value, Path) and not word.strip():
+            raise UserError(f"{said} is empty", "name a file or folder; . is this one")
+        if isinstance(value, Path):
+            _check_path(word, said)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{said} is at most {LARGEST}", f"given: {_short(str(value))}")
+
+
+def _check_path(word: str, said: str) -> None:
+    """Raises UserError for a path that the system does not take, whether something is there or not."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:  # the libraries that write and read tables and weights take no other
+        tip = "give a name in UTF-8; what is there can be renamed"
+        raise UserError(f"{said} '{_short(word)}' is not UTF-8", tip) from error
+    try:
+        os.lstat(Path(word))
+    except (FileNotFoundError, NotADirectoryError):  # the verbs say what should be there
+        return
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{said} '{_short(word)}': {reason}", "give another path") from error
+
+
+def _short(word: str) -> str:
+    """A word that fits into a line."""
+    return word if len(word) <= 80 else f"{word[:40]}…{word[-20:]}"

@@ -1,0 +1,79 @@
+"""What no verb can take is refused for all of them, before anything begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Ended
+
+Attnbias = Callable[..., Ended]
+
+LONG = "a" * 5000
+BEYOND = 2**63
+MODEL = ("-m", "demo:vit-p16")
+
+REFUSED: list[tuple[tuple[object, ...], str, str]] = [
+    (("probe", *MODEL, "--images", "a", "--images", "b"), "--images is given 2 times", "the last, 'b'?"),
+    (("probe", *MODEL, "-o", "a", "--output-path", "b"), "-o/--output-path is given 2 times", "once"),
+    (("compare", *MODEL, "--layers", 0, "--layers", 1), "--layers is given 2 times", "once"),
+    (("attend", *MODEL, "--head", 0, "--head=1"), "--head is given 2 times", "once"),
+    (("intervene", *MODEL, "--scope", "one", "--scope", "last"), "--scope is given 2 times", "once"),
+    (("train", "a.yaml", "--device", "cpu", "--device", "cuda"), "--device is given 2 times", "once"),
+    (("report", "run", "--title", "a", "--title", "b"), "--title is given 2 times", "once"),
+    (("probe", "-m", ""), "-m/--model is empty", "leave it out"),
+    (("probe", *MODEL, "-o", ""), "-o/--output-path is empty", "leave it out"),
+    (("probe", *MODEL, "--texts", " "), "--texts is empty", "leave it out"),
+    (("probe", *MODEL, "--limit", ""), "--limit is empty", "leave it out"),
+    (("merge", ""), "RUN is empty", "name a file or folder"),
+    (("figures", ""), "PLAN… is empty", "name a file or folder"),
+    (("probe", *MODEL, "--limit", BEYOND), f"--limit is at most {BEYOND - 1}", f"given: {BEYOND}"),
+    (("attend", *MODEL, "--token", -BEYOND), f"--token is at most {BEYOND - 1}", "given"),
+    (("probe", *MODEL, "--limit", "9" * 5000), "--limit does not understand '999", "attnbias probe --help"),
+    (("train", "a.yaml", "--workers", -1), "--workers does not understand '-1'", "attnbias train --help"),
+    (("compare", *MODEL, "--batch-size", 0), "--batch-size does not understand '0'", "compare --help"),
+    (("probe", *MODEL, "--batch-size", "9" * 5000), "--batch-size does not understand", "auto"),
+    (("probe", *MODEL, "--layers", "0-9999999999"), "--layers goes beyond every model", "0,5-11"),
+    (("probe", *MODEL, "--shard", "1/0", "--dry-run"), "--shard does not understand '1/0'", "1/4"),
+    (("compare", *MODEL, "--growth", "9" * 5000 + ",1"), "--growth does not understand", "5,11"),
+    (("compare", *MODEL, "--image-size", "9" * 20), "--image-size does not understand", "64,128"),
+    (("attend", *MODEL, "--patch", "9" * 20 + ",1"), "--patch does not understand", "--patch 3,4"),
+    (("attend", *MODEL, "--pixel", "1,2,3"), "--pixel does not understand '1,2,3'", "--pixel 3,4"),
+    (("probe", *MODEL, "-o", LONG), "File name too long", "give another path"),
+    (("probe", *MODEL, "-o", "caf\udce9"), "-o/--output-path 'caf\\udce9' is not UTF-8", "renamed"),
+    (("report", LONG), "RUN… 'aaaa", "give another path"),
+    (("train", LONG), "CONFIG 'aaaa", "give another path"),
+    (("probe", *MODEL, "-o", "a\0b"), "-o/--output-path does not understand 'a\\u0000b'", "--help"),
+    (("probe", *MODEL, "-o", "loop"), "-o/--output-path 'loop/x': Too many levels", "give another path"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message", "tip"), REFUSED)
+def test_it_is_refused_in_two_lines(
+    arguments: tuple[object, ...], message: str, tip: str, attnbias: Attnbias
+) -> None:
+    if "loop" in arguments:
+        Path("loop").symlink_to("loop")
+        arguments = (*arguments[:-1], "loop/x")
+    before = os.listdir()
+    ended = attnbias(*arguments)
+    assert (ended.code, ended.out, len(ended.lines)) == (2, "", 2), ended.err
+    assert message in ended.lines[0]
+    assert tip in ended.lines[1]
+    assert os.listdir() == before
+    assert max(map(len, ended.lines)) < 200
+
+
+def test_flags_and_repeatable_options_may_be_repeated(attnbias: Attnbias) -> None:
+    given = ("probe", *MODEL, "-m", "demo:vit-p8", "--intervene", "xsa:0", "--intervene", "skip:1")
+    assert attnbias(*given, "--random-init", "--random_init", "-q", "-q", "--dry-run").code == 0
+
+
+def test_a_folder_that_is_gone_is_no_place_to_run_in(attnbias: Attnbias, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ended = attnbias("models", "demo")
+    assert (ended.code, ended.lines[0]) == (2, "error: the folder that this is run in was removed")
