@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from diag.errors import UserError
+from diag.inputs import images
 from diag.models.families import demo
 from diag.results import tables as records
 from diag.results.writing import WRITERS
@@ -420,6 +422,37 @@ def test_a_model_that_fails_does_not_take_the_others_along(tmp_path: Path, noise
     alone = run_probe(vision(noise, models=("demo:vit-p8",), limit=3), tmp_path / "alone")
     mine = found.layers[found.layers["model"] == "demo:vit-p8"].reset_index(drop=True)
     pd.testing.assert_frame_equal(mine, alone.layers, check_exact=True)
+
+
+def test_inputs_that_are_not_finite_are_listed_and_all_others_measured(
+    tmp_path: Path, noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them the only input of the last shard; in the first shard one stands where it checks the layers."""
+    decoded = images._decoded
+    folder = tmp_path / "images"
+    shutil.copytree(noise, folder)
+    for number in range(20, 33):
+        shutil.copy(noise / "00.png", folder / f"{number}.png")
+    bad = ("00.png", "05.png", "32.png")
+
+    def wild(source: Any, name: str) -> Any:
+        size = (3, 64, 64)
+        return torch.full(size, torch.nan) if name in bad else decoded(source, name)
+
+    monkeypatch.setattr(images, "_decoded", wild)
+    found = run_probe(vision(folder, limit=33), tmp_path / "run")
+    assert list(found.manifest["failed_inputs"]) == list(bad)
+    for why in found.manifest["failed_inputs"].values():
+        assert why.startswith("layer 'blocks.0.attn' gives values that are not finite")
+    assert found.manifest["status"] == "partial"
+    assert found.layers["n"].eq(30).all()
+    for name in bad:
+        (folder / name).write_bytes(b"")
+    monkeypatch.setattr(images, "_decoded", decoded)
+    unread = run_probe(vision(folder, limit=33), tmp_path / "unread")
+    for mine, other in zip(tables_of(tmp_path / "run"), tables_of(tmp_path / "unread"), strict=True):
+        pd.testing.assert_frame_equal(mine, other, check_exact=True)
+    assert list(unread.manifest["failed_inputs"]) == list(bad)
 
 
 def test_a_model_that_fails_half_way_leaves_no_rows(
