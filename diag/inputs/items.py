@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from diag.errors import UserError, one_of
+from diag.inputs.outside import named, reason
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ def data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     try:
         rows = datasets.load_dataset(name, chosen.get("config"), split=split)
     except Exception as error:  # the library raises many kinds, among them bare OSError and ValueError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load data set '{name}' ({reason})",
+            f"cannot load data set '{name}' ({reason(error)})",
             f"hf download --repo-type dataset {name}   # or give split=, config=: hf:{name},split=train",
         ) from error
     wanted = [chosen["column"]] if "column" in chosen else columns
@@ -97,14 +97,28 @@ def data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     )
 
 
+def column_of(rows: Any, column: str, source: str) -> Iterator[Any]:
+    """The cells of a data set's column. Raises UserError where the library cannot read them."""
+    try:
+        yield from rows[column]
+    except Exception as error:  # as on loading; what is done with a cell does not raise in here
+        raise UserError(
+            f"cannot read column '{column}' of '{source}' ({reason(error)})", "give another with column=NAME"
+        ) from error
+
+
 def existing(source: str | Path, tip: str) -> Path:
-    """A path that is there. Raises UserError with the tip if it is not."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(f"'{source}' does not exist", tip)
+    """A path that is there. Raises UserError with the tip if it is not, or cannot be looked at."""
+    path = named(source, tip)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"'{source}' does not exist", tip) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise UserError(f"cannot read '{source}': {reason(error)}", tip) from error
     return path
 
 
 def sha256(text: str) -> str:
     """Identifies a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8

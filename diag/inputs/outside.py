@@ -19,6 +19,14 @@ MOST_DOCUMENT = 64 * MEGABYTE
 """Bytes of a JSON document, such as a manifest: those of real runs stay far below."""
 
 
+def named(given: str | Path, tip: str) -> Path:
+    """The path that a user's words name, with `~` for a home folder. Raises UserError for nobody's."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"'{given}' names the home folder of nobody here", tip) from error
+
+
 def regular(path: Path, what: str, tip: str) -> None:
     """Raises UserError unless a path is a plain file that is there: reading a pipe would wait for ever.
 

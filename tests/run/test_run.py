@@ -427,7 +427,7 @@ def test_a_model_that_fails_does_not_take_the_others_along(tmp_path: Path, noise
 def test_inputs_that_are_not_finite_are_listed_and_all_others_measured(
     tmp_path: Path, noise: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among them the only input of the last shard; in the first shard one stands where it checks the layers."""
+    """Among them the only input of the last shard, and one in the batch on which layers are checked."""
     decoded = images._decoded
     folder = tmp_path / "images"
     shutil.copytree(noise, folder)
