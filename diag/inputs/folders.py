@@ -58,7 +58,7 @@ def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File]
                 missing = isinstance(error, FileNotFoundError)
                 unread(
                     name if wanted(entry.name) else name + os.sep,
-                    "a link to nothing" if missing else f"cannot be read: {reason(error)}",
+                    "a link to nothing" if missing else reason(error),
                 )
                 continue
             here = (status.st_dev, status.st_ino)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from diag.errors import UserError
-from diag.inputs.images import images, loaded
+from diag.errors import UnreadableInput, UserError
+from diag.inputs.images import images, rgb
 from diag.inputs.items import Inputs, Item
+from diag.inputs.outside import reason
 from diag.inputs.texts import documents, texts
 
 HALVES = re.compile(r"[\ud800-\udfff]")
@@ -27,8 +28,11 @@ def as_inputs(given: object, tower: str) -> Inputs:
         return images(given) if tower == "vision" else texts(given)
     listed = list(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else []
     if listed and all(isinstance(x, Image.Image) for x in listed):
-        pixels = hashlib.sha256(b"".join(map(_pixels, listed))).hexdigest()
-        items = [Item(str(i), partial(loaded, x, f"image {i}")) for i, x in enumerate(listed)]
+        read = [_pixels(x, f"image {i}") for i, x in enumerate(listed)]
+        pixels = hashlib.sha256(b"".join(x for x in read if isinstance(x, bytes))).hexdigest()
+        # one that failed once is not asked again: the second time it may hand out what was read till then
+        opened = [x if isinstance(found, bytes) else found for x, found in zip(listed, read, strict=True)]
+        items = [Item(str(i), partial(_image, x)) for i, x in enumerate(opened)]
         return Inputs("images", "python", items, pixels)
     if listed and all(isinstance(x, str) for x in listed):
         for i, x in enumerate(listed):
@@ -40,9 +44,15 @@ def as_inputs(given: object, tower: str) -> Inputs:
     )
 
 
-def _pixels(image: Image.Image) -> bytes:
-    """What identifies an image; nothing for one that cannot be read, which is told when its turn comes."""
+def _pixels(image: Image.Image, what: str) -> bytes | str:
+    """What identifies an image, or why it cannot be read: somebody else may have opened a damaged file."""
     try:
         return image.convert("RGB").tobytes()
-    except Exception:  # of a file that is damaged Pillow raises whatever breaks first
-        return b""
+    except Exception as error:  # of damaged bytes Pillow raises whatever breaks first
+        return f"cannot read {what}: {reason(error)}"
+
+
+def _image(given: Image.Image | str) -> Image.Image:
+    if isinstance(given, str):
+        raise UnreadableInput(given)
+    return rgb(given)

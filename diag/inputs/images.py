@@ -84,7 +84,7 @@ def images(source: str | Path) -> Inputs:
     def read(place: int) -> Image.Image:
         name = found[place][0]
         if name in unreadable:
-            raise UnreadableInput(f"cannot read '{ids[place]}': {unreadable[name]}")
+            raise UnreadableInput(unreadable[name])
         return open_image(root / name)
 
     sizes = "".join(f"{name}\0{size}\n" for name, size, _ in found)
@@ -105,14 +105,6 @@ def _decoded(source: Path | io.BytesIO, what: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:  # it says so with a path, or an address in memory
         raise UnreadableInput(f"cannot read {what}: it is no JPEG, PNG or WebP image") from error
     except Exception as error:  # of damaged bytes Pillow raises whatever breaks first, also KeyError
-        raise UnreadableInput(f"cannot read {what}: {reason(error)}") from error
-
-
-def loaded(image: Image.Image, what: str) -> Image.Image:
-    """An image that somebody has opened, as RGB; it may still have to be read. Raises UnreadableInput."""
-    try:
-        return rgb(image)
-    except Exception as error:  # as in `_decoded`
         raise UnreadableInput(f"cannot read {what}: {reason(error)}") from error
 
 

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from diag.errors import UserError
+from diag.errors import UserError, visible
 
 MEGABYTE = 1_000_000
 
@@ -20,9 +20,17 @@ MOST_DOCUMENT = 64 * MEGABYTE
 
 
 def named(given: str | Path, tip: str) -> Path:
-    """The path that a user's words name, with `~` for a home folder. Raises UserError for nobody's."""
+    """The path that a user's words name, with `~` for a home folder.
+
+    Raises UserError for nobody's home, and for a name that is not UTF-8: no result could say what it is of.
+    """
     try:
+        str(given).encode()
         return Path(given).expanduser()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the name '{visible(str(given))}' is not UTF-8", "rename it, or give a link to it: ln -s OLD NEW"
+        ) from error
     except RuntimeError as error:
         raise UserError(f"'{given}' names the home folder of nobody here", tip) from error
 

@@ -108,7 +108,9 @@ def listed(tars: Sequence[Path], root: Path, suffixes: tuple[str, ...], *, most:
                     plain = visible(member.name.removeprefix("./").lstrip("/"))
                     lies = (member.offset_data, member.size) if 0 <= member.size <= most else (0, 0)
                     members[f"{name}/{plain}"] = (*lies, _problem(member, most))
-        except (tarfile.ReadError, UserError) as error:
+        except UserError as error:
+            members[name] = (0, 0, str(error))
+        except tarfile.ReadError as error:
             said = f"tar '{visible(tar.name)}' is damaged after {len(members)} images: {reason(error)}"
             members[name] = (0, 0, said)
         for place, (offset, size, problem) in enumerate(members.values(), len(index.ids)):

@@ -65,7 +65,9 @@ def texts(source: str | Path) -> Inputs:
         return documents(str(source), {visible(path.name): read_text(path)})
     found, unreadable = files_below(path, lambda name: name.lower().endswith(".txt"))
     for name, why in unreadable.items():
-        raise UserError(f"cannot read '{path / name}': {why}", "mend it, or leave it out of the folder")
+        raise UserError(
+            f"cannot read '{visible(str(path / name))}': {why}", "mend it, or leave it out of the folder"
+        )
     if not found:
         raise UserError(f"no text file in '{path}'{_others(path)}", "text files end in '.txt'")
     if (size := sum(size for _, size, _ in found)) > MOST_TEXT:

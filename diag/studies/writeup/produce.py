@@ -135,7 +135,7 @@ def _material(
             what = f"{run.probe}: {run.words}"
             there = partial(folder_of, run.plan, root)
             carry_out = partial(measured, run.plan, root, listener=listener)
-            if folder := _there(what, what, there, carry_out, read_manifest, outcome, listener):
+            if folder := _there(what, run.probe, there, carry_out, read_manifest, outcome, listener):
                 folders[folder] = run
         if not folders:
             continue
@@ -181,7 +181,10 @@ def _there(
         return None
     outcome.reused, outcome.measured = outcome.reused + reused, outcome.measured + (not reused)
     for name, why in {**manifest["failed_models"], **manifest.get("failed_inputs", {})}.items():
-        outcome.fail(f"{short}: {name}", UserError(why))
+        # an input that no run could read is one line, unless runs say different things of it
+        said = outcome.failed.get(f"{short}: {name}", " ".join(why.split()))
+        before = short if said == " ".join(why.split()) else what
+        outcome.fail(f"{before}: {name}", UserError(why))
     return folder
 
 
