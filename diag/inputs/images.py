@@ -71,9 +71,8 @@ def images(source: str | Path) -> Inputs:
         status, root = path.stat(), path.parent
         found = [(path.name, status.st_size, status.st_mtime_ns)]
     if len(unreadable) == len(found):
-        packed, _ = files_below(path, lambda name: name.endswith(tars.SUFFIX))
-        if tar_files := [path / name for name, *_ in packed if not name.endswith(os.sep)]:
-            return _tar_images(str(source), tar_files, path)
+        if packed := tars.tars_below(path):
+            return _tar_images(str(source), packed, path)
         why = "".join(f": '{visible(name)}' is {problem}" for name, problem in [*unreadable.items()][:1])
         raise UserError(
             f"no image in '{path}'{why}", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}"

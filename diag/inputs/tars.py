@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UnreadableInput, UserError, visible
+from diag.inputs.folders import files_below
 from diag.inputs.outside import MEGABYTE, named, reason, regular
 
 SUFFIX = ".tar"
@@ -89,6 +90,12 @@ def named_tars(source: str) -> list[Path]:
     for tar in tars:
         regular(tar, "tar", TIP)
     return tars
+
+
+def tars_below(folder: Path) -> list[Path]:
+    """The tars below a folder, in the order of their paths, also such as cannot be read."""
+    found, _ = files_below(folder, lambda name: name.endswith(SUFFIX))
+    return [folder / name for name, *_ in found if not name.endswith(os.sep)]
 
 
 def listed(tars: Sequence[Path], root: Path, suffixes: tuple[str, ...], *, most: int = MOST_MEMBER) -> Index:
