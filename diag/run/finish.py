@@ -102,13 +102,14 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
         seconds += told["seconds"]
         if not kept:
             failed_models[part.given] = _nothing_read(part, note, told["failed"])
-            say(f"{part.given} failed: {failed_models[part.given]}")
             continue
         _say_told(part.given, told, say)
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
         parts.append((part, note, pd.concat(kept, ignore_index=True)))
     if not parts:
         raise UserError(next(iter(failed_models.values())), "give images in JPEG, PNG or WebP")
+    for name in failed_models.keys() - found.failed.keys():
+        say(f"{name} failed: {failed_models[name]}")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
     layers, heads = _tables(parts, samples, document, folder)
     write(samples, folder / SAMPLES)

@@ -353,10 +353,12 @@ def test_a_run_over_tars_tells_what_it_could_not_read(
     attnbias: Callable[..., Ended], shards: Path, tmp_path: Path
 ) -> None:
     pack(shards / "00001.tar", {"b.png": b"no image", "c.png": picture(4)})
-    given = ("-m", "demo:vit-p16", "--metrics", "cos_y_vself", "--workers", "2")
+    models = ("-m", "demo:vit-p16", "-m", "demo:vit-p8")
+    given = (*models, "--metrics", "cos_y_vself", "--workers", "2")
     ended = attnbias("probe", *given, "--images", f"{shards}/{{00000..00002}}.tar", "-o", tmp_path / "run")
     assert ended.code == 3
-    assert "00001.tar/b.png: cannot read image 'b.png'" in ended.err
+    assert "1 failed:" in ended.lines  # not once for each model
+    assert ended.err.count("00001.tar/b.png: cannot read image 'b.png'") == 1
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert list(manifest["failed_inputs"]) == ["00001.tar/b.png"]
     assert manifest["inputs"]["vision"]["count"] == 8
@@ -371,3 +373,11 @@ def test_an_empty_tar_is_two_lines(attnbias: Callable[..., Ended], tmp_path: Pat
         f"error: no image in '{file}'",
         "tip: members must end in '.jpg', '.jpeg', '.png' or '.webp'",
     ]
+
+
+def test_the_only_image_is_told_once(attnbias: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    ended = attnbias("probe", "-m", "demo:vit-p16", "--images", tmp_path / "a.png", "-o", "run")
+    assert ended.code == 2
+    assert ended.err.count("cannot read image 'a.png'") == 1
+    assert ended.lines[-1] == "tip: give images in JPEG, PNG or WebP"

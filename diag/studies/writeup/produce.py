@@ -181,10 +181,9 @@ def _there(
         return None
     outcome.reused, outcome.measured = outcome.reused + reused, outcome.measured + (not reused)
     for name, why in {**manifest["failed_models"], **manifest.get("failed_inputs", {})}.items():
-        # an input that no run could read is one line, unless runs say different things of it
-        said = outcome.failed.get(f"{short}: {name}", " ".join(why.split()))
-        before = short if said == " ".join(why.split()) else what
-        outcome.fail(f"{before}: {name}", UserError(why))
+        # an input that no run of a probe could read is one line, unless they say different things of it
+        same = outcome.failed.get(f"{short}: {name}", why) == why
+        outcome.fail(f"{short if same else what}: {name}", UserError(why))
     return folder
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from commands import Ended, run_cli
 from matplotlib.figure import Figure
+from PIL import Image
 
 from diag.errors import UserError
 from diag.models.names.series import members
@@ -393,6 +394,24 @@ class TestFailures:
         assert ended.lines[at + 2].startswith(
             "  broken.yaml: reproduction-eyes: cannot read published values"
         )
+
+    def test_an_image_that_no_model_could_read_is_one_line(self, there: Path) -> None:
+        (there / "album").mkdir()
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (64, 64), "red" if name == "a.png" else "blue").save(there / "album" / name)
+        (there / "album" / "c.png").write_bytes(b"no image")
+        plan = {
+            "title": "t",
+            "probes": {"eyes": {"models": ["demo:vit-p16", "demo:vit-p8"], "images": "album"}},
+            "tables": [{"kind": "layers", "probe": "eyes", "metrics": ["cos_y_vself"]}],
+        }
+        (there / "album.yaml").write_text(json.dumps(plan))
+        ended = run_cli("figures", "album.yaml")
+        assert ended.code == 3
+        assert ended.lines[-2:] == [
+            "1 failed:",
+            "  album.yaml: eyes: c.png: cannot read image 'c.png': it is no JPEG, PNG or WebP image",
+        ]
 
     def test_what_was_drawn_before_stays_where_something_failed(self, there: Path) -> None:
         (there / "figures/broken").mkdir(exist_ok=True)
