@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, ImageStat
 from diag.errors import UnreadableInput, UserError, one_of, visible
 from diag.inputs import tars
 from diag.inputs.folders import files_below
-from diag.inputs.items import Inputs, Item, Listing, data_set, existing, sha256
+from diag.inputs.items import Inputs, Item, Listing, data_set, existing, sha256, stored
 from diag.inputs.outside import MEGABYTE, reason, regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -147,30 +147,25 @@ def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
 
 
 def _hub_images(source: str) -> Inputs:
-    import datasets
-
     rows, column = data_set(source, ("image", "jpg", "png", "img", "webp"))
-    # the library would decode every format that Pillow knows
-    as_stored = rows
-    if isinstance(rows.features[column], datasets.Image):
-        as_stored = rows.cast_column(column, datasets.Image(decode=False))
+    cells = stored(rows, column)
 
     def read(index: int) -> Image.Image:
         what = f"the image in row {index}"
         try:
-            stored = as_stored[index][column]
+            cell = cells[index][column][0].as_py()
         except Exception as error:  # of the library, or of what it reads from
             raise UnreadableInput(f"cannot read {what}: {reason(error)}") from error
-        if isinstance(stored, dict) and stored.keys() == {"bytes", "path"}:
-            stored = Path(stored["path"]) if stored["bytes"] is None and stored["path"] else stored["bytes"]
-        if isinstance(stored, bytes):
-            return _decoded(io.BytesIO(stored), what)
-        if isinstance(stored, Path):
+        if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}:
+            cell = Path(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"]
+        if isinstance(cell, bytes):
+            return _decoded(io.BytesIO(cell), what)
+        if isinstance(cell, Path):
             try:
-                regular(stored, what, "")
+                regular(cell, what, "")
             except UserError as error:
                 raise UnreadableInput(str(error)) from error
-            return _decoded(stored, what)
+            return _decoded(cell, what)
         raise UnreadableInput(f"row {index}: column '{column}' holds no image")
 
     items = Listing([f"{index:06d}" for index in range(len(rows))], read)

@@ -6,7 +6,6 @@ import re
 import struct
 import warnings
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -534,6 +533,23 @@ def test_a_data_set_starts_no_decoder_of_its_own(cached: Path, tmp_path: Path) -
             images(f"hf:{inside},split=train").items[place].read()
 
 
+def test_what_lies_beside_the_column_is_not_decoded(cached: Path, tmp_path: Path) -> None:
+    """Other columns of its rows, or images where texts are asked for: they may need decoders of their own."""
+    kinds = {"image": datasets.Image(), "video": datasets.Image(), "text": datasets.Value("string")}
+    picture = saved(tmp_path, Image.fromarray(COLOUR)).read_bytes()
+    cells = {
+        "image": [{"bytes": picture, "path": None}],
+        "video": [{"bytes": b"none", "path": None}],
+        "text": ["a"],
+    }
+    datasets.Dataset.from_dict(cells, datasets.Features(kinds)).to_parquet(cached / "train.parquet")
+    (item,) = images(f"hf:{cached},split=train")
+    np.testing.assert_array_equal(np.asarray(item.read()), COLOUR)
+    assert [item.read() for item in texts(f"hf:{cached},split=train")] == ["a"]
+    with pytest.raises(UserError, match=r"column 'video' holds no text \(row 0: dict\)"):
+        texts(f"hf:{cached},split=train,column=video")
+
+
 def test_an_image_of_a_data_set_that_is_gone(cached: Path) -> None:
     for name in ("0.png", "1.png"):
         saved(cached, Image.fromarray(COLOUR), name)
@@ -568,10 +584,18 @@ def test_a_column_that_holds_no_text(monkeypatch: pytest.MonkeyPatch, column: li
 def test_errors_of_the_library_are_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         column_names = ("text", "image")
-        features = MappingProxyType({"text": None, "image": None})
 
         def __len__(self) -> int:
             return 1
+
+        def select_columns(self, names: list[str]) -> Any:
+            return self
+
+        def with_format(self, kind: str) -> Any:
+            return self
+
+        def iter(self, rows: int) -> Any:
+            raise ModuleNotFoundError("no decoder\nfor audio")
 
         def __getitem__(self, what: Any) -> Any:
             raise ModuleNotFoundError("no decoder\nfor audio")
