@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps, ImageStat
 
 from diag.errors import UnreadableInput, UserError, one_of
 from diag.inputs import tars
-from diag.inputs.items import Inputs, Item, Listing, data_set, existing, sha256
+from diag.inputs.items import Inputs, Item, Listing, content_of, data_set, existing, sha256
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -60,17 +61,26 @@ def images(source: str | Path) -> Inputs:
         return _tar_images(str(source), named, tars.common_root(named))
     path = existing(source, "--images takes a folder, an image or .tar file, hf:NAME or 'demo'")
     if path.is_file():
-        found, root = [(path.name, path.stat().st_size)], path.parent
+        found, root = [(path.name, *_stamp(path.stat()))], path.parent
     else:
         found, root = sorted(_image_files(path), key=lambda file: file[0].split(os.sep)), path
     if not found:
         if packed := sorted(path.rglob(f"*{tars.SUFFIX}")):
             return _tar_images(str(source), packed, path)
         raise UserError(f"no image in '{path}'", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}")
-    ids = [name for name, _ in found]
-    sizes = "".join(f"{name}\0{size}\n" for name, size in found)
+    ids = [name for name, *_ in found]
+
+    def content(place: int) -> str:
+        file = root / ids[place]
+        return content_of(file, found[place][1:], file.read_bytes)
+
     return Inputs(
-        "images", str(source), Listing(ids, lambda place: open_image(root / ids[place])), sha256(sizes)
+        "images",
+        str(source),
+        Listing(ids, lambda place: open_image(root / ids[place])),
+        sha256("".join(f"{name}\0{size}\n" for name, size, _ in found)),
+        sha256("".join(f"{name}\0{size}\0{time}\n" for name, size, time in found)),
+        content,
     )
 
 
@@ -110,7 +120,9 @@ def demo_images() -> Inputs:
 
     folder = Path(str(files("skimage.data")))
     items = [Item(name, partial(open_image, folder / file)) for name, file in PHOTOGRAPHS.items()]
-    return Inputs("images", "demo", items, sha256("".join(PHOTOGRAPHS)))
+    names = sha256("".join(PHOTOGRAPHS))
+    # times would tell machines apart, not versions of the wheel
+    return Inputs("images", "demo", items, names, sha256(names + version("scikit-image")))
 
 
 def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
@@ -122,8 +134,15 @@ def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
     def read(place: int) -> Image.Image:
         return _decoded(io.BytesIO(index.read(place)), index.ids[place].rpartition("/")[2])
 
+    told = [_stamp(tar.stat()) for tar in named]
+
+    def content(place: int) -> str:
+        owner = index.owners[place]
+        return content_of(named[owner], told[owner], lambda: index.read(place))
+
     sizes = "".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True))
-    return Inputs("images", source, Listing(index.ids, read), sha256(sizes))
+    stamps = "".join(f"{size}\0{time}\n" for size, time in told)
+    return Inputs("images", source, Listing(index.ids, read), sha256(sizes), sha256(sizes + stamps), content)
 
 
 def _hub_images(source: str) -> Inputs:
@@ -142,8 +161,14 @@ def _hub_images(source: str) -> Inputs:
     return Inputs("images", source, items, sha256(str(getattr(rows, "_fingerprint", source))))
 
 
-def _image_files(folder: Path, before: str = "") -> Iterator[tuple[str, int]]:
-    """Image files below a folder as (path from it, bytes): one look at each, none through linked folders."""
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What tells whether a file was replaced: its bytes and when it was last written, in nanoseconds."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _image_files(folder: Path, before: str = "") -> Iterator[tuple[str, int, int]]:
+    """Image files below a folder as (path from it, bytes, time): one look at each, none through linked
+    folders."""
     try:
         entries = list(os.scandir(folder))
     except PermissionError:
@@ -152,7 +177,7 @@ def _image_files(folder: Path, before: str = "") -> Iterator[tuple[str, int]]:
         if entry.is_dir(follow_symlinks=False):
             yield from _image_files(folder / entry.name, f"{before}{entry.name}{os.sep}")
         elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
-            yield before + entry.name, entry.stat().st_size
+            yield before + entry.name, *_stamp(entry.stat())
 
 
 def neutral_image(image: Image.Image) -> Image.Image:

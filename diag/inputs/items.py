@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from diag.errors import UserError, one_of
+from diag.errors import UnreadableInput, UserError, one_of
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,24 @@ class Inputs:
     """A finite, ordered collection of items of one kind.
 
     kind: "images" or "texts". source: what the user typed.
-    digest: identifies the content, so that a run folder can say what it measured: names and sizes
-        for image files, the text itself for texts.
+    digest: what runs over the same inputs have in common, wherever and whenever those were read: names and
+        sizes for image files, the text itself for texts.
+    stamp: another one as soon as anything may have been replaced: for image files, their times as well.
+        A run is found again by it, and goes on under it alone. The digest where that says as much.
+    content: place → the SHA-256 of the bytes that lie there now, where the digest is not of content; empty
+        for what cannot be read. Raises UserError if they were replaced since they were listed.
     """
 
     kind: str
     source: str
     items: Sequence[Item]
     digest: str
+    stamp: str = ""
+    content: Callable[[int], str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stamp:
+            object.__setattr__(self, "stamp", self.digest)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -108,3 +118,22 @@ def existing(source: str | Path, tip: str) -> Path:
 def sha256(text: str) -> str:
     """Identifies a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_of(file: Path, told: tuple[int, int], read: Callable[[], bytes]) -> str:
+    """The SHA-256 of what `read` finds in a file; empty where that cannot be read.
+
+    told: the file's size and time when it was listed. Raises UserError if it has others now: what was measured
+    may be one or the other.
+    """
+    try:
+        found = hashlib.sha256(read()).hexdigest()
+        status = file.stat()
+    except (OSError, UnreadableInput):
+        return ""
+    if (status.st_size, status.st_mtime_ns) != told:
+        raise UserError(
+            f"'{file}' was replaced while it was measured",
+            "start again, in another folder (-o) or with --overwrite, when inputs no longer change",
+        )
+    return found

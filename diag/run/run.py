@@ -156,7 +156,7 @@ def _document(prepared: Prepared) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "shard_inputs": shard_inputs(prepared.plan),
         "inputs": {
-            kind: {"source": found.source, "count": len(found), "sha256": found.digest}
+            kind: {"source": found.source, "count": len(found), "sha256": found.digest, "stamp": found.stamp}
             for kind, found in prepared.inputs.items()
         },
     }
