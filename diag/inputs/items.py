@@ -123,8 +123,8 @@ def sha256(text: str) -> str:
 def content_of(file: Path, told: tuple[int, int], read: Callable[[], bytes]) -> str:
     """The SHA-256 of what `read` finds in a file; empty where that cannot be read.
 
-    told: the file's size and time when it was listed. Raises UserError if it has others now: what was measured
-    may be one or the other.
+    told: the file's size and time when it was listed. Raises UserError if it has others now: what was
+        measured may be one or the other.
     """
     try:
         found = hashlib.sha256(read()).hexdigest()

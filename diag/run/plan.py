@@ -222,5 +222,5 @@ def _model_files(folder: Path, below: int = 0) -> Iterator[Path]:
         if entry.is_file() and (not below or path.suffix in WEIGHTS):
             yield path
         elif entry.is_dir() and below < WEIGHTS_BELOW and not entry.name.startswith("."):
-            if not (path / PLAN).exists() and not (path / MANIFEST).exists():
-                yield from _model_files(path, below + 1)
+            ours = (path / PLAN).exists() or (path / MANIFEST).exists()
+            yield from () if ours else _model_files(path, below + 1)

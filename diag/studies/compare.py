@@ -71,7 +71,8 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """What could not be computed and why, a note per line (and reason)."""
-        said = [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
+        said = list(self.collection.notes)
+        said += [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
         if self.settings["growth"] is not None:
             lost = self.profiles[(self.profiles["quantity"] == "growth") & self.profiles["value"].isna()]
             said += dict.fromkeys(f"{row.label}: no growth from {row.word}" for row in lost.itertuples())

@@ -142,6 +142,8 @@ def _material(
         material.runs[name] = {folder: run.plan for folder, run in folders.items()}
         found = material.collections[name] = collect(folders)
         material.lines[name] = {key: folders[folder].line for key, folder in found.folders.items()}
+        for note in found.notes:
+            listener.say(note)
         for place, why in found.problems.items():
             outcome.fail(f"{name}: {Path(place).name}", UserError(why))
     for look in looks_of(plan):
@@ -248,17 +250,23 @@ def _document(plan: WriteupPlan, material: Material, outcome: Produced, drawn: P
 
 
 def _resolved(what: str, plan: ProbePlan | AttendPlan, folder: Path) -> dict[str, Any]:
-    """A run or look: its folder's name, and what was measured."""
+    """A run or look: its folder's name, and what was measured.
+
+    The key of a run of image files holds their times: there, the hash of their bytes stands for it.
+    """
     manifest, how = manifest_in(folder), {*HOW, "save_activations"}
+    inputs = manifest.get("inputs", {})
+    timed = any("content" in given for given in inputs.values())
     resolved = {
-        what: folder.name,
-        "key": manifest["key"],
+        what: folder.name.removesuffix(f"-{manifest['key'][:8]}") if timed else folder.name,
+        **({} if timed else {"key": manifest["key"]}),
         "models": {entry["given"]: portable(entry["resolved"]) for entry in manifest["models"]},
     }
     if "inputs" in manifest:
         resolved["inputs"] = {
-            kind: {**given, "source": portable(str(given["source"]))}
-            for kind, given in manifest["inputs"].items()
+            kind: {name: told for name, told in given.items() if name != "stamp"}
+            | {"source": portable(str(given["source"]))}
+            for kind, given in inputs.items()
         }
     resolved["plan"] = _portable(plan.model_dump(mode="json", exclude=how, exclude_defaults=True))
     return resolved
