@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -33,6 +34,11 @@ SHARD_INPUTS = 16
 MOST_SHARD_INPUTS = 256
 MANY_SHARDS, FEW_SHARDS = 1024, 16
 
+
+MOST = sys.maxsize
+"""The largest number that a table, a slice and a generator of random numbers take."""
+MOST_TOKENS = 2**31 - 1
+MOST_WORKERS = 4096
 
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5"})
 """Endings of the files that hold weights; looked for in so many folders below one another."""
@@ -77,8 +83,8 @@ class ProbePlan(Plan):
     models: tuple[str, ...] = Field(min_length=1)
     images: str | None = None
     texts: str | None = None
-    limit: int = Field(default=64, gt=0)
-    seq_len: int | None = Field(default=None, gt=0)
+    limit: int = Field(default=64, gt=0, le=MOST)
+    seq_len: int | None = Field(default=None, ge=2, le=MOST_TOKENS)  # one token has no others to share with
     metrics: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     tokens: tuple[str, ...] | None = None
@@ -89,15 +95,15 @@ class ProbePlan(Plan):
     random_init: bool = False
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
-    seed: int = Field(default=0, ge=0)
-    save_activations: int = Field(default=0, ge=0)
-    keep_samples: int = Field(default=4096, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST)
+    save_activations: int = Field(default=0, ge=0, le=MOST)
+    keep_samples: int = Field(default=4096, ge=0, le=MOST)
     exact: bool = False
-    sampled_rows: int | None = Field(default=None, ge=64)
+    sampled_rows: int | None = Field(default=None, ge=64, le=MOST)
     # below: how, not what; they do not change the result
     device: str = "auto"
-    batch_size: int = Field(default=8, ge=0)  # 0: as many as memory allows
-    workers: int | None = Field(default=None, ge=0)
+    batch_size: int = Field(default=8, ge=0, le=MOST)  # 0: as many as memory allows
+    workers: int | None = Field(default=None, ge=0, le=MOST_WORKERS)
 
     @field_validator("metrics", "layers", "tokens")
     @classmethod
