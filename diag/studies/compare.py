@@ -99,7 +99,15 @@ def compare(
 
     growth: see `profiles.profiles`. control: what is controlled between the lines; by default what the
     series says that holds all their models, if there is one. published: see `published_for`.
+
+    Raises UserError for a line whose samples were not kept.
     """
+    sampled = set(collection.samples["label"])
+    if bare := next((label for label in collection.labels if label not in sampled), None):
+        raise UserError(
+            f"no samples of '{bare}' were kept (--keep-samples 0), and lines are compared by them",
+            "measure it again with --keep-samples 64, or leave it out",
+        )
     control = control or series_control(collection)
     found = profiles(collection.samples, seed=seed, growth=growth)
     apart = differences(collection.samples, seed=seed)
