@@ -122,17 +122,15 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     failed_models, failed_inputs = dict(found.failed), dict[str, str]()
     models, seconds, inputs = list[dict[str, Any]](), 0.0, dict(document["inputs"])
     parts = list[tuple[Part, dict[str, Any], pd.DataFrame]]()
-    error: UserError | None = None
+    nothing = dict[str, UserError]()
     for part, note in found.parts:
         told = _told(part, note["shards"])
         failed_inputs |= told["failed"]
         seconds += told["seconds"]
         try:
             kept = _samples(part, note, told["failed"])
-        except _NoNumbers as nothing:
-            error = error or nothing
-            failed_models[part.given] = str(nothing)
-            say(f"{part.given} failed: {nothing}")
+        except _NoNumbers as error:
+            nothing[part.given] = error
             for place in range(note["shards"]):  # they hold nothing, and what the user mends is another run
                 part.shard(place).unlink(missing_ok=True)
             continue
@@ -142,8 +140,15 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
             inputs[kind] = inputs[kind] | {"content": _chained(told["content"])}
+    failed_models |= {given: str(error) for given, error in nothing.items()}
     if not parts:
-        raise error or UserError(next(iter(failed_models.values())))
+        why = next(iter(failed_models.values()), "no model was measured")
+        raise next(
+            iter(nothing.values()),
+            UserError(why, f"mend it and run its command again: {document['command']}"),
+        )
+    for given, error in nothing.items():
+        say(f"{given} failed: {error}")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
     layers, heads = _tables(parts, samples, document, folder)
     write(samples, folder / SAMPLES)
