@@ -140,15 +140,13 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
             inputs[kind] = inputs[kind] | {"content": _chained(told["content"])}
-    failed_models |= {given: str(error) for given, error in nothing.items()}
+    failed_models |= {given: str(why) for given, why in nothing.items()}
     if not parts:
-        why = next(iter(failed_models.values()), "no model was measured")
-        raise next(
-            iter(nothing.values()),
-            UserError(why, f"mend it and run its command again: {document['command']}"),
-        )
-    for given, error in nothing.items():
-        say(f"{given} failed: {error}")
+        first = next(iter(failed_models.values()), "no model was measured")
+        again = f"mend it and run its command again: {document['command']}"
+        raise next(iter(nothing.values()), UserError(first, again))
+    for given, why in nothing.items():
+        say(f"{given} failed: {why}")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
     layers, heads = _tables(parts, samples, document, folder)
     write(samples, folder / SAMPLES)

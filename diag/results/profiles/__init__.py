@@ -8,7 +8,7 @@ lines with the same inputs, share their resamples; `first` and `last` have the i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -97,9 +97,12 @@ def differences(
     Lines of different inputs are resampled apart. A quantity that one of the two lacks has no row.
     """
     lines = _lines(samples)
+    if not lines:
+        pairs = ()
     if pairs is None:
-        first, others, many = list(lines)[:1], list(lines)[1:], len(lines) > MANY_LINES
-        pairs = list(product(others, first)) if many else list(combinations(lines, 2))
+        first, *others = lines
+        many = len(lines) > MANY_LINES
+        pairs = [(label, first) for label in others] if many else list(combinations(lines, 2))
     rows = []
     for a, b in pairs:
         ours, theirs = (_numbers(found) for found in curves_of([lines[a], lines[b]], METRICS, seed))
