@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, ImageStat
 
 from diag.errors import UnreadableInput, UserError, one_of
 from diag.inputs import tars
-from diag.inputs.items import Inputs, Item, Listing, content_of, data_set, existing, sha256
+from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -70,18 +70,14 @@ def images(source: str | Path) -> Inputs:
         raise UserError(f"no image in '{path}'", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}")
     ids = [name for name, *_ in found]
 
-    def content(place: int) -> str:
-        file = root / ids[place]
-        return content_of(file, found[place][1:], file.read_bytes)
+    def file(place: int) -> Path:
+        return root / ids[place]
 
-    return Inputs(
-        "images",
-        str(source),
-        Listing(ids, lambda place: open_image(root / ids[place])),
-        sha256("".join(f"{name}\0{size}\n" for name, size, _ in found)),
-        sha256("".join(f"{name}\0{size}\0{time}\n" for name, size, time in found)),
-        content,
-    )
+    digest = sha256("".join(f"{name}\0{size}\n" for name, size, _ in found))
+    stamp = sha256(digest + "".join(f"{time}\n" for *_, time in found))
+    files = Files(file, lambda place: found[place][1:], lambda place: file(place).read_bytes())
+    items = Listing(ids, lambda place: open_image(file(place)))
+    return Inputs("images", str(source), items, digest, stamp, files)
 
 
 def open_image(file: Path) -> Image.Image:
@@ -135,14 +131,11 @@ def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
         return _decoded(io.BytesIO(index.read(place)), index.ids[place].rpartition("/")[2])
 
     told = [_stamp(tar.stat()) for tar in named]
-
-    def content(place: int) -> str:
-        owner = index.owners[place]
-        return content_of(named[owner], told[owner], lambda: index.read(place))
-
-    sizes = "".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True))
-    stamps = "".join(f"{size}\0{time}\n" for size, time in told)
-    return Inputs("images", source, Listing(index.ids, read), sha256(sizes), sha256(sizes + stamps), content)
+    owners = index.owners
+    files = Files(lambda place: named[owners[place]], lambda place: told[owners[place]], index.read)
+    digest = sha256("".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True)))
+    stamp = sha256(digest + "".join(f"{size}\0{time}\n" for size, time in told))
+    return Inputs("images", source, Listing(index.ids, read), digest, stamp, files)
 
 
 def _hub_images(source: str) -> Inputs:

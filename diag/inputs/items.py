@@ -45,6 +45,39 @@ class Listing(Sequence[Item]):
 
 
 @dataclass(frozen=True)
+class Files:
+    """The files that items are read from, so that it can be told what was read, and whether it was replaced.
+
+    file: place → the file. told: place → its size and time (nanoseconds) when it was listed.
+    read: place → the bytes of the item in it. Raises OSError or UnreadableInput.
+    """
+
+    file: Callable[[int], Path]
+    told: Callable[[int], tuple[int, int]]
+    read: Callable[[int], bytes]
+
+    def sha256(self, place: int) -> str:
+        """Of the bytes of an item as they are now; empty where they cannot be read."""
+        try:
+            return hashlib.sha256(self.read(place)).hexdigest()
+        except (OSError, UnreadableInput):
+            return ""
+
+    def check(self, place: int) -> None:
+        """Raises UserError if a file was replaced since it was listed: either may have been measured."""
+        file = self.file(place)
+        try:
+            status = file.stat()
+        except OSError:
+            return  # what cannot be read is told where it is read
+        if (status.st_size, status.st_mtime_ns) != self.told(place):
+            raise UserError(
+                f"'{file}' was replaced while it was measured",
+                "start again, in another folder (-o) or with --overwrite, when inputs no longer change",
+            )
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A finite, ordered collection of items of one kind.
 
@@ -53,8 +86,7 @@ class Inputs:
         sizes for image files, the text itself for texts.
     stamp: another one as soon as anything may have been replaced: for image files, their times as well.
         A run is found again by it, and goes on under it alone. The digest where that says as much.
-    content: place → the SHA-256 of the bytes that lie there now, where the digest is not of content; empty
-        for what cannot be read. Raises UserError if they were replaced since they were listed.
+    files: what the items are read from, where the digest is not of their content.
     """
 
     kind: str
@@ -62,7 +94,7 @@ class Inputs:
     items: Sequence[Item]
     digest: str
     stamp: str = ""
-    content: Callable[[int], str] | None = None
+    files: Files | None = None
 
     def __post_init__(self) -> None:
         if not self.stamp:
@@ -118,22 +150,3 @@ def existing(source: str | Path, tip: str) -> Path:
 def sha256(text: str) -> str:
     """Identifies a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def content_of(file: Path, told: tuple[int, int], read: Callable[[], bytes]) -> str:
-    """The SHA-256 of what `read` finds in a file; empty where that cannot be read.
-
-    told: the file's size and time when it was listed. Raises UserError if it has others now: what was
-        measured may be one or the other.
-    """
-    try:
-        found = hashlib.sha256(read()).hexdigest()
-        status = file.stat()
-    except (OSError, UnreadableInput):
-        return ""
-    if (status.st_size, status.st_mtime_ns) != told:
-        raise UserError(
-            f"'{file}' was replaced while it was measured",
-            "start again, in another folder (-o) or with --overwrite, when inputs no longer change",
-        )
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.inputs.items import Files
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
 from diag.measure.prefetch import shards_ahead, workers_for
@@ -216,7 +217,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
             "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
         }
         write_json(note, part.note)
-        _run_tower(job, part, model, tower, shards, given.content)
+        _run_tower(job, part, model, tower, shards, given.files)
 
 
 def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
@@ -244,11 +245,11 @@ def _run_tower(
     model: Model,
     tower: Tower,
     shards: Sequence[Sequence[Sample]],
-    content: Callable[[int], str] | None,
+    files: Files | None,
 ) -> None:
     """Measures this process's shards that are not there, and those that cannot be told to be of this run.
 
-    What another process has in hand is waited for. content: `Inputs.content`.
+    What another process has in hand is waited for. files: that samples are read from, if they are.
     """
     own = [place for place in range(len(shards)) if job.share.has(part.number, place)]
     job.progress.shards_total += len(own)
@@ -275,7 +276,7 @@ def _run_tower(
                     else:
                         if problem:
                             job.listener.say(f"{part.shard(place).stem} is measured again: {problem}")
-                        _write_shard(job, part, tower_job, shards, place, take(place), content)
+                        _write_shard(job, part, tower_job, shards, place, take(place), files)
                         if not checked:
                             _check_room(part, place, shards, plan.keep_samples)
                         checked = True
@@ -297,7 +298,7 @@ def _write_shard(
     shards: Sequence[Sequence[Sample]],
     place: int,
     samples: Iterable[Sample],
-    content: Callable[[int], str] | None,
+    files: Files | None,
 ) -> None:
     """Measures one shard. What belongs to it is there before it is. samples: its own, at hand.
 
@@ -311,25 +312,37 @@ def _write_shard(
         kept = job.folder / "activations" / f"{_stem(plan, part.number)}-{part.tower}"
         first_ones = [sample for shard in shards for sample in shard][: plan.save_activations]
         save_activations(tower_job.tower, first_ones, kept, plan.layers)
-    # right behind the measurement: what was read then, a system still has in memory
-    ids = enumerate((sample.id for sample in shards[place]), first)
-    known = {} if content is None else {name: content(number) for number, name in ids}
-    files = dict[str, str]()
+    content = {} if files is None else _read_from(files, shards[place], first, keep)
+    hashes = dict[str, str]()
     if found and sum(map(len, shards)) > keep:
         write(moments_of(found, ratios, tower_job.constants).frame(), part.cells(place))
-        files[part.cells(place).name] = sha256_of(part.cells(place))
+        hashes[part.cells(place).name] = sha256_of(part.cells(place))
     kept_values = list(filter(None, (values.until(keep) for values in found)))
     frames = [samples_frame(values, ratios, tower_job.constants) for values in kept_values or found[:1]]
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    account = {**asdict(incidents), "run": job.key, "content": known, "seconds": time.time() - began}
+    account = {**asdict(incidents), "run": job.key, "content": content, "seconds": time.time() - began}
     account["measured"] = len({name for values in found for name in values.ids})
 
     def with_its_account(temporary: Path) -> None:
         WRITERS[".parquet"](frame if kept_values else frame.iloc[:0], temporary)
-        files[part.shard(place).name] = sha256_of(temporary)
-        write_json(account | {"files": files}, part.account(place))
+        hashes[part.shard(place).name] = sha256_of(temporary)
+        write_json(account | {"files": hashes}, part.account(place))
 
     atomically(part.shard(place), with_its_account)
+
+
+def _read_from(files: Files, samples: Sequence[Sample], first: int, keep: int) -> dict[str, str]:
+    """What the inputs of a shard are: id → SHA-256 of their bytes, of those whose samples are kept.
+
+    Right behind the measurement, when a system still has in memory what was read.
+    Raises UserError if one was replaced since the run began.
+    """
+    content = {}
+    for number, sample in enumerate(samples, first):
+        if number < keep:
+            content[sample.id] = files.sha256(number)
+        files.check(number)
+    return content
 
 
 def _stem(plan: ProbePlan, number: int) -> str:

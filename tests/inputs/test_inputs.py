@@ -270,9 +270,10 @@ def test_the_stamp_follows_times_and_what_was_replaced_meanwhile_is_told(album: 
     before = images(album)
     first = album / before.items[0].id
     written = first.stat()
-    content = before.content
-    assert content is not None
-    assert content(0) == hashlib.sha256(first.read_bytes()).hexdigest()
+    files = before.files
+    assert files is not None
+    assert files.sha256(0) == hashlib.sha256(first.read_bytes()).hexdigest()
+    files.check(0)
     first.write_bytes(bytes(reversed(first.read_bytes())))
     os.utime(first, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
     after = images(album)
@@ -280,10 +281,11 @@ def test_the_stamp_follows_times_and_what_was_replaced_meanwhile_is_told(album: 
     assert after.stamp != before.stamp
     assert images(first).stamp != before.stamp
     with pytest.raises(UserError, match="was replaced while it was measured") as caught:
-        content(0)
+        files.check(0)
     assert "--overwrite" in str(caught.value.tip)
     first.unlink()
-    assert content(0) == ""
+    assert files.sha256(0) == ""
+    files.check(0)  # what is gone cannot have been mixed in
 
 
 def test_texts_of_other_names_have_another_stamp(tmp_path: Path) -> None:

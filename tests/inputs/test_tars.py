@@ -101,13 +101,14 @@ def test_tars_of_two_folders_are_told_apart(tmp_path: Path) -> None:
 def test_the_stamp_follows_the_times_of_tars(shards: Path) -> None:
     before = images(shards)
     tar = sorted(shards.glob("*.tar"))[0]
-    assert before.content is not None
-    assert before.content(0) == hashlib.sha256(picture(0)).hexdigest()
+    assert before.files is not None
+    before.files.check(0)
+    assert before.files.sha256(0) == hashlib.sha256(picture(0)).hexdigest()
     os.utime(tar, ns=(0, 0))
     assert images(shards).digest == before.digest
     assert images(shards).stamp != before.stamp
     with pytest.raises(UserError, match="was replaced while it was measured"):
-        before.content(0)
+        before.files.check(0)
 
 
 def test_the_digest_follows_names_and_sizes(shards: Path) -> None:
