@@ -50,9 +50,10 @@ class Collection:
         return list(self.layers["label"].unique())
 
 
-def collect(folders: Iterable[Path]) -> Collection:
+def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) -> Collection:
     """Reads finished run folders; those that cannot be read are listed under `problems`.
 
+    names: what runs are called where that is not their folder's name.
     Raises UserError if none can be read.
     """
     parts: list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = []
@@ -72,7 +73,7 @@ def collect(folders: Iterable[Path]) -> Collection:
             tip = error.tip if isinstance(error, UserError) else "measure it again: attnbias probe …"
             first = first or UserError(problems[str(folder)], tip)
             continue
-        name = _free(folder.resolve().name, found)
+        name = _free((names or {}).get(folder) or folder.resolve().name, found)
         found[name], manifests[name] = folder, manifest
         layers, heads, samples = (_counted(table.assign(run=name), manifest) for table in tables)
         parts.append((layers, heads, samples.assign(source=_sources(samples, manifest, contents))))
