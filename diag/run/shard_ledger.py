@@ -93,7 +93,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     Raises UserError where nothing was begun, or its plan is damaged.
     """
     file = folder / PLAN
-    tip = f"remove the folder and measure again: rm -r '{folder}'"
+    tip = "if it is a run of attnbias probe, measure it again in another folder: attnbias probe … -o FOLDER"
     document = json_of(file, "the plan of a run", tip=tip) if os.path.lexists(file) else {}
     if "shard_inputs" not in document:
         raise UserError(
@@ -157,6 +157,8 @@ class Part:
         note = _read(self.note, "the note of a tower", NOTE_FIELDS, tip)
         if self.tower not in note["towers"] or not set(note["towers"]) <= set(TOWERS):
             raise UserError(f"'{self.note}' is damaged: 'towers' are not those of a model", tip)
+        if not note["shards"]:
+            raise UserError(f"'{self.note}' is damaged: 'shards' is 0", tip)
         return note
 
     def read_account(self, place: int) -> dict[str, Any]:
