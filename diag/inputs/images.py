@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps, ImageStat
 from diag.errors import UnreadableInput, UserError, one_of, visible
 from diag.inputs import tars
 from diag.inputs.folders import files_below
-from diag.inputs.items import Inputs, Item, Listing, data_set, existing, sha256, stored
+from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256, stored
 from diag.inputs.outside import MEGABYTE, reason, regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -86,8 +87,16 @@ def images(source: str | Path) -> Inputs:
             raise UnreadableInput(unreadable[name])
         return open_image(root / name)
 
-    sizes = "".join(f"{name}\0{size}\n" for name, size, _ in found)
-    return Inputs("images", str(source), Listing(ids, read), sha256(sizes))
+    def content(place: int) -> bytes:
+        name = found[place][0]
+        if name in unreadable:  # a pipe would never end
+            raise UnreadableInput(unreadable[name])
+        return (root / name).read_bytes()
+
+    digest = sha256("".join(f"{name}\0{size}\n" for name, size, _ in found))
+    stamp = sha256(digest + "".join(f"{time}\n" for *_, time in found))
+    files = Files(lambda place: root / found[place][0], lambda place: found[place][1:], content)
+    return Inputs("images", str(source), Listing(ids, read), digest, stamp, files)
 
 
 def open_image(file: Path) -> Image.Image:
@@ -130,7 +139,9 @@ def demo_images() -> Inputs:
 
     folder = Path(str(files("skimage.data")))
     items = [Item(name, partial(open_image, folder / file)) for name, file in PHOTOGRAPHS.items()]
-    return Inputs("images", "demo", items, sha256("".join(PHOTOGRAPHS)))
+    names = sha256("".join(PHOTOGRAPHS))
+    # times would tell machines apart, not versions of the wheel
+    return Inputs("images", "demo", items, names, sha256(names + version("scikit-image")))
 
 
 def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
@@ -142,8 +153,12 @@ def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
     def read(place: int) -> Image.Image:
         return _decoded(io.BytesIO(index.read(place)), f"image '{index.ids[place].rpartition('/')[2]}'")
 
-    sizes = "".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True))
-    return Inputs("images", source, Listing(index.ids, read), sha256(sizes))
+    told = [_stamp(tar) for tar in named]
+    owners = index.owners
+    files = Files(lambda place: named[owners[place]], lambda place: told[owners[place]], index.read)
+    digest = sha256("".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True)))
+    stamp = sha256(digest + "".join(f"{size}\0{time}\n" for size, time in told))
+    return Inputs("images", source, Listing(index.ids, read), digest, stamp, files)
 
 
 def _hub_images(source: str) -> Inputs:
@@ -178,6 +193,15 @@ def _is_image(name: str) -> bool:
 
 def _too_large(size: int) -> str:
     return f"{size / MEGABYTE:,.0f} MB, where {MOST_BYTES / MEGABYTE:,.0f} are the most"
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What tells whether a file was replaced: its bytes and when it was last written, in nanoseconds."""
+    try:
+        status = file.stat()
+    except OSError:  # such as a link to nothing, which is told where it is read
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def neutral_image(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from diag.errors import UserError, one_of
+from diag.errors import UnreadableInput, UserError, one_of
 from diag.inputs.outside import named, reason
 
 CELLS_AT_ONCE = 1000
@@ -49,18 +49,60 @@ class Listing(Sequence[Item]):
 
 
 @dataclass(frozen=True)
+class Files:
+    """The files that items are read from, so that it can be told what was read, and whether it was replaced.
+
+    file: place → the file. told: place → its size and time (nanoseconds) when it was listed.
+    read: place → the bytes of the item in it. Raises OSError or UnreadableInput.
+    """
+
+    file: Callable[[int], Path]
+    told: Callable[[int], tuple[int, int]]
+    read: Callable[[int], bytes]
+
+    def sha256(self, place: int) -> str:
+        """Of the bytes of an item as they are now; empty where they cannot be read."""
+        try:
+            return hashlib.sha256(self.read(place)).hexdigest()
+        except (OSError, UnreadableInput):
+            return ""
+
+    def check(self, place: int) -> None:
+        """Raises UserError if a file was replaced since it was listed: either may have been measured."""
+        file = self.file(place)
+        try:
+            status = file.stat()
+        except OSError:
+            return  # what cannot be read is told where it is read
+        if (status.st_size, status.st_mtime_ns) != self.told(place):
+            raise UserError(
+                f"'{file}' was replaced while it was measured",
+                "start again, in another folder (-o) or with --overwrite, when inputs no longer change",
+            )
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A finite, ordered collection of items of one kind.
 
     kind: "images" or "texts". source: what the user typed.
-    digest: identifies the content, so that a run folder can say what it measured: names and sizes
-        for image files, the text itself for texts.
+    digest: what runs over the same inputs have in common, wherever and whenever those were read: names and
+        sizes for image files, the text itself for texts.
+    stamp: another one as soon as anything may have been replaced: for image files, their times as well.
+        A run is found again by it, and goes on under it alone. The digest where that says as much.
+    files: what the items are read from, where the digest is not of their content.
     """
 
     kind: str
     source: str
     items: Sequence[Item]
     digest: str
+    stamp: str = ""
+    files: Files | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stamp:
+            object.__setattr__(self, "stamp", self.digest)
 
     def __len__(self) -> int:
         return len(self.items)

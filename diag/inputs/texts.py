@@ -123,7 +123,8 @@ def demo_text() -> str:
 def documents(source: str, documents: dict[str, str]) -> Inputs:
     """Texts by name, as inputs."""
     items = [Item(name, partial(str, text)) for name, text in documents.items()]
-    return Inputs("texts", source, items, sha256("\0".join(documents.values())))
+    digest = sha256("\0".join(documents.values()))
+    return Inputs("texts", source, items, digest, sha256("\0".join([digest, *documents])))
 
 
 def _hub_texts(source: str) -> Inputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import struct
 import warnings
@@ -324,6 +326,36 @@ def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path) -> N
         (tmp_path / name).write_text(f"text {number}")
     found = texts(tmp_path)
     assert [(item.id, item.read()) for item in found] == [("a/x.txt", "text 0"), ("b/x.txt", "text 1")]
+
+
+def test_the_stamp_follows_times_and_what_was_replaced_meanwhile_is_told(album: Path) -> None:
+    before = images(album)
+    first = album / before.items[0].id
+    written = first.stat()
+    files = before.files
+    assert files is not None
+    assert files.sha256(0) == hashlib.sha256(first.read_bytes()).hexdigest()
+    files.check(0)
+    first.write_bytes(bytes(reversed(first.read_bytes())))
+    os.utime(first, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    after = images(album)
+    assert after.digest == before.digest
+    assert after.stamp != before.stamp
+    assert images(first).stamp != before.stamp
+    with pytest.raises(UserError, match="was replaced while it was measured") as caught:
+        files.check(0)
+    assert "--overwrite" in str(caught.value.tip)
+    first.unlink()
+    assert files.sha256(0) == ""
+    files.check(0)  # what is gone cannot have been mixed in
+
+
+def test_texts_of_other_names_have_another_stamp(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same words")
+    one, other = (texts(tmp_path / name) for name in ("a.txt", "b.txt"))
+    assert one.digest == other.digest
+    assert one.stamp != other.stamp
 
 
 def test_the_digest_follows_the_text(tmp_path: Path) -> None:

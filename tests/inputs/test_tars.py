@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -95,6 +96,19 @@ def test_tars_of_two_folders_are_told_apart(tmp_path: Path) -> None:
         pack(tmp_path / part / "0.tar", {"a.png": picture(1)})
     for source in (tmp_path, f"{tmp_path}/{{train,val}}/0.tar"):
         assert [item.id for item in images(source)] == ["train/0.tar/a.png", "val/0.tar/a.png"]
+
+
+def test_the_stamp_follows_the_times_of_tars(shards: Path) -> None:
+    before = images(shards)
+    tar = sorted(shards.glob("*.tar"))[0]
+    assert before.files is not None
+    before.files.check(0)
+    assert before.files.sha256(0) == hashlib.sha256(picture(0)).hexdigest()
+    os.utime(tar, ns=(0, 0))
+    assert images(shards).digest == before.digest
+    assert images(shards).stamp != before.stamp
+    with pytest.raises(UserError, match="was replaced while it was measured"):
+        before.files.check(0)
 
 
 def test_the_digest_follows_names_and_sizes(shards: Path) -> None:

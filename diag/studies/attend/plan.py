@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +16,10 @@ from diag.inputs.items import Inputs, Item, existing
 from diag.inputs.outside import reason, regular
 from diag.inputs.texts import texts
 from diag.results.writing import file_stem
-from diag.run.plan import RUNS, Dtype, Plan, ProbePlan
+from diag.run.plan import MOST, MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
+
+Place = Annotated[int, Field(ge=-MOST, le=MOST)]
+"""Where something is, counted from the front or, negative, from the end."""
 
 DEMO = "demo:"
 IMAGE_TIP = "--image takes an image file, or demo:NAME such as demo:astronaut"
@@ -34,14 +38,14 @@ class AttendPlan(Plan):
     models: tuple[str, ...] = Field(min_length=1)
     image: str | None = None
     text: str | None = None
-    layer: int | None = None
+    layer: Place | None = None
     depth: float | None = Field(default=None, ge=0, le=1)
-    head: int | None = None
-    patch: tuple[int, int] | None = None
-    pixel: tuple[int, int] | None = None
-    token: int | None = None
-    seq_len: int | None = Field(default=None, gt=0)
-    top: int = Field(default=10, gt=0)
+    head: Place | None = None
+    patch: tuple[Place, Place] | None = None
+    pixel: tuple[Place, Place] | None = None
+    token: Place | None = None
+    seq_len: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
+    top: int = Field(default=10, gt=0, le=MOST)
     checkpoint: Path | None = None
     model_args: tuple[str, ...] = ()
     random_init: bool = False
