@@ -510,9 +510,9 @@ def test_inputs_that_are_not_finite_are_listed_and_all_others_measured(
         shutil.copy(noise / "00.png", folder / f"{number}.png")
     bad = ("00.png", "05.png", "32.png")
 
-    def wild(source: Any, name: str) -> Any:
+    def wild(source: Path, what: str) -> Any:
         size = (3, 64, 64)
-        return torch.full(size, torch.nan) if name in bad else decoded(source, name)
+        return torch.full(size, torch.nan) if source.name in bad else decoded(source, what)
 
     monkeypatch.setattr(images, "_decoded", wild)
     found = run_probe(vision(folder, limit=33), tmp_path / "run")
