@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -30,6 +30,26 @@ class UserError(Exception):
 
 class UnreadableInput(UserError):  # noqa: N818  it is no mistake of anybody's
     """One input that could not be read; the run goes on without it."""
+
+
+class BadInputs(UserError):  # noqa: N818  it is no mistake of anybody's
+    """Inputs that nothing can be measured of, told when their batch runs: it is run again without them.
+
+    inputs: id → why.
+    """
+
+    def __init__(self, inputs: Mapping[str, str], tip: str | None = None) -> None:
+        name, why = next(iter(inputs.items()))
+        more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
+        super().__init__(f"{why} (input '{name}'{more})", tip)
+        self.inputs = dict(inputs)
+
+
+class NotFinite(BadInputs):
+    """Inputs of which the model makes NaN or infinity; each is told by the layer that first showed it."""
+
+    def __init__(self, inputs: Mapping[str, str]) -> None:
+        super().__init__(inputs, "the weights or activations hold NaN or infinity; try --dtype float32")
 
 
 class MeasurementError(UserError):

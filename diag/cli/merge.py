@@ -27,16 +27,16 @@ def merge(
     from diag.results.folder import is_finished
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
-    from diag.run.locks import Locks
-    from diag.run.shard_ledger import lock_file, read_plan
+    from diag.run.shard_ledger import locks_of, read_plan
 
     if is_finished(run):
         if not quiet:
             say(f"already complete: {run}")
     else:
         document = read_plan(run)
-        gather(run, more or [])
+        told = (lambda text: None) if quiet else say
+        gather(run, more or [], told)
         check_whole(run, document)
-        with Locks(lock_file(run)) as locks:
-            finish(run, locks, say=(lambda text: None) if quiet else say)
+        with locks_of(run) as locks:
+            finish(run, locks, say=told)
     show(run, read_manifest(run), read_layers(run), as_json=as_json, quiet=quiet)

@@ -26,6 +26,8 @@ def report(
     found = write_report(runs, out, title=title)
     for folder, why in found.problems.items():
         say(f"left out: {folder}: {why}")
+    for note in found.notes:
+        say(note)
     if not quiet:
         lines = "1 line" if found.lines == 1 else f"{found.lines} lines"
         say(f"{lines}, {found.size / 1e6:.1f} MB; open it in a browser")

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, ImageStat
 
-from diag.errors import UnreadableInput, UserError, one_of
+from diag.errors import UnreadableInput, UserError, one_of, visible
 from diag.inputs import tars
-from diag.inputs.items import Inputs, Item, Listing, data_set, existing, sha256
+from diag.inputs.folders import files_below
+from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256, stored
+from diag.inputs.outside import MEGABYTE, reason, regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 """What is decoded, whatever a file is called: one of Pillow's other decoders starts a program."""
 
-NO_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image, or too much of one."""
+MOST_BYTES = 1_000 * MEGABYTE
+"""Of one image as it lies on the disk."""
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -58,33 +62,58 @@ def images(source: str | Path) -> Inputs:
         return _hub_images(str(source))
     if named := tars.named_tars(str(source)):
         return _tar_images(str(source), named, tars.common_root(named))
-    path = existing(source, "--images takes a folder, an image or .tar file, hf:NAME or 'demo'")
-    if path.is_file():
-        found, root = [(path.name, path.stat().st_size)], path.parent
+    tip = "--images takes a folder, an image or .tar file, hf:NAME or 'demo'"
+    path = existing(source, tip)
+    unreadable: dict[str, str] = {}
+    if path.is_dir():
+        (found, unreadable), root = files_below(path, _is_image), path
     else:
-        found, root = sorted(_image_files(path), key=lambda file: file[0].split(os.sep)), path
-    if not found:
-        if packed := sorted(path.rglob(f"*{tars.SUFFIX}")):
+        regular(path, "image", tip)
+        status, root = path.stat(), path.parent
+        found = [(path.name, status.st_size, status.st_mtime_ns)]
+    if len(unreadable) == len(found):
+        if packed := tars.tars_below(path):
             return _tar_images(str(source), packed, path)
-        raise UserError(f"no image in '{path}'", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}")
-    ids = [name for name, _ in found]
-    sizes = "".join(f"{name}\0{size}\n" for name, size in found)
-    return Inputs(
-        "images", str(source), Listing(ids, lambda place: open_image(root / ids[place])), sha256(sizes)
-    )
+        why = "".join(f": '{visible(name)}' is {problem}" for name, problem in [*unreadable.items()][:1])
+        raise UserError(
+            f"no image in '{path}'{why}", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}"
+        )
+    unreadable |= {name: _too_large(size) for name, size, _ in found if size > MOST_BYTES}
+    ids = [visible(name) for name, *_ in found]
+
+    def read(place: int) -> Image.Image:
+        name = found[place][0]
+        if name in unreadable:
+            raise UnreadableInput(unreadable[name])
+        return open_image(root / name)
+
+    def content(place: int) -> bytes:
+        name = found[place][0]
+        if name in unreadable:  # a pipe would never end
+            raise UnreadableInput(unreadable[name])
+        return (root / name).read_bytes()
+
+    digest = sha256("".join(f"{name}\0{size}\n" for name, size, _ in found))
+    stamp = sha256(digest + "".join(f"{time}\n" for *_, time in found))
+    files = Files(lambda place: root / found[place][0], lambda place: found[place][1:], content)
+    return Inputs("images", str(source), Listing(ids, read), digest, stamp, files)
 
 
 def open_image(file: Path) -> Image.Image:
     """An image file as RGB, turned as its EXIF says. Raises UnreadableInput."""
-    return _decoded(file, file.name)
+    return _decoded(file, f"image '{visible(file.name)}'")
 
 
-def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
+def _decoded(source: Path | io.BytesIO, what: str) -> Image.Image:
     try:
-        with Image.open(source, formats=FORMATS) as image:
-            return rgb(ImageOps.exif_transpose(image))
-    except NO_IMAGE as error:
-        raise UnreadableInput(f"cannot read image '{name}': {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what it reads all the same
+            with Image.open(source, formats=FORMATS) as image:
+                return rgb(ImageOps.exif_transpose(image))
+    except Image.UnidentifiedImageError as error:  # it says so with a path, or an address in memory
+        raise UnreadableInput(f"cannot read {what}: it is no JPEG, PNG or WebP image") from error
+    except Exception as error:  # of damaged bytes Pillow raises whatever breaks first, also KeyError
+        raise UnreadableInput(f"cannot read {what}: {reason(error)}") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -110,49 +139,69 @@ def demo_images() -> Inputs:
 
     folder = Path(str(files("skimage.data")))
     items = [Item(name, partial(open_image, folder / file)) for name, file in PHOTOGRAPHS.items()]
-    return Inputs("images", "demo", items, sha256("".join(PHOTOGRAPHS)))
+    names = sha256("".join(PHOTOGRAPHS))
+    # times would tell machines apart, not versions of the wheel
+    return Inputs("images", "demo", items, names, sha256(names + version("scikit-image")))
 
 
 def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
-    index = tars.listed(named, root, IMAGE_SUFFIXES)
+    index = tars.listed(named, root, IMAGE_SUFFIXES, most=MOST_BYTES)
     if len(index.unreadable) == len(index.ids):
         problem = next(iter(index.unreadable.values()), f"members must end in {one_of(IMAGE_SUFFIXES)}")
         raise UserError(f"no image in '{source}'", problem)
 
     def read(place: int) -> Image.Image:
-        return _decoded(io.BytesIO(index.read(place)), index.ids[place].rpartition("/")[2])
+        return _decoded(io.BytesIO(index.read(place)), f"image '{index.ids[place].rpartition('/')[2]}'")
 
-    sizes = "".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True))
-    return Inputs("images", source, Listing(index.ids, read), sha256(sizes))
+    told = [_stamp(tar) for tar in named]
+    owners = index.owners
+    files = Files(lambda place: named[owners[place]], lambda place: told[owners[place]], index.read)
+    digest = sha256("".join(f"{name}\0{size}\n" for name, size in zip(index.ids, index.sizes, strict=True)))
+    stamp = sha256(digest + "".join(f"{size}\0{time}\n" for size, time in told))
+    return Inputs("images", source, Listing(index.ids, read), digest, stamp, files)
 
 
 def _hub_images(source: str) -> Inputs:
     rows, column = data_set(source, ("image", "jpg", "png", "img", "webp"))
+    cells = stored(rows, column)
 
     def read(index: int) -> Image.Image:
+        what = f"the image in row {index}"
         try:
-            image = rows[index][column]  # decodes it
-        except NO_IMAGE as error:
-            raise UnreadableInput(f"cannot read the image in row {index}: {error}") from error
-        if not isinstance(image, Image.Image):
-            raise UnreadableInput(f"row {index}: column '{column}' holds no image")
-        return rgb(image)
+            cell = cells[index][column][0].as_py()
+        except Exception as error:  # of the library, or of what it reads from
+            raise UnreadableInput(f"cannot read {what}: {reason(error)}") from error
+        if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}:
+            cell = Path(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"]
+        if isinstance(cell, bytes):
+            return _decoded(io.BytesIO(cell), what)
+        if isinstance(cell, Path):
+            try:
+                regular(cell, what, "")
+            except UserError as error:
+                raise UnreadableInput(str(error)) from error
+            return _decoded(cell, what)
+        raise UnreadableInput(f"row {index}: column '{column}' holds no image")
 
     items = Listing([f"{index:06d}" for index in range(len(rows))], read)
     return Inputs("images", source, items, sha256(str(getattr(rows, "_fingerprint", source))))
 
 
-def _image_files(folder: Path, before: str = "") -> Iterator[tuple[str, int]]:
-    """Image files below a folder as (path from it, bytes): one look at each, none through linked folders."""
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _too_large(size: int) -> str:
+    return f"{size / MEGABYTE:,.0f} MB, where {MOST_BYTES / MEGABYTE:,.0f} are the most"
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What tells whether a file was replaced: its bytes and when it was last written, in nanoseconds."""
     try:
-        entries = list(os.scandir(folder))
-    except PermissionError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _image_files(folder / entry.name, f"{before}{entry.name}{os.sep}")
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
-            yield before + entry.name, entry.stat().st_size
+        status = file.stat()
+    except OSError:  # such as a link to nothing, which is told where it is read
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def neutral_image(image: Image.Image) -> Image.Image:

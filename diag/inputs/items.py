@@ -11,7 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from diag.errors import UserError, one_of
+from diag.errors import UnreadableInput, UserError, one_of
+from diag.inputs.outside import named, reason
+
+CELLS_AT_ONCE = 1000
+"""Rows of a data set that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,60 @@ class Listing(Sequence[Item]):
 
 
 @dataclass(frozen=True)
+class Files:
+    """The files that items are read from, so that it can be told what was read, and whether it was replaced.
+
+    file: place → the file. told: place → its size and time (nanoseconds) when it was listed.
+    read: place → the bytes of the item in it. Raises OSError or UnreadableInput.
+    """
+
+    file: Callable[[int], Path]
+    told: Callable[[int], tuple[int, int]]
+    read: Callable[[int], bytes]
+
+    def sha256(self, place: int) -> str:
+        """Of the bytes of an item as they are now; empty where they cannot be read."""
+        try:
+            return hashlib.sha256(self.read(place)).hexdigest()
+        except (OSError, UnreadableInput):
+            return ""
+
+    def check(self, place: int) -> None:
+        """Raises UserError if a file was replaced since it was listed: either may have been measured."""
+        file = self.file(place)
+        try:
+            status = file.stat()
+        except OSError:
+            return  # what cannot be read is told where it is read
+        if (status.st_size, status.st_mtime_ns) != self.told(place):
+            raise UserError(
+                f"'{file}' was replaced while it was measured",
+                "start again, in another folder (-o) or with --overwrite, when inputs no longer change",
+            )
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A finite, ordered collection of items of one kind.
 
     kind: "images" or "texts". source: what the user typed.
-    digest: identifies the content, so that a run folder can say what it measured: names and sizes
-        for image files, the text itself for texts.
+    digest: what runs over the same inputs have in common, wherever and whenever those were read: names and
+        sizes for image files, the text itself for texts.
+    stamp: another one as soon as anything may have been replaced: for image files, their times as well.
+        A run is found again by it, and goes on under it alone. The digest where that says as much.
+    files: what the items are read from, where the digest is not of their content.
     """
 
     kind: str
     source: str
     items: Sequence[Item]
     digest: str
+    stamp: str = ""
+    files: Files | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stamp:
+            object.__setattr__(self, "stamp", self.digest)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -83,9 +129,8 @@ def data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     try:
         rows = datasets.load_dataset(name, chosen.get("config"), split=split)
     except Exception as error:  # the library raises many kinds, among them bare OSError and ValueError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load data set '{name}' ({reason})",
+            f"cannot load data set '{name}' ({reason(error)})",
             f"hf download --repo-type dataset {name}   # or give split=, config=: hf:{name},split=train",
         ) from error
     wanted = [chosen["column"]] if "column" in chosen else columns
@@ -97,14 +142,37 @@ def data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     )
 
 
+def stored(rows: Any, column: str) -> Any:
+    """A data set with one column, whose cells are handed out as they are stored, in Arrow's tables.
+
+    The library would decode images, sound and video, in every column of a row, with decoders of its own.
+    """
+    return rows.select_columns([column]).with_format("arrow")
+
+
+def column_of(rows: Any, column: str, source: str) -> Iterator[Any]:
+    """The cells of a data set's column. Raises UserError where the library cannot read them."""
+    try:
+        for table in stored(rows, column).iter(CELLS_AT_ONCE):
+            yield from table[column].to_pylist()
+    except Exception as error:  # as on loading; what is done with a cell does not raise in here
+        raise UserError(
+            f"cannot read column '{column}' of '{source}' ({reason(error)})", "give another with column=NAME"
+        ) from error
+
+
 def existing(source: str | Path, tip: str) -> Path:
-    """A path that is there. Raises UserError with the tip if it is not."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(f"'{source}' does not exist", tip)
+    """A path that is there. Raises UserError with the tip if it is not, or cannot be looked at."""
+    path = named(source, tip)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"'{source}' does not exist", tip) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise UserError(f"cannot read '{source}': {reason(error)}", tip) from error
     return path
 
 
 def sha256(text: str) -> str:
     """Identifies a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8

@@ -11,12 +11,28 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from diag.errors import UserError
+from diag.errors import UserError, visible
 
 MEGABYTE = 1_000_000
 
 MOST_DOCUMENT = 64 * MEGABYTE
 """Bytes of a JSON document, such as a manifest: those of real runs stay far below."""
+
+
+def named(given: str | Path, tip: str) -> Path:
+    """The path that a user's words name, with `~` for a home folder.
+
+    Raises UserError for nobody's home, and for a name that is not UTF-8: no result could say what it is of.
+    """
+    try:
+        str(given).encode()
+        return Path(given).expanduser()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the name '{visible(str(given))}' is not UTF-8", "rename it, or give a link to it: ln -s OLD NEW"
+        ) from error
+    except RuntimeError as error:
+        raise UserError(f"'{given}' names the home folder of nobody here", tip) from error
 
 
 def regular(path: Path, what: str, tip: str) -> None:

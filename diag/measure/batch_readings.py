@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from diag.attention.call import AttentionCall
 from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
-from diag.errors import MeasurementError, UserError
+from diag.errors import MeasurementError, NotFinite
+from diag.measure.reconstruction import NOT_FINITE, inputs_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
@@ -39,9 +41,9 @@ FEW_KEYS = 64
 class Incidents:
     """What happened beside the numbers; filled while the loop runs.
 
-    failed: inputs that could not be read, by id, and why. skipped_layers: layers that do not attend to their
-        own tokens, by path, and why. unprojected: layers whose output projection is not understood, so that
-        what needs it is undefined there.
+    failed: inputs that could not be read or measured, by id, and why. skipped_layers: layers that do not
+        attend to their own tokens, by path, and why. unprojected: layers whose output projection is not
+        understood, so that what needs it is undefined there.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -212,12 +214,15 @@ class BatchStreamReadings:
     def add(self, states: BlockStates) -> None:
         here = states.after.device  # of a model over several GPUs, what enters a block may lie on another
         states = replace(states, before=states.before.to(here), middle=states.middle.to(here))
+        if self.gated:
+            self.refuse_wild(states)
         calls = self.calls.pop(states.layer, [])
         if len(calls) == 1:
             call, used = calls[0]
             if self.gated and call.batch == states.batch and states.layer not in self.changed:
                 error = projection_error(self.known[states.layer], replace(states, call=call))
-                if not error < tolerance(states.after.dtype):
+                known = states.path in self.incidents.unprojected  # from before the batch was run again
+                if not error < tolerance(states.after.dtype) and not known:
                     self.incidents.unprojected.append(states.path)
             states = replace(states, call=used)
         if self.gated:
@@ -226,6 +231,16 @@ class BatchStreamReadings:
             states = replace(states, to_stream=None)
         sets = self.of_heads.sets
         self.readings.add(states, {name: self.of_heads.tokens(name, states) for name in sets})
+
+    def refuse_wild(self, states: BlockStates) -> None:
+        """Raises NotFinite for inputs with NaN or infinity in what a block returns; padding may hold any."""
+        real = self.of_heads.batch.real
+        wild = ~states.after.isfinite().all(-1)
+        if real is not None and real.shape == wild.shape:
+            wild = wild & real.to(wild.device)
+        if wild.any():
+            whose = inputs_of(wild.any(1), self.of_heads.batch.ids)
+            raise NotFinite(dict.fromkeys(whose, f"the block of layer '{states.path}' {NOT_FINITE}"))
 
     def blocks(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, tuple[str, ...], Tensor]]:
         """Each layer with its metrics and their `[token set, metric, input, 1]`, on the device."""
@@ -246,27 +261,25 @@ def layer_values(
     """All that was read of one forward pass, its numbers on the CPU; each device is read once.
 
     facts: of the layers, by depth index. first_input: the number of the pass's first input.
-    Raises UserError, naming the layer, the metric and the input, for a number that is infinite.
+    Raises NotFinite, naming the layer, the metric and the inputs, for numbers that are infinite.
     """
     found = [(True, *block) for block in of_heads.blocks(layers if of_heads.names else ())]
     if of_stream is not None:
         found += [(False, *block) for block in of_stream.blocks(layers)]
-    ids, measured = of_heads.batch.ids, []
+    ids, measured, wild = of_heads.batch.ids, list[LayerValues](), dict[str, tuple[int, str]]()
     arrays = _on_host([numbers for *_, numbers in found])
     for (per_head, layer, names, _), values in zip(found, arrays, strict=True):
-        if np.isinf(values).any():
-            metric, who = np.argwhere(np.isinf(values))[0][1:3]
-            raise UserError(
-                f"layer '{layer.path}' gives values that are not finite ({names[metric]}, "
-                f"input '{ids[who]}')",
-                "the weights or activations hold NaN or infinity; try --dtype float32",
-            )
+        for metric, who in np.argwhere(np.isinf(values).any((0, 3))):
+            told = (layer.index, f"layer '{layer.path}' {NOT_FINITE} ({names[metric]})")
+            wild[ids[who]] = min(wild.get(ids[who], told), told, key=itemgetter(0))
         sized = of_heads.sized(layer, facts[layer.index])
         measured.append(
             LayerValues(
                 layer.index, layer.path, sized, of_heads.sets, names, ids, first_input, values, per_head
             )
         )
+    if wild:
+        raise NotFinite({name: wild[name][1] for name in ids if name in wild})
     return measured
 
 

@@ -97,9 +97,13 @@ class Batches(Generic[Sample]):
     def give_back(self, batch: list[Sample], reason: str) -> None:
         """Takes back a batch that did not fit. Raises UserError if it was a single input."""
         self.size.halve(len(batch), reason)
-        self.waiting = batch + self.waiting
+        self.put_back(batch)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def put_back(self, batch: list[Sample]) -> None:
+        """Takes back what comes first again, filled up from what follows."""
+        self.waiting = batch + self.waiting
 
 
 def is_out_of_memory(error: BaseException) -> bool:

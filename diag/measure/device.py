@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from diag.errors import UserError
 from diag.models.family import SPREAD
+
+REFUSALS = (RuntimeError, AssertionError, ImportError, ValueError, AttributeError)
+"""What torch raises for devices that it does not know, was not built for, or cannot use."""
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
@@ -27,10 +32,15 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
         torch.cuda.set_device(device)  # kernels are started on the current device
         return device
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of types that are no more
+            device = torch.device(name)
+            torch.zeros(1, device=device).cpu()  # "meta" makes tensors and has nothing in them
+    except REFUSALS as error:
         raise UserError(f"device '{name}' is not available", "--device auto, cpu or cuda:0") from error
+    if device.type == "cpu":
+        if device.index:
+            raise UserError(f"device '{name}' is not available", "there is one CPU: --device cpu")
+        return torch.device("cpu")  # "cpu:0" would count as another one
     return device
 
 

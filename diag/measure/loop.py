@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diag.attention.call import AttentionCall, without_constant
 from diag.attention.sampling import RowSampling
-from diag.errors import MeasurementError, UnreadableInput, UserError
+from diag.errors import BadInputs, MeasurementError, NotFinite, UnreadableInput, UserError
 from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
 from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
@@ -45,18 +45,22 @@ def run_batches(
     *,
     batch_size: int | BatchSize = 8,
     incidents: Incidents | None = None,
+    whole: bool = True,
 ) -> Iterator[Result]:
     """The one loop over batches: what `work` makes of each, in the order of the samples.
 
     work: is given the samples of a batch, the batch itself and the number of its first input, and runs the
         tower. A batch for which memory runs out is done again in halves: all of its work, from the start.
     batch_size: inputs per forward pass.
-    incidents: where inputs that cannot be read are noted; they are left out.
-    Raises UserError where a single input does not fit into memory.
+    incidents: where inputs that cannot be read, or of which `work` raises BadInputs, are noted; they are left
+        out, and all others are in the batches that they would be in if those had not been there.
+    whole: whether it is an error of the model, and no longer of inputs, if none of these is finite.
+    Raises UserError where a single input does not fit into memory, and NotFinite as `whole` says.
     """
     size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
-    batches = Batches(readable(samples, incidents or Incidents(), tower.prepare), size, most=tower.max_batch)
-    first_input = 0
+    incidents = Incidents() if incidents is None else incidents
+    batches = Batches(readable(samples, incidents, tower.prepare), size, most=tower.max_batch)
+    first_input, wild = 0, dict[str, str]()
 
     def done(chunk: Sequence[Sample]) -> tuple[Result, int]:
         batch = tower.encode(chunk)
@@ -64,19 +68,31 @@ def run_batches(
 
     for chunk in batches:
         before = size.begin()
-        full: str | None = None
+        full, bad = None, dict[str, str]()
         try:
             result, inputs = done(chunk)
+        except BadInputs as error:
+            if not error.inputs.keys() <= {sample.id for sample in chunk}:
+                raise  # rows of a batch that was given as it is
+            bad = error.inputs
+            wild |= bad if isinstance(error, NotFinite) else {}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             full = str(error)
-        if full is not None:  # here the error and what its frames held are gone
+        # here the error and what its frames held are gone
+        if full is not None:
             batches.give_back(chunk, full)
+            continue
+        if bad:
+            incidents.failed |= bad
+            batches.put_back([sample for sample in chunk if sample.id not in bad])
             continue
         size.grow(len(chunk), before)
         yield result
         first_input += inputs
+    if whole and wild and not first_input:  # none was measured
+        raise NotFinite(wild)
 
 
 def measure(
@@ -92,6 +108,7 @@ def measure(
     sampling: RowSampling | None = None,
     batch_size: int | BatchSize = 8,
     incidents: Incidents | None = None,
+    whole: bool = True,
 ) -> Iterator[list[LayerValues]]:
     """Runs a tower over samples and yields each batch's numbers, layer by layer.
 
@@ -105,9 +122,11 @@ def measure(
     blocks: the layers' blocks, for stream metrics and where an edit changes a whole branch.
     sampling: which query rows stand for all of them in long sequences; as `RowSampling` has it if None.
     batch_size: inputs per forward pass. A batch that does not fit into memory is run again in halves.
-    Inputs that cannot be read are noted in `incidents.failed` and left out.
+    whole: as in `run_batches`.
+    Inputs that cannot be read, or whose values are not finite, are noted in `incidents.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
-    output, and UserError where values are not finite, or divergence metrics are asked of a text tower.
+    output, NotFinite where no input has finite values, and UserError where divergence metrics are asked of a
+    text tower.
     """
     names = list(METRICS) if metrics is None else [name for name in metrics if name in OF_HEADS]
     diverging = [name for name in names if name in DIVERGENCE_METRICS]
@@ -136,7 +155,9 @@ def measure(
         sampling or RowSampling(),
         incidents,
     )
-    yield from run_batches(tower, samples, work.numbers, batch_size=batch_size, incidents=incidents)
+    yield from run_batches(
+        tower, samples, work.numbers, batch_size=batch_size, incidents=incidents, whole=whole
+    )
 
 
 @dataclass
@@ -194,7 +215,7 @@ class _BatchWork:
 
         def on_call(call: AttentionCall) -> Tensor | None:
             if gate is not None and call.layer in measured:
-                gate.check(call, len(batch.ids))
+                gate.check(call, batch.ids)
             call, changed = _edited_call(call, self.edits)
             if call.layer in measured:
                 used = self.without_constant(call)

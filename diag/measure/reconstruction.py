@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
-from diag.errors import MeasurementError, UserError
+from diag.errors import MeasurementError, NotFinite
 from diag.models.hooks.residual import tolerance
 from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
 """Query rows of each call that are rebuilt, spread evenly over its tokens."""
+
+
+NOT_FINITE = "gives values that are not finite"
 
 
 class ReconstructionCheck:
@@ -21,24 +27,23 @@ class ReconstructionCheck:
     def __init__(self) -> None:
         self.seen: dict[int, list[tuple[int, str, str, float]]] = {}
 
-    def check(self, call: AttentionCall, inputs: int) -> None:
-        """Rebuilds rows of a call and notes what its layer is. inputs: how many the batch has.
+    def check(self, call: AttentionCall, ids: Sequence[str]) -> None:
+        """Rebuilds rows of a call and notes what its layer is. ids: of the batch's inputs.
 
-        Raises MeasurementError, naming the layer, if they differ from what the model used, and UserError for
-        values that are not finite.
+        Raises MeasurementError, naming the layer, if they differ from what the model used, and NotFinite,
+        naming the inputs as well, for values that are not finite.
         """
         rows = torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
-        used = call.output[:, :, rows].float() * visible[..., None]
-        rebuilt = attend(call, rows) * visible[..., None]
-        if not torch.isfinite(used).all():
-            raise UserError(
-                f"layer '{call.module}' gives values that are not finite",
-                "the weights or activations hold NaN or infinity; try --dtype float32",
-            )
+        # where, not a product: of a row that sees nothing some kernels make NaN
+        used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
+        rebuilt = torch.where(visible[..., None], attend(call, rows), 0.0)
+        wild = ~used.isfinite().flatten(1).all(1)
+        if wild.any():
+            raise NotFinite(dict.fromkeys(inputs_of(wild, ids), f"layer '{call.module}' {NOT_FINITE}"))
         error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
-        windowed = call.batch > inputs or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
+        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
         self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error))
@@ -48,6 +53,17 @@ class ReconstructionCheck:
         tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
         return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
+
+
+def inputs_of(rows: Bool[Tensor, " batch"], ids: Sequence[str]) -> list[str]:
+    """Whose the marked rows of a batch are, which holds the rows of each input side by side.
+
+    All of the inputs where rows belong to none of them.
+    """
+    if len(rows) % len(ids):
+        return list(ids)
+    marked = rows.view(len(ids), -1).any(1).tolist()
+    return [name for name, spoiled in zip(ids, marked, strict=True) if spoiled]
 
 
 def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:

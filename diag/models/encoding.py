@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from diag.errors import UnreadableInput, UserError
+from diag.errors import BadInputs, UnreadableInput, UserError
 from diag.inputs.images import rgb
 from diag.inputs.items import Inputs
 from diag.models.base import Batch, Sample
 from diag.models.loading import first_line
 
 DEFAULT_SEQUENCE = 128
+
+Made = TypeVar("Made")
 
 
 # --- images
@@ -42,10 +44,23 @@ def preparation(transform: Callable[[Image.Image], Any]) -> Callable[[Any], Any]
             return content  # was here before
         try:
             return transform(rgb(content))
-        except (ValueError, RuntimeError, TypeError, ArithmeticError, IndexError, MemoryError) as error:
+        except Exception as error:  # libraries refuse an odd image with whatever breaks first
             raise UnreadableInput(f"cannot preprocess the image: {first_line(error)}") from error
 
     return prepare
+
+
+def each(samples: Sequence[Sample], made_of: Callable[[Sample], Made]) -> list[Made]:
+    """What is made of every sample. Raises BadInputs for those of which nothing can be."""
+    made, bad = list[Made](), dict[str, str]()
+    for sample in samples:
+        try:
+            made.append(made_of(sample))
+        except UnreadableInput as error:
+            bad[sample.id] = str(error)
+    if bad:
+        raise BadInputs(bad)
+    return made
 
 
 def image_preparation(
@@ -61,7 +76,7 @@ def image_encoder(
     """Samples -> a batch of pixels `[batch, 3, height, width]`, each image through `prepare`."""
 
     def encode(samples: Sequence[Sample]) -> Batch:
-        pixels = [prepare(sample.read()) for sample in samples]
+        pixels = each(samples, lambda sample: prepare(sample.read()))
         return Batch(tuple(sample.id for sample in samples), _on_device(pixels, torch.device(device)))
 
     return encode

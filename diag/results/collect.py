@@ -5,7 +5,7 @@ A *line* is one model, tower and token set, measured in one way: what is one cur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.results.hashes import edited
 from diag.results.tables import FORMAT, layer_samples, read_heads, read_layers, read_manifest, read_samples
 
 LINE = ("run", "model", "tower", "tokens")
@@ -32,6 +33,7 @@ class Collection:
     samples: one value per input, layer and metric (mean over heads within each input), same columns, and
         `source`: lines of one source have the same input wherever they have the same `input` id.
     folders, manifests: by run. problems: folders that could not be read, with the reason.
+    notes: sentences about those that were read: tables that were edited since.
     """
 
     layers: pd.DataFrame
@@ -40,6 +42,7 @@ class Collection:
     folders: Mapping[str, Path] = field(default_factory=dict)
     manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def labels(self) -> list[str]:
@@ -47,29 +50,33 @@ class Collection:
         return list(self.layers["label"].unique())
 
 
-def collect(folders: Iterable[Path]) -> Collection:
+def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) -> Collection:
     """Reads finished run folders; those that cannot be read are listed under `problems`.
 
+    names: what runs are called where that is not their folder's name.
     Raises UserError if none can be read.
     """
     parts: list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = []
     found: dict[str, Path] = {}
     manifests: dict[str, Mapping[str, Any]] = {}
     problems: dict[str, str] = {}
+    notes: list[str] = []
+    contents = _Contents()
     first: UserError | None = None
     for folder in dict.fromkeys(folders):
         try:
             manifest = _manifest(folder)
             tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
+            notes += edited(folder, manifest)
         except (UserError, OSError, ValueError, KeyError) as error:
             problems[str(folder)] = " ".join(str(error).split())
             tip = error.tip if isinstance(error, UserError) else "measure it again: attnbias probe …"
             first = first or UserError(problems[str(folder)], tip)
             continue
-        name = _free(folder.resolve().name, found)
+        name = _free((names or {}).get(folder) or folder.resolve().name, found)
         found[name], manifests[name] = folder, manifest
         layers, heads, samples = (_counted(table.assign(run=name), manifest) for table in tables)
-        parts.append((layers, heads, samples.assign(source=_sources(samples, manifest))))
+        parts.append((layers, heads, samples.assign(source=_sources(samples, manifest, contents))))
     if first is not None and not parts:
         raise first
     if not parts:
@@ -77,7 +84,7 @@ def collect(folders: Iterable[Path]) -> Collection:
     layers, heads, samples = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     labels = _labels(layers)
     layers, heads, samples = (table.join(labels, on=list(LINE)) for table in (layers, heads, samples))
-    return Collection(layers, heads, samples, found, manifests, problems)
+    return Collection(layers, heads, samples, found, manifests, problems, notes)
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
@@ -109,7 +116,35 @@ def _counted(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
     return table.assign(layer_count=[counts[line] for line in lines])
 
 
-def _sources(samples: pd.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
+class _Contents:
+    """Which inputs of several runs are the same, by what their manifests tell of them.
+
+    Runs of one digest have the same inputs unless it is known better: images that were replaced by others of
+    the same names and sizes have another stamp and other bytes; a copy, or one that was only touched, has
+    another stamp and the same bytes.
+    """
+
+    def __init__(self) -> None:
+        self.groups: dict[str, list[list[Mapping[str, Any]]]] = {}
+
+    def name(self, digest: str, given: Mapping[str, Any]) -> str:
+        """What all runs with these inputs have in common."""
+        groups = self.groups.setdefault(digest, [])
+        places = (p for p, group in enumerate(groups) if all(_alike(given, one) for one in group))
+        place = next(places, len(groups))
+        if place == len(groups):
+            groups.append([])
+        groups[place].append(given)
+        return digest[:16] + (f"~{place + 1}" if place else "")
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether inputs of one digest are the same; where it is of their content, there is no more to know."""
+    known = "content" in one and "content" in other
+    return not known or any(one.get(name) == other.get(name) for name in ("stamp", "content"))
+
+
+def _sources(samples: pd.DataFrame, manifest: Mapping[str, Any], contents: _Contents) -> list[str]:
     """What makes an input id mean the same input: where it is from and, for texts, how they were cut.
 
     Window 7 of a text is another stretch of it where windows have another length or tokens are others.
@@ -121,10 +156,11 @@ def _sources(samples: pd.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
         model, tower = line
         entry = entries.get(line, {})
         takes = entry.get("takes", tower)
-        content = manifest.get("inputs", {}).get(takes, {}).get("sha256") or manifest.get("key", "unknown")
+        given = manifest.get("inputs", {}).get(takes, {})
+        content = contents.name(given.get("sha256") or manifest.get("key", "unknown"), given)
         tokens = entry.get("tokenizer") or str(entry.get("resolved", model)).split("@")[0].split(",")[0]
         cut = "" if takes == "vision" else f"/{tokens}/{length[line]}"
-        found[line] = f"{content[:16]}{cut}"
+        found[line] = f"{content}{cut}"
     return [found[line] for line in zip(samples["model"], samples["tower"], strict=True)]
 
 

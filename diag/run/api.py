@@ -38,7 +38,7 @@ class Probe:
     layers: one row per (model, tower, layer, tokens, metric): mean over heads within each input, then
         mean, std, 95 % bootstrap interval and n over inputs.
     heads: the same per head. samples: one value per input, layer, head and metric.
-    failed: inputs that could not be read, with the reason.
+    failed: inputs that could not be read, or gave values that are not finite, with the reason.
     """
 
     layers: pd.DataFrame

@@ -14,8 +14,8 @@ def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
 
     Raises UserError if an input is not there, or a model's arguments are not understood.
     """
-    digests = {kind: found.digest for kind, found in inputs_of(plan).items()}
-    return default_folder(plan, plan.key(digests), root)
+    stamps = {kind: found.stamp for kind, found in inputs_of(plan).items()}
+    return default_folder(plan, plan.key(stamps), root)
 
 
 def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:

@@ -5,10 +5,13 @@ Shards are read in the order of the inputs, so that nothing depends on who wrote
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,14 @@ from pyarrow import ArrowInvalid
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
+from diag.results.hashes import hashes
 from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.tables import FORMAT, one_kind, tables
 from diag.results.writing import atomically, write, write_json, writing
 from diag.run.environment import environment
 from diag.run.locks import PATIENCE, Locks
-from diag.run.shard_ledger import MERGE, Part, Standing, read_plan, standing
+from diag.run.plan import what_differs
+from diag.run.shard_ledger import MERGE, TOWERS, Part, Standing, read_plan, standing
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
@@ -69,46 +74,79 @@ def check_whole(folder: Path, document: Mapping[str, Any]) -> Standing:
     return found
 
 
-def gather(folder: Path, others: Sequence[Path]) -> None:
-    """Copies shards of the same run that were measured in other folders.
+def gather(folder: Path, others: Sequence[Path], say: Saying = lambda text: None) -> None:
+    """Copies shards of the same run that were measured in other folders, if they are as they were written.
 
-    Raises UserError if one holds another run, or was cut in other shards.
+    say: told which are not. Raises UserError if one holds another run, or was cut in other shards.
     """
     own = read_plan(folder)
     for other in others:
         theirs = read_plan(other)
         if any(theirs[name] != own[name] for name in ("key", "shard_inputs")):
             raise UserError(
-                f"'{other}' holds another run than '{folder}'",
+                f"'{other}' holds another run than '{folder}'{what_differs(own, theirs)}",
                 "measure with the same command, --shard and -o apart",
             )
-        # notes and accounts before shards: a shard counts as done when it is there
-        files = (other / "shards").glob("[!.]*")
-        for file in sorted(files, key=lambda file: (file.suffix == ".parquet", ".cells" not in file.name)):
-            if not (folder / "shards" / file.name).exists():
-                atomically(folder / "shards" / file.name, partial(shutil.copyfile, file))
+        for number, given in enumerate(own["plan"]["models"]):
+            for tower in TOWERS:
+                _copy_part(Part(other, number, given.strip(), tower), folder, own["key"], say)
+        for file in (other / "shards").glob("*.failed-*-of-*.json"):
+            _copy(file, folder / "shards" / file.name)
+
+
+def _copy_part(part: Part, folder: Path, key: str, say: Saying) -> None:
+    """Copies what another folder has of one tower, in the order in which it was written."""
+    if not part.note.is_file():
+        return
+    mine = replace(part, folder=folder)
+    note = part.read_note("measure its shards again: run its command there again")
+    if not mine.note.exists():
+        _copy(part.note, mine.note)
+    for name, problem in part.problems(os.listdir(part.note.parent), note["shards"], key).items():
+        place = int(name.rpartition("-")[2])
+        if problem:
+            say(f"{name} of '{part.folder}' was left out: {problem}")
+        elif mine.problem(place, key) is not None:
+            for file in (part.cells(place), part.account(place), part.shard(place)):
+                if file.exists():
+                    _copy(file, folder / "shards" / file.name)
+
+
+def _copy(file: Path, to: Path) -> None:
+    atomically(to, partial(shutil.copyfile, file))
 
 
 def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     began = time.time()
     found = check_whole(folder, document)
     failed_models, failed_inputs = dict(found.failed), dict[str, str]()
-    models, seconds = list[dict[str, Any]](), 0.0
+    models, seconds, inputs = list[dict[str, Any]](), 0.0, dict(document["inputs"])
     parts = list[tuple[Part, dict[str, Any], pd.DataFrame]]()
+    nothing = dict[str, UserError]()
     for part, note in found.parts:
         told = _told(part, note["shards"])
-        kept = [frame for place in range(note["shards"]) if len(frame := _read(part.shard(place)))]
         failed_inputs |= told["failed"]
         seconds += told["seconds"]
-        if not kept:
-            failed_models[part.given] = _nothing_read(part, note, told["failed"])
-            say(f"{part.given} failed: {failed_models[part.given]}")
+        try:
+            kept = _samples(part, note, told["failed"])
+        except _NoNumbers as error:
+            nothing[part.given] = error
+            for place in range(note["shards"]):  # they hold nothing, and what the user mends is another run
+                part.shard(place).unlink(missing_ok=True)
             continue
         _say_told(part.given, told, say)
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
-        parts.append((part, note, pd.concat(kept, ignore_index=True)))
+        parts.append((part, note, kept))
+        kind = note["entry"]["takes"]
+        if told["content"] and isinstance(inputs.get(kind), dict):
+            inputs[kind] = inputs[kind] | {"content": _chained(told["content"])}
+    failed_models |= {given: str(why) for given, why in nothing.items()}
     if not parts:
-        raise UserError(next(iter(failed_models.values())), "give images in JPEG, PNG or WebP")
+        first = next(iter(failed_models.values()), "no model was measured")
+        again = f"mend it and run its command again: {document['command']}"
+        raise next(iter(nothing.values()), UserError(first, again))
+    for given, why in nothing.items():
+        say(f"{given} failed: {why}")
     samples = one_kind(pd.concat([part for *_, part in parts], ignore_index=True))
     layers, heads = _tables(parts, samples, document, folder)
     write(samples, folder / SAMPLES)
@@ -124,13 +162,14 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             "format": FORMAT,
             "status": "partial" if failed_models or failed_inputs else "complete",
             **plain,
-            "inputs": {kind: given for kind, given in document["inputs"].items() if kind in taken},
+            "inputs": {kind: given for kind, given in inputs.items() if kind in taken},
             "models": models,
             "failed_models": failed_models,
             "failed_inputs": failed_inputs,
             "device": ", ".join(dict.fromkeys(note["device"] for _, note, _ in parts)),
             "seconds": round(seconds + time.time() - began, 3),
             "environment": environment(),
+            "tables": hashes(folder, (SAMPLES, LAYERS, HEADS, QUANTILES)),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
         folder / MANIFEST,
@@ -139,10 +178,19 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
 
 
 def _told(part: Part, shards: int) -> dict[str, Any]:
-    """What the shards of one tower tell beside their numbers; of layers, what the first one does."""
-    accounts = [json.loads(part.account(place).read_text(encoding="utf-8")) for place in range(shards)]
-    failed = {name: why for account in accounts for name, why in account["failed"].items()}
-    return accounts[0] | {"failed": failed, "seconds": sum(account["seconds"] for account in accounts)}
+    """What the shards of one tower tell beside their numbers; of layers, what the first one measured does."""
+    accounts = [part.read_account(place) for place in range(shards)]
+    first = next((account for account in accounts if account["measured"]), accounts[0])
+    of_inputs = {
+        name: {key: found for account in accounts for key, found in account[name].items()}
+        for name in ("failed", "content")
+    }
+    return first | of_inputs | {"seconds": sum(account["seconds"] for account in accounts)}
+
+
+def _chained(content: Mapping[str, str]) -> str:
+    """Identifies what was measured: the ids of inputs and the hashes of their bytes, in order."""
+    return hashlib.sha256(json.dumps(list(content.items())).encode()).hexdigest()
 
 
 def _say_told(given: str, told: Mapping[str, Any], say: Saying) -> None:
@@ -156,12 +204,32 @@ def _say_told(given: str, told: Mapping[str, Any], say: Saying) -> None:
         )
 
 
-def _nothing_read(part: Part, note: Mapping[str, Any], failed: Mapping[str, str]) -> str:
-    """Why a tower has no row; its shards, which hold nothing, are removed: inputs may be mended."""
-    for place in range(note["shards"]):
-        part.shard(place).unlink(missing_ok=True)
-    why = next(iter(failed.values()), "there is none")
-    return f"no input of '{note['source']}' could be read: {why}"
+class _NoNumbers(UserError):  # noqa: N818  it says what is the matter
+    """A tower of which nothing can be told: no input could be read, or none gave a number."""
+
+
+def _samples(part: Part, note: Mapping[str, Any], failed: Mapping[str, str]) -> pd.DataFrame:
+    """The samples of one tower, as many as are kept. Raises _NoNumbers where it has no number at all."""
+    frames = [_read(part.shard(place)) for place in range(note["shards"])]
+    # without rows, but with columns: measured, and beyond what is kept
+    kept = [frame for frame in frames if len(frame)] or [frame for frame in frames if len(frame.columns)][:1]
+    if not kept:
+        why = next(iter(failed.values()), "there is none")
+        raise _NoNumbers(
+            f"no input of '{note['source']}' could be read: {why}", "give images in JPEG, PNG or WebP"
+        )
+    samples = pd.concat(kept, ignore_index=True)
+    if samples["value"].notna().any():
+        return samples
+    cells = (_read(file) for file in map(part.cells, range(note["shards"])) if file.exists())
+    if any((cell["n"] > 0).any() for cell in cells):
+        return samples
+    tokens = samples["n_tokens"].max() if len(samples) else "some"
+    raise _NoNumbers(
+        f"none of the metrics has a number in the {part.tower} tower of '{part.given}' ({tokens} "
+        f"token{'' if tokens == 1 else 's'} per input)",
+        "other --tokens or --metrics; of one token alone there is nothing to measure",
+    )
 
 
 def _read(file: Path) -> pd.DataFrame:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -17,6 +19,7 @@ from diag.inputs.texts import texts
 from diag.models.names.arguments import local_files
 from diag.models.names.resolve import parse
 from diag.models.names.spec import ModelSpec
+from diag.results.folder import MANIFEST, PLAN
 from diag.results.writing import file_stem
 from diag.run.environment import version
 
@@ -30,6 +33,16 @@ SHARD_INPUTS = 16
 """Inputs per shard: what an interruption can lose. Larger batches and very many inputs have larger shards."""
 MOST_SHARD_INPUTS = 256
 MANY_SHARDS, FEW_SHARDS = 1024, 16
+
+
+MOST = sys.maxsize
+"""The largest number that a table, a slice and a generator of random numbers take."""
+MOST_TOKENS = 2**31 - 1
+MOST_WORKERS = 4096
+
+WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5"})
+"""Endings of the files that hold weights; looked for in so many folders below one another."""
+WEIGHTS_BELOW = 3
 
 
 def _known_dtype(dtype: str) -> str:
@@ -110,8 +123,8 @@ class ProbePlan(Plan):
     models: tuple[str, ...] = Field(min_length=1)
     images: str | None = None
     texts: str | None = None
-    limit: int = Field(default=64, gt=0)
-    seq_len: int | None = Field(default=None, gt=0)
+    limit: int = Field(default=64, gt=0, le=MOST)
+    seq_len: int | None = Field(default=None, ge=2, le=MOST_TOKENS)  # one token has no others to share with
     metrics: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     tokens: tuple[str, ...] | None = None
@@ -122,15 +135,15 @@ class ProbePlan(Plan):
     random_init: bool = False
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
-    seed: int = Field(default=0, ge=0)
-    save_activations: int = Field(default=0, ge=0)
-    keep_samples: int = Field(default=4096, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST)
+    save_activations: int = Field(default=0, ge=0, le=MOST)
+    keep_samples: int = Field(default=4096, ge=0, le=MOST)
     exact: bool = False
-    sampled_rows: int | None = Field(default=None, ge=64)
+    sampled_rows: int | None = Field(default=None, ge=64, le=MOST)
     # below: how, not what; they do not change the result
     device: str = "auto"
-    batch_size: int = Field(default=8, ge=0)  # 0: as many as memory allows
-    workers: int | None = Field(default=None, ge=0)
+    batch_size: int = Field(default=8, ge=0, le=MOST)  # 0: as many as memory allows
+    workers: int | None = Field(default=None, ge=0, le=MOST_WORKERS)
 
     @field_validator("metrics", "layers", "tokens")
     @classmethod
@@ -154,9 +167,9 @@ class ProbePlan(Plan):
         return rows
 
     def key(self, inputs: dict[str, str]) -> str:
-        """Identifies the result: the plan without its `how`, the inputs' digests and local weights.
+        """Identifies the result: the plan without its `how`, the inputs' stamps and local weights.
 
-        inputs: kind -> digest.
+        inputs: kind -> stamp.
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
         local = [path for name in self.models for path in local_files(name)]
@@ -165,6 +178,29 @@ class ProbePlan(Plan):
         files = {str(path): _stamp(path) for path in local}
         document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def what_differs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Why two documents of runs (`plan.json`) have different keys, as words behind "holds another run".
+
+    Nothing where the plans differ, or say nothing: that needs no words.
+    """
+    plans = []
+    for document in (ours, theirs):
+        plan = document.get("plan")
+        plans.append({k: v for k, v in plan.items() if k not in HOW} if isinstance(plan, dict) else None)
+    if plans[0] is None or plans[0] != plans[1]:
+        return ""
+    stamps = [_stamps_in(document) for document in (ours, theirs)]
+    if stamps[1] and stamps[0] != stamps[1]:
+        return ": its inputs were replaced since (names, sizes or times have changed)"
+    return ": model files were replaced since, or it is of another version of attnbias"
+
+
+def _stamps_in(document: Mapping[str, Any]) -> dict[str, str]:
+    inputs = document.get("inputs")
+    known = inputs.items() if isinstance(inputs, dict) else ()
+    return {kind: given["stamp"] for kind, given in known if isinstance(given, dict) and "stamp" in given}
 
 
 def specs_of(plan: ProbePlan) -> list[ModelSpec]:
@@ -212,6 +248,25 @@ def default_folder(plan: ProbePlan, key: str, root: Path = RUNS) -> Path:
 
 
 def _stamp(path: Path) -> list[list[str | int]]:
-    """Names, sizes and times of a file, or of the files that lie directly in a folder."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    """Names, sizes and times of a file, or of what a model can be loaded from in a folder."""
+    files = sorted(_model_files(path)) if path.is_dir() else [path]
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _model_files(folder: Path, below: int = 0) -> Iterator[Path]:
+    """All files that lie directly in a folder, and the weights below it: an index may name them there.
+
+    What attnbias wrote below it, such as saved activations, is not the model's. Raises no error for what
+    cannot be listed.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_file() and (not below or path.suffix in WEIGHTS):
+            yield path
+        elif entry.is_dir() and below < WEIGHTS_BELOW and not entry.name.startswith("."):
+            ours = (path / PLAN).exists() or (path / MANIFEST).exists()
+            yield from () if ours else _model_files(path, below + 1)

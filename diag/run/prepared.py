@@ -71,7 +71,7 @@ class Prepared:
     @property
     def key(self) -> str:
         """Identifies the result."""
-        return self.plan.key({kind: inputs.digest for kind, inputs in self.inputs.items()})
+        return self.plan.key({kind: inputs.stamp for kind, inputs in self.inputs.items()})
 
     @property
     def on_gpu(self) -> bool:

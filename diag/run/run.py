@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.inputs.items import Files
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
 from diag.measure.prefetch import shards_ahead, workers_for
@@ -26,9 +27,10 @@ from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.spec import ModelSpec
 from diag.results.folder import is_finished
+from diag.results.hashes import edited, sha256_of
 from diag.results.moments import moments_of
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
-from diag.results.writing import CannotWrite, file_stem, write, write_json, writing
+from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
 from diag.run.environment import command_line
 from diag.run.finish import finish
 from diag.run.locks import PATIENCE, Locks
@@ -37,7 +39,7 @@ from diag.run.prepared import Prepared
 from diag.run.processes import WHOLE, Share
 from diag.run.progress import Listener, Progress, Silent
 from diag.run.run_folder import check_room, claim, release
-from diag.run.shard_ledger import Part, failure_file, forget_failures, lock_file, read_plan, standing
+from diag.run.shard_ledger import Part, failure_file, forget_failures, locks_of, read_plan, standing
 from diag.run.shards import TowerJob, shard_values, tower_samples
 
 ROOM = 32_000_000
@@ -61,11 +63,15 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all models of a run share. size: inputs per shard, as the folder's first process chose it."""
+    """What all models of a run share.
+
+    key: the run's. size: inputs per shard, as the folder's first process chose it.
+    """
 
     prepared: Prepared
     folder: Path
     share: Share
+    key: str
     size: int
     locks: Locks
     listener: Listener
@@ -115,13 +121,17 @@ def run_share(
     if claim(folder, document, overwrite=overwrite):
         shutil.rmtree(folder / "shards", ignore_errors=True)  # of a process that was killed at the very end
         listener.say(f"already complete: {folder} (measure again with --overwrite)")
-        return open_run(folder)
+        found = open_run(folder)
+        for note in edited(folder, found.manifest):
+            listener.say(note)
+        return found
     document = read_plan(folder)
+    key, size = document["key"], document["shard_inputs"]
     try:
         check_room(folder, ROOM)
-        with _locks(folder) as locks:
+        with locks_of(folder) as locks:
             forget_failures(folder, share)
-            _run_models(_Job(prepared, folder, share, document["shard_inputs"], locks, listener, progress))
+            _run_models(_Job(prepared, folder, share, key, size, locks, listener, progress))
             state = standing(folder, document)
             if not state.missing and not is_finished(folder):
                 finish(folder, locks, wait=share.of == 1, say=listener.say)
@@ -156,16 +166,10 @@ def _document(prepared: Prepared) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "shard_inputs": shard_inputs(prepared.plan),
         "inputs": {
-            kind: {"source": found.source, "count": len(found), "sha256": found.digest}
+            kind: {"source": found.source, "count": len(found), "sha256": found.digest, "stamp": found.stamp}
             for kind, found in prepared.inputs.items()
         },
     }
-
-
-def _locks(folder: Path) -> Locks:
-    with writing(folder / "shards"):
-        lock_file(folder).parent.mkdir(exist_ok=True)
-        return Locks(lock_file(folder))
 
 
 def _run_models(job: _Job) -> None:
@@ -213,7 +217,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
             "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
         }
         write_json(note, part.note)
-        _run_tower(job, part, model, tower, shards)
+        _run_tower(job, part, model, tower, shards, given.files)
 
 
 def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
@@ -235,8 +239,18 @@ def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) 
     return entry
 
 
-def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequence[Sequence[Sample]]) -> None:
-    """Measures this process's shards that are not there. What another process has in hand is waited for."""
+def _run_tower(
+    job: _Job,
+    part: Part,
+    model: Model,
+    tower: Tower,
+    shards: Sequence[Sequence[Sample]],
+    files: Files | None,
+) -> None:
+    """Measures this process's shards that are not there, and those that cannot be told to be of this run.
+
+    What another process has in hand is waited for. files: that samples are read from, if they are.
+    """
     own = [place for place in range(len(shards)) if job.share.has(part.number, place)]
     job.progress.shards_total += len(own)
     if not own:
@@ -245,21 +259,24 @@ def _run_tower(job: _Job, part: Part, model: Model, tower: Tower, shards: Sequen
     token_sets = [name for name in plan.tokens or () if name in tower.token_sets]
     tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets)
     job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
-    missing = [place for place in own if not part.shard(place).exists()]
+    missing = [place for place in own if part.problem(place, job.key) is not None]
     workers = workers_for(plan.workers, on_gpu=on_gpu)
     with shards_ahead(tower, shards, missing, workers=workers, pin=on_gpu) as take:
         said, checked = False, False
         while own and not is_finished(job.folder):
             left = []
             for place in own:
-                if not part.shard(place).exists() and not job.locks.take(part.lock(place)):
+                if part.problem(place, job.key) is not None and not job.locks.take(part.lock(place)):
                     left.append(place)
                     continue
                 try:
-                    if part.shard(place).exists():
+                    problem = part.problem(place, job.key)  # another process may just have written it
+                    if problem is None:
                         job.listener.advance(len(shards[place]))
                     else:
-                        _write_shard(job, part, tower_job, shards, place, take(place))
+                        if problem:
+                            job.listener.say(f"{part.shard(place).stem} is measured again: {problem}")
+                        _write_shard(job, part, tower_job, shards, place, take(place), files)
                         if not checked:
                             _check_room(part, place, shards, plan.keep_samples)
                         checked = True
@@ -281,22 +298,57 @@ def _write_shard(
     shards: Sequence[Sequence[Sample]],
     place: int,
     samples: Iterable[Sample],
+    files: Files | None,
 ) -> None:
-    """Measures one shard. What belongs to it is there before it is. samples: its own, at hand."""
+    """Measures one shard. What belongs to it is there before it is. samples: its own, at hand.
+
+    Raises UserError if one of its inputs was replaced since the run began.
+    """
     plan, ratios = job.prepared.plan, job.prepared.measurement.ratios
     began, incidents = time.time(), Incidents()
     first, keep = place * job.size, plan.keep_samples
     found = list(shard_values(tower_job, samples, incidents, first_input=first, advance=job.listener.advance))
     if place == 0 and plan.save_activations:
-        kept = job.folder / "activations" / f"{file_stem(part.given)}-{part.tower}"
+        kept = job.folder / "activations" / f"{_stem(plan, part.number)}-{part.tower}"
         first_ones = [sample for shard in shards for sample in shard][: plan.save_activations]
         save_activations(tower_job.tower, first_ones, kept, plan.layers)
+    content = {} if files is None else _read_from(files, shards[place], first, keep)
+    hashes = dict[str, str]()
     if found and sum(map(len, shards)) > keep:
         write(moments_of(found, ratios, tower_job.constants).frame(), part.cells(place))
-    kept_values = filter(None, (values.until(keep) for values in found))
-    frames = [samples_frame(values, ratios, tower_job.constants) for values in kept_values]
-    write_json({**asdict(incidents), "seconds": time.time() - began}, part.account(place))
-    write(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), part.shard(place))
+        hashes[part.cells(place).name] = sha256_of(part.cells(place))
+    kept_values = list(filter(None, (values.until(keep) for values in found)))
+    frames = [samples_frame(values, ratios, tower_job.constants) for values in kept_values or found[:1]]
+    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    account = {**asdict(incidents), "run": job.key, "content": content, "seconds": time.time() - began}
+    account["measured"] = len({name for values in found for name in values.ids})
+
+    def with_its_account(temporary: Path) -> None:
+        WRITERS[".parquet"](frame if kept_values else frame.iloc[:0], temporary)
+        hashes[part.shard(place).name] = sha256_of(temporary)
+        write_json(account | {"files": hashes}, part.account(place))
+
+    atomically(part.shard(place), with_its_account)
+
+
+def _read_from(files: Files, samples: Sequence[Sample], first: int, keep: int) -> dict[str, str]:
+    """What the inputs of a shard are: id → SHA-256 of their bytes, of those whose samples are kept.
+
+    Right behind the measurement, when a system still has in memory what was read.
+    Raises UserError if one was replaced since the run began.
+    """
+    content = {}
+    for number, sample in enumerate(samples, first):
+        if number < keep:
+            content[sample.id] = files.sha256(number)
+        files.check(number)
+    return content
+
+
+def _stem(plan: ProbePlan, number: int) -> str:
+    """A model's name as that of a file, which no other model of the plan has."""
+    taken = set[str]()
+    return [free_stem(file_stem(name), taken) for name in plan.models[: number + 1]][-1]
 
 
 def _check_room(part: Part, place: int, shards: Sequence[Sequence[Sample]], keep: int) -> None:

@@ -5,7 +5,6 @@ A folder that holds anything else is left alone.
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
+from diag.inputs.outside import json_of
 from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, is_finished
 from diag.results.writing import CannotWrite, json_text, write_json, writing
+from diag.run.plan import what_differs
 
 
 def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -37,8 +38,10 @@ def claim(folder: Path, document: Mapping[str, Any], *, overwrite: bool) -> bool
         for name in ("shards", "figures", "activations"):
             shutil.rmtree(folder / name, ignore_errors=True)
     elif plan.exists():
-        if json.loads(plan.read_text(encoding="utf-8")).get("key") != document["key"]:
-            raise UserError(f"'{folder}' holds another run", "give another folder with -o, or --overwrite")
+        tip = "give another folder with -o, or --overwrite"
+        theirs = json_of(plan, "the plan of a run", tip=tip)
+        if theirs.get("key") != document["key"]:
+            raise UserError(f"'{folder}' holds another run{what_differs(document, theirs)}", tip)
         return is_finished(folder)
     elif foreign:
         raise UserError(f"'{folder}' is not empty and holds no run", "give another folder with -o")

@@ -2,27 +2,32 @@
 
     plan.json                          what is run, and how it is cut; written by the first process
     shards/00-NAME-TOWER.json          what one tower of one model is, and how many shards it has
-    shards/00-NAME-TOWER-00007.json    what could not be read, before the shard itself
+    shards/00-NAME-TOWER-00007.json    its account, before the shard itself: the run that it belongs to, the
+                                       hashes of its files, what could not be read
     shards/00-NAME-TOWER-00007.cells.parquet   moments, where samples are not all kept; before the shard
-    shards/00-NAME-TOWER-00007.parquet samples; a shard is done when it is there
+    shards/00-NAME-TOWER-00007.parquet samples; a shard is done when it is there and as its account says
     shards/00-NAME.failed-1-of-4.json  why a model failed in one of four processes
 
-Every file is renamed into place, and two processes that write one write the same. No torch here.
+Every file is renamed into place, and two processes that write one write the same. What a shard's account does
+not vouch for (half a file, one of another run, one that was edited) counts as missing. No torch here.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
+from diag.inputs.outside import json_of
 from diag.results.folder import PLAN
-from diag.results.writing import file_stem
+from diag.results.hashes import sha256_of
+from diag.results.writing import file_stem, writing
+from diag.run.locks import Locks
 from diag.run.processes import Share
 
 TOWERS = ("vision", "text", "language")
@@ -31,22 +36,90 @@ TOWERS = ("vision", "text", "language")
 MERGE = 0
 """The lock of the process that finishes a run; those of shards are above."""
 
+Fields = Mapping[str, Any]
+
+PLAN_FIELDS: Fields = {
+    "key": str,
+    "command": str,
+    "shard_inputs": int,
+    "inputs": dict,
+    "plan.models": list,
+    "plan.seed": int,
+}
+NOTE_FIELDS: Fields = {
+    "towers": list,
+    "shards": int,
+    "source": str,
+    "device": str,
+    "entry": dict,
+    "entry.takes": str,
+}
+ACCOUNT_FIELDS: Fields = {
+    "run": str,
+    "files": dict,
+    "failed": dict,
+    "skipped_layers": dict,
+    "unprojected": list,
+    "measured": int,
+    "seconds": float,
+    "content": dict,
+}
+"""What a document must hold to be used, and of which type; lists are of text."""
+
+KINDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dict: "a mapping",
+    list: "a list of text",
+}
+
 
 def lock_file(folder: Path) -> Path:
     """The file that holds the locks of a run. It goes with the shards."""
     return folder / "shards" / ".lock"
 
 
+def locks_of(folder: Path) -> Locks:
+    """The locks of a run. Raises CannotWrite where their file cannot be made."""
+    with writing(folder / "shards"):
+        lock_file(folder).parent.mkdir(exist_ok=True)
+        return Locks(lock_file(folder))
+
+
 def read_plan(folder: Path) -> dict[str, Any]:
-    """What a folder runs, as its first process wrote it. Raises UserError where nothing was begun."""
+    """What a folder runs, as its first process wrote it.
+
+    Raises UserError where nothing was begun, or its plan is damaged.
+    """
     file = folder / PLAN
-    document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    tip = "if it is a run of attnbias probe, measure it again in another folder: attnbias probe … -o FOLDER"
+    document = json_of(file, "the plan of a run", tip=tip) if os.path.lexists(file) else {}
     if "shard_inputs" not in document:
         raise UserError(
             f"'{folder}' holds no run of attnbias probe",
             "give the folder that probe was given with -o, or has named",
         )
+    _check(document, file, PLAN_FIELDS, tip)
     return document
+
+
+def _read(file: Path, what: str, fields: Fields, tip: str) -> dict[str, Any]:
+    """A document about shards. Raises UserError, naming it, where it does not hold what it must."""
+    document = json_of(file, what, tip=tip)
+    _check(document, file, fields, tip)
+    return document
+
+
+def _check(document: Mapping[str, Any], file: Path, fields: Fields, tip: str) -> None:
+    for name, kind in fields.items():
+        found: Any = document
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        right = isinstance(found, (int, float) if kind is float else kind) and not isinstance(found, bool)
+        right = right and (kind is not int or found >= 0)
+        if not right or (kind is list and not all(isinstance(one, str) for one in found)):
+            raise UserError(f"'{file}' is damaged: '{name}' is not {KINDS[kind]}", tip)
 
 
 @dataclass(frozen=True)
@@ -79,6 +152,47 @@ class Part:
     def account(self, place: int) -> Path:
         return self.folder / "shards" / f"{self.name}-{place:05d}.json"
 
+    def read_note(self, tip: str) -> dict[str, Any]:
+        """What the tower is. Raises UserError where its note is damaged."""
+        note = _read(self.note, "the note of a tower", NOTE_FIELDS, tip)
+        if self.tower not in note["towers"] or not set(note["towers"]) <= set(TOWERS):
+            raise UserError(f"'{self.note}' is damaged: 'towers' are not those of a model", tip)
+        if not note["shards"]:
+            raise UserError(f"'{self.note}' is damaged: 'shards' is 0", tip)
+        return note
+
+    def read_account(self, place: int) -> dict[str, Any]:
+        """What a shard's process noted beside it. Raises UserError where that is missing or damaged."""
+        tip = f"rm '{self.account(place)}', then run the same command again"
+        return _read(self.account(place), "the account of a shard", ACCOUNT_FIELDS, tip)
+
+    def problem(self, place: int, key: str) -> str | None:
+        """Why a shard does not count: nothing if it does, empty words where it is simply not there.
+
+        key: of the run that it must belong to.
+        """
+        if not self.shard(place).exists():
+            return ""
+        try:
+            account = self.read_account(place)
+        except UserError:
+            return "its account is missing or damaged"
+        if account["run"] != key:
+            return "it belongs to another run"
+        told = account["files"]
+        files = [self.shard(place), *(file for file in [self.cells(place)] if file.name in told)]
+        try:
+            same = all(file.is_file() and sha256_of(file) == told.get(file.name) for file in files)
+        except OSError:
+            same = False
+        return None if same else "it is not what was measured"
+
+    def problems(self, names: Collection[str], count: int, key: str) -> dict[str, str | None]:
+        """`problem` of each of the first `count` shards that is among file names, by the shard's name."""
+        places = [re.fullmatch(re.escape(self.name) + r"-([0-9]{5,9})\.parquet", name) for name in names]
+        there = sorted({int(found[1]) for found in places if found and int(found[1]) < count})
+        return {self.shard(place).stem: self.problem(place, key) for place in there}
+
     def lock(self, place: int) -> int:
         """The lock of a shard: its number among all that a run can have."""
         return 1 + ((self.number * len(TOWERS) + TOWERS.index(self.tower)) << 32) + place
@@ -95,8 +209,8 @@ def forget_failures(folder: Path, share: Share) -> None:
     Those of the same division may have noted theirs a moment ago.
     """
     for file in (folder / "shards").glob("*.failed-*-of-*.json"):
-        rank, _, of = file.name.removesuffix(".json").rpartition(".failed-")[2].partition("-of-")
-        if int(of) != share.of or int(rank) == share.rank:
+        told = re.search(r"\.failed-([0-9]{1,9})-of-([0-9]{1,9})\.json$", file.name)
+        if told and (int(told[2]) != share.of or int(told[1]) == share.rank):
             file.unlink(missing_ok=True)
 
 
@@ -117,7 +231,11 @@ class Standing:
 
 
 def standing(folder: Path, document: Mapping[str, Any]) -> Standing:
-    """How far the run in a folder has come. document: its `plan.json`."""
+    """How far the run in a folder has come. document: its `plan.json`.
+
+    Raises UserError, naming the file, where a note is damaged.
+    """
+    again = f"run its command again: {document['command']}"
     shards = folder / "shards"
     there = set(os.listdir(shards)) if shards.is_dir() else set()
     found = Standing([], {}, [], 0, 0)
@@ -125,8 +243,8 @@ def standing(folder: Path, document: Mapping[str, Any]) -> Standing:
     for number, given in enumerate(document["plan"]["models"]):
         given = given.strip()
         parts = {tower: Part(folder, number, given, tower) for tower in TOWERS}
-        begun = {tower: part.note for tower, part in parts.items() if part.note.name in there}
-        notes = {tower: json.loads(file.read_text(encoding="utf-8")) for tower, file in begun.items()}
+        begun = [tower for tower, part in parts.items() if part.note.name in there]
+        notes = {tower: parts[tower].read_note(again) for tower in begun}
         why = sorted(name for name in there if name.startswith(f"{number:02d}-{file_stem(given)}.failed-"))
         missing = [] if notes else [f"'{given}' was not begun"]
         for tower in next(iter(notes.values()))["towers"] if notes else ():
@@ -134,14 +252,18 @@ def standing(folder: Path, document: Mapping[str, Any]) -> Standing:
                 missing.append(f"the {tower} tower of '{given}' was not begun")
                 continue
             count = notes[tower]["shards"]
-            have = sum(parts[tower].shard(place).name in there for place in range(count))
+            wrong = parts[tower].problems(there, count, document["key"])
+            have = sum(problem is None for problem in wrong.values())
             done, total = done + have, total + count
             if have == count:
                 found.parts.append((parts[tower], notes[tower]))
             else:
-                missing.append(f"{count - have} of {count} shards of '{given}'")
+                told = [f" ({name}: {problem})" for name, problem in wrong.items() if problem]
+                missing.append(f"{count - have} of {count} shards of '{given}'{''.join(told[:1])}")
         if missing and why:
-            found.failed[given] = json.loads((shards / why[0]).read_text(encoding="utf-8"))["error"]
+            tip = f"rm '{shards / why[0]}', then run the same command again"
+            note = _read(shards / why[0], "why a model failed", {"error": str}, tip)
+            found.failed[given] = note["error"]
         else:
             found.missing.extend(missing)
     return Standing(found.parts, found.failed, found.missing, done, total)

@@ -86,6 +86,7 @@ def shard_values(
     """Measures samples and yields the numbers of each batch and layer.
 
     first_input: the number of the first sample within the run. advance: told how many inputs are done.
+    Raises NotFinite where no input of a run's first shard has finite values: running on would tell no more.
     """
     asked = job.measurement
     for batch in measure(
@@ -100,6 +101,7 @@ def shard_values(
         sampling=asked.sampling,
         batch_size=job.size,
         incidents=incidents,
+        whole=first_input == 0,
     ):
         for values in batch:
             yield replace(values, first_input=first_input + values.first_input)

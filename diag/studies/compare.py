@@ -75,7 +75,8 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """What could not be computed and why, a note per line (and reason)."""
-        said = [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
+        said = list(self.collection.notes)
+        said += [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
         if self.settings["growth"] is not None:
             lost = self.profiles[(self.profiles["quantity"] == "growth") & self.profiles["value"].isna()]
             said += dict.fromkeys(f"{row.label}: no growth from {row.word}" for row in lost.itertuples())
@@ -102,7 +103,15 @@ def compare(
 
     growth: see `profiles.profiles`. control: what is controlled between the lines; by default what the
     series says that holds all their models, if there is one. published: see `published_for`.
+
+    Raises UserError for a line whose samples were not kept.
     """
+    sampled = set(collection.samples["label"])
+    if bare := next((label for label in collection.labels if label not in sampled), None):
+        raise UserError(
+            f"no samples of '{bare}' were kept (--keep-samples 0), and lines are compared by them",
+            "measure it again with --keep-samples 64, or leave it out",
+        )
     control = control or series_control(collection)
     found = profiles(collection.samples, seed=seed, growth=growth)
     apart = differences(collection.samples, seed=seed)

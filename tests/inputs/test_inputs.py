@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +169,48 @@ def test_damaged_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
     assert 0 < read < 180
 
 
+BREAKS = (
+    struct.error("unpack"),
+    KeyError("WEBP"),
+    TypeError(),
+    AttributeError("x"),
+    RecursionError(),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize("error", BREAKS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["open", "exif_transpose"])
+def test_whatever_breaks_in_a_decoder_is_told_of_its_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    """As with damaged EXIF, or with a format whose decoder is not there."""
+    file = saved(tmp_path, Image.fromarray(COLOUR))
+
+    def breaks(*given: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(*((Image, "open") if where == "open" else (inputs.ImageOps, where)), breaks)
+    said = str(error) or type(error).__name__
+    with pytest.raises(UnreadableInput, match=re.escape(f"cannot read image 'image.png': {said}")):
+        open_image(file)
+
+
+def test_large_images_are_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to twice Pillow's limit; it warns of what it reads all the same."""
+    file = saved(tmp_path, Image.fromarray(COLOUR))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", COLOUR.shape[0] * COLOUR.shape[1] - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(pixels(file), COLOUR)
+
+
+def test_files_too_large_for_an_image_are_not_opened(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MOST_BYTES", (album / "a.png").stat().st_size - 1)
+    with pytest.raises(UnreadableInput, match=r"^0 MB, where 0 are the most$"):
+        images(album / "a.png").items[0].read()
+
+
 def test_metadata_too_large_to_be_true_is_unreadable(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("note", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
@@ -227,6 +274,23 @@ def test_a_source_that_is_not_there(tmp_path: Path, read: Any) -> None:
     assert "hf:NAME" in str(caught.value.tip)
 
 
+@pytest.mark.parametrize("read", [images, texts])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a" * 5000, "File name too long"),
+        ("/".join(["a" * 200] * 30), "File name too long"),
+        ("a\0b", "null"),
+        ("~nobody-of-that-name/x", "home folder of nobody here"),
+        ("/dev/zero", "no plain file"),
+    ],
+)
+def test_a_source_that_no_file_can_be(read: Any, source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read(source)
+    assert caught.value.tip
+
+
 def test_a_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match="no image in") as caught:
@@ -264,6 +328,36 @@ def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path) -> N
     assert [(item.id, item.read()) for item in found] == [("a/x.txt", "text 0"), ("b/x.txt", "text 1")]
 
 
+def test_the_stamp_follows_times_and_what_was_replaced_meanwhile_is_told(album: Path) -> None:
+    before = images(album)
+    first = album / before.items[0].id
+    written = first.stat()
+    files = before.files
+    assert files is not None
+    assert files.sha256(0) == hashlib.sha256(first.read_bytes()).hexdigest()
+    files.check(0)
+    first.write_bytes(bytes(reversed(first.read_bytes())))
+    os.utime(first, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    after = images(album)
+    assert after.digest == before.digest
+    assert after.stamp != before.stamp
+    assert images(first).stamp != before.stamp
+    with pytest.raises(UserError, match="was replaced while it was measured") as caught:
+        files.check(0)
+    assert "--overwrite" in str(caught.value.tip)
+    first.unlink()
+    assert files.sha256(0) == ""
+    files.check(0)  # what is gone cannot have been mixed in
+
+
+def test_texts_of_other_names_have_another_stamp(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same words")
+    one, other = (texts(tmp_path / name) for name in ("a.txt", "b.txt"))
+    assert one.digest == other.digest
+    assert one.stamp != other.stamp
+
+
 def test_the_digest_follows_the_text(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("abc")
@@ -285,6 +379,58 @@ def test_texts_that_cannot_be_read(tmp_path: Path, content: bytes, message: str)
         with pytest.raises(UserError, match=message) as caught:
             texts(source)
         assert caught.value.tip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "tip"),
+    [
+        ("a.jsonl", b'{"text": "a"}', "lines of JSON", "hf:FOLDER"),
+        ("a.JSON", b"[]", "JSON", "hf:FOLDER"),
+        ("a.csv", b"text,n", "a table", "hf:FOLDER"),
+        ("a.parquet", b"text", "a Parquet file", "hf:FOLDER"),
+        ("a", b"PAR1\x15", "a Parquet file", "hf:FOLDER"),
+        ("a.html", b"<html>", "a web page", ".txt"),
+        ("a.txt", b"%PDF-1.7", "a printed page", ".txt"),
+        ("a.docx", b"", "a document of a word processor", ".txt"),
+        ("a.txt", b"PK\x03\x04", "an archive", ".txt"),
+        ("a.txt.gz", b"", "an archive", ".txt"),
+        ("a.txt", b"\x89PNG", "an image", ".txt"),
+    ],
+)
+def test_what_is_no_prose_is_refused(
+    tmp_path: Path, name: str, content: bytes, message: str, tip: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"'{tmp_path / name}' is {message}, not a text") as caught:
+        texts(tmp_path / name)
+    assert tip in str(caught.value.tip)
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.rst", "a.py", "a.tex", "README", "a.txt"])
+def test_prose_and_code_are_texts(tmp_path: Path, name: str) -> None:
+    """JSON too, in a file that is called a text."""
+    (tmp_path / name).write_text('{"text": "a"}')
+    assert [item.read() for item in texts(tmp_path / name)] == ['{"text": "a"}']
+
+
+def test_texts_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diag.inputs.texts.MOST_TEXT", 9)
+    (tmp_path / "a.txt").write_text("123456789")
+    assert len(texts(tmp_path)) == 1
+    (tmp_path / "b.txt").write_text("0")
+    with pytest.raises(UserError, match=r"the texts in '.*': 0 MB of text, where 0 are the most") as caught:
+        texts(tmp_path)
+    assert "head -c" in str(caught.value.tip)
+    (tmp_path / "a.txt").write_text("1234567890")
+    with pytest.raises(UserError, match=r"'.*a\.txt': 0 MB of text"):
+        texts(tmp_path / "a.txt")
+
+
+def test_a_folder_of_other_texts_says_what_is_there(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.csv", "README"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=r"no text file in '.*', only '\.csv' or '\.jsonl'"):
+        texts(tmp_path)
 
 
 def test_a_folder_without_texts(tmp_path: Path) -> None:
@@ -319,6 +465,28 @@ def test_python_lists_are_inputs() -> None:
 def test_what_is_no_input(given: object) -> None:
     with pytest.raises(UserError, match="neither all PIL images nor all strings"):
         as_inputs(given, "vision")
+
+
+def test_a_mapping_is_no_list_of_texts() -> None:
+    with pytest.raises(UserError, match="neither all PIL images nor all strings"):
+        as_inputs({"a": "text"}, "text")
+
+
+def test_half_a_character_is_told() -> None:
+    with pytest.raises(UserError, match="text 1 holds half a character") as caught:
+        as_inputs(["whole", "half \udcff"], "text")
+    assert caught.value.tip
+
+
+def test_one_broken_image_of_a_list_is_its_own(tmp_path: Path) -> None:
+    """Opened by somebody else, it is read only now."""
+    file = saved(tmp_path, Image.fromarray(np.tile(COLOUR, (20, 20, 1))))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Image.open(file) as broken:
+        found = as_inputs([Image.fromarray(COLOUR), broken], "vision")
+        assert found.items[0].read()
+        with pytest.raises(UnreadableInput, match="cannot read image 1: "):
+            found.items[1].read()
 
 
 # --- Hugging Face data sets, by the name of a folder
@@ -371,6 +539,112 @@ def test_a_damaged_image_in_a_data_set_is_told_by_its_row(cached: Path) -> None:
     assert first.read()
     with pytest.raises(UnreadableInput, match="cannot read the image in row 1"):
         second.read()
+
+
+def test_a_data_set_starts_no_decoder_of_its_own(cached: Path, tmp_path: Path) -> None:
+    """It would take every format that Pillow knows, stored in the table or in a file beside it."""
+    saved(tmp_path, Image.fromarray(COLOUR), "a.gif")
+    (tmp_path / "a.gif").rename(cached / "0.png")
+    saved(cached, Image.fromarray(COLOUR), "1.png")
+    content = [(cached / "0.png").read_bytes(), (cached / "1.png").read_bytes(), b"", None]
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    kind = datasets.Features({"image": datasets.Image()})
+    stored = [x if x is None else {"bytes": x, "path": None} for x in content]
+    table = datasets.Dataset.from_dict({"image": stored}, kind)
+    table.to_parquet(inside / "train.parquet")
+    (tmp_path / "bytes").mkdir()
+    rows(tmp_path / "bytes", jpg=content)
+    for folder in (cached, inside, tmp_path / "bytes"):
+        found = images(f"hf:{folder},split=train")
+        with pytest.raises(UnreadableInput, match="the image in row 0: it is no JPEG, PNG or WebP"):
+            found.items[0].read()
+        np.testing.assert_array_equal(np.asarray(found.items[1].read()), COLOUR)
+    for place in (2, 3):
+        with pytest.raises(UnreadableInput, match=f"row {place}"):
+            images(f"hf:{inside},split=train").items[place].read()
+
+
+def test_what_lies_beside_the_column_is_not_decoded(cached: Path, tmp_path: Path) -> None:
+    """Other columns of its rows, or images where texts are asked for: they may need decoders of their own."""
+    kinds = {"image": datasets.Image(), "video": datasets.Image(), "text": datasets.Value("string")}
+    picture = saved(tmp_path, Image.fromarray(COLOUR)).read_bytes()
+    cells = {
+        "image": [{"bytes": picture, "path": None}],
+        "video": [{"bytes": b"none", "path": None}],
+        "text": ["a"],
+    }
+    datasets.Dataset.from_dict(cells, datasets.Features(kinds)).to_parquet(cached / "train.parquet")
+    (item,) = images(f"hf:{cached},split=train")
+    np.testing.assert_array_equal(np.asarray(item.read()), COLOUR)
+    assert [item.read() for item in texts(f"hf:{cached},split=train")] == ["a"]
+    with pytest.raises(UserError, match=r"column 'video' holds no text \(row 0: dict\)"):
+        texts(f"hf:{cached},split=train,column=video")
+
+
+def test_an_image_of_a_data_set_that_is_gone(cached: Path) -> None:
+    for name in ("0.png", "1.png"):
+        saved(cached, Image.fromarray(COLOUR), name)
+    found = images(f"hf:{cached},split=train")
+    (cached / "1.png").unlink()
+    assert found.items[0].read()
+    with pytest.raises(UnreadableInput, match=r"cannot read the image in row 1 '.*1\.png': No such file"):
+        found.items[1].read()
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ([["a", "b"]], "list"),
+        ([1], "int"),
+        ([1.5], "float"),
+        ([{"a": "b"}], "dict"),
+        ([None, b"a"], "bytes"),
+        ([True], "bool"),
+    ],
+)
+def test_a_column_that_holds_no_text(monkeypatch: pytest.MonkeyPatch, column: list[Any], kind: str) -> None:
+    table = datasets.Dataset.from_dict({"text": column})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: table)
+    with pytest.raises(UserError, match=rf"column 'text' holds no text \(row \d: {kind}\)") as caught:
+        texts("hf:made/up")
+    assert caught.value.tip == "give another with column=NAME"
+    with pytest.raises(UnreadableInput, match="row 0"):
+        images("hf:made/up,column=text").items[0].read()
+
+
+def test_errors_of_the_library_are_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        column_names = ("text", "image")
+
+        def __len__(self) -> int:
+            return 1
+
+        def select_columns(self, names: list[str]) -> Any:
+            return self
+
+        def with_format(self, kind: str) -> Any:
+            return self
+
+        def iter(self, rows: int) -> Any:
+            raise ModuleNotFoundError("no decoder\nfor audio")
+
+        def __getitem__(self, what: Any) -> Any:
+            raise ModuleNotFoundError("no decoder\nfor audio")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: Broken())
+    with pytest.raises(UserError, match=r"cannot read column 'text' of 'hf:a' \(no decoder\)$"):
+        texts("hf:a")
+    with pytest.raises(UnreadableInput, match=r"cannot read the image in row 0: no decoder$"):
+        images("hf:a").items[0].read()
+
+
+def test_a_data_set_has_a_largest_size(monkeypatch: pytest.MonkeyPatch, cached: Path) -> None:
+    rows(cached, text=["12345", "67890"])
+    monkeypatch.setattr("diag.inputs.texts.MOST_TEXT", 9)
+    with pytest.raises(UserError, match="more than 0 MB of text") as caught:
+        texts(f"hf:{cached},split=train")
+    assert "split=train[:1000]" in str(caught.value.tip)
 
 
 def test_a_column_without_images_is_told_row_by_row(cached: Path) -> None:

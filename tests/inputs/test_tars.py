@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,6 +96,19 @@ def test_tars_of_two_folders_are_told_apart(tmp_path: Path) -> None:
         pack(tmp_path / part / "0.tar", {"a.png": picture(1)})
     for source in (tmp_path, f"{tmp_path}/{{train,val}}/0.tar"):
         assert [item.id for item in images(source)] == ["train/0.tar/a.png", "val/0.tar/a.png"]
+
+
+def test_the_stamp_follows_the_times_of_tars(shards: Path) -> None:
+    before = images(shards)
+    tar = sorted(shards.glob("*.tar"))[0]
+    assert before.files is not None
+    before.files.check(0)
+    assert before.files.sha256(0) == hashlib.sha256(picture(0)).hexdigest()
+    os.utime(tar, ns=(0, 0))
+    assert images(shards).digest == before.digest
+    assert images(shards).stamp != before.stamp
+    with pytest.raises(UserError, match="was replaced while it was measured"):
+        before.files.check(0)
 
 
 def test_the_digest_follows_names_and_sizes(shards: Path) -> None:
@@ -199,6 +214,83 @@ def test_a_file_that_is_no_tar_is_told_among_others(shards: Path) -> None:
     assert len(images(shards)) == 7
 
 
+def with_size(file: Path, size: int) -> Path:
+    """Three members, of which the second says that it has another size than it has."""
+    with file.open("wb") as out:
+        for name in ("a.png", "b.png", "c.png"):
+            member = tarfile.TarInfo(name)
+            member.size = size if name == "b.png" else len(picture(1))
+            out.write(member.tobuf(format=tarfile.GNU_FORMAT))
+            out.write(picture(1) + bytes(-len(picture(1)) % 512))
+        out.write(bytes(1024))
+    return file
+
+
+IMPOSSIBLE = {
+    -1: ["00001.tar/b.png", "00001.tar"],
+    -512: ["00001.tar"],
+    -(2**40): ["00001.tar"],
+    2**40: ["00001.tar/b.png", "00001.tar"],
+    2**80: ["00001.tar/b.png", "00001.tar"],
+}
+
+
+@pytest.mark.parametrize(("size", "lost"), IMPOSSIBLE.items())
+def test_sizes_that_cannot_be_are_of_one_tar_only(shards: Path, size: int, lost: list[str]) -> None:
+    with_size(shards / "00001.tar", size)
+    told = failures(shards)
+    assert list(told) == lost
+    assert [item.id for item in images(shards) if item.id not in told] == [
+        *IDS[:3],
+        "00001.tar/a.png",
+        *IDS[6:],
+    ]
+
+
+def test_an_error_of_the_library_is_of_one_tar_only(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    following = tarfile.TarFile.next
+
+    def breaks(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        if str(tar.name).endswith("00001.tar"):
+            raise RecursionError("too many headers of headers")
+        return following(tar)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", breaks)
+    assert failures(shards) == {
+        "00001.tar": "tar '00001.tar' is damaged after 0 images: too many headers of headers"
+    }
+
+
+def test_nothing_but_plain_files_is_opened_as_a_tar(shards: Path) -> None:
+    os.mkfifo(shards / "00003.tar")
+    (shards / "00004.tar").symlink_to("nowhere")
+    told = failures(shards)
+    assert list(told) == ["00003.tar", "00004.tar"]
+    assert "it is no plain file" in told["00003.tar"]
+    with pytest.raises(UserError, match=r"00003\.tar': it is no plain file"):
+        images(shards / "00003.tar")
+
+
+def test_tars_behind_a_link(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train").symlink_to(shards)
+    assert [item.id for item in images(tmp_path / "set")][:9] == [f"train/{name}" for name in IDS]
+
+
+def test_odd_names_of_members(tmp_path: Path) -> None:
+    """They name nothing on the disk."""
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ("../../up.png", "/root.png", "\xe9.png", "a\x1b[2J.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture(1))
+            tar.addfile(member, io.BytesIO(picture(1)))
+    found = images(file)
+    names = ["../../up.png", "root.png", "\\udce9.png", "a\\u001b[2J.png"]
+    assert [item.id for item in found] == [f"a.tar/{name}" for name in names]
+    assert all(number_of(item.read()) == 1 for item in found)
+
+
 def test_a_tar_that_vanishes_is_told_image_by_image(shards: Path) -> None:
     found = images(shards)
     (shards / "00000.tar").unlink()
@@ -241,6 +333,10 @@ def test_a_tar_without_images(tmp_path: Path, content: dict[str, bytes] | bytes,
         ("{00000..00004}.tar", r"00003.tar' does not exist \(2 of 5 tars are missing\)"),
         ("x.tar", r"x.tar' does not exist$"),
         ("{3..1}.tar", "is an empty range"),
+        ("{0..9999999999}.tar", "stands for more than 1,000,000 tars"),
+        ("{0..%s}.tar" % ("9" * 5000), "stands for more than 1,000,000 tars"),
+        ("{0..9999}-{0..9999}.tar", "stands for more than 1,000,000 tars"),
+        ("{a,b}" * 64 + ".tar", "stands for more than 1,000,000 tars"),
         ("a.tar.gz", "is compressed"),
     ],
 )
@@ -271,10 +367,12 @@ def test_a_run_over_tars_tells_what_it_could_not_read(
     attnbias: Callable[..., Ended], shards: Path, tmp_path: Path
 ) -> None:
     pack(shards / "00001.tar", {"b.png": b"no image", "c.png": picture(4)})
-    given = ("-m", "demo:vit-p16", "--metrics", "cos_y_vself", "--workers", "2")
+    models = ("-m", "demo:vit-p16", "-m", "demo:vit-p8")
+    given = (*models, "--metrics", "cos_y_vself", "--workers", "2")
     ended = attnbias("probe", *given, "--images", f"{shards}/{{00000..00002}}.tar", "-o", tmp_path / "run")
     assert ended.code == 3
-    assert "00001.tar/b.png: cannot read image 'b.png'" in ended.err
+    assert "1 failed:" in ended.lines  # not once for each model
+    assert ended.err.count("00001.tar/b.png: cannot read image 'b.png'") == 1
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert list(manifest["failed_inputs"]) == ["00001.tar/b.png"]
     assert manifest["inputs"]["vision"]["count"] == 8
@@ -289,3 +387,11 @@ def test_an_empty_tar_is_two_lines(attnbias: Callable[..., Ended], tmp_path: Pat
         f"error: no image in '{file}'",
         "tip: members must end in '.jpg', '.jpeg', '.png' or '.webp'",
     ]
+
+
+def test_the_only_image_is_told_once(attnbias: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    ended = attnbias("probe", "-m", "demo:vit-p16", "--images", tmp_path / "a.png", "-o", "run")
+    assert ended.code == 2
+    assert ended.err.count("cannot read image 'a.png'") == 1
+    assert ended.lines[-1] == "tip: give images in JPEG, PNG or WebP"

@@ -46,6 +46,8 @@ from diag.metrics.default import METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.models import load
 from diag.models.base import Sample, Tower
+from diag.models.encoding import each
+from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 from diag.models.names.resolve import parse
 
@@ -505,14 +507,97 @@ def test_weights_that_are_not_finite_name_the_layer(number: float) -> None:
     assert "NaN or infinity" in error.value.tip
 
 
-def test_one_input_that_is_not_finite_is_named() -> None:
-    """The gate has long passed when it comes."""
-    given = [*IMAGES[:3], Sample("bad", lambda: torch.full((VISION_TOKENS, 16), math.nan)), IMAGES[4]]
-    batches = measure(vision_tower(), given, batch_size=2)
-    assert next(batches)[0].ids == ("input-0", "input-1")
-    message = r"^layer 'layers\.0' gives values that are not finite \(\w+, input 'bad'\)$"
-    with pytest.raises(UserError, match=message):
-        next(batches)
+def spoiled(name: str, token: int, number: float = math.nan) -> Sample:
+    """An input with one token of NaN or infinity."""
+    x = IMAGES[0].read()
+    x[token] = number
+    return Sample(name, lambda: x.clone())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("place", [0, 3, 5])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_are_listed_and_change_no_other(
+    number: float, place: int, batch_size: int
+) -> None:
+    """Before the gate has passed and after it: all others are in the batches that they would be in."""
+    given = [*IMAGES[:place], spoiled("bad", 4, number), spoiled("worse", 11, number), *IMAGES[place:]]
+    incidents, options = Incidents(), {"token_sets": ["patch", "all"], "batch_size": batch_size}
+    found = list(measure(vision_tower(), given, incidents=incidents, **options))
+    alone = list(measure(vision_tower(), IMAGES, **options))
+    np.testing.assert_array_equal(table(found), table(alone))
+    assert [batch[0].ids for batch in found] == [batch[0].ids for batch in alone]
+    assert [block.facts for block in found[0]] == [block.facts for block in alone[0]]
+    assert list(incidents.failed) == ["bad", "worse"]
+    for why in incidents.failed.values():
+        assert re.fullmatch(r"layer 'layers\.0' gives values that are not finite( \(\w+\))?", why)
+
+
+class Overflowing(Attention):
+    """Gives infinity for inputs that begin with a large number."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        large = x[:, :1, :1] > 50
+        return super().forward(torch.where(large, torch.inf, x), mask)
+
+
+@pytest.mark.parametrize("place", [0, 4])
+def test_the_layer_that_shows_it_first_is_told(place: int) -> None:
+    given = [*IMAGES[:place], spoiled("bad", 0, 100.0), *IMAGES[place:]]
+    incidents = Incidents()
+    tower = vision_tower(Attention(), Overflowing(), Attention())
+    list(measure(tower, given, batch_size=2, token_sets=["all"], incidents=incidents))
+    assert list(incidents.failed) == ["bad"]
+    assert incidents.failed["bad"].startswith("layer 'layers.1' gives values that are not finite")
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_stream_metrics_go_on_without_an_input_too(place: int) -> None:
+    model = load(parse("demo:vit-p16"), device="cpu", dtype=torch.float32)
+    tower = model.towers["vision"]
+    options = {"metrics": ["block_influence", "value_stream_cosine"], "batch_size": 2}
+    options["blocks"] = find_blocks(model.module, tower.layers)
+    good = list(itertools.islice(tower.samples(inputs.demo_images(), None), 4))
+    bad = Sample("bad", lambda: torch.full((3, *[tower.facts["image_size"]] * 2), math.nan))
+    incidents = Incidents()
+    found = list(measure(tower, [*good[:place], bad, *good[place:]], incidents=incidents, **options))
+    np.testing.assert_array_equal(table(found), table(list(measure(tower, good, **options))))
+    assert "gives values that are not finite" in incidents.failed["bad"]
+    assert not incidents.unprojected
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nothing_but_inputs_that_are_not_finite_is_an_error_of_the_whole(whole: bool) -> None:
+    """Not of a later part, such as the last shard of a run with one input left."""
+    given = [spoiled(str(number), number) for number in range(4)]
+    incidents = Incidents()
+    batches = measure(vision_tower(), given, batch_size=3, incidents=incidents, whole=whole)
+    if whole:
+        with pytest.raises(UserError, match=r"'layers\.0' .* not finite \(input '0' and 3 more\)$"):
+            list(batches)
+    else:
+        assert not list(batches)
+    assert list(incidents.failed) == ["0", "1", "2", "3"]
+
+
+def test_inputs_that_cannot_be_encoded_are_left_out_of_their_batch() -> None:
+    """Where nothing prepares them one by one, as for metrics that need the image itself."""
+    tower = vision_tower()
+
+    def refused(sample: Sample) -> Tensor:
+        if sample.id == "odd":
+            raise UnreadableInput("cannot preprocess the image: too narrow")
+        return sample.read()
+
+    def encode(samples: Sequence[Sample]) -> Any:
+        each(samples, refused)
+        return tower.encode(samples)
+
+    incidents = Incidents()
+    given = [IMAGES[0], Sample("odd", IMAGES[1].read), *IMAGES[1:]]
+    found = list(measure(replace(tower, encode=encode), given, batch_size=2, incidents=incidents))
+    assert incidents.failed == {"odd": "cannot preprocess the image: too narrow"}
+    np.testing.assert_array_equal(table(found), run(tower, IMAGES, batch_size=2))
 
 
 def test_a_layer_that_never_runs_is_named() -> None:

@@ -159,13 +159,19 @@ def test_errors_of_one_image_are_its_own(workers: int, broken: int) -> None:
     def narrow(image: Image.Image) -> torch.Tensor:
         if np.asarray(image)[0, 0, 0] == 3:
             raise ValueError("too narrow\nfor words")
+        if np.asarray(image)[0, 0, 0] == 5:
+            raise KeyError("mode")
         return pixels(image)
 
     incidents = Incidents()
     with ahead(tower(narrow), given, workers=workers) as stream:
         found = [sample.id for sample in readable(stream, incidents, tower(narrow).prepare)]
-    assert incidents.failed == {"broken": "it is torn", "003": "cannot preprocess the image: too narrow"}
-    assert found == [f"{number:03d}" for number in range(20) if number not in (3, broken)]
+    assert incidents.failed == {
+        "broken": "it is torn",
+        "003": "cannot preprocess the image: too narrow",
+        "005": "cannot preprocess the image: 'mode'",
+    }
+    assert found == [f"{number:03d}" for number in range(20) if number not in (3, 5, broken)]
 
 
 def test_all_are_unreadable() -> None:

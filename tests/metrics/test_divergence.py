@@ -10,6 +10,7 @@ from reference import make_call, with_dense_output
 
 from diag.errors import MeasurementError, UserError
 from diag.inputs.images import images, neutral_image
+from diag.measure.batch_readings import Incidents
 from diag.measure.loop import measure
 from diag.metrics.default import Selection, reduce
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
@@ -90,3 +91,14 @@ def test_a_vision_tower_beside_the_default_metrics() -> None:
     blank = [Sample("blank", lambda: Image.new("RGB", (64, 64), (30, 90, 200)))]
     for layer in next(iter(measure(tower, blank, metrics=NAMES))):
         assert (layer.values == 0).all()
+
+
+def test_an_image_that_cannot_be_prepared_is_left_out_of_both_passes() -> None:
+    """Here images are prepared inside of their batch."""
+    tower = load(parse("demo:vit-p16"), device="cpu", dtype=torch.float32).tower("vision")
+    samples = list(tower.samples(images("demo"), None))[:3]
+    odd, incidents = Sample("odd", lambda: Image.new("RGB", (0, 5))), Incidents()
+    found = list(measure(tower, [*samples[:1], odd, *samples[1:]], metrics=NAMES, incidents=incidents))
+    assert incidents.failed["odd"].startswith("cannot preprocess the image: ")
+    for ours, alone in zip(found[0], next(iter(measure(tower, samples, metrics=NAMES))), strict=True):
+        assert np.array_equal(ours.values, alone.values)

@@ -14,6 +14,7 @@ from made_runs import CURVES, Make, made_run
 
 from diag.errors import UserError
 from diag.results.collect import collect
+from diag.results.hashes import hashes
 from diag.results.tables import FORMAT
 
 
@@ -94,6 +95,27 @@ class TestSources:
         one, other = self.sources(make("a", model="demo:a"), make("b", model="demo:b", sha256="others"))
         assert one != other
 
+    @pytest.mark.parametrize(
+        ("told", "names"),
+        [
+            ([("s", "c"), ("s", "d")], ["", ""]),  # more of one folder
+            ([("s", "c"), ("t", "c")], ["", ""]),  # a copy
+            ([("s", "c"), ("t", "d")], ["", "~2"]),  # replaced since, of the same names and sizes
+            ([("s", "c"), ("t", "d"), ("t", "e"), ("s", "f")], ["", "~2", "~2", ""]),
+            ([("s", "c"), ("t", "c"), ("s", "e"), ("t", "f")], ["", "", "~2", "~3"]),  # never by hearsay
+            ([("s", "c"), None], ["", ""]),  # of an older version, which tells no more
+        ],
+    )
+    def test_images_of_one_digest_are_the_same_by_stamp_or_bytes(
+        self, make: Make, told: list[tuple[str, str] | None], names: list[str]
+    ) -> None:
+        runs = []
+        for number, known in enumerate(told):
+            given = {} if known is None else {"stamp": known[0], "content": known[1]}
+            inputs = {"vision": {"sha256": "photos", "count": 8, **given}}
+            runs.append(make(str(number), model=f"demo:{number}", manifest={"inputs": inputs}))
+        assert self.sources(*runs) == [f"photos{name}" for name in names]
+
     def test_without_a_digest_every_run_is_its_own_source(self, make: Make) -> None:
         nothing = {"manifest": {"inputs": {}}}
         one, other = self.sources(make("a", model="demo:a", **nothing), make("b", model="demo:b", **nothing))
@@ -165,6 +187,18 @@ class TestProblems:
     def test_nothing_given(self) -> None:
         with pytest.raises(UserError, match="no run was given"):
             collect([])
+
+
+def test_a_table_that_was_edited_is_noted(make: Make) -> None:
+    folder = make()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tables"] = hashes(folder, ("layers.csv", "heads.parquet", "samples.parquet", "none.csv"))
+    assert list(manifest["tables"]) == ["layers.csv", "heads.parquet", "samples.parquet"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert collect([folder]).notes == []
+    with (folder / "layers.csv").open("a") as table:
+        table.write("\n")
+    assert collect([folder]).notes == [f"layers.csv of '{folder}' is not as the run wrote it"]
 
 
 def test_a_real_run(finished: tuple[Path, Ended], tmp_path: Path) -> None:

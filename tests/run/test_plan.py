@@ -84,6 +84,24 @@ def test_the_key_changes_with_weights_in_a_folder_but_not_with_runs_below_it(
     assert named.key(DIGESTS) != before
 
 
+def test_the_key_changes_with_weights_below_a_folder_but_not_with_what_was_written_there(
+    tmp_path: Path,
+) -> None:
+    below = tmp_path / "shards" / "model-00001.safetensors"
+    run = tmp_path / "mine"
+    for folder in (below.parent, run / "activations"):
+        folder.mkdir(parents=True)
+    below.write_bytes(b"1")
+    os.utime(below, ns=(0, 0))
+    named = plan(models=(f"hf:{tmp_path}",))
+    before = named.key(DIGESTS)
+    (run / "plan.json").write_text("{}")
+    (run / "activations" / "00000.safetensors").write_bytes(b"1")
+    assert named.key(DIGESTS) == before
+    os.utime(below, ns=(0, 1))
+    assert named.key(DIGESTS) != before
+
+
 def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     file.write_bytes(b"1")
@@ -99,6 +117,13 @@ def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
         ({"limit": 0}, "--limit is above 0", "given: 0"),
         ({"batch_size": -1}, "--batch-size is at least 0", "given: -1"),
         ({"seq_len": 0}, "--seq-len", "given: 0"),
+        ({"seq_len": 1}, "--seq-len", "given: 1"),
+        ({"limit": 2**63}, "--limit", f"given: {2**63}"),
+        ({"batch_size": 2**63}, "--batch-size", f"given: {2**63}"),
+        ({"seed": 2**64}, "--seed", f"given: {2**64}"),
+        ({"seq_len": 2**31}, "--seq-len", f"given: {2**31}"),
+        ({"workers": 10**6}, "--workers", "given: 1000000"),
+        ({"keep_samples": 2**63}, "--keep-samples", f"given: {2**63}"),
         ({"seed": -1}, "--seed", "given: -1"),
         ({"dtype": "float8"}, "--dtype is one of float32, bfloat16, float16", "given: 'float8'"),
         ({"metrics": ()}, "--metrics names nothing", "given: ''"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import torch
 from safetensors import safe_open
 
 from diag.errors import UserError
+from diag.inputs import images
 from diag.models.families import demo
 from diag.results import tables as records
+from diag.results.collect import collect
 from diag.results.writing import WRITERS
 from diag.run import run, shards
+from diag.run.cache import folder_of, is_measured
 from diag.run.plan import SHARD_INPUTS, ProbePlan
 from diag.run.progress import Progress, Silent
 from diag.run.run import open_run, run_probe
@@ -302,6 +306,57 @@ def test_inputs_that_changed_are_another_run(tmp_path: Path, noise: Path) -> Non
         run_probe(vision(album), tmp_path / "run")
 
 
+def test_images_that_were_replaced_are_another_run(tmp_path: Path, noise: Path) -> None:
+    """Of the same names and sizes, at another time: neither mixed into what is there, nor served stale."""
+    album = tmp_path / "album"
+    shutil.copytree(noise, album)
+    with pytest.raises(KeyboardInterrupt):
+        run_probe(vision(album), tmp_path / "run", listener=Ears(17))
+    run_probe(vision(album, limit=2), tmp_path / "finished")
+    assert is_measured(vision(album, limit=2)) is False
+    there = folder_of(vision(album, limit=2))
+    for file in album.iterdir():
+        os.utime(file, ns=(0, 0))
+    assert folder_of(vision(album, limit=2)) != there
+    for folder, limit in ((tmp_path / "run", 64), (tmp_path / "finished", 2)):
+        with pytest.raises(UserError, match="holds another run: its inputs were replaced since") as caught:
+            run_probe(vision(album, limit=limit), folder)
+        assert "--overwrite" in str(caught.value.tip)
+
+
+def test_an_image_that_is_replaced_while_it_is_measured_ends_the_run(
+    tmp_path: Path, noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    album = tmp_path / "album"
+    shutil.copytree(noise, album)
+    original = shards.measure
+
+    def replacing(*arguments: Any, **options: Any) -> Any:
+        yield from original(*arguments, **options)
+        os.utime(album / "01.png", ns=(0, 0))
+
+    monkeypatch.setattr(shards, "measure", replacing)
+    with pytest.raises(UserError, match=r"01\.png' was replaced while it was measured"):
+        run_probe(vision(album, limit=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_inputs_of_two_runs_are_the_same_by_their_bytes(tmp_path: Path, noise: Path) -> None:
+    """A copy of a folder pairs; images of the same names and sizes that differ do not."""
+    for name in ("album", "copy", "other"):
+        shutil.copytree(noise, tmp_path / name)
+    for file in ("copy", "other"):
+        os.utime(tmp_path / file / "00.png", ns=(0, 0))
+    changed = tmp_path / "other" / "01.png"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\0")  # of its last chunk
+    for name in ("album", "copy", "other"):
+        run_probe(vision(tmp_path / name, limit=3), tmp_path / f"run-{name}")
+    found = collect(tmp_path / f"run-{name}" for name in ("album", "copy", "other"))
+    sources = list(found.samples.groupby("run", sort=False)["source"].first())
+    assert sources[0] == sources[1]
+    assert sources[2] == f"{sources[0]}~2"
+
+
 # --- what goes wrong on the way
 
 
@@ -400,6 +455,28 @@ def test_only_unreadable_inputs_are_an_error(tmp_path: Path, noise: Path) -> Non
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("keep", [0, 4])
+def test_inputs_beyond_those_kept_count_though_none_of_the_kept_could_be_read(
+    tmp_path: Path, noise: Path, keep: int
+) -> None:
+    album = broken(" ".join(map(str, range(16))), noise, tmp_path / "album", 20)
+    found = run_probe(vision(album, keep_samples=keep), tmp_path / "run")
+    assert found.layers["n"].eq(4).all()
+    assert len(found.manifest["failed_inputs"]) == 16
+    samples = records.read_samples(tmp_path / "run")
+    assert len(samples) == 0
+    assert {"input", "value", "metric", "layer", "head"} <= set(samples)
+
+
+def test_a_model_of_which_nothing_can_be_measured_has_failed(tmp_path: Path, noise: Path) -> None:
+    """One class token has no partner, and one token nothing to attend to."""
+    alone = vision(noise, tokens=("cls",), metrics=("cos_y_vpartner",), limit=2)
+    with pytest.raises(UserError, match="none of the metrics has a number in the vision tower") as caught:
+        run_probe(alone, tmp_path / "run")
+    assert "other --tokens or --metrics" in str(caught.value.tip)
+    assert not (tmp_path / "run").exists()
+
+
 def test_failed_inputs_are_known_after_resuming(tmp_path: Path, noise: Path) -> None:
     album = broken("1", noise, tmp_path / "album", 20)
     with pytest.raises(KeyboardInterrupt):
@@ -420,6 +497,37 @@ def test_a_model_that_fails_does_not_take_the_others_along(tmp_path: Path, noise
     alone = run_probe(vision(noise, models=("demo:vit-p8",), limit=3), tmp_path / "alone")
     mine = found.layers[found.layers["model"] == "demo:vit-p8"].reset_index(drop=True)
     pd.testing.assert_frame_equal(mine, alone.layers, check_exact=True)
+
+
+def test_inputs_that_are_not_finite_are_listed_and_all_others_measured(
+    tmp_path: Path, noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them the only input of the last shard, and one in the batch on which layers are checked."""
+    decoded = images._decoded
+    folder = tmp_path / "images"
+    shutil.copytree(noise, folder)
+    for number in range(20, 33):
+        shutil.copy(noise / "00.png", folder / f"{number}.png")
+    bad = ("00.png", "05.png", "32.png")
+
+    def wild(source: Path, what: str) -> Any:
+        size = (3, 64, 64)
+        return torch.full(size, torch.nan) if source.name in bad else decoded(source, what)
+
+    monkeypatch.setattr(images, "_decoded", wild)
+    found = run_probe(vision(folder, limit=33), tmp_path / "run")
+    assert list(found.manifest["failed_inputs"]) == list(bad)
+    for why in found.manifest["failed_inputs"].values():
+        assert why.startswith("layer 'blocks.0.attn' gives values that are not finite")
+    assert found.manifest["status"] == "partial"
+    assert found.layers["n"].eq(30).all()
+    for name in bad:
+        (folder / name).write_bytes(b"")
+    monkeypatch.setattr(images, "_decoded", decoded)
+    unread = run_probe(vision(folder, limit=33), tmp_path / "unread")
+    for mine, other in zip(tables_of(tmp_path / "run"), tables_of(tmp_path / "unread"), strict=True):
+        pd.testing.assert_frame_equal(mine, other, check_exact=True)
+    assert list(unread.manifest["failed_inputs"]) == list(bad)
 
 
 def test_a_model_that_fails_half_way_leaves_no_rows(
@@ -483,6 +591,19 @@ def test_activations_of_two_models_stay_apart(tmp_path: Path, noise: Path, saved
     run_probe(both, tmp_path / "run")
     files = sorted((tmp_path / "run" / "activations").rglob("*.safetensors"))
     assert [saved(file)[0]["layer.00.value"].shape[2] for file in files] == [17, 65]
+
+
+def test_activations_of_models_whose_names_read_alike_as_files_stay_apart(
+    tmp_path: Path, noise: Path
+) -> None:
+    names = ("a b", "a-b", "A-b", "a:b")
+    for name in names:
+        (tmp_path / name).symlink_to(demo.EMBEDDED / "lm")
+    models = tuple(str(tmp_path / name) for name in names)
+    run_probe(plan(models=models, limit=2, layers=(0,), save_activations=1), tmp_path / "run")
+    folders = sorted(file.name for file in (tmp_path / "run" / "activations").iterdir())
+    assert len(folders) == 4
+    assert len(list((tmp_path / "run" / "activations").rglob("*.safetensors"))) == 4
 
 
 def test_activations_are_saved_though_every_shard_was_there(tmp_path: Path, noise: Path) -> None:

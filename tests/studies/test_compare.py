@@ -14,6 +14,8 @@ from made_runs import CURVES, Make, made_run
 from diag.cli.compare import numbers
 from diag.errors import UserError
 from diag.results.collect import collect
+from diag.results.tables import read_samples
+from diag.results.writing import write
 from diag.show.words.control import series_control
 from diag.studies import compare as module
 from diag.studies.compare import compare, default_folder, published_for, screen, write_comparison
@@ -327,6 +329,26 @@ class TestVerb:
         assert "2 failed:" in ended.err
         assert "nowhere: 'nowhere' is not a finished run" in ended.err
         assert f"'{old}' has format 0" in ended.err
+
+    def test_a_table_that_was_edited_is_said(self, attnbias: Attnbias, two: tuple[Path, Path]) -> None:
+        manifest = json.loads((two[0] / "manifest.json").read_text())
+        (two[0] / "manifest.json").write_text(json.dumps(manifest | {"tables": {"layers.csv": "0"}}))
+        for given in (("compare", *two, "-o", "out"), ("report", *two, "-o", "page.html")):
+            ended = attnbias(*given)
+            assert ended.code == 0
+            assert f"layers.csv of '{two[0]}' is not as the run wrote it" in ended.lines
+        assert "is not as the run wrote it" in Path("page.html").read_text()
+
+    def test_a_run_without_samples(self, attnbias: Attnbias, two: tuple[Path, Path]) -> None:
+        samples = read_samples(two[0])
+        write(samples[:0], two[0] / "samples.parquet")
+        for runs in (two, two[:1]):
+            ended = attnbias("compare", *runs, "-o", "out")
+            assert (ended.code, len(ended.lines)) == (2, 2)
+            assert ended.lines[0].startswith("error: no samples of 'demo:vit-p16' were kept")
+            assert ended.lines[1] == "tip: measure it again with --keep-samples 64, or leave it out"
+            assert not Path("out").exists()
+        assert attnbias("report", *two, "-o", "page.html").code == 0
 
     def test_no_usable_run(self, attnbias: Attnbias) -> None:
         ended = attnbias("compare", "nowhere", "neither")

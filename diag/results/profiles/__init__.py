@@ -100,6 +100,8 @@ def differences(
     Lines of different inputs are resampled apart. A quantity that one of the two lacks has no row.
     """
     lines = _lines(samples)
+    if not lines:
+        pairs = ()
     if pairs is None:
         first, *others = lines
         many = len(lines) > MANY_LINES

@@ -7,7 +7,7 @@ The page holds all it needs: no file beside it, no request to anywhere. The same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,16 @@ __all__ = ["Report", "default_title", "page", "write_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """A report that was written: where, its size in bytes, how many lines, and folders that were left out."""
+    """A report that was written: where, its size in bytes, how many lines, and folders that were left out.
+
+    notes: what is to be said of those that are in it.
+    """
 
     path: Path
     size: int
     lines: int
     problems: Mapping[str, str]
+    notes: Sequence[str] = ()
 
 
 def write_report(folders: Iterable[Path], path: Path, *, title: str | None = None) -> Report:
@@ -50,7 +54,7 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
     problems = {**collection.problems, **problems}
     text = page(collection, attended, title=title, problems=problems)
     atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
-    return Report(path, len(text.encode("utf-8")), len(collection.labels), problems)
+    return Report(path, len(text.encode("utf-8")), len(collection.labels), problems, collection.notes)
 
 
 def check_free(path: Path) -> None:

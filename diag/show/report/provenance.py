@@ -30,13 +30,14 @@ MODEL = (
     *("weights_sha256", "model_args", "patch_size", "image_size", "context", "bos", "preprocessing"),
 )
 """What is shown of a model's entry in a manifest; `INPUT` of an input's."""
-INPUT = ("source", "count", "sha256")
+INPUT = ("source", "count", "sha256", "content")
 TERMS = {
     "resolved": "resolved to",
     "weights_sha256": "weights SHA-256",
     "model_args": "model arguments",
     "bos": "BOS",
     "sha256": "SHA-256 of all",
+    "content": "SHA-256 of those measured",
 }
 """What the page calls them, where it is not the key in words."""
 

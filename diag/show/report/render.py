@@ -54,9 +54,10 @@ def page(
         looks=looks,
         sources=[provenance.source(name, found) for name, found in manifests],
         problems=problems or {},
-        notes=provenance.notes(collection.layers["values"], first_tokens)
-        if "values" in collection.layers
-        else [],
+        notes=[
+            *collection.notes,
+            *provenance.notes(collection.layers.get("values", ()), first_tokens),
+        ],
         glossary={title: list(map(entry_of, names)) for title, names in content.grouped(metrics).items()},
         schemes={scheme: variables(colours, scheme) for scheme in PAPER},
         paper=PAPER,

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.inputs.given import as_inputs
 from diag.inputs.images import PHOTOGRAPHS, demo_images, images
-from diag.inputs.items import Inputs, Item
+from diag.inputs.items import Inputs, Item, existing
+from diag.inputs.outside import reason, regular
 from diag.inputs.texts import texts
 from diag.results.writing import file_stem
-from diag.run.plan import RUNS, Dtype, Plan, ProbePlan
+from diag.run.plan import MOST, MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
+
+Place = Annotated[int, Field(ge=-MOST, le=MOST)]
+"""Where something is, counted from the front or, negative, from the end."""
 
 DEMO = "demo:"
 IMAGE_TIP = "--image takes an image file, or demo:NAME such as demo:astronaut"
@@ -33,14 +38,14 @@ class AttendPlan(Plan):
     models: tuple[str, ...] = Field(min_length=1)
     image: str | None = None
     text: str | None = None
-    layer: int | None = None
+    layer: Place | None = None
     depth: float | None = Field(default=None, ge=0, le=1)
-    head: int | None = None
-    patch: tuple[int, int] | None = None
-    pixel: tuple[int, int] | None = None
-    token: int | None = None
-    seq_len: int | None = Field(default=None, gt=0)
-    top: int = Field(default=10, gt=0)
+    head: Place | None = None
+    patch: tuple[Place, Place] | None = None
+    pixel: tuple[Place, Place] | None = None
+    token: Place | None = None
+    seq_len: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
+    top: int = Field(default=10, gt=0, le=MOST)
     checkpoint: Path | None = None
     model_args: tuple[str, ...] = ()
     random_init: bool = False
@@ -125,15 +130,16 @@ def _one_image(given: str) -> Inputs:
             raise UserError(f"no demo image is called '{name}'", near)
         items = [item for item in demo_images() if item.id == name]
         return Inputs("images", given, items, hashlib.sha256(name.encode()).hexdigest())
-    path = Path(given).expanduser()
-    if not path.is_file():
-        is_what = "is a folder, not one image" if path.is_dir() else "does not exist"
-        raise UserError(f"'{given}' {is_what}", IMAGE_TIP)
+    path = existing(given, IMAGE_TIP)
+    if path.is_dir():
+        raise UserError(f"'{given}' is a folder, not one image", IMAGE_TIP)
+    regular(path, "image", IMAGE_TIP)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256")
     except OSError as error:
-        raise UserError(f"cannot read '{given}': {error.strerror}", IMAGE_TIP) from error
-    return Inputs("images", given, images(path).items, hashlib.sha256(content).hexdigest())
+        raise UserError(f"cannot read '{given}': {reason(error)}", IMAGE_TIP) from error
+    return Inputs("images", given, images(path).items, content.hexdigest())
 
 
 def _one_text(given: str) -> Inputs:
@@ -142,12 +148,10 @@ def _one_text(given: str) -> Inputs:
     if not given.strip():
         raise UserError("the text is empty", "give --text 'STRING' or a text file")
     if _names_a_file(given):
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise UserError(
-                f"'{given}' {'is a folder' if path.is_dir() else 'does not exist'}",
-                "--text takes a UTF-8 text file, 'demo', or the text itself",
-            )
+        tip = "--text takes a UTF-8 text file, 'demo', or the text itself"
+        path = existing(given, tip)
+        if path.is_dir():
+            raise UserError(f"'{given}' is a folder", tip)
         return texts(path)
     found = as_inputs([given], "text")
     # "0" would be its name in tables and captions

@@ -20,7 +20,8 @@ from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
-from diag.results.tables import layer_samples, read_layers, read_samples
+from diag.results.hashes import edited
+from diag.results.tables import layer_samples, read_layers, read_manifest, read_samples
 from diag.results.writing import file_stem, write, write_json, writing
 from diag.run.cache import measured
 from diag.run.environment import command_line, environment
@@ -95,6 +96,8 @@ def _carried_out(
     (spec,), given, edits = prepared.specs, prepared.inputs, plan.edits()
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
     probed = measured(ProbePlan(**shared), listener=listener)
+    for note in edited(probed, read_manifest(probed)):
+        listener.say(note)
     model = load(spec, device=prepared.device, dtype=prepared.dtype)
     kind = next((kind for kind in given if model.takers(kind)), next(iter(given)))
     tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)

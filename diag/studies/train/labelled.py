@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diag.errors import UserError
+from diag.errors import UnreadableInput, UserError
 from diag.inputs import images as inputs
 from diag.inputs import tars
 from diag.inputs.labels import class_names
+from diag.inputs.outside import reason
 from diag.studies.train.fit import Batch
 from diag.studies.train.image_task import EVALUATED_AT_ONCE, ImageTask
 from diag.studies.train.plan import TrainPlan
@@ -87,8 +89,22 @@ class LabelledTask(ImageTask):
         return {"images": str(self.plan.validation)}
 
     def _read(self, given: Labelled, places: Any, transform: Any) -> Batch:
-        images = [transform(given.items[int(place)].read()) for place in places]
-        labels = [self.classes.index(given.classes[int(place)]) for place in places]
+        """A batch without the images that cannot be read, each of which is warned of.
+
+        Raises UserError if none can.
+        """
+        images, labels, why = list[torch.Tensor](), list[int](), ""
+        for place in places:
+            item = given.items[int(place)]
+            try:
+                images.append(transform(item.read()))
+            except UnreadableInput as error:
+                why = f"{item.id} is left out: {error}"
+                warnings.warn(why, RuntimeWarning, stacklevel=2)
+                continue
+            labels.append(self.classes.index(given.classes[int(place)]))
+        if not images:
+            raise UserError(f"no image of a batch can be read; {why}", "mend the images, or take them out")
         return {"images": torch.stack(images), "labels": torch.tensor(labels)}
 
 
@@ -101,9 +117,16 @@ def classes_of(source: str, ids: Sequence[str]) -> list[str]:
         class_names(ids)
         return [name.partition("/")[0] for name in ids]
     named = tars.named_tars(source)
-    root = tars.common_root(named) if named else Path(source)
-    index = tars.listed(named or sorted(root.rglob(f"*{tars.SUFFIX}")), root, (".cls",))
-    classes = {_key(name): index.read(place).decode().strip() for place, name in enumerate(index.ids)}
+    root = tars.common_root(named) if named else Path(source).expanduser()
+    index = tars.listed(named or tars.tars_below(root), root, (".cls",))
+    classes = {}
+    for place, name in enumerate(index.ids):
+        try:
+            classes[_key(name)] = index.read(place).decode().strip()
+        except (UnreadableInput, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read the class '{name}': {reason(error)}", "pack the tar anew"
+            ) from error
     for name in ids:
         if _key(name) not in classes:
             raise UserError(f"image '{name}' has no class", f"put {_key(name)}.cls beside it in the tar")

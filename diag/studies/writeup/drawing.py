@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from diag.errors import UserError
 from diag.metrics.catalogue import entry_of
 from diag.results import published
-from diag.results.writing import file_stem
+from diag.results.writing import file_stem, free_stem
 from diag.show.figures import FIGURES, entropy, scatter
 from diag.show.figures import write as figure_files
 from diag.show.figures.attend import draw_attended
@@ -71,7 +71,9 @@ def _per_line(
         raise UserError(
             f"probe '{item.probe}' has no metric that {item.kind} show", f"measure {', '.join(metrics)}"
         )
-    return [(stem if len(parts) == 1 else file_stem(stem, label), rows) for label, rows in parts]
+    taken = set[str]()  # of labels that read alike as files
+    stems = [stem if len(parts) == 1 else free_stem(file_stem(stem, label), taken) for label, _ in parts]
+    return [(name, rows) for name, (_, rows) in zip(stems, parts, strict=True)]
 
 
 def _overlaid(

@@ -135,13 +135,16 @@ def _material(
             what = f"{run.probe}: {run.words}"
             there = partial(folder_of, run.plan, root)
             carry_out = partial(measured, run.plan, root, listener=listener)
-            if folder := _there(what, what, there, carry_out, read_manifest, outcome, listener):
+            if folder := _there(what, run.probe, there, carry_out, read_manifest, outcome, listener):
                 folders[folder] = run
         if not folders:
             continue
         material.runs[name] = {folder: run.plan for folder, run in folders.items()}
-        found = material.collections[name] = collect(folders)
+        names = {folder: _name_of(folder, manifest_in(folder)) for folder in folders}
+        found = material.collections[name] = collect(folders, names)
         material.lines[name] = {key: folders[folder].line for key, folder in found.folders.items()}
+        for note in found.notes:
+            listener.say(note)
         for place, why in found.problems.items():
             outcome.fail(f"{name}: {Path(place).name}", UserError(why))
     for look in looks_of(plan):
@@ -181,7 +184,9 @@ def _there(
         return None
     outcome.reused, outcome.measured = outcome.reused + reused, outcome.measured + (not reused)
     for name, why in {**manifest["failed_models"], **manifest.get("failed_inputs", {})}.items():
-        outcome.fail(f"{short}: {name}", UserError(why))
+        # an input that no run of a probe could read is one line, unless they say different things of it
+        same = outcome.failed.get(f"{short}: {name}", why) == why
+        outcome.fail(f"{short if same else what}: {name}", UserError(why))
     return folder
 
 
@@ -250,18 +255,30 @@ def _document(plan: WriteupPlan, material: Material, outcome: Produced, drawn: P
 def _resolved(what: str, plan: ProbePlan | AttendPlan, folder: Path) -> dict[str, Any]:
     """A run or look: its folder's name, and what was measured."""
     manifest, how = manifest_in(folder), {*HOW, "save_activations"}
+    inputs = manifest.get("inputs", {})
     resolved = {
-        what: folder.name,
-        "key": manifest["key"],
+        what: _name_of(folder, manifest),
+        **({} if _timed(manifest) else {"key": manifest["key"]}),
         "models": {entry["given"]: portable(entry["resolved"]) for entry in manifest["models"]},
     }
     if "inputs" in manifest:
         resolved["inputs"] = {
-            kind: {**given, "source": portable(str(given["source"]))}
-            for kind, given in manifest["inputs"].items()
+            kind: {name: told for name, told in given.items() if name != "stamp"}
+            | {"source": portable(str(given["source"]))}
+            for kind, given in inputs.items()
         }
     resolved["plan"] = _portable(plan.model_dump(mode="json", exclude=how, exclude_defaults=True))
     return resolved
+
+
+def _timed(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run's key holds times of files: where it is shown, the hash of their bytes stands for it."""
+    return any("content" in given for given in manifest.get("inputs", {}).values())
+
+
+def _name_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """What a run is called: its folder, without a key that is another one wherever images are copied to."""
+    return folder.name.removesuffix(f"-{manifest['key'][:8]}") if _timed(manifest) else folder.name
 
 
 def portable(text: str) -> str:

@@ -20,10 +20,11 @@ from diag.errors import UserError
 from diag.inputs.images import demo_images
 from diag.inputs.labels import labels
 from diag.inputs.texts import texts
+from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import edited, heads_return
 from diag.models import load
-from diag.models.base import Batch, Model, Tower
+from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.families.demo import EMBEDDED
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.interventions import GATE, INTERVENTIONS, parse
@@ -204,6 +205,23 @@ def test_a_size_that_follows_the_memory_changes_no_number(loaded: dict[str, Mode
     by = ["layer", "effect", "input_index"]
     ours, theirs = (rows.sort_values(by, ignore_index=True) for rows in (grown, whole))
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_an_input_that_is_not_finite_is_listed_and_has_no_effect(
+    place: int, loaded: dict[str, Model]
+) -> None:
+    model = loaded["demo:vit-p16"]
+    tower, todo = model.tower("vision"), cases([parse("xsa")], model.tower("vision").layers[:2], ("one",))
+    samples = list(islice(tower.samples(demo_images(), None), 4))
+    bad = Sample("bad", lambda: torch.full((3, 64, 64), torch.nan))
+    incidents = Incidents()
+    given = [*samples[:place], bad, *samples[place:]]
+    found = sweep(model, tower, given, todo, batch_size=2, incidents=incidents)
+    pd.testing.assert_frame_equal(found, sweep(model, tower, samples, todo, batch_size=2))
+    assert incidents.failed == {"bad": "the block of layer 'blocks.5.attn' gives values that are not finite"}
+    with pytest.raises(UserError, match="values that are not finite"):
+        sweep(model, tower, [bad], todo)
 
 
 def test_one_input_that_does_not_fit_is_an_error(loaded: dict[str, Model]) -> None:

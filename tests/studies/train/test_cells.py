@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,6 +227,37 @@ def test_tars_are_labelled_images(packed: Path, labelled: Path) -> None:
 
     assert len(seen(task)) == 12
     assert seen(task) == seen(loose)
+
+
+def test_images_that_cannot_be_read_are_left_out_of_training(labelled: Path, tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        shutil.copytree(labelled / part, tmp_path / part)
+        (tmp_path / part / "red" / "0.png").write_bytes(b"no image")
+    task: Any = task_of(
+        plan_of("images", train=str(tmp_path / "train"), validation=str(tmp_path / "validation"))
+    )
+    with pytest.warns(RuntimeWarning, match=r"red/0\.png is left out: cannot read image '0\.png'"):
+        (batch,) = task.held_out()
+    assert len(batch["images"]) == len(batch["labels"]) == 11
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(UserError, match="no image of a batch can be read; red/0"),
+    ):
+        task._read(task.training, [4], task.transforms[0])
+
+
+def test_classes_that_cannot_be_read(labelled: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (
+            ("a.png", (labelled / "train" / "red" / "0.png").read_bytes()),
+            ("a.cls", b"\xff"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    given = plan_of("images", train=str(tmp_path / "a.tar"), validation=str(labelled / "validation"))
+    with pytest.raises(UserError, match=r"cannot read the class 'a\.tar/a\.cls': 'utf-8' codec"):
+        task_of(given)
 
 
 def test_images_without_a_class(packed: Path, labelled: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from commands import Ended, run_cli
 from matplotlib.figure import Figure
+from PIL import Image
 
 from diag.errors import UserError
 from diag.models.names.series import members
@@ -27,6 +28,7 @@ from diag.show.figures.style import style
 from diag.studies.writeup import needs_of, read_plans, schema, shows
 from diag.studies.writeup.captions import caption
 from diag.studies.writeup.document import read_document
+from diag.studies.writeup.drawing import CurvesFigure, _per_line
 from diag.studies.writeup.material import overlay, points, published_name
 from diag.studies.writeup.needs import runs_of
 from diag.studies.writeup.produce import portable
@@ -393,6 +395,24 @@ class TestFailures:
         assert ended.lines[at + 2].startswith(
             "  broken.yaml: reproduction-eyes: cannot read published values"
         )
+
+    def test_an_image_that_no_model_could_read_is_one_line(self, there: Path) -> None:
+        (there / "album").mkdir()
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (64, 64), "red" if name == "a.png" else "blue").save(there / "album" / name)
+        (there / "album" / "c.png").write_bytes(b"no image")
+        plan = {
+            "title": "t",
+            "probes": {"eyes": {"models": ["demo:vit-p16", "demo:vit-p8"], "images": "album"}},
+            "tables": [{"kind": "layers", "probe": "eyes", "metrics": ["cos_y_vself"]}],
+        }
+        (there / "album.yaml").write_text(json.dumps(plan))
+        ended = run_cli("figures", "album.yaml")
+        assert ended.code == 3
+        assert ended.lines[-2:] == [
+            "1 failed:",
+            "  album.yaml: eyes: c.png: cannot read image 'c.png': it is no JPEG, PNG or WebP image",
+        ]
 
     def test_what_was_drawn_before_stays_where_something_failed(self, there: Path) -> None:
         (there / "figures/broken").mkdir(exist_ok=True)
@@ -787,3 +807,34 @@ class TestWriters:
         layers = latex_rows((there / "figures/small/layers-eyes.tex").read_text())
         assert layers[0] == ["model", "layer", "cos(y,v)", r"95 \% interval", "value similarity"]
         assert [row[1] for row in layers[1:7]] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_images_that_were_replaced_are_measured_again_and_a_touch_changes_nothing(
+    plan: Path, noise: Path, undrawn: None
+) -> None:
+    """What was drawn says which bytes were measured, not when their files were written."""
+    shutil.copytree(noise, "album")
+    probe = "{models: demo:vit-p16, images: album, limit: 2}"
+    plan.write_text(f"title: t\nprobes:\n  eyes: {probe}\ntables:\n  - {{kind: layers, probe: eyes}}\n")
+    assert run_cli("figures", plan).code == 0
+    (known,) = json.loads(Path("figures/plan/plan.json").read_text())["probes"]["eyes"]
+    assert known["run"] == "demo-vit-p16"
+    assert set(known["inputs"]["vision"]) == {"source", "count", "sha256", "content"}
+    for file in Path("album").iterdir():
+        os.utime(file, ns=(0, 0))
+    assert run_cli("figures", plan, "--check").code == 0
+    assert len(list(Path("runs").iterdir())) == 2
+    first, second = sorted(Path("album").iterdir())[:2]
+    shutil.copyfile(second, first)
+    assert run_cli("figures", plan, "--check").code == 1
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_lines_whose_labels_read_alike_as_files_have_figures_of_their_own() -> None:
+    table = pd.DataFrame({"label": ["a b", "a-b", "A:b"], "metric": "cos_y_vself", "mean": 0.5})
+    item = CurvesFigure(kind="curves", probe="eyes")
+    assert [stem for stem, _ in _per_line(item, table, "curves")] == [
+        "curves-a-b",
+        "curves-a-b-2",
+        "curves-A-b-3",
+    ]

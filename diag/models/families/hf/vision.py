@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.encoding import image_encoder, image_preparation, image_samples, preparation
+from diag.models.encoding import each, image_encoder, image_preparation, image_samples, preparation
 from diag.models.loading import layers_of
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, plain, refuse_remainder, sides, square
@@ -80,9 +80,8 @@ def packed_tower(spec: ModelSpec, module: Any, prefix: str, processor: Any, dtyp
     prepare, device = preparation(pack), device_of_module(module)
 
     def encode(samples: Sequence[Sample]) -> Batch:
-        (sample,) = samples
-        pixels, grid = prepare(sample.read())
-        return Batch((sample.id,), (pixels.to(device), grid.to(device)))
+        ((pixels, grid),) = each(samples, lambda sample: prepare(sample.read()))
+        return Batch((samples[0].id,), (pixels.to(device), grid.to(device)))
 
     full = getattr(module.config, "fullatt_block_indexes", None)
     return Tower(

@@ -17,7 +17,7 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.encoding import image_samples, vocabulary_digest
+from diag.models.encoding import each, image_samples, preparation, vocabulary_digest
 from diag.models.loading import layers_of
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
@@ -58,8 +58,14 @@ def language_tower(
             images=list(images), text=[text] * len(images), add_special_tokens=not begins, return_tensors="pt"
         )
 
+    alone = preparation(lambda image: packed([image]))
+
     def encode(samples: Sequence[Sample]) -> Batch:
-        found = packed([rgb(sample.read()) for sample in samples])
+        try:
+            found = packed([rgb(sample.read()) for sample in samples])
+        except Exception:  # the processor refuses an odd image with whatever breaks first: which one is it?
+            each(samples, lambda sample: alone(sample.read()))
+            raise
         ids = found["input_ids"]
         if not found["attention_mask"].bool().all():
             raise UserError(f"'{spec.base}' pads images of different sizes", "try --batch-size 1")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from diag.errors import MeasurementError, UserError
 from diag.inputs.items import Inputs
+from diag.measure.batch_readings import Incidents
 from diag.measure.loop import measure
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
@@ -118,6 +119,23 @@ def test_images_of_one_size_may_share_a_batch(folder_of: Folders, photographs: I
         together, numbers(tower, photographs, ["cos_y_vself", "excess"], batch_size=1), atol=1e-5, rtol=0
     )
     assert (tower.max_batch, tower.facts["image_size"]) == (None, (32, 32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["vision", "language"])
+def test_an_image_that_the_processor_refuses_is_its_own(
+    folder_of: Folders, photographs: Inputs, kind: str, name: str
+) -> None:
+    tower = loaded(folder_of(kind)).towers[name]
+    samples = list(tower.samples(photographs, None))[:3]
+    odd, incidents = Sample("odd", lambda: Image.new("RGB", (0, 5))), Incidents()
+    options: Any = {"metrics": ["cos_y_vself"], "batch_size": 2}
+    found = list(measure(tower, [samples[0], odd, *samples[1:]], incidents=incidents, **options))
+    assert list(incidents.failed) == ["odd"]
+    assert incidents.failed["odd"].startswith("cannot preprocess the image: ")
+    for ours, alone in zip(found, measure(tower, samples, **options), strict=True):
+        for mine, other in zip(ours, alone, strict=True):
+            np.testing.assert_array_equal(mine.values, other.values)
 
 
 def test_images_of_their_own_size_run_one_by_one(folder_of: Folders, photographs: Inputs) -> None:

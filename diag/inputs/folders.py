@@ -1,0 +1,84 @@
+"""What lies in a folder of inputs: linked folders are entered, and what cannot be read there is told.
+
+A link back to a folder that is being listed is passed over, and behind one link no folder is entered twice:
+links in a circle end.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from diag.errors import UserError
+from diag.inputs.outside import reason
+
+File = tuple[str, int, int]
+"""A file's path from the folder it was listed from, its bytes, and when it was written, in nanoseconds."""
+
+Identity = tuple[int, int]
+
+
+def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File], dict[str, str]]:
+    """The files below a folder, in the order of their paths, and why some of them cannot be read.
+
+    wanted: whether a file of such a name is. What has such a name and is no plain file is listed as well, and
+    so are, with a slash behind them, folders that cannot be listed and links to nothing that may have been
+    folders: those without a suffix.
+    Raises UserError if the folder itself cannot be listed.
+    """
+    found, unreadable = list[File](), dict[str, str]()
+
+    def unread(name: str, why: str) -> None:
+        found.append((name, 0, 0))
+        unreadable[name] = why
+
+    # with each folder those that are not entered below it, and whether a link has led to it
+    waiting: list[tuple[str, set[Identity], bool]] = [("", {_identity(folder)}, False)]
+    while waiting:
+        before, known, linked = waiting.pop()
+        try:
+            with os.scandir(folder / before) as listing:
+                entries = list(listing)
+        except OSError as error:
+            if not before:
+                raise UserError(f"cannot list '{folder}': {reason(error)}", "make it readable") from error
+            unread(before, f"cannot list the folder: {reason(error)}")
+            continue
+        for entry in entries:
+            name = before + entry.name
+            try:
+                is_folder = entry.is_dir()
+                may_be_folder = is_folder or (entry.is_symlink() and not os.path.splitext(entry.name)[1])
+                if not wanted(entry.name) and not may_be_folder:
+                    continue
+                status = entry.stat()
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError)
+                unread(
+                    name if wanted(entry.name) else name + os.sep,
+                    "a link to nothing" if missing else reason(error),
+                )
+                continue
+            here = (status.st_dev, status.st_ino)
+            if is_folder:
+                if here in known:
+                    continue
+                if linked:
+                    known.add(here)
+                    waiting.append((name + os.sep, known, True))
+                else:
+                    waiting.append((name + os.sep, known | {here}, entry.is_symlink()))
+            elif not wanted(entry.name):
+                continue
+            elif not stat.S_ISREG(status.st_mode):
+                unread(name, "no plain file")
+            else:
+                found.append((name, status.st_size, status.st_mtime_ns))
+    return sorted(found, key=lambda file: file[0].split(os.sep)), unreadable
+
+
+def _identity(folder: Path) -> Identity:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

@@ -1,0 +1,22 @@
+"""Which devices are there, whatever torch says of those that are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diag.errors import UserError
+from diag.measure.device import device_of
+
+
+@pytest.mark.parametrize(
+    "name", ["meta", "hpu", "privateuseone", "cuda:-1", "mkldnn", "cpu:5", "cpu:", "", "abacus"]
+)
+def test_a_device_that_cannot_be_measured_on_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"device '{name}' is not available") as caught:
+        device_of(name)
+    assert "--device" in str(caught.value.tip)
+
+
+def test_the_cpu_has_one_name() -> None:
+    assert device_of("cpu:0") == device_of("cpu") == torch.device("cpu")
