@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
-from diag.results.tables import FORMAT, layer_samples, read_heads, read_layers, read_manifest, read_samples
+from diag.results.manifest import PROBE
+from diag.results.tables import layer_samples, read_heads, read_layers, read_manifest, read_samples
 
 LINE = ("run", "model", "tower", "tokens")
 TELLING = ("tower", "tokens", "n_tokens", "values", "intervention", "dtype", "image_size", "run")
@@ -61,10 +62,9 @@ def collect(folders: Iterable[Path]) -> Collection:
         try:
             manifest = _manifest(folder)
             tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
-        except (UserError, OSError, ValueError, KeyError) as error:
+        except UserError as error:
             problems[str(folder)] = " ".join(str(error).split())
-            tip = error.tip if isinstance(error, UserError) else "measure it again: attnbias probe …"
-            first = first or UserError(problems[str(folder)], tip)
+            first = first or error
             continue
         name = _free(folder.resolve().name, found)
         found[name], manifests[name] = folder, manifest
@@ -82,13 +82,8 @@ def collect(folders: Iterable[Path]) -> Collection:
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
     manifest = read_manifest(folder)
-    if (kind := manifest.get("kind", "probe")) != "probe":
+    if (kind := manifest.get("kind", PROBE)) != PROBE:
         raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"'{folder}' has format {manifest.get('format')}; this version reads {FORMAT}",
-            "measure it again with attnbias probe … --overwrite",
-        )
     return manifest
 
 

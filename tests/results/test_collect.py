@@ -14,7 +14,7 @@ from made_runs import CURVES, Make, made_run
 
 from diag.errors import UserError
 from diag.results.collect import collect
-from diag.results.tables import FORMAT
+from diag.results.manifest import FORMAT
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ class TestProblems:
         (bad / "manifest.json").write_text("{")
         with pytest.raises(UserError) as caught:
             collect([bad])
-        assert caught.value.tip == "measure it again: attnbias probe …"
+        assert caught.value.tip == f"measure it again: attnbias probe … -o {bad} --overwrite"
 
     @pytest.mark.parametrize("number", [None, 0, FORMAT + 1])
     def test_another_format(self, make: Make, number: int | None) -> None:

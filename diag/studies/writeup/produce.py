@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
+from diag.inputs.document import Document
 from diag.results.collect import collect
-from diag.results.folder import is_finished, manifest_in
+from diag.results.folder import is_finished
+from diag.results.manifest import ATTEND, PROBE
+from diag.results.manifest import read as manifest_of
 from diag.results.tables import read_manifest
 from diag.results.writing import write_json
 from diag.run.cache import folder_of, measured
@@ -29,7 +32,6 @@ from diag.studies.attend.folder import read_manifest as read_look_manifest
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.captions import caption
-from diag.studies.writeup.document import Document
 from diag.studies.writeup.files import EXTRA, MISSING, NEW, REMOVED, SAME, compare, extra, put
 from diag.studies.writeup.material import Material
 from diag.studies.writeup.needs import looks_of, runs_of
@@ -249,15 +251,18 @@ def _document(plan: WriteupPlan, material: Material, outcome: Produced, drawn: P
 
 def _resolved(what: str, plan: ProbePlan | AttendPlan, folder: Path) -> dict[str, Any]:
     """A run or look: its folder's name, and what was measured."""
-    manifest, how = manifest_in(folder), {*HOW, "save_activations"}
+    manifest = manifest_of(folder, PROBE if what == "run" else ATTEND)
+    how = {*HOW, "save_activations"}
     resolved = {
         what: folder.name,
-        "key": manifest["key"],
-        "models": {entry["given"]: portable(entry["resolved"]) for entry in manifest["models"]},
+        "key": manifest.get("key"),
+        "models": {
+            entry["given"]: portable(entry.get("resolved") or entry["given"]) for entry in manifest["models"]
+        },
     }
     if "inputs" in manifest:
         resolved["inputs"] = {
-            kind: {**given, "source": portable(str(given["source"]))}
+            kind: {**given, "source": portable(str(given.get("source")))}
             for kind, given in manifest["inputs"].items()
         }
     resolved["plan"] = _portable(plan.model_dump(mode="json", exclude=how, exclude_defaults=True))

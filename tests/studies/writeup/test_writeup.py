@@ -18,6 +18,7 @@ from commands import Ended, run_cli
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
+from diag.inputs.document import read_document
 from diag.models.names.series import members
 from diag.results import tables as records
 from diag.results.bootstrap import summary
@@ -26,7 +27,6 @@ from diag.results.writing import write, write_json
 from diag.show.figures.style import style
 from diag.studies.writeup import needs_of, read_plans, schema, shows
 from diag.studies.writeup.captions import caption
-from diag.studies.writeup.document import read_document
 from diag.studies.writeup.material import overlay, points, published_name
 from diag.studies.writeup.needs import runs_of
 from diag.studies.writeup.produce import portable
