@@ -332,7 +332,7 @@ def test_mistakes_in_a_plan(tmp_path: Path, change: dict[str, Any], message: str
 
 
 def test_plans_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read plan"):
         read_plan(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(UserError, match="is no mapping"):

@@ -18,7 +18,6 @@ from commands import Ended, run_cli
 from matplotlib.figure import Figure
 
 from diag.errors import UserError
-from diag.inputs.document import read_document
 from diag.models.names.series import members
 from diag.results import tables as records
 from diag.results.bootstrap import summary
@@ -607,13 +606,6 @@ class TestRefusedPlans:
 
 
 class TestPlans:
-    def test_lines_of_keys_and_entries(self, plan: Path) -> None:
-        plan.write_text("a: 1\nb:\n  - {c: 2}\n  - &x\n    d: 3\ne:\n  <<: *x\n  f: 4\n")
-        document = read_document(plan)
-        assert document.data == {"a": 1, "b": [{"c": 2}, {"d": 3}], "e": {"d": 3, "f": 4}}
-        places = [("a",), ("b", 0, "c"), ("b", 1, "d"), ("e",), ("e", "f"), ("e", "nothing", 7)]
-        assert [document.line(place) for place in places] == [1, 3, 5, 6, 8, 6]
-
     def test_a_run_for_every_model_and_length(self, plan: Path) -> None:
         plan.write_text(
             "title: t\nprobes:\n"
