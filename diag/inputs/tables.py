@@ -23,23 +23,23 @@ from diag.inputs.outside import reason, regular
 if TYPE_CHECKING:
     import pandas as pd
 
-NAME, TEXT, PLACE, GRID, COUNT = "name", "text", "place", "grid", "count"
-NUMBER, OPEN, ANY = "number", "open", "any"
-"""What a column may hold: a text in every row; a text; a layer or head in every row (-1: of the whole
-layer); a row or column of a grid; a whole number; a finite number; a number that may be infinite, such as the
-loss of a training that failed; and what is no matter, or a number in one table and a text in another, such as
-a patch size of 16 or of 16x8. All but the first and third may be empty."""
+NAME, PLACE, COUNT = "name", "place", "count"
+TEXT, GRID, WHOLE, NUMBER, OPEN, ANY = "text", "grid", "whole", "number", "open", "any"
+"""What a column may hold. In every row: a text; a layer or head (-1: of the whole layer); a whole number. Or
+nothing, or: a text; a row or column of a grid; a whole number; a finite number; a number that may be
+infinite, such as the loss of a training that failed; anything, such as a patch size of 16 or of 16x8."""
 
 WORDS = (NAME, TEXT)
-FILLED = (NAME, PLACE)
+FILLED = (NAME, PLACE, COUNT)
 
 MOST_PLACES = 10_000
 """Layers, and heads of a layer. Figures have a cell for each, so that a head 10,000,000 would fill memory."""
 MOST_CELLS = 1_000_000
 """Layers times heads of a table, rows times columns of a grid."""
 _PLACE = f"a whole number from -1 to {MOST_PLACES - 1}"
-_DUE = {NAME: "a text", TEXT: "a text", PLACE: _PLACE, GRID: _PLACE, COUNT: "a whole number"}
-_DUE |= {NUMBER: "a finite number", OPEN: "a number"}
+_DUE = {PLACE: _PLACE, GRID: _PLACE, NUMBER: "a finite number", OPEN: "a number"}
+_DUE |= dict.fromkeys((NAME, TEXT), "a text") | dict.fromkeys((COUNT, WHOLE), "a whole number")
+"""What an error says is due."""
 
 MOST = 1e100
 """Of a number: what is measured in float32 stays below 1e39, and axes end in infinity beyond 1e308."""
@@ -153,8 +153,8 @@ def _wrong(column: pd.Series, kind: str) -> tuple[int, str] | None:
         return None
     values = column.to_numpy(dtype=float, na_value=np.nan)
     with np.errstate(invalid="ignore"):
-        right = np.abs(values) < (2**63 if kind == COUNT else MOST)
-        if kind in (PLACE, GRID, COUNT):
+        right = np.abs(values) < (2**63 if kind in (COUNT, WHOLE) else MOST)
+        if kind != NUMBER:
             right &= values % 1 == 0
         if kind in (PLACE, GRID):
             right &= (values >= -1) & (values < MOST_PLACES)

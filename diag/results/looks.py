@@ -5,7 +5,7 @@ No torch: the report shows them, and figures are redrawn from them.
 
 from __future__ import annotations
 
-from diag.inputs.tables import ANY, COUNT, GRID, NAME, NUMBER, PLACE, TEXT, Layout
+from diag.inputs.tables import ANY, COUNT, GRID, NAME, NUMBER, PLACE, TEXT, WHOLE, Layout
 
 TOKENS, DECOMPOSITION = "tokens.parquet", "decomposition.csv"
 
@@ -38,7 +38,7 @@ WHOLE_SPLIT = Layout(_HEAD | _NUMBERS | {"n_visible": COUNT})
 """The same for who draws them all."""
 SEEN = Layout(
     {"input": NAME, "model": NAME, "tower": NAME, "layer": PLACE, "head": NAME, "token": COUNT, "kind": NAME}
-    | {"row": GRID, "col": GRID, "text": TEXT, "weight": NUMBER, "value_cosine": NUMBER, "rank": COUNT}
+    | {"row": GRID, "col": GRID, "text": TEXT, "weight": NUMBER, "value_cosine": NUMBER, "rank": WHOLE}
     | {"is_target": ANY},
     span=("row", "col"),
 )

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError
-from diag.inputs.tables import ANY, COUNT, NAME, NUMBER, PLACE, TEXT, Layout, read_table
+from diag.inputs.tables import ANY, COUNT, NAME, NUMBER, PLACE, TEXT, WHOLE, Layout, read_table
 from diag.metrics.catalogue import RATIOS
 from diag.results.bootstrap import ratio, ratio_of_means, summary
 from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES, is_finished
@@ -51,7 +51,7 @@ WHOLE_LAYER = -1
 """The `head` of a number that belongs to a layer; such rows are in samples.parquet and layers.csv only."""
 
 _LINE = {"model": NAME, "tower": NAME, "layer": PLACE, "tokens": NAME, "metric": NAME}
-_CONSTANTS = {"module": TEXT, **dict.fromkeys(CONSTANTS, TEXT), "n_tokens": COUNT, "seed": COUNT} | {
+_CONSTANTS = {"module": TEXT, **dict.fromkeys(CONSTANTS, TEXT), "n_tokens": WHOLE, "seed": WHOLE} | {
     "patch_size": ANY,
     "image_size": ANY,
 }
