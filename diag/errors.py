@@ -6,6 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey, not show: control characters, changes of direction, bytes that are no text."""
+
 
 class UserError(Exception):
     """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the code."""
@@ -25,6 +28,17 @@ class MeasurementError(UserError):
     """The model ran, but what it did cannot be measured honestly; names the layer."""
 
     exit_code = 1
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """Text with what a terminal would obey written out, as JSON writes it. keep: such signs that stay.
+
+    File names and model names are whatever somebody called them.
+
+    >>> visible("a\\x1b[2J\\nb")
+    'a\\\\u001b[2J\\\\u000ab'
+    """
+    return OBEYED.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.errors import UserError
+from diag.errors import UserError, visible
 from diag.results.manifest import PROBE
 from diag.results.tables import layer_samples, read_heads, read_layers, read_manifest, read_samples
 
@@ -136,7 +136,7 @@ def _labels(layers: pd.DataFrame) -> pd.Series:
     keys = list(LINE)
     telling = [name for name in TELLING if name in layers and name not in keys]
     lines = layers.groupby(keys, sort=False)[telling].max().reset_index()
-    label = lines["model"].astype(str)
+    label = lines["model"].astype(str).map(visible)
     for column in TELLING:
         if column not in lines:
             continue
