@@ -50,6 +50,7 @@ class Layout:
     """The columns that a table must have, and those that it may have, each with what it holds.
 
     key: columns whose values no two rows share. span: two columns whose ranges are the sides of a picture.
+    rows: whether there must be any.
     Columns that are not named are read as they come.
     """
 
@@ -57,6 +58,7 @@ class Layout:
     known: Mapping[str, str] = field(default_factory=dict)
     key: tuple[str, ...] = ()
     span: tuple[str, ...] = ()
+    rows: bool = False
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -76,6 +78,8 @@ def read_table(file: Path, layout: Layout, what: str, *, tip: str) -> pd.DataFra
 
     if missing := [name for name in layout.needed if name not in table]:
         refuse(f"it has no column {one_of(missing)}")
+    if layout.rows and table.empty:
+        refuse("it has no rows")
     # the heading is line 1 of a CSV file; a text with line breaks moves what follows it
     row, first = ("row", 0) if file.suffix == ".parquet" else ("line", 2)
     for name, kind in layout.kinds.items():

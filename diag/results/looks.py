@@ -34,12 +34,13 @@ _NUMBERS = dict.fromkeys(NUMBERS, NUMBER)
 
 SPLIT = Layout(_HEAD, _NUMBERS | {"n_visible": COUNT})
 """Of `decomposition.csv`, for who shows the numbers that are there."""
-WHOLE_SPLIT = Layout(_HEAD | _NUMBERS | {"n_visible": COUNT})
+WHOLE_SPLIT = Layout(_HEAD | _NUMBERS | {"n_visible": COUNT}, rows=True)
 """The same for who draws them all."""
 SEEN = Layout(
     {"input": NAME, "model": NAME, "tower": NAME, "layer": PLACE, "head": NAME, "token": COUNT, "kind": NAME}
     | {"row": GRID, "col": GRID, "text": TEXT, "weight": NUMBER, "value_cosine": NUMBER, "rank": WHOLE}
     | {"is_target": ANY},
     span=("row", "col"),
+    rows=True,
 )
 """Of `tokens.parquet`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -74,23 +74,43 @@ class _Compare(_Any):
     pass
 
 
+_Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
 class _Target(_Read):
     layer: int | None = None
     depth: float | None = None
     head: int | None = None
-    patch: tuple[int, int] | None = Field(default=None, strict=False)
-    pixel: tuple[int, int] | None = Field(default=None, strict=False)
+    patch: _Pair | None = None
+    pixel: _Pair | None = None
 
 
 class _Viewed(_Read):
     given: str
-    resolved: str | None = None
+    resolved: str
+    layer: int
+    module: str
+    heads: int
+    n_tokens: int
+    input: str
     picture: str | None = None
+
+
+class _ViewedPatch(_Viewed):
+    tower: Literal["vision"]
+    target: _Pair
+    grid: _Pair
+
+
+class _ViewedToken(_Viewed):
+    tower: Literal["text"]
+    target: int
+    target_text: str
 
 
 class _Attend(_Any):
     plan: _Target | None = None  # type: ignore[assignment]
-    models: list[_Viewed] = []
+    models: list[Annotated[_ViewedPatch | _ViewedToken, Field(discriminator="tower")]] = []
     input: _Input | None = None
 
 

@@ -57,7 +57,7 @@ _CONSTANTS = {"module": TEXT, **dict.fromkeys(CONSTANTS, TEXT), "n_tokens": WHOL
 }
 _STATISTICS = {"mean": NUMBER, "std": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER, "n": COUNT}
 LAYOUTS = {
-    LAYERS: Layout(_LINE | _STATISTICS, _CONSTANTS, key=tuple(_LINE)),
+    LAYERS: Layout(_LINE | _STATISTICS, _CONSTANTS, key=tuple(_LINE), rows=True),
     HEADS: Layout(
         _LINE | {"head": PLACE} | _STATISTICS, _CONSTANTS, key=(*_LINE, "head"), span=("layer", "head")
     ),
@@ -65,6 +65,7 @@ LAYOUTS = {
         _LINE | {"head": PLACE, "module": TEXT, "input": NAME, "input_index": COUNT, "value": NUMBER},
         _CONSTANTS,
         span=("layer", "head"),
+        rows=True,
     ),
 }
 """What the tables of a run hold, by file."""

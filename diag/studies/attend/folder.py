@@ -115,6 +115,10 @@ def read(folder: Path) -> Attended:
     decomposition = read_table(folder / DECOMPOSITION, WHOLE_SPLIT, "table", tip=tip)
     pictures = {}
     for entry in manifest["models"]:
+        of_model = (table[table["model"] == entry["given"]] for table in (tokens, decomposition))
+        heads, split = (set(table["head"]) for table in of_model)
+        if len(heads) != 1 or not heads <= split:
+            raise UserError(f"'{folder}': its tables have no rows of model '{entry['given']}'", tip)
         if entry.get("picture"):
             file = folder / entry["picture"]
             regular(file, "picture", tip)

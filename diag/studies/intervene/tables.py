@@ -20,6 +20,7 @@ LAYOUTS = {
         {"intervention": NAME, "strength": OPEN, "scope": NAME, "layer": PLACE, "head": PLACE, "effect": NAME}
         | {"mean": OPEN, "std": OPEN, "ci_low": OPEN, "ci_high": OPEN, "n": COUNT},
         {"model": TEXT, "tower": TEXT},
+        rows=True,
     ),
     "relations.csv": Layout(
         {"intervention": NAME, "strength": OPEN, "effect": NAME, "predictor": NAME, "level": NAME}

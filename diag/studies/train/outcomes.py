@@ -40,6 +40,7 @@ PLAIN = Layout({}, dict.fromkeys(_WORDS, TEXT))
 SHOWN = Layout(
     {"task": NAME, "patch_size": OPEN, "variant": NAME, "n": COUNT, **dict.fromkeys(_SHOWN, OPEN)},
     PLAIN.known,
+    rows=True,
 )
 """What the tables of a grid hold: all of them, and `outcomes`, which is shown."""
 
