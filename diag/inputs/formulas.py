@@ -6,8 +6,10 @@ there, which is the custom. Numbers, also those written as text, stay as they ar
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,6 +49,21 @@ def with_guard(table: pd.DataFrame) -> pd.DataFrame:
     found = _each(table, [table.columns[place] for place in words], guard)
     new = {name: guard(name) for name in table.columns if isinstance(name, str) and guard(name) != name}
     return found.rename(columns=new) if new else found
+
+
+def to_csv(table: pd.DataFrame, path: Path, *, float_format: str | None = None) -> None:
+    """Writes a table as CSV, its texts guarded."""
+    guarded = with_guard(table)
+    texts = guarded.select_dtypes(exclude="number")
+    # the library quotes \n, which ends its lines, and not \r, which ends those of whoever reads them
+    returns = any("\r" in value for name in texts for value in texts[name].unique() if isinstance(value, str))
+    guarded.to_csv(
+        path,
+        index=False,
+        float_format=float_format,
+        lineterminator="\n",
+        quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL,
+    )
 
 
 def without_guard(table: pd.DataFrame, words: Iterable[str]) -> pd.DataFrame:

@@ -87,7 +87,7 @@ def read_table(file: Path, layout: Layout, what: str, *, tip: str) -> pd.DataFra
             place, due = wrong
             given = _said(table[name].iloc[place])
             refuse(f"column '{name}' holds {given} in {row} {place + first}, where {due} is due")
-    sides = [table[name].dropna() for name in layout.span]
+    sides = [table[name].dropna() for name in layout.span if name in table]
     cells = math.prod(int(side.max() - min(side.min(), 0)) + 1 for side in sides if len(side))
     if cells > MOST_CELLS:
         named = " and ".join(f"'{name}'" for name in layout.span)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of
-from diag.inputs.formulas import with_guard
+from diag.inputs.formulas import to_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,7 +110,7 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
-    ".csv": lambda frame, path: with_guard(frame).to_csv(path, index=False, float_format="%.9g"),
+    ".csv": lambda frame, path: to_csv(frame, path, float_format="%.9g"),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False, compression="zstd"),
     ".json": lambda frame, path: frame.to_json(path, orient="records", indent=1),
     ".tex": lambda frame, path: path.write_text(_latex(frame), encoding="utf-8"),
