@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diag.results.tables import FORMAT, tables
+from diag.results.manifest import FORMAT
+from diag.results.tables import tables
 from diag.results.writing import write, write_json
 
 BIAS = {"cos_y_vself": [0.6, 0.5, 0.4], "cos_y_vpartner": [0.3, 0.3, 0.3], "cos_y_vuniform": [0.2, 0.2, 0.2]}

@@ -163,7 +163,9 @@ def test_links_and_files_exist(page: str) -> None:
         assert list(ROOT.glob(path)), path
 
 
-@pytest.mark.parametrize("module", ["diag.errors", "diag.models.names.resolve", "diag.run.api"])
+@pytest.mark.parametrize(
+    "module", ["diag.errors", "diag.models.names.resolve", "diag.inputs.formulas", "diag.run.api"]
+)
 def test_examples_in_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried > 0

@@ -7,6 +7,7 @@ bytes or a list in place of a mapping is the user's to mend and never a tracebac
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ MEGABYTE = 1_000_000
 
 MOST_DOCUMENT = 64 * MEGABYTE
 """Bytes of a JSON document, such as a manifest: those of real runs stay far below."""
+
+
+MOST_LEVELS = 100
+"""Of what stands within what in a document; what shows it calls itself for each."""
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def named(given: str | Path, tip: str) -> Path:
@@ -74,7 +81,25 @@ def json_of(path: Path, what: str, *, tip: str, most: int = MOST_DOCUMENT) -> di
         raise UserError(f"cannot read {what} '{path}': {why}", tip) from error
     if not isinstance(found, dict):
         raise UserError(f"cannot read {what} '{path}': it holds no mapping of names to values", tip)
+    if _deeper(found, MOST_LEVELS):
+        raise UserError(f"cannot read {what} '{path}': it is nested more than {MOST_LEVELS} levels deep", tip)
+    if SURROGATE.search(text) and not _is_text(found):
+        raise UserError(f"cannot read {what} '{path}': it holds half a character (\\ud800 to \\udfff)", tip)
     return found
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (levels == 0 or any(_deeper(part, levels - 1) for part in inner))
+
+
+def _is_text(found: Any) -> bool:
+    """Whether what a document holds can be written again: JSON can name half a character, UTF-8 cannot."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def reason(error: BaseException) -> str:

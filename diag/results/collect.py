@@ -12,9 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from diag.errors import UserError
+from diag.errors import UserError, visible
 from diag.results.hashes import edited
-from diag.results.tables import FORMAT, layer_samples, read_heads, read_layers, read_manifest, read_samples
+from diag.results.manifest import PROBE
+from diag.results.tables import layer_samples, read_heads, read_layers, read_manifest, read_samples
 
 LINE = ("run", "model", "tower", "tokens")
 TELLING = ("tower", "tokens", "n_tokens", "values", "intervention", "dtype", "image_size", "run")
@@ -68,10 +69,9 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
             manifest = _manifest(folder)
             tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
             notes += edited(folder, manifest)
-        except (UserError, OSError, ValueError, KeyError) as error:
+        except UserError as error:
             problems[str(folder)] = " ".join(str(error).split())
-            tip = error.tip if isinstance(error, UserError) else "measure it again: attnbias probe …"
-            first = first or UserError(problems[str(folder)], tip)
+            first = first or error
             continue
         name = _free((names or {}).get(folder) or folder.resolve().name, found)
         found[name], manifests[name] = folder, manifest
@@ -89,13 +89,8 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
     manifest = read_manifest(folder)
-    if (kind := manifest.get("kind", "probe")) != "probe":
+    if (kind := manifest.get("kind", PROBE)) != PROBE:
         raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"'{folder}' has format {manifest.get('format')}; this version reads {FORMAT}",
-            "measure it again with attnbias probe … --overwrite",
-        )
     return manifest
 
 
@@ -177,7 +172,7 @@ def _labels(layers: pd.DataFrame) -> pd.Series:
     keys = list(LINE)
     telling = [name for name in TELLING if name in layers and name not in keys]
     lines = layers.groupby(keys, sort=False)[telling].max().reset_index()
-    label = lines["model"].astype(str)
+    label = lines["model"].astype(str).map(visible)
     for column in TELLING:
         if column not in lines:
             continue

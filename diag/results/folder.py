@@ -5,9 +5,10 @@ Whatever the verb, `manifest.json` is written last: a folder that has one is who
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from diag.errors import UserError
+from diag.inputs.outside import json_of
 
 PLAN = "plan.json"
 """What is run, written first; whose folder it is."""
@@ -23,14 +24,9 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def manifest_in(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder. Raises OSError or ValueError where there is none, or no JSON."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
 def kind_of(folder: Path) -> str | None:
     """Which verb's folder it is by its manifest: "attend", "compare" …; None for a probe's, or for none."""
     try:
-        return manifest_in(folder).get("kind")
-    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but no mapping
+        return json_of(folder / MANIFEST, "manifest", tip="").get("kind")
+    except UserError:
         return None

@@ -14,10 +14,21 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.inputs.tables import COUNT, NAME, NUMBER, PLACE, TEXT, Layout, read_table
 from diag.results.decimals import fixed
 
 FOLDER = Path(__file__).parent / "published_data"
-COLUMNS = ("model", "metric", "layer", "value", "uncertainty", "source")
+CURVES = Layout(
+    {"model": NAME, "metric": NAME, "layer": PLACE, "value": NUMBER, "uncertainty": NUMBER, "source": TEXT}
+)
+COLUMNS = tuple(CURVES.needed)
+LADDER = Layout(
+    {"model": NAME, "tokens": COUNT, "source": TEXT}
+    | dict.fromkeys(("cos_y_vself", "cos_y_vpartner", "self_specific_percent"), NUMBER)
+)
+ACCURACY = Layout(
+    {"label": NAME, "model": NAME, "training_run": COUNT, "baseline": NUMBER, "xsa": NUMBER, "source": TEXT}
+)
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "FrancescoPaoloL/xsa_POC": {"values": "bias_free", "n_tokens": 128, "n": 32, "first_token": "excluded"},
@@ -35,7 +46,7 @@ def curves(model: str | None = None, file: Path | None = None) -> pd.DataFrame:
     file: a CSV of one's own with the same columns, instead of the package's.
     Raises UserError for an unknown model, or a file that is not such a table.
     """
-    table = pd.read_csv(FOLDER / "published_curves.csv") if file is None else _own(file)
+    table = _read(FOLDER / "published_curves.csv" if file is None else file, CURVES)
     if model is None:
         return table
     found = table[table["model"] == model].reset_index(drop=True)
@@ -53,7 +64,7 @@ def ladder() -> pd.DataFrame:
 
     Columns model, tokens, cos_y_vself, cos_y_vpartner, self_specific_percent, source.
     """
-    return pd.read_csv(FOLDER / "published_ladder.csv")
+    return _read(FOLDER / "published_ladder.csv", LADDER)
 
 
 def accuracy() -> pd.DataFrame:
@@ -64,7 +75,7 @@ def accuracy() -> pd.DataFrame:
     (no curves are published for the second).
     """
     similar = curves().query("metric == 'value_similarity'").groupby("model")["value"].mean()
-    table = pd.read_csv(FOLDER / "published_accuracy.csv")
+    table = _read(FOLDER / "published_accuracy.csv", ACCURACY)
     return table.assign(
         change=(table["xsa"] - table["baseline"]).round(2),
         similarity_baseline=table["model"].map(similar),
@@ -161,13 +172,6 @@ def _word(value: object) -> str:
     return plain.replace("_", " ")
 
 
-def _own(file: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(file)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read published values from '{file}': {reason}", "give a CSV file") from error
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        raise UserError(f"'{file}' has no column {one_of(missing)}", f"columns: {','.join(COLUMNS)}")
-    return table
+def _read(file: Path, layout: Layout) -> pd.DataFrame:
+    tip = f"give a CSV file with the columns {','.join(layout.needed)}"
+    return read_table(file, layout, "published values from", tip=tip)

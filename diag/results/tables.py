@@ -20,10 +20,13 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError
+from diag.inputs.tables import ANY, COUNT, NAME, NUMBER, PLACE, TEXT, WHOLE, Layout, read_table
 from diag.metrics.catalogue import RATIOS
 from diag.results.bootstrap import ratio, ratio_of_means, summary
-from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES, is_finished, manifest_in
+from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES, is_finished
 from diag.results.layer_values import LayerValues
+from diag.results.manifest import PROBE, again
+from diag.results.manifest import read as read_manifest_of
 
 KEYS = ["model", "tower", "layer", "module", "head", "tokens", "metric"]
 STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
@@ -47,8 +50,25 @@ SIZES = ("n_tokens", "attn_scope")
 WHOLE_LAYER = -1
 """The `head` of a number that belongs to a layer; such rows are in samples.parquet and layers.csv only."""
 
-FORMAT = 1
-"""Of the run folder; written to its manifest. A folder of another format is not read."""
+_LINE = {"model": NAME, "tower": NAME, "layer": PLACE, "tokens": NAME, "metric": NAME}
+_CONSTANTS = {"module": TEXT, **dict.fromkeys(CONSTANTS, TEXT), "n_tokens": WHOLE, "seed": WHOLE} | {
+    "patch_size": ANY,
+    "image_size": ANY,
+}
+_STATISTICS = {"mean": NUMBER, "std": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER, "n": COUNT}
+LAYOUTS = {
+    LAYERS: Layout(_LINE | _STATISTICS, _CONSTANTS, key=tuple(_LINE), rows=True),
+    HEADS: Layout(
+        _LINE | {"head": PLACE} | _STATISTICS, _CONSTANTS, key=(*_LINE, "head"), span=("layer", "head")
+    ),
+    SAMPLES: Layout(
+        _LINE | {"head": PLACE, "module": TEXT, "input": NAME, "input_index": COUNT, "value": NUMBER},
+        _CONSTANTS,
+        span=("layer", "head"),
+        rows=True,
+    ),
+}
+"""What the tables of a run hold, by file."""
 
 
 def samples_frame(
@@ -166,23 +186,28 @@ def _components(rows: pd.DataFrame, keys: list[str], name: str, above: str, belo
 
 
 def read_layers(folder: Path) -> pd.DataFrame:
-    """`layers.csv` of a run folder."""
-    return pd.read_csv(_finished(folder) / LAYERS, keep_default_na=True)
+    """`layers.csv` of a run folder. Raises UserError if it is no such table, as all of these do."""
+    return _read(folder, LAYERS)
 
 
 def read_heads(folder: Path) -> pd.DataFrame:
     """`heads.parquet` of a run folder."""
-    return pd.read_parquet(_finished(folder) / HEADS)
+    return _read(folder, HEADS)
 
 
 def read_samples(folder: Path) -> pd.DataFrame:
     """`samples.parquet` of a run folder."""
-    return pd.read_parquet(_finished(folder) / SAMPLES)
+    return _read(folder, SAMPLES)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`manifest.json` of a run folder."""
-    return manifest_in(_finished(folder))
+    """`manifest.json` of a run folder, with all of its fields (`diag.results.manifest`)."""
+    return read_manifest_of(_finished(folder), PROBE)
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    tip = again(folder, PROBE)
+    return read_table(_finished(folder) / name, LAYOUTS[name], "table", tip=tip)
 
 
 def _finished(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of, visible
+from diag.inputs.formulas import to_csv
 from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
-    ".csv": lambda frame, path: frame.to_csv(path, index=False, float_format="%.9g"),
+    ".csv": lambda frame, path: to_csv(frame, path, float_format="%.9g"),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False, compression="zstd"),
     ".json": lambda frame, path: frame.to_json(path, orient="records", indent=1),
     ".tex": lambda frame, path: path.write_text(_latex(frame), encoding="utf-8"),

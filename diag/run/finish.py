@@ -23,8 +23,9 @@ from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
 from diag.results.hashes import hashes
+from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
-from diag.results.tables import FORMAT, one_kind, tables
+from diag.results.tables import one_kind, tables
 from diag.results.writing import atomically, write, write_json, writing
 from diag.run.environment import environment
 from diag.run.locks import PATIENCE, Locks

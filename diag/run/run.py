@@ -58,7 +58,7 @@ class FinishedRun:
     @property
     def complete(self) -> bool:
         """Whether every model and input was measured."""
-        return self.manifest["status"] == "complete"
+        return self.manifest.get("status") == "complete"
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,12 @@ def result_table(layers: pd.DataFrame) -> str:
 
 def _title(part: pd.DataFrame) -> list[str]:
     first = part.iloc[0]
-    title = [first["model"], first["tower"], f"{first['tokens']} tokens (T = {span(part['n_tokens'])})"]
-    title += [f"n = {part['n'].max()}", f"values {first['values']}"]
+    size = f" (T = {span(part['n_tokens'])})" if "n_tokens" in part else ""
+    title = [first["model"], first["tower"], f"{first['tokens']} tokens{size}", f"n = {part['n'].max()}"]
+    title += [f"values {first['values']}"] if "values" in part else []
     if first.get("intervention", "none") != "none":
         title.append(f"with {first['intervention']}")
-    title += ["t=0 excluded"] if first["first_token"] == "excluded" else []
+    title += ["t=0 excluded"] if first.get("first_token") == "excluded" else []
     return [visible(str(part)) for part in title]
 
 

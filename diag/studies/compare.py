@@ -25,7 +25,8 @@ import pandas as pd
 from diag.errors import UserError
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
-from diag.results.folder import MANIFEST, kind_of, manifest_in
+from diag.results.folder import MANIFEST, kind_of
+from diag.results.manifest import read as read_manifest
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
 from diag.results.writing import atomically, file_stem, write, write_json, writing
@@ -202,7 +203,7 @@ def _figures_before(folder: Path) -> list[Path]:
     if kind_of(folder) != "compare":
         return []
     home = folder.resolve() / "figures"
-    listed = (folder / str(name) for name in manifest_in(folder).get("figures") or ())
+    listed = (folder / name for name in read_manifest(folder, "compare")["figures"])
     return [
         file
         for file in listed

@@ -18,6 +18,8 @@ WRONG = {
     "other bytes": (b"\xff\xfe", "it is not UTF-8 (byte 0)"),
     "too deep": (b"[" * 100_000, "it is not JSON"),
     "a number beyond reason": (b'{"a": ' + b"9" * 5000 + b"}", "it is not JSON"),
+    "nested": (b'{"a": ' + b"[" * 150 + b"1" + b"]" * 150 + b"}", "nested more than 100 levels deep"),
+    "half a character": (b'{"a": "\\ud83d"}', "holds half a character"),
     "too large": (b'"' + b"a" * 3_000_000 + b'"', "3 MB, where 2 are the most"),
 }
 
@@ -35,8 +37,8 @@ def test_what_is_no_mapping_is_told(tmp_path: Path, content: bytes, said: str) -
 
 def test_a_mapping_is_read(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
-    file.write_text('{"a": [1, null]}', encoding="utf-8")
-    assert json_of(file, "the manifest", tip="") == {"a": [1, None]}
+    file.write_text('{"a": [1, null], "b": "\\ud83d\\ude00"}', encoding="utf-8")
+    assert json_of(file, "the manifest", tip="") == {"a": [1, None], "b": "\N{GRINNING FACE}"}
 
 
 def test_nothing_but_a_plain_file_is_opened(tmp_path: Path) -> None:

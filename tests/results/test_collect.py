@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from commands import Ended
 from made_runs import CURVES, Make, made_run
@@ -15,7 +16,7 @@ from made_runs import CURVES, Make, made_run
 from diag.errors import UserError
 from diag.results.collect import collect
 from diag.results.hashes import hashes
-from diag.results.tables import FORMAT
+from diag.results.manifest import FORMAT
 
 
 @pytest.fixture
@@ -61,6 +62,20 @@ def test_runs_of_one_name_in_different_places(make: Make) -> None:
     found = collect([make("here/run"), make("there/run")])
     assert list(found.folders) == ["run", "run-2"]
     assert found.labels == ["demo:vit-p8 · run", "demo:vit-p8 · run-2"]
+
+
+@pytest.mark.parametrize("model", ["001", "NA", "null", "1e5", "=1+1", "'=1+1", "-x"])
+def test_models_and_folders_called_like_something_else(make: Make, model: str) -> None:
+    found = collect([make("NA", model=model), make("001", model="demo:b")])
+    assert found.labels == [model, "demo:b"]
+    assert list(found.folders) == ["NA", "001"]
+    for table in (found.layers, found.heads, found.samples):
+        assert list(table["label"].unique()) == [model, "demo:b"]
+        assert table["layer_count"].notna().all()
+
+
+def test_a_label_has_no_control_characters(make: Make) -> None:
+    assert collect([make(model="a\x1b[31m\nb")]).labels == ["a\\u001b[31m\\u000ab"]
 
 
 def test_a_folder_given_twice_is_read_once(make: Make) -> None:
@@ -161,12 +176,29 @@ class TestProblems:
         assert list(found.folders) == ["good"]
         assert set(found.problems) == {str(bad), str(broken)}
 
+    def test_a_table_that_holds_something_else(self, make: Make) -> None:
+        good, bad = make("good"), make("bad")
+        table = pd.read_csv(bad / "layers.csv").astype({"mean": object})
+        table.loc[3, "mean"] = "many"
+        table.to_csv(bad / "layers.csv", index=False)
+        found = collect([good, bad])
+        assert found.problems == {
+            str(
+                bad
+            ): f"cannot read table '{bad / 'layers.csv'}': column 'mean' holds 'many' in line 5, where a "
+            "finite number is due"
+        }
+        heads = pd.read_parquet(bad / "heads.parquet").assign(head=5_000_000)
+        heads.to_parquet(bad / "heads.parquet")
+        shutil.copy(good / "layers.csv", bad / "layers.csv")
+        assert "column 'head' holds 5000000 in row 0" in collect([good, bad]).problems[str(bad)]
+
     def test_a_broken_manifest(self, make: Make) -> None:
         bad = make("bad")
         (bad / "manifest.json").write_text("{")
         with pytest.raises(UserError) as caught:
             collect([bad])
-        assert caught.value.tip == "measure it again: attnbias probe …"
+        assert caught.value.tip == f"measure it again: attnbias probe … -o {bad} --overwrite"
 
     @pytest.mark.parametrize("number", [None, 0, FORMAT + 1])
     def test_another_format(self, make: Make, number: int | None) -> None:

@@ -21,9 +21,13 @@ from torch.linalg import vecdot
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
 from diag.errors import UserError, did_you_mean, ranges
+from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
+
+STRENGTHS = Layout({"layer": PLACE, "head": PLACE, "strength": NUMBER}, key=("layer", "head"))
+"""A table of one's own: a strength per head."""
 
 
 def xsa(call: AttentionCall, strength: Strength) -> Tensor:
@@ -267,14 +271,8 @@ def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
         raise UserError(
             f"--intervene {text}: '{given}' is neither a number nor a file", "for example gated_xsa=0.5"
         )
-    import pandas as pd
-
-    table = pd.read_csv(path)
-    columns = ["layer", "head", "strength"]
-    for name in columns:
-        if name not in table:
-            raise UserError(f"'{given}' has no column '{name}'", "columns are layer, head, strength")
-    rows = table[columns].itertuples(index=False)
+    table = read_table(path, STRENGTHS, "strengths", tip="columns are layer, head, strength")
+    rows = table[list(STRENGTHS.needed)].itertuples(index=False)
     return {(int(layer), int(head)): float(value) for layer, head, value in rows}
 
 

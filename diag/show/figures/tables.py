@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from diag.errors import UserError, one_of
+from diag.errors import UserError, one_of, visible
 from diag.show.figures.panels import COMPARISON_METRICS
 
 IDENTITY = ("model", "tower", "tokens")
@@ -35,6 +35,9 @@ def check_columns(table: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFram
         )
     numbers = {column: pd.to_numeric(table[column]).astype(float) for column in NUMBERS}
     words = {column: table[column].astype(object) for column in (*IDENTITY, "metric")}
+    names = {name: visible(name) for name in words["model"].unique() if isinstance(name, str)}
+    if any(name != shown for name, shown in names.items()):  # no font has the others
+        words["model"] = words["model"].replace(names)
     return table.assign(**numbers, **words)
 
 

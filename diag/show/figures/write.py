@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diag.inputs.formulas import to_csv
 from diag.results.writing import replacing
 from diag.show.figures.style import style
 
@@ -26,7 +27,7 @@ def save(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Pa
     bytes. Each file is complete or absent. Raises OSError if the disk is full or the folder is read-only.
     """
     writers = {kind: partial(figure.savefig, format=kind, **options) for kind, options in PICTURES.items()}
-    writers["csv"] = partial(data.to_csv, index=False, lineterminator="\n")
+    writers["csv"] = partial(to_csv, data)
     with style():
         for kind, write in writers.items():
             replacing(folder / f"{stem}.{kind}", write)

@@ -12,13 +12,18 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.inputs.images import open_image
+from diag.inputs.outside import regular
+from diag.inputs.tables import Layout, read_table
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.results.decimals import fixed
-from diag.results.folder import manifest_in
+from diag.results.looks import DECOMPOSITION, SPLIT, TOKENS
+from diag.results.manifest import ATTEND, again
+from diag.results.manifest import read as manifest_of
 from diag.show.report.content import GLANCE, NO_NUMBER, NumberCell
 from diag.show.report.maps import number
 
-SPLIT = (*GLANCE, "self_weight")
+SHOWN = (*GLANCE, "self_weight")
 """Columns of the split, where they are there."""
 
 PICTURE_BYTES = 2_500_000
@@ -64,13 +69,17 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
     problems: dict[str, str] = {}
     for folder in dict.fromkeys(folders):
         try:
-            manifest = manifest_in(folder)
-            decomposition = pd.read_csv(folder / "decomposition.csv")
-            pd.read_parquet(folder / "tokens.parquet")  # not shown, but a folder without it is not whole
+            manifest, tip = manifest_of(folder, ATTEND), again(folder, ATTEND)
+            decomposition = read_table(folder / DECOMPOSITION, SPLIT, "table", tip=tip)
+            # not shown, but a folder without it is not whole
+            read_table(folder / TOKENS, Layout({}), "table", tip=tip)
             pictures = sorted((folder / "figures").glob("*.png"))
             if not pictures:
                 raise UserError(f"'{folder}' holds no figures/*.png")
-        except (UserError, OSError, ValueError) as error:
+            for picture in pictures:
+                regular(picture, "picture", tip)
+                open_image(picture)  # decoded, so that one that is damaged is told here
+        except UserError as error:
             problems[str(folder)] = " ".join(str(error).split())
             continue
         found.append((folder, manifest, decomposition, pictures))
@@ -105,7 +114,7 @@ def section_of(attended: AttendFolder) -> AttendSection:
     """An attend folder as the page shows it; what the folder does not say is left out."""
     manifest, numbers = attended.manifest, attended.decomposition
     title, said = _title(manifest), _found(numbers)
-    shown = [metric for metric in SPLIT if metric in numbers]
+    shown = [metric for metric in SHOWN if metric in numbers]
     return AttendSection(
         title=title,
         pictures=tuple(

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from diag.errors import visible
 from diag.metrics.catalogue import entry_of
 from diag.results.collect import Collection
 from diag.results.profiles import profiles
@@ -106,11 +107,17 @@ def _template() -> Any:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     return environment.get_template("page.html")
+
+
+def _plain(value: Any) -> Any:
+    """What the template writes: names of models and inputs are whatever somebody called them."""
+    return visible(value, keep="\n\t") if type(value) is str else value
 
 
 def _embedded(document: Mapping[str, Any]) -> Any:

@@ -19,14 +19,18 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError
-from diag.results.folder import MANIFEST, is_finished, manifest_in
-from diag.results.tables import FORMAT
+from diag.inputs.images import open_image
+from diag.inputs.outside import regular
+from diag.inputs.tables import read_table
+from diag.results.folder import MANIFEST, is_finished
+from diag.results.looks import DECOMPOSITION, SEEN, TOKENS, WHOLE_SPLIT
+from diag.results.manifest import ATTEND, FORMAT, again
+from diag.results.manifest import read as manifest_of
 from diag.results.writing import atomically, write_json, writing
 from diag.results.writing import write as write_table
 from diag.run.environment import command_line, environment
 from diag.studies.attend.plan import AttendPlan
 
-KIND = "attend"
 TOKEN_TYPES = {"row": "Int64", "col": "Int64", "rank": "Int64"}
 """Whole numbers that not every token has."""
 
@@ -40,7 +44,7 @@ class Attended:
         col, text, weight (A_ij), value_cosine (cos(v_j, v_i)), rank (1 is the most attended), is_target.
         Weight, cosine and rank are missing where the target does not see the token.
     decomposition: one row per model and head, and a row "mean" with the means over heads; columns
-        model, layer, head, n_visible, and the numbers of `diag.studies.attend.row.NUMBERS`.
+        model, layer, head, n_visible, and the numbers of `diag.results.looks.NUMBERS`.
     pictures: model -> the image as the model sees it, `[height, width, 3]` of uint8; empty for texts.
     models: what each name resolved to, its layer and target; for the manifest.
     failed: model -> why it is missing.
@@ -60,8 +64,8 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     from diag.show.figures.attend import draw_attended
     from diag.show.figures.write import save_all
 
-    write_table(attended.tokens, folder / "tokens.parquet")
-    write_table(attended.decomposition, folder / "decomposition.csv")
+    write_table(attended.tokens, folder / TOKENS)
+    write_table(attended.decomposition, folder / DECOMPOSITION)
     for entry in attended.models:
         if entry.get("picture"):
             picture = Image.fromarray(attended.pictures[entry["given"]])
@@ -73,7 +77,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     write_json(
         {
             "format": FORMAT,
-            "kind": KIND,
+            "kind": ATTEND,
             "status": "partial" if attended.failed else "complete",
             "key": plan.key(),
             "plan": plan.model_dump(mode="json"),
@@ -95,40 +99,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"'{folder}' is no finished look at a token (no {MANIFEST})", f"attnbias attend … -o {folder}"
         )
-    try:
-        manifest = manifest_in(folder)
-    except ValueError as error:
-        raise UserError(
-            f"'{folder / MANIFEST}' is not JSON: {error}", f"attnbias attend … -o {folder} --overwrite"
-        ) from error
-    if manifest.get("kind") != KIND:
+    manifest = manifest_of(folder, ATTEND)
+    if manifest.get("kind") != ATTEND:
         raise UserError(
             f"'{folder}' is not what attnbias attend wrote (kind {manifest.get('kind', 'of a probe')!r})",
             "give a folder of attnbias attend",
-        )
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"'{folder}' has format {manifest.get('format')}, this version reads {FORMAT}",
-            f"measure it again: attnbias attend … -o {folder} --overwrite",
         )
     return manifest
 
 
 def read(folder: Path) -> Attended:
     """What `write` wrote. Raises UserError if the folder is none, or lacks a file. Does not import torch."""
-    from PIL import Image
-
-    manifest = read_manifest(folder)
+    manifest, tip = read_manifest(folder), again(folder, ATTEND)
+    tokens = read_table(folder / TOKENS, SEEN, "table", tip=tip)
+    decomposition = read_table(folder / DECOMPOSITION, WHOLE_SPLIT, "table", tip=tip)
     pictures = {}
-    try:
-        tokens = pd.read_parquet(folder / "tokens.parquet")
-        decomposition = pd.read_csv(folder / "decomposition.csv", dtype={"head": str})
-        for entry in manifest["models"]:
-            if entry.get("picture"):
-                with Image.open(folder / entry["picture"]) as picture:
-                    pictures[entry["given"]] = np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{folder}' cannot be read: {error}", "measure it again with --overwrite") from error
+    for entry in manifest["models"]:
+        of_model = (table[table["model"] == entry["given"]] for table in (tokens, decomposition))
+        heads, split = (set(table["head"]) for table in of_model)
+        if len(heads) != 1 or not heads <= split:
+            raise UserError(f"'{folder}': its tables have no rows of model '{entry['given']}'", tip)
+        if entry.get("picture"):
+            file = folder / entry["picture"]
+            regular(file, "picture", tip)
+            try:
+                pictures[entry["given"]] = np.asarray(open_image(file))
+            except UserError as error:
+                raise UserError(f"'{folder}': {error}", tip) from error
     return Attended(
         tokens.astype(TOKEN_TYPES), decomposition, pictures, manifest["models"], manifest["failed_models"]
     )

@@ -22,15 +22,14 @@ from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
 from diag.models.names.spec import ModelSpec
+from diag.results.looks import MEAN, NUMBERS
 from diag.results.writing import file_stem
 from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
 from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.grid import Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
-from diag.studies.attend.row import NUMBERS, TokenRow, row_of
-
-MEAN = "mean"
+from diag.studies.attend.row import TokenRow, row_of
 
 
 @dataclass(frozen=True)

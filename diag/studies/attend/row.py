@@ -20,23 +20,7 @@ from diag.attention.pattern import pattern_rows
 from diag.attention.value_statistics import reciprocal
 from diag.errors import UserError
 from diag.measure.reconstruction import rebuilt_error
-
-NUMBERS = (
-    "cos_y_vself",
-    "self_part",
-    "context_part",
-    "cos_y_vpartner",
-    "cos_y_vuniform",
-    "excess",
-    "removed_energy",
-    "self_weight",
-    "output_norm",
-    "projection",
-    "exclusive_norm",
-    "value_norm",
-)
-"""What is known of the row, per head. The first eight are metrics; `projection` is y·v̂, the others
-are ‖y‖, ‖z‖ with z = y - (y·v̂)v̂, and ‖v‖."""
+from diag.results.looks import NUMBERS
 
 
 @dataclass(frozen=True)

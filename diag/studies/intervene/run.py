@@ -13,14 +13,17 @@ from torch import Tensor
 
 from diag.errors import UserError
 from diag.inputs.labels import class_names, labels
+from diag.inputs.tables import read_table
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
+from diag.results.folder import MANIFEST, SAMPLES, is_finished
 from diag.results.hashes import edited
+from diag.results.manifest import again
+from diag.results.manifest import read as manifest_of
 from diag.results.tables import layer_samples, read_layers, read_manifest, read_samples
 from diag.results.writing import file_stem, write, write_json, writing
 from diag.run.cache import measured
@@ -32,8 +35,11 @@ from diag.run.run_folder import claim, release
 from diag.run.shards import tower_samples
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
-from diag.studies.intervene.tables import relations, sensitivity
+from diag.studies.intervene.tables import LAYOUTS, relations, sensitivity
 from diag.studies.intervene.words import CONTROL, main_effect
+
+KIND = "intervene"
+"""Of its manifest."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def run_intervene(
     listener = listener or Silent()
     prepared = Prepared.of(plan)
     key = prepared.key
-    what = {"kind": "intervene", "key": key, "plan": plan.model_dump(mode="json")}
+    what = {"kind": KIND, "key": key, "plan": plan.model_dump(mode="json")}
     document = what | {"command": command_line()}
     folder = folder or _among(RUNS, plan, key)
     if claim(folder, document, overwrite=overwrite):
@@ -133,7 +139,7 @@ def _carried_out(
             relations(rows[rows["head"] >= 0], before, seed=plan.seed),
         ],
         ignore_index=True,
-    )
+    ).reindex(columns=list(LAYOUTS["relations.csv"].needed))  # it has them also where it has no rows
     for name, frame in ((SAMPLES, rows), ("sensitivity.csv", table), ("relations.csv", relation)):
         write(frame.assign(model=spec.given, tower=tower.name), folder / name)
     probe = read_layers(probed)
@@ -179,12 +185,13 @@ def open_sweep(folder: Path) -> Sweep:
     """A finished sweep. Raises UserError if it is none."""
     if not is_finished(folder):
         raise UserError(f"'{folder}' is not a finished sweep", "attnbias intervene -m MODEL … -o FOLDER")
-    return Sweep(
-        folder,
-        pd.read_csv(folder / "sensitivity.csv"),
-        pd.read_csv(folder / "relations.csv"),
-        manifest_in(folder),
+    manifest, tip = manifest_of(folder, KIND), again(folder, KIND)
+    if manifest.get("kind") != KIND:
+        raise UserError(f"'{folder}' was not made by attnbias intervene", tip)
+    sensed, related = (
+        read_table(folder / name, layout, "table", tip=tip) for name, layout in LAYOUTS.items()
     )
+    return Sweep(folder, sensed, related, manifest)
 
 
 def draw(

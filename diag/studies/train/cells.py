@@ -9,7 +9,6 @@ checkpoint.pt   of an unfinished cell
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from diag.errors import UserError
+from diag.inputs.outside import json_of
 from diag.models.weights import digest
 from diag.results.writing import write, write_json
 from diag.run.environment import environment
@@ -124,8 +125,12 @@ def train_cell(
 
 
 def card_of(folder: Path) -> dict[str, Any]:
-    """What a finished cell says of itself."""
-    return json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    """What a finished cell says of itself. Raises UserError if its card cannot be read."""
+    tip = f"remove '{folder}' and run the same command again"
+    card = json_of(folder / "card.json", "card", tip=tip)
+    if not isinstance(card.get("alphas"), dict):
+        raise UserError(f"cannot read card '{folder / 'card.json'}': 'alphas' is no mapping", tip)
+    return card
 
 
 def _watcher(model: nn.Module, batch: Batch, every: int, last: int) -> Callable[[int], list[dict[str, Any]]]:

@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diag.errors import UserError, did_you_mean
-from diag.inputs.outside import MEGABYTE, text_of
+from diag.inputs.document import read_document
 from diag.models.families.open_clip import OWN_CONFIGS
 
 GLOBAL_BATCH = "global-batch-size"
@@ -94,20 +92,17 @@ def known_flags() -> tuple[str, ...]:
 
 
 def _settings(config: Path) -> dict[str, Any]:
-    text = text_of(config, "flags", tip="see configs/clip-cc12m-b16.yaml", most=MEGABYTE)
-    try:
-        read = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"'{config}' is not YAML: {error}", "see configs/clip-cc12m-b16.yaml") from None
-    if not isinstance(read, Mapping):
+    document = read_document(config, "flags", like="configs/clip-cc12m-b16.yaml")
+    read = document.data
+    if not isinstance(read, dict):
         raise UserError(f"'{config}' holds no flags", "write one 'flag: value' per line, without dashes")
     known = [*(flag.removeprefix("--") for flag in known_flags()), GLOBAL_BATCH]
     for key in read:
         if key not in known:
-            raise UserError(
-                f"{config}: open_clip_train has no flag '{key}'", did_you_mean(str(key), known) or HELP
+            raise document.error(
+                (key,), f"open_clip_train has no flag '{key}'", did_you_mean(key, known) or HELP
             )
-    return dict(read)
+    return read
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

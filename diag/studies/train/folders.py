@@ -30,7 +30,7 @@ def timm_model(arguments: Mapping[str, Any], patch_size: int | None, classes: in
     name = str(arguments.get("architecture", ARCHITECTURE))
     try:
         return timm.create_model(name, num_classes=classes, patch_size=patch_size, **sizes)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of any constructor, and of memory that is not there
         raise UserError(
             f"timm cannot build '{name}' with patch size {patch_size} and {sizes}: {str(error)[:120]}",
             "model: takes architecture and arguments of its constructor",

@@ -21,9 +21,12 @@ import pandas as pd
 import torch
 
 from diag.errors import UserError
+from diag.inputs.tables import COUNT, NAME, OPEN, Layout, read_table
 from diag.measure.device import device_of
-from diag.results.folder import MANIFEST, PLAN
-from diag.results.tables import read_layers, read_manifest
+from diag.results.folder import MANIFEST, PLAN, is_finished
+from diag.results.manifest import again
+from diag.results.manifest import read as manifest_of
+from diag.results.tables import read_layers
 from diag.results.writing import write, write_json
 from diag.run.environment import command_line, environment
 from diag.run.locks import Locks
@@ -33,7 +36,7 @@ from diag.run.progress import Listener, Silent
 from diag.run.run import run_probe
 from diag.run.run_folder import claim
 from diag.studies.train.cells import Cell, card_of, cells_of, train_cell
-from diag.studies.train.outcomes import outcome_tables
+from diag.studies.train.outcomes import PLAIN, SHOWN, outcome_tables
 from diag.studies.train.plan import TrainPlan
 from diag.studies.train.summary import shown, words
 from diag.studies.train.tasks import Task, task_of
@@ -43,6 +46,13 @@ RESULTS = (
     *("seconds_per_step", "initial_sha256", "sha256"),
 )
 """Of a cell's card, columns of the results."""
+
+
+LOGS = {
+    "log": Layout({"step": COUNT, "loss": OPEN}),
+    "monitor": Layout({"step": COUNT, "metric": NAME, "value": OPEN}),
+}
+"""What a cell's tables hold, by their name."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,17 @@ def run_train(
 
 def open_grid(folder: Path) -> TrainedGrid:
     """A finished grid folder. Raises UserError if it is not one."""
-    manifest = read_manifest(folder)
-    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in manifest["tables"]}
+    if not is_finished(folder):
+        raise UserError(
+            f"'{folder}' is not a finished grid (no {MANIFEST})", "attnbias train CONFIG -o FOLDER"
+        )
+    manifest, tip = manifest_of(folder, "train"), again(folder, "train")
+    if manifest.get("kind") != "train":
+        raise UserError(f"'{folder}' was not made by attnbias train", tip)
+    layouts = dict.fromkeys(manifest["tables"], PLAIN) | {"outcomes": SHOWN}
+    tables = {
+        name: read_table(folder / f"{name}.csv", layout, "table", tip=tip) for name, layout in layouts.items()
+    }
     return TrainedGrid(folder, tables, manifest["words"], manifest)
 
 
@@ -190,6 +209,7 @@ def _curves(cells: Sequence[Cell], folder: Path, name: str) -> pd.DataFrame:
     frames = []
     for cell in cells:
         file = folder / "cells" / cell.name / f"{name}.csv"
-        frame = pd.read_csv(file) if file.stat().st_size > 1 else pd.DataFrame()
+        tip = f"remove '{file.parent}' and run the same command again"
+        frame = read_table(file, LOGS[name], "table", tip=tip) if file.stat().st_size > 1 else pd.DataFrame()
         frames.append(frame.assign(**cell.facts))
     return pd.concat(frames, ignore_index=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
+from diag.inputs.outside import reason
 from diag.inputs.texts import demo_text, read_text
 from diag.studies.train.fit import Batch
 from diag.studies.train.folders import save_transformers
@@ -93,8 +94,10 @@ def gpt2(sizes: Mapping[str, Any]) -> nn.Module:
     try:
         config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
         return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"GPT2Config refuses {dict(sizes)}: {error}", "model: takes its arguments") from None
+    except Exception as error:  # of the library's own checks, and of memory that is not there
+        raise UserError(
+            f"GPT2Config refuses {dict(sizes)}: {reason(error)}", "model: takes its arguments"
+        ) from None
 
 
 def byte_pairs(text: str, vocabulary: int, context: int) -> Any:

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from diag.inputs.tables import COUNT, NAME, OPEN, TEXT, Layout
 from diag.studies.train.paired_gains import (
     BASELINE,
     CASE,
@@ -24,6 +25,24 @@ from diag.studies.train.paired_gains import (
     pairs,
 )
 from diag.studies.train.predicted import relation, relation_points
+
+_WORDS = (
+    *("cell", "task", "variant", "against", "outcome", "unit", "metric", "predictor", "cells"),
+    *("correlation", "seeds", "patch_sizes", "initial_sha256", "sha256"),
+)
+_ENDS = ("", "_low", "_high")
+_SHOWN = [
+    f"{outcome}{column}"
+    for outcome in OUTCOMES
+    for column in ("", "_sd", *(f"_{name}{end}" for name in ("gain", "over_control") for end in _ENDS))
+]
+PLAIN = Layout({}, dict.fromkeys(_WORDS, TEXT))
+SHOWN = Layout(
+    {"task": NAME, "patch_size": OPEN, "variant": NAME, "n": COUNT, **dict.fromkeys(_SHOWN, OPEN)},
+    PLAIN.known,
+    rows=True,
+)
+"""What the tables of a grid hold: all of them, and `outcomes`, which is shown."""
 
 TOKENS = ("patch", "all")
 """Token sets of a probe, of which a cell's first is taken."""

@@ -5,14 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diag.errors import UserError
+from diag.inputs.document import read_document
 from diag.run.plan import Plan, mistake
 from diag.variants import BASELINE, parse
+
+LIKE = "configs/train-smoke.yaml"
+
+MOST = 1_000_000_000
+"""Of steps, examples and inputs."""
+MOST_CELLS = 10_000
+"""Trainings of a grid."""
+MOST_SIZE, MOST_LAYERS = 1_000_000, 1_000
+"""Of a number that a model is built with, and of its layers: building more would not end."""
+LAYERS = ("depth", "n_layer")
+"""What the builders call the number of layers."""
+SIZES = ("img_size", "n_positions", "vocab_size")
+"""What is read of a model before it is built."""
 
 
 class Recipe(BaseModel):
@@ -26,21 +39,21 @@ class Recipe(BaseModel):
         interruption can lose.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    steps: int = Field(gt=0, le=MOST)
+    batch_size: int = Field(gt=0, le=1_000_000)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    warmup: int = Field(default=50, ge=0)
+    warmup: int = Field(default=50, ge=0, le=MOST)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(default=1.0, gt=0)
     gate_rate: float = Field(default=10.0, gt=0)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    held_out: int = Field(default=1400, gt=0)
-    checkpoint_every: int = Field(default=100, gt=0)
+    held_out: int = Field(default=1400, gt=0, le=MOST)
+    checkpoint_every: int = Field(default=100, gt=0, le=MOST)
 
 
 class TrainPlan(Plan):
@@ -62,13 +75,13 @@ class TrainPlan(Plan):
     task: Literal["crops", "images", "language"]
     train: str | None = None
     validation: str | None = None
-    patch_sizes: tuple[int, ...] = ()
+    patch_sizes: tuple[Annotated[int, Field(gt=0, le=10_000)], ...] = ()
     variants: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(min_length=1)
     model: dict[str, Any] = Field(default_factory=dict)
     recipe: Recipe
-    monitor_every: int = Field(default=50, ge=0)
-    probe_limit: int = Field(default=64, gt=0)
+    monitor_every: int = Field(default=50, ge=0, le=MOST)
+    probe_limit: int = Field(default=64, gt=0, le=MOST)
 
     @field_validator("variants")
     @classmethod
@@ -96,7 +109,27 @@ class TrainPlan(Plan):
             given = getattr(self, name)
             if len(set(given)) != len(given):
                 raise ValueError(f"{name} name something twice")
+        cells = max(len(self.patch_sizes), 1) * len(self.variants) * len(self.seeds)
+        if cells > MOST_CELLS:
+            raise ValueError(
+                f"patch_sizes × variants × seeds are {cells:,} cells, {MOST_CELLS:,} are the most"
+            )
         return self
+
+    @field_validator("model")
+    @classmethod
+    def _buildable(cls, model: dict[str, Any]) -> dict[str, Any]:
+        for name, size in model.items():
+            numbers = size if isinstance(size, list) else [size]
+            if any(isinstance(number, int | float) and not abs(number) <= MOST_SIZE for number in numbers):
+                raise ValueError(f"{name} is {size!s:.40}, {MOST_SIZE:,} is the most")
+        for name in SIZES:
+            if name in model and (not isinstance(model[name], int) or model[name] < 1):
+                raise ValueError(f"{name} is {model[name]!s:.40}, a whole number above 0 is due")
+        layers = [model[name] for name in LAYERS if isinstance(model.get(name), int)]
+        if any(count > MOST_LAYERS for count in layers):
+            raise ValueError(f"has {max(layers):,} layers, {MOST_LAYERS:,} are the most")
+        return model
 
     @property
     def key(self) -> str:
@@ -106,18 +139,13 @@ class TrainPlan(Plan):
 
 
 def read_plan(file: Path) -> TrainPlan:
-    """A plan from YAML. Raises UserError that names the key."""
+    """A plan from YAML. Raises UserError that names line and key."""
+    document = read_document(file, like=LIKE)
+    if not isinstance(document.data, dict):
+        raise UserError(f"plan '{file}' is no mapping", f"see {LIKE}")
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"plan '{file}' cannot be read: {error}", "give a YAML file: configs/*.yaml"
-        ) from None
-    if not isinstance(document, dict):
-        raise UserError(f"plan '{file}' is no mapping", "see configs/train-smoke.yaml")
-    try:
-        return TrainPlan(**document)
+        return TrainPlan.model_validate(document.data)
     except ValidationError as error:
         place, reason, _ = mistake(error)
         where = f"{'.'.join(map(str, place))} " if place else ""
-        raise UserError(f"plan '{file}': {where}{reason}", "see docs/train.md") from None
+        raise document.error(place, f"{where}{reason}", "see docs/train.md") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.inputs.document import Document, Place
 from diag.metrics.names import GROUPS, chosen
 from diag.models.names import series
 from diag.models.names.arguments import merged, read, split
@@ -25,7 +26,6 @@ from diag.run.cache import is_measured
 from diag.run.plan import HOW, ProbePlan, specs_of
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
-from diag.studies.writeup.document import Document, Place
 from diag.studies.writeup.drawing import AttendFigure
 from diag.studies.writeup.schema import WriteupPlan, WriteupProbe, items_of
 from diag.studies.writeup.tables import ProfileTable

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
+from diag.inputs.document import Document
 from diag.results.collect import collect
-from diag.results.folder import is_finished, manifest_in
+from diag.results.folder import is_finished
+from diag.results.manifest import ATTEND, PROBE
+from diag.results.manifest import read as manifest_of
 from diag.results.tables import read_manifest
 from diag.results.writing import write_json
 from diag.run.cache import folder_of, measured
@@ -29,7 +32,6 @@ from diag.studies.attend.folder import read_manifest as read_look_manifest
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.captions import caption
-from diag.studies.writeup.document import Document
 from diag.studies.writeup.files import EXTRA, MISSING, NEW, REMOVED, SAME, compare, extra, put
 from diag.studies.writeup.material import Material
 from diag.studies.writeup.needs import looks_of, runs_of
@@ -140,7 +142,7 @@ def _material(
         if not folders:
             continue
         material.runs[name] = {folder: run.plan for folder, run in folders.items()}
-        names = {folder: _name_of(folder, manifest_in(folder)) for folder in folders}
+        names = {folder: _name_of(folder, manifest_of(folder, PROBE)) for folder in folders}
         found = material.collections[name] = collect(folders, names)
         material.lines[name] = {key: folders[folder].line for key, folder in found.folders.items()}
         for note in found.notes:
@@ -254,18 +256,19 @@ def _document(plan: WriteupPlan, material: Material, outcome: Produced, drawn: P
 
 def _resolved(what: str, plan: ProbePlan | AttendPlan, folder: Path) -> dict[str, Any]:
     """A run or look: its folder's name, and what was measured."""
-    manifest, how = manifest_in(folder), {*HOW, "save_activations"}
-    inputs = manifest.get("inputs", {})
+    manifest, how = manifest_of(folder, PROBE if what == "run" else ATTEND), {*HOW, "save_activations"}
     resolved = {
         what: _name_of(folder, manifest),
-        **({} if _timed(manifest) else {"key": manifest["key"]}),
-        "models": {entry["given"]: portable(entry["resolved"]) for entry in manifest["models"]},
+        **({} if _timed(manifest) else {"key": manifest.get("key")}),
+        "models": {
+            entry["given"]: portable(entry.get("resolved") or entry["given"]) for entry in manifest["models"]
+        },
     }
     if "inputs" in manifest:
         resolved["inputs"] = {
             kind: {name: told for name, told in given.items() if name != "stamp"}
-            | {"source": portable(str(given["source"]))}
-            for kind, given in inputs.items()
+            | {"source": portable(str(given.get("source")))}
+            for kind, given in manifest["inputs"].items()
         }
     resolved["plan"] = _portable(plan.model_dump(mode="json", exclude=how, exclude_defaults=True))
     return resolved
@@ -278,7 +281,9 @@ def _timed(manifest: Mapping[str, Any]) -> bool:
 
 def _name_of(folder: Path, manifest: Mapping[str, Any]) -> str:
     """What a run is called: its folder, without a key that is another one wherever images are copied to."""
-    return folder.name.removesuffix(f"-{manifest['key'][:8]}") if _timed(manifest) else folder.name
+    return (
+        folder.name.removesuffix(f"-{(manifest.get('key') or '')[:8]}") if _timed(manifest) else folder.name
+    )
 
 
 def portable(text: str) -> str:

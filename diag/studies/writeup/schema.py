@@ -16,12 +16,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.inputs.document import Document, Place, read_document
 from diag.results.writing import file_stem
 from diag.run.plan import ProbePlan, in_words
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup import drawing, tables
 from diag.studies.writeup.captions import PLACEHOLDERS
-from diag.studies.writeup.document import Document, Place, read_document
 from diag.studies.writeup.item import Layers, Names, Numbers, Strict
 
 UNSAID = ("trust_remote_code", "save_activations", "keep_samples", "exact", "sampled_rows", "workers")

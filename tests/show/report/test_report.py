@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import Ended
+from made_runs import CURVES, made_run
 from PIL import Image
 
 from diag.errors import UserError
@@ -361,6 +363,37 @@ def test_an_incomplete_folder_is_named_and_the_rest_goes_on(
     found = Path("report.html").read_text("utf-8")
     assert "Left out." in found
     assert "is not a finished run" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("manifest.json", '{"kind": "attend", "format": 1, "failed_models": [1]}', "'failed_models' is [1]"),
+        ("decomposition.csv", "model,layer\nm,5\n", "it has no column 'head'"),
+        ("tokens.parquet", "", "cannot read table"),
+        ("figures/similarity-map.png", "", "cannot read image 'similarity-map.png'"),
+    ],
+)
+def test_a_damaged_look_is_left_out_and_the_rest_goes_on(
+    finished: tuple[Path, Ended], attnbias: Callable[..., Ended], name: str, content: str, why: str
+) -> None:
+    attend_folder(Path("look"))
+    (Path("look") / name).write_text(content)
+    ended = attnbias("report", finished[0], "look")
+    assert ended.code == 3
+    assert ended.lines[0].startswith("left out: look: ")
+    assert why in ended.lines[0]
+
+
+def test_a_run_without_a_number(attnbias: Callable[..., Ended]) -> None:
+    made_run(Path("none"), model="a\x1bb", curves=dict.fromkeys(CURVES, [math.nan] * 2))
+    made_run(Path("some"))
+    assert attnbias("report", "none", "some").code == 0
+    text = Path("report.html").read_text("utf-8")
+    assert "The alignment bias was not measured here." in text
+    assert "nothing could be measured" in text
+    assert "a\\u001bb" in text
+    assert "\x1b" not in text
 
 
 def test_nothing_readable_is_an_error(attnbias: Callable[..., Ended], tmp_path: Path) -> None:

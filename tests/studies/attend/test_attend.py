@@ -441,8 +441,8 @@ def test_a_plan_is_known_by_what_it_measures(tmp_path: Path) -> None:
         (None, "is no finished look at a token"),
         ("{", "is not JSON"),
         ("{}", "is not what attnbias attend wrote"),
-        ('{"kind": "attend", "format": 0}', "has format 0, this version reads 1"),
-        ('{"kind": "attend", "format": 1, "models": []}', "cannot be read"),
+        ('{"kind": "attend", "format": 0}', "has format 0; this version reads 1"),
+        ('{"kind": "attend", "format": 1, "models": []}', "cannot read table"),
     ],
 )
 def test_other_folders_are_refused(manifest: str | None, message: str, tmp_path: Path) -> None:

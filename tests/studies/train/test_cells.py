@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -352,6 +353,14 @@ def test_words_about_a_plan_do_not_change_its_key() -> None:
         ({"train": "x"}, "task crops brings its own images"),
         ({"recipe": {"steps": 0, "batch_size": 1, "learning_rate": 1}}, "recipe.steps"),
         ({"stepz": 3}, "stepz"),
+        ({"recipe": {"steps": 10**12, "batch_size": 1, "learning_rate": 1}}, "recipe.steps"),
+        ({"recipe": {"steps": 1, "batch_size": 1, "learning_rate": math.inf}}, "recipe.learning_rate"),
+        ({"seeds": [2**70]}, "seeds.0"),
+        ({"seeds": [-1]}, "seeds.0"),
+        ({"seeds": list(range(20_000))}, "60,000 cells, 10,000 are the most"),
+        ({"model": {"depth": 5000}}, "has 5,000 layers, 1,000 are the most"),
+        ({"model": {"embed_dim": 10**9}}, "embed_dim is 1000000000, 1,000,000 is the most"),
+        ({"model": {"img_size": "large"}}, "img_size is large, a whole number above 0 is due"),
     ],
 )
 def test_mistakes_in_a_plan(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -364,7 +373,7 @@ def test_mistakes_in_a_plan(tmp_path: Path, change: dict[str, Any], message: str
 
 
 def test_plans_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read plan"):
         read_plan(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(UserError, match="is no mapping"):

@@ -82,7 +82,7 @@ def test_the_whole_batch_is_divided(
     [
         ("epoch: 3", "has no flag 'epoch'"),
         ("- epochs", "holds no flags"),
-        ("epochs: [", "is not YAML"),
+        ("epochs: [", "line 1: expected the node content"),
         ("epochs: many", "invalid int value: 'many'"),
     ],
 )

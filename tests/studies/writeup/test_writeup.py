@@ -27,7 +27,6 @@ from diag.results.writing import write, write_json
 from diag.show.figures.style import style
 from diag.studies.writeup import needs_of, read_plans, schema, shows
 from diag.studies.writeup.captions import caption
-from diag.studies.writeup.document import read_document
 from diag.studies.writeup.drawing import CurvesFigure, _per_line
 from diag.studies.writeup.material import overlay, points, published_name
 from diag.studies.writeup.needs import runs_of
@@ -627,13 +626,6 @@ class TestRefusedPlans:
 
 
 class TestPlans:
-    def test_lines_of_keys_and_entries(self, plan: Path) -> None:
-        plan.write_text("a: 1\nb:\n  - {c: 2}\n  - &x\n    d: 3\ne:\n  <<: *x\n  f: 4\n")
-        document = read_document(plan)
-        assert document.data == {"a": 1, "b": [{"c": 2}, {"d": 3}], "e": {"d": 3, "f": 4}}
-        places = [("a",), ("b", 0, "c"), ("b", 1, "d"), ("e",), ("e", "f"), ("e", "nothing", 7)]
-        assert [document.line(place) for place in places] == [1, 3, 5, 6, 8, 6]
-
     def test_a_run_for_every_model_and_length(self, plan: Path) -> None:
         plan.write_text(
             "title: t\nprobes:\n"
