@@ -6,6 +6,7 @@ asks its library only where a name could belong to it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,19 @@ from diag.models.families import FAMILIES, all_families, family_of
 from diag.models.family import LIST_TIP, Listed
 from diag.models.names.aliases import aliases
 from diag.models.names.arguments import merged, read, split
-from diag.models.names.spec import CHECKPOINT, HUB, SCHEMAS, ModelSpec, folder_named, looks_like_path, written
+from diag.models.names.spec import (
+    CHECKPOINT,
+    CHECKPOINT_KEY,
+    HUB,
+    SCHEMAS,
+    ModelSpec,
+    folder_named,
+    looks_like_path,
+    written,
+)
+
+LONGEST_NAME = 4096
+"""Bytes of a name as typed: the longest path that a system takes."""
 
 
 def parse(
@@ -37,17 +50,25 @@ def parse(
     >>> parse("pythia-160m@step3000").resolved
     'hf:EleutherAI/pythia-160m@step3000'
     """
+    _refuse_unwritable(text)
     name, pairs = split(text)
     common = read(model_args)
     if checkpoint is not None:
         common[CHECKPOINT] = Path(checkpoint)
     given = merged(read(pairs, text.strip()), common, text.strip())
     prefix, rest = _split_family(name)
+    file, key = given.pop(CHECKPOINT, None), given.pop(CHECKPOINT_KEY, None)
+    if key is not None and file is None:
+        raise UserError(
+            f"'{text.strip()}' gives {CHECKPOINT_KEY} without a checkpoint",
+            f"name the file, too: {CHECKPOINT}=FILE,{CHECKPOINT_KEY}={key}",
+        )
     asked = ModelSpec(
         name,
         prefix or "",
         rest,
-        checkpoint=given.pop(CHECKPOINT, None),
+        checkpoint=file,
+        checkpoint_key=key if key is None else str(key),
         model_args=given,
         random_init=random_init,
         trust_remote_code=trust_remote_code,
@@ -94,6 +115,20 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
                 names = (name for name in family.names() if matches(f"{family.prefix}:{name}"))
                 rows += [family.row(name) for name in names]
     return [asdict(row) for row in rows]
+
+
+def _refuse_unwritable(text: str) -> None:
+    """Raises UserError for a name that no file and no table could hold."""
+    odd = next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None)
+    if odd is not None:
+        raise UserError(
+            f"the model's name {text[:80]!r} holds the character {odd!r}", "names are text on one line"
+        )
+    if len(text.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"the model's name '{text[:40]}…' is {len(text.encode()):,} bytes long",
+            f"names and paths have at most {LONGEST_NAME:,}",
+        )
 
 
 def _split_family(given: str) -> tuple[str | None, str]:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower, device_of_module
+from diag.models.checkpoint import checked_variants, read_checkpoint
 from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
 from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
@@ -41,7 +42,7 @@ from diag.models.hooks.seam import Layer
 from diag.models.loading import build_towers, layers_of, ready
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
-from diag.models.weights import fit, read_checkpoint, up_to_three
+from diag.models.weights import fit, up_to_three
 from diag.variants import METADATA, described, restore
 from diag.variants.in_transformers import HF_NAME
 
@@ -137,9 +138,10 @@ def _restore_variants(module: Any, folder: Path) -> None:
     kinds, file = getattr(module.config, METADATA, None), folder / "model.safetensors"
     if not kinds:
         return
+    kinds = checked_variants(kinds, f"'{folder / 'config.json'}'")
     prefix = f"{module.base_model_prefix}."  # the folder may hold the model with its head
     restore(module, {path.removeprefix(prefix): kind for path, kind in kinds.items()})
-    stored = {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(file).items()}
+    stored = {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(file).tensors.items()}
     for path in kinds:
         within = f"{path.removeprefix(prefix)}.change."
         own = {name.removeprefix(within): t for name, t in stored.items() if name.startswith(within)}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.base import Model, Tower, device_of_module
+from diag.models.checkpoint import read_checkpoint
 from diag.models.encoding import (
     frame,
     image_encoder,
@@ -34,7 +35,7 @@ from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, 
 from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import SCHEMAS, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, plain, refuse_remainder, requested
-from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.models.weights import fit
 from diag.variants import described, restore
 
 FORCED = "force_image_size"
@@ -56,8 +57,10 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     module = _create(spec, notes, image)
     fit_to = NATIVE
     if spec.checkpoint is not None:
-        tensors = _converted(module, read_checkpoint(spec.checkpoint))
-        restore(module, read_variants(spec.checkpoint))
+        found = read_checkpoint(spec.checkpoint, module, key=spec.checkpoint_key)
+        notes += found.notes
+        tensors = _converted(spec, module, found.tensors)
+        restore(module, found.variants)
         if image is not None:
             tensors, fit_to = _resampled(module, tensors, spec.name)
         fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
@@ -276,12 +279,25 @@ def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
     return weights
 
 
-def _converted(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+OF_OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Sizes that OpenAI's archives hold among the weights."""
+
+
+def _converted(spec: ModelSpec, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Older and foreign layouts of the same weights, as `open_clip.load_checkpoint` converts them.
 
     Position embeddings are not resized: without img_size a checkpoint of another size is an error, not an
     interpolation.
+    Raises UserError for OpenAI's weights in a model that does not compute their QuickGELU.
     """
+    if tensors.keys() >= OF_OPENAI:
+        config = open_clip.get_model_config(spec.name) or {}
+        if not (config.get("quick_gelu") or spec.model_args.get("force_quick_gelu")):
+            raise UserError(
+                f"'{spec.base}' would run with GELU, but OpenAI's weights were trained with QuickGELU",
+                f"add force_quick_gelu=true: -m {spec.resolved},force_quick_gelu=true",
+            )
+        tensors = {name: value for name, value in tensors.items() if name not in OF_OPENAI}
     tensors = convert_state_dict(module, tensors)
     if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)

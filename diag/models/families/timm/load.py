@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower
+from diag.models.checkpoint import read_checkpoint, read_variants
 from diag.models.encoding import image_encoder, image_preparation, image_samples
 from diag.models.loading import constructing, hub, layers_of, quiet, ready
 from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, fitted, plain, refuse_remainder, requested, sides
-from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.models.weights import fit
 from diag.variants import described, restore
 
 MODEL_ARGUMENTS = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads")
@@ -37,7 +38,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     module = _create(spec, pretrained=file is None and not spec.random_init)
     fit_to = NATIVE
     if file is not None:
-        fit_to = filled(module, file, f"checkpoint '{file}'", spec.name if sizes else None)
+        resampled_as = spec.name if sizes else None
+        fit_to = filled(module, file, f"checkpoint '{file}'", resampled_as, key=spec.checkpoint_key)
     elif sizes and not spec.random_init:
         fit_to = fitted_by_timm(module, sizes, spec.name)
     config = _data_config(module)
@@ -60,18 +62,22 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     return replace(model, facts={"licence": licence} if licence else {})
 
 
-def filled(module: nn.Module, file: Path, source: str, resampled_as: str | None) -> Fitted:
+def filled(
+    module: nn.Module, file: Path, source: str, resampled_as: str | None, *, key: str | None = None
+) -> Fitted:
     """Loads weights into a module, with what training changed in its attention, and says how they fitted.
 
     resampled_as: the model's name where they may be of other sizes; None where that is an error.
+    key: which part of a training checkpoint; None for what timm takes, the averaged weights before others.
     Raises UserError for weights that do not fit.
     """
-    tensors, fit_to = read_checkpoint(file), NATIVE
-    restore(module, read_variants(file))
+    found, fit_to = read_checkpoint(file, module, key=key, averaged=True), NATIVE
+    restore(module, found.variants)
+    tensors = found.tensors
     if resampled_as:
         tensors, fit_to = resampled(module, tensors, resampled_as)
     fit(module, tensors, source)
-    return fit_to
+    return replace(fit_to, notes=(*found.notes, *fit_to.notes))
 
 
 def _changed_weights(spec: ModelSpec) -> Path | None:
