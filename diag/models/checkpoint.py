@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,7 @@ def read_checkpoint(
     Raises UserError if the file is missing, damaged, or could run code on loading; if it holds no named
     tensors there, two of one name, or some that are no plain arrays.
     """
-    regular(file, "checkpoint", TAKES)
+    _refuse_no_file(file)
     if file.suffix == ".safetensors":
         loaded, variants = _safetensors(file), _header_variants(file)
     else:
@@ -84,11 +85,17 @@ def read_variants(file: Path) -> dict[str, str]:
     Read from the header of a safetensors file, or from the metadata of a state dict; empty where nothing
     was changed. Raises UserError as `read_checkpoint` does.
     """
-    regular(file, "checkpoint", TAKES)
+    _refuse_no_file(file)
     return _header_variants(file) if file.suffix == ".safetensors" else read_checkpoint(file).variants
 
 
 # --- files
+
+
+def _refuse_no_file(file: Path) -> None:
+    if not os.path.lexists(file):
+        raise UserError(f"checkpoint '{file}' does not exist", TAKES)
+    regular(file, "checkpoint", TAKES)
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:

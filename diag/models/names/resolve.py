@@ -28,6 +28,21 @@ from diag.models.names.spec import (
     written,
 )
 
+LANGUAGE_MODELS = {
+    "llama": "meta-llama/Llama-3.2-1B",
+    "mistral": "mistralai/Mistral-7B-v0.1",
+    "qwen": "Qwen/Qwen3-0.6B",
+    "gemma": "google/gemma-3-1b-pt",
+    "phi": "microsoft/phi-2",
+    "opt": "facebook/opt-125m",
+    "olmo": "allenai/OLMo-1B-hf",
+    "smollm": "HuggingFaceTB/SmolLM2-135M",
+    "t5": "google-t5/t5-small",
+    "bert": "google-bert/bert-base-uncased",
+    "roberta": "FacebookAI/roberta-base",
+}
+"""How names of language models begin, which registries of image models only resemble; and one of each."""
+
 LONGEST_NAME = 4096
 """Bytes of a name as typed: the longest path that a system takes."""
 
@@ -87,8 +102,15 @@ def parse(
 
 def unknown(given: str) -> UserError:
     """The error for a name that nothing knows, with up to three near ones."""
-    known = [*aliases(), *(name for family in all_families() for name in family.names())]
-    return UserError(f"model '{given}' not found", did_you_mean(given, known) or LIST_TIP)
+    typed = given.lower()
+    begun = (name for word, name in LANGUAGE_MODELS.items() if typed.startswith(word) and "vit" not in typed)
+    example = next(begun, None)
+    if example is None:
+        known = [*aliases(), *(name for family in all_families() for name in family.names())]
+        tip = did_you_mean(given, known) or LIST_TIP
+    else:
+        tip = did_you_mean(given, aliases()) or f"name it as the hub does, ORG/NAME: for example -m {example}"
+    return UserError(f"model '{given}' not found", tip)
 
 
 def listing(query: str | None = None) -> list[dict[str, str]]:

@@ -16,7 +16,8 @@ CHECKPOINT_KEY = "checkpoint_key"
 """The argument beside it: which of several sets of weights in that file."""
 
 HUB = "hf-hub:"
-SCHEMAS = (HUB, "local-dir:")
+LOCAL = "local-dir:"
+SCHEMAS = (HUB, LOCAL)
 """What stands before a hub repository or a folder in the names of some families."""
 
 _WORDS = {"true": True, "false": False, "none": None}
