@@ -228,7 +228,7 @@ class Edit:
         else:
             given = [float(self.strength)] * call.heads
         change = INTERVENTIONS[self.name].change
-        changed = change(call, torch.tensor(given)).to(call.output.dtype)
+        changed = change(call, torch.tensor(given, dtype=torch.float32)).to(call.output.dtype)
         if self.heads is None:
             return changed
         chosen = torch.tensor([head in self.heads for head in range(call.heads)], device=changed.device)
