@@ -7,11 +7,12 @@ registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +22,10 @@ from torch.linalg import vecdot
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
 from diag.errors import UserError, did_you_mean, ranges
+from diag.inputs.outside import reason
+from diag.models.names.spec import expanded
+
+STRENGTHS = "a table of strengths has the columns layer, head, strength, and numbers in every row"
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
@@ -262,20 +267,26 @@ def parse(text: str) -> Edit:
 def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     with suppress(ValueError):
         return float(given)
-    path = Path(given).expanduser()
-    if not path.is_file():
+    path = expanded(given)
+    if not os.path.isfile(path):
         raise UserError(
             f"--intervene {text}: '{given}' is neither a number nor a file", "for example gated_xsa=0.5"
         )
     import pandas as pd
 
-    table = pd.read_csv(path)
     columns = ["layer", "head", "strength"]
-    for name in columns:
-        if name not in table:
-            raise UserError(f"'{given}' has no column '{name}'", "columns are layer, head, strength")
-    rows = table[columns].itertuples(index=False)
-    return {(int(layer), int(head)): float(value) for layer, head, value in rows}
+    try:
+        table = pd.read_csv(path)
+        for name in columns:
+            if name not in table:
+                raise UserError(f"'{given}' has no column '{name}'", "columns are layer, head, strength")
+        rows = table[columns].itertuples(index=False)
+        strengths = {(int(layer), int(head)): float(value) for layer, head, value in rows}
+    except (ValueError, OverflowError, OSError) as error:
+        raise UserError(f"cannot read strengths '{given}': {reason(error)}", STRENGTHS) from error
+    if not all(map(math.isfinite, strengths.values())):
+        raise UserError(f"'{given}' has a row without a strength", STRENGTHS)
+    return strengths
 
 
 def _numbers(given: str | None, text: str) -> frozenset[int] | None:
