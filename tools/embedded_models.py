@@ -25,8 +25,9 @@ from torch import nn
 
 from diag.inputs.images import PHOTOGRAPHS
 from diag.inputs.texts import demo_text
+from diag.models.checkpoint import read_checkpoint
 from diag.models.families.demo import LM_CONFIG, VIT_CONFIG, build_lm, build_vit
-from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.models.weights import fit
 from diag.results.writing import write_json
 from diag.studies.train.cells import card_of, cells_of
 from diag.studies.train.crops import CropsTask
@@ -88,8 +89,9 @@ def ship_grid(run: Path, out: Path) -> list[dict[str, Any]]:
         folder = run / "cells" / cell.name
         weights = folder / "model" / "model.safetensors"
         model = build_vit(cell.patch_size)
-        restore(model, read_variants(weights))
-        fit(model, read_checkpoint(weights), f"'{weights}'")
+        found = read_checkpoint(weights, model)
+        restore(model, found.variants)
+        fit(model, found.tensors, f"'{weights}'")
         model.half().float().eval()
         with torch.inference_mode():
             outcome = task.evaluate(model, CPU)

@@ -107,7 +107,7 @@ class Scratch:
     """Memory that every block of a stream is written to in turn: fresh memory would cost page faults."""
 
     def __init__(self, device: torch.device) -> None:
-        self.buffer = torch.empty(0, device=device)
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
 
     def __call__(self, *shape: int) -> Tensor:
         """A float32 tensor of this shape; it holds what was there before."""

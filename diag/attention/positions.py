@@ -82,7 +82,7 @@ class Geometry:
         """Where each token lies; a prefix token, which has no place, at (0, 0)."""
         rows, cols = self.grid(tokens) or (0, 0)
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).view(-1, 2) * self.patch_size
-        return torch.cat([torch.zeros(self.prefix, 2), grid.float()])
+        return torch.cat([torch.zeros(self.prefix, 2, dtype=torch.float32), grid.float()])
 
     def near(self, places: Tensor, others: Tensor, tokens: int) -> Tensor:
         """Whether two places, counted after the prefix, are near each other; both broadcast."""

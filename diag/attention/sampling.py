@@ -78,7 +78,7 @@ def sample_rows(
     drawn = [_draw_one(own, key, sampling) for own, key in zip(of_inputs, keys, strict=True)]
     longest = max(len(index) for index, _, _ in drawn)
     index = torch.zeros(len(drawn), longest, dtype=torch.long)
-    weight = torch.zeros(len(drawn), longest)
+    weight = torch.zeros(len(drawn), longest, dtype=torch.float32)
     partner = torch.arange(longest).expand(len(drawn), -1).clone()
     for number, (places, weights, partners) in enumerate(drawn):
         count = len(places)
@@ -92,11 +92,11 @@ def _draw_one(
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"], Int[Tensor, " row"]]:
     """Positions in order with their weights and partners, of one input."""
     nothing = torch.zeros(0, dtype=torch.long)
-    index, weight, other = [nothing], [torch.zeros(0)], [nothing]
+    index, weight, other = [nothing], [torch.zeros(0, dtype=torch.float32)], [nothing]
     for one in kind[kind > 0].unique().tolist():
         places = (kind == one).nonzero()[:, 0]
         if len(places) <= sampling.rows:
-            chosen, weights, partners = places, torch.ones(len(places)), places
+            chosen, weights, partners = places, torch.ones(len(places), dtype=torch.float32), places
         else:
             ranks, weights = _two_per_stratum(len(places), sampling.rows // 2, f"{sampling.seed}/{key}/{one}")
             chosen, partners = places[ranks].flatten(), places[ranks.flip(1)].flatten()
@@ -119,4 +119,4 @@ def _two_per_stratum(
     second = (random[1] * (sizes - 1)).long()
     second += second >= first
     ranks = torch.stack([first, second], 1).sort(1).values + bounds[:-1, None]
-    return ranks, (sizes / 2).repeat_interleave(2)
+    return ranks, (sizes.float() / 2).repeat_interleave(2)

@@ -78,10 +78,12 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
         )
     batch, heads, tokens = call.output.shape[:3]
     known = call.log_normaliser is not None
-    lse = torch.empty(batch, heads, tokens, device=call.output.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=call.output.device)
     lse = call.log_normaliser.float() if known else lse  # type: ignore[union-attr]
     entropy = torch.empty(
-        batch, heads, tokens if call.sample is None else call.sample.rows, device=lse.device
+        *(batch, heads, tokens if call.sample is None else call.sample.rows),
+        dtype=torch.float32,
+        device=lse.device,
     )
     squares = torch.empty_like(entropy)
     scratch = Scratch(call.output.device)
@@ -150,7 +152,7 @@ def _scores_of_single_keys(call: AttentionCall, key: Tensor) -> tuple[Tensor, Te
     """`s_ii` and `s_ij`, j = `key[batch]`, of every query i, `[batch, head, token]`; -inf where hidden."""
     assert call.query is not None
     assert call.key is not None
-    own = torch.empty(call.output.shape[:3], device=call.output.device)
+    own = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
     other = torch.empty_like(own)
     for in_batch, in_kv_head in head_chunks(call, call.query.shape[-1]):
         in_head = call.query_heads(in_kv_head)

@@ -61,7 +61,7 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
     apart = seen.visible_rows is not None and seen.visible_rows.shape[1] > 1
 
     def new(*shape: int) -> Tensor:
-        return torch.empty(batch, *shape, device=call.output.device)
+        return torch.empty(batch, *shape, dtype=torch.float32, device=call.output.device)
 
     of_sums = (heads if apart else call.kv_heads, tokens)
     found = ValueStatistics(

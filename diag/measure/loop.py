@@ -9,7 +9,7 @@ batch, on the CPU, in float64. No average over inputs is taken here; tables do t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -33,9 +33,12 @@ from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import stream_states
 from diag.models.hooks.seam import Layer, OnCall, Sightings
+from diag.models.loading import theirs
 from diag.results.layer_values import LayerFacts, LayerValues
 
 Result = TypeVar("Result")
+
+MODEL_TIP = "config, weights, tokenizer and processor must belong together; on a GPU, try --device cpu"
 
 
 def run_batches(
@@ -254,6 +257,7 @@ class _BatchWork:
         ]
         with (
             torch.inference_mode(),
+            told_if_the_model_fails(self.tower, batch),
             edited_modules(self.tower.layers, self.blocks, self.edits, batch.real),
             self.tower.capture(watched, on_call) as sightings,
             beside or nullcontext(),
@@ -284,9 +288,29 @@ def capture(tower: Tower, batch: Batch, layers: Sequence[int] | None = None) -> 
     weights of chosen query rows.
     """
     calls: list[AttentionCall] = []
-    with torch.inference_mode(), tower.capture(pick_layers(tower.layers, layers), calls.append):
+    watched = tower.capture(pick_layers(tower.layers, layers), calls.append)
+    with torch.inference_mode(), told_if_the_model_fails(tower, batch), watched:
         tower.forward(batch)
     return calls
+
+
+@contextmanager
+def told_if_the_model_fails(tower: Tower, batch: Batch) -> Iterator[None]:
+    """Around all that watches a forward pass: an error that the model makes alone, too, is told as its own.
+
+    Any other is a fault of what watches it, and goes on as it is; so does memory that runs out.
+    Raises UserError with what the model says.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a model may raise anything; whose it is, it is asked alone
+        if is_out_of_memory(error):
+            raise
+        with theirs(f"the model's {tower.name} tower fails on its own input", MODEL_TIP):
+            tower.forward(batch)
+        raise
 
 
 def pick_layers(layers: Sequence[Layer], chosen: Sequence[int] | None) -> list[Layer]:

@@ -278,7 +278,7 @@ def exclusive_output_similarity(on: Selection) -> Reading:
 
 @metric("call")
 def value_participation_ratio(on: Selection) -> Reading:
-    ratio = torch.empty(on.call.batch, on.call.kv_heads, device=on.among.device)
+    ratio = torch.empty(on.call.batch, on.call.kv_heads, dtype=torch.float32, device=on.among.device)
     some = torch.empty_like(ratio, dtype=torch.bool)
     for where, value in value_blocks(on.call):
         weights, count = (of_inputs(x, where[0]) for x in (on.among[:, None, None, :].float(), on.count))
@@ -312,7 +312,7 @@ def entropy(on: Selection) -> Reading:
 
 @metric("call")
 def entropy_normalized(on: Selection) -> Reading:
-    return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).log())
+    return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).float().log())
 
 
 @metric("call")
@@ -354,7 +354,9 @@ def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:
     input and run, so that a table does not depend on batches.
     """
     stratum = torch.arange(number, device=count.device)
-    draw = torch.rand(number, generator=torch.Generator().manual_seed(0)).to(count.device)
+    draw = torch.rand(number, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(
+        count.device
+    )
     sampled = ((stratum + draw) / number * count[:, None]).long()
     ranks = torch.where(count[:, None] <= number, stratum, sampled)
     valid = ranks < count[:, None]

@@ -70,14 +70,14 @@ def pattern_pass(
         names += ["distance_square", "placed"]
     if "norms" in wanted:
         names += ["norm_total", "norm_entropy"]
-    found = {name: torch.zeros(shape, device=device) for name in names}
+    found = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in names}
     keep = call.sample is None
     distances = Distances(geometry, tokens, device, keep=keep) if "distance" in names else None
     first = first_key(call)
     givers = None
     if "received" in wanted:
         givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]
-        found["received"] = torch.zeros(len(rows), *shape, device=device)
+        found["received"] = torch.zeros(len(rows), *shape, dtype=torch.float32, device=device)
     if "top" in wanted:
         found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
     of_keys = None
@@ -163,7 +163,11 @@ def uniform(
     distances = Distances(geometry, tokens, device, keep=sample is None) if "distance" in wanted else None
     count = seen.count if sample is None else sample.at(seen.count)
     # filled in place: small results kept between large temporary blocks would hold the heap open
-    found = {name: torch.zeros(count.shape, device=device) for name in ("distance", "near") if name in wanted}
+    found = {
+        name: torch.zeros(count.shape, dtype=torch.float32, device=device)
+        for name in ("distance", "near")
+        if name in wanted
+    }
     rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * count.shape[0] * count.shape[1] * tokens))
     for b in [slice(None)] if sample is None else [slice(b, b + 1) for b in range(call.batch)]:
         for start in range(0, count.shape[2], rows_at_once):
@@ -186,7 +190,7 @@ def norms_of(
     call: AttentionCall, projection: Float[Tensor, "head value_dim width"] | None = None
 ) -> Float[Tensor, "batch head token"]:
     """‖f(v_j)‖ for every query head: f(v) = v W_O with that head's `projection`, or v without one."""
-    norms = torch.empty(call.output.shape[:3], device=call.output.device)
+    norms = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
     gram = None
     if projection is not None:
         projection = projection.float().unflatten(0, (call.kv_heads, call.group))
@@ -260,7 +264,9 @@ def _pattern_blocks(statistics: CallStatistics) -> Iterator[tuple[tuple[slice, s
     if call.pattern is None:
         lse = statistics.known_log_normaliser
         known = lse is not None
-        lse = torch.empty(call.output.shape[:3], device=call.output.device) if lse is None else lse.float()
+        if lse is None:
+            lse = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+        lse = lse.float()
         yield from log2_pattern_blocks(call, lse, known)
         return
     budget = BLOCK_ELEMENTS[call.output.device.type]

@@ -181,7 +181,7 @@ def attention_nmi(view: View) -> Reading:
     given_query = of_row.sum(-1) / view.count.clamp(min=1)
     share = view.found["received"].double() / view.count[..., None].clamp(min=1)
     of_keys = -torch.xlogy(share, share).sum(-1)
-    scale = (view.count.clamp(min=2).log() * of_keys).sqrt()
+    scale = (view.count.clamp(min=2).float().log() * of_keys).sqrt()
     # one key takes all: every query sees the same map, and 0/0 is 0. What is left below is rounding
     found = torch.where(of_keys <= 1e-6, of_keys * 0, (of_keys - given_query) / scale)
     return view.per_head(found.clamp(min=0), view.count > 1)

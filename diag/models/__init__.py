@@ -13,7 +13,7 @@ from diag.models.names.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-    from diag.models.base import Model
+    from diag.models.base import Model, Tower
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -22,6 +22,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
     model can be seen.
     """
+    from diag.models.loading import single_precision
     from diag.models.weights import digest
 
     family = family_of(spec.family)
@@ -31,7 +32,9 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             f"'{spec.given}' is loaded onto one device, only {able} models can be spread",
             "--device auto or cuda:0",
         )
-    model = family.load(spec, device=device, dtype=dtype)
+    with single_precision():
+        model = family.load(spec, device=device, dtype=dtype)
+    towers = {name: _in_single_precision(tower) for name, tower in model.towers.items()}
     facts = {
         "revision": spec.revision,
         "checkpoint": None if spec.checkpoint is None else str(spec.checkpoint),
@@ -42,4 +45,12 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     notes = [*([spec.note] if spec.note else []), *model.notes]
     if spec.random_init:
         notes.append("random weights: nothing was learned")
-    return replace(model, notes=tuple(notes), facts={**facts, **model.facts})
+    return replace(model, towers=towers, notes=tuple(dict.fromkeys(notes)), facts={**facts, **model.facts})
+
+
+def _in_single_precision(tower: Tower) -> Tower:
+    """The tower as its library meant it: what it makes as it runs is float32 unless it says else."""
+    from diag.models.loading import single_precision
+
+    steps = {name: getattr(tower, name) for name in ("prepare", "encode", "forward", "language_head")}
+    return replace(tower, **{name: single_precision()(step) for name, step in steps.items() if step})

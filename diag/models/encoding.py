@@ -100,6 +100,7 @@ def text_samples(
     tokenise: Callable[[str], list[int]],
     *,
     context: int | None,
+    limit: str = "context",
     before: Sequence[int] = (),
     after: Sequence[int] = (),
     fixed: bool = False,
@@ -107,7 +108,7 @@ def text_samples(
     """Cuts each text into windows of exactly `seq_len` tokens, without padding; a rest is dropped.
 
     context: the most tokens that the model takes; None for no limit. The default length is
-        min(128, context).
+        min(128, context). limit: what of the model that is, in words.
     before, after: special tokens put around each window, counted in its length.
     fixed: the model takes exactly `context` tokens.
     Texts shorter than one window give no sample.
@@ -125,7 +126,7 @@ def text_samples(
             )
         if context is not None and length > context:
             raise UserError(
-                f"--seq-len {length} is longer than the model's context", f"use at most {context}"
+                f"--seq-len {length} is longer than the model's {limit}", f"use at most {context}"
             )
         own = length - len(before) - len(after)
         if own < 1:

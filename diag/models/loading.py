@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from diag.errors import UserError, did_you_mean
+from diag.inputs.outside import reason
 from diag.models.base import Tower
 from diag.models.hooks.seam import Layer, attention_modules
-from diag.models.names.spec import ModelSpec
+from diag.models.names.spec import LOCAL, ModelSpec
 from diag.models.weights import refuse_non_finite
 
 UNREACHABLE = frozenset(
@@ -103,9 +104,38 @@ def hub(repository: str, file: str, *, download: str = "", revision: str | None 
         raise UserError(why, tip) from error
 
 
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Float32 as torch's default: libraries make buffers and pixels in it, whatever a notebook has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def theirs(what: str, tip: str) -> Iterator[None]:
+    """Where a library is at work on files of others: any of its errors becomes two lines.
+
+    what: what could not be done, in words. Nothing of ours runs in here, whose faults would be hidden.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a library may raise anything
+        raise UserError(f"{what}: {first_line(error)}", tip) from error
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, short enough for one line of a terminal or two."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's text, short enough for one line of a terminal or two.
+
+    Of errors whose text is a bare name or value, their kind as well.
+    """
+    bare = isinstance(error, LookupError | AttributeError | TypeError | AssertionError | ArithmeticError)
+    return f"{type(error).__name__}: {reason(error)}" if bare and str(error) else reason(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -134,12 +164,21 @@ def constructing(spec: ModelSpec, allowed: Sequence[str]) -> Iterator[None]:
         match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if match and match[1] in spec.model_args:
             raise unknown_argument(match[1], allowed, spec.base) from None
+        raise _not_built(spec, error) from error
+    except UserError:
         raise
-    except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as error:
-        raise UserError(
-            f"{spec.resolved} cannot be built: {first_line(error)}",
-            "check the name and its arguments; 'attnbias models QUERY' shows what is published",
-        ) from error
+    except Exception as error:  # whatever names, arguments and config files make a library say
+        raise _not_built(spec, error) from error
+
+
+def _not_built(spec: ModelSpec, error: Exception) -> UserError:
+    local = spec.name.startswith(LOCAL) and not spec.model_args
+    return UserError(
+        f"{spec.resolved} cannot be built: {first_line(error)}",
+        "check its config file, or save the model again"
+        if local
+        else "check the name and its arguments; 'attnbias models QUERY' shows what is published",
+    )
 
 
 @contextmanager

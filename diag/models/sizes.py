@@ -7,13 +7,26 @@ must be able to say so, hence `Fitted`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diag.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 IMAGE, PATCH = "img_size", "patch_size"
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "layers", "depth", "encoder_layers")
+WIDTHS = (
+    *("hidden_size", "d_model", "n_embd", "embed_dim", "width", "head_width", "intermediate_size", "d_ff"),
+    *("num_attention_heads", "num_heads", "n_head", "n_heads", "heads", "head_dim", "d_kv", "vocab_size"),
+    *("patch_size", "image_size", IMAGE, "num_channels", "in_chans", "num_local_experts", "num_experts"),
+)
+"""What config files and arguments call numbers of layers, and other sizes."""
+MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
+
 Sides = tuple[int, int]
 """Height and width."""
 
@@ -55,7 +68,7 @@ def requested(arguments: Mapping[str, Any], key: str, source: str) -> Sides | No
         return None
     value = arguments[key]
     found = sides(value)
-    if found is None or min(found) < 1:
+    if found is None or not all(1 <= side <= MOST_WIDTH for side in found):
         raise UserError(
             f"{source}: {key} is {value!r}, not a number of pixels",
             f"for example {key}={224 if key == IMAGE else 16}",
@@ -80,6 +93,37 @@ def square(arguments: Mapping[str, Any], source: str) -> int | None:
     if size is not None and size[0] != size[1]:
         raise UserError(f"'{source}' takes square images", f"give one number: {IMAGE}={size[0]}")
     return size and size[0]
+
+
+def refuse_unreasonable(settings: Any, source: str, *, path: str = "") -> None:
+    """Raises UserError for a size that no model has, before anything of that size is made.
+
+    settings: a config or arguments, at any depth. source: what they are of, for the words.
+    """
+    if not isinstance(settings, Mapping):
+        return
+    for key, value in settings.items():
+        refuse_unreasonable(value, source, path=f"{path}{key}.")
+        most = MOST_LAYERS if key in LAYERS else MOST_WIDTH if key in WIDTHS else None
+        for size in value if isinstance(value, list | tuple) else [value]:
+            number = isinstance(size, int | float) and not isinstance(size, bool)
+            if most is not None and number and not 1 <= size <= most:
+                raise UserError(f"{source}: {path}{key} is {str(size)[:40]}", f"it can be from 1 to {most:,}")
+
+
+def refuse_too_large(module: nn.Module, source: str) -> None:
+    """Raises UserError for a model whose weights do not fit into this machine's memory in float32.
+
+    module: built on the meta device, where weights have shapes only.
+    """
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * parameters > room:
+        raise UserError(
+            f"{source} would have {parameters:,} parameters, {4 * parameters / 1e9:,.0f} GB; "
+            f"this machine has {room / 1e9:,.0f} GB",
+            "give smaller sizes",
+        )
 
 
 def plain(size: Sequence[int]) -> int | Sides:

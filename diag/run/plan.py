@@ -173,7 +173,7 @@ class ProbePlan(Plan):
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
         local = [path for name in self.models for path in local_files(name)]
-        if self.checkpoint is not None and self.checkpoint.exists():
+        if self.checkpoint is not None and os.path.exists(self.checkpoint):
             local.append(self.checkpoint)
         files = {str(path): _stamp(path) for path in local}
         document = {"plan": what, "inputs": inputs, "files": files, "version": version()}

@@ -498,6 +498,23 @@ def test_other_errors_are_not_swallowed() -> None:
         list(measure(vision_tower(), [Sample("x", broken)]))
 
 
+def test_what_the_model_fails_of_itself_is_told_and_a_fault_of_ours_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(batch: object) -> None:
+        raise KeyError("no such state")
+
+    tower = replace(vision_tower(), forward=broken)
+    message = "^the model's vision tower fails on its own input: KeyError: 'no such state'$"
+    for work in (lambda: run(tower, IMAGES), lambda: capture(tower, tower.encode(IMAGES[:1]))):
+        with pytest.raises(UserError, match=message) as error:
+            work()
+        assert error.value.exit_code == 2
+    monkeypatch.setattr("diag.measure.loop._edited_call", broken)
+    with pytest.raises(TypeError):
+        run(vision_tower(), IMAGES)
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_that_are_not_finite_name_the_layer(number: float) -> None:
     tower = vision_tower()

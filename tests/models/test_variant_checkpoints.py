@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models import load
+from diag.models.checkpoint import read_variants
 from diag.models.names.resolve import parse as parse_name
 from diag.models.names.spec import ModelSpec
-from diag.models.weights import read_variants
 from diag.studies.train.folders import save_timm, save_transformers, save_weights, timm_model
 from diag.variants import apply, parse, restore, variants_in
 

@@ -1,89 +1,19 @@
-"""Reading checkpoints: what is wrong with a file is said in two lines, and no code in it runs."""
+"""Weights: what does not fit a model, or holds no numbers, is told by name; a digest sees every bit."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from diag.errors import UserError
-from diag.models.weights import digest, fit, read_checkpoint, refuse_non_finite
-
-
-class Malicious:
-    """A pickle that would write a file on loading."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.file),)
+from diag.models.weights import digest, fit, refuse_non_finite
 
 
 @pytest.fixture
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}]
-)
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_every_layout_gives_the_same_weights(
-    tmp_path: Path, linear: nn.Module, wrap: object, prefix: str
-) -> None:
-    state = {prefix + name: value for name, value in linear.state_dict().items()}
-    torch.save(wrap(state), tmp_path / "w.pt")
-    other = nn.Linear(3, 2)
-    assert digest(other) != digest(linear)
-    fit(other, read_checkpoint(tmp_path / "w.pt"), "it")
-    assert digest(other) == digest(linear)
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist") as error:
-        read_checkpoint(tmp_path / "none.pt")
-    assert "weights-only .pt" in (error.value.tip or "")
-
-
-@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
-@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 broken zip"])
-def test_a_corrupt_file(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read") as error:
-        read_checkpoint(tmp_path / name)
-    assert "\n" not in str(error.value)
-
-
-def test_a_truncated_file(tmp_path: Path, linear: nn.Module) -> None:
-    save_file(linear.state_dict(), tmp_path / "w.safetensors")
-    torch.save(linear.state_dict(), tmp_path / "w.pt")
-    for file in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
-        file.write_bytes(file.read_bytes()[:-30])
-        with pytest.raises(UserError, match="cannot be read"):
-            read_checkpoint(file)
-
-
-def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
-    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="could run code: not loaded") as error:
-        read_checkpoint(tmp_path / "w.pt")
-    assert error.value.tip == "save the weights alone: torch.save(model.state_dict(), FILE)"
-    assert not (tmp_path / "ran").exists()
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(UserError, match="could run code"):
-        read_checkpoint(tmp_path / "module.pt")
-
-
-def test_a_file_without_tensors(tmp_path: Path) -> None:
-    torch.save({"epoch": 3}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="holds no named tensors"):
-        read_checkpoint(tmp_path / "w.pt")
 
 
 def test_wrong_shapes_are_named(linear: nn.Module) -> None:
@@ -116,3 +46,10 @@ def test_the_digest_sees_every_bit_name_and_type(linear: nn.Module) -> None:
     linear.bias.data[0] = torch.nextafter(linear.bias.data[0], torch.tensor(9.0))
     changed = digest(linear)
     assert len({before, changed, digest(linear.to(torch.bfloat16)), digest(nn.Sequential(linear))}) == 4
+
+
+def test_whole_numbers_are_no_weights(linear: nn.Module) -> None:
+    state = linear.state_dict() | {"weight": torch.ones(2, 3, dtype=torch.int8)}
+    with pytest.raises(UserError, match="it: 'weight' holds int8, no weights") as error:
+        fit(linear, state, "it")
+    assert "quantised models are not read" in (error.value.tip or "")

@@ -301,3 +301,27 @@ def test_the_package_hands_out_its_names() -> None:
         assert getattr(diag, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'prob'"):
         _ = diag.prob
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_the_numbers_do_not_depend_on_torchs_default_format(default: torch.dtype) -> None:
+    batches = [torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))]
+    torch.manual_seed(0)
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    options = {"intervene": ["gated_xsa=0.5"], "limit": 2}
+
+    def found() -> list[pd.DataFrame]:
+        own = diag.probe(module, batches, metrics=["default", "sinks", "nmi", "overlap"], **options)
+        named = diag.probe("demo:vit-p16", "demo", metrics=["cos_y_vself", "stream", "position"], **options)
+        text = diag.probe("demo:lm", ["the cat sat on the mat . " * 20], metrics=FAST, seq_len=32, **options)
+        return [run.heads for run in (own, named, text)]
+
+    expected = found()
+    torch.set_default_dtype(default)
+    try:
+        given = found()
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, given, strict=True):
+        pd.testing.assert_frame_equal(one, other)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import MeasurementError, UserError
@@ -32,7 +33,14 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     from transformer_lens.model_bridge import TransformerBridge
 
     from diag.models.base import Model
-    from diag.models.families.hf.files import commit_of, is_causal, load_config, load_tokenizer, reading
+    from diag.models.families.hf.files import (
+        check_weights,
+        commit_of,
+        is_causal,
+        load_config,
+        load_tokenizer,
+        reading,
+    )
     from diag.models.families.hf.load import text_tower
     from diag.models.loading import ready
 
@@ -42,6 +50,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             "put them beside config.json: -m tl:FOLDER",
         )
     config = load_config(spec)
+    if Path(spec.name).is_dir():
+        check_weights(Path(spec.name))
     tokenizer = load_tokenizer(spec)
     tip = "transformer-lens loads language models in Hugging Face format; try -m hf:" + spec.name
     with reading(spec, "model.safetensors", tip=tip):
@@ -61,7 +71,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     # the calls carry no mask, so a window that hides keys would be read as full causal attention
     window = getattr(config, "sliding_window", None)
     tower = replace(
-        text_tower(module, tokenizer, _layers(bridge, spec), causal=causal, window=window),
+        text_tower(module, tokenizer, _layers(bridge, spec), source=spec.name, causal=causal, window=window),
         forward=lambda batch: bridge(batch.data, return_type="logits"),
         ending="next-token logits" if causal else "token states",
         capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),

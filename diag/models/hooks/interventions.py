@@ -7,11 +7,11 @@ registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
 from diag.errors import UserError, did_you_mean, ranges
 from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
+from diag.models.names.spec import expanded
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
@@ -232,7 +233,7 @@ class Edit:
         else:
             given = [float(self.strength)] * call.heads
         change = INTERVENTIONS[self.name].change
-        changed = change(call, torch.tensor(given)).to(call.output.dtype)
+        changed = change(call, torch.tensor(given, dtype=torch.float32)).to(call.output.dtype)
         if self.heads is None:
             return changed
         chosen = torch.tensor([head in self.heads for head in range(call.heads)], device=changed.device)
@@ -266,12 +267,15 @@ def parse(text: str) -> Edit:
 def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     with suppress(ValueError):
         return float(given)
-    path = Path(given).expanduser()
-    if not path.is_file():
+    path = expanded(given)
+    if not os.path.isfile(path):
         raise UserError(
             f"--intervene {text}: '{given}' is neither a number nor a file", "for example gated_xsa=0.5"
         )
-    table = read_table(path, STRENGTHS, "strengths", tip="columns are layer, head, strength")
+    tip = "columns are layer, head, strength"
+    table = read_table(path, STRENGTHS, "strengths", tip=tip)
+    if table["strength"].isna().any():
+        raise UserError(f"cannot read strengths '{given}': a row has none", tip)
     rows = table[list(STRENGTHS.needed)].itertuples(index=False)
     return {(int(layer), int(head)): float(value) for layer, head, value in rows}
 

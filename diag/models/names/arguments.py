@@ -5,6 +5,7 @@ They say what a name alone cannot: an image size, a patch size, a file with one'
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.models.families import all_families
-from diag.models.names.spec import CHECKPOINT, SCHEMAS, as_text, literal
+from diag.models.names.spec import CHECKPOINT, SCHEMAS, as_text, expanded, literal
 
 _COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=)")
 
@@ -20,16 +21,29 @@ _COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=)")
 def split(text: str) -> tuple[str, tuple[str, ...]]:
     """Takes the arguments off a name. A comma without a `=` behind it belongs to the name (open_clip's tag).
 
-    A folder whose name looks like that has no arguments.
+    A folder whose name looks like that has no arguments, nor has a file of weights that is there.
 
     >>> split("ViT-B-16,datacomp_xl_s13b_b90k,img_size=384")
     ('ViT-B-16,datacomp_xl_s13b_b90k', ('img_size=384',))
     """
     text = text.strip()
-    if _path(text).is_dir():
-        return text, ()
-    name, *pairs = _COMMA.split(text)
-    return name.strip(), tuple(pair.strip() for pair in pairs)
+    starts = [0, *(comma.end() for comma in _COMMA.finditer(text))]
+    ends = [*(comma.start() for comma in _COMMA.finditer(text)), len(text)]
+    parts, at = [], 0
+    while at < len(starts):
+        # the longest part that is a folder or a file on this disk, whatever commas are in its name
+        longer = range(len(ends) - 1, at, -1)
+        last = next((to for to in longer if _is_there(text[starts[at] : ends[to]], first=not at)), at)
+        parts.append(text[starts[at] : ends[last]].strip())
+        at = last + 1
+    return parts[0], tuple(parts[1:])
+
+
+def _is_there(part: str, *, first: bool) -> bool:
+    if first:
+        return os.path.isdir(_path(part))  # also for what is too long to be a path
+    key, _, file = part.partition("=")
+    return key == CHECKPOINT and os.path.isfile(expanded(file))
 
 
 def read(pairs: Iterable[str], given: str | None = None) -> dict[str, Any]:
@@ -51,7 +65,7 @@ def read(pairs: Iterable[str], given: str | None = None) -> dict[str, Any]:
             raise UserError(f"'{pair}' in '{given}' is not key=value", f"give {key} a value: {key}=VALUE")
         if given is not None and key in result:
             raise UserError(f"'{given}' gives {key} twice", f"leave one {key}= out")
-        result[key] = Path(value).expanduser() if key == CHECKPOINT else literal(value)
+        result[key] = expanded(value) if key == CHECKPOINT else literal(value)
     return result
 
 
@@ -71,11 +85,11 @@ def local_files(text: str) -> list[Path]:
     """What a name points to on this disk: a folder, a checkpoint, both or nothing."""
     name, pairs = split(text)
     checkpoint = read(pairs, text).get(CHECKPOINT)
-    return [path for path in (_path(name), checkpoint) if path is not None and path.exists()]
+    return [path for path in (_path(name), checkpoint) if path is not None and os.path.exists(path)]
 
 
 def _path(name: str) -> Path:
     """What a name would be as a folder, without family and schema."""
     for prefix in (*(f"{family.prefix}:" for family in all_families() if family.folders), *SCHEMAS):
         name = name.removeprefix(prefix)
-    return Path(name).expanduser()
+    return expanded(name)

@@ -6,6 +6,7 @@ asks its library only where a name could belong to it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,34 @@ from diag.models.families import FAMILIES, all_families, family_of
 from diag.models.family import LIST_TIP, Listed
 from diag.models.names.aliases import aliases
 from diag.models.names.arguments import merged, read, split
-from diag.models.names.spec import CHECKPOINT, HUB, SCHEMAS, ModelSpec, folder_named, looks_like_path, written
+from diag.models.names.spec import (
+    CHECKPOINT,
+    CHECKPOINT_KEY,
+    HUB,
+    SCHEMAS,
+    ModelSpec,
+    folder_named,
+    looks_like_path,
+    written,
+)
+
+LANGUAGE_MODELS = {
+    "llama": "meta-llama/Llama-3.2-1B",
+    "mistral": "mistralai/Mistral-7B-v0.1",
+    "qwen": "Qwen/Qwen3-0.6B",
+    "gemma": "google/gemma-3-1b-pt",
+    "phi": "microsoft/phi-2",
+    "opt": "facebook/opt-125m",
+    "olmo": "allenai/OLMo-1B-hf",
+    "smollm": "HuggingFaceTB/SmolLM2-135M",
+    "t5": "google-t5/t5-small",
+    "bert": "google-bert/bert-base-uncased",
+    "roberta": "FacebookAI/roberta-base",
+}
+"""How names of language models begin, which registries of image models only resemble; and one of each."""
+
+LONGEST_NAME = 4096
+"""Bytes of a name as typed: the longest path that a system takes."""
 
 
 def parse(
@@ -37,17 +65,25 @@ def parse(
     >>> parse("pythia-160m@step3000").resolved
     'hf:EleutherAI/pythia-160m@step3000'
     """
+    _refuse_unwritable(text)
     name, pairs = split(text)
     common = read(model_args)
     if checkpoint is not None:
         common[CHECKPOINT] = Path(checkpoint)
     given = merged(read(pairs, text.strip()), common, text.strip())
     prefix, rest = _split_family(name)
+    file, key = given.pop(CHECKPOINT, None), given.pop(CHECKPOINT_KEY, None)
+    if key is not None and file is None:
+        raise UserError(
+            f"'{text.strip()}' gives {CHECKPOINT_KEY} without a checkpoint",
+            f"name the file, too: {CHECKPOINT}=FILE,{CHECKPOINT_KEY}={key}",
+        )
     asked = ModelSpec(
         name,
         prefix or "",
         rest,
-        checkpoint=given.pop(CHECKPOINT, None),
+        checkpoint=file,
+        checkpoint_key=key if key is None else str(key),
         model_args=given,
         random_init=random_init,
         trust_remote_code=trust_remote_code,
@@ -66,8 +102,15 @@ def parse(
 
 def unknown(given: str) -> UserError:
     """The error for a name that nothing knows, with up to three near ones."""
-    known = [*aliases(), *(name for family in all_families() for name in family.names())]
-    return UserError(f"model '{given}' not found", did_you_mean(given, known) or LIST_TIP)
+    typed = given.lower()
+    begun = (name for word, name in LANGUAGE_MODELS.items() if typed.startswith(word) and "vit" not in typed)
+    example = next(begun, None)
+    if example is None:
+        known = [*aliases(), *(name for family in all_families() for name in family.names())]
+        tip = did_you_mean(given, known) or LIST_TIP
+    else:
+        tip = did_you_mean(given, aliases()) or f"name it as the hub does, ORG/NAME: for example -m {example}"
+    return UserError(f"model '{given}' not found", tip)
 
 
 def listing(query: str | None = None) -> list[dict[str, str]]:
@@ -94,6 +137,20 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
                 names = (name for name in family.names() if matches(f"{family.prefix}:{name}"))
                 rows += [family.row(name) for name in names]
     return [asdict(row) for row in rows]
+
+
+def _refuse_unwritable(text: str) -> None:
+    """Raises UserError for a name that no file and no table could hold."""
+    odd = next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None)
+    if odd is not None:
+        raise UserError(
+            f"the model's name {text[:80]!r} holds the character {odd!r}", "names are text on one line"
+        )
+    if len(text.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"the model's name '{text[:40]}…' is {len(text.encode()):,} bytes long",
+            f"names and paths have at most {LONGEST_NAME:,}",
+        )
 
 
 def _split_family(given: str) -> tuple[str | None, str]:

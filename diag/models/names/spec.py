@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 CHECKPOINT = "checkpoint"
 """The argument that no constructor gets: a file with the weights."""
 
+CHECKPOINT_KEY = "checkpoint_key"
+"""The argument beside it: which of several sets of weights in that file."""
+
 HUB = "hf-hub:"
-SCHEMAS = (HUB, "local-dir:")
+LOCAL = "local-dir:"
+SCHEMAS = (HUB, LOCAL)
 """What stands before a hub repository or a folder in the names of some families."""
 
 _WORDS = {"true": True, "false": False, "none": None}
@@ -23,7 +28,7 @@ class ModelSpec:
     """Which model, of which family, with which weights.
 
     given: what the user typed. name: the name inside the family.
-    checkpoint: a file with the weights; None for the published ones.
+    checkpoint: a file with the weights; None for the published ones. checkpoint_key: which part of it.
     random_init: no weights at all, for tests and floors.
     trust_remote_code: whether code inside a hub repository may run.
     note: what the user should know about the resolution; printed with it.
@@ -34,6 +39,7 @@ class ModelSpec:
     name: str
     revision: str | None = None
     checkpoint: Path | None = None
+    checkpoint_key: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     random_init: bool = False
     trust_remote_code: bool = False
@@ -52,14 +58,24 @@ class ModelSpec:
     @property
     def resolved(self) -> str:
         """The full name that resolves to the same model without any alias, arguments in order."""
-        file = {} if self.checkpoint is None else {CHECKPOINT: self.checkpoint}
-        return self.base + written({**self.model_args, **file})
+        file = {CHECKPOINT: self.checkpoint, CHECKPOINT_KEY: self.checkpoint_key}
+        given = {key: value for key, value in file.items() if value is not None}
+        return self.base + written({**self.model_args, **given})
+
+
+def expanded(name: str) -> Path:
+    """A path as typed, with the home folder in place of `~`; `~nobody` stands for itself."""
+    path = Path(name)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path
 
 
 def folder_named(name: str) -> Path | None:
     """The folder on this disk that a name stands for, if there is one."""
-    path = Path(name).expanduser()
-    return path if name and path.is_dir() else None
+    path = expanded(name)
+    return path if name and os.path.isdir(path) else None  # also for what is too long to be a path
 
 
 def looks_like_path(name: str) -> bool:

@@ -196,7 +196,8 @@ def picture_of(pixels: Tensor, preprocessing: Mapping[str, Any]) -> tuple[np.nda
     mean, std = preprocessing.get("mean"), preprocessing.get("std")
     note = None
     if mean is not None and std is not None:
-        values = values * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        std, mean = (torch.tensor(part, dtype=values.dtype).view(-1, 1, 1) for part in (std, mean))
+        values = values * std + mean
     elif values.min() < 0 or values.max() > 1:
         low, high = values.min(), values.max()
         values = (values - low) / (high - low).clamp(min=1e-9)

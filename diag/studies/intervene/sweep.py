@@ -20,7 +20,7 @@ from diag.errors import NotFinite
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import edited
-from diag.measure.loop import pick_layers, run_batches
+from diag.measure.loop import pick_layers, run_batches, told_if_the_model_fails
 from diag.measure.reconstruction import NOT_FINITE, inputs_of
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.block_parts import Block, find_blocks
@@ -154,7 +154,8 @@ class _Runner:
 
         handle = self.blocks[-1].module.register_forward_hook(keep)
         try:
-            with torch.inference_mode(), edited(tower, self.layers, self.blocks, edits, batch.real):
+            changed = edited(tower, self.layers, self.blocks, edits, batch.real)
+            with torch.inference_mode(), told_if_the_model_fails(tower, batch), changed:
                 result = tower.forward(batch)
                 ended = result if isinstance(result, Tensor) else None
                 logits = ended if tower.ending == "next-token logits" else None

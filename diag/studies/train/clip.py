@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from diag.errors import UserError
-from diag.models.weights import read_variants
+from diag.models.checkpoint import read_variants
 from diag.studies.train.clip_arguments import open_clip_train, read_arguments
 from diag.studies.train.clip_log import watched
 from diag.variants import BASELINE, Variant, apply, parse, variants_in

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.families.from_module import from_module
+from diag.models.hooks.seam import attention_calls, discover
 
 
 class Block(nn.Module):
@@ -94,3 +95,38 @@ def test_modules_that_cannot_be_seen_are_refused() -> None:
         traced = torch.jit.trace(Mixer().eval(), torch.ones(2, 5, 16))
     with pytest.raises(UserError, match="not visible from Python"):
         from_module(traced, [torch.ones(2, 5, 16)])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["encoder", "attention"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_watched_module_leaves_torchs_fused_path_and_nothing_else_changes(kind: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    module: nn.Module = nn.MultiheadAttention(64, 4, batch_first=True)
+    if kind == "encoder":
+        module = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 3)
+    module.eval().requires_grad_(False)
+    x, padding = torch.randn(3, 20, 64), torch.arange(20) >= torch.tensor([[20], [15], [5]])
+    mask = padding if padded else None
+
+    def run() -> Tensor:
+        if kind == "encoder":
+            return module(x, src_key_padding_mask=mask)
+        return module(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    with torch.inference_mode():
+        torch.backends.mha.set_fastpath_enabled(False)
+        plain = run()
+        torch.backends.mha.set_fastpath_enabled(True)
+        fused = run()
+        with attention_calls(discover(module, run), lambda call: None):
+            watched = run()
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert torch.equal(watched, plain)
+    assert not torch.equal(fused, plain)  # it is another route: docs/models.md says so
+    real = ~padding if padded else torch.ones_like(padding)
+    torch.testing.assert_close(watched[real], fused[real], atol=2e-6, rtol=0)
+    if kind == "encoder" and padded:
+        assert (fused[~real] == 0).all()
+        assert (watched[~real] != 0).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -10,11 +11,13 @@ import pytest
 import torch
 from checkpoints import OPEN_CLIP_SIZES, save_open_clip
 from safetensors.torch import save_file
+from torch import nn
 
 from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Model
+from diag.models.checkpoint import read_checkpoint
 from diag.models.names.resolve import parse
 from diag.models.names.spec import ModelSpec
 from diag.models.weights import digest
@@ -262,3 +265,37 @@ def test_two_own_checkpoints_of_the_shipped_b_14(tmp_path: Path) -> None:
         assert model.facts["weights_sha256"] == digest(small)
         hashes.add(model.facts["weights_sha256"])
     assert len(hashes) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_the_weights_of_a_torchscript_archive_of_openai(tmp_path: Path, tiny: None) -> None:
+    module = open_clip.CLIP(**OPEN_CLIP_SIZES, quick_gelu=True)
+    sizes = {name: torch.tensor(16) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "archive.pt"))
+    with pytest.raises(UserError, match="is a TorchScript archive") as refused:
+        load(ModelSpec("tiny", "open_clip", "tiny", checkpoint=tmp_path / "archive.pt"), **CPU)
+    assert "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)" in (refused.value.tip or "")
+    file = tmp_path / "weights.pt"
+    torch.save(torch.jit.load(tmp_path / "archive.pt").state_dict(), file)
+    assert list(read_checkpoint(file).tensors) == ["weight", "bias"]
+    # what that command writes of OpenAI's archives: sizes among the weights, in half precision
+    torch.save({**{name: value.half() for name, value in module.state_dict().items()}, **sizes}, file)
+    spec = ModelSpec("tiny", "open_clip", "tiny", checkpoint=file)
+    with pytest.raises(UserError, match="OpenAI's weights were trained with QuickGELU") as error:
+        load(spec, **CPU)
+    assert error.value.tip == f"add force_quick_gelu=true: -m {spec.resolved},force_quick_gelu=true"
+    model = load(replace(spec, model_args={"force_quick_gelu": True}), **CPU)
+    assert model.facts["weights_sha256"] == digest(module.half().float())
+
+
+def test_which_weights_of_a_checkpoint_are_taken_is_that_of_the_library(tmp_path: Path, tiny: None) -> None:
+    state = open_clip.CLIP(**OPEN_CLIP_SIZES).state_dict()
+    averaged = {name: value * 0.5 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, tmp_path / "w.pt")
+    spec = ModelSpec("tiny", "open_clip", "tiny", checkpoint=tmp_path / "w.pt")
+    plain, other = load(spec, **CPU), load(replace(spec, checkpoint_key="state_dict_ema"), **CPU)
+    assert plain.notes == (
+        "the weights were taken, 'state_dict'; 'checkpoint_key=state_dict_ema' takes the others",
+    )
+    assert torch.equal(plain.module.visual.proj, state["visual.proj"])
+    assert torch.equal(other.module.visual.proj, averaged["visual.proj"])

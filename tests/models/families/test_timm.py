@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -285,3 +287,21 @@ def test_sizes_that_cannot_be(name: str, message: str, tip: str) -> None:
         load(parse(f"timm:{name}", random_init=True), **CPU)
     assert message in str(error.value)
     assert tip in (error.value.tip or "")
+
+
+def test_averaged_weights_are_taken_as_timm_takes_them(tmp_path: Path) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict()
+    averaged = {f"module.{name}": value * 0.5 for name, value in state.items()}
+    file = tmp_path / "last.pth.tar"
+    document = {"args": argparse.Namespace(lr=0.1), "state_dict": state, "state_dict_ema": averaged}
+    torch.save(document, file)
+    theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=file, **SIZES)
+    spec = parse("timm:vit_tiny_patch16_224", checkpoint=file, model_args=SMALL)
+    ours = load(spec, **CPU)
+    assert digest(ours.module) == digest(theirs)
+    assert ours.notes[0] == (
+        "the weights averaged over training were taken, 'state_dict_ema';"
+        " 'checkpoint_key=state_dict' takes the others"
+    )
+    plain = load(replace(spec, checkpoint_key="state_dict"), **CPU)
+    assert torch.equal(plain.module.cls_token, state["cls_token"])

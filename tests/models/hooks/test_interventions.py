@@ -205,6 +205,24 @@ def test_a_file_without_the_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "cannot read strengths"),
+        (b"\xff\xfe\x00", "cannot read strengths"),
+        (b"layer,head,strength\n0,first,1\n", "cannot read strengths"),
+        (b"layer,head,strength\n0,,1\n", "cannot read strengths"),
+        (b"layer,head,strength\n0,1,\n", "a row has none"),
+    ],
+)
+def test_a_file_that_is_no_table_of_strengths(tmp_path: Path, content: bytes, told: str) -> None:
+    file = tmp_path / "alpha.csv"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        parse(f"gated_xsa={file}")
+    assert caught.value.tip == "columns are layer, head, strength"
+
+
+@pytest.mark.parametrize(
     ("text", "layers", "heads", "strength"),
     [
         ("xsa", None, None, 1.0),

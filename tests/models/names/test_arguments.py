@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,53 @@ def test_a_checkpoint_in_a_name_is_stamped(tmp_path: Path) -> None:
     files[1].write_bytes(b"12")
     assert plan.key({}) != before
     assert local_files("gpt2,checkpoint=nowhere.pt") == []
+
+
+def test_commas_in_the_name_of_what_is_there_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "epoch=03,val_loss=0.12.ckpt").touch()
+    (tmp_path / "run,seed=3,lr=1").mkdir()
+    assert split("x,img_size=64,checkpoint=epoch=03,val_loss=0.12.ckpt,depth=2") == (
+        "x",
+        ("img_size=64", "checkpoint=epoch=03,val_loss=0.12.ckpt", "depth=2"),
+    )
+    assert split("hf:run,seed=3,lr=1,img_size=64") == ("hf:run,seed=3,lr=1", ("img_size=64",))
+    spec = parse("open_clip:ViT-B-14,checkpoint=epoch=03,val_loss=0.12.ckpt")
+    assert spec.checkpoint == Path("epoch=03,val_loss=0.12.ckpt")
+    assert parse(spec.resolved) == replace(spec, given=spec.resolved)
+
+
+def test_a_part_of_a_checkpoint_is_named_beside_it() -> None:
+    spec = parse("open_clip:ViT-B-14,checkpoint=w.pt,checkpoint_key=model.ema,img_size=336")
+    assert (spec.checkpoint, spec.checkpoint_key) == (Path("w.pt"), "model.ema")
+    assert spec.model_args == {"img_size": 336}
+    assert spec.resolved == "open_clip:ViT-B-14,checkpoint=w.pt,checkpoint_key=model.ema,img_size=336"
+    assert parse("ViT-B-14", checkpoint="w.pt", model_args=["checkpoint_key=ema"]).checkpoint_key == "ema"
+    with pytest.raises(UserError, match="gives checkpoint_key without a checkpoint") as error:
+        parse("open_clip:ViT-B-14,checkpoint_key=ema")
+    assert error.value.tip == "name the file, too: checkpoint=FILE,checkpoint_key=ema"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("gpt2\x1b[31m", r"the model's name 'gpt2\x1b[31m' holds the character '\x1b'"),
+        ("gpt\x002", r"holds the character '\x00'"),
+        ("gpt2\udcff", r"holds the character '\udcff'"),
+        ("hf:" + "x" * 5000, "is 5,003 bytes long"),
+        ("./" + "x" * 3000, "does not exist"),
+        ("hf:" + "x" * 3000, None),
+        ("~nobody-of-this-name/x", "folder '~nobody-of-this-name/x' does not exist"),
+        ("x,checkpoint=~nobody-of-this-name", "model 'x' not found"),
+    ],
+)
+def test_names_that_no_file_could_have(typed: str, message: str | None) -> None:
+    if message is None:
+        assert parse(typed).name == typed.removeprefix("hf:")
+        return
+    with pytest.raises(UserError) as error:
+        parse(typed)
+    assert message in str(error.value)
+    assert error.value.tip

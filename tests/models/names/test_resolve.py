@@ -74,6 +74,9 @@ def test_quickgelu_weights_take_the_variant_that_computes_it() -> None:
     [
         ("vit_bse_patch32_224", "model 'vit_bse_patch32_224' not found", "did you mean 'vit_base_patch32_"),
         ("gpt2-smal", "model 'gpt2-smal' not found", "did you mean 'gpt2-small'"),
+        ("llama", "model 'llama' not found", "ORG/NAME: for example -m meta-llama/Llama-3.2-1B"),
+        ("bert", "model 'bert' not found", "did you mean 'bert-base-uncased'?"),
+        ("qwen3_vit_306", "model 'qwen3_vit_306' not found", "did you mean 'qwen3_vit_306m"),
         ("qqqqqqqqq", "model 'qqqqqqqqq' not found", "'attnbias models' lists"),
         ("timn:vit", "there is no family 'timn'", "did you mean 'timm'?"),
         ("xyzw:vit", "there is no family 'xyzw'", "families are 'timm', 'open_clip'"),

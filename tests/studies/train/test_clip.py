@@ -22,8 +22,8 @@ from open_clip_train import main as open_clip_main
 from open_clip_train import zero_shot
 
 from diag.errors import UserError
+from diag.models.checkpoint import read_variants
 from diag.models.families.open_clip import open_clip_configs
-from diag.models.weights import read_variants
 from diag.studies.train.clip import train_clip
 from diag.studies.train.clip_log import DivergedError, LossWatch
 from diag.variants import variants_in

@@ -5,12 +5,14 @@ What a name means is told here; `load.py` and its neighbours load files, towers 
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from diag.errors import UserError
+from diag.errors import UserError, one_of
+from diag.inputs.outside import json_of
 from diag.models.family import Family, loaded_by
 from diag.models.names.aliases import aliases
 from diag.models.names.spec import ModelSpec, folder_named, looks_like_path
@@ -34,20 +36,53 @@ def folder_or_repository(spec: ModelSpec) -> ModelSpec:
 
 
 def _in_folder(folder: Path, given: str) -> str:
-    """Any folder with a config. Raises UserError for one without, or whose config is not JSON."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(
-            f"folder '{given}' has no config.json",
-            "-m takes a folder that save_pretrained wrote, or a model's name",
-        )
-    try:
-        json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"'{file}' is not JSON: {error}", "save the model again with save_pretrained"
-        ) from None
+    """Any folder with a config. Raises UserError as `config_of` does."""
+    config_of(folder, given)
     return str(folder)
+
+
+def config_of(folder: Path, given: str | None = None) -> dict[str, Any]:
+    """What the config of a folder says, which names its model type.
+
+    given: the folder as it was typed.
+    Raises UserError for a folder without one, saying what it is instead, and for one that cannot be read.
+    """
+    file, given = folder / "config.json", given or str(folder)
+    if not os.path.lexists(file):
+        raise _no_model(folder, given)
+    config = json_of(file, "config", tip="save the model again with save_pretrained")
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(
+            f"'{file}' names no model_type",
+            "-m takes a folder that save_pretrained or timm wrote, or a model's name",
+        )
+    return config
+
+
+def _no_model(folder: Path, given: str) -> UserError:
+    """What a folder without a config is, and what to type instead."""
+    if (folder / "adapter_config.json").exists():
+        return UserError(
+            f"folder '{given}' holds an adapter, not a model",
+            "merge it into its model with peft: merge_and_unload(), then save_pretrained(FOLDER)",
+        )
+    if (folder / "model_index.json").exists():
+        parts = [part.parent.name for part in sorted(folder.glob("*encoder*/config.json"))]
+        return UserError(
+            f"folder '{given}' holds a pipeline of diffusers, not a model",
+            f"give one of its encoders: -m {one_of(str(folder / part) for part in parts)}"
+            if parts
+            else "give the folder of a text or vision transformer",
+        )
+    if any(folder.glob("*.gguf")):
+        return UserError(
+            f"folder '{given}' holds a model in GGUF, which is not read",
+            "give the model that it was made from, with config.json and safetensors",
+        )
+    return UserError(
+        f"folder '{given}' has no config.json",
+        "-m takes a folder that save_pretrained wrote, or a model's name",
+    )
 
 
 FAMILY = Family(

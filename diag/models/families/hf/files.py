@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from diag.errors import UserError
+from diag.errors import UserError, one_of
+from diag.inputs.outside import json_of
+from diag.models.families.hf import config_of
 from diag.models.families.hf.vlm import PROMPT, image_token
 from diag.models.loading import first_line, hub, quiet, unknown_argument
 from diag.models.names.spec import ModelSpec
-from diag.models.sizes import IMAGE, PATCH
+from diag.models.sizes import IMAGE, PATCH, refuse_unreasonable
+from diag.models.weights import up_to_three
 
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
 
-UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError)
+SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", "Mpt")
+"""Beginnings of classes whose attention transformer-lens computes as transformers does; it drops sinks."""
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers looks for in a folder."""
 
 
 @contextmanager
@@ -48,7 +54,7 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # whatever files of others make the library say
         text = str(error)
         if "trust_remote_code" in text:
             raise UserError(
@@ -63,7 +69,10 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
             ) from error
         if "scaled_dot_product_attention" in text:
             raise eager_refusal(spec, text.split(" ", 1)[0]) from None
-        raise UserError(f"{file} of '{spec.name}' cannot be read: {first_line(error)}", tip) from error
+        why = first_line(error)
+        if "ignore_mismatched_sizes" in why:
+            why = "its tensors are of other sizes than its config.json says"
+        raise UserError(f"{file} of '{spec.name}' cannot be read: {why}", tip) from error
 
 
 def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
@@ -81,6 +90,9 @@ def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
     to the language tower of a vision-language model.
     """
     tip = "save the model again with model.save_pretrained(FOLDER)"
+    folder = Path(spec.name)
+    if folder.is_dir():
+        refuse_unreasonable(config_of(folder), f"'{folder / 'config.json'}'")
     config: transformers.PretrainedConfig = _beside(spec, transformers.AutoConfig, "config.json", tip)
     sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
     asked = {IMAGE: sees, PROMPT: image_token(config) is not None}
@@ -91,11 +103,36 @@ def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
             raise unknown_argument(key, list(config.to_dict()), spec.base)
         if key == PATCH and value != config.patch_size and not spec.random_init:
             raise UserError(f"'{spec.base}' keeps its patch size", "timm: models take patch_size=")
-        setattr(config, key, value)
+        with reading(spec, "config.json", tip="leave the argument out"):
+            setattr(config, key, value)
     for part in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
         if isinstance(part, transformers.PretrainedConfig):
             part.use_cache = False
     return config
+
+
+def check_weights(folder: Path) -> None:
+    """Raises UserError for a folder without the weights that transformers looks for, or with part of them."""
+    found = next((name for name in WEIGHTS if (folder / name).exists()), None)
+    if found is None:
+        others = sorted(
+            path.name for kind in ("safetensors", "bin", "pt", "pth") for path in folder.glob(f"*.{kind}")
+        )
+        raise UserError(
+            f"folder '{folder}' has no {WEIGHTS[0]}" + (f", but {up_to_three(others)}" if others else ""),
+            f"weights are called {one_of(WEIGHTS)}",
+        )
+    if not found.endswith(".json"):
+        return
+    file, tip = folder / found, "download the folder again, all of its files"
+    stored = json_of(file, "index", tip=tip).get("weight_map")
+    if not isinstance(stored, Mapping) or not all(isinstance(name, str) for name in stored.values()):
+        raise UserError(f"'{file}' has no weight_map of tensors to files", tip)
+    for name in dict.fromkeys(stored.values()):
+        if Path(name).name != name:
+            raise UserError(f"'{file}' names a file elsewhere, {name!r}: not read", "its files lie beside it")
+        if not (folder / name).is_file():
+            raise UserError(f"'{name}' is not there, which '{file}' names", tip)
 
 
 def commit_of(spec: ModelSpec) -> str | None:
@@ -127,7 +164,9 @@ def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
     """What is told of a model that computes softmax attention itself."""
     return UserError(
         f"'{spec.resolved}' ({architecture}) computes softmax attention itself: its calls cannot be seen",
-        f"transformer-lens may show it, at short lengths: -m tl:{spec.name}",
+        f"transformer-lens may show it, at short lengths: -m tl:{spec.name}"
+        if architecture.startswith(SHOWN_BY_LENS)
+        else "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
     )
 
 

@@ -20,9 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower, device_of_module
+from diag.models.checkpoint import checked_variants, read_checkpoint
 from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
 from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
+    check_weights,
     commit_of,
     eager_refusal,
     is_causal,
@@ -38,10 +40,10 @@ from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
 from diag.models.hooks.seam import Layer
-from diag.models.loading import build_towers, layers_of, ready
+from diag.models.loading import build_towers, layers_of, ready, theirs
 from diag.models.names.spec import ModelSpec
-from diag.models.sizes import IMAGE
-from diag.models.weights import fit, read_checkpoint, up_to_three
+from diag.models.sizes import IMAGE, refuse_too_large
+from diag.models.weights import fit, up_to_three
 from diag.variants import METADATA, described, restore
 from diag.variants.in_transformers import HF_NAME
 
@@ -50,6 +52,7 @@ TEXT_PARTS = ("text_model", "language_model")
 HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_token", "logit_scale")
 """Weights that no attention layer reads: a checkpoint may lack them."""
 
+TOKENIZER_TIP = "save the one that belongs to the model: tokenizer.save_pretrained(FOLDER)"
 
 Build = Callable[[], Tower]
 
@@ -99,13 +102,19 @@ def _load_module(
     spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
 ) -> nn.Module:
     """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
-    encoder_only = config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    encoder: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    # a T5 that was saved as an encoder says that it is no encoder-decoder, and has the encoder's weights only
+    encoder_only = encoder and (config.is_encoder_decoder or encoder.__name__.endswith("EncoderModel"))
     auto = transformers.AutoModelForTextEncoding if encoder_only else transformers.AutoModel
     tip = "check the folder, or download it again: the weights must be those of its config.json"
-    with reading(spec, "model.safetensors", tip=tip):
+    if spec.random_init and placing:
+        raise UserError("--device spread does not go with --random-init", "give a model with weights")
+    if not spec.random_init and Path(spec.name).is_dir():
+        check_weights(Path(spec.name))
+    with reading(spec, "config.json" if spec.random_init else "model.safetensors", tip=tip):
         if spec.random_init:
-            if placing:
-                raise UserError("--device spread does not go with --random-init", "give a model with weights")
+            with torch.device("meta"):
+                refuse_too_large(auto.from_config(config), spec.resolved)
             return auto.from_config(
                 config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=spec.trust_remote_code
             )
@@ -137,9 +146,10 @@ def _restore_variants(module: Any, folder: Path) -> None:
     kinds, file = getattr(module.config, METADATA, None), folder / "model.safetensors"
     if not kinds:
         return
+    kinds = checked_variants(kinds, f"'{folder / 'config.json'}'")
     prefix = f"{module.base_model_prefix}."  # the folder may hold the model with its head
     restore(module, {path.removeprefix(prefix): kind for path, kind in kinds.items()})
-    stored = {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(file).items()}
+    stored = {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(file).tensors.items()}
     for path in kinds:
         within = f"{path.removeprefix(prefix)}.change."
         own = {name.removeprefix(within): t for name, t in stored.items() if name.startswith(within)}
@@ -165,7 +175,7 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
     def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
         tokenizer = load_tokenizer(spec)
         layers = layers_of(part, spec.resolved, "text", prefix=prefix)
-        return text_tower(part, tokenizer, layers, causal=causal, head=head)
+        return text_tower(part, tokenizer, layers, source=spec.name, causal=causal, head=head)
 
     if vision:
         builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
@@ -198,6 +208,7 @@ def text_tower(
     tokenizer: Any,
     layers: tuple[Layer, ...],
     *,
+    source: str,
     causal: bool,
     window: int | None = None,
     head: Callable[[], nn.Module] | None = None,
@@ -206,25 +217,34 @@ def text_tower(
 
     A causal model gets bare text (a BOS in front would be the same sink in every window); one that
     reads both ways, and the text tower of a contrastive model, get their special tokens.
-    window: the most tokens, where that is less than the model takes.
+    source: the model's name, for errors. window: the most tokens, where that is less than the model takes.
     """
-    before, after = ([], []) if causal else frame(tokenizer)
-    limits = (_context_of(module, tokenizer), window)
-    context = min((limit for limit in limits if limit), default=None)
+    with theirs(f"the tokenizer of '{source}' cannot be used", TOKENIZER_TIP):
+        before, after = ([], []) if causal else frame(tokenizer)
+        vocabulary = vocabulary_digest(tokenizer)
+    context = _context_of(module, tokenizer)
+    narrow = window is not None and window < (context or window + 1)
 
     def tokens_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with theirs(f"the tokenizer of '{source}' cannot be used", TOKENIZER_TIP):
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     return Tower(
         name="text",
         layers=layers,
-        samples=text_samples(tokens_of, context=context, before=before, after=after),
+        samples=text_samples(
+            tokens_of,
+            context=window if narrow else context,
+            limit="sliding window" if narrow else "context",
+            before=before,
+            after=after,
+        ),
         encode=text_encoder(device_of_module(module)),
         forward=lambda batch: module(input_ids=batch.data),
         decode=tokenizer.decode,
         token_text=token_text(tokenizer),
         language_head=head,
-        facts={**text_facts(context, before, after), "tokenizer": vocabulary_digest(tokenizer)},
+        facts={**text_facts(context, before, after), "tokenizer": vocabulary},
     )
 
 
@@ -236,7 +256,7 @@ def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
     context = getattr(module.config, "max_position_embeddings", None)
     if context is None:
         limit = tokenizer.model_max_length
-        return limit if limit < 1_000_000 else None
+        return limit if isinstance(limit, int) and limit < 1_000_000 else None
     for path, child in module.named_modules():
         if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
             return child.num_embeddings - child.padding_idx - 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.encoding import each, image_encoder, image_preparation, image_samples, preparation
-from diag.models.loading import layers_of
+from diag.models.loading import layers_of, theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, plain, refuse_remainder, sides, square
 
@@ -26,6 +26,7 @@ LEARNED_POSITIONS = ("position_embedding", "pos_embed", "relative_position_bias"
 """Parts of parameter names; a relative bias within windows (Swin) does not depend on the image size."""
 
 FLAG = "interpolate_pos_encoding"
+PROCESSOR_TIP = "save the one that belongs to the model: image_processor.save_pretrained(FOLDER)"
 
 
 def vision_tower(
@@ -41,7 +42,9 @@ def vision_tower(
     def transform(image: Image.Image) -> Tensor:
         return processor(images=image, return_tensors="pt", **sizes)["pixel_values"][0]
 
-    height, width = transform(Image.new("RGB", (96, 64))).shape[-2:]
+    with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
+        height, width = transform(Image.new("RGB", (96, 64))).shape[-2:]
+        preprocessing = _preprocessing(processor, sizes)
     if size is not None and (height, width) != (size, size):
         raise _refusal(spec, f"its image processor gives {height}×{width}")
     fit_to, flags = _fit(spec, module, (height, width))
@@ -59,7 +62,7 @@ def vision_tower(
             "patch_size": getattr(module.config, "patch_size", None),
             "image_size": plain((height, width)),
             **fit_to.facts,
-            "preprocessing": _preprocessing(processor, sizes),
+            "preprocessing": preprocessing,
         },
     )
 
@@ -77,6 +80,9 @@ def packed_tower(spec: ModelSpec, module: Any, prefix: str, processor: Any, dtyp
         packed = processor(images=image, return_tensors="pt")
         return packed["pixel_values"].to(dtype), packed["image_grid_thw"]  # [patch, pixels of a patch]
 
+    with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
+        pack(Image.new("RGB", (96, 64)))
+        preprocessing = _preprocessing(processor, {})
     prepare, device = preparation(pack), device_of_module(module)
 
     def encode(samples: Sequence[Sample]) -> Batch:
@@ -96,7 +102,7 @@ def packed_tower(spec: ModelSpec, module: Any, prefix: str, processor: Any, dtyp
             "patch_size": module.config.patch_size,
             "image_size": "native",
             **NATIVE.facts,
-            "preprocessing": _preprocessing(processor, {}),
+            "preprocessing": preprocessing,
             "full_attention_layers": "all" if full is None else list(full),
         },
     )

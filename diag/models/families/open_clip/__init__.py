@@ -17,7 +17,7 @@ from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
-from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
+from diag.models.names.spec import HUB, LOCAL, SCHEMAS, ModelSpec
 
 OWN_CONFIGS = Path(__file__).parent / "model_configs"
 BEGINNINGS = ("ViT-", "EVA", "coca_", "RN", "PE-", "ViTamin-")
@@ -48,7 +48,7 @@ def _claims(spec: ModelSpec) -> bool:
 
 
 def _in_folder(folder: Path, given: str) -> str | None:
-    return f"local-dir:{folder}" if (folder / "open_clip_config.json").is_file() else None
+    return f"{LOCAL}{folder}" if (folder / "open_clip_config.json").is_file() else None
 
 
 def _named(spec: ModelSpec) -> ModelSpec:

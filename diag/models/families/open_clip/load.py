@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -18,7 +19,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.inputs.outside import json_of
 from diag.models.base import Model, Tower, device_of_module
+from diag.models.checkpoint import read_checkpoint
 from diag.models.encoding import (
     frame,
     image_encoder,
@@ -31,10 +34,22 @@ from diag.models.encoding import (
 )
 from diag.models.families.open_clip import OWN_CONFIGS
 from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
-from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready
-from diag.models.names.spec import SCHEMAS, ModelSpec
-from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, Sides, fitted, plain, refuse_remainder, requested
-from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready, theirs
+from diag.models.names.spec import LOCAL, SCHEMAS, ModelSpec
+from diag.models.sizes import (
+    IMAGE,
+    NATIVE,
+    PATCH,
+    Fitted,
+    Sides,
+    fitted,
+    plain,
+    refuse_remainder,
+    refuse_too_large,
+    refuse_unreasonable,
+    requested,
+)
+from diag.models.weights import fit
 from diag.variants import described, restore
 
 FORCED = "force_image_size"
@@ -51,13 +66,16 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         if open_clip.get_model_config(config.stem) is None:
             open_clip.add_model_config(config)
     notes: list[str] = []
+    _check_config(spec)
     image = _image_size(spec)
     native = None if image is None else _native(spec, image)
     module = _create(spec, notes, image)
     fit_to = NATIVE
     if spec.checkpoint is not None:
-        tensors = _converted(module, read_checkpoint(spec.checkpoint))
-        restore(module, read_variants(spec.checkpoint))
+        found = read_checkpoint(spec.checkpoint, module, key=spec.checkpoint_key)
+        notes += found.notes
+        tensors = _converted(spec, module, found.tensors)
+        restore(module, found.variants)
         if image is not None:
             tensors, fit_to = _resampled(module, tensors, spec.name)
         fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
@@ -91,10 +109,13 @@ def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[
 def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) -> Tower:
     visual = module.visual
     trunk = getattr(visual, "trunk", None)
-    settings = PreprocessCfg(**visual.preprocess_cfg)
+    with theirs(f"the preprocessing of '{spec.base}' cannot be used", "check its preprocess_cfg"):
+        settings = PreprocessCfg(**visual.preprocess_cfg)
+        transform = image_transform_v2(settings, is_train=False)
+        mean, std = list(settings.mean), list(settings.std)
     patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
     size = settings.size
-    prepare = image_preparation(image_transform_v2(settings, is_train=False), dtype)
+    prepare = image_preparation(transform, dtype)
     return Tower(
         name="vision",
         layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
@@ -112,8 +133,8 @@ def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) ->
                 "size": size,
                 "crop": settings.resize_mode,
                 "interpolation": settings.interpolation,
-                "mean": list(settings.mean),
-                "std": list(settings.std),
+                "mean": mean,
+                "std": std,
             },
         },
     )
@@ -212,6 +233,21 @@ def _fitted_by_open_clip(visual: Any, native: Any, name: str) -> Fitted:
 # --- loading
 
 
+def _check_config(spec: ModelSpec) -> None:
+    """Raises UserError for a folder's config that is none, and for sizes that this machine cannot build."""
+    refuse_unreasonable({k: v for k, v in spec.model_args.items() if k != IMAGE}, spec.base)
+    if spec.name.startswith(LOCAL):
+        file = Path(spec.name.removeprefix(LOCAL)) / "open_clip_config.json"
+        tip = "open_clip: takes a folder with the open_clip_config.json and weights of one model"
+        config = json_of(file, "config", tip=tip)
+        if not isinstance(config.get("model_cfg"), Mapping):
+            raise UserError(f"'{file}' holds no model_cfg", tip)
+        refuse_unreasonable(config, f"'{file}'")
+        with torch.device("meta"):
+            module = _create(replace(spec, random_init=True), [], None, device="meta")
+        refuse_too_large(module, spec.resolved)
+
+
 def _create(
     spec: ModelSpec, notes: list[str], image: Sides | None, device: str | torch.device = "cpu"
 ) -> nn.Module:
@@ -276,12 +312,25 @@ def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:
     return weights
 
 
-def _converted(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+OF_OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Sizes that OpenAI's archives hold among the weights."""
+
+
+def _converted(spec: ModelSpec, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Older and foreign layouts of the same weights, as `open_clip.load_checkpoint` converts them.
 
     Position embeddings are not resized: without img_size a checkpoint of another size is an error, not an
     interpolation.
+    Raises UserError for OpenAI's weights in a model that does not compute their QuickGELU.
     """
+    if tensors.keys() >= OF_OPENAI:
+        config = open_clip.get_model_config(spec.name) or {}
+        if not (config.get("quick_gelu") or spec.model_args.get("force_quick_gelu")):
+            raise UserError(
+                f"'{spec.base}' would run with GELU, but OpenAI's weights were trained with QuickGELU",
+                f"add force_quick_gelu=true: -m {spec.resolved},force_quick_gelu=true",
+            )
+        tensors = {name: value for name, value in tensors.items() if name not in OF_OPENAI}
     tensors = convert_state_dict(module, tensors)
     if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)

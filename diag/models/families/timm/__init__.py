@@ -5,16 +5,16 @@ What a name means is told here without timm where possible; `load.py` loads it.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from diag.errors import UserError, did_you_mean, one_of
+from diag.inputs.outside import json_of
 from diag.models.families.open_clip import open_clip_configs
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
-from diag.models.names.spec import SCHEMAS, ModelSpec
+from diag.models.names.spec import LOCAL, SCHEMAS, ModelSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
 
@@ -48,10 +48,10 @@ def _claims(spec: ModelSpec) -> bool:
 def _in_folder(folder: Path, given: str) -> str | None:
     """A folder that timm saved: its config names an architecture, and no Hugging Face model type."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return f"local-dir:{folder}" if "architecture" in config and "model_type" not in config else None
+        config = json_of(folder / "config.json", "config", tip=LIST_TIP)
+    except UserError:
+        return None  # of no family, or the last one says what is wrong
+    return f"{LOCAL}{folder}" if "architecture" in config and "model_type" not in config else None
 
 
 def _named(spec: ModelSpec) -> ModelSpec:

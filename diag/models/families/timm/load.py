@@ -19,12 +19,26 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from diag.errors import UserError
+from diag.inputs.outside import json_of
 from diag.models.base import Model, Tower
+from diag.models.checkpoint import read_checkpoint, read_variants
 from diag.models.encoding import image_encoder, image_preparation, image_samples
-from diag.models.loading import constructing, hub, layers_of, quiet, ready
-from diag.models.names.spec import HUB, SCHEMAS, ModelSpec
-from diag.models.sizes import IMAGE, NATIVE, PATCH, Fitted, fitted, plain, refuse_remainder, requested, sides
-from diag.models.weights import fit, read_checkpoint, read_variants
+from diag.models.loading import constructing, hub, layers_of, quiet, ready, theirs
+from diag.models.names.spec import HUB, LOCAL, SCHEMAS, ModelSpec
+from diag.models.sizes import (
+    IMAGE,
+    NATIVE,
+    PATCH,
+    Fitted,
+    fitted,
+    plain,
+    refuse_remainder,
+    refuse_too_large,
+    refuse_unreasonable,
+    requested,
+    sides,
+)
+from diag.models.weights import fit
 from diag.variants import described, restore
 
 MODEL_ARGUMENTS = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads")
@@ -33,25 +47,39 @@ MODEL_ARGUMENTS = ("img_size", "patch_size", "num_classes", "embed_dim", "depth"
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads `timm:NAME`. Raises UserError as `diag.models.load` does."""
     file = spec.checkpoint or _changed_weights(spec)
+    _check_config(spec)
     sizes = _sizes(spec)
-    module = _create(spec, pretrained=file is None and not spec.random_init)
+    if spec.model_args or spec.name.startswith(LOCAL):
+        with torch.device("meta"):
+            refuse_too_large(_create(spec, pretrained=False), spec.resolved)
+    try:
+        module = _create(spec, pretrained=file is None and not spec.random_init)
+    except UserError:
+        if spec.published and not spec.name.startswith(SCHEMAS):
+            with torch.device("meta"):  # what has no attention need not be downloaded
+                layers_of(_create(spec, pretrained=False), spec.resolved, "vision")
+        raise
     fit_to = NATIVE
     if file is not None:
-        fit_to = filled(module, file, f"checkpoint '{file}'", spec.name if sizes else None)
+        resampled_as = spec.name if sizes else None
+        fit_to = filled(module, file, f"checkpoint '{file}'", resampled_as, key=spec.checkpoint_key)
     elif sizes and not spec.random_init:
         fit_to = fitted_by_timm(module, sizes, spec.name)
-    config = _data_config(module)
-    model = vision_model(
-        spec,
-        module,
-        timm.data.create_transform(**config, is_training=False),
-        preprocessing={
+    with theirs(f"the preprocessing of '{spec.base}' cannot be used", "save the model again with timm"):
+        config = _data_config(module)
+        transform = timm.data.create_transform(**config, is_training=False)
+        preprocessing = {
             "size": list(config["input_size"][1:]),
             "crop": f"{config['crop_mode']} {config['crop_pct']}",
             "interpolation": config["interpolation"],
             "mean": list(config["mean"]),
             "std": list(config["std"]),
-        },
+        }
+    model = vision_model(
+        spec,
+        module,
+        transform,
+        preprocessing=preprocessing,
         fit_to=fit_to,
         device=device,
         dtype=dtype,
@@ -60,24 +88,28 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     return replace(model, facts={"licence": licence} if licence else {})
 
 
-def filled(module: nn.Module, file: Path, source: str, resampled_as: str | None) -> Fitted:
+def filled(
+    module: nn.Module, file: Path, source: str, resampled_as: str | None, *, key: str | None = None
+) -> Fitted:
     """Loads weights into a module, with what training changed in its attention, and says how they fitted.
 
     resampled_as: the model's name where they may be of other sizes; None where that is an error.
+    key: which part of a training checkpoint; None for what timm takes, the averaged weights before others.
     Raises UserError for weights that do not fit.
     """
-    tensors, fit_to = read_checkpoint(file), NATIVE
-    restore(module, read_variants(file))
+    found, fit_to = read_checkpoint(file, module, key=key, averaged=True), NATIVE
+    restore(module, found.variants)
+    tensors = found.tensors
     if resampled_as:
         tensors, fit_to = resampled(module, tensors, resampled_as)
     fit(module, tensors, source)
-    return fit_to
+    return replace(fit_to, notes=(*found.notes, *fit_to.notes))
 
 
 def _changed_weights(spec: ModelSpec) -> Path | None:
     """The weights of a local folder whose attention was changed in training: timm would lose the change."""
-    file = Path(spec.name.removeprefix("local-dir:")) / "model.safetensors"
-    local = spec.name.startswith("local-dir:") and not spec.random_init and file.is_file()
+    file = Path(spec.name.removeprefix(LOCAL)) / "model.safetensors"
+    local = spec.name.startswith(LOCAL) and not spec.random_init and file.is_file()
     return file if local and read_variants(file) else None
 
 
@@ -219,6 +251,18 @@ def fitted_by_timm(module: nn.Module, native: nn.Module, name: str) -> Fitted:
     if "patch_embed.proj.weight" in changed:
         kernels = (before.patch_size, now.patch_size)
     return fitted(name, now.img_size, positions=positions, patch_embedding=kernels)
+
+
+def _check_config(spec: ModelSpec) -> None:
+    """Raises UserError for a folder's config that is none, and for sizes that no model has."""
+    refuse_unreasonable({k: v for k, v in spec.model_args.items() if k not in (IMAGE, PATCH)}, spec.base)
+    if spec.name.startswith(LOCAL):
+        file = Path(spec.name.removeprefix(LOCAL)) / "config.json"
+        tip = "timm: takes a folder that timm saved, whose config.json names an architecture"
+        config = json_of(file, "config", tip=tip)
+        if not isinstance(config.get("architecture"), str):
+            raise UserError(f"'{file}' names no architecture of timm", tip)
+        refuse_unreasonable(config, f"'{file}'")
 
 
 def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
