@@ -32,9 +32,13 @@ MERGE = 0
 """The lock of the process that finishes a run; those of shards are above."""
 
 
+SHARDS_LOCK = "shards/.lock"
+"""The file that holds the locks of a run, within its folder. It goes with the shards."""
+
+
 def lock_file(folder: Path) -> Path:
-    """The file that holds the locks of a run. It goes with the shards."""
-    return folder / "shards" / ".lock"
+    """The file that holds the locks of a run."""
+    return folder / SHARDS_LOCK
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

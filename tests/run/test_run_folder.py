@@ -13,7 +13,7 @@ import pytest
 from diag.errors import UserError
 from diag.results.writing import CannotWrite, write_json
 from diag.run import run_folder as claims
-from diag.run.run_folder import check_room, claim, release
+from diag.run.run_folder import PROBE, check_room, claim, release
 
 
 def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
