@@ -17,6 +17,7 @@ import errno
 import filecmp
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Any
 from diag.errors import UserError
 from diag.inputs.outside import json_of
 from diag.results.folder import MANIFEST, PLAN
-from diag.results.writing import atomically, left_behind, on_disk, write_json, writing
+from diag.results.writing import atomically, beside, left_behind, on_disk, write_json, writing
 
 try:
     import fcntl
@@ -135,7 +136,7 @@ def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) ->
     waiting: told, if another process has to be waited for. A file system without locks keeps nobody out.
     Raises CannotWrite where the folder cannot be made.
     """
-    made = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +151,10 @@ def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) ->
             yield
             return
         finally:
-            if made and _same(descriptor, folder):
+            if _same(descriptor, folder):
                 with suppress(OSError):
-                    folder.rmdir()
+                    for place in made:
+                        place.rmdir()
             os.close(descriptor)
 
 
@@ -266,6 +268,8 @@ def put_in_place(folder: Path, owner: Owner, goes: Iterable[str] | None = None) 
     Raises CannotWrite. Nobody else may be at work in the folder.
     """
     place = folder / NEXT
+    if not place.is_dir():
+        return
     note = _mapping(place / NOTE)
     if "comes" not in note:
         comes = owner.files(place, owner.result)
@@ -307,6 +311,21 @@ def _move(source: Path, target: Path) -> None:
 
 def _equal(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in the system's place for such, removed in the end; so are those of killed processes."""
+    home = Path(tempfile.gettempdir())
+    for left in filter(left_behind, home.glob(".attnbias.*.tmp")):
+        shutil.rmtree(left, ignore_errors=True)
+    place = beside(home / "attnbias")
+    with writing(place):
+        place.mkdir(mode=0o700)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:

@@ -50,6 +50,12 @@ def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
         replacing(path, write_to)
 
 
+def keep(path: Path, content: bytes) -> None:
+    """Writes a file unless it is there as it should be: its time tells whether it changed."""
+    if not path.is_file() or path.read_bytes() != content:
+        atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def replacing(path: Path, write_to: Callable[[Path], object]) -> None:
     """Calls `write_to` with a temporary name beside `path`, then renames: readers see all or nothing."""
     temporary = beside(path)
@@ -67,7 +73,7 @@ def replacing(path: Path, write_to: Callable[[Path], object]) -> None:
 
 HOST = re.sub(r"[^A-Za-z0-9]+", "-", platform.node())[:32].strip("-")
 
-TEMPORARY = re.compile(r"\..+\.(?:(?P<host>[A-Za-z0-9-]*)\.)?(?P<process>[0-9]+)(?:-[0-9a-f]+)?\.tmp")
+TEMPORARY = re.compile(r"\..+?\.(?:(?P<host>[A-Za-z0-9-]*)\.)?(?P<process>[0-9]+)(?:-[0-9a-f]+)?\.tmp")
 """The name of a file that is being written; earlier versions named no machine."""
 
 STALE = 24 * 3600

@@ -6,10 +6,9 @@ built in `.next` (`diag.results.staging`), is whole.
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from diag.results.staging import (
     put_in_place,
     sweep,
 )
-from diag.results.writing import CannotWrite, json_text, write_json, writing
+from diag.results.writing import CannotWrite, beside, json_text, write_json, writing
 from diag.run.locks import PATIENCE, PRESENT, Locks
 
 SHARDS = ("shards/*.parquet", "shards/*.json", "shards/.lock")
@@ -114,6 +113,8 @@ def at_work(
     with work.locks as locks:
         try:
             yield work
+            if not work.holds(document["key"]):
+                raise _vanished(folder)
         except BaseException as error:
             gone = not work.holds(document["key"])
             with alone(folder):
@@ -124,12 +125,37 @@ def at_work(
             raise
         if place != folder:
             _hand_over(work, owner, lock)
-        if not work.holds(document["key"]):
-            raise _vanished(folder)
 
 
 def _vanished(folder: Path) -> Vanished:
     return Vanished(f"'{folder}' was removed while it was written", "run the same command again")
+
+
+@contextmanager
+def alone_at_work(
+    folder: Path,
+    owner: Owner,
+    document: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    waiting: Callable[[str], object] = lambda text: None,
+) -> Iterator[Path | None]:
+    """`with` it, this process alone writes a folder: where; None if what it would do is done already.
+
+    document, overwrite: see `claim`. waiting: told, if another process has to be waited for. A failure gives
+    the folder up. Raises UserError as `claim` does.
+    """
+    check_free(folder, owner)
+    with alone(folder, waiting):
+        place = claim(folder, owner, document, overwrite=overwrite)
+        try:
+            yield place
+        except BaseException:
+            if place is not None:
+                release(folder, place, owner)
+            raise
+        if place not in (None, folder):
+            put_in_place(folder, owner)
 
 
 def _enter(lock: Path) -> Locks:
@@ -212,7 +238,7 @@ def _idle(folder: Path, lock: str) -> bool:
 
 def _written_first(document: Mapping[str, Any], path: Path) -> bool:
     """Writes a document unless another process has; False if one has."""
-    own = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    own = beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         own.write_text(json_text(document), encoding="utf-8")

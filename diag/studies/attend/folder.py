@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError
-from diag.results.folder import MANIFEST, is_finished, manifest_in
+from diag.results.folder import MANIFEST, PLAN, is_finished, manifest_in
+from diag.results.staging import Owner, pictures, settle
 from diag.results.tables import FORMAT
 from diag.results.writing import atomically, write_json, writing
 from diag.results.writing import write as write_table
@@ -27,6 +28,14 @@ from diag.run.environment import command_line, environment
 from diag.studies.attend.plan import AttendPlan
 
 KIND = "attend"
+OWNER = Owner(
+    KIND,
+    "look at a token",
+    result=(
+        *(PLAN, MANIFEST, "tokens.parquet", "decomposition.csv", "pictures/*.png"),
+        *pictures("strip", "similarity-map", "most-attended"),
+    ),
+)
 TOKEN_TYPES = {"row": "Int64", "col": "Int64", "rank": "Int64"}
 """Whole numbers that not every token has."""
 
@@ -70,6 +79,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     with writing(folder / "figures"):
         figures = save_all(drawn, folder / "figures")
     given = plan.inputs()
+    settle(folder)
     write_json(
         {
             "format": FORMAT,

@@ -19,7 +19,8 @@ from diag.measure.edited_model import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.results.folder import MANIFEST, SAMPLES, is_finished, manifest_in
+from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished, manifest_in
+from diag.results.staging import Owner, pictures, settle
 from diag.results.tables import layer_samples, read_layers, read_samples
 from diag.results.writing import file_stem, write, write_json, writing
 from diag.run.cache import measured
@@ -27,12 +28,21 @@ from diag.run.environment import command_line, environment
 from diag.run.plan import RUNS, ProbePlan, default_folder
 from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
-from diag.run.run_folder import claim, release
+from diag.run.run_folder import alone_at_work
 from diag.run.shards import tower_samples
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
 from diag.studies.intervene.tables import relations, sensitivity
 from diag.studies.intervene.words import CONTROL, main_effect
+
+OWNER = Owner(
+    "intervene",
+    "sweep",
+    result=(
+        *(PLAN, MANIFEST, SAMPLES, "sensitivity.csv", "relations.csv"),
+        *pictures("sensitivity-*", "relation-*"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -66,22 +76,20 @@ def run_intervene(
     what = {"kind": "intervene", "key": key, "plan": plan.model_dump(mode="json")}
     document = what | {"command": command_line()}
     folder = folder or RUNS / f"intervene-{default_folder(plan, key).name}"
-    if claim(folder, document, overwrite=overwrite):
-        return open_sweep(folder)
-    try:
-        return _carried_out(plan, prepared, folder, document, listener)
-    except UserError:
-        release(folder)
-        raise
+    waiting = listener.say
+    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=waiting) as place:
+        if place is not None:
+            _carry_out(plan, prepared, place, document, listener)
+    return open_sweep(folder)
 
 
-def _carried_out(
+def _carry_out(
     plan: IntervenePlan,
     prepared: Prepared,
     folder: Path,
     document: Mapping[str, Any],
     listener: Listener,
-) -> Sweep:
+) -> None:
     started = time.time()
     (spec,), given, edits = prepared.specs, prepared.inputs, plan.edits()
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
@@ -127,6 +135,7 @@ def _carried_out(
     probe = read_layers(probed)
     probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
     figures = draw(table, relation, probe, folder / "figures", title=spec.given)
+    settle(folder)
     write_json(
         {
             **document,
@@ -143,7 +152,6 @@ def _carried_out(
         },
         folder / MANIFEST,
     )
-    return open_sweep(folder)
 
 
 def _truth(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +85,7 @@ class LabelledTask(ImageTask):
         }
 
     def probed(self, folder: Any) -> dict[str, str]:
-        return {"images": str(self.plan.validation)}
+        return {"images": os.path.abspath(os.path.expanduser(str(self.plan.validation)))}  # noqa: PTH
 
     def _read(self, given: Labelled, places: Any, transform: Any) -> Batch:
         images = [transform(given.items[int(place)].read()) for place in places]
