@@ -12,6 +12,7 @@ imported, so that a kill costs no start; pictures are empty.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -29,10 +30,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
+import pyarrow.parquet  # noqa: F401  here, and not in every process
+import timm  # noqa: F401
 import torch
+import torchvision.transforms  # noqa: F401
 from commands import run_cli
 from made_runs import CURVES, made_run
 from PIL import Image
+from safetensors import safe_open
 
 import diag.cli.merge
 import diag.run.finish
@@ -54,6 +59,9 @@ STEPS = ("replace", "rename", "link", "unlink", "remove", "rmdir", "mkdir")
 
 VOLATILE = frozenset({"started", "seconds", "seconds_per_step", "environment", "key", "sha256", "command"})
 """Of JSON documents, what differs from one run to the next: times, and digests of files that bear times."""
+
+TIME = "seconds_per_step"
+"""Of tables, the column, or what rows tell, that is a time."""
 
 Tree = dict[str, Any]
 
@@ -144,9 +152,31 @@ def tree(folder: Path) -> Tree:
             found[f"{name}/"] = None
         elif path.suffix == ".json":
             found[name] = _lasting(json.loads(path.read_text(encoding="utf-8")))
+        elif path.suffix == ".safetensors":
+            found[name] = _weights(path)
+        elif TIME in (text := path.read_bytes()).decode(errors="replace"):
+            found[name] = _without_times(text.decode())
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def _weights(file: Path) -> Tree:
+    """Tensors and metadata: the latter are written in any order."""
+    with safe_open(file, "np") as opened:
+        tensors = {name: opened.get_tensor(name).tobytes() for name in opened.keys()}  # noqa: SIM118
+        return {**tensors, "": opened.metadata()}
+
+
+def _without_times(table: str) -> list[list[str]]:
+    """A table without the column of times, or without the rows that tell them."""
+    rows = list(csv.reader(table.splitlines()))
+    column = rows[0].index(TIME) if TIME in rows[0] else None
+    return [
+        [cell for place, cell in enumerate(row) if place != column]
+        for row in rows
+        if column or TIME not in row
+    ]
 
 
 def _lasting(document: Any) -> Any:
@@ -327,7 +357,7 @@ SWEEP = (*SWEEP, "--device", "cpu")
 
 def swept_before() -> None:
     images(2)
-    ran(*SWEEP, "--limit", 2, "--intervene", "xsa=0.5", "-o", "out")
+    ran(*SWEEP, "--limit", 2, "--intervene", "gated_xsa=0.5", "-o", "out")
     ran(*SWEEP, "--limit", 2, "-o", "other")  # the probe of the untouched model
 
 

@@ -76,14 +76,18 @@ class Owner:
 
     def may_remove(self, folder: Path, name: str) -> bool:
         """Whether a name is that of a file of this verb's that is there, not somewhere where a link leads."""
+        file = folder / name
+        here = file.is_symlink() or file.is_file()  # of a link, only the link is removed
+        return here and self.names(folder, name)
+
+    def names(self, folder: Path, name: str) -> bool:
+        """Whether this verb writes files of a name, and they would lie inside the folder."""
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             return False
         if not any(_matches(path, pattern) for pattern in (*self.result, *self.work)):
             return False
-        file = folder / path
-        here = file.is_symlink() or file.is_file()  # of a link, only the link is removed
-        return here and file.parent.resolve().is_relative_to(folder.resolve())
+        return (folder / path).parent.resolve().is_relative_to(folder.resolve())
 
 
 def _matches(path: PurePosixPath, pattern: str) -> bool:
@@ -99,6 +103,7 @@ def remove(folder: Path, owner: Owner, names: Iterable[str]) -> None:
     for name in names:
         if owner.may_remove(folder, name):
             (folder / name).unlink(missing_ok=True)
+        if owner.names(folder, name):  # also where the file went before an interruption
             emptied |= {folder / parent for parent in PurePosixPath(name).parents[:-1]}
     for parent in sorted(emptied, reverse=True):
         with suppress(OSError):
@@ -109,9 +114,11 @@ def clear(folder: Path, owner: Owner, patterns: Collection[str] | None = None) -
     """Removes a verb's files that match (all of them, if None), and folders that are empty then."""
     sweep(folder)
     remove(folder, owner, owner.files(folder, patterns))
-    for pattern in (*owner.result, *owner.work) if patterns is None else patterns:
-        for parent in folder.glob(pattern.rpartition("/")[0]) if "/" in pattern else ():
-            with suppress(OSError):  # there from the start, and empty
+    chosen = (*owner.result, *owner.work) if patterns is None else patterns
+    parents = {str(parent) for pattern in chosen for parent in PurePosixPath(pattern).parents[:-1]}
+    for place in sorted(parents, key=len, reverse=True):
+        for parent in folder.glob(place):
+            with suppress(OSError):  # empty from the start, or since an interruption
                 parent.rmdir()
 
 
