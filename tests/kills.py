@@ -428,7 +428,9 @@ def main(given: Sequence[str] | None = None) -> int:
     chance, began, faults, outcomes = random.Random(asked.seed), time.time(), [], []
     print(f"{'verb':22} {'steps':>6} {'kills':>6} {'whole':>6} {'torn':>6} {'leftovers':>10}")
     for number, case in enumerate(cases):
-        share = asked.kills // len(cases) + (number < asked.kills % len(cases))
+        # what verbs of few moments leave goes to those that follow
+        done = sum(outcome.kills for outcome in outcomes)
+        share = round((asked.kills - done) / (len(cases) - number))
 
         def chosen(moments: int, share: int = share) -> Sequence[int]:
             some = share if asked.kills else moments
