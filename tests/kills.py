@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -419,12 +420,12 @@ def main(given: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--kills", type=int, default=100, help="over all verbs [100]; 0: all moments")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--only", help="the verbs with this in their names")
+    options.add_argument("--only", help="verbs whose names match this pattern")
     asked = options.parse_args(given)
     torch.set_num_threads(1)
     diag.show.figures.write.save = sketch
     diag.run.finish.draw = lambda layers, heads, folder: sketch(None, layers, folder, "curves-demo")
-    cases = [case for case in CASES if asked.only is None or asked.only in case.name]
+    cases = [case for case in CASES if asked.only is None or re.search(asked.only, case.name)]
     chance, began, faults, outcomes = random.Random(asked.seed), time.time(), [], []
     print(f"{'verb':22} {'steps':>6} {'kills':>6} {'whole':>6} {'torn':>6} {'leftovers':>10}")
     for number, case in enumerate(cases):
