@@ -25,10 +25,15 @@ def merge(
 ) -> None:
     """Finish a run that several processes measured: tables, figures and manifest out of its shards."""
     from diag.results.folder import is_finished
+    from diag.results.staging import alone, clear, go_on
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
+    from diag.run.run_folder import PROBE
     from diag.run.shard_ledger import locks_of, read_plan
 
+    if run.is_dir():
+        with alone(run):
+            go_on(run, PROBE)
     if is_finished(run):
         if not quiet:
             say(f"already complete: {run}")
@@ -39,4 +44,5 @@ def merge(
         check_whole(run, document)
         with locks_of(run) as locks:
             finish(run, locks, say=told)
+    clear(run, PROBE, PROBE.work)
     show(run, read_manifest(run), read_layers(run), as_json=as_json, quiet=quiet)

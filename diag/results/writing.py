@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +53,15 @@ def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
         replacing(path, write_to)
 
 
+def keep(path: Path, content: bytes) -> None:
+    """Writes a file unless it is there as it should be: its time tells whether it changed."""
+    if not path.is_file() or path.read_bytes() != content:
+        atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def replacing(path: Path, write_to: Callable[[Path], object]) -> None:
     """Calls `write_to` with a temporary name beside `path`, then renames: readers see all or nothing."""
-    # two machines may have a process of the same number
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_to(temporary)
@@ -64,6 +72,60 @@ def replacing(path: Path, write_to: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+HOST = re.sub(r"[^A-Za-z0-9]+", "-", platform.node())[:32].strip("-")
+
+TEMPORARY = re.compile(r"\..+?\.(?:(?P<host>[A-Za-z0-9-]*)\.)?(?P<process>[0-9]+)(?:-[0-9a-f]+)?\.tmp")
+"""The name of a file that is being written; earlier versions named no machine."""
+
+STALE = 24 * 3600
+"""Seconds after which a temporary file of another machine, or of a number that lives again, is nobody's."""
+
+
+def beside(path: Path) -> Path:
+    """A temporary name beside a path that says whose it is: two machines may have a process of one number."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+
+
+def left_behind(file: Path) -> bool:
+    """Whether a path is a temporary one of a process that is gone, by its name and by its time."""
+    named = TEMPORARY.fullmatch(file.name)
+    if named is None:
+        return False
+    if named["host"] == HOST and not _alive(int(named["process"])):
+        return True
+    try:
+        return time.time() - file.lstat().st_mtime > STALE
+    except FileNotFoundError:
+        return False
+
+
+def sweep_beside(path: Path) -> None:
+    """Removes what a process that was killed left of a file that it was writing."""
+    for file in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        if left_behind(file):
+            file.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def on_disk(folder: Path) -> None:
+    """Brings the names in a folder to disk, where file systems can do that for folders."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

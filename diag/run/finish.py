@@ -25,8 +25,9 @@ from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_
 from diag.results.hashes import hashes
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
+from diag.results.staging import settle, sweep
 from diag.results.tables import one_kind, tables
-from diag.results.writing import atomically, write, write_json, writing
+from diag.results.writing import atomically, on_disk, write, write_json, writing
 from diag.run.environment import environment
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import what_differs
@@ -46,7 +47,7 @@ def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:
-    """Writes what a run ends in and removes its shards; False if another process is at it.
+    """Writes what a run ends in; False if another process is at it. Its shards can be removed then.
 
     wait: for that other process, if there is one. say: told what was left out.
     Raises UserError if shards are missing or cannot be read, and if no input of any model could be.
@@ -154,10 +155,10 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     write(layers, folder / LAYERS)
     write(heads, folder / HEADS)
     figures = draw(layers, heads, folder / "figures")
-    for left in folder.glob(".*.tmp"):  # by processes that were killed
-        left.unlink(missing_ok=True)
+    sweep(folder)
     taken = {entry["takes"] for entry in models}
     plain = {name: value for name, value in document.items() if name not in ("inputs", "shard_inputs")}
+    settle(folder)
     write_json(
         {
             "format": FORMAT,
@@ -175,7 +176,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
         },
         folder / MANIFEST,
     )
-    shutil.rmtree(folder / "shards", ignore_errors=True)
+    on_disk(folder)
 
 
 def _told(part: Part, shards: int) -> dict[str, Any]:

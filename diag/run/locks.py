@@ -18,6 +18,9 @@ except ImportError:  # not on Windows
 PATIENCE = 0.2
 """Seconds between looks at what another process has in hand."""
 
+PRESENT = 1 << 62
+"""The lock that all processes share which work in a folder: who has it alone is the only one there."""
+
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 """What file systems say that have no locks."""
 
@@ -41,6 +44,10 @@ class Locks:
     def take(self, place: int) -> bool:
         """Takes a lock if no other process has it; True where there are no locks at all."""
         return fcntl is None or self._set(fcntl.LOCK_EX | fcntl.LOCK_NB, place)
+
+    def share(self, place: int) -> bool:
+        """Takes a lock together with all others that share it; False while one has it alone."""
+        return fcntl is None or self._set(fcntl.LOCK_SH | fcntl.LOCK_NB, place)
 
     def give(self, place: int) -> None:
         """Gives a lock back."""

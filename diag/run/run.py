@@ -8,7 +8,6 @@ finishes the run.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from diag.models.names.spec import ModelSpec
 from diag.results.folder import is_finished
 from diag.results.hashes import edited, sha256_of
 from diag.results.moments import moments_of
+from diag.results.staging import clear
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
 from diag.run.environment import command_line
@@ -38,8 +38,15 @@ from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
 from diag.run.processes import WHOLE, Share
 from diag.run.progress import Listener, Progress, Silent
-from diag.run.run_folder import check_room, claim, release
-from diag.run.shard_ledger import Part, failure_file, forget_failures, locks_of, read_plan, standing
+from diag.run.run_folder import PROBE, Vanished, at_work, check_room
+from diag.run.shard_ledger import (
+    SHARDS_LOCK,
+    Part,
+    failure_file,
+    forget_failures,
+    read_plan,
+    standing,
+)
 from diag.run.shards import TowerJob, shard_values, tower_samples
 
 ROOM = 32_000_000
@@ -118,32 +125,30 @@ def run_share(
             "--overwrite would remove what other processes have just measured",
             f"remove the folder first: rm -r '{folder}'",
         )
-    if claim(folder, document, overwrite=overwrite):
-        shutil.rmtree(folder / "shards", ignore_errors=True)  # of a process that was killed at the very end
-        listener.say(f"already complete: {folder} (measure again with --overwrite)")
-        found = open_run(folder)
-        for note in edited(folder, found.manifest):
-            listener.say(note)
-        return found
-    document = read_plan(folder)
-    key, size = document["key"], document["shard_inputs"]
-    try:
-        check_room(folder, ROOM)
-        with locks_of(folder) as locks:
-            forget_failures(folder, share)
-            _run_models(_Job(prepared, folder, share, key, size, locks, listener, progress))
-            state = standing(folder, document)
-            if not state.missing and not is_finished(folder):
-                finish(folder, locks, wait=share.of == 1, say=listener.say)
-    except FileNotFoundError:
-        if not is_finished(folder):  # else another process has finished the run, and the shards are gone
-            raise
-    except UserError:
-        if share.of == 1:  # others may be at work in it
-            release(folder)
-        raise
+    with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
+        if work is None:
+            clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
+            listener.say(f"already complete: {folder} (measure again with --overwrite)")
+            found = open_run(folder)
+            for note in edited(folder, found.manifest):
+                listener.say(note)
+            return found
+        place, document = work.place, read_plan(work.place)
+        try:
+            check_room(place, ROOM)
+            forget_failures(place, share)
+            key, size = document["key"], document["shard_inputs"]
+            _run_models(_Job(prepared, place, share, key, size, work.locks, listener, progress))
+            state = standing(place, document)
+            if not state.missing and not is_finished(place):
+                finish(place, work.locks, wait=share.of == 1, say=listener.say)
+            elif state.missing and share.of == 1 and not is_finished(place):
+                raise Vanished(f"'{place}' lost what was measured", "run the same command again")
+        except FileNotFoundError:
+            if not is_finished(place):  # else another process has finished the run, and the shards are gone
+                raise
     if is_finished(folder):
-        shutil.rmtree(folder / "shards", ignore_errors=True)
+        clear(folder, PROBE, PROBE.work)
         return open_run(folder)
     listener.say(
         f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "

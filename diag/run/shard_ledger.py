@@ -75,9 +75,13 @@ KINDS: dict[Any, str] = {
 }
 
 
+SHARDS_LOCK = "shards/.lock"
+"""The file that holds the locks of a run, within its folder. It goes with the shards."""
+
+
 def lock_file(folder: Path) -> Path:
-    """The file that holds the locks of a run. It goes with the shards."""
-    return folder / "shards" / ".lock"
+    """The file that holds the locks of a run."""
+    return folder / SHARDS_LOCK
 
 
 def locks_of(folder: Path) -> Locks:

@@ -25,10 +25,10 @@ import pandas as pd
 from diag.errors import UserError
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
-from diag.results.folder import MANIFEST, kind_of
-from diag.results.manifest import read as read_manifest
+from diag.results.folder import MANIFEST
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
+from diag.results.staging import Owner, check_free, is_empty, pictures, staged, verb_of
 from diag.results.writing import atomically, file_stem, write, write_json, writing
 from diag.run.plan import RUNS
 from diag.show.figures.panels import COMPARISON_METRICS
@@ -157,58 +157,48 @@ def default_folder(found: Comparison, root: Path = RUNS) -> Path:
     return root / f"compare-{names}-{found.key[:8]}"
 
 
+OWNER = Owner(
+    "compare",
+    "comparison",
+    result=(
+        *(MANIFEST, "comparison.csv", "profiles.csv", "differences.csv", "verdict.txt"),
+        *pictures("comparison", "profiles", "profiles-*"),
+    ),
+)
+
+
 def write_comparison(found: Comparison, folder: Path, *, command: str | None = None) -> list[Path]:
-    """Writes the folder, figures included, over an earlier comparison there; the paths of the figures.
+    """Writes the folder, figures included, in the place of an earlier comparison; the paths of the figures.
 
     Raises UserError if the folder holds anything else, or cannot be written.
     """
-    manifest = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"'{folder}' is a file", "give a folder with -o")
-    if folder.exists() and any(folder.iterdir()) and kind_of(folder) != "compare":
+    check_free(folder, OWNER)
+    if not is_empty(folder) and verb_of(folder) != OWNER.verb:
         raise UserError(f"'{folder}' is not empty and holds no comparison", "give another folder with -o")
-    for file in _figures_before(folder):
-        file.unlink()
-    document = {
-        "kind": "compare",
-        "key": found.key,
-        "command": command,
-        "runs": {
-            name: {"folder": str(path), "key": found.collection.manifests[name].get("key")}
-            for name, path in found.collection.folders.items()
-        },
-        "problems": found.collection.problems,
-        "labels": found.labels,
-        "missing": found.missing,
-        "difference": DIFFERENCE,
-        **found.settings,
-        "figures": [],
-    }
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(document, manifest)  # a folder that was begun is known as one's own
-    write(found.collection.layers, folder / "comparison.csv")
-    write(found.profiles, folder / "profiles.csv")
-    write(found.differences, folder / "differences.csv")
-    text = "\n\n".join(map(_filled, found.verdict)) + "\n"
-    atomically(folder / "verdict.txt", lambda file: file.write_text(text, encoding="utf-8"))
-    figures = draw_comparison(found, folder / "figures")
-    document["figures"] = [path.relative_to(folder).as_posix() for path in figures]
-    write_json(document, manifest)
-    return figures
-
-
-def _figures_before(folder: Path) -> list[Path]:
-    """Figures of an earlier comparison, as its manifest lists them; no name or link leads outside."""
-    if kind_of(folder) != "compare":
-        return []
-    home = folder.resolve() / "figures"
-    listed = (folder / name for name in read_manifest(folder, "compare")["figures"])
-    return [
-        file
-        for file in listed
-        if file.suffix in (".pdf", ".png", ".csv") and file.resolve().parent == home and file.is_file()
-    ]
+    with staged(folder, OWNER) as place:
+        write(found.collection.layers, place / "comparison.csv")
+        write(found.profiles, place / "profiles.csv")
+        write(found.differences, place / "differences.csv")
+        text = "\n\n".join(map(_filled, found.verdict)) + "\n"
+        atomically(place / "verdict.txt", lambda file: file.write_text(text, encoding="utf-8"))
+        figures = [path.relative_to(place).as_posix() for path in draw_comparison(found, place / "figures")]
+        document = {
+            "kind": OWNER.verb,
+            "key": found.key,
+            "command": command,
+            "runs": {
+                name: {"folder": str(path), "key": found.collection.manifests[name].get("key")}
+                for name, path in found.collection.folders.items()
+            },
+            "problems": found.collection.problems,
+            "labels": found.labels,
+            "missing": found.missing,
+            "difference": DIFFERENCE,
+            **found.settings,
+            "figures": figures,
+        }
+        write_json(document, place / MANIFEST)
+    return [folder / name for name in figures]
 
 
 def draw_comparison(found: Comparison, folder: Path) -> list[Path]:

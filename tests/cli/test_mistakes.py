@@ -184,6 +184,36 @@ def test_a_folder_with_another_run_is_refused(attnbias: Attnbias) -> None:
     assert set(pd.read_csv("run/layers.csv")["metric"]) == {"excess"}
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("--layers", 99),
+        ("--seq-len", 9999),
+        ("--tokens", "cls"),
+        ("--intervene", "xsa:99"),
+        ("-m", "hf:nobody/nothing", "-m", "demo:vit-p99"),
+        ("--device", "tpu"),
+    ],
+)
+def test_a_mistake_leaves_what_it_would_overwrite_as_it_is(
+    attnbias: Attnbias, mistake: tuple[object, ...]
+) -> None:
+    given = (*LM, *FAST, "--limit", 1, "--layers", 0, "-q", "-o", "run")
+    assert attnbias(*given).code == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    ended = attnbias(*given, "--overwrite", *mistake)
+    assert ended.code == 2, ended.err
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_what_another_verb_wrote_is_refused(attnbias: Attnbias) -> None:
+    write("run/plan.json", b'{"kind": "train", "key": "a"}')
+    for more in ((), ("--overwrite",)):
+        ended = attnbias(*VIT, "-q", "-o", "run", *more)
+        assert_two_lines(ended, 2, "'run' holds what attnbias train wrote", "-o")
+    assert os.listdir("run") == ["plan.json"]
+
+
 def test_a_full_disk_is_two_lines(attnbias: Attnbias, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(frame: pd.DataFrame, path: Path) -> None:
         path.write_bytes(b"half")
@@ -200,7 +230,7 @@ def test_a_full_disk_is_two_lines(attnbias: Attnbias, monkeypatch: pytest.Monkey
 def test_a_folder_that_cannot_be_made(attnbias: Attnbias) -> None:
     write("file", b"")
     ended = attnbias(*VIT, "--limit", 1, "-o", "file/run", "-q")
-    assert_two_lines(ended, 2, "cannot write 'file/run/plan.json'", "-o")
+    assert_two_lines(ended, 2, "cannot write 'file/run'", "-o")
 
 
 def test_what_nobody_expected_is_two_lines_as_well(

@@ -14,7 +14,7 @@ from pathlib import Path
 from diag.errors import UserError
 from diag.results.collect import collect
 from diag.results.folder import kind_of
-from diag.results.writing import atomically
+from diag.results.writing import atomically, sweep_beside
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
 
@@ -53,6 +53,7 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
     attended, problems = read_attended(looks)
     problems = {**collection.problems, **problems}
     text = page(collection, attended, title=title, problems=problems)
+    sweep_beside(path)
     atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
     return Report(path, len(text.encode("utf-8")), len(collection.labels), problems, collection.notes)
 

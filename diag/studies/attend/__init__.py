@@ -13,15 +13,12 @@ Importing this package does not import torch; measuring does.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diag.run.environment import command_line
-from diag.run.run_folder import claim, release
-from diag.studies.attend.folder import Attended, read, write
+from diag.run.progress import Listener, Silent
+from diag.run.run_folder import alone_at_work
+from diag.studies.attend.folder import OWNER, Attended, read, write
 from diag.studies.attend.plan import AttendPlan, folder_of
-
-if TYPE_CHECKING:
-    from diag.run.progress import Listener
 
 __all__ = ["AttendPlan", "Attended", "attend", "folder_of", "read", "run_attend", "write"]
 
@@ -49,15 +46,11 @@ def run_attend(
     Raises UserError as `attend` does, and if the folder holds something else.
     """
     folder = folder or folder_of(plan)
-    document = {"key": plan.key(), "plan": plan.model_dump(mode="json"), "command": command_line()}
-    if claim(folder, document, overwrite=overwrite):
-        if listener is not None:
-            listener.say(f"already complete: {folder} (measure again with --overwrite)")
-        return folder
-    try:
-        found = attend(plan, listener)
-    except BaseException:
-        release(folder)
-        raise
-    write(found, plan, folder)
+    what = {"kind": OWNER.verb, "key": plan.key(), "plan": plan.model_dump(mode="json")}
+    document, say = what | {"command": command_line()}, (listener or Silent()).say
+    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=say) as place:
+        if place is None:
+            say(f"already complete: {folder} (measure again with --overwrite)")
+        else:
+            write(attend(plan, listener), plan, place)
     return folder

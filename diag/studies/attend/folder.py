@@ -22,15 +22,24 @@ from diag.errors import UserError
 from diag.inputs.images import open_image
 from diag.inputs.outside import regular
 from diag.inputs.tables import read_table
-from diag.results.folder import MANIFEST, is_finished
+from diag.results.folder import MANIFEST, PLAN, is_finished
 from diag.results.looks import DECOMPOSITION, SEEN, TOKENS, WHOLE_SPLIT
 from diag.results.manifest import ATTEND, FORMAT, again
 from diag.results.manifest import read as manifest_of
+from diag.results.staging import Owner, pictures, settle
 from diag.results.writing import atomically, write_json, writing
 from diag.results.writing import write as write_table
 from diag.run.environment import command_line, environment
 from diag.studies.attend.plan import AttendPlan
 
+OWNER = Owner(
+    ATTEND,
+    "look at a token",
+    result=(
+        *(PLAN, MANIFEST, "tokens.parquet", "decomposition.csv", "pictures/*.png"),
+        *pictures("strip", "similarity-map", "most-attended"),
+    ),
+)
 TOKEN_TYPES = {"row": "Int64", "col": "Int64", "rank": "Int64"}
 """Whole numbers that not every token has."""
 
@@ -74,6 +83,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     with writing(folder / "figures"):
         figures = save_all(drawn, folder / "figures")
     given = plan.inputs()
+    settle(folder)
     write_json(
         {
             "format": FORMAT,

@@ -20,10 +20,11 @@ from diag.measure.edited_model import check_layers
 from diag.measure.loop import pick_layers
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
-from diag.results.folder import MANIFEST, SAMPLES, is_finished
+from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
 from diag.results.hashes import edited
 from diag.results.manifest import again
 from diag.results.manifest import read as manifest_of
+from diag.results.staging import Owner, pictures, settle
 from diag.results.tables import layer_samples, read_layers, read_manifest, read_samples
 from diag.results.writing import file_stem, write, write_json, writing
 from diag.run.cache import measured
@@ -31,15 +32,21 @@ from diag.run.environment import command_line, environment
 from diag.run.plan import RUNS, ProbePlan, default_folder
 from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
-from diag.run.run_folder import claim, release
+from diag.run.run_folder import alone_at_work
 from diag.run.shards import tower_samples
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
 from diag.studies.intervene.tables import LAYOUTS, relations, sensitivity
 from diag.studies.intervene.words import CONTROL, main_effect
 
-KIND = "intervene"
-"""Of its manifest."""
+OWNER = Owner(
+    "intervene",
+    "sweep",
+    result=(
+        *(PLAN, MANIFEST, SAMPLES, "sensitivity.csv", "relations.csv"),
+        *pictures("sensitivity-*", "relation-*"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -70,16 +77,14 @@ def run_intervene(
     listener = listener or Silent()
     prepared = Prepared.of(plan)
     key = prepared.key
-    what = {"kind": KIND, "key": key, "plan": plan.model_dump(mode="json")}
+    what = {"kind": OWNER.verb, "key": key, "plan": plan.model_dump(mode="json")}
     document = what | {"command": command_line()}
     folder = folder or _among(RUNS, plan, key)
-    if claim(folder, document, overwrite=overwrite):
-        return open_sweep(folder)
-    try:
-        return _carried_out(plan, prepared, folder, document, listener)
-    except UserError:
-        release(folder)
-        raise
+    waiting = listener.say
+    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=waiting) as place:
+        if place is not None:
+            _carry_out(plan, prepared, place, document, listener)
+    return open_sweep(folder)
 
 
 def sweep_folder(plan: IntervenePlan, root: Path) -> Path:
@@ -91,13 +96,13 @@ def _among(root: Path, plan: IntervenePlan, key: str) -> Path:
     return root / f"intervene-{default_folder(plan, key).name}"
 
 
-def _carried_out(
+def _carry_out(
     plan: IntervenePlan,
     prepared: Prepared,
     folder: Path,
     document: Mapping[str, Any],
     listener: Listener,
-) -> Sweep:
+) -> None:
     started = time.time()
     (spec,), given, edits = prepared.specs, prepared.inputs, plan.edits()
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
@@ -145,6 +150,7 @@ def _carried_out(
     probe = read_layers(probed)
     probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
     figures = draw(table, relation, probe, folder / "figures", title=spec.given)
+    settle(folder)
     write_json(
         {
             **document,
@@ -161,7 +167,6 @@ def _carried_out(
         },
         folder / MANIFEST,
     )
-    return open_sweep(folder)
 
 
 def _truth(
@@ -185,8 +190,8 @@ def open_sweep(folder: Path) -> Sweep:
     """A finished sweep. Raises UserError if it is none."""
     if not is_finished(folder):
         raise UserError(f"'{folder}' is not a finished sweep", "attnbias intervene -m MODEL … -o FOLDER")
-    manifest, tip = manifest_of(folder, KIND), again(folder, KIND)
-    if manifest.get("kind") != KIND:
+    manifest, tip = manifest_of(folder, OWNER.verb), again(folder, OWNER.verb)
+    if manifest.get("kind") != OWNER.verb:
         raise UserError(f"'{folder}' was not made by attnbias intervene", tip)
     sensed, related = (
         read_table(folder / name, layout, "table", tip=tip) for name, layout in LAYOUTS.items()

@@ -10,6 +10,7 @@ checkpoint.pt   of an unfinished cell
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from diag.errors import UserError
 from diag.inputs.outside import json_of
 from diag.models.weights import digest
-from diag.results.writing import write, write_json
+from diag.results.writing import beside, write, write_json, writing
 from diag.run.environment import environment
 from diag.studies.monitor.monitor import Monitor
 from diag.studies.train.fit import Batch, Training
@@ -101,7 +102,7 @@ def train_cell(
     result = training.result.eval()
     with torch.inference_mode():
         outcome = task.evaluate(result, device)
-    task.save(result, folder / "model")
+    _save(task, result, folder / "model")
     write(pd.DataFrame(training.log), folder / "log.csv")
     write(pd.DataFrame(training.watched), folder / "monitor.csv")
     write_json(
@@ -122,6 +123,19 @@ def train_cell(
         folder / "card.json",
     )
     checkpoint.unlink(missing_ok=True)
+
+
+def _save(task: Task, model: nn.Module, folder: Path) -> None:
+    """Writes the model's folder: every file aside, then renamed into its place."""
+    aside = beside(folder)
+    try:
+        with writing(folder):
+            task.save(model, aside)
+            folder.mkdir(exist_ok=True)
+            for file in sorted(aside.iterdir()):
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def card_of(folder: Path) -> dict[str, Any]:

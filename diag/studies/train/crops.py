@@ -6,6 +6,7 @@ between them belongs to neither.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from diag.inputs.images import PHOTOGRAPHS, demo_images
+from diag.results.writing import keep
 from diag.studies.train.fit import Batch
 from diag.studies.train.image_task import EVALUATED_AT_ONCE, ImageTask
 from diag.studies.train.plan import TrainPlan
@@ -99,10 +101,11 @@ class CropsTask(ImageTask):
     def probed(self, folder: Path) -> dict[str, str]:
         """Four held-out crops of each photograph, as PNG files."""
         generator = np.random.default_rng(HELD_OUT_SEED + 2)
-        folder.mkdir(parents=True, exist_ok=True)
         for label, name in enumerate(self.classes):
             for number in range(PROBE_CROPS):
                 pixels = (self.testing.one(label, generator) + 1) * 127.5
                 array = pixels.round().byte().permute(1, 2, 0).numpy()
-                Image.fromarray(array).save(folder / f"{name}-{number}.png")
+                content = io.BytesIO()
+                Image.fromarray(array).save(content, "png")
+                keep(folder / f"{name}-{number}.png", content.getvalue())
         return {"images": str(folder)}

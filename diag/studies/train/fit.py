@@ -97,8 +97,9 @@ class Training:
                 self.seconds += time.perf_counter() - started
                 self.save(checkpoint)
                 started = time.perf_counter()
-        self.watched += watch(self.step)
-        self.save(checkpoint)
+        if not self.watched or self.watched[-1]["step"] != self.step:  # else stopped after this, and resumed
+            self.watched += watch(self.step)
+            self.save(checkpoint)
         self.model.eval()
 
     def _update(self, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor]) -> None:

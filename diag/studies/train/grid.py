@@ -10,9 +10,9 @@ probe. Running the same command again resumes.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,38 @@ from diag.measure.device import device_of
 from diag.results.folder import MANIFEST, PLAN, is_finished
 from diag.results.manifest import again
 from diag.results.manifest import read as manifest_of
+from diag.results.staging import Owner, clear, pictures, settle
 from diag.results.tables import read_layers
 from diag.results.writing import write, write_json
 from diag.run.environment import command_line, environment
-from diag.run.locks import Locks
 from diag.run.plan import RUNS, ProbePlan
+from diag.run.prepared import Prepared
 from diag.run.processes import share_of
 from diag.run.progress import Listener, Silent
 from diag.run.run import run_probe
-from diag.run.run_folder import claim
+from diag.run.run_folder import PROBE, at_work, key_of
 from diag.studies.train.cells import Cell, card_of, cells_of, train_cell
-from diag.studies.train.outcomes import PLAIN, SHOWN, outcome_tables
+from diag.studies.train.outcomes import PLAIN, SHOWN, TABLES, outcome_tables
 from diag.studies.train.plan import TrainPlan
 from diag.studies.train.summary import shown, words
 from diag.studies.train.tasks import Task, task_of
+
+LOCK = "cells/.lock"
+
+TRAIN = Owner(
+    "train",
+    "grid of trainings",
+    result=(
+        *(PLAN, MANIFEST, "results.md", *(f"{name}.csv" for name in ("results", *TABLES))),
+        *(f"cells/*/{name}" for name in ("log.csv", "monitor.csv", "card.json")),
+        *(f"cells/*/model/*.{ending}" for ending in ("json", "safetensors", "txt", "jinja")),
+        *("probed/*.png", "probed/*.txt"),
+        *PROBE.inside("probe"),
+        *pictures("gain-*", "compensation-*", "alpha-*", "steps-*"),
+    ),
+    work=(LOCK, "cells/*/checkpoint.pt", *PROBE.inside("probe/.next"), "probe/.next/.staged.json"),
+    kept=("cells/*/checkpoint.pt", "cells/*/card.json"),
+)
 
 RESULTS = (
     *("accuracy", "loss", "held_out", "steps", "parameters"),
@@ -88,36 +106,33 @@ def run_train(
         raise UserError(
             "--overwrite with several processes would remove what others train", f"rm -r {folder}"
         )
-    if overwrite and (folder / PLAN).exists():
-        for name in ("cells", "probe", "probed"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    if claim(folder, document, overwrite=overwrite):
-        listener.say(f"already complete: {folder} (train again with --overwrite)")
-        return open_grid(folder)
-    started = time.time()
-    task = task_of(plan)
-    cells = cells_of(plan)
-    place = device_of(device, share.local_rank)
-    if not isinstance(place, torch.device):
+    on = device_of(device, share.local_rank)
+    if not isinstance(on, torch.device):
         raise UserError(f"--device {device} is for one large model", "--device auto, cpu or cuda:0")
-    mine = range(share.rank, len(cells), share.of)
-    listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {place}")
-    (folder / "cells").mkdir(exist_ok=True)
-    with Locks(folder / "cells" / ".lock") as locks:
+    started, cells = time.time(), cells_of(plan)
+    with at_work(folder, TRAIN, document, lock=LOCK, overwrite=overwrite, keep=share.of > 1) as work:
+        if work is None:
+            listener.say(f"already complete: {folder} (train again with --overwrite)")
+            return open_grid(folder)
+        task = task_of(plan)
+        mine = range(share.rank, len(cells), share.of)
+        listener.say(f"{len(mine)} of {len(cells)} cells, {plan.recipe.steps} steps each, on {on}")
         for number in mine:
             cell = cells[number]
-            if not locks.take(number):
+            if not work.locks.take(number):
                 listener.say(f"{cell.name} is in the hands of another process")
                 continue
             listener.start(cell.name, plan.recipe.steps)
-            own, hear = folder / "cells" / cell.name, listener.advance
-            train_cell(plan, cell, task, own, device=place, workers=workers, advance=hear)
-            locks.give(number)
-        unfinished = [cell for cell in cells if not (folder / "cells" / cell.name / "card.json").exists()]
-        if unfinished or not locks.take(len(cells)):
+            own, hear = work.place / "cells" / cell.name, listener.advance
+            train_cell(plan, cell, task, own, device=on, workers=workers, advance=hear)
+            work.locks.give(number)
+        there = [(work.place / "cells" / cell.name / "card.json").exists() for cell in cells]
+        if not all(there) or not work.locks.take(len(cells)):
             listener.say("other processes are at work; the last one probes and tabulates")
             return None
-        return _finish(plan, cells, task, folder, document, str(place), listener, started)
+        _finish(plan, cells, task, work.place, document, str(on), listener, started)
+    clear(folder, TRAIN, TRAIN.work)
+    return open_grid(folder)
 
 
 def open_grid(folder: Path) -> TrainedGrid:
@@ -145,7 +160,7 @@ def _finish(
     device: str,
     listener: Listener,
     started: float,
-) -> TrainedGrid:
+) -> None:
     from diag.show.figures.training import outcome_figures
     from diag.show.figures.write import save_all
 
@@ -169,6 +184,7 @@ def _finish(
     write(shown(tables), folder / "results.md")
     figures = save_all(outcome_figures(tables), folder / "figures")
     said = words(tables)
+    settle(folder)
     write_json(
         {
             **document,
@@ -182,21 +198,18 @@ def _finish(
         },
         folder / MANIFEST,
     )
-    return open_grid(folder)
 
 
 def _probe(
     plan: TrainPlan, cells: Sequence[Cell], task: Task, folder: Path, device: str, listener: Listener
 ) -> pd.DataFrame:
     """The layers table of every trained model; the model column holds the cell's name."""
-    paths = {str(folder / "cells" / cell.name / "model"): cell.name for cell in cells}
-    run = run_probe(
-        ProbePlan.checked(
-            models=tuple(paths), limit=plan.probe_limit, device=device, **task.probed(folder / "probed")
-        ),
-        folder / "probe",
-        listener=listener,
-    )
+    paths, probe = {f"cells/{cell.name}/model": cell.name for cell in cells}, Path("probe")
+    with chdir(folder):  # names in the tables depend neither on the folder's place nor on how it was given
+        given = task.probed(Path("probed"))
+        what = ProbePlan.checked(models=tuple(paths), limit=plan.probe_limit, device=device, **given)
+        earlier = key_of(probe) not in (None, Prepared.of(what).key)
+        run = run_probe(what, probe, overwrite=earlier, listener=listener)
     if run.manifest["failed_models"]:
         name, why = next(iter(run.manifest["failed_models"].items()))
         raise UserError(f"'{name}' could not be probed: {why}", "run the same command again")

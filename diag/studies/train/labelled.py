@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -86,7 +87,7 @@ class LabelledTask(ImageTask):
         }
 
     def probed(self, folder: Any) -> dict[str, str]:
-        return {"images": str(self.plan.validation)}
+        return {"images": os.path.abspath(os.path.expanduser(str(self.plan.validation)))}  # noqa: PTH
 
     def _read(self, given: Labelled, places: Any, transform: Any) -> Batch:
         """A batch without the images that cannot be read, each of which is warned of.

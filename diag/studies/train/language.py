@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.inputs.outside import reason
 from diag.inputs.texts import demo_text, read_text
+from diag.results.writing import keep
 from diag.studies.train.fit import Batch
 from diag.studies.train.folders import save_transformers
 from diag.studies.train.plan import TrainPlan
@@ -75,9 +76,8 @@ class LanguageTask:
 
     def probed(self, folder: Path) -> dict[str, str]:
         """The held-out text, as a file."""
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / "held-out.txt"
-        file.write_text(self.held_out_text, encoding="utf-8")
+        keep(file, self.held_out_text.encode("utf-8"))
         return {"texts": str(file)}
 
     def _tokens(self, text: str) -> Tensor:

@@ -50,6 +50,13 @@ POINTS = 60
 """Of a curve of the training loss, at most: single steps are noise."""
 
 
+TABLES = (
+    *("outcomes", "gains", "gains-by-seed", "trends", "relations", "relation-points"),
+    *("compensation", "compensation-means", "alpha", "curves"),
+)
+"""What `outcome_tables` gives."""
+
+
 def outcome_tables(
     results: pd.DataFrame,
     layers: pd.DataFrame,

@@ -1,14 +1,17 @@
-"""Files drawn aside, compared with those in their place, and put there: unchanged ones keep their time."""
+"""Files of a writeup: what they are called, and those drawn aside compared with those in their place."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
-from diag.results.writing import atomically, writing
+from diag.results.folder import PLAN
+from diag.results.staging import PICTURES, Owner
+
+OWNER = Owner(
+    "figures", "writeup", result=(PLAN, *(f"*.{ending}" for ending in (*PICTURES, "tex", "md"))), last=PLAN
+)
 
 NEW, CHANGED, SAME, REMOVED, MISSING, EXTRA = "new", "changed", "same", "removed", "missing", "extra"
 
@@ -16,7 +19,7 @@ NEW, CHANGED, SAME, REMOVED, MISSING, EXTRA = "new", "changed", "same", "removed
 def compare(drawn: Path, folder: Path, *, complete: bool) -> dict[str, str]:
     """State of every file: as drawn now against what is in the folder; removed: drawn before, not now."""
     states = {}
-    for file in sorted(drawn.iterdir()):
+    for file in files_of(drawn):
         there = folder / file.name
         if not there.is_file():
             states[file.name] = NEW
@@ -27,27 +30,21 @@ def compare(drawn: Path, folder: Path, *, complete: bool) -> dict[str, str]:
     return states
 
 
+def files_of(drawn: Path) -> list[Path]:
+    """What was drawn."""
+    return sorted(drawn / name for name in OWNER.files(drawn))
+
+
 def _drawn_before(folder: Path) -> list[str]:
     """The files that an earlier plan.json lists and that are there: ours to remove, and no others."""
     try:
-        listed = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["files"]
+        listed = json.loads((folder / PLAN).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    names = [name for name in listed if isinstance(name, str) and Path(name).name == name]
-    return [name for name in names if (folder / name).is_file()]
+    return [name for name in listed if isinstance(name, str) and OWNER.may_remove(folder, name)]
 
 
 def extra(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Files in a folder that are neither drawn now nor were drawn before."""
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return {name: EXTRA for name in there if name not in known and not name.startswith(".")}
-
-
-def put(drawn: Path, folder: Path, states: Mapping[str, str]) -> None:
-    """New and changed files into the folder, the resolved plan last."""
-    with writing(folder):
-        for name, state in sorted(states.items(), key=lambda entry: entry[0] == "plan.json"):
-            if state == REMOVED:
-                (folder / name).unlink(missing_ok=True)
-            elif state in (NEW, CHANGED):
-                atomically(folder / name, partial(shutil.copyfile, drawn / name))

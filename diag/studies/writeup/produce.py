@@ -1,13 +1,12 @@
 """A plan carried out: what is missing is measured, all is drawn aside, then put in its place or compared.
 
-Files are drawn into a temporary folder first, so that `check` and writing are the same work, a file that
-did not change keeps its time, and what is there stays until all of the new is.
+Files are drawn aside first, so that `check` and writing are the same work, a file that did not change keeps
+its time, and what is there stays until all of the new is.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from typing import Any
 from diag.errors import UserError
 from diag.inputs.document import Document
 from diag.results.collect import collect
-from diag.results.folder import is_finished
+from diag.results.folder import PLAN, is_finished
 from diag.results.manifest import ATTEND, PROBE
 from diag.results.manifest import read as manifest_of
+from diag.results.staging import check_free, put_in_place, scratch, staged
 from diag.results.tables import read_manifest
 from diag.results.writing import write_json
 from diag.run.cache import folder_of, measured
@@ -32,7 +32,17 @@ from diag.studies.attend.folder import read_manifest as read_look_manifest
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.attend.plan import folder_of as folder_of_look
 from diag.studies.writeup.captions import caption
-from diag.studies.writeup.files import EXTRA, MISSING, NEW, REMOVED, SAME, compare, extra, put
+from diag.studies.writeup.files import (
+    EXTRA,
+    MISSING,
+    NEW,
+    OWNER,
+    REMOVED,
+    SAME,
+    compare,
+    extra,
+    files_of,
+)
 from diag.studies.writeup.material import Material
 from diag.studies.writeup.needs import looks_of, runs_of
 from diag.studies.writeup.schema import WriteupPlan, items_of, read_plan
@@ -108,18 +118,18 @@ def produce(
     Raises UserError if nothing at all can be drawn.
     """
     outcome = Produced(document.file, out / document.file.stem)
-    with tempfile.TemporaryDirectory(prefix="attnbias-") as temporary:
-        drawn = Path(temporary)
-        material = _material(plan, document, root, outcome, listener or Silent())
+    check_free(outcome.folder, OWNER)
+    material = _material(plan, document, root, outcome, listener or Silent())
+    with scratch() if check else staged(outcome.folder, OWNER) as drawn:
         _draw_all(plan, material, outcome, drawn)
-        write_json(_document(plan, material, outcome, drawn), drawn / "plan.json")
+        write_json(_document(plan, material, outcome, drawn), drawn / PLAN)
         files = compare(drawn, outcome.folder, complete=not outcome.failed)
         if check:
             names = {NEW: MISSING, REMOVED: EXTRA}
             files = {name: names.get(state, state) for name, state in files.items()}
             files |= extra(outcome.folder, files) if not outcome.failed else {}
         else:
-            put(drawn, outcome.folder, files)
+            put_in_place(outcome.folder, OWNER, [name for name, state in files.items() if state == REMOVED])
     outcome.files = files
     return outcome
 
@@ -250,7 +260,7 @@ def _document(plan: WriteupPlan, material: Material, outcome: Produced, drawn: P
         "looks": [_resolved("look", look, folder) for look, folder in material.looks.items()],
         **items,
         "failed": outcome.failed,
-        "files": sorted([*(path.name for path in drawn.iterdir()), "plan.json"]),
+        "files": sorted([*(path.name for path in files_of(drawn)), PLAN]),
     }
 
 

@@ -137,6 +137,27 @@ class Stop(Exception):
     """Stands for a signal."""
 
 
+def test_a_cell_stopped_before_its_card_repeats_nothing(
+    plan: TrainPlan, once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint holds the last look; of a model that is half written nothing is left."""
+    cell, aside = cells_of(plan)[2], tmp_path / "parts"
+
+    def stop(task: object, model: object, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(task_of(plan)), "save", stop)
+        with pytest.raises(Stop):
+            trained(plan, cell, aside)
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint.pt"]
+    trained(plan, cell, aside)
+    for name in ("log.csv", "monitor.csv"):
+        assert (aside / name).read_text() == (once(plan, cell) / name).read_text()
+
+
 @pytest.mark.parametrize("stopped_at", [1, 3, 5])
 def test_resumed_equals_uninterrupted(plan: TrainPlan, once: Once, tmp_path: Path, stopped_at: int) -> None:
     changed = {"checkpoint_every": 2, "ema": 0.9}

@@ -118,15 +118,46 @@ def test_processes_share_the_cells(grid: Path, tmp_path: Path, monkeypatch: pyte
 def test_overwriting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = PLAN.model_copy(update={"variants": ("sa",), "seeds": (0,), "monitor_every": 0})
     first = run_train(small, tmp_path / "run", device="cpu")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
+    for mistake in ({"device": "tpu"}, {"device": "spread"}):
+        with pytest.raises(UserError):
+            run_train(small, tmp_path / "run", overwrite=True, **mistake)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
     changed = small.model_copy(update={"recipe": small.recipe.model_copy(update={"steps": 3})})
     second = run_train(changed, tmp_path / "run", device="cpu", overwrite=True)
     assert first is not None
     assert second is not None
     assert first.tables["results"]["sha256"][0] != second.tables["results"]["sha256"][0]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == [
+        *("cells", "figures", "probe", "probed")
+    ]
+    assert list(pd.read_csv(tmp_path / "run/probe/layers.csv")["model"].unique()) == ["cells/p16-sa-s0/model"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="would remove what others train"):
         run_train(changed, tmp_path / "run", device="cpu", overwrite=True)
+
+
+@pytest.mark.usefixtures("undrawn", "sketched")
+def test_a_grid_is_taken_back_however_its_folder_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    small = PLAN.model_copy(update={"variants": ("sa",), "seeds": (0,), "monitor_every": 0})
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("diag.studies.train.grid.outcome_tables", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(small, Path("run"), device="cpu")
+    before = (tmp_path / "run" / "probe" / "manifest.json").stat().st_mtime_ns
+    assert run_train(small, tmp_path / "run", device="cpu") is not None
+    assert (tmp_path / "run" / "probe" / "manifest.json").stat().st_mtime_ns == before
+    unlike = small.model_copy(update={"model": {"depth": "two"}})
+    with pytest.raises(UserError):
+        run_train(unlike, tmp_path / "mistaken", device="cpu")
+    assert not (tmp_path / "mistaken").exists()
 
 
 def test_seed_0_is_shipped_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
