@@ -1,7 +1,7 @@
 """Faulty files and words put to every verb: `python tests/fuzz.py --tries 2000` says how each try ended.
 
-A try is known by its kind and seed, and is the same whenever it is made: `python tests/fuzz.py --kind manifest
---seed 17` shows one. Exit code 1 if any ended as it must not.
+A try is known by its kind and seed, and is the same whenever it is made:
+`python tests/fuzz.py --kind manifest --seed 17` shows one. Exit code 1 if any ended as it must not.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from fuzzing.tries import FAULTS, FINE, SECONDS, Ended, light, one, tries
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tries", type=int, default=2 * len(KINDS), help="how many, over all kinds")
-    parser.add_argument("--kind", action="append", help="only these, by the beginning of their names")
+    parser.add_argument("--kind", action="append", help="only these, or those that begin so")
     parser.add_argument("--seed", type=int, help="one try of each kind, shown in full")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="how long a try may take")
     parser.add_argument("--shown", type=int, default=1, help="tries shown per distinct fault")
+    parser.add_argument("--drawn", action="store_true", help="draw the layout of figures, too: slower")
     given = parser.parse_args(arguments)
-    kinds = [name for name in KINDS if not given.kind or name.startswith(tuple(given.kind))]
+    asked = given.kind or [""]
+    kinds = [name for name in asked if name in KINDS]
+    kinds = kinds or [name for name in KINDS if name.startswith(tuple(asked))]
     if not kinds:
         parser.error(f"no such kind; there are {', '.join(KINDS)}")
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, light():
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, light(drawn=given.drawn):
         stock = Stock(Path(folder) / "stock")
         if given.seed is not None:
             found = [one(stock, name, given.seed, seconds=given.seconds) for name in kinds]
@@ -45,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for part in KINDS[kind].parts:
                     stock.part(part)
             began = time.time()
-            found = list(tries(stock, kinds, given.tries, first=given.first, seconds=given.seconds))
+            found = []
+            for ended in tries(stock, kinds, given.tries, first=given.first, seconds=given.seconds):
+                found.append(ended)
+                if ended.verdict in FAULTS:
+                    print(f"{ended.kind} {ended.seed}: {ended.verdict}", file=sys.stderr, flush=True)
             print(table(found))
             print(f"{len(found)} tries in {time.time() - began:.0f} s")
             print(faults(found, given.shown), end="")
@@ -68,7 +75,7 @@ def faults(found: Sequence[Ended], shown: int) -> str:
     """Distinct faults, the most frequent first, each with tries that show it."""
     wrong = [ended for ended in found if ended.verdict in FAULTS]
     counts = Counter((ended.verdict, ended.message) for ended in wrong)
-    lines = []
+    lines: list[str] = []
     for (verdict, message), count in counts.most_common():
         lines.append(f"\n{count} × {verdict}: {message}")
         alike = [ended for ended in wrong if (ended.verdict, ended.message) == (verdict, message)]
@@ -82,7 +89,7 @@ def faults(found: Sequence[Ended], shown: int) -> str:
 def whole(ended: Ended) -> str:
     """Everything about one try."""
     said = "".join(f"    {ascii(line)[1:-1]}\n" for line in ended.said.splitlines())
-    head = f"{ended.kind} {ended.seed}: {ended.verdict} {ended.wrong} (exit code {ended.code}, {ended.seconds} s)"
+    head = f"{ended.kind} {ended.seed}: exit code {ended.code}, {ended.verdict} {ended.wrong}"
     return f"{head}\n    {ascii(ended.done)[1:-1]}\n    attnbias {ascii(' '.join(ended.words))[1:-1]}\n{said}"
 
 

@@ -63,13 +63,44 @@ def yaml_text(draw: Random, file: Path) -> str:
     lines = text.splitlines()
     places = [place for place, line in enumerate(lines) if ": " in line]
     place = draw.choice(places)
-    before, _, after = lines[place].partition(": ")
+    before = lines[place].partition(": ")[0]
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     words = (
-        *("!!python/object:os.system x", "!!int x", "!!float words", "!!timestamp x", "!!binary ä", "!unknown x"),
-        *("2024-13-45", "2024-02-30 25:61:61", "12:99:99", "*nowhere", "&a *a", "? x", "| \n", ">", "@x", "`x`"),
-        *("{a: b", "[a, b", "'open", '"\\x"', "\x07", "\x00", "\ud7ff\ufffe", "0x", "0b2", ".inf", ".nan", "~"),
+        *(
+            "!!python/object:os.system x",
+            "!!int x",
+            "!!float words",
+            "!!timestamp x",
+            "!!binary ä",
+            "!unknown x",
+        ),
+        *(
+            "2024-13-45",
+            "2024-02-30 25:61:61",
+            "12:99:99",
+            "*nowhere",
+            "&a *a",
+            "? x",
+            "| \n",
+            ">",
+            "@x",
+            "`x`",
+        ),
+        *(
+            "{a: b",
+            "[a, b",
+            "'open",
+            '"\\x"',
+            "\x07",
+            "\x00",
+            "\ud7ff\ufffe",
+            "0x",
+            "0b2",
+            ".inf",
+            ".nan",
+            "~",
+        ),
         *("%TAG ! x", "{? [a]: b}", "{[a]: b}", "{<<: 3}", "<<: *x", "- x", "\t- x", ": : :", "1_0", "0o9"),
     )
     edits = {

@@ -105,7 +105,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def copied(source: Path, target: Path) -> None:
-    """A copy of a folder; large files are linked, so that they cost nothing: whoever changes one writes it anew."""
+    """A copy of a folder; its large files are links, and whoever changes one writes it anew."""
     shutil.copytree(source, target, copy_function=_copy, symlinks=True)
 
 

@@ -20,7 +20,11 @@ from fuzzing.odd import ODD
 
 OTHER_FORMATS = ("BMP", "GIF", "TIFF", "PPM", "ICO", "EPS", "PDF", "TGA")
 MODES = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F")
-SAVES = {".jpg": ("L", "CMYK", "RGB", "1"), ".webp": ("RGBA", "RGB", "L"), ".png": ("1", "L", "LA", "P", "I;16", "I")}
+SAVES = {
+    ".jpg": ("L", "CMYK", "RGB", "1"),
+    ".webp": ("RGBA", "RGB", "L"),
+    ".png": ("1", "L", "LA", "P", "I;16", "I"),
+}
 
 
 def image(draw: Random, file: Path) -> str:
@@ -32,7 +36,6 @@ def image(draw: Random, file: Path) -> str:
     said = way
     if way == "mode":
         mode = draw.choice(SAVES[file.suffix])
-        picture.convert("L").convert(mode) if mode != "I;16" else picture
         turned = Image.new(mode, (24, 20)) if mode == "I;16" else picture.convert("L").convert(mode)
         turned.save(made, kind)
         said = f"mode {mode}"
@@ -45,7 +48,9 @@ def image(draw: Random, file: Path) -> str:
         picture.save(made, other)
         said = f"{other} by another name"
     elif way == "frames":
-        picture.save(made, "GIF" if kind == "JPEG" else kind, save_all=True, append_images=[picture.rotate(90)] * 3)
+        picture.save(
+            made, "GIF" if kind == "JPEG" else kind, save_all=True, append_images=[picture.rotate(90)] * 3
+        )
     elif way == "exif":
         exif = Image.Exif()
         exif[0x0112] = draw.choice((0, 9, 65535, 8))
@@ -63,7 +68,10 @@ def image(draw: Random, file: Path) -> str:
     else:
         picture.save(made, "PNG")
         width, height = (draw.choice((0, 1, 2**16, 2**31 - 1)) for _ in "wh")
-        made, said = io.BytesIO(_png_of_size(made.getvalue(), width, height)), f"PNG that says {width} × {height}"
+        made, said = (
+            io.BytesIO(_png_of_size(made.getvalue(), width, height)),
+            f"PNG that says {width} × {height}",
+        )
     file.unlink()
     file.write_bytes(made.getvalue())
     return said
@@ -109,11 +117,25 @@ def tar(draw: Random, file: Path) -> str:
     way = draw.choice(("name", "kind", "size", "content", "pax", "again", "format"))
     said, form = way, tarfile.GNU_FORMAT
     if way == "name":
-        names = ("", "/", "../up.png", "/abs.png", "a\nb.png", "\x1b[31m.png", "a" * 300 + ".png", "./a.png", ".png")
-        member.name = draw.choice((*names, "a/b/../c.png", "é.png", "\udcff.png", "x" * 90 + "/" + "y" * 90 + ".png"))
+        names = (
+            "",
+            "/",
+            "../up.png",
+            "/abs.png",
+            "a\nb.png",
+            "\x1b[31m.png",
+            "a" * 300 + ".png",
+            "./a.png",
+            ".png",
+        )
+        member.name = draw.choice(
+            (*names, "a/b/../c.png", "é.png", "\udcff.png", "x" * 90 + "/" + "y" * 90 + ".png")
+        )
         said = f"name {ascii(member.name)[:50]}"
     elif way == "kind":
-        member.type = draw.choice((tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"Z", b"x"))
+        member.type = draw.choice(
+            (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"Z", b"x")
+        )
         member.linkname = draw.choice(("nowhere", member.name, "../../etc/hostname"))
         said = f"kind {member.type!r}"
     elif way == "content":
@@ -145,7 +167,11 @@ def tar(draw: Random, file: Path) -> str:
 def _tar_of_size(block: bytes, size: int) -> bytes:
     """A header with another size, in the GNU way where octal digits do not suffice, and its checksum."""
     plain = 0 <= size < 8**11
-    field = b"%011o\0" % size if plain else bytes([0xFF if size < 0 else 0x80]) + (size % 2**88).to_bytes(11, "big")
+    field = (
+        b"%011o\0" % size
+        if plain
+        else bytes([0xFF if size < 0 else 0x80]) + (size % 2**88).to_bytes(11, "big")
+    )
     head = bytearray(block[:512])
     head[124:136], head[148:156] = field, b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
@@ -173,7 +199,9 @@ def safetensors(draw: Random, file: Path) -> str:
     said = f"{name}: "
     if way == "field":
         key = draw.choice(("dtype", "shape", "data_offsets"))
-        header[name][key] = new = draw.choice((*ODD, [0], [-1, 2], [2**40, 2**40], [0, 0], "F8_E4M3", "BOOL", "I64"))
+        header[name][key] = new = draw.choice(
+            (*ODD, [0], [-1, 2], [2**40, 2**40], [0, 0], "F8_E4M3", "BOOL", "I64")
+        )
         said += f"{key} → {ascii(new)[:40]}"
     else:
         header[name] = new = draw.choice(ODD)
@@ -187,7 +215,7 @@ def safetensors(draw: Random, file: Path) -> str:
 def torch_file(draw: Random, file: Path) -> str:
     """What a checkpoint holds: other tensors, other containers, other things."""
     state = torch.load(file, weights_only=True)
-    tensors = state["state_dict"] if "state_dict" in state else state
+    tensors = state.get("state_dict", state)
     changed, said = _changed(draw, tensors)
     first = next(iter(tensors.values()))
     things: dict[str, Any] = {

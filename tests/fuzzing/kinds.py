@@ -29,8 +29,8 @@ class Command:
 class Kind:
     """Files that are spoilt in one way.
 
-    area: whose files they are. parts: of the stock, which the commands stand on. files: which one is spoilt, as a
-    pattern. changes: how, the later two for any file; given twice, twice as often.
+    area: what reads them first. parts: of the stock, which the commands stand on. files: which one is
+    spoilt, as a pattern. changes: how; given twice, twice as often. words: draws the command line instead.
     """
 
     area: str
@@ -64,16 +64,21 @@ BYTES = (some_bytes, another_place)
 
 RUN = ("images", "run", "other")
 READ_RUN = (
-    *_commands("compare run -q -o out", "compare run other -q -o out", "compare run other --published -q -o out"),
+    *_commands(
+        "compare run -q -o out", "compare run other -q -o out", "compare run other --published -q -o out"
+    ),
     *_commands("report run other -q -o out.html", "report run -q -o out.html"),
     *_commands("merge run -q", "merge run --json"),
-    *_commands(("probe", *VIT, "--tokens", "patch,cls", "-o", "run")),
+    *_commands(("probe", *VIT, "--tokens", "patch,cls", "-o", "run"), owns=("run",)),
 )
 AGAIN = _commands(("probe", *VIT, "--tokens", "patch,cls", "--overwrite", "-o", "run"), owns=("run",))
 MOMENTS = ("images", "moments", "other")
 READ_MOMENTS = (
-    *_commands("compare moments -q -o out", "compare moments other -q -o out", "report moments -q -o out.html"),
-    *_commands("merge moments -q", ("probe", *FEW, "-o", "moments")),
+    *_commands(
+        "compare moments -q -o out", "compare moments other -q -o out", "report moments -q -o out.html"
+    ),
+    *_commands("merge moments -q"),
+    *_commands(("probe", *FEW, "-o", "moments"), owns=("moments",)),
 )
 UNFINISHED = ("images", "unfinished", "rest")
 RESUME = (
@@ -83,15 +88,18 @@ RESUME = (
 )
 LOOKED = ("images", "attend", "run")
 READ_LOOK = (
-    *_commands("report run attend -q -o out.html", "report attend -q -o out.html", "compare attend run -q -o out"),
-    *_commands(("attend", "-m", "demo:vit-p16", *LOOK, "-o", "attend")),
+    *_commands(
+        "report run attend -q -o out.html", "report attend -q -o out.html", "compare attend run -q -o out"
+    ),
+    *_commands(("attend", "-m", "demo:vit-p16", *LOOK, "-o", "attend"), owns=("attend",)),
     *_commands(("attend", "-m", "demo:vit-p16", *LOOK, "--overwrite", "-o", "attend"), owns=("attend",)),
 )
 CHANGED = ("images", "labelled", "intervene", "run")
+CHANGING = ("intervene", "-m", "demo:vit-p16", *CHANGE)
+MEASURED = ("intervene", "runs")
 READ_CHANGED = (
-    *_commands(("intervene", "-m", "demo:vit-p16", *CHANGE, "-o", "intervene")),
+    *_commands((*CHANGING, "-o", "intervene"), (*CHANGING, "--overwrite", "-o", "intervene"), owns=MEASURED),
     *_commands("report intervene run -q -o out.html", "compare intervene run -q -o out"),
-    *_commands(("intervene", "-m", "demo:vit-p16", *CHANGE, "--overwrite", "-o", "intervene"), owns=("intervene",)),
 )
 COMPARED = ("images", "run", "other", "comparison")
 READ_COMPARED = (
@@ -102,7 +110,9 @@ TRAINED = ("plans", "training")
 TRAIN = ("train", "plans/train.yaml", "--device", "cpu", "-q")
 READ_TRAINED = (
     *_commands((*TRAIN, "-o", "training"), owns=("training",)),
-    *_commands("report training -q -o out.html", "compare training -q -o out", "compare training/probe -q -o out"),
+    *_commands(
+        "report training -q -o out.html", "compare training -q -o out", "compare training/probe -q -o out"
+    ),
 )
 DRAWN = ("plans", "images", "runs", "drawn")
 DRAW = (
@@ -157,9 +167,15 @@ KINDS: dict[str, Kind] = {
     "figures-files": Kind("reading", DRAWN, "*/**/*", BYTES, DRAW),
     "figures-plan": Kind("reading", DRAWN, "plans/figures.yaml", YAML, DRAW),
     "train-plan": Kind(
-        "reading", TRAINED, "plans/train.yaml", YAML, _commands((*TRAIN, "--dry-run"), (*TRAIN, "-o", "training"))
+        "reading",
+        TRAINED,
+        "plans/train.yaml",
+        YAML,
+        _commands((*TRAIN, "--dry-run"), (*TRAIN, "-o", "training")),
     ),
-    "clip-plan": Kind("reading", ("plans",), "plans/clip.yaml", YAML, _commands("train-clip --config plans/clip.yaml --")),
+    "clip-plan": Kind(
+        "reading", ("plans",), "plans/clip.yaml", YAML, _commands("train-clip --config plans/clip.yaml --")
+    ),
     "shards-plan": Kind("shards", UNFINISHED, "unfinished/plan.json", JSON, RESUME),
     "shards-documents": Kind("shards", UNFINISHED, "*/shards/*.json", JSON, RESUME),
     "shards-tables": Kind("shards", UNFINISHED, "*/shards/*.parquet", PARQUET, RESUME),
@@ -181,7 +197,9 @@ KINDS: dict[str, Kind] = {
         JSON,
         _model("./vit", SEE, ("attend", "-m", "./vit", *ATTEND.split())),
     ),
-    "hf-clip": Kind("models", ("images", "texts", "clip"), "clip/*.json", JSON, _model("./clip", f"{SEE} {READ}")),
+    "hf-clip": Kind(
+        "models", ("images", "texts", "clip"), "clip/*.json", JSON, _model("./clip", f"{SEE} {READ}")
+    ),
     "open-clip": Kind(
         "models",
         ("images", "texts", "open_clip"),
@@ -235,8 +253,8 @@ KINDS: dict[str, Kind] = {
         "texts/*",
         (text, text, *BYTES),
         _commands(
-            f"probe -m demo:lm --texts texts --seq-len 12 --limit 2 -q -o out",
-            f"probe -m demo:lm --texts texts/notes.txt --seq-len 12 --limit 2 -q -o out",
+            "probe -m demo:lm --texts texts --seq-len 12 --limit 2 -q -o out",
+            "probe -m demo:lm --texts texts/notes.txt --seq-len 12 --limit 2 -q -o out",
             f"attend -m demo:lm {SAY}",
         ),
     ),
@@ -245,10 +263,14 @@ KINDS: dict[str, Kind] = {
         ("tars",),
         "tars/photos.tar",
         (tar, tar, tar, some_bytes, some_bytes, another_place),
-        _commands((*INPUTS, "--images", "tars/photos.tar", "-o", "out"), (*INPUTS, "--images", "tars", "-o", "out")),
+        _commands(
+            (*INPUTS, "--images", "tars/photos.tar", "-o", "out"), (*INPUTS, "--images", "tars", "-o", "out")
+        ),
     ),
     **{
-        f"options-{verb}": Kind("cli", parts, "", (), (), words=lambda draw, verb=verb: Command(*typed(draw, verb)))
+        f"options-{verb}": Kind(
+            "cli", parts, "", (), (), words=lambda draw, verb=verb: Command(*typed(draw, verb))
+        )
         for verb, parts in {
             "probe": ("images", "texts", "run"),
             "compare": ("images", "texts", "run", "other"),

@@ -110,7 +110,18 @@ WORDS = (
 )
 """Stands in for the word after any option, but for those that say where to write."""
 
-OUTPUTS = ("", "run", "images", "images/b.png", "a" * 300, "a/" * 2500 + "b", "\udcff", "é", "new/deep", "~nouser/x")
+OUTPUTS = (
+    "",
+    "run",
+    "images",
+    "images/b.png",
+    "a" * 300,
+    "a/" * 2500 + "b",
+    "\udcff",
+    "é",
+    "new/deep",
+    "~nouser/x",
+)
 """Where to write: all of it inside the folder of the try."""
 
 
@@ -124,7 +135,12 @@ def near(draw: Random, old: Any) -> Any:
         return draw.choice([-old, 0, old + 1, old * 10**9, str(old), old + 0.5, [old], None, math.nan])
     if isinstance(old, str):
         place = draw.randrange(len(old) + 1)
-        edits = (old[:place], old[place + 1 :], f"{old[:place]}{draw.choice(WORDS)}{old[place:]}", old.upper())
+        edits = (
+            old[:place],
+            old[place + 1 :],
+            f"{old[:place]}{draw.choice(WORDS)}{old[place:]}",
+            old.upper(),
+        )
         return draw.choice([*edits, [old], {old: old}, len(old), f"{old},{old}", None])
     if isinstance(old, list):
         return draw.choice([old[1:], old[::-1], old * 2, [old], {"a": old}, str(old), old[:1] * 50, []])

@@ -12,7 +12,18 @@ GOOD: dict[str, tuple[str, ...]] = {
     "probe": ("-m", "demo:vit-p16", "--images", "images", "--limit", "2"),
     "compare": ("run", "other"),
     "attend": ("-m", "demo:vit-p16", "--image", "images/b.png", "--layer", "1", "--patch", "1,1"),
-    "intervene": ("-m", "demo:vit-p16", "--images", "images", "--limit", "2", "--scope", "one", "--layers", "0"),
+    "intervene": (
+        "-m",
+        "demo:vit-p16",
+        "--images",
+        "images",
+        "--limit",
+        "2",
+        "--scope",
+        "one",
+        "--layers",
+        "0",
+    ),
     "figures": ("plans/figures.yaml", "--dry-run"),
     "report": ("run",),
     "merge": ("run",),
@@ -23,17 +34,78 @@ GOOD: dict[str, tuple[str, ...]] = {
 """Words that each verb takes as they are."""
 
 MODELS = (
-    *("demo:", "demo:vit-p16@x", "demo:vit-p16,", "demo:vit-p16,a", "demo:vit-p16,a=b", "demo:vit-p16,img_size=0"),
-    *("demo:vit-p16,img_size=-64", "demo:vit-p16,img_size=99999999", "demo:lm,img_size=64", ":", "x:y", "hf:", "timm:"),
-    *("hf:a/b/c", "hf:a b", "hf:../up", "hf:nobody/nothing", "timm:hf-hub:", "timm:nothing", "open_clip:", "tl:x"),
-    *("open_clip:ViT-B-32", "open_clip:ViT-B-32/no-tag", "open_clip:local-dir:nowhere", "hf:.", ".", "..", "/", "./images"),
-    *("timm:vit_tiny_patch16_224,depth=-1", "timm:vit_tiny_patch16_224,depth=x", "timm:vit_tiny_patch16_224,embed_dim=7"),
-    *("timm:vit_tiny_patch16_224,patch_size=0", "timm:vit_tiny_patch16_224,img_size=7", "timm:resnet18", "GPT2", "llama"),
-    *("timm:vit_tiny_patch16_224,num_heads=0", "timm:vit_tiny_patch16_224,img_size=1e9", "timm:vit_tiny_patch16_224,x=1"),
-    *("checkpoint=x", "demo:vit-p16,checkpoint=images/b.png", "timm:vit_tiny_patch16_224,checkpoint=texts/notes.txt"),
+    *(
+        "demo:",
+        "demo:vit-p16@x",
+        "demo:vit-p16,",
+        "demo:vit-p16,a",
+        "demo:vit-p16,a=b",
+        "demo:vit-p16,img_size=0",
+    ),
+    *(
+        "demo:vit-p16,img_size=-64",
+        "demo:vit-p16,img_size=99999999",
+        "demo:lm,img_size=64",
+        ":",
+        "x:y",
+        "hf:",
+        "timm:",
+    ),
+    *(
+        "hf:a/b/c",
+        "hf:a b",
+        "hf:../up",
+        "hf:nobody/nothing",
+        "timm:hf-hub:",
+        "timm:nothing",
+        "open_clip:",
+        "tl:x",
+    ),
+    *(
+        "open_clip:ViT-B-32",
+        "open_clip:ViT-B-32/no-tag",
+        "open_clip:local-dir:nowhere",
+        "hf:.",
+        ".",
+        "..",
+        "/",
+        "./images",
+    ),
+    *(
+        "timm:vit_tiny_patch16_224,depth=-1",
+        "timm:vit_tiny_patch16_224,depth=x",
+        "timm:vit_tiny_patch16_224,embed_dim=7",
+    ),
+    *(
+        "timm:vit_tiny_patch16_224,patch_size=0",
+        "timm:vit_tiny_patch16_224,img_size=7",
+        "timm:resnet18",
+        "GPT2",
+        "llama",
+    ),
+    *(
+        "timm:vit_tiny_patch16_224,num_heads=0",
+        "timm:vit_tiny_patch16_224,img_size=1e9",
+        "timm:vit_tiny_patch16_224,x=1",
+    ),
+    *(
+        "checkpoint=x",
+        "demo:vit-p16,checkpoint=images/b.png",
+        "timm:vit_tiny_patch16_224,checkpoint=texts/notes.txt",
+    ),
 )
 PARTLY = {
-    "--intervene": ("xsa", "xsa=", "xsa=nan", "xsa=1e400", "xsa:99", "xsa:0/99", "xsa:0-99999999999", "xsa=-1:0/0", "xsa/0"),
+    "--intervene": (
+        "xsa",
+        "xsa=",
+        "xsa=nan",
+        "xsa=1e400",
+        "xsa:99",
+        "xsa:0/99",
+        "xsa:0-99999999999",
+        "xsa=-1:0/0",
+        "xsa/0",
+    ),
     "--metrics": ("default", "all", "entropy,entropy", "cos-y-vself", "stream", "shape", "divergence"),
     "--tokens": ("all", "cls", "registers", "patch,patch", "text", "last", "image"),
     "--device": ("meta", "cpu:7", "cuda", "cuda:-1", "cuda:99999999999", "mps", "spread", "xla", "auto"),
@@ -90,7 +162,14 @@ def typed(draw: Random, verb: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if verb in ("figures", "train") and draw.random() < 0.2:
         words = [word for word in words if word != "--dry-run"]
     if verb == "train-clip":
-        end = ["--", "--model", "ViT-B-32", "--train-data", draw.choice(WORDS), draw.choice(("", "--lr", "--x"))]
+        end = [
+            "--",
+            "--model",
+            "ViT-B-32",
+            "--train-data",
+            draw.choice(WORDS),
+            draw.choice(("", "--lr", "--x")),
+        ]
     quiet = ["-q"] if "--quiet" in flags and "--quiet" not in words else []
     written = ["-o", out] if "--output-path" in flags else []
     owns = (out.split("/")[0], "runs") if out else ("runs",)

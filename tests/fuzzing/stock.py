@@ -1,4 +1,4 @@
-"""Good files of every kind that the tool reads, each made when it is first asked for, and only copied from then on."""
+"""Good files of every kind that the tool reads: made when they are first asked for, and then only copied."""
 
 from __future__ import annotations
 
@@ -20,8 +20,21 @@ from safetensors.torch import save_file
 
 from diag.models.families.demo import EMBEDDED
 
-VIT = ("-m", "demo:vit-p16", "--images", "images", "--limit", "3", "-q")
-PAIR = ("-m", "demo:vit-p16", "-m", "demo:vit-p8", "--images", "images", "--limit", "3", "--metrics", "cos_y_vself,excess")
+VIT = ("-m", "demo:vit-p16", "--images", "images", "--limit", "2", "--layers", "0,3,5", "-q")
+PAIR = (
+    "-m",
+    "demo:vit-p16",
+    "-m",
+    "demo:vit-p8",
+    "--images",
+    "images",
+    "--limit",
+    "3",
+    "--layers",
+    "0,5",
+    "--metrics",
+    "cos_y_vself,excess",
+)
 FEW = (*PAIR, "--keep-samples", "1", "-q")
 """What the unfinished runs measure; the same words resume them."""
 
@@ -29,7 +42,7 @@ PLAN = """\
 title: Two models
 about: Words about it, with {n} inputs.
 probes:
-  sizes: {models: [demo:vit-p16], images: images, limit: 3}
+  sizes: {models: [demo:vit-p16], images: images, limit: 2, layers: [0, 3, 5]}
 figures:
   - {kind: depth, probe: sizes, metrics: [cos_y_vself]}
   - {kind: comparison, probe: sizes, caption: "of {n} photographs"}
@@ -66,7 +79,7 @@ local-loss: true
 
 
 class Stock:
-    """Parts by name: files and folders under one root, where commands find them by the same words as in a copy.
+    """Parts by name: folders under one root, where commands find them by the same words as in a copy.
 
     `stock.part("run")` makes what is missing, with what it stands on, and gives its path.
     """
@@ -123,6 +136,12 @@ def _texts() -> None:
     Path("texts").mkdir()
     Path("texts", "notes.txt").write_text(TEXT, encoding="utf-8")
     Path("texts", "more.txt").write_text(TEXT[::-1], encoding="utf-8")
+
+
+def _attend() -> None:
+    _run("attend", "-m", "demo:vit-p16", *LOOK, "-o", "attend")
+    for file in Path("attend", "figures").glob("*.png"):  # reports take it up
+        Image.new("RGB", (4, 3)).save(file)
 
 
 def _unfinished() -> None:
@@ -186,7 +205,10 @@ def _weights() -> None:
     state = timm.create_model("vit_tiny_patch16_224", **sizes).state_dict()
     save_file(state, "weights/own.safetensors")
     torch.save(state, "weights/plain.pt")
-    torch.save({"epoch": 1, "state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights/own.pt")
+    torch.save(
+        {"epoch": 1, "state_dict": {f"module.{name}": value for name, value in state.items()}},
+        "weights/own.pt",
+    )
 
 
 OWN = ("-m", "timm:vit_tiny_patch16_224")
@@ -203,7 +225,7 @@ def _demo_lm() -> None:
 
 
 LOOK = ("--image", "images/b.png", "--layer", "1", "--patch", "1,1", "-q")
-CHANGE = ("--images", "labelled", "--labelled", "--limit", "4", "--scope", "one", "--layers", "0,1", "-q")
+CHANGE = ("--images", "labelled", "--labelled", "--limit", "2", "--scope", "one", "--layers", "0,1", "-q")
 
 PARTS: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
     "images": ((), _images),
@@ -216,10 +238,13 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
     "moments": (("images",), lambda: _run("probe", *FEW, "-o", "moments")),
     "unfinished": (("images",), _unfinished),
     "rest": (("unfinished",), lambda: None),
-    "attend": (("images",), lambda: _run("attend", "-m", "demo:vit-p16", *LOOK, "-o", "attend")),
+    "attend": (("images",), _attend),
     "intervene": (("labelled",), lambda: _run("intervene", "-m", "demo:vit-p16", *CHANGE, "-o", "intervene")),
     "comparison": (("run", "other"), lambda: _run("compare", "run", "other", "-q", "-o", "comparison")),
-    "training": (("plans",), lambda: _run("train", "plans/train.yaml", "--device", "cpu", "-q", "-o", "training")),
+    "training": (
+        ("plans",),
+        lambda: _run("train", "plans/train.yaml", "--device", "cpu", "-q", "-o", "training"),
+    ),
     "runs": (("plans", "images"), lambda: _run("figures", "plans/figures.yaml", "-q", "-o", "drawn")),
     "drawn": (("runs",), lambda: None),
     "timm": ((), _timm),

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pandas as pd
+import pyarrow
 
 from fuzzing.odd import ODD, near
 
@@ -21,7 +22,9 @@ def table(draw: Random, file: Path) -> str:
     if frame.empty:
         return f"left as it is: {len(frame)} rows"
     name = str(draw.choice(list(frame.columns)))
-    way = draw.choice(("drop", "rename", "retype", "cell", "column", "rows", "add", "twice", "cell", "column"))
+    way = draw.choice(
+        ("drop", "rename", "retype", "cell", "column", "rows", "add", "twice", "cell", "column")
+    )
     said = f"{name}: {way}"
     if way == "drop":
         frame = frame.drop(columns=name)
@@ -32,7 +35,11 @@ def table(draw: Random, file: Path) -> str:
         frame[name], said = _retyped(frame[name], kind), f"{name} as {kind}"
     elif way == "cell":
         old = frame[name].iloc[0]
-        new = draw.choice(CELLS) if draw.random() < 0.7 else near(draw, old.item() if hasattr(old, "item") else old)
+        new = (
+            draw.choice(CELLS)
+            if draw.random() < 0.7
+            else near(draw, old.item() if hasattr(old, "item") else old)
+        )
         new = str(new) if isinstance(new, list | dict) else new
         place = draw.randrange(len(frame))
         values = frame[name].astype(object)
@@ -75,7 +82,9 @@ def csv_text(draw: Random, file: Path) -> str:
         "no header": "\n".join(lines[1:]),
         "only the header": lines[0],
         "a header twice": "\n".join([lines[0], *lines]),
-        "columns of one name": "\n".join([",".join([lines[0].split(",")[0]] * len(lines[0].split(","))), *lines[1:]]),
+        "columns of one name": "\n".join(
+            [",".join([lines[0].split(",")[0]] * len(lines[0].split(","))), *lines[1:]]
+        ),
         "a null character": text.replace(",", ",\0", 3),
         "windows' line ends": text.replace("\n", "\r\n"),
         "old line ends": text.replace("\n", "\r"),
@@ -100,11 +109,12 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
     if file.suffix != ".parquet":
         frame.to_csv(file, index=False)
         return
-    try:
-        frame.to_parquet(file, index=False)
-    except (ValueError, TypeError, OverflowError):  # Parquet has columns of one type
-        mixed = frame.select_dtypes("object").columns
-        frame.astype(dict.fromkeys(mixed, str)).to_parquet(file, index=False)
+    for name in frame.columns:
+        try:
+            pyarrow.array(frame[name])
+        except (ValueError, TypeError, OverflowError):  # Parquet has columns of one type
+            frame = frame.assign(**{name: frame[name].map(str)})
+    frame.to_parquet(file, index=False)
 
 
 def _retyped(values: pd.Series, kind: str) -> Any:

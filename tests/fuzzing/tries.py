@@ -15,12 +15,13 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import NoReturn
+from typing import Any, NoReturn
 from unittest import mock
 
+import pandas as pd
 from commands import sketch
 
 from fuzzing.files import copied, tree
@@ -29,9 +30,10 @@ from fuzzing.stock import Stock
 
 FINE = ("fine", "refused", "partly", "failed")
 FAULTS = ("not expected", "badly told", "wrote", "too slow", "crashed")
-"""Ends as they must be: exit codes 0, 2, 3 and 1, each with the lines that belong to it. And those that must not be:
-the last resort or a traceback; other lines than two, or signs that steer a terminal; files changed that
-the command does not own, or anything written where it refuses; too long; a signal, or memory beyond the bound."""
+"""How tries end. As they must: with exit codes 0, 2, 3 and 1, and the lines that belong to each. And as they
+must not: in the last resort or a traceback; in other lines than two, or signs that steer a terminal; with
+files changed that the command does not own, or anything written where it refuses; after too long; by a
+signal, or beyond the bound of memory."""
 
 SECONDS = 20
 MEMORY = 2 * 2**30
@@ -39,13 +41,17 @@ MEMORY = 2 * 2**30
 WRITTEN = 256 * 2**20
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-LEAKED = re.compile(r"\b(?:Key|Attribute|Type|Index|ZeroDivision|Assertion|UnboundLocal|Name|Recursion)Error\b")
-MEMORY_ENDED = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|Unable to allocate|bad_alloc")
+LEAKED = re.compile(
+    r"\b(?:Key|Attribute|Type|Index|ZeroDivision|Assertion|UnboundLocal|Name|Recursion)Error\b"
+)
+MEMORY_ENDED = re.compile(
+    r"MemoryError|can't allocate memory|Cannot allocate memory|Unable to allocate|bad_alloc"
+)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a try ended. verdict: one of FINE or FAULTS. done: what was spoilt. said: what it printed, or what is wrong."""
+    """How a try ended. done: what was spoilt. verdict: one of FINE or FAULTS. said: on stderr."""
 
     kind: str
     seed: int
@@ -65,20 +71,33 @@ class Ended:
 
 
 @contextmanager
-def light() -> Iterator[None]:
-    """Figures are laid out but not drawn: fonts take the time. Libraries stay in one thread, and off the hub."""
+def light(*, drawn: bool = True) -> Iterator[None]:
+    """Libraries stay in one thread, and off the hub; figures are only laid out, or not even that.
+
+    drawn: lay them out. Fonts take the time.
+    """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     calm = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (
-        mock.patch("diag.run.finish.draw", lambda layers, heads, folder: []),
-        mock.patch("diag.show.figures.write.save", sketch),
+        mock.patch("diag.run.finish.draw", return_value=[]),
+        mock.patch("diag.show.figures.write.save", sketch if drawn else _touched),
         mock.patch.dict(os.environ, calm),
     ):
         yield
     torch.set_num_threads(threads)
+
+
+def _touched(figure: Any, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+    """Files of a figure, without the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{stem}.{suffix}" for suffix in ("pdf", "png", "csv")]
+    for file in files[:2]:
+        file.touch()
+    data.to_csv(files[2], index=False)
+    return files
 
 
 def tries(
@@ -95,34 +114,32 @@ def one(stock: Stock, name: str, seed: int, *, seconds: int = SECONDS) -> Ended:
     for part in kind.parts:
         stock.part(part)
     folder = Path(tempfile.mkdtemp(prefix="try-", dir=stock.root.parent))
-    there, back = os.pipe()
     gc.freeze()  # or every object is copied when a child collects
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in what is forked
         child = os.fork()
     if child == 0:
-        os.close(there)
-        _child(stock, kind, Ended(name, seed, (), "", "crashed"), folder, back, seconds)
-    os.close(back)
-    with open(there, "rb") as pipe:
-        told = pipe.read()
+        _child(stock, kind, Ended(name, seed, (), "", "crashed"), folder, seconds)
     _, status = os.waitpid(child, 0)
     gc.unfreeze()
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what it has started
+    told: dict[str, Any] = {"kind": name, "seed": seed, "words": (), "done": "", "verdict": "crashed"}
+    for file in ("began", "ended"):
+        with suppress(OSError):
+            told |= json.loads((folder / file).read_text())
     shutil.rmtree(folder, ignore_errors=True)
-    began, _, ended = told.partition(b"\n")
-    if ended:
-        return Ended(**json.loads(ended))
-    about = json.loads(began) if began else {"kind": name, "seed": seed, "words": (), "done": ""}
-    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    wrong = signal.strsignal(killed) or f"exit status {status}"
-    verdict = "too slow" if killed == signal.SIGALRM else "crashed"
-    return Ended(**about | {"verdict": verdict, "wrong": f"more than {seconds} s" if verdict == "too slow" else wrong})
+    if os.WIFSIGNALED(status):
+        killed = os.WTERMSIG(status)
+        slow = killed == signal.SIGALRM
+        told |= {"verdict": "too slow" if slow else "crashed", "code": None}
+        told |= {"wrong": f"more than {seconds} s" if slow else signal.strsignal(killed)}
+    return Ended(**told)
 
 
-def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path, back: int, seconds: int) -> NoReturn:
-    """Runs the try and writes two lines of JSON to `back`: what is tried, and how it ended."""
+def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path, seconds: int) -> NoReturn:
+    """Runs the try and leaves two files of JSON: what is tried, and how it ended."""
+    found: dict[str, Any] = {}
     try:
         os.setsid()
         draw = Random(f"{ended.kind} {ended.seed}")
@@ -133,17 +150,17 @@ def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path, back: int, seco
         os.chdir(place)
         done = kind.spoil(draw, place)
         command = kind.command(draw)
-        about = {"kind": ended.kind, "seed": ended.seed, "words": command.words, "done": done}
-        os.write(back, json.dumps(about).encode() + b"\n")
+        about = {"words": command.words, "done": done, "wrong": "the process ended by itself"}
+        (folder / "began").write_text(json.dumps(about))
         found = _typed(command, folder, place, seconds)
-        os.write(back, json.dumps(about | found).encode())
     except BaseException:
-        os.write(back, json.dumps({**asdict(ended), "wrong": traceback.format_exc()[-2000:]}).encode())
+        found = {"wrong": traceback.format_exc()[-2000:]}
     finally:
+        (folder / "ended").write_text(json.dumps(found))
         os._exit(0)
 
 
-def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[str, object]:
+def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[str, Any]:
     """Runs a command line within bounds, and judges it."""
     from diag.cli import main
 
@@ -189,17 +206,21 @@ def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[st
 def _changed(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
     """What has changed in a folder, by path."""
     names = sorted(before.keys() | after.keys())
-    words = {name: "gone" if name not in after else "new" if name not in before else "changed" for name in names}
+    words = {
+        name: "gone" if name not in after else "new" if name not in before else "changed" for name in names
+    }
     return {name: word for name, word in words.items() if before.get(name) != after.get(name)}
 
 
-def judged(
-    code: object, out: str, err: str, changed: dict[str, str], owns: Sequence[str]
-) -> tuple[str, str]:
+def judged(code: object, out: str, err: str, changed: dict[str, str], owns: Sequence[str]) -> tuple[str, str]:
     """A verdict, and what is wrong. changed: path → how, of the folder that the command ran in."""
     lines = err.splitlines()
     last = lines[-1] if lines else ""
-    if "this was not expected" in err or "Traceback (most recent call last)" in err or code not in (0, 1, 2, 3):
+    if (
+        "this was not expected" in err
+        or "Traceback (most recent call last)" in err
+        or code not in (0, 1, 2, 3)
+    ):
         at = [line for line in lines if line.startswith("error: ")] or [last]
         if MEMORY_ENDED.search(err):
             return "crashed", f"memory: {at[0]}"
@@ -214,7 +235,8 @@ def judged(
         return "badly told", f"{leaked[0]} in what is told: {' | '.join(lines)[:300]}"
     left = [path for path in changed if path.endswith(".tmp") or path.startswith("tmp/")]
     foreign = [path for path in changed if path.split("/")[0] not in owns]
-    if wrong := left or foreign or (list(changed) if code == 2 else []):
+    whole = code == 2 and not lines[0].startswith("error: cannot write")  # which may come after all the work
+    if wrong := left or foreign or (list(changed) if whole else []):
         return "wrote", f"exit code {code}: " + ", ".join(f"{path} {changed[path]}" for path in wrong[:5])
     return FINE[(0, 2, 3, 1).index(code)], ""
 
