@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if "PYTHONPATH" not in os.environ:  # else it says which checkout is tried
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from fuzzing.kinds import KINDS
@@ -45,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n\n".join(whole(ended) for ended in found))
         else:
             for kind in kinds:
-                for part in KINDS[kind].parts:
-                    stock.part(part)
+                stock.ready(KINDS[kind].parts)
             began = time.time()
             found = []
             for ended in tries(stock, kinds, given.tries, first=given.first, seconds=given.seconds):
@@ -72,13 +72,14 @@ def table(found: Sequence[Ended]) -> str:
 
 
 def faults(found: Sequence[Ended], shown: int) -> str:
-    """Distinct faults, the most frequent first, each with tries that show it."""
+    """Distinct faults by area, the most frequent first, each with tries that show it."""
     wrong = [ended for ended in found if ended.verdict in FAULTS]
-    counts = Counter((ended.verdict, ended.message) for ended in wrong)
+    counts = Counter((KINDS[ended.kind].area, ended.verdict, ended.message) for ended in wrong)
     lines: list[str] = []
-    for (verdict, message), count in counts.most_common():
-        lines.append(f"\n{count} × {verdict}: {message}")
-        alike = [ended for ended in wrong if (ended.verdict, ended.message) == (verdict, message)]
+    for key, count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1])):
+        area, verdict, message = key
+        lines.append(f"\n{area} · {count} × {verdict}: {message}")
+        alike = [ended for ended in wrong if (KINDS[ended.kind].area, ended.verdict, ended.message) == key]
         for ended in alike[:shown]:
             lines.append(f"    --kind {ended.kind} --seed {ended.seed}   {ascii(ended.done)[1:-1]}")
             lines.append(f"    attnbias {ascii(' '.join(ended.words))[1:-1][:300]}")

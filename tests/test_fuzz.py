@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz import faults, table
 from fuzzing.kinds import KINDS
 from fuzzing.stock import Stock
 from fuzzing.tries import FAULTS, judged, light, one, tries
-
-from fuzz import faults, table
 
 SAMPLE = 150
 SEED, LISTING = 4, 0

@@ -83,6 +83,40 @@ def another_place(draw: Random, file: Path) -> str:
     return said
 
 
+def another_name(draw: Random, file: Path) -> str:
+    """The same file, or the folder it lies in, under a name that nobody expects."""
+    names = (
+        "=1+1",
+        " ",
+        "-q",
+        "é",
+        "\u202e",
+        "two\nlines",
+        "\x1b[31mred",
+        "\udcff",
+        "NA",
+        "001",
+        "a" * 240,
+        "{0..9}",
+    )
+    name = draw.choice(names)
+    if draw.random() < 0.3 and len(file.parents) and file.parent.name.isdigit():  # a class
+        target = file.parent.with_name(name)
+        file.parent.rename(target)
+    else:
+        target = file.with_name(f"{name}{file.suffix}")
+        file.rename(target)
+    return f"called {ascii(target.name)[:50]}"
+
+
+def linked(draw: Random, file: Path) -> str:
+    """A folder beside a file that is a link: to itself, to its parent, to another, to nothing."""
+    link = file.parent / "linked"
+    target = draw.choice((".", "..", "nowhere", "linked", "/proc/self", "../texts"))
+    link.symlink_to(target)
+    return f"beside it a link to {target}"
+
+
 def tree(folder: Path) -> dict[str, str]:
     """What lies in a folder, by path: kind and content. Large files by their size and time."""
     found = {}
@@ -100,7 +134,7 @@ def tree(folder: Path) -> dict[str, str]:
                 said = f"{about.st_size} {about.st_mtime_ns}"
             else:
                 said = path.read_bytes().hex() if about.st_mode & 0o400 else "unreadable"
-            found[os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")] = said
+            found[str(path.relative_to(folder))] = said
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import warnings
 import zlib
 from datetime import timedelta
 from fractions import Fraction
@@ -240,6 +241,12 @@ def torch_file(draw: Random, file: Path) -> str:
         "settings": {"state_dict": tensors, "hyper_parameters": draw.choice(ODD), "args": draw.choice(ODD)},
         "state is odd": {"state_dict": draw.choice(ODD)},
     }
+    if draw.random() < 0.05:
+        file.unlink()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+        return "a script"
     if draw.random() < 0.6:
         said = draw.choice(list(things))
         kept = things[said]

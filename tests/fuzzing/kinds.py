@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from fuzzing.documents import Change, json_text, json_value, yaml_text, yaml_value
-from fuzzing.files import another_place, some_bytes
+from fuzzing.files import another_name, another_place, linked, some_bytes
 from fuzzing.formats import image, safetensors, tar, text, torch_file
 from fuzzing.options import typed
-from fuzzing.stock import CHANGE, FEW, LOOK, OWN, SIZES, VIT
+from fuzzing.stock import CHANGE, FEW, LOOK, OWN, READ, SEE, SIZES, VIT
 from fuzzing.tables import csv_text, table
 
 Words = tuple[str, ...]
@@ -30,7 +30,8 @@ class Kind:
     """Files that are spoilt in one way.
 
     area: what reads them first. parts: of the stock, which the commands stand on. files: which one is
-    spoilt, as a pattern. changes: how; given twice, twice as often. words: draws the command line instead.
+    spoilt, as a pattern. changes: how; given twice, twice as often. words: draws the command line
+    instead.
     """
 
     area: str
@@ -38,7 +39,7 @@ class Kind:
     files: str
     changes: tuple[Change, ...]
     commands: tuple[Command, ...]
-    words: Callable[[Random], Command] | None = field(default=None)
+    words: Callable[[Random], Command] | None = None
 
     def spoil(self, draw: Random, folder: Path) -> str:
         """Spoils a file in a copy of the parts, and says which and how."""
@@ -122,9 +123,9 @@ DRAW = (
 )
 
 
-def _model(folder: str, inputs: str, *more: str) -> tuple[Command, ...]:
+def _model(folder: str, inputs: Words, *more: Words) -> tuple[Command, ...]:
     """What reads a model folder."""
-    given = ("-m", folder, *inputs.split())
+    given = ("-m", folder, *inputs)
     limit = ("--limit", "2", "-q")
     return _commands(
         ("probe", *given, *limit, "-o", "out"),
@@ -135,7 +136,6 @@ def _model(folder: str, inputs: str, *more: str) -> tuple[Command, ...]:
     )
 
 
-SEE, READ = "--images images", "--texts texts --seq-len 12"
 ATTEND = "--image images/b.png --layer 1 --patch 1,1 -q -o out"
 SAY = "--text texts/notes.txt --seq-len 12 --layer 1 --token 5 -q -o out"
 OWN_MODEL = (*OWN, *SIZES, "--images", "images", "--limit", "2", "-q")
@@ -189,6 +189,13 @@ KINDS: dict[str, Kind] = {
         _model("./gpt2", READ, ("attend", "-m", "./gpt2", *SAY.split())),
     ),
     "hf-config": Kind("models", ("texts", "gpt2"), "gpt2/config.json", JSON, _model("./gpt2", READ)),
+    "hf-index": Kind(
+        "models",
+        ("texts", "sharded"),
+        "sharded/model.safetensors.index.json",
+        JSON,
+        _model("./sharded", READ),
+    ),
     "hf-bert": Kind("models", ("texts", "bert"), "bert/config.json", JSON, _model("./bert", READ)),
     "hf-vit": Kind(
         "models",
@@ -197,9 +204,7 @@ KINDS: dict[str, Kind] = {
         JSON,
         _model("./vit", SEE, ("attend", "-m", "./vit", *ATTEND.split())),
     ),
-    "hf-clip": Kind(
-        "models", ("images", "texts", "clip"), "clip/*.json", JSON, _model("./clip", f"{SEE} {READ}")
-    ),
+    "hf-clip": Kind("models", ("images", "texts", "clip"), "clip/*.json", JSON, _model("./clip", SEE + READ)),
     "open-clip": Kind(
         "models",
         ("images", "texts", "open_clip"),
@@ -233,7 +238,7 @@ KINDS: dict[str, Kind] = {
         "inputs",
         ("images",),
         "images/*",
-        (image, image, image, *BYTES),
+        (image, image, image, *BYTES, another_name, linked),
         _commands(
             (*INPUTS, "--images", "images", "-o", "out"),
             (*INPUTS, "--images", "images/b.png", "-o", "out"),
@@ -244,14 +249,14 @@ KINDS: dict[str, Kind] = {
         "inputs",
         ("labelled",),
         "labelled/*/*",
-        (image, image, *BYTES),
+        (image, image, *BYTES, another_name, linked),
         _commands(("intervene", "-m", "demo:vit-p16", *CHANGE, "-o", "out")),
     ),
     "texts": Kind(
         "inputs",
         ("texts",),
         "texts/*",
-        (text, text, *BYTES),
+        (text, text, text, *BYTES, another_name, linked),
         _commands(
             "probe -m demo:lm --texts texts --seq-len 12 --limit 2 -q -o out",
             "probe -m demo:lm --texts texts/notes.txt --seq-len 12 --limit 2 -q -o out",

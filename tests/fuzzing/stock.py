@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +101,22 @@ class Stock:
             self.made.add(name)
         return self.root / name
 
+    def ready(self, names: Iterable[str]) -> None:
+        """Makes parts, and measures each as it is: it is good, and no try has to import what that imports."""
+        for name in names:
+            self.part(name)
+            if name in PROVED:
+                self.part(PROVED[name])
 
-def _run(*words: str) -> None:
+
+def _run(*words: str, code: int = 0) -> None:
     ended = run_cli(*words)
-    assert ended.code == 0, ended.err
+    assert ended.code == code, ended.err
+
+
+def _probed(name: str, given: tuple[str, ...]) -> None:
+    """A good model is measured as it is; what that imports, no try need import again."""
+    _run("probe", *given, "--limit", "2", "-q", "-o", f"probed-{name}")
 
 
 def _images() -> None:
@@ -186,6 +199,16 @@ def _language(kind: str) -> Callable[[], None]:
     return lambda: _of_hub(save_language_model(Path(kind), kind))
 
 
+def _sharded() -> None:
+    """The weights of `gpt2` in several files, with an index."""
+    import transformers
+
+    shutil.copytree("gpt2", "sharded")
+    Path("sharded", "model.safetensors").unlink()
+    transformers.GPT2LMHeadModel.from_pretrained("gpt2").save_pretrained("sharded", max_shard_size="40KB")
+    _of_hub(Path("sharded"))
+
+
 def _vision(kind: str) -> Callable[[], None]:
     return lambda: _of_hub(save_vision_model(Path(kind), kind))
 
@@ -224,6 +247,7 @@ def _demo_lm() -> None:
     shutil.copytree(EMBEDDED / "lm", "demo_lm")
 
 
+SEE, READ = ("--images", "images"), ("--texts", "texts", "--seq-len", "12")
 LOOK = ("--image", "images/b.png", "--layer", "1", "--patch", "1,1", "-q")
 CHANGE = ("--images", "labelled", "--labelled", "--limit", "2", "--scope", "one", "--layers", "0,1", "-q")
 
@@ -249,11 +273,32 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
     "drawn": (("runs",), lambda: None),
     "timm": ((), _timm),
     "gpt2": ((), _language("gpt2")),
+    "sharded": (("gpt2",), _sharded),
     "bert": ((), _language("bert")),
     "vit": ((), _vision("vit")),
     "clip": ((), _vision("clip")),
     "open_clip": ((), _open_clip),
     "demo_lm": ((), _demo_lm),
     "weights": ((), _weights),
+    "spoken": (("texts",), lambda: _run("probe", "-m", "demo:lm", *READ, "-q", "-o", "spoken")),
+    "clip-training": (("plans",), lambda: _run("train-clip", "--config", "plans/clip.yaml", "--", code=2)),
+    **{
+        f"probed-{name}": ((name, "images", "texts"), partial(_probed, name, given))
+        for name, given in {
+            "timm": ("-m", "./timm", *SEE),
+            "gpt2": ("-m", "./gpt2", *READ),
+            "sharded": ("-m", "./sharded", *READ),
+            "bert": ("-m", "./bert", *READ),
+            "vit": ("-m", "./vit", *SEE),
+            "clip": ("-m", "./clip", *SEE, *READ),
+            "open_clip": ("-m", "open_clip:local-dir:./open_clip", *SEE),
+            "demo_lm": ("-m", "./demo_lm", *READ),
+            "weights": (*OWN, *SIZES, *SEE, "--checkpoint", "weights/own.pt"),
+        }.items()
+    },
 }
 """name → what it stands on, and what makes it in the current folder."""
+
+PROVED = {"images": "run", "texts": "spoken", "labelled": "intervene", "plans": "clip-training"}
+PROVED |= {name.removeprefix("probed-"): name for name in PARTS if name.startswith("probed-")}
+"""Part → the one that only comes about if it is good."""

@@ -113,7 +113,7 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
         try:
             pyarrow.array(frame[name])
         except (ValueError, TypeError, OverflowError):  # Parquet has columns of one type
-            frame = frame.assign(**{name: frame[name].map(str)})
+            frame = frame.assign(**{name: frame[name].map(ascii)})
     frame.to_parquet(file, index=False)
 
 

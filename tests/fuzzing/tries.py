@@ -111,8 +111,7 @@ def tries(
 def one(stock: Stock, name: str, seed: int, *, seconds: int = SECONDS) -> Ended:
     """The try of one kind and seed; the same whenever it is made."""
     kind = KINDS[name]
-    for part in kind.parts:
-        stock.part(part)
+    stock.ready(kind.parts)
     folder = Path(tempfile.mkdtemp(prefix="try-", dir=stock.root.parent))
     gc.freeze()  # or every object is copied when a child collects
     with warnings.catch_warnings():
@@ -225,7 +224,9 @@ def judged(code: object, out: str, err: str, changed: dict[str, str], owns: Sequ
         if MEMORY_ENDED.search(err):
             return "crashed", f"memory: {at[0]}"
         return "not expected", at[0]
-    if code in (1, 2) and (len(lines) != 2 or not lines[0].startswith("error: ") or not _tip(lines[1])):
+    two = len(lines) == 2 and lines[0].startswith("error: ") and last.startswith("tip: ")
+    differing = code == 1 and "not as drawn now" in err and last.startswith("tip: ")
+    if code in (1, 2) and not two and not differing:
         return "badly told", f"{len(lines)} lines: {' | '.join(lines)[:600]}" if lines else "nothing was said"
     if code == 3 and not lines:
         return "badly told", "exit code 3 without a word"
@@ -239,8 +240,3 @@ def judged(code: object, out: str, err: str, changed: dict[str, str], owns: Sequ
     if wrong := left or foreign or (list(changed) if whole else []):
         return "wrote", f"exit code {code}: " + ", ".join(f"{path} {changed[path]}" for path in wrong[:5])
     return FINE[(0, 2, 3, 1).index(code)], ""
-
-
-def _tip(line: str) -> bool:
-    """What to type: a usage error names the verb's help."""
-    return line.startswith("tip: ")
