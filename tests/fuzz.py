@@ -32,14 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="how long a try may take")
     parser.add_argument("--shown", type=int, default=1, help="tries shown per distinct fault")
-    parser.add_argument("--drawn", action="store_true", help="draw the layout of figures, too: slower")
+    parser.add_argument("--undrawn", action="store_true", help="leave out the layout of figures")
     given = parser.parse_args(arguments)
     asked = given.kind or [""]
     kinds = [name for name in asked if name in KINDS]
     kinds = kinds or [name for name in KINDS if name.startswith(tuple(asked))]
     if not kinds:
         parser.error(f"no such kind; there are {', '.join(KINDS)}")
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, light(drawn=given.drawn):
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, light(drawn=not given.undrawn):
         stock = Stock(Path(folder) / "stock")
         if given.seed is not None:
             found = [one(stock, name, given.seed, seconds=given.seconds) for name in kinds]

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -70,24 +70,32 @@ class Ended:
         return plain[:150]
 
 
+UNDRAWN: Mapping[str, Any] = {
+    "diag.studies.compare.draw_comparison": [],
+    "diag.studies.intervene.run.draw": [],
+}
+"""What draws the figures of a verb, and what it returns where there are none."""
+
+
 @contextmanager
 def light(*, drawn: bool = True) -> Iterator[None]:
     """Libraries stay in one thread, and off the hub; figures are only laid out, or not even that.
 
-    drawn: lay them out. Fonts take the time.
+    drawn: lay them out, which takes half the time of the verbs that draw.
     """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    calm = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (
-        mock.patch("diag.run.finish.draw", return_value=[]),
-        mock.patch("diag.show.figures.write.save", sketch if drawn else _touched),
-        mock.patch.dict(os.environ, calm),
-    ):
+    with ExitStack() as patched:
+        patched.callback(torch.set_num_threads, threads)
+        calm = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        patched.enter_context(mock.patch.dict(os.environ, calm))
+        for name, none in ({} if drawn else UNDRAWN).items():
+            patched.enter_context(mock.patch(name, return_value=none))
+        patched.enter_context(mock.patch("diag.run.finish.draw", return_value=[]))
+        patched.enter_context(mock.patch("diag.show.figures.write.save", sketch if drawn else _touched))
         yield
-    torch.set_num_threads(threads)
 
 
 def _touched(figure: Any, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
