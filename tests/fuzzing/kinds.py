@@ -19,10 +19,15 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Command:
-    """Words of the command line. owns: what it may write, by its first name; nothing else may change."""
+    """Words of the command line.
+
+    owns: what it may write, by its first name; nothing else may change. keeps: what it had measured before it
+    refused stays, for the next time.
+    """
 
     words: Words
     owns: tuple[str, ...] = ("out", "out.html", "runs")
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ READ_MOMENTS = (
 UNFINISHED = ("images", "unfinished", "rest")
 RESUME = (
     *_commands("merge unfinished rest -q", "merge unfinished -q", owns=("unfinished",)),
-    *_commands(("probe", *FEW, "-o", "unfinished"), owns=("unfinished",)),
-    *_commands(("probe", *FEW, "--shard", "2/2", "-o", "unfinished"), owns=("unfinished",)),
+    Command(("probe", *FEW, "-o", "unfinished"), ("unfinished",), keeps=True),
+    Command(("probe", *FEW, "--shard", "2/2", "-o", "unfinished"), ("unfinished",), keeps=True),
 )
 LOOKED = ("images", "attend", "run")
 READ_LOOK = (

@@ -206,7 +206,7 @@ def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[st
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     told, said = (path.read_bytes().decode("utf-8", "backslashreplace") for path in (out, err))
     changed = _changed(before, tree(place))
-    verdict, wrong = judged(code, told, said, changed, command.owns)
+    verdict, wrong = judged(code, told, said, changed, command.owns, keeps=command.keeps)
     return {"verdict": verdict, "code": code, "said": said[-3000:], "wrong": wrong, "seconds": took}
 
 
@@ -219,7 +219,9 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
     return {name: word for name, word in words.items() if before.get(name) != after.get(name)}
 
 
-def judged(code: object, out: str, err: str, changed: dict[str, str], owns: Sequence[str]) -> tuple[str, str]:
+def judged(
+    code: object, out: str, err: str, changed: dict[str, str], owns: Sequence[str], *, keeps: bool = False
+) -> tuple[str, str]:
     """A verdict, and what is wrong. changed: path → how, of the folder that the command ran in."""
     lines = err.splitlines()
     last = lines[-1] if lines else ""
@@ -244,7 +246,8 @@ def judged(code: object, out: str, err: str, changed: dict[str, str], owns: Sequ
         return "badly told", f"{leaked[0]} in what is told: {' | '.join(lines)[:300]}"
     left = [path for path in changed if path.endswith(".tmp") or path.startswith("tmp/")]
     foreign = [path for path in changed if path.split("/")[0] not in owns]
-    whole = code == 2 and not lines[0].startswith("error: cannot write")  # which may come after all the work
+    # a full disk may come after all the work
+    whole = code == 2 and not keeps and not lines[0].startswith("error: cannot write")
     if wrong := left or foreign or (list(changed) if whole else []):
         return "wrote", f"exit code {code}: " + ", ".join(f"{path} {changed[path]}" for path in wrong[:5])
     return FINE[(0, 2, 3, 1).index(code)], ""
