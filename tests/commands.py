@@ -7,8 +7,14 @@ import io
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -46,3 +52,17 @@ def run_cli(*arguments: object) -> Ended:
                 signal.signal(number, handler)
     assert isinstance(code, int)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def sketch(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+    """Lays a figure out and writes its rows, but its pictures stay empty: fonts take the time."""
+    from diag.show.figures.style import style
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.draw_without_rendering()
+    pictures = [folder / f"{stem}.{suffix}" for suffix in ("pdf", "png")]
+    for picture in pictures:
+        picture.touch()
+    data.to_csv(folder / f"{stem}.csv", index=False)
+    return [*pictures, folder / f"{stem}.csv"]

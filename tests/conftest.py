@@ -12,11 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from commands import Ended, run_cli
-from matplotlib.figure import Figure
+from commands import Ended, run_cli, sketch
 from PIL import Image
 
 torch.set_num_threads(1)
@@ -43,20 +41,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are laid out and their rows are written, but the pictures are empty: fonts take the time."""
-    monkeypatch.setattr("diag.show.figures.write.save", _sketch)
-
-
-def _sketch(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
-    from diag.show.figures.style import style
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.draw_without_rendering()
-    pictures = [folder / f"{stem}.{suffix}" for suffix in ("pdf", "png")]
-    for picture in pictures:
-        picture.touch()
-    data.to_csv(folder / f"{stem}.csv", index=False)
-    return [*pictures, folder / f"{stem}.csv"]
+    monkeypatch.setattr("diag.show.figures.write.save", sketch)
 
 
 @pytest.fixture(scope="session")
