@@ -17,7 +17,7 @@ KEYS = {
 
 def verb_of(file: Path) -> str | None:
     """The verb that a file is for; None where nothing tells, and whoever was asked says what is wrong."""
-    from diag.studies.writeup.document import read_document
+    from diag.inputs.document import read_document
 
     try:
         document = read_document(file).data

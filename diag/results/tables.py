@@ -64,8 +64,7 @@ LAYOUTS = {
     SAMPLES: Layout(
         _LINE | {"head": PLACE, "module": TEXT, "input": NAME, "input_index": COUNT, "value": NUMBER},
         _CONSTANTS,
-        span=("layer", "head"),
-        rows=True,
+        span=("layer", "head"),  # no rows, where no samples are kept
     ),
 }
 """What the tables of a run hold, by file."""

@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint(attnbias: Attnbias, name: str) -> None:
         "-o",
         "run",
     )
-    assert_two_lines(attnbias(*given), 2, f"checkpoint '{name}' cannot be read", "download the file again")
+    assert_two_lines(attnbias(*given), 2, f"checkpoint '{name}' cannot be read", "download it again")
 
 
 def test_weights_that_are_not_numbers_are_named(attnbias: Attnbias, own_lm: Callable) -> None:

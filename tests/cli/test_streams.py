@@ -130,5 +130,5 @@ def test_nothing_that_a_terminal_would_obey_is_printed(attnbias: Attnbias) -> No
     assert attnbias(*PROBE[:-1], name, "-q").out == "a\\u001b[2J\\u202e\\u009b\n"
     assert json.loads(attnbias(*PROBE[:-1], name, "--json").out)["run"] == name
     refused = attnbias("probe", "-m", "b\x1b[31m\nerror-c")
-    assert refused.lines[0] == "error: model 'b\\u001b[31m error-c' not found"
+    assert refused.lines[0] == "error: the model's name 'b\\x1b[31m\\nerror-c' holds the character '\\x1b'"
     assert len(refused.lines) == 2

@@ -215,4 +215,4 @@ def test_a_wrong_plan_is_two_lines(tmp_path: Path) -> None:
     )
     done = run_cli("train", file)
     assert done.code == 2
-    assert done.lines[0] == f"error: {file}, line 1: recipe.batch_size Field required"
+    assert done.lines[0] == f"error: {file}, line 1: recipe.batch_size is missing"
