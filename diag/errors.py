@@ -84,7 +84,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str | None:
 
     def likeness(name: str) -> float:
         # names carry long endings (…_patch32_224.augreg_in21k): compare with the beginning as well
-        pairs = (name, name[: len(given)])
+        pairs = (name, name[: len(given)], name.partition(":")[2])  # without the family, too
         return max(difflib.SequenceMatcher(None, given.lower(), text.lower()).ratio() for text in pairs)
 
     nearest = sorted((-likeness(name), name) for name in set(allowed))[:3]

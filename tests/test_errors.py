@@ -57,6 +57,7 @@ def test_at_most_three_near_names_the_nearest_first() -> None:
 
 def test_the_beginning_of_a_long_name_is_near() -> None:
     names = ["vit_base_patch32_224.augreg_in21k", "resnet50.a1_in1k"]
+    assert did_you_mean("vit-p16", ["ViT-B-16", "demo:vit-p16"]).startswith("did you mean 'demo:vit-p16'")  # type: ignore[union-attr]
     assert did_you_mean("vit_bse_patch32", names) == "did you mean 'vit_base_patch32_224.augreg_in21k'?"
 
 

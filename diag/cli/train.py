@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from diag.cli.app import app
 from diag.cli.interrupts import interruptible
-from diag.cli.options import AsJson, Device, JsonOnly, QuietFolder, output
+from diag.cli.options import AsJson, JsonOnly, QuietFolder, output
 from diag.cli.plans import plans_for
 from diag.cli.streams import answer
 from diag.errors import say
@@ -21,7 +21,7 @@ from diag.errors import say
 def train(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A plan in YAML, see configs/.")],
     out: Annotated[Path | None, output("Folder [default: runs/train-KEY].")] = None,
-    device: Device = "auto",
+    device: Annotated[str, Option(help="auto, cpu or cuda:0.")] = "auto",
     workers: Annotated[int, Option(min=0, help="Processes that prepare batches.")] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Train again what the folder holds.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="List the cells; train nothing.")] = False,

@@ -27,6 +27,8 @@ class CheckedVerbs(TyperGroup):
             os.getcwd()
         except FileNotFoundError:  # torch would end the process, in words of its own
             raise UserError("the folder that this is run in was removed", "cd to one that is there") from None
+        for parameter in verb.params:
+            parameter.callback = _at_home
         parser = verb.make_parser(typer.Context(verb, parent=ctx, info_name=name))
         words, _, order = parser.parse_args(args=list(rest))
         given = {parameter: _listed(words.get(parameter.name)) for parameter in order}
@@ -86,9 +88,21 @@ def _check_values(said: str, words: Sequence[Any], values: Sequence[Any]) -> Non
         if isinstance(value, Path) and not word.strip():
             raise UserError(f"{said} is empty", "name a file or folder; . is this one")
         if isinstance(value, Path):
-            _check_path(word, said)
+            _check_path(str(value), said)
         if isinstance(value, int) and abs(value) > LARGEST:
             raise UserError(f"{said} is at most {LARGEST}", f"given: {_short(str(value))}")
+
+
+def _at_home(context: Any, parameter: Any, value: Any) -> Any:
+    """Paths with `~` for a home folder, which no shell expands in quotes or behind `=`."""
+    try:
+        if isinstance(value, list | tuple):
+            return type(value)(_at_home(context, parameter, one) for one in value)
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError as error:
+        raise UserError(
+            f"{_said(parameter)} '{value}': nobody here has this home", "give its path"
+        ) from error
 
 
 def _check_path(word: str, said: str) -> None:

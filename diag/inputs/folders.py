@@ -1,7 +1,7 @@
 """What lies in a folder of inputs: linked folders are entered, and what cannot be read there is told.
 
 A link back to a folder that is being listed is passed over, and behind one link no folder is entered twice:
-links in a circle end.
+links in a circle end. What is hidden, or lies there for the system's own use, is no input (`is_hidden`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,18 @@ File = tuple[str, int, int]
 """A file's path from the folder it was listed from, its bytes, and when it was written, in nanoseconds."""
 
 Identity = tuple[int, int]
+
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
+"""What macOS puts into archives, and some file servers beside images."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is passed over: what editors and systems keep of images would count twice.
+
+    >>> is_hidden(".ipynb_checkpoints"), is_hidden("._x.jpg"), is_hidden("@eaDir"), is_hidden("..")
+    (True, True, True, False)
+    """
+    return name in SYSTEM_FOLDERS or (name.startswith(".") and name not in (".", ".."))
 
 
 def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File], dict[str, str]]:
@@ -40,7 +52,7 @@ def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File]
         before, known, linked = waiting.pop()
         try:
             with os.scandir(folder / before) as listing:
-                entries = list(listing)
+                entries = [entry for entry in listing if not is_hidden(entry.name)]
         except OSError as error:
             if not before:
                 raise UserError(f"cannot list '{folder}': {reason(error)}", "make it readable") from error

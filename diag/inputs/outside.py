@@ -23,6 +23,9 @@ MOST_DOCUMENT = 64 * MEGABYTE
 MOST_LEVELS = 100
 """Of what stands within what in a document; what shows it calls itself for each."""
 
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""How a file in UTF-16 begins, as PowerShell's `>` writes it."""
+
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -66,9 +69,16 @@ def text_of(path: Path, what: str, *, tip: str, most: int | None = None) -> str:
             raise UserError(f"cannot read {what} '{path}': {sizes}", tip)
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
+        tip = as_utf_8(error.object) if error.object.startswith(UTF_16) else tip
         raise UserError(f"cannot read {what} '{path}': it is not UTF-8 (byte {error.start})", tip) from error
     except OSError as error:
         raise UserError(f"cannot read {what} '{path}': {reason(error)}", tip) from error
+
+
+def as_utf_8(content: bytes) -> str:
+    """The tip for a file that is not UTF-8."""
+    known = "-f utf-16 " if content.startswith(UTF_16) else ""
+    return f"convert it first: iconv {known}-t utf-8 FILE > NEW"
 
 
 def json_of(path: Path, what: str, *, tip: str, most: int = MOST_DOCUMENT) -> dict[str, Any]:

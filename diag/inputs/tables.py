@@ -18,7 +18,7 @@ import numpy as np
 
 from diag.errors import UserError, one_of
 from diag.inputs.formulas import without_guard
-from diag.inputs.outside import reason, regular
+from diag.inputs.outside import MEGABYTE, reason, regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +77,7 @@ def read_table(file: Path, layout: Layout, what: str, *, tip: str) -> pd.DataFra
         raise UserError(f"cannot read {what} '{file}': {why}", tip)
 
     if missing := [name for name in layout.needed if name not in table]:
-        refuse(f"it has no column {one_of(missing)}")
+        refuse(_semicolons(file, layout) or f"it has no column {one_of(missing)}")
     if layout.rows and table.empty:
         refuse("it has no rows")
     # the heading is line 1 of a CSV file; a text with line breaks moves what follows it
@@ -115,10 +115,24 @@ def _csv(file: Path, layout: Layout, what: str, tip: str) -> pd.DataFrame:
     except Exception as error:  # the parser raises many kinds, and OSError
         why = "it is empty" if isinstance(error, pd.errors.EmptyDataError) else reason(error)
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else why
+        why = _semicolons(file, layout) or why
         raise UserError(f"cannot read {what} '{file}': {why}", tip) from error
     if not isinstance(table.index, pd.RangeIndex):  # the parser takes what is too much in front for an index
-        raise UserError(f"cannot read {what} '{file}': its lines have more fields than its heading", tip)
+        why = _semicolons(file, layout) or "its lines have more fields than its heading"
+        raise UserError(f"cannot read {what} '{file}': {why}", tip)
     return without_guard(table, words)
+
+
+def _semicolons(file: Path, layout: Layout) -> str | None:
+    """Whether that is what is wrong with a file that could not be read, in words."""
+    try:
+        with file.open("rb") as lines:
+            heading = lines.readline(MEGABYTE).decode("utf-8-sig").strip().replace('"', "").split(";")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if len(heading) < 2 or not set(layout.needed) <= set(heading):
+        return None
+    return "its fields are separated by ';', as spreadsheets of some countries have it, not by ','"
 
 
 def _parquet(file: Path, what: str, tip: str) -> pd.DataFrame:

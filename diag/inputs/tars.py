@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UnreadableInput, UserError, visible
-from diag.inputs.folders import files_below
+from diag.inputs.folders import files_below, is_hidden
 from diag.inputs.outside import MEGABYTE, named, reason, regular
 
 SUFFIX = ".tar"
@@ -111,6 +111,8 @@ def listed(tars: Sequence[Path], root: Path, suffixes: tuple[str, ...], *, most:
         members: dict[str, tuple[int, int, str | None]] = {}
         try:
             for member in _members(tar):
+                if any(map(is_hidden, member.name.split("/"))):
+                    continue
                 if member.name.lower().endswith(suffixes) and not member.isdir():
                     plain = visible(member.name.removeprefix("./").lstrip("/"))
                     lies = (member.offset_data, member.size) if 0 <= member.size <= most else (0, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from diag.errors import UserError, one_of, visible
 from diag.inputs.folders import files_below
 from diag.inputs.items import Inputs, Item, column_of, data_set, existing, sha256
-from diag.inputs.outside import MEGABYTE, reason, regular
+from diag.inputs.outside import MEGABYTE, as_utf_8, reason, regular
 
 MOST_TEXT = 1_000 * MEGABYTE
 """Bytes of the texts of one run, which are held in memory."""
@@ -52,7 +52,8 @@ AS_TEXT = "save its text as UTF-8, in a .txt file"
 def texts(source: str | Path) -> Inputs:
     """`demo`, a UTF-8 text file, a folder of .txt files, or `hf:NAME[,config=…][,split=…][,column=…]`.
 
-    A file is one document; the rows of a data set are joined by blank lines into one.
+    A file is one document, empty ones of a folder left out; the rows of a data set are joined by blank lines
+    into one.
     Raises UserError if there is no text, it is too long or not UTF-8, or a file is none of prose.
     """
     if str(source) == "demo":
@@ -72,11 +73,23 @@ def texts(source: str | Path) -> Inputs:
         raise UserError(f"no text file in '{path}'{_others(path)}", "text files end in '.txt'")
     if (size := sum(size for _, size, _ in found)) > MOST_TEXT:
         raise _too_long(f"the texts in '{path}'", size)
-    return documents(str(source), {visible(name): read_text(path / name) for name, *_ in found})
+    read = {visible(name): _read(path / name) for name, *_ in found}
+    filled = {name: text for name, text in read.items() if text.strip()}
+    if not filled:
+        raise UserError(f"'{path}' holds no text: its files are empty", "give a file with text")
+    return documents(str(source), filled)
 
 
 def read_text(file: Path) -> str:
     """A UTF-8 file of prose. Raises UserError where it is none, empty, too long or not UTF-8."""
+    text = _read(file)
+    if not text.strip():
+        raise UserError(f"'{file}' holds no text", "give a file with text")
+    return text
+
+
+def _read(file: Path) -> str:
+    """`read_text`, which may be empty."""
     tip = "--texts takes a UTF-8 text file"
     regular(file, "text", tip)
     kind = OTHER_SUFFIXES.get(file.suffix.lower())
@@ -90,13 +103,15 @@ def read_text(file: Path) -> str:
     if kind is not None:
         raise UserError(f"'{file}' is {kind}, not a text", AS_TABLE if kind in TABLES else AS_TEXT)
     try:
-        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # one kind of line ends
+        # one kind of line ends, and no mark of the encoding
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
+        raise UserError(f"'{file}' is not UTF-8 (byte {error.start})", as_utf_8(content)) from error
+    if "\0" in text:
         raise UserError(
-            f"'{file}' is not UTF-8 (byte {error.start})", "convert it first: iconv -t utf-8 FILE > NEW"
-        ) from error
-    if not text.strip():
-        raise UserError(f"'{file}' holds no text", "give a file with text")
+            f"'{file}' holds null characters: it is no text, or UTF-16",
+            "convert UTF-16 first: iconv -f utf-16 -t utf-8 FILE > NEW",
+        )
     return text
 
 

@@ -5,6 +5,7 @@ A *line* is one model, tower and token set, measured in one way: what is one cur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Collection:
 
 
 def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) -> Collection:
-    """Reads finished run folders; those that cannot be read are listed under `problems`.
+    """Reads finished run folders, each once; those that cannot be read are listed under `problems`.
 
     names: what runs are called where that is not their folder's name.
     Raises UserError if none can be read.
@@ -64,7 +65,10 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
     notes: list[str] = []
     contents = _Contents()
     first: UserError | None = None
-    for folder in dict.fromkeys(folders):
+    once: dict[str, Path] = {}
+    for folder in folders:
+        once.setdefault(os.path.realpath(folder), folder)
+    for folder in once.values():
         try:
             manifest = _manifest(folder)
             tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))

@@ -135,10 +135,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CannotWrite(
-            f"cannot write '{path}': {reason}",
-            "make room and run the same command again, or choose another folder with -o",
-        ) from error
+        tip = "make room and run the same command again, or choose another folder with -o"
+        if isinstance(error, FileNotFoundError):
+            tip = "a folder on the way was removed: run the same command again, from a folder that is there"
+        raise CannotWrite(f"cannot write '{path}': {reason}", tip) from error
 
 
 LATEX = {

@@ -116,6 +116,12 @@ def probe(
         reason = next(iter(incidents.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
     frame = pd.concat(frames, ignore_index=True)
+    if frame["value"].isna().all():
+        count = int(frame["n_tokens"].max())
+        raise UserError(
+            f"none of the metrics has a number ({count} token{'' if count == 1 else 's'} per input)",
+            "give inputs of more tokens, or other tokens= or metrics=; one alone has nothing to measure",
+        )
     return Probe(*tables(frame, seed=seed), frame, incidents.failed)
 
 

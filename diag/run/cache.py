@@ -15,7 +15,7 @@ def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
     Raises UserError if an input is not there, or a model's arguments are not understood.
     """
     stamps = {kind: found.stamp for kind, found in inputs_of(plan).items()}
-    return default_folder(plan, plan.key(stamps), root)
+    return default_folder(plan, plan.key(stamps), root.expanduser())
 
 
 def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:

@@ -25,12 +25,13 @@ from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_
 from diag.results.hashes import hashes
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
-from diag.results.staging import settle, sweep
+from diag.results.staging import remove, settle, sweep
 from diag.results.tables import one_kind, tables
 from diag.results.writing import atomically, on_disk, write, write_json, writing
 from diag.run.environment import environment
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import what_differs
+from diag.run.run_folder import PROBE
 from diag.run.shard_ledger import MERGE, TOWERS, Part, Standing, read_plan, standing
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
@@ -133,8 +134,8 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             kept = _samples(part, note, told["failed"])
         except _NoNumbers as error:
             nothing[part.given] = error
-            for place in range(note["shards"]):  # they hold nothing, and what the user mends is another run
-                part.shard(place).unlink(missing_ok=True)
+            # they hold nothing, and what the user mends is another run
+            remove(folder, PROBE, (f"shards/{part.shard(place).name}" for place in range(note["shards"])))
             continue
         _say_told(part.given, told, say)
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
@@ -253,7 +254,7 @@ def _tables(
 ) -> Tables:
     """`(layers, heads)`: of samples where all are kept, else of the moments of all inputs, with quantiles."""
     seed = document["plan"]["seed"]
-    (folder / QUANTILES).unlink(missing_ok=True)
+    remove(folder, PROBE, [QUANTILES])
     if all("interval" not in note["entry"] for _, note, _ in parts):
         return tables(samples, seed=seed)
     found, spread = list[Tables](), list[pd.DataFrame]()

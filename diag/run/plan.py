@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from diag.errors import UserError
+from diag.errors import LARGEST, UserError
 from diag.inputs.images import images
 from diag.inputs.items import Inputs
 from diag.inputs.texts import texts
@@ -35,8 +34,6 @@ MOST_SHARD_INPUTS = 256
 MANY_SHARDS, FEW_SHARDS = 1024, 16
 
 
-MOST = sys.maxsize
-"""The largest number that a table, a slice and a generator of random numbers take."""
 MOST_TOKENS = 2**31 - 1
 MOST_WORKERS = 4096
 
@@ -123,7 +120,7 @@ class ProbePlan(Plan):
     models: tuple[str, ...] = Field(min_length=1)
     images: str | None = None
     texts: str | None = None
-    limit: int = Field(default=64, gt=0, le=MOST)
+    limit: int = Field(default=64, gt=0, le=LARGEST)
     seq_len: int | None = Field(default=None, ge=2, le=MOST_TOKENS)  # one token has no others to share with
     metrics: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
@@ -135,14 +132,14 @@ class ProbePlan(Plan):
     random_init: bool = False
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
-    seed: int = Field(default=0, ge=0, le=MOST)
-    save_activations: int = Field(default=0, ge=0, le=MOST)
-    keep_samples: int = Field(default=4096, ge=0, le=MOST)
+    seed: int = Field(default=0, ge=0, le=LARGEST)
+    save_activations: int = Field(default=0, ge=0, le=LARGEST)
+    keep_samples: int = Field(default=4096, ge=0, le=LARGEST)
     exact: bool = False
-    sampled_rows: int | None = Field(default=None, ge=64, le=MOST)
+    sampled_rows: int | None = Field(default=None, ge=64, le=LARGEST)
     # below: how, not what; they do not change the result
     device: str = "auto"
-    batch_size: int = Field(default=8, ge=0, le=MOST)  # 0: as many as memory allows
+    batch_size: int = Field(default=8, ge=0, le=LARGEST)  # 0: as many as memory allows
     workers: int | None = Field(default=None, ge=0, le=MOST_WORKERS)
 
     @field_validator("metrics", "layers", "tokens")
@@ -172,6 +169,7 @@ class ProbePlan(Plan):
         inputs: kind -> stamp.
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
+        what |= {kind: _given(what[kind]) for kind in ("images", "texts")}
         local = [path for name in self.models for path in local_files(name)]
         if self.checkpoint is not None and os.path.exists(self.checkpoint):
             local.append(self.checkpoint)
@@ -245,6 +243,11 @@ def inputs_of(plan: ProbePlan) -> dict[str, Inputs]:
 def default_folder(plan: ProbePlan, key: str, root: Path = RUNS) -> Path:
     """Where a plan's run lies unless the user says otherwise: the models' names and the key of the result."""
     return root / f"{file_stem('+'.join(plan.models))[:60]}-{key[:8]}"
+
+
+def _given(source: str | None) -> str | None:
+    """Inputs as a key has them: of files their stamp says all, however and from wherever a path was typed."""
+    return source if source is None or source == "demo" or source.startswith("hf:") else "files"
 
 
 def _stamp(path: Path) -> list[list[str | int]]:

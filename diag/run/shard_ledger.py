@@ -26,9 +26,11 @@ from diag.errors import UserError
 from diag.inputs.outside import json_of
 from diag.results.folder import PLAN
 from diag.results.hashes import sha256_of
+from diag.results.staging import remove
 from diag.results.writing import file_stem, writing
 from diag.run.locks import Locks
 from diag.run.processes import Share
+from diag.run.run_folder import PROBE
 
 TOWERS = ("vision", "text", "language")
 """Every tower that a model can have."""
@@ -212,10 +214,10 @@ def forget_failures(folder: Path, share: Share) -> None:
 
     Those of the same division may have noted theirs a moment ago.
     """
-    for file in (folder / "shards").glob("*.failed-*-of-*.json"):
-        told = re.search(r"\.failed-([0-9]{1,9})-of-([0-9]{1,9})\.json$", file.name)
+    for name in PROBE.files(folder, ["shards/*.failed-*-of-*.json"]):
+        told = re.search(r"\.failed-([0-9]{1,9})-of-([0-9]{1,9})\.json$", name)
         if told and (int(told[2]) != share.of or int(told[1]) == share.rank):
-            file.unlink(missing_ok=True)
+            remove(folder, PROBE, [name])
 
 
 @dataclass(frozen=True)

@@ -77,3 +77,21 @@ def test_a_folder_that_is_gone_is_no_place_to_run_in(attnbias: Attnbias, tmp_pat
     (tmp_path / "gone").rmdir()
     ended = attnbias("models", "demo")
     assert (ended.code, ended.lines[0]) == (2, "error: the folder that this is run in was removed")
+
+
+def test_home_folders_need_no_shell(
+    attnbias: Attnbias, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert attnbias("merge", "~/r").lines[0] == f"error: '{tmp_path}/home/r' holds no run of attnbias probe"
+    found = attnbias("compare", "a", "~/b", "--dry-run").out
+    assert found.split()[1::2] == ["a", f"{tmp_path}/home/b"]
+    ended = attnbias("probe", *MODEL, "--output-path=~nobody-here/r")
+    assert ended.lines[0] == "error: -o/--output-path '~nobody-here/r': nobody here has this home"
+    assert os.listdir() == []
+
+
+def test_train_does_not_offer_what_it_refuses(attnbias: Attnbias) -> None:
+    assert "spread" in attnbias("probe", "--help").out
+    assert "spread" not in attnbias("train", "--help").out

@@ -78,7 +78,7 @@ def test_what_is_wrong_is_told_with_its_line(plan: Path, text: str, said: str) -
 
 def test_what_is_no_text(tmp_path: Path, plan: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "bytes").write_bytes(b"\xff\xff")
     (tmp_path / "large").write_text("a" * 1_200_000)
     for name, said in (("pipe", "no plain file"), ("bytes", "not UTF-8"), ("large", "1 are the most")):
         with pytest.raises(UserError, match=said) as caught:
@@ -94,3 +94,11 @@ def test_an_empty_file_and_plain_values(plan: Path) -> None:
     found = read_document(plan).data
     assert list(found) == ["1", "True", "False", "day", "empty", "word"]
     assert (found["1"], found["True"], found["False"], found["word"]) == (2.5, 16, None, "text")
+
+
+def test_what_editors_and_shells_make_of_a_plan_has_its_own_tip(plan: Path) -> None:
+    for content, tip in ((b"a:\n\tb: 1\n", "with spaces"), ("a: 1".encode("utf-16"), "iconv -f utf-16")):
+        plan.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_document(plan)
+        assert tip in str(caught.value.tip)

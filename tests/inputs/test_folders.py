@@ -186,3 +186,16 @@ def test_a_source_whose_name_is_not_utf_8(attnbias: Callable[..., Ended], album:
         assert ended.code == 2
         assert ended.lines[0] == f"error: the name 'bad\\udcff{ending}' is not UTF-8"
         assert len(ended.lines) == 2
+
+
+def test_what_is_hidden_or_the_systems_is_passed_over(store: Path) -> None:
+    """Copies of editors and thumbnails would count twice, and what macOS adds is no image at all."""
+    shown = store / "cats"
+    for name in (".git/x", ".ipynb_checkpoints/x", "@eaDir/x", "__MACOSX/deep/x", "deep/._cats"):
+        (shown / name).parent.mkdir(parents=True, exist_ok=True)
+        (shown / f"{name}.png").write_bytes(b"no image")
+        (shown / f"{name}.txt").write_text("no text")
+    (shown / "a.txt").write_text("a text")
+    assert names(shown) == ["deep/cats.png"]
+    assert [item.id for item in texts(shown)] == ["a.txt"]
+    assert [item.id for item in images(shown)] == ["deep/cats.png"]

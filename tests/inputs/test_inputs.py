@@ -368,9 +368,25 @@ def test_the_digest_follows_the_text(tmp_path: Path) -> None:
     assert texts(tmp_path / "b.txt").digest != before
 
 
+def test_the_mark_of_an_encoding_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    assert [item.read() for item in texts(tmp_path / "a.txt")] == ["abc"]
+
+
+def test_an_empty_text_of_a_folder_is_left_out(tmp_path: Path) -> None:
+    for name, text in {"a.txt": "", "b.txt": "abc", "c.txt": " \n"}.items():
+        (tmp_path / name).write_text(text)
+    assert [item.id for item in texts(tmp_path)] == ["b.txt"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no text"), (b" \n\t", "holds no text"), (b"ab\xffcd", r"is not UTF-8 \(byte 2\)")],
+    [
+        *((content, "holds no text") for content in (b"", b" \n\t", b"\xef\xbb\xbf")),
+        (b"ab\xffcd", r"is not UTF-8 \(byte 2\)"),
+        (b"\0" * 3000, "holds null characters: it is no text, or UTF-16"),
+        ("abc".encode("utf-16"), r"is not UTF-8 \(byte 0\)"),
+    ],
 )
 def test_texts_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "a.txt"

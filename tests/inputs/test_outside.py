@@ -15,7 +15,7 @@ WRONG = {
     "no JSON": (b"{", "it is not JSON"),
     "a list": (b"[1]", "it holds no mapping"),
     "null": (b"null", "it holds no mapping"),
-    "other bytes": (b"\xff\xfe", "it is not UTF-8 (byte 0)"),
+    "other bytes": (b"\xff\xff", "it is not UTF-8 (byte 0)"),
     "too deep": (b"[" * 100_000, "it is not JSON"),
     "a number beyond reason": (b'{"a": ' + b"9" * 5000 + b"}", "it is not JSON"),
     "nested": (b'{"a": ' + b"[" * 150 + b"1" + b"]" * 150 + b"}", "nested more than 100 levels deep"),

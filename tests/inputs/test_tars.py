@@ -395,3 +395,10 @@ def test_the_only_image_is_told_once(attnbias: Callable[..., Ended], tmp_path: P
     assert ended.code == 2
     assert ended.err.count("cannot read image 'a.png'") == 1
     assert ended.lines[-1] == "tip: give images in JPEG, PNG or WebP"
+
+
+def test_what_is_hidden_in_a_tar_is_passed_over(tmp_path: Path) -> None:
+    """macOS packs a file of its own beside every image."""
+    names = ("./a.png", "./._a.png", "__MACOSX/b.png", ".git/c.png", "../d.png")
+    tar = pack(tmp_path / "x.tar", {name: picture(number) for number, name in enumerate(names)})
+    assert [item.id for item in images(tar)] == ["x.tar/a.png", "x.tar/../d.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def test_a_label_has_no_control_characters(make: Make) -> None:
 
 def test_a_folder_given_twice_is_read_once(make: Make) -> None:
     folder = make()
-    assert len(collect([folder, folder]).layers) == len(collect([folder]).layers)
+    (folder.parent / "link").symlink_to(folder)
+    found = collect([folder, folder, Path(os.path.relpath(folder)), folder.parent / "link"])
+    assert len(found.layers) == len(collect([folder]).layers)
 
 
 def test_towers_with_different_constants(make: Make) -> None:

@@ -222,3 +222,9 @@ def test_a_file_that_is_as_it_should_be_keeps_its_time(tmp_path: Path) -> None:
     keep(file, b"two")
     assert file.read_bytes() == b"two"
     assert file.stat().st_mtime > 1
+
+
+def test_what_a_folder_that_was_removed_needs_is_not_room(tmp_path: Path) -> None:
+    with pytest.raises(writing.CannotWrite, match="No such") as caught, writing.writing(tmp_path):
+        os.stat(tmp_path / "x")
+    assert "removed" in str(caught.value.tip)

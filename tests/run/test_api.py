@@ -213,6 +213,12 @@ def test_a_stream_of_dicts_is_read_as_far_as_the_limit(mixer: Mixer) -> None:
     np.testing.assert_allclose(means(run), means(whole), atol=1e-6)
 
 
+def test_one_token_alone_has_nothing_to_measure(mixer: Mixer) -> None:
+    with pytest.raises(UserError, match=r"none of the metrics has a number \(1 token per input\)") as caught:
+        diag.probe(mixer, [torch.randn(2, 1, 16)], metrics=FAST)
+    assert "more tokens" in str(caught.value.tip)
+
+
 def test_padding_does_not_count(mixer: Mixer) -> None:
     (x,) = batches(2)
     padded = torch.cat([x, torch.full((2, 3, 16), 9.0)], dim=1)

@@ -68,6 +68,13 @@ def test_the_key_changes_with_the_inputs_and_the_version(monkeypatch: pytest.Mon
     assert plan().key(DIGESTS) != before
 
 
+def test_the_key_does_not_change_with_how_a_path_is_typed(tmp_path: Path) -> None:
+    for kind in ("images", "texts"):
+        typed = ("d", "d/", "./d", "~/d", str(tmp_path / "d"), "../d")
+        assert len({plan(**{kind: path}).key(DIGESTS) for path in typed}) == 1
+        assert len({plan(**{kind: path}).key(DIGESTS) for path in ("d", "demo", "hf:d", None)}) == 4
+
+
 @pytest.mark.parametrize("prefix", ["", "hf:"])
 def test_the_key_changes_with_weights_in_a_folder_but_not_with_runs_below_it(
     tmp_path: Path, prefix: str

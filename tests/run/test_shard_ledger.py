@@ -226,3 +226,16 @@ def test_tables_of_a_finished_run_have_hashes(whole: Path, tmp_path: Path) -> No
     table.write_text(table.read_text().replace("0.", "1."))
     run_probe(plan(), copy, listener=ears)
     assert ears.lines[2:] == [f"layers.csv of '{copy}' is not as the run wrote it"]
+
+
+def test_nothing_is_removed_behind_a_link(run: Path, tmp_path: Path) -> None:
+    (run / "shards").rename(tmp_path / "elsewhere")
+    (run / "shards").symlink_to(tmp_path / "elsewhere")
+    file = ledger.failure_file(run, 0, "demo:lm", Share(0, 1))
+    file.write_text("{}")
+    ledger.forget_failures(run, Share(0, 1))
+    assert file.exists()
+    (run / "shards").unlink()
+    (tmp_path / "elsewhere").rename(run / "shards")
+    ledger.forget_failures(run, Share(0, 1))
+    assert not file.exists()

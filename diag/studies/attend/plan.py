@@ -9,16 +9,16 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from diag.errors import UserError, did_you_mean, one_of
+from diag.errors import LARGEST, UserError, did_you_mean, one_of
 from diag.inputs.given import as_inputs
 from diag.inputs.images import PHOTOGRAPHS, demo_images, images
 from diag.inputs.items import Inputs, Item, existing
 from diag.inputs.outside import reason, regular
 from diag.inputs.texts import texts
 from diag.results.writing import file_stem
-from diag.run.plan import MOST, MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
+from diag.run.plan import MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
 
-Place = Annotated[int, Field(ge=-MOST, le=MOST)]
+Place = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 """Where something is, counted from the front or, negative, from the end."""
 
 DEMO = "demo:"
@@ -44,8 +44,8 @@ class AttendPlan(Plan):
     patch: tuple[Place, Place] | None = None
     pixel: tuple[Place, Place] | None = None
     token: Place | None = None
-    seq_len: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
-    top: int = Field(default=10, gt=0, le=MOST)
+    seq_len: int | None = Field(default=None, ge=2, le=MOST_TOKENS)  # one token has no others to attend to
+    top: int = Field(default=10, gt=0, le=LARGEST)
     checkpoint: Path | None = None
     model_args: tuple[str, ...] = ()
     random_init: bool = False

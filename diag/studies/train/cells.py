@@ -78,7 +78,8 @@ def train_cell(
 ) -> None:
     """Trains a cell in its folder, from its checkpoint if there is one; a finished one is left alone.
 
-    workers: processes that make batches. advance: told how many steps are done.
+    workers: processes that make batches. advance: told how many steps are done. The last checkpoint stays:
+    who owns the folder removes it.
     """
     if (folder / "card.json").exists():
         advance(plan.recipe.steps)
@@ -122,7 +123,6 @@ def train_cell(
         },
         folder / "card.json",
     )
-    checkpoint.unlink(missing_ok=True)
 
 
 def _save(task: Task, model: nn.Module, folder: Path) -> None:

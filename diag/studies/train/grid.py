@@ -26,7 +26,7 @@ from diag.measure.device import device_of
 from diag.results.folder import MANIFEST, PLAN, is_finished
 from diag.results.manifest import again
 from diag.results.manifest import read as manifest_of
-from diag.results.staging import Owner, clear, pictures, settle
+from diag.results.staging import Owner, clear, pictures, remove, settle
 from diag.results.tables import read_layers
 from diag.results.writing import write, write_json
 from diag.run.environment import command_line, environment
@@ -125,6 +125,7 @@ def run_train(
             listener.start(cell.name, plan.recipe.steps)
             own, hear = work.place / "cells" / cell.name, listener.advance
             train_cell(plan, cell, task, own, device=on, workers=workers, advance=hear)
+            remove(work.place, TRAIN, [f"cells/{cell.name}/checkpoint.pt"])
             work.locks.give(number)
         there = [(work.place / "cells" / cell.name / "card.json").exists() for cell in cells]
         if not all(there) or not work.locks.take(len(cells)):

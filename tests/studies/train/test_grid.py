@@ -127,6 +127,7 @@ def test_overwriting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     second = run_train(changed, tmp_path / "run", device="cpu", overwrite=True)
     assert first is not None
     assert second is not None
+    assert not list((tmp_path / "run").rglob("checkpoint.pt"))
     assert first.tables["results"]["sha256"][0] != second.tables["results"]["sha256"][0]
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == [
         *("cells", "figures", "probe", "probed")
