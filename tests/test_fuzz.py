@@ -13,8 +13,10 @@ from fuzzing.kinds import KINDS
 from fuzzing.stock import Stock
 from fuzzing.tries import FAULTS, judged, light, one, tries
 
-AREAS = {"reading": 30, "shards": 16, "models": 48, "inputs": 16, "cli": 40}
-"""Tries of each area; verbs that compare and report take longest."""
+AREAS = ("reading", "shards", "models", "inputs", "cli")
+SAMPLE = 4
+"""The seed of the sample: a try of every kind."""
+
 SEED, LISTING = 4, 0
 """Tries that end soon: one of a manifest, and one that lists models."""
 
@@ -28,16 +30,14 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
 @pytest.mark.parametrize("area", AREAS)
 def test_a_sample_ends_as_it_must(stock: Stock, area: str) -> None:
     kinds = [name for name, kind in KINDS.items() if kind.area == area]
-    found = list(tries(stock, kinds, AREAS[area]))
+    found = list(tries(stock, kinds, len(kinds), first=SAMPLE))
     wrong = [ended for ended in found if ended.verdict in FAULTS]
     assert wrong == [], f"\n{table(found)}\n{faults(found, 3)}"
-    assert {ended.verdict for ended in found} >= {"fine", "refused"}
+    assert {ended.verdict for ended in found} >= {"fine", "refused"}  # the sample is of both
 
 
 def test_every_kind_is_in_the_sample() -> None:
-    areas = [kind.area for kind in KINDS.values()]
-    assert set(areas) == set(AREAS)
-    assert all(count >= areas.count(area) for area, count in AREAS.items())
+    assert {kind.area for kind in KINDS.values()} == set(AREAS)
 
 
 def test_a_try_is_the_same_again(stock: Stock) -> None:

@@ -19,6 +19,9 @@ File = tuple[str, int, int]
 
 Identity = tuple[int, int]
 
+KERNEL = {os.stat(place).st_dev for place in ("/proc", "/sys") if os.path.isdir(place)}
+"""File systems of which every look shows others: links of theirs lead through the whole machine."""
+
 
 def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File], dict[str, str]]:
     """The files below a folder, in the order of their paths, and why some of them cannot be read.
@@ -63,7 +66,7 @@ def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File]
                 continue
             here = (status.st_dev, status.st_ino)
             if is_folder:
-                if here in known:
+                if here in known or status.st_dev in KERNEL:
                     continue
                 if linked:
                     known.add(here)
