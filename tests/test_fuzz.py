@@ -33,7 +33,7 @@ def test_a_sample_ends_as_it_must(stock: Stock, area: str) -> None:
     found = list(tries(stock, kinds, len(kinds), first=SAMPLE))
     wrong = [ended for ended in found if ended.verdict in FAULTS]
     assert wrong == [], f"\n{table(found)}\n{faults(found, 3)}"
-    assert {ended.verdict for ended in found} >= {"fine", "refused"}  # the sample is of both
+    assert len({ended.verdict for ended in found}) > 1  # some mutations do no harm, some do
 
 
 def test_every_kind_is_in_the_sample() -> None:
