@@ -58,7 +58,9 @@ KILLED = 77
 STEPS = ("replace", "rename", "link", "unlink", "remove", "rmdir", "mkdir")
 """Functions of `os` that change what a folder holds."""
 
-VOLATILE = frozenset({"started", "seconds", "seconds_per_step", "environment", "key", "sha256", "command"})
+VOLATILE = frozenset(
+    {"started", "seconds", "seconds_per_step", "environment", "command", "key", "sha256", "stamp"}
+)
 """Of JSON documents, what differs from one run to the next: times, and digests of files that bear times."""
 
 TIME = "seconds_per_step"

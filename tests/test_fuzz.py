@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from fuzzing.kinds import KINDS
 from fuzzing.stock import Stock
 from fuzzing.tries import FAULTS, judged, light, one, tries
 
-AREAS = {"reading": 30, "shards": 16, "models": 48, "inputs": 16, "cli": 40}
-"""Tries of each area; verbs that compare and report take longest."""
+AREAS = ("reading", "shards", "models", "inputs", "cli")
+SAMPLE = 4
+"""The seed of the sample: a try of every kind."""
+
 SEED, LISTING = 4, 0
 """Tries that end soon: one of a manifest, and one that lists models."""
 
@@ -27,16 +30,14 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
 @pytest.mark.parametrize("area", AREAS)
 def test_a_sample_ends_as_it_must(stock: Stock, area: str) -> None:
     kinds = [name for name, kind in KINDS.items() if kind.area == area]
-    found = list(tries(stock, kinds, AREAS[area]))
+    found = list(tries(stock, kinds, len(kinds), first=SAMPLE))
     wrong = [ended for ended in found if ended.verdict in FAULTS]
     assert wrong == [], f"\n{table(found)}\n{faults(found, 3)}"
-    assert {ended.verdict for ended in found} >= {"fine", "refused"}
+    assert len({ended.verdict for ended in found}) > 1  # some mutations do no harm, some do
 
 
 def test_every_kind_is_in_the_sample() -> None:
-    areas = [kind.area for kind in KINDS.values()]
-    assert set(areas) == set(AREAS)
-    assert all(count >= areas.count(area) for area, count in AREAS.items())
+    assert {kind.area for kind in KINDS.values()} == set(AREAS)
 
 
 def test_a_try_is_the_same_again(stock: Stock) -> None:
@@ -67,9 +68,8 @@ def takes_all(*arguments: Any, **more: Any) -> Any:
 
 
 def steers(*arguments: Any, **more: Any) -> Any:
-    from diag.errors import UserError
-
-    raise UserError("\x1b[31mred", "tip")
+    os.write(1, b"\x1b[31mred")
+    raise SystemExit(0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def steers(*arguments: Any, **more: Any) -> Any:
         (raises, "not expected", "KeyError: 'planted'"),
         (never_ends, "too slow", "more than 1 s"),
         (writes, "wrote", "exit code 2: left new"),
-        (takes_all, "crashed", "memory: error: MemoryError"),
+        (takes_all, "crashed", "memory: error: there is not enough memory"),
         (steers, "badly told", "a control character '\\x1b'"),
     ],
 )

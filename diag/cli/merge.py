@@ -34,10 +34,8 @@ def merge(
     if run.is_dir():
         with alone(run):
             go_on(run, PROBE)
-    if is_finished(run):
-        if not quiet:
-            say(f"already complete: {run}")
-    else:
+    there = is_finished(run)
+    if not there:
         document = read_plan(run)
         told = (lambda text: None) if quiet else say
         gather(run, more or [], told)
@@ -45,4 +43,7 @@ def merge(
         with locks_of(run) as locks:
             finish(run, locks, say=told)
     clear(run, PROBE, PROBE.work)
-    show(run, read_manifest(run), read_layers(run), as_json=as_json, quiet=quiet)
+    manifest, layers = read_manifest(run), read_layers(run)
+    if there and not quiet:
+        say(f"already complete: {run}")
+    show(run, manifest, layers, as_json=as_json, quiet=quiet)

@@ -19,6 +19,9 @@ File = tuple[str, int, int]
 
 Identity = tuple[int, int]
 
+KERNEL = {os.stat(place).st_dev for place in ("/proc", "/sys") if os.path.isdir(place)}
+"""File systems of which every look shows others: links of theirs lead through the whole machine."""
+
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 """What macOS puts into archives, and some file servers beside images."""
 
@@ -75,7 +78,7 @@ def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File]
                 continue
             here = (status.st_dev, status.st_ino)
             if is_folder:
-                if here in known:
+                if here in known or status.st_dev in KERNEL:
                     continue
                 if linked:
                     known.add(here)

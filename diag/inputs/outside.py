@@ -45,28 +45,29 @@ def named(given: str | Path, tip: str) -> Path:
         raise UserError(f"'{given}' names the home folder of nobody here", tip) from error
 
 
-def regular(path: Path, what: str, tip: str) -> None:
+def regular(path: Path, what: str, tip: str, *, most: int | None = None) -> None:
     """Raises UserError unless a path is a plain file that is there: reading a pipe would wait for ever.
 
-    what: it, in words, for the first line.
+    what: it, in words, for the first line. most: bytes that it may have.
     """
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        mode = status.st_mode
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise UserError(f"cannot read {what} '{path}': {reason(error)}", tip) from error
     if stat.S_ISDIR(mode):
         raise UserError(f"cannot read {what} '{path}': it is a folder", tip)
     if not stat.S_ISREG(mode):
         raise UserError(f"cannot read {what} '{path}': it is no plain file", tip)
+    if most is not None and status.st_size > most:
+        sizes = f"{status.st_size / MEGABYTE:.0f} MB, where {most / MEGABYTE:.0f} are the most"
+        raise UserError(f"cannot read {what} '{path}': {sizes}", tip)
 
 
 def text_of(path: Path, what: str, *, tip: str, most: int | None = None) -> str:
     """A UTF-8 file, at most `most` bytes of it. Raises UserError, naming what was read."""
-    regular(path, what, tip)
+    regular(path, what, tip, most=most)
     try:
-        if most is not None and (size := path.stat().st_size) > most:
-            sizes = f"{size / MEGABYTE:.0f} MB, where {most / MEGABYTE:.0f} are the most"
-            raise UserError(f"cannot read {what} '{path}': {sizes}", tip)
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         tip = as_utf_8(error.object) if error.object.startswith(UTF_16) else tip

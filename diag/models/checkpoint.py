@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ def checked_variants(said: Any, source: str) -> dict[str, str]:
 def _pickle(file: Path) -> Any:
     try:
         # timm's checkpoints hold the options of their training in one; it runs nothing
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*TorchScript archive")  # it is refused below
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes torch raise nearly anything
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():

@@ -130,12 +130,8 @@ def theirs(what: str, tip: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, short enough for one line of a terminal or two.
-
-    Of errors whose text is a bare name or value, their kind as well.
-    """
-    bare = isinstance(error, LookupError | AttributeError | TypeError | AssertionError | ArithmeticError)
-    return f"{type(error).__name__}: {reason(error)}" if bare and str(error) else reason(error)
+    """The first line of an error's text, short enough for one line of a terminal or two."""
+    return f"it lacks {reason(error)}" if isinstance(error, KeyError) and str(error) else reason(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -137,9 +137,10 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) -> Iterator[None]:
+def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) -> Iterator[list[Path]]:
     """Makes a folder and keeps all other processes out that ask so; it goes again if nothing is put in it.
 
+    Gives the folders that were not there, innermost first.
     waiting: told, if another process has to be waited for. A file system without locks keeps nobody out.
     Raises CannotWrite where the folder cannot be made.
     """
@@ -155,13 +156,13 @@ def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) ->
             _wait(descriptor, folder, waiting)
             if not _same(descriptor, folder):  # removed by the one that was waited for
                 continue
-            yield
+            yield made
             return
         finally:
-            if _same(descriptor, folder):
-                with suppress(OSError):
-                    for place in made:
-                        place.rmdir()
+            with suppress(OSError):
+                # a folder of this name that is not the one that was made is another process's
+                for place in made if _same(descriptor, folder) else made[1:]:
+                    place.rmdir()
             os.close(descriptor)
 
 

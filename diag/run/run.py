@@ -128,8 +128,8 @@ def run_share(
     with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
-            listener.say(f"already complete: {folder} (measure again with --overwrite)")
             found = open_run(folder)
+            listener.say(f"already complete: {folder} (measure again with --overwrite)")
             for note in edited(folder, found.manifest):
                 listener.say(note)
             return found

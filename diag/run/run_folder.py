@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +100,13 @@ def at_work(
     worked on was removed by somebody.
     """
     check_free(folder, owner)
-    with alone(folder):
+    with alone(folder) as made:
         place = claim(folder, owner, document, lock=lock, overwrite=overwrite)
         if place is not None:
             try:
                 work = Work(folder, place, _enter(place / lock))
             except CannotWrite:
-                release(folder, place, owner)
+                release(folder, place, owner, made)
                 raise
     if place is None:
         yield None
@@ -120,7 +120,7 @@ def at_work(
             gone = not work.holds(document["key"])
             with alone(folder):
                 if locks.take(PRESENT) and (gone or not keep):
-                    release(folder, place, owner)
+                    release(folder, place, owner, made)
             if gone and isinstance(error, UserError | OSError):
                 raise _vanished(folder) from error
             raise
@@ -255,10 +255,10 @@ def _written_first(document: Mapping[str, Any], path: Path) -> bool:
     return True
 
 
-def release(folder: Path, place: Path, owner: Owner) -> None:
+def release(folder: Path, place: Path, owner: Owner, made: Sequence[Path] = ()) -> None:
     """Gives up a claim of which nothing came, so that a corrected command can have the folder.
 
-    Call it `alone` in the folder, when no other process is at work in it.
+    made: folders that were made for it. Call it `alone` in the folder, when nobody else is at work in it.
     """
     if is_finished(place) or (key_of(place) and owner.files(place, owner.kept)):
         return
@@ -267,7 +267,8 @@ def release(folder: Path, place: Path, owner: Owner) -> None:
         return
     clear(folder, owner)
     with suppress(OSError):
-        folder.rmdir()
+        for empty in (folder, *made[1:]):
+            empty.rmdir()
 
 
 def check_room(folder: Path, needed: int) -> None:

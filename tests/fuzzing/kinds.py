@@ -58,8 +58,11 @@ class Kind:
         return self.words(draw) if self.words else draw.choice(self.commands)
 
 
-def _commands(*lines: str | Words, owns: Words = ("out", "out.html", "runs")) -> tuple[Command, ...]:
-    return tuple(Command(tuple(line.split()) if isinstance(line, str) else line, owns) for line in lines)
+def _commands(
+    *lines: str | Words, owns: Words = ("out", "out.html", "runs"), keeps: bool = False
+) -> tuple[Command, ...]:
+    words = (tuple(line.split()) if isinstance(line, str) else line for line in lines)
+    return tuple(Command(line, owns, keeps) for line in words)
 
 
 JSON = (json_value, json_value, json_value, json_text, some_bytes, another_place)
@@ -88,7 +91,8 @@ READ_MOMENTS = (
 )
 UNFINISHED = ("images", "unfinished", "rest")
 RESUME = (
-    *_commands("merge unfinished rest -q", "merge unfinished -q", owns=("unfinished",)),
+    *_commands("merge unfinished rest -q", owns=("unfinished",), keeps=True),  # what it copied is verified
+    *_commands("merge unfinished -q", owns=("unfinished",)),
     Command(("probe", *FEW, "-o", "unfinished"), ("unfinished",), keeps=True),
     Command(("probe", *FEW, "--shard", "2/2", "-o", "unfinished"), ("unfinished",), keeps=True),
 )
@@ -255,7 +259,7 @@ KINDS: dict[str, Kind] = {
         ("labelled",),
         "labelled/*/*",
         (image, image, *BYTES, another_name, linked),
-        _commands(("intervene", "-m", "demo:vit-p16", *CHANGE, "-o", "out")),
+        _commands(("intervene", "-m", "demo:vit-p16", *CHANGE, "-o", "out"), keeps=True),  # the untouched run
     ),
     "texts": Kind(
         "inputs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from random import Random
 from typing import Any
@@ -172,5 +173,6 @@ def typed(draw: Random, verb: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         ]
     quiet = ["-q"] if "--quiet" in flags and "--quiet" not in words else []
     written = ["-o", out] if "--output-path" in flags else []
-    owns = (out.split("/")[0], "runs") if out else ("runs",)
+    runs = [word for flag, word in itertools.pairwise(words) if flag == "--runs"]
+    owns = (*(place.split("/")[0] for place in (out, *runs) if place), "runs")
     return (verb, *words, *quiet, *written, *end), owns

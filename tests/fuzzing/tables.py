@@ -62,7 +62,7 @@ def table(draw: Random, file: Path) -> str:
         frame = ways[said]
     elif way == "add":
         value = draw.choice([value for value in ODD if not isinstance(value, list | dict)])
-        frame["unknown"], said = str(value), "a column more"
+        frame["unknown"], said = str(value).encode("utf-8", "replace").decode(), "a column more"
     elif way == "twice":
         frame = frame.assign(**{f"{name}.1": frame[name]})
     _write(frame, file)

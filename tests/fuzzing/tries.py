@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ LEAKED = re.compile(
     r"\b(?:Key|Attribute|Type|Index|ZeroDivision|Assertion|UnboundLocal|Name|Recursion)Error\b"
 )
 MEMORY_ENDED = re.compile(
-    r"MemoryError|can't allocate memory|Cannot allocate memory|Unable to allocate|bad_alloc"
+    r"MemoryError|there is not enough memory|can't allocate memory|Cannot allocate memory"
+    r"|Unable to allocate|bad_alloc"
 )
 
 
@@ -126,8 +128,8 @@ def one(stock: Stock, name: str, seed: int, *, seconds: int = SECONDS) -> Ended:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in what is forked
         child = os.fork()
     if child == 0:
-        _child(stock, kind, Ended(name, seed, (), "", "crashed"), folder, seconds)
-    _, status = os.waitpid(child, 0)
+        _child(stock, kind, Ended(name, seed, (), "", "crashed"), folder)
+    status, took = _waited(child, seconds)
     gc.unfreeze()
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what it has started
@@ -137,14 +139,25 @@ def one(stock: Stock, name: str, seed: int, *, seconds: int = SECONDS) -> Ended:
             told |= json.loads((folder / file).read_text())
     shutil.rmtree(folder, ignore_errors=True)
     if os.WIFSIGNALED(status):
-        killed = os.WTERMSIG(status)
-        slow = killed == signal.SIGALRM
+        slow = took > seconds
         told |= {"verdict": "too slow" if slow else "crashed", "code": None}
-        told |= {"wrong": f"more than {seconds} s" if slow else signal.strsignal(killed)}
-    return Ended(**told)
+        told |= {"wrong": f"more than {seconds} s" if slow else signal.strsignal(os.WTERMSIG(status))}
+    return Ended(**told | {"seconds": took})
 
 
-def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path, seconds: int) -> NoReturn:
+def _waited(child: int, seconds: float) -> tuple[int, float]:
+    """How a child ended, and after how many seconds; killed if it takes more. The alarm clock is its own."""
+    began = time.monotonic()
+    while (took := time.monotonic() - began) <= seconds:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status, took
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1], took
+
+
+def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path) -> NoReturn:
     """Runs the try and leaves two files of JSON: what is tried, and how it ended."""
     found: dict[str, Any] = {}
     try:
@@ -159,7 +172,7 @@ def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path, seconds: int) -
         command = kind.command(draw)
         about = {"words": command.words, "done": done, "wrong": "the process ended by itself"}
         (folder / "began").write_text(json.dumps(about))
-        found = _typed(command, folder, place, seconds)
+        found = _typed(command, folder, place)
     except BaseException:
         found = {"wrong": traceback.format_exc()[-2000:]}
     finally:
@@ -167,7 +180,7 @@ def _child(stock: Stock, kind: Kind, ended: Ended, folder: Path, seconds: int) -
         os._exit(0)
 
 
-def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[str, Any]:
+def _typed(command: Command, folder: Path, place: Path) -> dict[str, Any]:
     """Runs a command line within bounds, and judges it."""
     from diag.cli import main
 
@@ -189,8 +202,6 @@ def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[st
     resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY, most))
     resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(seconds)
     sys.argv = ["attnbias", *command.words]
     code: object = None
     try:
@@ -202,12 +213,11 @@ def _typed(command: Command, folder: Path, place: Path, seconds: int) -> dict[st
     for stream in (sys.stdout, sys.stderr):
         with suppress(ValueError, OSError):
             stream.flush()
-    took = seconds - signal.alarm(0)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     told, said = (path.read_bytes().decode("utf-8", "backslashreplace") for path in (out, err))
     changed = _changed(before, tree(place))
     verdict, wrong = judged(code, told, said, changed, command.owns, keeps=command.keeps)
-    return {"verdict": verdict, "code": code, "said": said[-3000:], "wrong": wrong, "seconds": took}
+    return {"verdict": verdict, "code": code, "said": said[-3000:], "wrong": wrong}
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
@@ -225,15 +235,15 @@ def judged(
     """A verdict, and what is wrong. changed: path → how, of the folder that the command ran in."""
     lines = err.splitlines()
     last = lines[-1] if lines else ""
+    at = next((line for line in lines if line.startswith("error: ")), last)
+    if MEMORY_ENDED.search(err):
+        return "crashed", f"memory: {at}"
     if (
         "this was not expected" in err
         or "Traceback (most recent call last)" in err
         or code not in (0, 1, 2, 3)
     ):
-        at = [line for line in lines if line.startswith("error: ")] or [last]
-        if MEMORY_ENDED.search(err):
-            return "crashed", f"memory: {at[0]}"
-        return "not expected", at[0]
+        return "not expected", at
     two = len(lines) == 2 and lines[0].startswith("error: ") and last.startswith("tip: ")
     differing = code == 1 and "not as drawn now" in err and last.startswith("tip: ")
     if code in (1, 2) and not two and not differing:

@@ -169,7 +169,7 @@ def test_errors_of_one_image_are_its_own(workers: int, broken: int) -> None:
     assert incidents.failed == {
         "broken": "it is torn",
         "003": "cannot preprocess the image: too narrow",
-        "005": "cannot preprocess the image: KeyError: 'mode'",
+        "005": "cannot preprocess the image: it lacks 'mode'",
     }
     assert found == [f"{number:03d}" for number in range(20) if number not in (3, 5, broken)]
 

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from diag.errors import UserError, one_of
-from diag.inputs.outside import json_of
+from diag.inputs.outside import MEGABYTE, json_of, regular
 from diag.models.families.hf import config_of
 from diag.models.families.hf.vlm import PROMPT, image_token
 from diag.models.loading import first_line, hub, quiet, unknown_argument
@@ -24,6 +24,9 @@ FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --includ
 
 SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", "Mpt")
 """Beginnings of classes whose attention transformer-lens computes as transformers does; it drops sinks."""
+
+MOST_TOKENIZER = 256 * MEGABYTE
+"""Bytes of a document beside the weights; the largest are tokenizers of 250,000 words, some 35 MB."""
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -77,6 +80,8 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
 
 def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
     """What one of transformers' automatic classes makes of the files beside the weights."""
+    for document in Path(spec.name).glob("*.json"):
+        regular(document, "model file", tip, most=MOST_TOKENIZER)
     with reading(spec, file, tip=tip):
         return kind.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
