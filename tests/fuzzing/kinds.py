@@ -128,7 +128,7 @@ DRAWN = ("plans", "images", "runs", "drawn")
 DRAW = (
     *_commands("figures plans/figures.yaml -q -o out", "figures plans/figures.yaml --dry-run"),
     *_commands("figures plans/figures.yaml -q -o drawn", owns=("drawn", "runs")),
-    *_commands("figures plans/figures.yaml --check -q -o drawn", owns=()),
+    *_commands("figures plans/figures.yaml --check -q -o drawn", owns=("runs",)),
 )
 
 

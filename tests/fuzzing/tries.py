@@ -46,9 +46,10 @@ LEAKED = re.compile(
     r"\b(?:Key|Attribute|Type|Index|ZeroDivision|Assertion|UnboundLocal|Name|Recursion)Error\b"
 )
 MEMORY_ENDED = re.compile(
-    r"MemoryError|there is not enough memory|can't allocate memory|Cannot allocate memory"
+    r"MemoryError|there is not enough memory|can't allocate memory|Cannot allocate memory(?! \(os error)"
     r"|Unable to allocate|bad_alloc"
 )
+"""Of what took too much. Not of a file that was to be mapped, which takes addresses and no memory."""
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ def _carry_out(
     started = time.time()
     (spec,), given, edits = prepared.specs, prepared.inputs, plan.edits()
     shared = {name: getattr(plan, name) for name in ProbePlan.model_fields}
+    if plan.labelled and "vision" in given:
+        class_names([item.id for item in given["vision"].items[: plan.limit]])  # before anything is measured
     probed = measured(ProbePlan(**shared), listener=listener)
     for note in edited(probed, read_manifest(probed)):
         listener.say(note)
