@@ -359,6 +359,12 @@ def test_models_are_listed_and_searched(attnbias: Attnbias) -> None:
     assert all("vit_small_patch16_224.dino" in row["resolves_to"] for row in found)
 
 
+def test_a_model_without_patches_is_listed(attnbias: Attnbias) -> None:
+    ended = attnbias("models", "RN50x64")  # a ResNet, whose configuration says that its patch size is null
+    assert ended.code == 0
+    assert any(line.startswith("RN50x64 ") for line in ended.out.splitlines())
+
+
 def test_metrics_are_listed_with_their_definitions(attnbias: Attnbias) -> None:
     ended = attnbias("metrics")
     assert ended.code == 0
