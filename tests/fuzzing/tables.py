@@ -107,7 +107,7 @@ def _read(file: Path) -> pd.DataFrame:
 def _write(frame: pd.DataFrame, file: Path) -> None:
     file.unlink()
     if file.suffix != ".parquet":
-        frame.to_csv(file, index=False)
+        frame.to_csv(file, index=False, errors="replace")
         return
     for name in frame.columns:
         try:

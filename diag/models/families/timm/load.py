@@ -201,7 +201,12 @@ def resampled(
     now, positions, kernels = dict(tensors), None, None
     position, kernel = now.get(f"{prefix}pos_embed"), now.get(f"{prefix}patch_embed.proj.weight")
     own = getattr(module, "pos_embed", None)
-    if isinstance(own, Tensor) and position is not None and position.shape[1:-1] != own.shape[1:-1]:
+    if (
+        isinstance(own, Tensor)
+        and position is not None
+        and (position.ndim, own.ndim, position.shape[:1]) == (3, 3, (1,))
+        and position.shape[1] != own.shape[1]
+    ):
         before = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
         side = round((position.shape[1] - before) ** 0.5)
         if side**2 + before == position.shape[1]:
@@ -209,7 +214,7 @@ def resampled(
             now[f"{prefix}pos_embed"] = resample_abs_pos_embed(
                 position.float(), new_size=list(embed.grid_size), num_prefix_tokens=before
             )
-    if kernel is not None and kernel.shape[-2:] != embed.proj.weight.shape[-2:]:
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != embed.proj.weight.shape[-2:]:
         kernels = (kernel.shape[-2:], embed.patch_size)
         now[f"{prefix}patch_embed.proj.weight"] = resample_patch_embed(kernel.float(), list(embed.patch_size))
     return now, fitted(name, embed.img_size, positions=positions, patch_embedding=kernels)
