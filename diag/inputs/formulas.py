@@ -43,10 +43,7 @@ def unguard(text: str) -> str:
 
 def with_guard(table: pd.DataFrame) -> pd.DataFrame:
     """A table as it is written to CSV: its texts and headings guarded."""
-    from pandas.api.types import is_numeric_dtype
-
-    words = [place for place, kind in enumerate(table.dtypes) if not is_numeric_dtype(kind)]
-    found = _each(table, [table.columns[place] for place in words], guard)
+    found = _each(table, table.select_dtypes(exclude="number"), guard)
     new = {name: guard(name) for name in table.columns if isinstance(name, str) and guard(name) != name}
     return found.rename(columns=new) if new else found
 

@@ -21,7 +21,7 @@ from diag.errors import UnreadableInput, UserError, one_of, visible
 from diag.inputs import tars
 from diag.inputs.folders import files_below
 from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256, stored
-from diag.inputs.outside import MEGABYTE, reason, regular
+from diag.inputs.outside import MEGABYTE, reason, regular, too_large
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -78,25 +78,24 @@ def images(source: str | Path) -> Inputs:
         raise UserError(
             f"no image in '{path}'{why}", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}"
         )
-    unreadable |= {name: _too_large(size) for name, size, _ in found if size > MOST_BYTES}
+    unreadable |= {name: too_large(size, MOST_BYTES) for name, size, _ in found if size > MOST_BYTES}
     ids = [visible(name) for name, *_ in found]
 
-    def read(place: int) -> Image.Image:
-        name = found[place][0]
-        if name in unreadable:
-            raise UnreadableInput(unreadable[name])
-        return open_image(root / name)
-
-    def content(place: int) -> bytes:
+    def readable(place: int) -> Path:
         name = found[place][0]
         if name in unreadable:  # a pipe would never end
             raise UnreadableInput(unreadable[name])
-        return (root / name).read_bytes()
+        return root / name
 
     digest = sha256("".join(f"{name}\0{size}\n" for name, size, _ in found))
     stamp = sha256(digest + "".join(f"{time}\n" for *_, time in found))
-    files = Files(lambda place: root / found[place][0], lambda place: found[place][1:], content)
-    return Inputs("images", str(source), Listing(ids, read), digest, stamp, files)
+    files = Files(
+        lambda place: root / found[place][0],
+        lambda place: found[place][1:],
+        lambda place: readable(place).read_bytes(),
+    )
+    items = Listing(ids, lambda place: open_image(readable(place)))
+    return Inputs("images", str(source), items, digest, stamp, files)
 
 
 def open_image(file: Path) -> Image.Image:
@@ -189,10 +188,6 @@ def _hub_images(source: str) -> Inputs:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _too_large(size: int) -> str:
-    return f"{size / MEGABYTE:,.0f} MB, where {MOST_BYTES / MEGABYTE:,.0f} are the most"
 
 
 def _stamp(file: Path) -> tuple[int, int]:

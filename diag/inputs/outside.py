@@ -19,7 +19,6 @@ MEGABYTE = 1_000_000
 MOST_DOCUMENT = 64 * MEGABYTE
 """Bytes of a JSON document, such as a manifest: those of real runs stay far below."""
 
-
 MOST_LEVELS = 100
 """Of what stands within what in a document; what shows it calls itself for each."""
 
@@ -52,16 +51,19 @@ def regular(path: Path, what: str, tip: str, *, most: int | None = None) -> None
     """
     try:
         status = path.stat()
-        mode = status.st_mode
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise UserError(f"cannot read {what} '{path}': {reason(error)}", tip) from error
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(status.st_mode):
         raise UserError(f"cannot read {what} '{path}': it is a folder", tip)
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"cannot read {what} '{path}': it is no plain file", tip)
     if most is not None and status.st_size > most:
-        sizes = f"{status.st_size / MEGABYTE:.0f} MB, where {most / MEGABYTE:.0f} are the most"
-        raise UserError(f"cannot read {what} '{path}': {sizes}", tip)
+        raise UserError(f"cannot read {what} '{path}': {too_large(status.st_size, most)}", tip)
+
+
+def too_large(size: int, most: int, what: str = "") -> str:
+    """Bytes and how many there may be, in words. what: what they are of, if that is said."""
+    return f"{size / MEGABYTE:,.0f} MB{what}, where {most / MEGABYTE:,.0f} are the most"
 
 
 def text_of(path: Path, what: str, *, tip: str, most: int | None = None) -> str:
@@ -97,6 +99,14 @@ def json_of(path: Path, what: str, *, tip: str, most: int = MOST_DOCUMENT) -> di
     if SURROGATE.search(text) and not _is_text(found):
         raise UserError(f"cannot read {what} '{path}': it holds half a character (\\ud800 to \\udfff)", tip)
     return found
+
+
+def mapping_in(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is not there or cannot be read."""
+    try:
+        return json_of(path, "file", tip="")
+    except UserError:
+        return {}
 
 
 def _deeper(value: Any, levels: int) -> bool:

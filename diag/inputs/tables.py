@@ -71,6 +71,7 @@ def read_table(file: Path, layout: Layout, what: str, *, tip: str) -> pd.DataFra
 
     what: it, in words. Raises UserError that names file, column and row.
     """
+    regular(file, what, tip)
     table = _parquet(file, what, tip) if file.suffix == ".parquet" else _csv(file, layout, what, tip)
 
     def refuse(why: str) -> NoReturn:
@@ -102,7 +103,6 @@ def read_table(file: Path, layout: Layout, what: str, *, tip: str) -> pd.DataFra
 def _csv(file: Path, layout: Layout, what: str, tip: str) -> pd.DataFrame:
     import pandas as pd
 
-    regular(file, what, tip)
     words = [name for name, kind in layout.kinds.items() if kind in WORDS]
     try:
         table = pd.read_csv(
@@ -138,12 +138,10 @@ def _semicolons(file: Path, layout: Layout) -> str | None:
 def _parquet(file: Path, what: str, tip: str) -> pd.DataFrame:
     import pandas as pd
 
-    regular(file, what, tip)
     try:
-        table = pd.read_parquet(file)
+        return pd.read_parquet(file)
     except Exception as error:  # as above; some of the format's errors are of no common kind
         raise UserError(f"cannot read {what} '{file}': {reason(error)}", tip) from error
-    return table
 
 
 def _wrong(column: pd.Series, kind: str) -> tuple[int, str] | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from diag.errors import UnreadableInput, UserError, visible
 from diag.inputs.folders import files_below, is_hidden
-from diag.inputs.outside import MEGABYTE, named, reason, regular
+from diag.inputs.outside import MEGABYTE, named, reason, regular, too_large
 
 SUFFIX = ".tar"
 TIP = "--images takes a folder, an image or .tar file, 'DIR/{000..099}.tar', hf:NAME or 'demo'"
@@ -165,7 +165,7 @@ def _problem(member: tarfile.TarInfo, most: int) -> str | None:
     if member.size < 0:
         return "of negative size"
     if member.size > most:
-        return f"{member.size / MEGABYTE:,.0f} MB, where {most / MEGABYTE:,.0f} are the most"
+        return too_large(member.size, most)
     return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from diag.errors import UserError, one_of, visible
 from diag.inputs.folders import files_below
 from diag.inputs.items import Inputs, Item, column_of, data_set, existing, sha256
-from diag.inputs.outside import MEGABYTE, as_utf_8, reason, regular
+from diag.inputs.outside import MEGABYTE, as_utf_8, reason, regular, too_large
 
 MOST_TEXT = 1_000 * MEGABYTE
 """Bytes of the texts of one run, which are held in memory."""
@@ -123,7 +123,7 @@ def _others(folder: Path) -> str:
 
 def _too_long(what: str, size: int) -> UserError:
     return UserError(
-        f"{what}: {size / MEGABYTE:,.0f} MB of text, where {MOST_TEXT / MEGABYTE:,.0f} are the most",
+        f"{what}: {too_large(size, MOST_TEXT, ' of text')}",
         f"measure its beginning: head -c {MOST_TEXT // 10} FILE > PART.txt",
     )
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diag.errors import UserError
-from diag.inputs.outside import json_of
-
 PLAN = "plan.json"
 """What is run, written first; whose folder it is."""
 
@@ -22,11 +19,3 @@ LAYERS, HEADS, SAMPLES, QUANTILES = "layers.csv", "heads.parquet", "samples.parq
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds the whole of what a verb writes."""
     return (folder / MANIFEST).is_file()
-
-
-def kind_of(folder: Path) -> str | None:
-    """Which verb's folder it is by its manifest: "attend", "compare" …; None for a probe's, or for none."""
-    try:
-        return json_of(folder / MANIFEST, "manifest", tip="").get("kind")
-    except UserError:
-        return None

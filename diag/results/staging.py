@@ -23,10 +23,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from diag.errors import UserError
-from diag.inputs.outside import json_of
+from diag.inputs.outside import mapping_in
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.writing import atomically, beside, left_behind, on_disk, write_json, writing
 
@@ -51,13 +50,11 @@ def pictures(*stems: str) -> tuple[str, ...]:
 class Owner:
     """A verb and the files that it writes, as patterns relative to its folder; `*` stands for no slash.
 
-    noun: what its folder holds, in words. result: what stays. work: what only an unfinished folder has.
-    kept: of the work, what a failure does not throw away, because the same command goes on with it.
-    last: of the result, the file that makes it whole.
+    result: what stays. work: what only an unfinished folder has. kept: of the work, what a failure does not
+    throw away, because the same command goes on with it. last: of the result, the file that makes it whole.
     """
 
     verb: str
-    noun: str
     result: tuple[str, ...]
     work: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
@@ -187,7 +184,7 @@ def _same(descriptor: int, folder: Path) -> bool:
 
 def verb_of(folder: Path) -> str | None:
     """Which verb wrote a folder, finished or not; None where that cannot be told."""
-    plan, manifest, note = (_mapping(folder / name) for name in (PLAN, MANIFEST, f"{NEXT}/{NOTE}"))
+    plan, manifest, note = (mapping_in(folder / name) for name in (PLAN, MANIFEST, f"{NEXT}/{NOTE}"))
     for document in (plan, manifest):
         if "kind" in document:
             return str(document["kind"])
@@ -210,13 +207,6 @@ def check_free(folder: Path, owner: Owner) -> None:
 def is_empty(folder: Path) -> bool:
     """Whether nothing lies in a folder but what is being built or written."""
     return not folder.exists() or all(file.suffix == ".tmp" or file.name == NEXT for file in folder.iterdir())
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        return json_of(file, "the file", tip="")
-    except UserError:
-        return {}
 
 
 # --- built aside, put in place
@@ -263,7 +253,7 @@ def discard(folder: Path, owner: Owner) -> None:
 
 def go_on(folder: Path, owner: Owner) -> bool:
     """Goes on with putting a result in place, where that had begun; whether it had."""
-    if "comes" not in _mapping(folder / NEXT / NOTE):
+    if "comes" not in mapping_in(folder / NEXT / NOTE):
         return False
     put_in_place(folder, owner)
     return True
@@ -278,7 +268,7 @@ def put_in_place(folder: Path, owner: Owner, goes: Iterable[str] | None = None) 
     place = folder / NEXT
     if not place.is_dir():
         return
-    note = _mapping(place / NOTE)
+    note = mapping_in(place / NOTE)
     if "comes" not in note:
         comes = owner.files(place, owner.result)
         if goes is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError
-from diag.inputs.outside import json_of
+from diag.inputs.outside import json_of, mapping_in
 from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, is_finished
 from diag.results.staging import (
     NEXT,
@@ -39,7 +39,6 @@ SHARDS = ("shards/*.parquet", "shards/*.json", "shards/.lock")
 
 PROBE = Owner(
     "probe",
-    "run",
     result=(
         *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, "activations/*/*.safetensors"),
         *pictures("curves-*", "heads-*", "comparison", "comparison-*"),
@@ -74,10 +73,7 @@ class Work:
 
 def key_of(folder: Path) -> str | None:
     """The key of what a folder is for; None where there is none."""
-    try:
-        return json_of(folder / PLAN, "the plan", tip="").get("key")
-    except UserError:
-        return None
+    return mapping_in(folder / PLAN).get("key")
 
 
 @contextmanager

@@ -159,7 +159,6 @@ def default_folder(found: Comparison, root: Path = RUNS) -> Path:
 
 OWNER = Owner(
     "compare",
-    "comparison",
     result=(
         *(MANIFEST, "comparison.csv", "profiles.csv", "differences.csv", "verdict.txt"),
         *pictures("comparison", "profiles", "profiles-*"),

@@ -31,7 +31,6 @@ from diag.results.writing import beside, keep, left_behind, write_json
 
 OWNER = Owner(
     "compare",
-    "comparison",
     result=("manifest.json", "a.csv", "b.csv", "deep/*/*.csv", *pictures("curves-*")),
     work=("shards/*.parquet",),
 )

@@ -65,11 +65,7 @@ class ModelSpec:
 
 def expanded(name: str) -> Path:
     """A path as typed, with the home folder in place of `~`; `~nobody` stands for itself."""
-    path = Path(name)
-    try:
-        return path.expanduser()
-    except RuntimeError:  # no such user
-        return path
+    return Path(os.path.expanduser(name))
 
 
 def folder_named(name: str) -> Path | None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diag.errors import UserError
+from diag.inputs.outside import mapping_in
 from diag.results.collect import collect
-from diag.results.folder import kind_of
+from diag.results.folder import MANIFEST
+from diag.results.manifest import ATTEND
 from diag.results.writing import atomically, sweep_beside
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
@@ -42,7 +44,7 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
     """
     check_free(path)
     given = list(dict.fromkeys(folders))
-    looks = [folder for folder in given if kind_of(folder) == "attend"]
+    looks = [folder for folder in given if mapping_in(folder / MANIFEST).get("kind") == ATTEND]
     runs = [folder for folder in given if folder not in looks]
     if not runs:
         raise UserError(

@@ -34,7 +34,6 @@ from diag.studies.attend.plan import AttendPlan
 
 OWNER = Owner(
     ATTEND,
-    "look at a token",
     result=(
         *(PLAN, MANIFEST, "tokens.parquet", "decomposition.csv", "pictures/*.png"),
         *pictures("strip", "similarity-map", "most-attended"),

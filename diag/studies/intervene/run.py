@@ -41,7 +41,6 @@ from diag.studies.intervene.words import CONTROL, main_effect
 
 OWNER = Owner(
     "intervene",
-    "sweep",
     result=(
         *(PLAN, MANIFEST, SAMPLES, "sensitivity.csv", "relations.csv"),
         *pictures("sensitivity-*", "relation-*"),

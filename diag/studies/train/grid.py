@@ -46,7 +46,6 @@ LOCK = "cells/.lock"
 
 TRAIN = Owner(
     "train",
-    "grid of trainings",
     result=(
         *(PLAN, MANIFEST, "results.md", *(f"{name}.csv" for name in ("results", *TABLES))),
         *(f"cells/*/{name}" for name in ("log.csv", "monitor.csv", "card.json")),

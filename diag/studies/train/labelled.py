@@ -87,7 +87,7 @@ class LabelledTask(ImageTask):
         }
 
     def probed(self, folder: Any) -> dict[str, str]:
-        return {"images": os.path.abspath(os.path.expanduser(str(self.plan.validation)))}  # noqa: PTH
+        return {"images": os.path.abspath(os.path.expanduser(str(self.plan.validation)))}
 
     def _read(self, given: Labelled, places: Any, transform: Any) -> Batch:
         """A batch without the images that cannot be read, each of which is warned of.

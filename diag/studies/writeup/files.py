@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from diag.inputs.outside import mapping_in
 from diag.results.folder import PLAN
 from diag.results.staging import PICTURES, Owner
 
-OWNER = Owner(
-    "figures", "writeup", result=(PLAN, *(f"*.{ending}" for ending in (*PICTURES, "tex", "md"))), last=PLAN
-)
+OWNER = Owner("figures", result=(PLAN, *(f"*.{ending}" for ending in (*PICTURES, "tex", "md"))), last=PLAN)
 
 NEW, CHANGED, SAME, REMOVED, MISSING, EXTRA = "new", "changed", "same", "removed", "missing", "extra"
 
@@ -37,11 +35,9 @@ def files_of(drawn: Path) -> list[Path]:
 
 def _drawn_before(folder: Path) -> list[str]:
     """The files that an earlier plan.json lists and that are there: ours to remove, and no others."""
-    try:
-        listed = json.loads((folder / PLAN).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [name for name in listed if isinstance(name, str) and OWNER.may_remove(folder, name)]
+    listed = mapping_in(folder / PLAN).get("files")
+    names = listed if isinstance(listed, list) else []
+    return [name for name in names if isinstance(name, str) and OWNER.may_remove(folder, name)]
 
 
 def extra(folder: Path, known: Mapping[str, str]) -> dict[str, str]:

@@ -6,16 +6,15 @@ A run holds one model: a plan that gains a model measures that model only, and o
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.inputs.document import Document, Place
+from diag.inputs.outside import mapping_in
 from diag.metrics.names import GROUPS, chosen
 from diag.models.names import series
 from diag.models.names.arguments import merged, read, split
@@ -198,8 +197,7 @@ def _finished_plans(root: Path) -> list[dict[str, Any]]:
     """What the finished runs in a folder measured: their plans without `HOW`."""
     found = []
     for folder in filter(is_finished, root.glob("*")):
-        # an attend folder, or one of another version, may have none
-        with suppress(OSError, ValueError, KeyError):
-            plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))["plan"]
+        plan = mapping_in(folder / PLAN).get("plan")
+        if isinstance(plan, dict):  # a folder of another version may have none
             found.append({key: value for key, value in plan.items() if key not in HOW})
     return found

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from diag.errors import UserError, did_you_mean, one_of
-from diag.inputs.outside import json_of
+from diag.inputs.outside import mapping_in
 from diag.models.families.open_clip import open_clip_configs
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import LOCAL, SCHEMAS, ModelSpec
@@ -47,10 +47,7 @@ def _claims(spec: ModelSpec) -> bool:
 
 def _in_folder(folder: Path, given: str) -> str | None:
     """A folder that timm saved: its config names an architecture, and no Hugging Face model type."""
-    try:
-        config = json_of(folder / "config.json", "config", tip=LIST_TIP)
-    except UserError:
-        return None  # of no family, or the last one says what is wrong
+    config = mapping_in(folder / "config.json")  # the last family says what is wrong with it
     return f"{LOCAL}{folder}" if "architecture" in config and "model_type" not in config else None
 
 
