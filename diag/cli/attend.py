@@ -140,7 +140,7 @@ def _split(numbers: pd.Series, mean: bool) -> list[str]:
         for name in ("cos_y_vself", "self_part", "context_part", "cos_y_vuniform", "cos_y_vpartner")
     )
     energy = numbers["removed_energy"]
-    shares = f"{energy:.0%} along v, {1 - energy:.0%} exclusive"
+    shares = f"{energy:.0%} along v, {fixed(100 * (1 - energy), 0)}% exclusive"
     norms = "means over heads"  # norms and signed projections of several heads do not add up
     if not mean:
         parts = {"‖y‖": "output_norm", "along v": "projection", "exclusive": "exclusive_norm"}

@@ -28,8 +28,9 @@ def merge(
     from diag.results.staging import alone, clear, go_on
     from diag.results.tables import read_layers, read_manifest
     from diag.run.finish import check_whole, finish, gather
+    from diag.run.locks import Locks
     from diag.run.run_folder import PROBE
-    from diag.run.shard_ledger import locks_of, read_plan
+    from diag.run.shard_ledger import SHARDS_LOCK, read_plan
 
     if run.is_dir():
         with alone(run):
@@ -40,7 +41,7 @@ def merge(
         told = (lambda text: None) if quiet else say
         gather(run, more or [], told)
         check_whole(run, document)
-        with locks_of(run) as locks:
+        with Locks.at(run / SHARDS_LOCK) as locks:
             finish(run, locks, say=told)
     clear(run, PROBE, PROBE.work)
     manifest, layers = read_manifest(run), read_layers(run)

@@ -27,8 +27,11 @@ class Unprinted(Exception):  # noqa: N818  it is nobody's mistake
         self.place: Path | None = None
 
 
-class _Stream:
-    """A text stream; what it does not do itself, the stream under it does."""
+class Advice:
+    """stderr, also for the libraries that write to it. What cannot be written is lost.
+
+    What it does not do itself, the stream under it does.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -73,7 +76,7 @@ class _Stream:
             os.close(nowhere)
 
 
-class Results(_Stream):
+class Results(Advice):
     """stdout. Raises Unprinted where nothing can be written, and from then on always."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -95,10 +98,6 @@ class Results(_Stream):
         super()._failed(error)
         self.failure = error
         raise Unprinted(error) from error
-
-
-class Advice(_Stream):
-    """stderr, also for the libraries that write to it. What cannot be written is lost."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
-from diag.measure.reconstruction import NOT_FINITE, inputs_of
+from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
@@ -215,7 +215,7 @@ class BatchStreamReadings:
         here = states.after.device  # of a model over several GPUs, what enters a block may lie on another
         states = replace(states, before=states.before.to(here), middle=states.middle.to(here))
         if self.gated:
-            self.refuse_wild(states)
+            refuse_non_finite(states.after, self.of_heads.batch, states.path)
         calls = self.calls.pop(states.layer, [])
         if len(calls) == 1:
             call, used = calls[0]
@@ -231,16 +231,6 @@ class BatchStreamReadings:
             states = replace(states, to_stream=None)
         sets = self.of_heads.sets
         self.readings.add(states, {name: self.of_heads.tokens(name, states) for name in sets})
-
-    def refuse_wild(self, states: BlockStates) -> None:
-        """Raises NotFinite for inputs with NaN or infinity in what a block returns; padding may hold any."""
-        real = self.of_heads.batch.real
-        wild = ~states.after.isfinite().all(-1)
-        if real is not None and real.shape == wild.shape:
-            wild = wild & real.to(wild.device)
-        if wild.any():
-            whose = inputs_of(wild.any(1), self.of_heads.batch.ids)
-            raise NotFinite(dict.fromkeys(whose, f"the block of layer '{states.path}' {NOT_FINITE}"))
 
     def blocks(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, tuple[str, ...], Tensor]]:
         """Each layer with its metrics and their `[token set, metric, input, 1]`, on the device."""

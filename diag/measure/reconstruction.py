@@ -11,6 +11,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
 from diag.errors import MeasurementError, NotFinite
+from diag.models.base import Batch
 from diag.models.hooks.residual import tolerance
 from diag.results.layer_values import LayerFacts
 
@@ -64,6 +65,19 @@ def inputs_of(rows: Bool[Tensor, " batch"], ids: Sequence[str]) -> list[str]:
         return list(ids)
     marked = rows.view(len(ids), -1).any(1).tolist()
     return [name for name, spoiled in zip(ids, marked, strict=True) if spoiled]
+
+
+def refuse_non_finite(states: Tensor, batch: Batch, path: str) -> None:
+    """Raises NotFinite for inputs with NaN or infinity in what a block returns; padding may hold any.
+
+    states: `[batch, …, width]`. path: of the block.
+    """
+    wild = ~states.isfinite().all(-1)
+    if batch.real is not None and batch.real.shape == wild.shape:
+        wild = wild & batch.real.to(wild.device)
+    if wild.any():
+        whose = inputs_of(wild.flatten(1).any(1), batch.ids)
+        raise NotFinite(dict.fromkeys(whose, f"the block of layer '{path}' {NOT_FINITE}"))
 
 
 def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:

@@ -70,10 +70,6 @@ class _Probe(_Any):
     inputs: dict[str, _Input] = {}
 
 
-class _Compare(_Any):
-    pass
-
-
 _Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
@@ -131,7 +127,7 @@ class _Train(_Any):
 KINDS: Mapping[str, tuple[type[_Any], str]] = {
     PROBE: (_Probe, "measure it again: attnbias probe … -o {folder} --overwrite"),
     ATTEND: (_Attend, "measure it again: attnbias attend … -o {folder} --overwrite"),
-    "compare": (_Compare, "compare again into another folder: attnbias compare … -o FOLDER"),
+    "compare": (_Any, "compare again into another folder: attnbias compare … -o FOLDER"),
     "intervene": (_Intervene, "measure it again: attnbias intervene … -o {folder} --overwrite"),
     "train": (_Train, "train again: attnbias train … -o {folder} --overwrite"),
 }

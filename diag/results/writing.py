@@ -171,7 +171,7 @@ def _markdown(frame: pd.DataFrame) -> str:
     """A pipe table. A bar inside a cell would end it."""
     cells = frame.map(lambda cell: cell.replace("|", "\\|") if isinstance(cell, str) else cell)
     # numbers that are text already keep their digits
-    return cells.to_markdown(index=False, floatfmt=".3f", disable_numparse=True) + "\n"
+    return cells.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {

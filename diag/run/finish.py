@@ -5,7 +5,6 @@ Shards are read in the order of the inputs, so that nothing depends on who wrote
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import pandas as pd
 from pyarrow import ArrowInvalid
 
 from diag.errors import UserError
+from diag.inputs.items import sha256
 from diag.metrics.catalogue import RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
 from diag.results.hashes import hashes
@@ -193,7 +193,7 @@ def _told(part: Part, shards: int) -> dict[str, Any]:
 
 def _chained(content: Mapping[str, str]) -> str:
     """Identifies what was measured: the ids of inputs and the hashes of their bytes, in order."""
-    return hashlib.sha256(json.dumps(list(content.items())).encode()).hexdigest()
+    return sha256(json.dumps(list(content.items())))
 
 
 def _say_told(given: str, told: Mapping[str, Any], say: Saying) -> None:

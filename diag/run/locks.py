@@ -10,6 +10,8 @@ import errno
 import os
 from pathlib import Path
 
+from diag.results.writing import writing
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -34,6 +36,13 @@ class Locks:
 
     def __init__(self, file: Path) -> None:
         self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+
+    @staticmethod
+    def at(file: Path) -> Locks:
+        """Those in a file whose folder may have to be made. Raises CannotWrite where it cannot be."""
+        with writing(file.parent):
+            file.parent.mkdir(exist_ok=True)
+            return Locks(file)
 
     def __enter__(self) -> Locks:
         return self

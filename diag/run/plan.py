@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from diag.errors import LARGEST, UserError
 from diag.inputs.images import images
-from diag.inputs.items import Inputs
+from diag.inputs.items import Inputs, sha256
 from diag.inputs.texts import texts
 from diag.models.names.arguments import local_files
 from diag.models.names.resolve import parse
@@ -175,7 +174,7 @@ class ProbePlan(Plan):
             local.append(self.checkpoint)
         files = {str(path): _stamp(path) for path in local}
         document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
-        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(document, sort_keys=True))
 
 
 def what_differs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -100,10 +100,11 @@ def at_work(
         place = claim(folder, owner, document, lock=lock, overwrite=overwrite)
         if place is not None:
             try:
-                work = Work(folder, place, _enter(place / lock))
+                work = Work(folder, place, Locks.at(place / lock))
             except CannotWrite:
                 release(folder, place, owner, made)
                 raise
+            work.locks.share(PRESENT)
     if place is None:
         yield None
         return
@@ -153,14 +154,6 @@ def alone_at_work(
             raise
         if place not in (None, folder):
             put_in_place(folder, owner)
-
-
-def _enter(lock: Path) -> Locks:
-    with writing(lock.parent):
-        lock.parent.mkdir(exist_ok=True)
-        locks = Locks(lock)
-    locks.share(PRESENT)
-    return locks
 
 
 def _hand_over(work: Work, owner: Owner, lock: str) -> None:

@@ -27,8 +27,7 @@ from diag.inputs.outside import json_of
 from diag.results.folder import PLAN
 from diag.results.hashes import sha256_of
 from diag.results.staging import remove
-from diag.results.writing import file_stem, writing
-from diag.run.locks import Locks
+from diag.results.writing import file_stem
 from diag.run.processes import Share
 from diag.run.run_folder import PROBE
 
@@ -76,21 +75,8 @@ KINDS: dict[Any, str] = {
     list: "a list of text",
 }
 
-
 SHARDS_LOCK = "shards/.lock"
 """The file that holds the locks of a run, within its folder. It goes with the shards."""
-
-
-def lock_file(folder: Path) -> Path:
-    """The file that holds the locks of a run."""
-    return folder / SHARDS_LOCK
-
-
-def locks_of(folder: Path) -> Locks:
-    """The locks of a run. Raises CannotWrite where their file cannot be made."""
-    with writing(folder / "shards"):
-        lock_file(folder).parent.mkdir(exist_ok=True)
-        return Locks(lock_file(folder))
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ figures/          curves over relative depth, profiles with their minimum marked
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import string
@@ -23,6 +22,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
+from diag.inputs.items import sha256
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST
@@ -89,7 +89,7 @@ class Comparison:
         runs = [manifest.get("key") for manifest in self.collection.manifests.values()]
         overlaid = None if self.published is None else len(self.published)
         text = json.dumps([runs, self.labels, dict(self.settings), overlaid], default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256(text)
 
 
 def compare(

@@ -12,7 +12,7 @@ from diag.results import decimals
 from diag.results.decimals import fixed, shown
 from diag.results.writing import write
 from diag.show.report.maps import number as in_report
-from diag.show.words.phrases import decimal, interval, number
+from diag.show.words.phrases import decimal, interval
 
 
 def test_examples() -> None:
@@ -24,7 +24,7 @@ def test_examples() -> None:
 @pytest.mark.parametrize("value", [-0.0, -1e-9, -0.00049])
 def test_there_is_no_minus_before_what_is_shown_as_0(value: float, tmp_path: Path) -> None:
     assert [fixed(value), fixed(value, sign=True), shown(value)] == ["0.000"] * 3
-    assert [number(value), number(value, sign=True), decimal(value), in_report(value)] == ["0.000"] * 4
+    assert [decimal(value), in_report(value)] == ["0.000"] * 2
     assert interval(value, value, sign=True) == "0.000 to 0.000"
     write(pd.DataFrame({"v": [value]}), tmp_path / "table.tex")
     assert "\n0.000 \\\\\n" in (tmp_path / "table.tex").read_text()

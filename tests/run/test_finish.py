@@ -401,7 +401,7 @@ class Ears(run.Silent):
 @contextmanager
 def holder(folder: Path, place: int) -> Iterator[subprocess.Popen[str]]:
     """Another process that has a lock of a run in hand."""
-    file = ledger.lock_file(folder)
+    file = folder / ledger.SHARDS_LOCK
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(file), str(place)],
         stdin=subprocess.PIPE,

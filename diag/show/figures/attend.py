@@ -314,7 +314,8 @@ def _split(ax: Axes, numbers: pd.Series, limits: tuple[float, float]) -> list[Li
     bias, own, context = (fixed(float(number), 2).replace("-", "−") for number in shown)
     context = context.replace("−", "− ") if context.startswith("−") else f"+ {context}"
     said = f"cos(yᵢ, vᵢ) = {bias} = {own} {context}"
-    for place, text in ((1.42, said), (0.28, f"‖yᵢ‖² in shares: {energy:.2f} + {1 - energy:.2f}")):
+    shares = f"‖yᵢ‖² in shares: {fixed(energy, 2)} + {fixed(1 - energy, 2)}"
+    for place, text in ((1.42, said), (0.28, shares)):
         ax.text(limits[0], place, text, fontsize=6.5, va="bottom")
     ax.set_xlim(*limits)
     ax.set_ylim(-0.4, 1.75)

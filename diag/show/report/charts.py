@@ -142,7 +142,7 @@ def _named(ticks: Sequence[float]) -> list[tuple[float, str]]:
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1
     decimals += round(step * 10**decimals, 6) % 1 > 0
-    return [(tick, fixed(tick, decimals).replace("-", "−")) for tick in (t + 0.0 for t in ticks)]
+    return [(tick, fixed(tick, decimals).replace("-", "−")) for tick in ticks]
 
 
 def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pandas as pd
 
 from diag.results.collect import Collection
+from diag.results.decimals import fixed
 from diag.results.profiles import DOUBTS, FEWEST, SMALLEST, UNCLEAR
 from diag.show.words.control import random_lines
-from diag.show.words.phrases import Profile, doubt_of, layer_of, number, profile_of, share
+from diag.show.words.phrases import Profile, doubt_of, layer_of, profile_of, share
 
 SHAPES = {
     "falling": "falls with depth",
@@ -52,7 +53,7 @@ def _strongest_layer(layers: pd.DataFrame) -> Iterator[str]:
     layer = int(biases["layer"].to_numpy()[biases["mean"].to_numpy().argmax()])
     at = layer_of(layers, layer)
     bias, where = at["cos_y_vself"], ", where it is strongest," if len(biases) > 1 else ""
-    said = f"In layer {layer}{where} the bias is {number(bias.value)} {bias.interval(n=True)}: the mean "
+    said = f"In layer {layer}{where} the bias is {fixed(bias.value)} {bias.interval(n=True)}: the mean "
     said += "cosine between what attention returns to a token and that token's own value"
     if "removed_energy" in at:
         along = share(at["removed_energy"].value)
@@ -60,23 +61,23 @@ def _strongest_layer(layers: pd.DataFrame) -> Iterator[str]:
     yield f"{said}."
     if "cos_y_vuniform" in at:
         uniform = at["cos_y_vuniform"].value
-        said = f"Uniform attention over the same values would give {number(uniform)}"
+        said = f"Uniform attention over the same values would give {fixed(uniform)}"
         if uniform > bias.value:
-            yield f"{said}, more than the {number(bias.value)} that is there."
+            yield f"{said}, more than the {fixed(bias.value)} that is there."
         else:
             part = f" ({share(uniform / bias.value)})" if bias.value > 0 else ""
-            yield f"{said} of the {number(bias.value)}{part}."
+            yield f"{said} of the {fixed(bias.value)}{part}."
     if "cos_y_vpartner" in at:
         said = "Compared with another token's value instead of its own, the cosine is "
-        said += number(at["cos_y_vpartner"].value)
+        said += fixed(at["cos_y_vpartner"].value)
         if "excess" in at:
             excess = at["excess"]
-            said += f"; the excess of {number(excess.value)} {excess.interval()} is {excess.judged()}"
+            said += f"; the excess of {fixed(excess.value)} {excess.interval()} is {excess.judged()}"
         yield f"{said}."
     if "self_part" in at and bias.value > 0:
         own = at["self_part"].value
         yield (
-            f"{number(own)} of the {number(bias.value)} ({share(own / bias.value)}) is the token attending "
+            f"{fixed(own)} of the {fixed(bias.value)} ({share(own / bias.value)}) is the token attending "
             "to itself; the rest is other tokens whose values point the same way."
         )
 
@@ -86,11 +87,11 @@ def _over_layers(found: Profile) -> Iterator[str]:
     if bias is None:
         return
     parts = [
-        f"{number(excess.value, sign=True)} {excess.interval()} over {name}, {excess.judged()}"
+        f"{fixed(excess.value, sign=True)} {excess.interval()} over {name}, {excess.judged()}"
         for metric, _, name in NULLS
         if (excess := found.get((metric, "mean")))
     ]
-    said = f"Mean over layers: bias {number(bias.value)} {bias.interval(n=True)}"
+    said = f"Mean over layers: bias {fixed(bias.value)} {bias.interval(n=True)}"
     yield f"{said}; excess {'; '.join(parts)}." if parts else f"{said}."
 
 
@@ -99,12 +100,12 @@ def _depth(found: Profile, metric: str, name: str) -> Iterator[str]:
     if rise is None or not rise.known:
         return
     first, lowest, last = (found[metric, quantity] for quantity in ("first", "minimum", "last"))
-    way = f"{number(first.value)} in layer {first.layer:.0f}, "
+    way = f"{fixed(first.value)} in layer {first.layer:.0f}, "
     if lowest.layer not in (first.layer, last.layer):
-        way += f"lowest {number(lowest.value)} in layer {lowest.layer:.0f} "
+        way += f"lowest {fixed(lowest.value)} in layer {lowest.layer:.0f} "
         way += f"(relative depth {lowest.depth:.2f}), "
-    way += f"{number(last.value)} in layer {last.layer:.0f}; "
-    way += f"last − first {number(rise.value, sign=True)} {rise.interval(sign=True)}"
+    way += f"{fixed(last.value)} in layer {last.layer:.0f}; "
+    way += f"last − first {fixed(rise.value, sign=True)} {rise.interval(sign=True)}"
     shape, likeliest = found[metric, "shape"], found[metric, "likeliest_shape"]
     if shape.word in SHAPES:
         yield f"The {name} {SHAPES[shape.word]}, in {share(shape.value)} of resamples: {way}."
@@ -122,9 +123,9 @@ def _growth(found: Profile) -> Iterator[str]:
     growth, onset = (found.get(("value_similarity", quantity)) for quantity in ("growth", "onset"))
     if growth is None or onset is None or not growth.known:
         return
-    low, high = (f"{end:.2f}" for end in (growth.low, growth.high))
+    factor, low, high = (fixed(end, 2) for end in (growth.value, growth.low, growth.high))
     spread = "one input, no interval" if pd.isna(growth.low) else f"{low} to {high}"
-    said = f"From {growth.word} the similarity of values changes by a factor of {growth.value:.2f} ({spread})"
+    said = f"From {growth.word} the similarity of values changes by a factor of {factor} ({spread})"
     if onset.known:
         said += f"; after layer {onset.value:.0f} it stays above its lowest value"
     elif onset.n >= FEWEST:

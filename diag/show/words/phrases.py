@@ -59,7 +59,7 @@ class Found:
         """`(0.403 to 0.613)`, or with the number of inputs; says so where there is none."""
         if pd.isna(self.low):
             return "(one input, no interval)" if self.n == 1 else "(no interval)"
-        low, high = (share(x) if percent else number(x, sign=sign) for x in (self.low, self.high))
+        low, high = (share(x) if percent else fixed(x, sign=sign) for x in (self.low, self.high))
         return f"(95 % interval {low} to {high}, n = {self.n})" if n else f"({low} to {high})"
 
 
@@ -100,11 +100,6 @@ def widening(n: int) -> float:
     distribution's (first term of the Cornish-Fisher expansion, within 1 % from n = 10 on).
     """
     return (n / (n - 1)) ** 0.5 * (1 + (1.96**2 + 1) / (4 * (n - 1)))
-
-
-def number(value: float, *, sign: bool = False) -> str:
-    """`0.511`, `-0.004`, with a sign that programs read as well."""
-    return fixed(value, sign=sign)
 
 
 def decimal(value: float, *, digits: int = 3, sign: bool = False) -> str:

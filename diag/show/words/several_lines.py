@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pandas as pd
 
 from diag.results.collect import Collection
+from diag.results.decimals import fixed
 from diag.results.profiles import FEWEST, differences, strongest
 from diag.show.words.control import alike, control_sentence, random_lines
 from diag.show.words.one_line import NULLS
-from diag.show.words.phrases import Found, Profile, listed, number, profile_of, share
+from diag.show.words.phrases import Found, Profile, listed, profile_of, share
 
 FEW = 20
 """Inputs below which percentile intervals are noticeably too narrow."""
@@ -59,7 +60,7 @@ def comparison(
 
 def _most(label: str, found: Profile, sure: pd.Series) -> str:
     bias = found["cos_y_vself", "mean"]
-    said = f"Strongest mean bias: {label}, {number(bias.value)} {bias.interval(n=True)}"
+    said = f"Strongest mean bias: {label}, {fixed(bias.value)} {bias.interval(n=True)}"
     if len(sure) > 1 and pd.notna(sure.iloc[0]) and bias.n >= FEWEST:
         said += f"; it is the strongest in {share(sure.iloc[0])} of resamples"
     if FEWEST <= bias.n < FEW:
@@ -80,11 +81,11 @@ def _difference(table: pd.DataFrame, of: str, to: str) -> Found | None:
 
 
 def _next(label: str, difference: Found) -> str:
-    said = f"The next, {label}, is {number(difference.value)} lower"
+    said = f"The next, {label}, is {fixed(difference.value)} lower"
     if difference.n < 2:
         return f"{said}; one input does not tell how sure that is."
     how = "paired by input" if difference.paired else "not paired"
-    spread = f"({number(difference.low)} to {number(difference.high)}, {how})"
+    spread = f"({fixed(difference.low)} to {fixed(difference.high)}, {how})"
     return f"{said} {spread}: {difference.judged('distinguishable', 'not distinguishable')}."
 
 
@@ -95,8 +96,8 @@ def _nulls(found: dict[str, Profile], labels: Sequence[str]) -> str:
         excess, level = first.get((metric, "mean")), first.get((null, "mean"))
         if excess is None:
             continue
-        gives = f"{name} gives {number(level.value)}, excess" if level else f"excess over {name}"
-        parts.append(f"{gives} {number(excess.value)} {excess.interval()}, {excess.judged()}")
+        gives = f"{name} gives {fixed(level.value)}, excess" if level else f"excess over {name}"
+        parts.append(f"{gives} {fixed(excess.value)} {excess.interval()}, {excess.judged()}")
         above.append(excess.above)
     if not parts:
         return "Its nulls were not measured, so whether it is more than geometry is open."
@@ -144,11 +145,11 @@ def _trend(
             continue
         sizes = sizes.sort_values(ascending=column != "patch_size")
         labels = [str(label) for label in sizes.index]
-        values = ", ".join(number(found[label]["cos_y_vself", "mean"].value) for label in labels)
+        values = ", ".join(fixed(found[label]["cos_y_vself", "mean"].value) for label in labels)
         rise = difference(labels[-1], labels[0])
         order = ", ".join(f"{size:g}" for size in sizes)
         yield (
             f"Along {name} {order} the mean bias is {values}; from the first to the last of these "
-            f"{number(rise.value, sign=True)} {rise.interval(sign=True)}, {rise.judged()}."
+            f"{fixed(rise.value, sign=True)} {rise.interval(sign=True)}, {rise.judged()}."
         )
         return

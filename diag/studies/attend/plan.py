@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from diag.errors import LARGEST, UserError, did_you_mean, one_of
 from diag.inputs.given import as_inputs
 from diag.inputs.images import PHOTOGRAPHS, demo_images, images
-from diag.inputs.items import Inputs, Item, existing
+from diag.inputs.items import Inputs, Item, existing, sha256
 from diag.inputs.outside import reason, regular
 from diag.inputs.texts import texts
+from diag.results.hashes import sha256_of
 from diag.results.writing import file_stem
 from diag.run.plan import MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
 
@@ -114,7 +114,7 @@ class AttendPlan(Plan):
         """
         what = self.model_dump(mode="json", exclude={"device"})
         document = {"attend": what, "probe": self.probe_plan().key({self.tower: self.inputs().digest})}
-        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(document, sort_keys=True))
 
 
 def folder_of(plan: AttendPlan, root: Path = RUNS) -> Path:
@@ -129,17 +129,16 @@ def _one_image(given: str) -> Inputs:
             near = did_you_mean(name, PHOTOGRAPHS) or f"choose from {one_of(PHOTOGRAPHS)}"
             raise UserError(f"no demo image is called '{name}'", near)
         items = [item for item in demo_images() if item.id == name]
-        return Inputs("images", given, items, hashlib.sha256(name.encode()).hexdigest())
+        return Inputs("images", given, items, sha256(name))
     path = existing(given, IMAGE_TIP)
     if path.is_dir():
         raise UserError(f"'{given}' is a folder, not one image", IMAGE_TIP)
     regular(path, "image", IMAGE_TIP)
     try:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256")
+        content = sha256_of(path)
     except OSError as error:
         raise UserError(f"cannot read '{given}': {reason(error)}", IMAGE_TIP) from error
-    return Inputs("images", given, images(path).items, content.hexdigest())
+    return Inputs("images", given, images(path).items, content)
 
 
 def _one_text(given: str) -> Inputs:

@@ -78,21 +78,16 @@ def run_intervene(
     key = prepared.key
     what = {"kind": OWNER.verb, "key": key, "plan": plan.model_dump(mode="json")}
     document = what | {"command": command_line()}
-    folder = folder or _among(RUNS, plan, key)
-    waiting = listener.say
-    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=waiting) as place:
+    folder = folder or sweep_folder(plan, RUNS, key)
+    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=listener.say) as place:
         if place is not None:
             _carry_out(plan, prepared, place, document, listener)
     return open_sweep(folder)
 
 
-def sweep_folder(plan: IntervenePlan, root: Path) -> Path:
+def sweep_folder(plan: IntervenePlan, root: Path, key: str = "") -> Path:
     """The folder that a plan's sweep has to itself under `root`. Raises UserError as `run_intervene` does."""
-    return _among(root, plan, Prepared.of(plan).key)
-
-
-def _among(root: Path, plan: IntervenePlan, key: str) -> Path:
-    return root / f"intervene-{default_folder(plan, key).name}"
+    return root / f"intervene-{default_folder(plan, key or Prepared.of(plan).key).name}"
 
 
 def _carry_out(

@@ -16,12 +16,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from diag.errors import NotFinite
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import edited
 from diag.measure.loop import pick_layers, run_batches, told_if_the_model_fails
-from diag.measure.reconstruction import NOT_FINITE, inputs_of
+from diag.measure.reconstruction import refuse_non_finite
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.block_parts import Block, find_blocks
 from diag.models.hooks.interventions import Edit
@@ -99,7 +98,8 @@ def sweep(
     def changed(chunk: Sequence[Sample], batch: Batch, first_input: int) -> list[pd.DataFrame]:
         truth = torch.tensor([(labels or {}).get(sample.id, -1) for sample in chunk])
         untouched = runner.outcome(batch, (), truth)
-        runner.check_finite(batch, untouched)
+        assert untouched.states is not None
+        refuse_non_finite(untouched.states, batch, runner.blocks[-1].path)
         return [
             pd.DataFrame(
                 {
@@ -134,16 +134,6 @@ class _Runner:
     blocks: Sequence[Block]
     head: nn.Module | None
     classify: Callable[[Tensor], Tensor] | None
-
-    def check_finite(self, batch: Batch, untouched: PassOutcome) -> None:
-        """Raises NotFinite for inputs of which the model as it is makes NaN or infinity; padding may be."""
-        assert untouched.states is not None
-        wild = ~untouched.states.isfinite().all(-1)
-        if batch.real is not None and batch.real.shape == wild.shape:
-            wild = wild & batch.real.to(wild.device)
-        if wild.any():
-            whose = inputs_of(wild.flatten(1).any(1), batch.ids)
-            raise NotFinite(dict.fromkeys(whose, f"the block of layer '{self.blocks[-1].path}' {NOT_FINITE}"))
 
     def outcome(self, batch: Batch, edits: Sequence[Edit], labels: Tensor) -> PassOutcome:
         """What one forward pass with the edits ends in."""

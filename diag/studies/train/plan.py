@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from diag.errors import UserError
 from diag.inputs.document import read_document
+from diag.inputs.items import sha256
 from diag.run.plan import Plan, mistake
 from diag.variants import BASELINE, parse
 
@@ -135,7 +135,7 @@ class TrainPlan(Plan):
     def key(self) -> str:
         """Identifies the result: everything but the words about it."""
         document = self.model_dump(mode="json", exclude={"title", "about"})
-        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(document, sort_keys=True))
 
 
 def read_plan(file: Path) -> TrainPlan:

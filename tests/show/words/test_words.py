@@ -14,7 +14,7 @@ from made_runs import CURVES, Make, made_run
 from diag.results.collect import Collection, collect
 from diag.results.profiles import differences, profiles
 from diag.show.words import comparison, control, summary, uncontrolled
-from diag.show.words.phrases import Found, listed, number, percent, share, widening
+from diag.show.words.phrases import Found, listed, percent, share, widening
 
 DEEP = {"cos_y_vself": [0.6, 0.3, 0.5], "cos_y_vpartner": [0.6, 0.3, 0.5], "cos_y_vuniform": [0.7, 0.4, 0.6]}
 GEOMETRY = CURVES | DEEP | {"excess": [0.0, 0.0, 0.0]}
@@ -314,7 +314,6 @@ class TestControl:
 
 
 def test_phrases() -> None:
-    assert (number(-0.0042), number(0.25, sign=True)) == ("-0.004", "+0.250")
     assert [percent(value) for value in (0.0, 0.001, 0.5, 0.9996, 1.0)] == [
         "0%",
         "<1%",
