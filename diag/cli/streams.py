@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from diag.errors import visible
+from diag.inputs.outside import reason
 
 
 class Unprinted(Exception):  # noqa: N818  it is nobody's mistake
     """The result, or a part of it, did not reach stdout. place: where else it lies, if anywhere."""
 
     def __init__(self, error: OSError | ValueError) -> None:
-        super().__init__(str(getattr(error, "strerror", None) or error))
+        super().__init__(reason(error))
         self.unread = isinstance(error, BrokenPipeError)
         self.place: Path | None = None
 

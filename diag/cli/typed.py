@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from diag.cli.interrupts import Interrupted
 from diag.errors import LARGEST, UserError
+from diag.inputs.outside import reason
 
 
 class CheckedVerbs(TyperGroup):
@@ -56,7 +57,7 @@ class CheckedVerbs(TyperGroup):
         except EOFError as error:
             raise RuntimeError(f"EOFError: {error}") from error
         except BrokenPipeError as error:
-            raise RuntimeError(f"a process that this one wrote to has ended ({error.strerror})") from error
+            raise RuntimeError(f"a process that this one wrote to has ended ({reason(error)})") from error
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -117,8 +118,7 @@ def _check_path(word: str, said: str) -> None:
     except (FileNotFoundError, NotADirectoryError):  # the verbs say what should be there
         return
     except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{said} '{_short(word)}': {reason}", "give another path") from error
+        raise UserError(f"{said} '{_short(word)}': {reason(error)}", "give another path") from error
 
 
 def _short(word: str) -> str:

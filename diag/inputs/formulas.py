@@ -10,7 +10,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ def without_guard(table: pd.DataFrame, words: Iterable[str]) -> pd.DataFrame:
     return _each(table, [name for name in words if name in table], unguard)
 
 
-def _each(table: pd.DataFrame, names: Iterable[str], change: Callable[[str], str]) -> pd.DataFrame:
+def _each(table: pd.DataFrame, names: Iterable[Any], change: Callable[[str], str]) -> pd.DataFrame:
     """The table with texts changed; itself where none does."""
     changed = {}
     for name in names:

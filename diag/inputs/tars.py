@@ -64,7 +64,7 @@ class Index:
                 file.seek(self.offsets[place])
                 content = file.read(size)
         except OSError as error:
-            raise UnreadableInput(f"cannot read '{visible(str(tar))}': {error.strerror}") from error
+            raise UnreadableInput(f"cannot read '{visible(str(tar))}': {reason(error)}") from error
         if len(content) < size:
             raise UnreadableInput(f"'{visible(tar.name)}' breaks off after {len(content)} of {size} bytes")
         return content

@@ -232,7 +232,7 @@ def _holds_tensors(loaded: Any, name: str) -> bool:
 
 
 def _choice(taken: str, others: list[str]) -> str:
-    """What was taken of several sets of weights; empty where there is nothing to choose."""
+    """What was taken of a file with averaged weights, and what takes the others."""
     kind = "the weights averaged over training" if taken in AVERAGED else "the weights"
     keys = one_of(f"{CHECKPOINT_KEY}={name}" for name in others)
     return f"{kind} were taken, '{taken}'" + (f"; {keys} takes the others" if others else "")
@@ -250,7 +250,7 @@ class Names:
         self.notes: tuple[str, ...] = ()
 
     def of(self, part: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
-        """Raises UserError where two names become one."""
+        """The tensors of a part, by the model's names. Raises UserError where two names become one."""
         tensors: dict[str, Tensor] = {}
         came_from: dict[str, str] = {}
         for name, value in _tensors(part).items():

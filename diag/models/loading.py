@@ -130,7 +130,7 @@ def theirs(what: str, tip: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, short enough for one line of a terminal or two."""
+    """What an error of a library says, on one line; of a KeyError that is the name of what is missing."""
     return f"it lacks {reason(error)}" if isinstance(error, KeyError) and str(error) else reason(error)
 
 
@@ -156,25 +156,19 @@ def constructing(spec: ModelSpec, allowed: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
-    except TypeError as error:
-        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if match and match[1] in spec.model_args:
-            raise unknown_argument(match[1], allowed, spec.base) from None
-        raise _not_built(spec, error) from error
     except UserError:
         raise
     except Exception as error:  # whatever names, arguments and config files make a library say
-        raise _not_built(spec, error) from error
-
-
-def _not_built(spec: ModelSpec, error: Exception) -> UserError:
-    local = spec.name.startswith(LOCAL) and not spec.model_args
-    return UserError(
-        f"{spec.resolved} cannot be built: {first_line(error)}",
-        "check its config file, or save the model again"
-        if local
-        else "check the name and its arguments; 'attnbias models QUERY' shows what is published",
-    )
+        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if match and match[1] in spec.model_args:
+            raise unknown_argument(match[1], allowed, spec.base) from None
+        local = spec.name.startswith(LOCAL) and not spec.model_args
+        raise UserError(
+            f"{spec.resolved} cannot be built: {first_line(error)}",
+            "check its config file, or save the model again"
+            if local
+            else "check the name and its arguments; 'attnbias models QUERY' shows what is published",
+        ) from error
 
 
 @contextmanager

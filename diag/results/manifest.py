@@ -156,8 +156,8 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
         said = f"is {first['input']!r:.60}: {first['msg'].lower()}"
         why = "is missing" if first["type"] == "missing" else said
         raise UserError(f"cannot read manifest '{folder / MANIFEST}': '{place}' {why}", tip) from error
-    empty = {name: getattr(checked, name) for name in FILLED if name in type(checked).model_fields}
-    return {**{name: value for name, value in empty.items() if name not in found}, **found}
+    lacking = [name for name in FILLED if name in fields.model_fields and name not in found]
+    return {name: getattr(checked, name) for name in lacking} | found
 
 
 def again(folder: Path, kind: str) -> str:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of, visible
 from diag.inputs.formulas import to_csv
+from diag.inputs.outside import reason
 from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ def write(frame: pd.DataFrame, path: Path) -> None:
 
 def write_json(document: Mapping[str, Any], path: Path) -> None:
     """Writes a JSON document, atomically."""
-    text = json_text(document)
-    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(json_text(document), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text in UTF-8, atomically."""
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def json_text(document: Mapping[str, Any]) -> str:
@@ -118,10 +123,10 @@ def _alive(process: int) -> bool:
     return True
 
 
-def on_disk(folder: Path) -> None:
-    """Brings the names in a folder to disk, where file systems can do that for folders."""
+def on_disk(path: Path) -> None:
+    """Brings a file, or the names in a folder, to disk, where file systems can do that for folders."""
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -134,11 +139,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
         tip = "make room and run the same command again, or choose another folder with -o"
         if isinstance(error, FileNotFoundError):
             tip = "a folder on the way was removed: run the same command again, from a folder that is there"
-        raise CannotWrite(f"cannot write '{path}': {reason}", tip) from error
+        raise CannotWrite(f"cannot write '{path}': {reason(error)}", tip) from error
 
 
 LATEX = {
@@ -198,7 +202,7 @@ def file_stem(*words: object) -> str:
 
 
 def free_stem(stem: str, taken: set[str]) -> str:
-    """The stem, numbered if another figure has it; some disks do not tell `A` from `a`."""
+    """The stem, numbered if another file has it; some disks do not tell `A` from `a`."""
     free, number = stem, 2
     while free.lower() in taken:
         free, number = f"{stem}-{number}", number + 1

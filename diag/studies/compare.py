@@ -29,7 +29,7 @@ from diag.results.folder import MANIFEST
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
 from diag.results.staging import Owner, check_free, is_empty, pictures, staged, verb_of
-from diag.results.writing import atomically, file_stem, write, write_json, writing
+from diag.results.writing import file_stem, write, write_json, write_text, writing
 from diag.run.plan import RUNS
 from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
@@ -179,7 +179,7 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
         write(found.profiles, place / "profiles.csv")
         write(found.differences, place / "differences.csv")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
-        atomically(place / "verdict.txt", lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(text, place / "verdict.txt")
         figures = [path.relative_to(place).as_posix() for path in draw_comparison(found, place / "figures")]
         document = {
             "kind": OWNER.verb,

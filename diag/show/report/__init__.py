@@ -16,7 +16,7 @@ from diag.inputs.outside import mapping_in
 from diag.results.collect import collect
 from diag.results.folder import MANIFEST
 from diag.results.manifest import ATTEND
-from diag.results.writing import atomically, sweep_beside
+from diag.results.writing import sweep_beside, write_text
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
 
@@ -56,7 +56,7 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
     problems = {**collection.problems, **problems}
     text = page(collection, attended, title=title, problems=problems)
     sweep_beside(path)
-    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    write_text(text, path)
     return Report(path, len(text.encode("utf-8")), len(collection.labels), problems, collection.notes)
 
 

@@ -35,7 +35,7 @@ from diag.studies.attend.plan import AttendPlan
 OWNER = Owner(
     ATTEND,
     result=(
-        *(PLAN, MANIFEST, "tokens.parquet", "decomposition.csv", "pictures/*.png"),
+        *(PLAN, MANIFEST, TOKENS, DECOMPOSITION, "pictures/*.png"),
         *pictures("strip", "similarity-map", "most-attended"),
     ),
 )

@@ -42,7 +42,7 @@ from diag.studies.intervene.words import CONTROL, main_effect
 OWNER = Owner(
     "intervene",
     result=(
-        *(PLAN, MANIFEST, SAMPLES, "sensitivity.csv", "relations.csv"),
+        *(PLAN, MANIFEST, SAMPLES, *LAYOUTS),
         *pictures("sensitivity-*", "relation-*"),
     ),
 )

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from diag.errors import UserError
 from diag.inputs.outside import json_of
 from diag.models.weights import digest
-from diag.results.writing import beside, write, write_json, writing
+from diag.results.writing import beside, on_disk, write, write_json, writing
 from diag.run.environment import environment
 from diag.studies.monitor.monitor import Monitor
 from diag.studies.train.fit import Batch, Training
@@ -133,6 +133,7 @@ def _save(task: Task, model: nn.Module, folder: Path) -> None:
             task.save(model, aside)
             folder.mkdir(exist_ok=True)
             for file in sorted(aside.iterdir()):
+                on_disk(file)
                 file.replace(folder / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from diag.errors import UserError
 from diag.inputs.document import read_document
 from diag.inputs.items import sha256
+from diag.models.sizes import MOST_LAYERS
 from diag.run.plan import Plan, mistake
 from diag.variants import BASELINE, parse
 
@@ -20,8 +21,8 @@ MOST = 1_000_000_000
 """Of steps, examples and inputs."""
 MOST_CELLS = 10_000
 """Trainings of a grid."""
-MOST_SIZE, MOST_LAYERS = 1_000_000, 1_000
-"""Of a number that a model is built with, and of its layers: building more would not end."""
+MOST_SIZE = 1_000_000
+"""Of a number that a model is built with: building more would not end."""
 LAYERS = ("depth", "n_layer")
 """What the builders call the number of layers."""
 SIZES = ("img_size", "n_positions", "vocab_size")
@@ -126,9 +127,9 @@ class TrainPlan(Plan):
         for name in SIZES:
             if name in model and (not isinstance(model[name], int) or model[name] < 1):
                 raise ValueError(f"{name} is {model[name]!s:.40}, a whole number above 0 is due")
-        layers = [model[name] for name in LAYERS if isinstance(model.get(name), int)]
-        if any(count > MOST_LAYERS for count in layers):
-            raise ValueError(f"has {max(layers):,} layers, {MOST_LAYERS:,} are the most")
+        for name in LAYERS:
+            if isinstance(count := model.get(name), int) and count > MOST_LAYERS:
+                raise ValueError(f"has {count:,} layers, {MOST_LAYERS:,} are the most")
         return model
 
     @property

@@ -22,7 +22,7 @@ from diag.results.manifest import ATTEND, PROBE
 from diag.results.manifest import read as manifest_of
 from diag.results.staging import check_free, put_in_place, scratch, staged
 from diag.results.tables import read_manifest
-from diag.results.writing import write_json
+from diag.results.writing import write_json, write_text
 from diag.run.cache import folder_of, measured
 from diag.run.environment import version
 from diag.run.plan import HOW, RUNS, ProbePlan
@@ -227,7 +227,7 @@ def _draw_all(plan: WriteupPlan, material: Material, outcome: Produced, folder: 
     if not outcome.shown:
         assert outcome.first is not None
         raise outcome.first
-    (folder / "captions.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    write_text("\n\n".join(blocks) + "\n", folder / "captions.md")
 
 
 def _inputs(item: Any, plan: WriteupPlan) -> list[str]:

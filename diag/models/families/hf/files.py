@@ -28,8 +28,9 @@ SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", 
 MOST_TOKENIZER = 256 * MEGABYTE
 """Bytes of a document beside the weights; the largest are tokenizers of 250,000 words, some 35 MB."""
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = tuple(
+    f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
 """What transformers looks for in a folder."""
 
 
