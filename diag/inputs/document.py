@@ -29,7 +29,6 @@ MOST_VALUES, MOST_LEVELS = 100_000, 40
 """Of a document with every alias written out, and of what stands within what."""
 
 QUOTES = "text with a colon or a brace needs quotes"
-SPACES = "indent with spaces, not with tabs"
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,8 @@ def read_document(file: Path, what: str = "plan", *, like: str = "configs/demo.y
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        tabs = r"'\t'" in (error.problem or "")
-        raise UserError(
-            f"{file}{where}: {error.problem or 'not YAML'}", SPACES if tabs else QUOTES
-        ) from error
+        tip = "indent with spaces, not with tabs" if r"'\t'" in (error.problem or "") else QUOTES
+        raise UserError(f"{file}{where}: {error.problem or 'not YAML'}", tip) from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not YAML ({error})", tip) from error
     except RecursionError as error:  # of the parser, which goes as deep as the file does

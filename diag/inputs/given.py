@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,11 +12,8 @@ from PIL import Image
 from diag.errors import UnreadableInput, UserError
 from diag.inputs.images import images, rgb
 from diag.inputs.items import Inputs, Item
-from diag.inputs.outside import reason
+from diag.inputs.outside import HALVES, reason
 from diag.inputs.texts import documents, texts
-
-HALVES = re.compile(r"[\ud800-\udfff]")
-"""Surrogates: what bytes that are no UTF-8 become on the command line."""
 
 
 def as_inputs(given: object, tower: str) -> Inputs:

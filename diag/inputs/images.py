@@ -7,7 +7,6 @@ with its name.
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -66,7 +65,8 @@ def images(source: str | Path) -> Inputs:
     path = existing(source, tip)
     unreadable: dict[str, str] = {}
     if path.is_dir():
-        (found, unreadable), root = files_below(path, _is_image), path
+        found, unreadable = files_below(path, lambda name: name.lower().endswith(IMAGE_SUFFIXES))
+        root = path
     else:
         regular(path, "image", tip)
         status, root = path.stat(), path.parent
@@ -184,10 +184,6 @@ def _hub_images(source: str) -> Inputs:
 
     items = Listing([f"{index:06d}" for index in range(len(rows))], read)
     return Inputs("images", source, items, sha256(str(getattr(rows, "_fingerprint", source))))
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -25,7 +25,8 @@ MOST_LEVELS = 100
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How a file in UTF-16 begins, as PowerShell's `>` writes it."""
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+HALVES = re.compile(r"[\ud800-\udfff]")
+"""Surrogates: halves of a character, which JSON can name and a command line can hold; UTF-8 has none."""
 
 
 def named(given: str | Path, tip: str) -> Path:
@@ -66,7 +67,7 @@ def too_large(size: int, most: int, what: str = "") -> str:
     return f"{size / MEGABYTE:,.0f} MB{what}, where {most / MEGABYTE:,.0f} are the most"
 
 
-def text_of(path: Path, what: str, *, tip: str, most: int | None = None) -> str:
+def text_of(path: Path, what: str, *, tip: str, most: int) -> str:
     """A UTF-8 file, at most `most` bytes of it. Raises UserError, naming what was read."""
     regular(path, what, tip, most=most)
     try:
@@ -84,9 +85,9 @@ def as_utf_8(content: bytes) -> str:
     return f"convert it first: iconv {known}-t utf-8 FILE > NEW"
 
 
-def json_of(path: Path, what: str, *, tip: str, most: int = MOST_DOCUMENT) -> dict[str, Any]:
+def json_of(path: Path, what: str, *, tip: str) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises UserError, naming what was read and where it breaks."""
-    text = text_of(path, what, tip=tip, most=most)
+    text = text_of(path, what, tip=tip, most=MOST_DOCUMENT)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -96,7 +97,7 @@ def json_of(path: Path, what: str, *, tip: str, most: int = MOST_DOCUMENT) -> di
         raise UserError(f"cannot read {what} '{path}': it holds no mapping of names to values", tip)
     if _deeper(found, MOST_LEVELS):
         raise UserError(f"cannot read {what} '{path}': it is nested more than {MOST_LEVELS} levels deep", tip)
-    if SURROGATE.search(text) and not _is_text(found):
+    if "\\u" in text and HALVES.search(json.dumps(found, ensure_ascii=False)):
         raise UserError(f"cannot read {what} '{path}': it holds half a character (\\ud800 to \\udfff)", tip)
     return found
 
@@ -112,15 +113,6 @@ def mapping_in(path: Path) -> dict[str, Any]:
 def _deeper(value: Any, levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return bool(inner) and (levels == 0 or any(_deeper(part, levels - 1) for part in inner))
-
-
-def _is_text(found: Any) -> bool:
-    """Whether what a document holds can be written again: JSON can name half a character, UTF-8 cannot."""
-    try:
-        json.dumps(found, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def reason(error: BaseException) -> str:

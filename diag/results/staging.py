@@ -82,13 +82,10 @@ class Owner:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             return False
-        if not any(_matches(path, pattern) for pattern in (*self.result, *self.work)):
+        patterns = (one for one in (*self.result, *self.work) if one.count("/") == len(path.parts) - 1)
+        if not any(map(path.match, patterns)):
             return False
         return (folder / path).parent.resolve().is_relative_to(folder.resolve())
-
-
-def _matches(path: PurePosixPath, pattern: str) -> bool:
-    return len(path.parts) == pattern.count("/") + 1 and path.match(pattern)
 
 
 # --- deletions

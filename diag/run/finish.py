@@ -142,7 +142,9 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
         parts.append((part, note, kept))
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
-            inputs[kind] = inputs[kind] | {"content": _chained(told["content"])}
+            # what was measured: the ids of inputs and the hashes of their bytes, in order
+            content = sha256(json.dumps(list(told["content"].items())))
+            inputs[kind] = inputs[kind] | {"content": content}
     failed_models |= {given: str(why) for given, why in nothing.items()}
     if not parts:
         first = next(iter(failed_models.values()), "no model was measured")
@@ -189,11 +191,6 @@ def _told(part: Part, shards: int) -> dict[str, Any]:
         for name in ("failed", "content")
     }
     return first | of_inputs | {"seconds": sum(account["seconds"] for account in accounts)}
-
-
-def _chained(content: Mapping[str, str]) -> str:
-    """Identifies what was measured: the ids of inputs and the hashes of their bytes, in order."""
-    return sha256(json.dumps(list(content.items())))
 
 
 def _say_told(given: str, told: Mapping[str, Any], say: Saying) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from diag.inputs.images import PHOTOGRAPHS, demo_images, images
 from diag.inputs.items import Inputs, Item, existing, sha256
 from diag.inputs.outside import reason, regular
 from diag.inputs.texts import texts
+from diag.models.names.spec import expanded
 from diag.results.hashes import sha256_of
 from diag.results.writing import file_stem
 from diag.run.plan import MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
@@ -160,9 +162,4 @@ def _one_text(given: str) -> Inputs:
 
 def _names_a_file(given: str) -> bool:
     """Whether a text is the name of a file: it is one, or it looks like one and like nothing else."""
-    if " " not in given and given.endswith(".txt"):
-        return True
-    try:
-        return Path(given).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, or nobody's home: no name of a file
-        return False
+    return (" " not in given and given.endswith(".txt")) or os.path.exists(expanded(given))
