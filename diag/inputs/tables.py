@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from diag.errors import UserError, one_of
-from diag.inputs.formulas import without_guard
+from diag.inputs.csv_injection import without_guard
 from diag.inputs.outside import MEGABYTE, reason, regular
 
 if TYPE_CHECKING:

@@ -256,20 +256,20 @@ def layer_values(
     found = [(True, *block) for block in of_heads.blocks(layers if of_heads.names else ())]
     if of_stream is not None:
         found += [(False, *block) for block in of_stream.blocks(layers)]
-    ids, measured, wild = of_heads.batch.ids, list[LayerValues](), dict[str, tuple[int, str]]()
+    ids, measured, non_finite = of_heads.batch.ids, list[LayerValues](), dict[str, tuple[int, str]]()
     arrays = _on_host([numbers for *_, numbers in found])
     for (per_head, layer, names, _), values in zip(found, arrays, strict=True):
         for metric, who in np.argwhere(np.isinf(values).any((0, 3))):
             told = (layer.index, f"layer '{layer.path}' {NOT_FINITE} ({names[metric]})")
-            wild[ids[who]] = min(wild.get(ids[who], told), told, key=itemgetter(0))
+            non_finite[ids[who]] = min(non_finite.get(ids[who], told), told, key=itemgetter(0))
         sized = of_heads.sized(layer, facts[layer.index])
         measured.append(
             LayerValues(
                 layer.index, layer.path, sized, of_heads.sets, names, ids, first_input, values, per_head
             )
         )
-    if wild:
-        raise NotFinite({name: wild[name][1] for name in ids if name in wild})
+    if non_finite:
+        raise NotFinite({name: non_finite[name][1] for name in ids if name in non_finite})
     return measured
 
 

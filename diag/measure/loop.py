@@ -63,7 +63,7 @@ def run_batches(
     size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
     incidents = Incidents() if incidents is None else incidents
     batches = Batches(readable(samples, incidents, tower.prepare), size, most=tower.max_batch)
-    first_input, wild = 0, dict[str, str]()
+    first_input, non_finite = 0, dict[str, str]()
 
     def done(chunk: Sequence[Sample]) -> tuple[Result, int]:
         batch = tower.encode(chunk)
@@ -78,7 +78,7 @@ def run_batches(
             if not error.inputs.keys() <= {sample.id for sample in chunk}:
                 raise  # rows of a batch that was given as it is
             bad = error.inputs
-            wild |= bad if isinstance(error, NotFinite) else {}
+            non_finite |= bad if isinstance(error, NotFinite) else {}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,8 +94,8 @@ def run_batches(
         size.grow(len(chunk), before)
         yield result
         first_input += inputs
-    if whole and wild and not first_input:  # none was measured
-        raise NotFinite(wild)
+    if whole and non_finite and not first_input:  # none was measured
+        raise NotFinite(non_finite)
 
 
 def measure(

@@ -39,9 +39,9 @@ class ReconstructionCheck:
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
         rebuilt = torch.where(visible[..., None], attend(call, rows), 0.0)
-        wild = ~used.isfinite().flatten(1).all(1)
-        if wild.any():
-            raise NotFinite(dict.fromkeys(inputs_of(wild, ids), f"layer '{call.module}' {NOT_FINITE}"))
+        non_finite = ~used.isfinite().flatten(1).all(1)
+        if non_finite.any():
+            raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))
         error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
         windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
@@ -72,11 +72,11 @@ def refuse_non_finite(states: Tensor, batch: Batch, path: str) -> None:
 
     states: `[batch, …, width]`. path: of the block.
     """
-    wild = ~states.isfinite().all(-1)
-    if batch.real is not None and batch.real.shape == wild.shape:
-        wild = wild & batch.real.to(wild.device)
-    if wild.any():
-        whose = inputs_of(wild.flatten(1).any(1), batch.ids)
+    non_finite = ~states.isfinite().all(-1)
+    if batch.real is not None and batch.real.shape == non_finite.shape:
+        non_finite = non_finite & batch.real.to(non_finite.device)
+    if non_finite.any():
+        whose = inputs_of(non_finite.flatten(1).any(1), batch.ids)
         raise NotFinite(dict.fromkeys(whose, f"the block of layer '{path}' {NOT_FINITE}"))
 
 

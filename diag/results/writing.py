@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from diag.errors import UserError, one_of, visible
-from diag.inputs.formulas import to_csv
+from diag.inputs.csv_injection import to_csv
 from diag.inputs.outside import reason
 from diag.results.decimals import fixed
 

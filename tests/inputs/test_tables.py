@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from diag.errors import UserError
-from diag.inputs.formulas import to_csv, with_guard
+from diag.inputs.csv_injection import to_csv, with_guard
 from diag.inputs.tables import ANY, COUNT, GRID, NAME, NUMBER, OPEN, PLACE, TEXT, WHOLE, Layout, read_table
 
 LAYOUT = Layout(

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diag.inputs.formulas import to_csv
+from diag.inputs.csv_injection import to_csv
 from diag.results.writing import replacing
 from diag.show.figures.style import style
 
