@@ -1,4 +1,4 @@
-"""CSV injection: a text that a spreadsheet would carry out is guarded by an apostrophe, which our reader takes off.
+"""CSV injection: a text that a spreadsheet would carry out gets an apostrophe, which our reader takes off.
 
 A name such as `=HYPERLINK(…)` in a cell is a formula to a spreadsheet. An apostrophe in front makes it text
 there, which is the custom. Numbers, also those written as text, stay as they are. No torch.

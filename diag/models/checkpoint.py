@@ -75,7 +75,7 @@ def read_checkpoint(
     _refuse_special(tensors, file)
     said = {path: entry.get(METADATA) for path, entry in getattr(found, "_metadata", {}).items()}
     variants |= {names.cleaned(path): str(kind) for path, kind in said.items() if kind}
-    others = [name for name in (*AVERAGED, *WRAPPERS) if name != where and _holds_tensors(loaded, name)]
+    others = [name for name in (*AVERAGED, *WRAPPERS) if name != where and any(_sets(loaded.get(name)))]
     notes = [] if not where or key or not {where, *others} & {*AVERAGED} else [_choice(where, others)]
     return Checkpoint(tensors, variants, (*notes, *names.notes))
 
@@ -225,10 +225,6 @@ def _tensors(part: Any) -> dict[str, Tensor]:
     if not isinstance(part, Mapping):
         return {}
     return {name: x for name, x in part.items() if isinstance(name, str) and isinstance(x, Tensor)}
-
-
-def _holds_tensors(loaded: Any, name: str) -> bool:
-    return isinstance(loaded, Mapping) and any(True for _ in _sets(loaded.get(name)))
 
 
 def _choice(taken: str, others: list[str]) -> str:

@@ -70,7 +70,9 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
         once.setdefault(os.path.realpath(folder), folder)
     for folder in once.values():
         try:
-            manifest = _manifest(folder)
+            manifest = read_manifest(folder)
+            if (kind := manifest.get("kind", PROBE)) != PROBE:
+                raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
             tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
             notes += edited(folder, manifest)
         except UserError as error:
@@ -89,13 +91,6 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
     labels = _labels(layers)
     layers, heads, samples = (table.join(labels, on=list(LINE)) for table in (layers, heads, samples))
     return Collection(layers, heads, samples, found, manifests, problems, notes)
-
-
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    manifest = read_manifest(folder)
-    if (kind := manifest.get("kind", PROBE)) != PROBE:
-        raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
-    return manifest
 
 
 def _entries(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:

@@ -277,7 +277,7 @@ def put_in_place(folder: Path, owner: Owner, goes: Iterable[str] | None = None) 
     comes = [name for name in note["comes"] if name != owner.last]
     if (place / owner.last).is_file():  # else all is in place, and only the rest is to be removed
         with writing(folder):
-            if not _equal(place / owner.last, folder / owner.last):
+            if not equal(place / owner.last, folder / owner.last):
                 remove(folder, owner, [owner.last])
             remove(folder, owner, note["goes"])
             for name in comes:
@@ -291,7 +291,7 @@ def put_in_place(folder: Path, owner: Owner, goes: Iterable[str] | None = None) 
 def _move(source: Path, target: Path) -> None:
     if not source.is_file():  # moved before an interruption
         return
-    if _equal(source, target):  # what did not change keeps its time
+    if equal(source, target):  # what did not change keeps its time
         source.unlink()
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +304,8 @@ def _move(source: Path, target: Path) -> None:
         source.unlink()
 
 
-def _equal(one: Path, other: Path) -> bool:
+def equal(one: Path, other: Path) -> bool:
+    """Whether two files are there and hold the same bytes."""
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diag.inputs.outside import mapping_in
 from diag.results.folder import PLAN
-from diag.results.staging import PICTURES, Owner
+from diag.results.staging import PICTURES, Owner, equal
 
 OWNER = Owner("figures", result=(PLAN, *(f"*.{ending}" for ending in (*PICTURES, "tex", "md"))), last=PLAN)
 
@@ -19,10 +19,7 @@ def compare(drawn: Path, folder: Path, *, complete: bool) -> dict[str, str]:
     states = {}
     for file in files_of(drawn):
         there = folder / file.name
-        if not there.is_file():
-            states[file.name] = NEW
-        else:
-            states[file.name] = SAME if there.read_bytes() == file.read_bytes() else CHANGED
+        states[file.name] = SAME if equal(file, there) else CHANGED if there.is_file() else NEW
     if complete:  # where something failed, its earlier files stay
         states |= {name: REMOVED for name in _drawn_before(folder) if name not in states}
     return states
