@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from diag.errors import UserError
-from diag.inputs.outside import json_of, text_of
+from diag.inputs import outside
+from diag.inputs.outside import json_of, mapping_in, text_of
 
 WRONG = {
     "empty": (b"", "it is empty"),
@@ -25,20 +26,28 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("content", "said"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_no_mapping_is_told(tmp_path: Path, content: bytes, said: str) -> None:
+def test_what_is_no_mapping_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes, said: str
+) -> None:
+    monkeypatch.setattr(outside, "MOST_DOCUMENT", 2_000_000)
     file = tmp_path / "manifest.json"
     file.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        json_of(file, "the manifest", tip="measure again", most=2_000_000)
+        json_of(file, "the manifest", tip="measure again")
     assert str(caught.value).startswith(f"cannot read the manifest '{file}': ")
     assert said in str(caught.value)
     assert caught.value.tip == "measure again"
+    assert mapping_in(file) == {}
 
 
 def test_a_mapping_is_read(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text('{"a": [1, null], "b": "\\ud83d\\ude00"}', encoding="utf-8")
-    assert json_of(file, "the manifest", tip="") == {"a": [1, None], "b": "\N{GRINNING FACE}"}
+    assert (
+        json_of(file, "the manifest", tip="")
+        == {"a": [1, None], "b": "\N{GRINNING FACE}"}
+        == mapping_in(file)
+    )
 
 
 def test_nothing_but_a_plain_file_is_opened(tmp_path: Path) -> None:
@@ -50,4 +59,5 @@ def test_nothing_but_a_plain_file_is_opened(tmp_path: Path) -> None:
         ("\0", "null"),
     ):
         with pytest.raises(UserError, match=said):
-            text_of(tmp_path / name, "the text", tip="give a file")
+            text_of(tmp_path / name, "the text", tip="give a file", most=100)
+        assert mapping_in(tmp_path / name) == {}
