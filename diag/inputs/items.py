@@ -52,7 +52,8 @@ class Listing(Sequence[Item]):
 class Files:
     """The files that items are read from, so that it can be told what was read, and whether it was replaced.
 
-    file: place → the file. told: place → its size and time (nanoseconds) when it was listed.
+    file: place → the file. told: place → its size and time (nanoseconds) when it was listed,
+        zeros of what could not be read then, such as a pipe: it is not read later either.
     read: place → the bytes of the item in it. Raises OSError or UnreadableInput.
     """
 
@@ -69,12 +70,12 @@ class Files:
 
     def check(self, place: int) -> None:
         """Raises UserError if a file was replaced since it was listed: either may have been measured."""
-        file = self.file(place)
+        file, told = self.file(place), self.told(place)
         try:
             status = file.stat()
         except OSError:
             return  # what cannot be read is told where it is read
-        if (status.st_size, status.st_mtime_ns) != self.told(place):
+        if any(told) and (status.st_size, status.st_mtime_ns) != told:
             raise UserError(
                 f"'{file}' was replaced while it was measured",
                 "start again, in another folder (-o) or with --overwrite, when inputs no longer change",

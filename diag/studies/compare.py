@@ -110,7 +110,7 @@ def compare(
     sampled = set(collection.samples["label"])
     if bare := next((label for label in collection.labels if label not in sampled), None):
         raise UserError(
-            f"no samples of '{bare}' were kept (--keep-samples 0), and lines are compared by them",
+            f"no samples of '{bare}' were kept, and lines are compared by them",
             "measure it again with --keep-samples 64, or leave it out",
         )
     control = control or series_control(collection)

@@ -341,6 +341,16 @@ def test_an_image_that_is_replaced_while_it_is_measured_ends_the_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_plain_file_is_listed_and_the_others_are_measured(tmp_path: Path, noise: Path) -> None:
+    album = tmp_path / "album"
+    album.mkdir()
+    shutil.copy(noise / "00.png", album)
+    os.mkfifo(album / "pipe.png")
+    found = run_probe(vision(album), tmp_path / "run")
+    assert found.manifest["failed_inputs"] == {"pipe.png": "no plain file"}
+    assert set(found.layers["n"]) == {1}
+
+
 def test_inputs_of_two_runs_are_the_same_by_their_bytes(tmp_path: Path, noise: Path) -> None:
     """A copy of a folder pairs; images of the same names and sizes that differ do not."""
     for name in ("album", "copy", "other"):

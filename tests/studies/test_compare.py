@@ -345,7 +345,7 @@ class TestVerb:
         for runs in (two, two[:1]):
             ended = attnbias("compare", *runs, "-o", "out")
             assert (ended.code, len(ended.lines)) == (2, 2)
-            assert ended.lines[0].startswith("error: no samples of 'demo:vit-p16' were kept")
+            assert ended.lines[0].startswith("error: no samples of 'demo:vit-p16' were kept, and")
             assert ended.lines[1] == "tip: measure it again with --keep-samples 64, or leave it out"
             assert not Path("out").exists()
         assert attnbias("report", *two, "-o", "page.html").code == 0

@@ -66,8 +66,10 @@ def check_free(path: Path) -> None:
         raise UserError(f"'{path}' is a folder", "give a file with -o, for example -o report.html")
     if not path.exists():
         return
-    with path.open("rb") as file:
-        start = file.read(2048)
+    start = b""
+    if path.is_file():  # from a pipe, reading would wait for ever
+        with path.open("rb") as file:
+            start = file.read(2048)
     if f'<meta name="generator" content="{GENERATOR}">'.encode() not in start:
         raise UserError(
             f"'{path}' exists and was not made by attnbias report",

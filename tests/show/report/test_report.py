@@ -420,6 +420,9 @@ def test_only_a_report_is_overwritten(finished: tuple[Path, Ended], attnbias: Ca
         "tip: choose another name with -o, or remove the file",
     ]
     assert Path("mine.html").read_text() == "<p>mine</p>"
+    os.mkfifo("pipe")  # reading it would wait for a writer
+    ended = attnbias("report", finished[0], "-o", "pipe")
+    assert ended.lines[0] == "error: 'pipe' exists and was not made by attnbias report"
     Path("folder").mkdir()
     ended = attnbias("report", finished[0], "-o", "folder")
     assert ended.lines == [

@@ -650,6 +650,21 @@ class TestPlans:
         ]
         assert "idle" not in runs  # nothing shows it
 
+    @pytest.mark.parametrize("content", [None, "[]", '{"plan": 3, "files": 3}'])
+    def test_plans_that_are_none_are_passed_over(self, plan: Path, content: str | None) -> None:
+        """Of runs in the folder, and of what was drawn before; without content it is a pipe."""
+        plan.write_text(
+            "title: t\nprobes:\n  p: {models: demo:lm, texts: 'hf:nobody/nothing'}\n"
+            "figures:\n  - {kind: depth, probe: p}\n"
+        )
+        for folder in (Path("runs/other"), Path("figures") / plan.stem):
+            folder.mkdir(parents=True)
+            os.mkfifo(folder / "plan.json") if content is None else (folder / "plan.json").write_text(content)
+        Path("runs/other/manifest.json").write_text("{}")
+        assert run_cli("figures", plan, "--dry-run").code == 0
+        ended = run_cli("figures", plan)
+        assert (ended.code, "not expected" in ended.err) == (2, False)
+
     def test_a_dry_run_finds_what_is_there(self, there: Path) -> None:
         ended = run_cli("figures", "small.yaml", "--dry-run")
         assert ended.code == 0
