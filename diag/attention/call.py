@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diag.attention.sampling import RowSample
@@ -41,6 +41,8 @@ class AttentionCall:
         `[batch, head, token, token]`; None for no mask. `causal` is in addition to it.
     hidden: the additive entry at or below which a key is hidden.
     log_normaliser: `lse_i`, where the attention kernel returned it.
+    padding: tokens that stand for nothing, such as those that fill up windows; they are in the softmax, and
+        no number is of them. None for none.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
     visibility: which keys each query sees. It is read off `mask`, `causal` and `hidden`, unless one that was
         read off these very ones is given; so `dataclasses.replace` carries it along, and layers that share
@@ -59,6 +61,7 @@ class AttentionCall:
     hidden: float = HIDDEN
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
+    padding: Bool[Tensor, "batch token"] | None = None
     sample: RowSample | None = None
     visibility: Visibility = None  # type: ignore[assignment]  # filled in below
 

@@ -106,6 +106,9 @@ RandomInit = Annotated[bool, Option("--random-init", help="Build the model witho
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Let a hub repository run its own code.")
 ]
+AllowRandom = Annotated[
+    bool, Option("--allow-random", help="Measure a model that gives other numbers for the same input.")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Measure again what the folder holds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
 Dtype = Annotated[str, Option(help="float32, bfloat16 or float16.")]

@@ -149,7 +149,8 @@ class BatchReadings:
             if real is not None and real.shape == (of.batch, of.tokens):
                 mask = mask & real.cpu()
             self.masks[place] = mask.to(device)
-        return self.masks[place]
+        padding = of.padding if isinstance(of, AttentionCall) else None
+        return self.masks[place] if padding is None else self.masks[place] & ~padding
 
     def marked(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
         """The token set's mask `[batch or 1, token]` on the CPU, from the batch or by position."""

@@ -184,16 +184,15 @@ class _BatchWork:
         gate = None if self.facts else ReconstructionCheck()
         of_heads, of_stream, sightings = self.forward(samples, batch, gate)
         if gate is not None:
-            self.incidents.skipped_layers = {
-                path: why for path, why in sightings.skipped.items() if path not in sightings.calls
-            }
-        layers = [layer for layer in self.listed if layer.path not in self.incidents.skipped_layers]
+            others = {name: why for name, why in sightings.skipped.items() if name not in sightings.calls}
+            self.incidents.skipped_layers = {**self.tower.skipped, **others}
+        layers = [layer for layer in self.listed if layer.name not in self.incidents.skipped_layers]
         _all_called(layers, sightings)
         facts = self.facts
         if gate is not None:
             projection = sightings.projection
             facts = {
-                layer.index: gate.facts(layer.index, projection.get(layer.path, "unknown"))
+                layer.index: gate.facts(layer.index, projection.get(layer.name, "unknown"))
                 for layer in layers
             }
         found = layer_values(of_heads, of_stream, layers, facts, first_input)
@@ -347,15 +346,16 @@ def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
             f"no layer attends to its own tokens ('{path}': {why})", "list others with --layers"
         )
     for layer in layers:
-        if sightings.runs.get(layer.path, 1) > 1:
+        ran = sightings.runs.get(layer.path, layer.form.runs)
+        if ran != layer.form.runs and layer.name in sightings.calls:
             raise MeasurementError(
-                f"layer '{layer.path}' ran {sightings.runs[layer.path]} times in one forward pass: "
+                f"layer '{layer.path}' ran {ran} times in one forward pass, {layer.form.runs} expected: "
                 "depths that share weights would be mixed",
                 "leave it out with --layers",
             )
-        if layer.path not in sightings.calls:
+        if layer.name not in sightings.calls:
             raise MeasurementError(
-                f"layer '{layer.path}' was never run: something bypassed it",
+                f"layer '{layer.name}' was never run: something bypassed it",
                 "leave it out with --layers if that is meant",
             )
 

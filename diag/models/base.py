@@ -53,7 +53,10 @@ class Batch:
 class Tower:
     """One stack of self-attention layers and how to feed it.
 
-    layers: its attention modules in depth order.
+    layers: its attention modules in depth order; those that were found by their names, until
+        `diag.measure.meaning.understood` has looked at what they do.
+    depth: how many places its depth axis has, with layers that are not measured. skipped: these, by path,
+        and why. meaning: what the tests of meaning found, as a manifest has it.
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
     prepare: the part of that preprocessing that one image goes through on the CPU, and another process may
@@ -89,6 +92,9 @@ class Tower:
     token_text: Callable[[int], str] | None = None
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
+    depth: int | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    meaning: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property

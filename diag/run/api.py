@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from diag.inputs.items import Inputs
 from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
 from diag.measure.device import device_of, dtype_of
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families.from_module import from_module
@@ -39,12 +40,16 @@ class Probe:
         mean, std, 95 % bootstrap interval and n over inputs.
     heads: the same per head. samples: one value per input, layer, head and metric.
     failed: inputs that could not be read, or gave values that are not finite, with the reason.
+    skipped: layers that are not measured, by path, with the reason.
+    meaning: what was found about the calls of each tower: whose their rows are, whether the model is random …
     """
 
     layers: pd.DataFrame
     heads: pd.DataFrame
     samples: pd.DataFrame
     failed: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
+    meaning: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def plot(self) -> dict[str, Figure]:
         """The figures of a run folder, by name: curves per layer and layer × head maps."""
@@ -69,6 +74,7 @@ def probe(
     device: str = "auto",
     dtype: str = "float32",
     seed: int = 0,
+    allow_random: bool = False,
 ) -> Probe:
     """Measures a named model on images or texts, or your own module on ready batches.
 
@@ -82,6 +88,7 @@ def probe(
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
+    allow_random: measure also what is in training mode, or gives other numbers for the same input.
 
     Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
 
@@ -103,15 +110,18 @@ def probe(
         device=device,
         dtype=dtype,
         seed=seed,
+        allow_random=allow_random,
     )
     measurement = Measurement.of(plan)
-    loaded, tower, samples = _prepare(model, inputs, plan)
-    incidents = Incidents()
-    job = shards.TowerJob.of(loaded, tower, measurement)
-    frames = [
-        samples_frame(values, measurement.ratios, job.constants)
-        for values in shards.shard_values(job, samples, incidents)
-    ]
+    loaded, towers, samples = _prepare(model, inputs, plan)
+    incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
+    for tower in towers:
+        job = shards.TowerJob.of(loaded, tower, measurement)
+        frames += [
+            samples_frame(values, measurement.ratios, job.constants)
+            for values in shards.shard_values(job, samples, incidents)
+        ]
+        skipped |= incidents.skipped_layers
     if not frames:
         reason = next(iter(incidents.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
@@ -122,7 +132,8 @@ def probe(
             f"none of the metrics has a number ({count} token{'' if count == 1 else 's'} per input)",
             "give inputs of more tokens, or other tokens= or metrics=; one alone has nothing to measure",
         )
-    return Probe(*tables(frame, seed=seed), frame, incidents.failed)
+    meaning = {tower.name: tower.meaning for tower in towers}
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning)
 
 
 def capture(
@@ -152,18 +163,24 @@ def capture(
         device=device,
         dtype=dtype,
     )
-    _, tower, samples = _prepare(model, [batch] if own_module else batch, plan)
-    if tower.max_batch is not None and len(samples) > tower.max_batch:
-        raise UserError(
-            f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
-            f"limit={tower.max_batch}, or diag.probe for all of them",
-        )
-    return measure.capture(tower, tower.encode(samples), plan.layers)
+    _, towers, samples = _prepare(model, [batch] if own_module else batch, plan, apart=False)
+    calls = list[AttentionCall]()
+    for tower in towers:
+        if tower.max_batch is not None and len(samples) > tower.max_batch:
+            raise UserError(
+                f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
+                f"limit={tower.max_batch}, or diag.probe for all of them",
+            )
+        calls += measure.capture(tower, tower.encode(samples), plan.layers)
+    return calls
 
 
-def _prepare(model: str | nn.Module, inputs: Any, plan: ProbePlan) -> tuple[Model, Tower, Sequence[Sample]]:
+def _prepare(
+    model: str | nn.Module, inputs: Any, plan: ProbePlan, *, apart: bool = True
+) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
+    """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
     if isinstance(model, nn.Module):
-        return from_module(model, inputs, plan.limit)
+        return from_module(model, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
     spec = parse(model)
     loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
     kind = next(iter(loaded.towers))
@@ -173,11 +190,8 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: ProbePlan) -> tuple[Mode
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
-    return (
-        loaded,
-        tower,
-        shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len),
-    )
+    samples = shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len)
+    return loaded, [understood(loaded, tower, samples, allow_random=plan.allow_random)], samples
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

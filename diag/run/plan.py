@@ -130,6 +130,7 @@ class ProbePlan(Plan):
     model_args: tuple[str, ...] = ()
     random_init: bool = False
     trust_remote_code: bool = False
+    allow_random: bool = False
     dtype: Dtype = "float32"
     seed: int = Field(default=0, ge=0, le=LARGEST)
     save_activations: int = Field(default=0, ge=0, le=LARGEST)

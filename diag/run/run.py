@@ -20,6 +20,7 @@ from diag.errors import UserError
 from diag.inputs.items import Files
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
+from diag.measure.meaning import understood
 from diag.measure.prefetch import shards_ahead, workers_for
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.models import load
@@ -212,6 +213,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
             tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
         given = prepared.inputs[kind]
         samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
+        tower = understood(model, tower, samples, allow_random=plan.allow_random)
         part = Part(job.folder, number, spec.given, tower.name)
         shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
         note = {
@@ -233,7 +235,8 @@ def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) 
         "family": model.family,
         "tower": tower.name,
         "takes": tower.input_kind,
-        "layers": len(tower.layers),
+        "layers": tower.depth or len(tower.layers),
+        "meaning": dict(tower.meaning),
         "inputs": inputs,
         "notes": list(model.notes),
         **dict(model.facts),

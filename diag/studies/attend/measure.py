@@ -18,6 +18,7 @@ from diag.errors import UnreadableInput, UserError
 from diag.inputs.items import Inputs, Item
 from diag.measure.device import device_of, dtype_of
 from diag.measure.loop import capture
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
@@ -93,11 +94,12 @@ def _view(
     for note in (f"{spec.given} → {model.resolved}", *model.notes):
         listener.say(note)
     tower = _tower(model, plan.tower)
-    layer = chosen_layer(model, tower, plan.layer, plan.depth)
     if plan.image is not None:
         sample = next(tower.samples(given, None))
     else:
         sample = _window(model, tower, given, plan.seq_len, listener)
+    tower = understood(model, tower, [sample])
+    layer = chosen_layer(model, tower, plan.layer, plan.depth)
     batch = tower.encode([sample])
     call = _one_call(tower, layer, batch)
     if plan.image is not None:
@@ -114,7 +116,7 @@ def _view(
         "family": model.family,
         **same,
         "module": layer.path,
-        "n_layers": len(tower.layers),
+        "n_layers": tower.depth or len(tower.layers),
         "heads": call.heads,
         "kv_heads": call.kv_heads,
         "n_tokens": call.tokens,

@@ -18,6 +18,7 @@ from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import check_layers
 from diag.measure.loop import pick_layers
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
@@ -109,6 +110,7 @@ def _carry_out(
     kind = next((kind for kind in given if model.takers(kind)), next(iter(given)))
     tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)
     samples = tower_samples(tower, given[kind], limit=plan.limit, seq_len=plan.seq_len)
+    tower = understood(model, tower, samples, allow_random=plan.allow_random)
     layers = pick_layers(tower.layers, plan.layers)
     before = read_samples(probed)
     before = before[before["tower"] == tower.name]

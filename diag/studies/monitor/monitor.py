@@ -32,9 +32,10 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.families.from_module import TOWER
+from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
-from diag.models.hooks.seam import Layer, OnCall, attention_calls, discover
+from diag.models.hooks.meaning import OTHERWISE, meaning_of, refuse_random
+from diag.models.hooks.seam import Layer, OnCall, attention_calls
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (
     Given,
@@ -210,7 +211,7 @@ class Monitor:
 
     def _tower_for(self, given: Given) -> Tower:
         if self._tower is None:
-            layers = discover(self.module, lambda: _run(self.module, given))
+            layers = _layers_of(self.module, given)
             pick_layers(layers, self._chosen)
             # leading tokens are told apart in a vision tower only
             name, leading = ("vision", ("cls",) * self._prefix_tokens) if self._prefix_tokens else (TOWER, ())
@@ -243,6 +244,26 @@ class Monitor:
             if values:
                 numbers[f"{self.prefix}/{metric}/mean"] = sum(values.values()) / len(values)
         return numbers
+
+
+def _layers_of(module: nn.Module, given: Given) -> tuple[Layer, ...]:
+    """The layers that a pass runs through; those of several towers follow each other, numbered through.
+
+    Raises UserError where a module is random also in evaluation mode, or whose rows are is not clear.
+    """
+    found = meaning_of(
+        module, lambda data: _run(module, data), given, given.with_first(another), inputs=given.rows
+    )
+    refuse_random(module, found, False)
+    if found.rows == OTHERWISE:
+        raise UserError(
+            f"the rows of {type(module).__name__}'s attention calls are not those of its inputs",
+            "measure it with diag.probe, which takes inputs one by one",
+        )
+    if len(found.towers) == 1:
+        return found.towers[0].layers
+    every = (layer for tower in found.towers for layer in tower.layers)
+    return tuple(replace(layer, index=index) for index, layer in enumerate(every))
 
 
 def _run(module: nn.Module, given: Given) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.families.from_module import from_module
-from diag.models.hooks.seam import attention_calls, discover
+from diag.models.hooks.seam import attention_calls
 
 
 class Block(nn.Module):

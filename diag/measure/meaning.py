@@ -1,0 +1,109 @@
+"""A tower as it is, and not as its parts are called: the tests of meaning on its first inputs.
+
+`diag.models.hooks.meaning` tests; here a tower's own inputs are brought before it, and what it finds becomes
+the tower that is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diag.errors import UnreadableInput
+from diag.measure.batch_size import is_out_of_memory
+from diag.measure.loop import told_if_the_model_fails
+from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.hooks.meaning import OTHERWISE, Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.seam import attention_calls
+from diag.models.hooks.survey import other_than
+
+
+def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_random: bool = False) -> Tower:
+    """The tower with the layers that it really has, their numbers, and what is not measured of it.
+
+    samples: the first one that can be read is looked at; where none can, or another library watches the
+        model, the tower comes back as it is.
+    allow_random: whether a model may give other numbers for the same input.
+    Raises UserError for a model that does without being allowed to, and where no layer can be measured.
+    """
+    if tower.meaning or tower.capture is not attention_calls:
+        return tower
+    content = _first_content(tower, samples)
+    if content is None:
+        return tower
+    try:
+        found = _meaning(model, tower, content, 1 if tower.max_batch == 1 else 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = _meaning(model, tower, content, 1)
+    refuse_random(model.module, found, allow_random)
+    chosen = _chosen(tower, found)
+    return replace(
+        tower,
+        layers=chosen.layers,
+        depth=chosen.depth,
+        skipped=chosen.skipped,
+        meaning=told(found, chosen),
+        max_batch=1 if found.rows == OTHERWISE and not found.random else tower.max_batch,
+    )
+
+
+def _first_content(tower: Tower, samples: Iterable[Sample]) -> Any:
+    """What the first sample that can be read holds, prepared for the tower."""
+    for sample in samples:
+        try:
+            return sample.read() if tower.prepare is None else tower.prepare(sample.read())
+        except UnreadableInput:
+            continue
+    return None
+
+
+def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
+    """The tests on one input, beside another one, and on a third one in its place."""
+    second, third = _other(content, 1), _other(content, 2)
+    pairs = [[content, second], [third, second]]
+
+    def batch(contents: Sequence[Any]) -> Batch:
+        given = [Sample(f"test-{i}", partial(_itself, each)) for i, each in enumerate(contents[:inputs])]
+        return tower.encode(given)
+
+    def run(data: Batch) -> None:
+        with torch.inference_mode(), told_if_the_model_fails(tower, data):
+            tower.forward(data)
+
+    return meaning_of(model.module, run, batch(pairs[0]), batch(pairs[1]), inputs=inputs)
+
+
+def _itself(content: Any) -> Any:
+    return content
+
+
+def _other(content: Any, number: int) -> Any:
+    """Another content of the same size: noise for images, the same tokens in another order for texts."""
+    if isinstance(content, Tensor):
+        return other_than(content, number)
+    if isinstance(content, Image.Image):
+        generator = np.random.default_rng(number)
+        noise = generator.integers(0, 256, (content.height, content.width, 3), dtype=np.uint8)
+        return Image.fromarray(noise)
+    if isinstance(content, tuple):
+        return tuple(other_than(x, number) if x.is_floating_point() else x for x in content)
+    return content[number:] + content[:number]
+
+
+def _chosen(tower: Tower, found: Meaning) -> Understood:
+    """The tower among those that ran: the one with most of the layers that were expected by their names."""
+    expected = {layer.path for layer in tower.layers}
+
+    def shared(one: Understood) -> tuple[int, int]:
+        return sum(layer.path in expected for layer in one.layers), len(one.layers)
+
+    return max(found.towers, key=shared)

@@ -1,0 +1,292 @@
+"""What the attention calls of a model mean, found by test on its first inputs and not by names.
+
+Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.survey`): whose tokens V is of.
+*Owner*: the first input is replaced; only its own rows may change. *Content*: where windows are filled up,
+their tokens that stay what they were are padding.
+
+A model that gives other numbers for the same input is found in passing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from diag.errors import MeasurementError, UserError
+from diag.models.hooks.depth import stacks_of
+from diag.models.hooks.seam import Form, Layer, refuse_compiled
+from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, Seen, Survey, watched
+
+EAGER = "it computes softmax attention itself, which is not seen"
+SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
+NO_HEADS = "which axis holds its heads could not be told"
+
+INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
+EVERYWHERE = "everywhere"
+"""Whose the rows of calls are, from the plainest on. The last is a change that was seen in rows of others."""
+
+Changed = Mapping[Seen, Bool[Tensor, "row token"]]
+"""Which tokens of a call are others when the first input is replaced."""
+
+
+@dataclass(frozen=True, eq=False)
+class Understood:
+    """One tower of a model: what is measured of it, and what is not.
+
+    name: that of the tower among several; empty where there is one.
+    layers: in depth order, with the model's own numbers. depth: how many places its depth axis has.
+    skipped: layers that are not measured, by path, and why.
+    hides_padding: whether its masks hide what is padding in the inputs that were looked at.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    depth: int
+    skipped: Mapping[str, str]
+    hides_padding: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Meaning:
+    """What was found of a model.
+
+    towers: those that have a layer to measure. rows: whose the rows of calls are. random: whether the same
+    input gave other numbers. sequence_first: whether inputs lie along the second axis of what was given.
+    untested: layers that could not be asked what they attend to: they are taken to be of their own tokens.
+    """
+
+    towers: tuple[Understood, ...]
+    rows: str
+    random: bool = False
+    sequence_first: bool = False
+    untested: tuple[str, ...] = ()
+
+
+def meaning_of(
+    root: nn.Module,
+    run: Callable[[Any], object],
+    first: Any,
+    other: Any,
+    *,
+    inputs: int,
+    real: Bool[Tensor, "input token"] | None = None,
+) -> Meaning:
+    """What the attention calls below `root` mean.
+
+    run: runs the model on something. first: some inputs. other: the same, the first of them replaced by
+        another of its size. inputs: how many they are. real: which of their tokens are no padding.
+    Raises UserError where no layer can be measured, saying why, and for compiled modules.
+    """
+    refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
+    seen = watched(root, lambda: run(first))
+    runs = dict[tuple[str, int], list[Seen]]()
+    for one in seen.seen:
+        runs.setdefault((one.path, one.run), []).append(one)
+    decided = {key: _decided(calls) for key, calls in runs.items()}
+    measured = [one for key, calls in runs.items() for one in calls if one.number in decided[key][0]]
+    if not measured:
+        raise _nothing(root, seen, {path: why for (path, _), (_, why) in decided.items() if why})
+    changed = _changed(seen, watched(root, lambda: run(other), asked=False))
+    found = [changed[one] for one in measured if one in changed]
+    rows, random, sequence_first = _rows(found, inputs), False, False
+    if rows == EVERYWHERE:
+        again = _changed(seen, watched(root, lambda: run(first), asked=False))
+        random = any(bool(again[one].any()) for one in measured if one in again)
+        sequence_first = not random and all(bool(~x[:, 1:].any() & x[:, 0].all()) for x in found[:1])
+        rows = OTHERWISE
+    own = {} if random or rows == OTHERWISE else {one: x[: len(x) // inputs] for one, x in changed.items()}
+    return Meaning(
+        _towers(root, seen, runs, decided, own, real),
+        rows,
+        random,
+        sequence_first,
+        tuple(dict.fromkeys(one.path for one in measured if one.kind is None)),
+    )
+
+
+def refuse_random(module: nn.Module, found: Meaning, allowed: bool) -> None:
+    """Raises UserError for a model that gives other numbers for the same input, unless that is allowed."""
+    if found.random and not allowed:
+        raise UserError(
+            f"{type(module).__name__} draws at random: the same input gives other numbers each time",
+            "measure it all the same with --allow-random (Python: allow_random=True)",
+        )
+
+
+def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
+    """The verdict of the tests on one tower, as a manifest has it."""
+    padded = [layer.name for layer in chosen.layers if any(x is not None for x in layer.form.padding)]
+    others = {layer.name: layer.form.value_from for layer in chosen.layers if layer.form.value_from != "own"}
+    paths = {layer.path for layer in chosen.layers}
+    return {
+        "tested": True,
+        "rows": found.rows,
+        "random": found.random,
+        "padded_windows": padded,
+        "values_from": others,
+        "axis_untested": [path for path in found.untested if path in paths],
+    }
+
+
+def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
+    """Which calls of one run of a module are the layer's, by number; and why, if none is."""
+    own = [one for one in calls if one.kind in (OWN, MIXED) or not (one.kind or one.asked)]
+    if not own:
+        first = calls[0]
+        return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
+    if len(calls) > 1 and any(one.kind == EVERYTHING for one in calls):
+        return frozenset(), SEVERAL
+    if sum(one.touched for one in own) > 1:
+        return frozenset(), SEVERAL
+    if any(one.layout is None for one in own):
+        return frozenset(), NO_HEADS
+    return frozenset(one.number for one in own), None
+
+
+def _nothing(root: nn.Module, seen: Survey, why: Mapping[str, str]) -> UserError:
+    """Why a model has nothing to measure."""
+    if why:
+        path, reason = next(iter(why.items()))
+        return MeasurementError(
+            f"no layer attends to its own tokens ('{path}': {reason})",
+            "attnbias measures self-attention over tokens",
+        )
+    if seen.eager:
+        where = next(iter(seen.eager)) or type(root).__name__
+        return UserError(
+            f"the model computes attention itself, in '{where}': it cannot be seen",
+            "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",
+        )
+    return UserError(
+        f"{type(root).__name__} made no self-attention call",
+        "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
+    )
+
+
+# --- owner and content
+
+
+def _changed(seen: Survey, again: Survey) -> dict[Seen, Tensor]:
+    """The tokens of each call that are others in a second pass; nothing where the passes differ in calls."""
+    both = list(zip(seen.seen, again.seen, strict=False))
+    if len(seen.seen) != len(again.seen) or any(
+        (one.path, one.print.shape) != (two.path, two.print.shape) for one, two in both
+    ):
+        return {}
+    return {
+        one: one.rows((one.print - two.print).abs() > 1e-6 * one.print.abs().max())
+        for one, two in both
+        if one.layout is not None
+    }
+
+
+def _rows(changed: Iterable[Tensor], inputs: int) -> str:
+    """Whose rows calls have: of several verdicts, that of the least plain call."""
+    verdicts = [INPUTS]
+    for each in changed:
+        touched, rows = each.any(1), len(each)
+        if not touched.any():
+            continue
+        plain = rows % inputs == 0 and not touched[rows // inputs :].any()
+        if plain:
+            verdicts.append(INPUTS if rows == inputs else WINDOWS)
+        else:
+            verdicts.append(EVERYWHERE if touched[-1] else OTHERWISE)
+    return max(verdicts, key=[INPUTS, WINDOWS, OTHERWISE, EVERYWHERE].index)
+
+
+def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
+    """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
+
+    Where an input has several rows, they are what stays the same; where it has one, only what does so in a
+    later layer as well: prefix tokens are the same in the first one. The first token of a causal text is the
+    same in all of them, and is none.
+    """
+    found, before = dict[Seen, Tensor](), dict[int, Seen]()
+    for one in calls:
+        if one not in own or own[one].all() or not own[one].any():
+            continue
+        rows, tokens = own[one].shape
+        if rows > 1:
+            found[one] = ~own[one]
+        elif not one.first_alone and tokens in before:
+            found[one] = ~own[one]
+            same = torch.equal(own[before[tokens]], own[one])
+            found |= {before[tokens]: ~own[one]} if same else {}
+        before.setdefault(tokens, one)
+    return found
+
+
+# --- towers
+
+
+def _towers(
+    root: nn.Module,
+    seen: Survey,
+    runs: Mapping[tuple[str, int], list[Seen]],
+    decided: Mapping[tuple[str, int], tuple[frozenset[int], str | None]],
+    own: Changed,
+    real: Tensor | None,
+) -> tuple[Understood, ...]:
+    found = dict[str, str | None]()
+    for (path, _), (_, why) in decided.items():
+        found[path] = None if found.get(path, "") is None else why
+    for path in seen.eager:
+        found.setdefault(path, EAGER)
+    towers, unmeasured = list[Understood](), dict[str, str]()
+    for stack in stacks_of(root, found, seen.runs):
+        layers, skipped, of_stack = list[Layer](), dict[str, str](), list[Seen]()
+        indices = dict[Seen, int]()
+        for place in stack.places:
+            numbers, why = decided.get((place.path, place.run), (frozenset(), place.why))
+            if not numbers:
+                skipped[place.path] = place.why or why or EAGER
+                continue
+            calls = [one for one in runs[place.path, place.run] if one.number in numbers]
+            of_stack += calls
+            form = Form(
+                runs=seen.runs[place.path],
+                calls=None if len(numbers) == len(runs[place.path, place.run]) else numbers,
+                layout=calls[0].layout,
+                value_from=_values_of(calls, indices),
+            )
+            indices |= dict.fromkeys(calls, place.index)
+            layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))
+        skipped |= stack.beside
+        if not layers:
+            unmeasured |= skipped
+            continue
+        padding = _padding(of_stack, own)
+        hides = real is not None and any(
+            one.keys is not None and torch.equal(one.keys.expand_as(real), real)
+            for one in of_stack
+            if one.keys is None or one.keys.shape[-1] == real.shape[-1]
+        )
+        padded = tuple(_with_padding(layer, runs, padding) for layer in layers)
+        towers.append(Understood(stack.name, padded, len(stack.places), skipped, hides))
+    # stacks of which nothing is measured are told with the first one
+    return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
+
+
+def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
+    """Whose the values of a layer are: "own", "mixed", or those of an earlier layer."""
+    if any(one.kind == MIXED for one in calls):
+        return "mixed"
+    for other, index in before.items():
+        if all(one.print.shape == other.print.shape and torch.equal(one.print, other.print) for one in calls):
+            return f"layer {index}"
+    return "own"
+
+
+def _with_padding(
+    layer: Layer, runs: Mapping[tuple[str, int], list[Seen]], padding: Mapping[Seen, Tensor]
+) -> Layer:
+    calls = runs[layer.path, layer.run]
+    if padding.keys().isdisjoint(calls):
+        return layer
+    return replace(layer, form=replace(layer.form, padding=tuple(padding.get(one) for one in calls)))
