@@ -99,11 +99,31 @@ def dense_visible(call: AttentionCall) -> Array:
     batch, heads, tokens, _ = call.output.shape
     visible = np.ones((batch, heads, tokens, tokens), dtype=bool)
     if call.mask is not None:
-        shown = call.mask if call.mask.dtype == torch.bool else call.mask.double() > call.hidden
-        visible &= shown.cpu().numpy()
+        visible &= call.mask.cpu().numpy() if call.mask.dtype == torch.bool else dense_shown(call.mask)
     if call.causal:
         visible &= np.tri(tokens, dtype=bool)
     return visible
+
+
+def dense_shown(mask: Tensor) -> Array:
+    """Whether an additive mask shows each key, `[batch or 1, head or 1, row or 1, token or 1]`.
+
+    By the weights that it would give alone: down the sorted entries of a head, to the first whose weight
+    beside the largest is none in float32, and beside the entry before it less than the root of that.
+    """
+    none = float(np.finfo(np.float32).tiny)
+    entries = float64(mask[(None,) * (4 - mask.ndim)])
+    shown = np.ones(entries.shape, dtype=bool)
+    for head in range(entries.shape[1]):
+        sorted_ones = np.unique(entries[:, head])[::-1]
+        first, kept = sorted_ones[0], len(sorted_ones) if sorted_ones[0] > -9000 else 0
+        for place in range(1, kept):
+            beside_first, beside_last = np.exp(sorted_ones[place] - [first, sorted_ones[place - 1]])
+            if beside_first < none and beside_last < none**0.5:
+                kept = place
+                break
+        shown[:, head] = np.isin(entries[:, head], sorted_ones[:kept])
+    return shown
 
 
 def dense_scores(call: AttentionCall) -> Array:

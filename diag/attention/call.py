@@ -21,10 +21,6 @@ from diag.attention.sampling import RowSample
 from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError
 
-HIDDEN = -9000.0
-"""An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
-Libraries write -inf, the smallest float or -10000; no position bias in use reaches it."""
-
 TENSOR_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """How many numbers per thread some heads' queries or values may be where they are read head by head."""
 
@@ -38,15 +34,15 @@ class AttentionCall:
     materialise it).
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
-        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it.
-    hidden: the additive entry at or below which a key is hidden.
+        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it. What hides a key
+        is decided by its weight (`diag.attention.visibility.hiding`).
     log_normaliser: `lse_i`, where the attention kernel returned it.
     padding: tokens that stand for nothing, such as those that fill up windows; they are in the softmax, and
         no number is of them. None for none.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
-    visibility: which keys each query sees. It is read off `mask`, `causal` and `hidden`, unless one that was
-        read off these very ones is given; so `dataclasses.replace` carries it along, and layers that share
-        a mask share it.
+    visibility: which keys each query sees. It is read off `mask` and `causal`, unless one that was read off
+        these very ones is given; so `dataclasses.replace` carries it along, and layers that share a mask
+        share it.
     """
 
     layer: int
@@ -58,7 +54,6 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     scale: float
-    hidden: float = HIDDEN
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
     padding: Bool[Tensor, "batch token"] | None = None
@@ -67,9 +62,15 @@ class AttentionCall:
 
     def __post_init__(self) -> None:
         given = self.visibility
-        if given is None or not given.is_of(self.mask, self.causal, self.hidden, self.output):
-            read = Visibility.of(self.mask, self.causal, self.hidden, self.output)
-            object.__setattr__(self, "visibility", read)
+        if given is None or not given.is_of(self.mask, self.causal, self.output):
+            read = Visibility.of(self.mask, self.causal, self.output)
+            for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
+                object.__setattr__(self, name, value)
+
+    @property
+    def hidden(self) -> float:
+        """An entry of an additive mask at or below this hides its key."""
+        return self.visibility.hidden
 
     @property
     def batch(self) -> int:

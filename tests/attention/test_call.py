@@ -50,7 +50,7 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
 
 def visibility_read(call: AttentionCall) -> Visibility:
     """Read off the call's mask anew."""
-    return Visibility.of(call.mask, call.causal, call.hidden, call.output)
+    return Visibility.of(call.mask, call.causal, call.output)
 
 
 def assert_statistics_match(call: AttentionCall) -> None:
@@ -305,7 +305,6 @@ def test_what_was_read_off_a_mask_goes_with_the_mask() -> None:
         replace(call, mask=None),
         replace(call, mask=PADDED.clone()),
         replace(call, causal=False),
-        replace(call, hidden=-50.0),
         replace(every, causal=True),
     ):
         assert changed.visibility is not call.visibility

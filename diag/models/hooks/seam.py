@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.attention.call import HIDDEN, AttentionCall
+from diag.attention.call import AttentionCall
 from diag.attention.kernels.flash import attention_with_normaliser
-from diag.attention.visibility import Visibility
+from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.layout import Layout, plain_layout
 
@@ -282,7 +282,7 @@ class _Seam(AttentionMode):
         self.unshared = {layer.path: layer for layer in layers if layer.form.runs == 1}
         self.sightings = Sightings()
         self.eager: set[str] = set()
-        self.visibilities: dict[tuple, Visibility] = {}
+        self.visibilities: dict[tuple, tuple[Tensor, Visibility]] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
         run = self.sightings.runs[path]
@@ -331,13 +331,15 @@ class _Seam(AttentionMode):
                 f"layer '{layer.name}' drops attention weights at random (p = {dropout_p})",
                 "put the model in evaluation mode: model.eval()",
             )
+        # a mask beside is_causal is an error, which is for the function itself to raise
+        mask, causal = (attn_mask, True) if is_causal else plain(attn_mask, False)
         output, normaliser = attention_with_normaliser(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            query, key, value, mask, dropout_p, causal, scale, enable_gqa
         )
         if layer.form.calls is not None and number not in layer.form.calls:
             return output
         if query.shape[-2] != key.shape[-2]:
-            self.sightings.skipped[layer.name] = not_its_own(query, key)
+            self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
             return output
         layout = layer.form.layout or plain_layout(output)
         if layout is None:
@@ -346,8 +348,8 @@ class _Seam(AttentionMode):
                 "measure the model by name, or as a module: the layout is found there",
             )
         seen = self.visibility_of(
-            None if attn_mask is None else layout.split_mask(attn_mask, query.shape),
-            is_causal,
+            None if mask is None else layout.split_mask(mask, query.shape),
+            causal,
             layout.split(output),
         )
         call = AttentionCall(
@@ -360,7 +362,6 @@ class _Seam(AttentionMode):
             mask=seen.mask,
             causal=seen.causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            hidden=seen.hidden,
             log_normaliser=normaliser,
             padding=padding_of(layer, number, layout.split(output)),
             visibility=seen,
@@ -376,14 +377,14 @@ class _Seam(AttentionMode):
     def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> Visibility:
         """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""
         if mask is None:
-            return Visibility.of(mask, causal, HIDDEN, output)
+            return Visibility.of(mask, causal, output)
         place = (mask.data_ptr(), mask.shape, mask.stride(), causal, output.shape)
         if place not in self.visibilities:
             while len(self.visibilities) >= 2:
                 self.visibilities.pop(next(iter(self.visibilities)))
-            # it holds the mask, so that its address is not given to another one
-            self.visibilities[place] = Visibility.of(mask, causal, HIDDEN, output)
-        return self.visibilities[place]
+            # the mask is held, so that its address is not given to another one
+            self.visibilities[place] = mask, Visibility.of(mask, causal, output)
+        return self.visibilities[place][1]
 
     def projection(self, read: Tensor) -> None:
         """Compares what the output projection reads with the output that was captured."""
@@ -397,9 +398,11 @@ class _Seam(AttentionMode):
         self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
 
 
-def not_its_own(query: Tensor, key: Tensor) -> str:
+def not_its_own(query: Tensor, key: Tensor, mask: Tensor | None = None) -> str:
     """Why a call with other numbers of queries and keys is not of its own tokens."""
-    return f"{query.shape[-2]} queries over {key.shape[-2]} keys: cross-attention or pooling"
+    aligned = type(mask).__name__ == "CausalBias"
+    what = "causal up to the last key, as with a cache" if aligned else "cross-attention or pooling"
+    return f"{query.shape[-2]} queries over {key.shape[-2]} keys: {what}"
 
 
 def padding_of(layer: Layer, number: int, output: Tensor) -> Tensor | None:

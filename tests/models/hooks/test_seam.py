@@ -570,7 +570,7 @@ def test_masks_at_the_same_address_are_not_confused() -> None:
 
     def note(call: AttentionCall) -> None:  # keeps neither the call nor its mask
         assert "visibility" in vars(call)
-        fresh = Visibility.of(call.mask, call.causal, call.hidden, call.output)
+        fresh = Visibility.of(call.mask, call.causal, call.output)
         shown.append((call.visibility.keys.tolist(), fresh.keys.tolist()))
 
     with attention_calls(listed(module), note):
