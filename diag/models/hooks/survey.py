@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.attention.visibility import plain
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
 from diag.models.hooks.seam import SDPA, AttentionMode, Frame, hooked, not_its_own
 
@@ -187,9 +188,9 @@ class Survey(AttentionMode):
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key)
         elif self.asked:
             seen.query, seen.value, seen.output = query, value, output
-            seen.first_alone = is_causal
-            if attn_mask is not None:
-                self._read(attn_mask, seen)
+            mask, seen.first_alone = (attn_mask, True) if is_causal else plain(attn_mask, False)
+            if mask is not None:
+                self._read(mask, seen)
             frame.waiting.append(seen)
         return output
 
