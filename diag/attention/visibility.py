@@ -66,8 +66,9 @@ class Visibility:
             rule = "causal" if causal else "full"
             return Visibility(rule, None, count[None, None], None, mask, causal, HIDDEN)
         if not {*mask.shape[-2:]} <= {1, tokens}:
+            shape = " x ".join(map(str, mask.shape[-2:]))
             raise MeasurementError(
-                f"a mask of {' x '.join(map(str, mask.shape[-2:]))} queries and keys is not of {tokens} tokens",
+                f"a mask of {shape} queries and keys is not of {tokens} tokens",
                 "give one that broadcasts to [batch, head, token, token]",
             )
         mask, hidden = (mask, HIDDEN) if mask.dtype == torch.bool else hiding(mask)
@@ -202,7 +203,7 @@ def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]
     The mask is the one that was given, unless no entry parts the seen from the hidden of all heads: then it
     is a copy with -inf for what is hidden.
     """
-    entries = four_dimensional(mask)
+    entries = four_dimensional(mask) if mask.ndim <= 4 else mask.flatten(0, -4)
     for axis in range(4):
         entries = entries if entries.stride(axis) else entries.narrow(axis, 0, 1)
     seen, away = _levels(entries)
@@ -233,7 +234,7 @@ def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tenso
 def _joined_to(
     top: Float[Tensor, " head"], entries: Float[Tensor, "batch head row key"]
 ) -> Float[Tensor, " head"]:
-    """How far down steps lead in a few rows alone: mostly all the way, since the longest distances are there."""
+    """How far down steps lead in a few rows: mostly all the way, as the longest distances are there."""
     some = entries[:, :, [0, entries.shape[2] // 2, -1]].transpose(0, 1).flatten(1).to(top.dtype)
     some = torch.cat([top[:, None], some.sort(-1, descending=True).values], 1)
     joined = (some[:, 1:] > some[:, :-1] - STEP) | (some[:, 1:] > top[:, None] + NO_WEIGHT)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.attention.visibility import hiding, plain
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
 from diag.models.hooks.seam import SDPA, AttentionMode, Frame, hooked, not_its_own
 
@@ -182,15 +183,16 @@ class Survey(AttentionMode):
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key)
         elif self.asked:
             seen.query, seen.value, seen.output = query, value, output
-            seen.first_alone = is_causal
-            if attn_mask is not None:
-                self._read(attn_mask, seen)
+            mask, seen.first_alone = plain(attn_mask, is_causal)
+            if mask is not None:
+                self._read(mask, seen)
             frame.waiting.append(seen)
         return output
 
     def _read(self, mask: Tensor, seen: Seen) -> None:
         """Notes what a mask tells; `Visibility` reads it in full where it is measured."""
-        shown = mask if mask.dtype == torch.bool else mask > mask.amax(-1, keepdim=True) - 80
+        mask, hidden = (mask, 0.0) if mask.dtype == torch.bool else hiding(mask)
+        shown = mask if mask.dtype == torch.bool else mask > hidden
         seen.first_alone |= bool(shown.shape[-2] > 1 and not shown[..., 0, 1:].any())
         if shown.ndim == 4:
             seen.keys = shown.any(-2).any(1)
