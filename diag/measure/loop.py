@@ -349,7 +349,7 @@ def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
         ran = sightings.runs.get(layer.path, layer.form.runs)
         if ran != layer.form.runs and layer.name in sightings.calls:
             raise MeasurementError(
-                f"layer '{layer.path}' ran {ran} times in one forward pass, {layer.form.runs} expected: "
+                f"layer '{layer.path}' ran {ran} times in one forward pass: "
                 "depths that share weights would be mixed",
                 "leave it out with --layers",
             )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.depth import stacks_of
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
-from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, Seen, Survey, watched
+from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
 EAGER = "it computes softmax attention itself, which is not seen"
 SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
@@ -84,29 +84,58 @@ def meaning_of(
     """
     refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
     seen = watched(root, lambda: run(first))
-    runs = dict[tuple[str, int], list[Seen]]()
-    for one in seen.seen:
-        runs.setdefault((one.path, one.run), []).append(one)
-    decided = {key: _decided(calls) for key, calls in runs.items()}
-    measured = [one for key, calls in runs.items() for one in calls if one.number in decided[key][0]]
-    if not measured:
-        raise _nothing(root, seen, {path: why for (path, _), (_, why) in decided.items() if why})
-    changed = _changed(seen, watched(root, lambda: run(other), asked=False))
-    found = [changed[one] for one in measured if one in changed]
-    rows, random, sequence_first = _rows(found, inputs), False, False
-    if rows == EVERYWHERE:
+    _share(seen.seen)
+    calls, changed = _Calls(seen), dict[Seen, Tensor]()
+    rows, random, sequence_first = EVERYWHERE, False, False
+    if calls.measured:
+        changed = _changed(seen, watched(root, lambda: run(other), asked=False))
+        rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
+    if rows == EVERYWHERE and seen.seen:
         again = _changed(seen, watched(root, lambda: run(first), asked=False))
-        random = any(bool(again[one].any()) for one in measured if one in again)
-        sequence_first = not random and all(bool(~x[:, 1:].any() & x[:, 0].all()) for x in found[:1])
-        rows = OTHERWISE
-    own = {} if random or rows == OTHERWISE else {one: x[: len(x) // inputs] for one, x in changed.items()}
-    return Meaning(
-        _towers(root, seen, runs, decided, own, real),
-        rows,
-        random,
-        sequence_first,
-        tuple(dict.fromkeys(one.path for one in measured if one.kind is None)),
-    )
+        random, rows = any(bool(x.any()) for x in again.values()), OTHERWISE
+        if random:  # then what followed what is not known either
+            for one in seen.seen:
+                one.forget()
+            calls, changed = _Calls(seen), {}
+        elif calls.measured:
+            ahead = changed.get(calls.measured[0])
+            sequence_first = ahead is not None and bool(~ahead[:, 1:].any() & ahead[:, 0].all())
+    if not calls.measured:
+        raise _nothing(root, seen, calls.refused)
+    own = {} if rows == OTHERWISE else {one: x[: len(x) // inputs] for one, x in changed.items()}
+    untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
+    return Meaning(_towers(root, calls, own, real), rows, random, sequence_first, tuple(untested))
+
+
+class _Calls:
+    """The calls of a pass by module and run, and which of them are measured.
+
+    numbers: of the calls of each run that are its layer's. refused: why a run has none. measured: all of
+    them, in order.
+    """
+
+    def __init__(self, seen: Survey) -> None:
+        self.seen = seen
+        self.of_run = dict[tuple[str, int], list[Seen]]()
+        for one in seen.seen:
+            self.of_run.setdefault((one.path, one.run), []).append(one)
+        decided = {key: _decided(calls) for key, calls in self.of_run.items()}
+        self.numbers = {key: numbers for key, (numbers, _) in decided.items()}
+        self.refused = {key: why for key, (_, why) in decided.items() if why is not None}
+        self.measured = [one for one in seen.seen if one.number in self.numbers[one.path, one.run]]
+
+
+def _share(seen: Sequence[Seen]) -> None:
+    """Notes calls whose values, which do not follow their module's input, are those of an earlier layer."""
+    for place, one in enumerate(seen):
+        if one.kind in (None, ELSEWHERE) and one.why is None and one.print.unique().numel() > 1:
+            others = (other for other in seen[:place] if other.kind == OWN)
+            if any(_same_values(one, other) for other in others):
+                one.kind = SHARED
+
+
+def _same_values(one: Seen, other: Seen) -> bool:
+    return one.print.shape == other.print.shape and torch.equal(one.print, other.print)
 
 
 def refuse_random(module: nn.Module, found: Meaning, allowed: bool) -> None:
@@ -135,7 +164,7 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
 
 def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     """Which calls of one run of a module are the layer's, by number; and why, if none is."""
-    own = [one for one in calls if one.kind in (OWN, MIXED) or not (one.kind or one.asked)]
+    own = [one for one in calls if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked)]
     if not own:
         first = calls[0]
         return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
@@ -148,10 +177,10 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     return frozenset(one.number for one in own), None
 
 
-def _nothing(root: nn.Module, seen: Survey, why: Mapping[str, str]) -> UserError:
+def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) -> UserError:
     """Why a model has nothing to measure."""
     if why:
-        path, reason = next(iter(why.items()))
+        (path, _), reason = next(iter(why.items()))
         return MeasurementError(
             f"no layer attends to its own tokens ('{path}': {reason})",
             "attnbias measures self-attention over tokens",
@@ -225,52 +254,45 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
 # --- towers
 
 
-def _towers(
-    root: nn.Module,
-    seen: Survey,
-    runs: Mapping[tuple[str, int], list[Seen]],
-    decided: Mapping[tuple[str, int], tuple[frozenset[int], str | None]],
-    own: Changed,
-    real: Tensor | None,
-) -> tuple[Understood, ...]:
+def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -> tuple[Understood, ...]:
     found = dict[str, str | None]()
-    for (path, _), (_, why) in decided.items():
-        found[path] = None if found.get(path, "") is None else why
-    for path in seen.eager:
+    for key, numbers in calls.numbers.items():
+        if found.get(key[0], "") is not None:
+            found[key[0]] = None if numbers else calls.refused[key]
+    for path in calls.seen.eager:
         found.setdefault(path, EAGER)
     towers, unmeasured = list[Understood](), dict[str, str]()
-    for stack in stacks_of(root, found, seen.runs):
-        layers, skipped, of_stack = list[Layer](), dict[str, str](), list[Seen]()
-        indices = dict[Seen, int]()
+    for stack in stacks_of(root, found, ran=calls.of_run):
+        layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
-            numbers, why = decided.get((place.path, place.run), (frozenset(), place.why))
-            if not numbers:
-                skipped[place.path] = place.why or why or EAGER
+            key = (place.path, place.run)
+            mine = [one for one in calls.of_run.get(key, ()) if one.number in calls.numbers[key]]
+            if not mine:
+                skipped[place.path] = place.why or calls.refused.get(key, EAGER)
                 continue
-            calls = [one for one in runs[place.path, place.run] if one.number in numbers]
-            of_stack += calls
             form = Form(
-                runs=seen.runs[place.path],
-                calls=None if len(numbers) == len(runs[place.path, place.run]) else numbers,
-                layout=calls[0].layout,
-                value_from=_values_of(calls, indices),
+                runs=calls.seen.runs[place.path],
+                calls=None if len(mine) == len(calls.of_run[key]) else calls.numbers[key],
+                layout=mine[0].layout,
+                value_from=_values_of(mine, of_stack),
             )
-            indices |= dict.fromkeys(calls, place.index)
+            of_stack |= dict.fromkeys(mine, place.index)
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))
         skipped |= stack.beside
         if not layers:
             unmeasured |= skipped
             continue
-        padding = _padding(of_stack, own)
-        hides = real is not None and any(
-            one.keys is not None and torch.equal(one.keys.expand_as(real), real)
-            for one in of_stack
-            if one.keys is None or one.keys.shape[-1] == real.shape[-1]
-        )
-        padded = tuple(_with_padding(layer, runs, padding) for layer in layers)
+        padding = _padding(list(of_stack), own)
+        hides = real is not None and any(_shows(one, real) for one in of_stack)
+        padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         towers.append(Understood(stack.name, padded, len(stack.places), skipped, hides))
     # stacks of which nothing is measured are told with the first one
     return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
+
+
+def _shows(one: Seen, real: Tensor) -> bool:
+    """Whether the mask of a call shows the keys that are no padding, and no others."""
+    return one.keys is not None and one.keys.shape[-1] == real.shape[-1] and bool((one.keys == real).all())
 
 
 def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
@@ -278,15 +300,13 @@ def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
     if any(one.kind == MIXED for one in calls):
         return "mixed"
     for other, index in before.items():
-        if all(one.print.shape == other.print.shape and torch.equal(one.print, other.print) for one in calls):
+        if all(one.kind == SHARED and _same_values(one, other) for one in calls):
             return f"layer {index}"
     return "own"
 
 
-def _with_padding(
-    layer: Layer, runs: Mapping[tuple[str, int], list[Seen]], padding: Mapping[Seen, Tensor]
-) -> Layer:
-    calls = runs[layer.path, layer.run]
-    if padding.keys().isdisjoint(calls):
+def _with_padding(layer: Layer, calls: _Calls, padding: Mapping[Seen, Tensor]) -> Layer:
+    mine = calls.of_run[layer.path, layer.run]
+    if padding.keys().isdisjoint(mine):
         return layer
-    return replace(layer, form=replace(layer.form, padding=tuple(padding.get(one) for one in calls)))
+    return replace(layer, form=replace(layer.form, padding=tuple(padding.get(one) for one in mine)))

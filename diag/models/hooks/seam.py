@@ -122,6 +122,15 @@ def attention_modules(root: nn.Module, *, prefix: str = "") -> tuple[Layer, ...]
     return tuple(Layer(i, prefix + path, named[path]) for i, path in enumerate(inner))
 
 
+def has_closed(root: nn.Module) -> bool:
+    """Whether anything below `root` is called pooling or cross-attention."""
+    return any(
+        CLOSED.search(f"{type(module).__name__} {path.rpartition('.')[2]}")
+        and NAMES.search(type(module).__name__)
+        for path, module in root.named_modules()
+    )
+
+
 @contextmanager
 def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sightings]:
     """Under this, each self-attention call of `layers` is handed to `on_call` as the model runs.

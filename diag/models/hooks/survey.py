@@ -26,7 +26,7 @@ ABOVE = 3
 """How many modules, from the one that called attention upwards, are asked: a block runs its attention, which
 may run another one that is handed queries, keys and values."""
 
-OWN, MIXED, ELSEWHERE = "own tokens", "mixed values", "other tokens"
+OWN, MIXED, SHARED, ELSEWHERE = "own tokens", "mixed values", "an earlier layer's values", "other tokens"
 CHANNELS, HEADS, EVERYTHING, ORDER = "channels", "heads", "everything", "another order"
 REASONS = {
     CHANNELS: "it attends over channels, not over tokens",
@@ -68,6 +68,11 @@ class Seen:
     value: Tensor | None = None
     output: Tensor | None = None
     widths: list[int] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Takes back what the axis test found."""
+        if self.why is None:
+            self.kind, self.asked, self.touched = None, False, False
 
     def close(self) -> None:
         """Lets go of what the tests needed."""

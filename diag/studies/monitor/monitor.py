@@ -34,7 +34,7 @@ from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
-from diag.models.hooks.meaning import OTHERWISE, meaning_of, refuse_random
+from diag.models.hooks.meaning import OTHERWISE, meaning_of
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (
@@ -249,13 +249,16 @@ class Monitor:
 def _layers_of(module: nn.Module, given: Given) -> tuple[Layer, ...]:
     """The layers that a pass runs through; those of several towers follow each other, numbered through.
 
-    Raises UserError where a module is random also in evaluation mode, or whose rows are is not clear.
+    Raises UserError where it is not clear whose rows those of a call are. Warns of a module that draws at
+    random in evaluation mode, too.
     """
     found = meaning_of(
         module, lambda data: _run(module, data), given, given.with_first(another), inputs=given.rows
     )
-    refuse_random(module, found, False)
-    if found.rows == OTHERWISE:
+    if found.random:
+        name = type(module).__name__
+        warnings.warn(f"{name} draws at random in evaluation mode, too: its numbers vary", stacklevel=2)
+    elif found.rows == OTHERWISE:
         raise UserError(
             f"the rows of {type(module).__name__}'s attention calls are not those of its inputs",
             "measure it with diag.probe, which takes inputs one by one",
