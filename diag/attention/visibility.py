@@ -25,6 +25,9 @@ STEP = -NO_WEIGHT / 2
 HIDDEN = -9000.0
 """Where a head has no larger entry than this, all of its keys are hidden."""
 
+MOST_STEPS = 32
+"""How often all entries are read for where the steps lead that a few rows begin; then they are sorted."""
+
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """How many entries of a mask are looked at together."""
 
@@ -66,9 +69,9 @@ class Visibility:
             rule = "causal" if causal else "full"
             return Visibility(rule, None, count[None, None], None, mask, causal, HIDDEN)
         if not {*mask.shape[-2:]} <= {1, tokens}:
-            shape = " x ".join(map(str, mask.shape[-2:]))
+            sizes = " x ".join(map(str, mask.shape[-2:]))
             raise MeasurementError(
-                f"a mask of {shape} queries and keys is not of {tokens} tokens",
+                f"a mask of {sizes} queries and keys is not of {tokens} tokens",
                 "give one that broadcasts to [batch, head, token, token]",
             )
         mask, hidden = (mask, HIDDEN) if mask.dtype == torch.bool else hiding(mask)
@@ -184,10 +187,10 @@ def plain(mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
         return mask, causal
     from torch.nn.attention.bias import CausalBias, CausalVariant  # takes a second; theirs is imported
 
-    square = isinstance(mask, CausalBias) and mask.seq_len_q == mask.seq_len_kv
-    if square or (isinstance(mask, CausalBias) and mask.variant == CausalVariant.UPPER_LEFT):
-        return None, True
-    return mask, causal
+    if not isinstance(mask, CausalBias):
+        return mask, causal
+    square = mask.seq_len_q == mask.seq_len_kv
+    return (None, True) if square or mask.variant == CausalVariant.UPPER_LEFT else (mask, causal)
 
 
 def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]:
@@ -219,14 +222,18 @@ def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tenso
     least = top + NO_WEIGHT  # what is above it is seen
     seen, away = low, torch.full_like(low, -torch.inf)
     if not bool((low > least).all()):
-        seen = _joined_to(top, entries)
-        while True:
+        # the longest distances are in the first and the last rows
+        seen = _joined_to(top, entries[:, :, [0, entries.shape[2] // 2, -1]])
+        for _ in range(MOST_STEPS):
             away = _largest(entries, below=seen)
             joined = (away > seen - STEP) | (away > least)
             if not bool(joined.any()):
                 break
             seen = away.where(joined, seen)
             seen = seen.minimum(_smallest(entries, above=seen - STEP))
+        else:
+            seen = _joined_to(top, entries)
+            away = _largest(entries, below=seen)
     known = top.isfinite() & (top > HIDDEN)
     return seen.where(known, 0.0), away.where(known, HIDDEN)
 
@@ -234,11 +241,11 @@ def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tenso
 def _joined_to(
     top: Float[Tensor, " head"], entries: Float[Tensor, "batch head row key"]
 ) -> Float[Tensor, " head"]:
-    """How far down steps lead in a few rows: mostly all the way, as the longest distances are there."""
-    some = entries[:, :, [0, entries.shape[2] // 2, -1]].transpose(0, 1).flatten(1).to(top.dtype)
-    some = torch.cat([top[:, None], some.sort(-1, descending=True).values], 1)
-    joined = (some[:, 1:] > some[:, :-1] - STEP) | (some[:, 1:] > top[:, None] + NO_WEIGHT)
-    return some.gather(1, joined.long().cumprod(1).sum(1, keepdim=True))[:, 0]
+    """How far down the steps of these entries lead from the largest one. Sorts them."""
+    down = entries.transpose(0, 1).flatten(1).to(top.dtype).sort(-1, descending=True).values
+    down = torch.cat([top[:, None], down], 1)  # [head, entry]
+    joined = (down[:, 1:] > down[:, :-1] - STEP) | (down[:, 1:] > top[:, None] + NO_WEIGHT)
+    return down.gather(1, joined.long().cumprod(1).sum(1, keepdim=True))[:, 0]
 
 
 def _largest(

@@ -141,6 +141,16 @@ def test_heads_that_no_entry_parts() -> None:
     assert replace(call, output=-call.output).visibility is call.visibility
 
 
+@pytest.mark.parametrize("most", [0, 2, 100])
+def test_steps_that_a_few_rows_do_not_hold(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of several lengths in one row, the longest in between: walked down, or sorted."""
+    monkeypatch.setattr(visibility, "MOST_STEPS", most)
+    shown = torch.block_diag(*(torch.ones(n, n) for n in (20, 130, 50))).bool()
+    for entry in (-1e4, -math.inf):
+        assert shows(-2 * distance(200) + additive(shown, entry), shown)
+    assert shows(torch.where(shown, -2 * distance(200), 0.0), ALL)
+
+
 @pytest.mark.parametrize("budget", [1, 60 * 200])
 def test_blocks_of_rows_do_not_matter(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(visibility.BLOCK_ELEMENTS, "cpu", budget)
