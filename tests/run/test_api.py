@@ -300,6 +300,26 @@ def test_every_way_of_being_causal_gives_the_same_table(inside: str) -> None:
     assert means(free)[0, "entropy"] > whole[0, "entropy"] + 0.1
 
 
+def test_causality_up_to_the_last_of_more_keys_is_named() -> None:
+    class Attention(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            return F.scaled_dot_product_attention(q[:, :, -4:], k, v, causal_lower_right(4, 7))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.cached = Block(), Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.own(x)
+            return x + self.cached(x).mean()
+
+    run = diag.probe(Both().eval(), batches(2), metrics=FAST)
+    assert run.skipped == {"cached": "4 queries over 7 keys: causal up to the last key, as with a cache"}
+    assert set(run.layers["module"]) == {"own"}
+
+
 def test_nested_tensors_are_refused_by_name() -> None:
     class Attention(Block):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -185,7 +185,7 @@ class Survey(AttentionMode):
         self.seen.append(seen)
         frame.made.append(seen)
         if query.shape[-2] != key.shape[-2]:
-            seen.kind, seen.why = ELSEWHERE, not_its_own(query, key)
+            seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
         elif self.asked:
             seen.query, seen.value, seen.output = query, value, output
             mask, seen.first_alone = plain(attn_mask, is_causal)
