@@ -226,11 +226,11 @@ def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tenso
         seen = _joined_to(top, entries[:, :, [0, entries.shape[2] // 2, -1]])
         for _ in range(MOST_STEPS):
             away = _largest(entries, below=seen)
-            joined = (away > seen - STEP) | (away > least)
+            joined = (away > _below(seen, entries)) | (away > least)
             if not bool(joined.any()):
                 break
             seen = away.where(joined, seen)
-            seen = seen.minimum(_smallest(entries, above=seen - STEP))
+            seen = seen.minimum(_smallest(entries, above=_below(seen, entries)))
         else:
             seen = _joined_to(top, entries)
             away = _largest(entries, below=seen)
@@ -244,8 +244,13 @@ def _joined_to(
     """How far down the steps of these entries lead from the largest one. Sorts them."""
     down = entries.transpose(0, 1).flatten(1).to(top.dtype).sort(-1, descending=True).values
     down = torch.cat([top[:, None], down], 1)  # [head, entry]
-    joined = (down[:, 1:] > down[:, :-1] - STEP) | (down[:, 1:] > top[:, None] + NO_WEIGHT)
+    joined = (down[:, 1:] > _below(down[:, :-1], entries)) | (down[:, 1:] > top[:, None] + NO_WEIGHT)
     return down.gather(1, joined.long().cumprod(1).sum(1, keepdim=True))[:, 0]
+
+
+def _below(seen: Tensor, entries: Tensor) -> Tensor:
+    """The end of a step down; further where the format of the entries has no number in it."""
+    return seen - (2 * torch.finfo(entries.dtype).eps * seen.abs()).clamp(min=STEP)
 
 
 def _largest(
