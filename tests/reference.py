@@ -369,6 +369,18 @@ def window(tokens: int, left: int, right: int) -> Bool[Tensor, "token token"]:
     return (distance >= -left) & (distance <= right)
 
 
+def distance(tokens: int) -> Float[Tensor, "token token"]:
+    """|i - j|."""
+    position = torch.arange(tokens)
+    return (position[:, None] - position).abs().float()
+
+
+def of_two_kinds(tokens: int) -> Float[Tensor, "batch head token token"]:
+    """Three heads of which -100 hides what comes later, and one of a distance in steps of 20."""
+    causal = additive(torch.ones(tokens, tokens, dtype=torch.bool).tril(), -100.0)
+    return torch.stack([causal, causal, causal, -20.0 * distance(tokens)])[None]
+
+
 def random_mask(*shape: int, seed: int = 7, share: float = 0.6) -> Bool[Tensor, ...]:
     """Each entry visible with probability `share`."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
@@ -455,6 +467,12 @@ def build_cases() -> dict[str, AttentionCall]:
         "additive lowest": make_call(mask=additive(causal_left, lowest), seed=31),
         "additive lowest and causal": make_call(mask=additive(both, lowest), causal=True, seed=32),
         "additive -10000": make_call(mask=additive(ragged, -10000.0), seed=33),
+        "additive -1000": make_call(mask=additive(causal_left, -1000.0), seed=62),
+        "windows of -100 with a bias": make_call(
+            mask=additive(both, -100.0) + 4 * random_bias(1, 4, 13, 13), seed=63
+        ),
+        "far keys have no weight": make_call(mask=-30.0 * distance(13), causal=True, seed=64),
+        "hidden in some heads, far in others": make_call(mask=of_two_kinds(13), seed=65),
         "group of 2": make_call(kv_heads=2, seed=34),
         "group of 4": make_call(kv_heads=1, causal=True, seed=35),
         "group of 2, left padding": make_call(kv_heads=2, mask=both, causal=True, seed=36),

@@ -118,7 +118,7 @@ def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -
         raise MeasurementError(
             f"layer '{call.module}': a constant of {constant.numel()} numbers does not fit "
             f"{call.kv_heads} value heads of {call.value.shape[-1]}",
-            "please report the model; without --values bias-free it can be measured",
+            "its values are not those of its projection, head for head: leave out --values bias-free",
         )
     each = constant.to(call.value.device).float().view(heads, 1, -1)
     each = each.repeat_interleave(call.kv_heads // heads, 0)  # [kv_head, 1, dim]

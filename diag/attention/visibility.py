@@ -25,6 +25,9 @@ STEP = -NO_WEIGHT / 2
 HIDDEN = -9000.0
 """Where a head has no larger entry than this, all of its keys are hidden."""
 
+MOST_STEPS = 32
+"""How often all entries are read for where the steps lead that a few rows begin; then they are sorted."""
+
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """How many entries of a mask are looked at together."""
 
@@ -66,8 +69,9 @@ class Visibility:
             rule = "causal" if causal else "full"
             return Visibility(rule, None, count[None, None], None, mask, causal, HIDDEN)
         if not {*mask.shape[-2:]} <= {1, tokens}:
+            sizes = " x ".join(map(str, mask.shape[-2:]))
             raise MeasurementError(
-                f"a mask of {' x '.join(map(str, mask.shape[-2:]))} queries and keys is not of {tokens} tokens",
+                f"a mask of {sizes} queries and keys is not of {tokens} tokens",
                 "give one that broadcasts to [batch, head, token, token]",
             )
         mask, hidden = (mask, HIDDEN) if mask.dtype == torch.bool else hiding(mask)
@@ -183,10 +187,10 @@ def plain(mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
         return mask, causal
     from torch.nn.attention.bias import CausalBias, CausalVariant  # takes a second; theirs is imported
 
-    square = isinstance(mask, CausalBias) and mask.seq_len_q == mask.seq_len_kv
-    if square or (isinstance(mask, CausalBias) and mask.variant == CausalVariant.UPPER_LEFT):
-        return None, True
-    return mask, causal
+    if not isinstance(mask, CausalBias):
+        return mask, causal
+    square = mask.seq_len_q == mask.seq_len_kv
+    return (None, True) if square or mask.variant == CausalVariant.UPPER_LEFT else (mask, causal)
 
 
 def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]:
@@ -202,7 +206,7 @@ def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]
     The mask is the one that was given, unless no entry parts the seen from the hidden of all heads: then it
     is a copy with -inf for what is hidden.
     """
-    entries = four_dimensional(mask)
+    entries = four_dimensional(mask) if mask.ndim <= 4 else mask.flatten(0, -4)
     for axis in range(4):
         entries = entries if entries.stride(axis) else entries.narrow(axis, 0, 1)
     seen, away = _levels(entries)
@@ -218,14 +222,18 @@ def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tenso
     least = top + NO_WEIGHT  # what is above it is seen
     seen, away = low, torch.full_like(low, -torch.inf)
     if not bool((low > least).all()):
-        seen = _joined_to(top, entries)
-        while True:
+        # the longest distances are in the first and the last rows
+        seen = _joined_to(top, entries[:, :, [0, entries.shape[2] // 2, -1]])
+        for _ in range(MOST_STEPS):
             away = _largest(entries, below=seen)
-            joined = (away > seen - STEP) | (away > least)
+            joined = (away > _below(seen, entries)) | (away > least)
             if not bool(joined.any()):
                 break
             seen = away.where(joined, seen)
-            seen = seen.minimum(_smallest(entries, above=seen - STEP))
+            seen = seen.minimum(_smallest(entries, above=_below(seen, entries)))
+        else:
+            seen = _joined_to(top, entries)
+            away = _largest(entries, below=seen)
     known = top.isfinite() & (top > HIDDEN)
     return seen.where(known, 0.0), away.where(known, HIDDEN)
 
@@ -233,11 +241,16 @@ def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tenso
 def _joined_to(
     top: Float[Tensor, " head"], entries: Float[Tensor, "batch head row key"]
 ) -> Float[Tensor, " head"]:
-    """How far down steps lead in a few rows alone: mostly all the way, since the longest distances are there."""
-    some = entries[:, :, [0, entries.shape[2] // 2, -1]].transpose(0, 1).flatten(1).to(top.dtype)
-    some = torch.cat([top[:, None], some.sort(-1, descending=True).values], 1)
-    joined = (some[:, 1:] > some[:, :-1] - STEP) | (some[:, 1:] > top[:, None] + NO_WEIGHT)
-    return some.gather(1, joined.long().cumprod(1).sum(1, keepdim=True))[:, 0]
+    """How far down the steps of these entries lead from the largest one. Sorts them."""
+    down = entries.transpose(0, 1).flatten(1).to(top.dtype).sort(-1, descending=True).values
+    down = torch.cat([top[:, None], down], 1)  # [head, entry]
+    joined = (down[:, 1:] > _below(down[:, :-1], entries)) | (down[:, 1:] > top[:, None] + NO_WEIGHT)
+    return down.gather(1, joined.long().cumprod(1).sum(1, keepdim=True))[:, 0]
+
+
+def _below(seen: Tensor, entries: Tensor) -> Tensor:
+    """The end of a step down; further where the format of the entries has no number in it."""
+    return seen - (2 * torch.finfo(entries.dtype).eps * seen.abs()).clamp(min=STEP)
 
 
 def _largest(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.pattern import attend
+from diag.attention.pattern import attend, pattern_rows
 from diag.errors import MeasurementError, NotFinite
 from diag.models.base import Batch
 from diag.models.hooks.residual import tolerance
@@ -34,7 +35,7 @@ class ReconstructionCheck:
         Raises MeasurementError, naming the layer, if they differ from what the model used, and NotFinite,
         naming the inputs as well, for values that are not finite.
         """
-        rows = torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
+        rows = gate_rows(call)
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
@@ -54,6 +55,11 @@ class ReconstructionCheck:
         tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
         return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
+
+
+def gate_rows(call: AttentionCall) -> Int[Tensor, " row"]:
+    """The query rows that are rebuilt."""
+    return torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
 
 
 def inputs_of(rows: Bool[Tensor, " batch"], ids: Sequence[str]) -> list[str]:
@@ -81,13 +87,34 @@ def refuse_non_finite(states: Tensor, batch: Batch, path: str) -> None:
 
 
 def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
-    """Relative error of some rows of A V. Raises MeasurementError, naming the layer, if it is too large."""
+    """Relative error of some rows of A V.
+
+    Raises MeasurementError, naming the layer and where it is known the reason, if it is too large.
+    """
     error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
     allowed = tolerance(call.output.dtype)
-    if not error < allowed:
+    if error < allowed:
+        return error
+    if outweighed(call, allowed):
         raise MeasurementError(
-            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
-            f"(relative error {error:.1e}, allowed {allowed:.0e})",
-            "this attention is not understood; please report the model",
+            f"layer '{call.module}': scores of this input outweigh what its mask adds to hide keys: "
+            "hidden ones have weight",
+            "hide them with -inf or a boolean mask, or leave the layer out with --layers",
         )
-    return error
+    half = call.output.dtype not in (torch.float32, torch.float64)
+    raise MeasurementError(
+        f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
+        f"(relative error {error:.1e}, allowed {allowed:.0e})",
+        f"{'try --dtype float32; if that differs too, ' if half else ''}"
+        "this attention is not understood; please report the model",
+    )
+
+
+def outweighed(call: AttentionCall, least: float) -> bool:
+    """Whether a key that an additive mask hides has a weight of `least` or more: scores differ by as much."""
+    if call.query is None or call.mask is None or call.mask.dtype == torch.bool:
+        return False
+    rows = gate_rows(call)
+    visible = call.visibility.of_rows(rows)  # [batch or 1, head or 1, row or 1, token]
+    added = replace(call, visibility=replace(call.visibility, hidden=-torch.inf))
+    return bool(((pattern_rows(added, rows) >= least) & ~visible & visible.any(-1, keepdim=True)).any())

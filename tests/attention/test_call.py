@@ -285,14 +285,6 @@ def test_sums_of_many_rows_of_a_general_mask() -> None:
     assert torch.equal(call.visibility.count_among(among), (mask & among[:, None, None, :]).sum(-1))
 
 
-def test_a_masks_threshold_hides_and_biases() -> None:
-    """-9000 hides, -8999 is a bias (whose weight is zero anyway), as the definition says."""
-    for entry, seen in ((-9000.0, 12), (-8999.0, 13)):
-        mask = torch.zeros(13, 13)
-        mask[2, 5] = entry
-        assert make_call(mask=mask).visibility.count.flatten()[2] == seen
-
-
 def test_what_was_read_off_a_mask_goes_with_the_mask() -> None:
     """A change that leaves the mask alone keeps what was read off it; any other reads again."""
     call = make_call(mask=PADDED, causal=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +15,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import diag
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.default import METRICS
+from diag.metrics.names import GROUPS
 
 FAST = ["cos_y_vself", "entropy"]
 
@@ -48,6 +52,50 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
         return self.second(self.first(x, mask), mask)
+
+
+class Masked(Block):
+    """Hands options to PyTorch's function."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.split(x), **self.options)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class MaskedInside(nn.Module):
+    """Hands them to PyTorch's module, which takes a causal bias only where it is told of causality too."""
+
+    def __init__(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
+        super().__init__()
+        self.inside = nn.MultiheadAttention(16, 2, batch_first=True)
+        mask = additive(9, -math.inf) if attn_mask is None else attn_mask
+        self.options = {"attn_mask": mask, "is_causal": is_causal or isinstance(mask, CausalBias)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inside(x, x, x, need_weights=False, **self.options)[0]
+
+
+def additive(tokens: int, entry: float) -> Tensor:
+    """What hides later keys."""
+    return torch.full((tokens, tokens), entry).triu(1)
+
+
+WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "is_causal": lambda tokens: {"is_causal": True},
+    "boolean": lambda tokens: {"attn_mask": torch.ones(tokens, tokens).tril().bool()},
+    "lower right": lambda tokens: {"attn_mask": causal_lower_right(tokens, tokens)},
+    "upper left": lambda tokens: {"attn_mask": causal_upper_left(tokens, tokens)},
+    "-100": lambda tokens: {"attn_mask": additive(tokens, -100.0)},
+    "-1e3": lambda tokens: {"attn_mask": additive(tokens, -1e3)},
+    "-1e4": lambda tokens: {"attn_mask": additive(tokens, -1e4)},
+    "lowest": lambda tokens: {"attn_mask": additive(tokens, torch.finfo(torch.float32).min)},
+    "-inf": lambda tokens: {"attn_mask": additive(tokens, -math.inf)},
+}
+"""Ways of saying the same."""
 
 
 @pytest.fixture
@@ -228,6 +276,61 @@ def test_padding_does_not_count(mixer: Mixer) -> None:
     np.testing.assert_allclose(means(run), means(bare)[means(run).index], atol=2e-5)
     unmasked = diag.probe(mixer, [padded])
     assert abs(means(unmasked)[0, "entropy"] - means(bare)[0, "entropy"]) > 0.1
+
+
+@pytest.mark.parametrize("inside", ["function", "MultiheadAttention"])
+def test_every_way_of_being_causal_gives_the_same_table(inside: str) -> None:
+    """Every metric of attention; also for PyTorch's own objects, whose memory holds no mask."""
+    ways = (
+        WAYS if inside == "function" else {name: WAYS[name] for name in ("is_causal", "lower right", "-inf")}
+    )
+    (x,) = batches(3, tokens=9)
+    runs = {}
+    for name, options in ways.items():
+        torch.manual_seed(0)
+        module = (Masked if inside == "function" else MaskedInside)(**options(9)).eval()
+        runs[name] = diag.probe(module, [x], metrics=sorted(GROUPS.keys() - {"stream", "divergence"}))
+        (call,) = diag.capture(module, x)
+        assert torch.equal(diag.pattern_rows(call) > 0, torch.ones(3, 2, 9, 9).tril().bool()), name
+    whole = means(runs["is_causal"])
+    for name, run in runs.items():
+        np.testing.assert_allclose(means(run), whole, rtol=0, atol=1e-6, err_msg=name)
+    assert whole[0, "entropy_normalized"] > 0.9
+    free = diag.probe(Masked().eval(), [x], metrics=["entropy"])
+    assert means(free)[0, "entropy"] > whole[0, "entropy"] + 0.1
+
+
+def test_causality_up_to_the_last_of_more_keys_is_named() -> None:
+    class Attention(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            return F.scaled_dot_product_attention(q[:, :, -4:], k, v, causal_lower_right(4, 7))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.cached = Block(), Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.own(x)
+            return x + self.cached(x).mean()
+
+    run = diag.probe(Both().eval(), batches(2), metrics=FAST)
+    assert run.skipped == {"cached": "4 queries over 7 keys: causal up to the last key, as with a cache"}
+    assert set(run.layers["module"]) == {"own"}
+
+
+def test_nested_tensors_are_refused_by_name() -> None:
+    class Attention(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            parts = self.split(x).transpose(2, 3)  # [q k v, batch, token, head, dim]
+            rows = [[part[0], part[1, :4]] for part in parts]
+            q, k, v = (torch.nested.nested_tensor(row, layout=torch.jagged).transpose(1, 2) for row in rows)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    module = nn.Sequential(Attention()).eval()
+    with pytest.raises(UserError, match="layer '0' attends over nested tensors, of several lengths"):
+        diag.probe(module, batches(2), metrics=FAST)
 
 
 def test_a_module_is_left_as_it_was(mixer: Mixer) -> None:

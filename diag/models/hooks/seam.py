@@ -233,6 +233,11 @@ class AttentionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
+            if self.stack and (args[0] if args else kwargs["query"]).is_nested:
+                raise MeasurementError(
+                    f"layer '{self.stack[-1].path}' attends over nested tensors, of several lengths",
+                    "give batches that are padded to one length, with a mask",
+                )
             return self.attention(*args, **kwargs)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)

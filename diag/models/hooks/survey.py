@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.attention.visibility import plain
+from diag.attention.visibility import hiding, plain
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
 from diag.models.hooks.seam import SDPA, AttentionMode, Frame, hooked, not_its_own
 
@@ -185,10 +185,10 @@ class Survey(AttentionMode):
         self.seen.append(seen)
         frame.made.append(seen)
         if query.shape[-2] != key.shape[-2]:
-            seen.kind, seen.why = ELSEWHERE, not_its_own(query, key)
+            seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
         elif self.asked:
             seen.query, seen.value, seen.output = query, value, output
-            mask, seen.first_alone = (attn_mask, True) if is_causal else plain(attn_mask, False)
+            mask, seen.first_alone = plain(attn_mask, is_causal)
             if mask is not None:
                 self._read(mask, seen)
             frame.waiting.append(seen)
@@ -196,7 +196,8 @@ class Survey(AttentionMode):
 
     def _read(self, mask: Tensor, seen: Seen) -> None:
         """Notes what a mask tells; `Visibility` reads it in full where it is measured."""
-        shown = mask if mask.dtype == torch.bool else mask > mask.amax(-1, keepdim=True) - 80
+        mask, hidden = (mask, 0.0) if mask.dtype == torch.bool else hiding(mask)
+        shown = mask if mask.dtype == torch.bool else mask > hidden
         seen.first_alone |= bool(shown.shape[-2] > 1 and not shown[..., 0, 1:].any())
         if shown.ndim == 4:
             seen.keys = shown.any(-2).any(1)
