@@ -17,7 +17,10 @@ from diag.inputs.texts import documents, texts
 
 
 def as_inputs(given: object, tower: str) -> Inputs:
-    """What Python users pass: `Inputs`, a source as on the command line, or a list: PIL images, paths or texts."""
+    """What Python users pass: `Inputs`, a source as on the command line, or a list of images or texts.
+
+    given: images are PIL images or paths (`pathlib`), texts are strings.
+    """
     if isinstance(given, Inputs):
         return given
     if isinstance(given, str | Path):

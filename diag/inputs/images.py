@@ -217,7 +217,10 @@ def _hub_images(source: str) -> Inputs:
         raise UnreadableInput(f"row {index}: column '{column}' holds no image")
 
     items = Listing([f"{index:06d}" for index in range(len(rows))], read)
-    return Inputs("images", source, items, sha256(str(getattr(rows, "_fingerprint", source))))
+    digest, folder = sha256(str(getattr(rows, "_fingerprint", source))), Path(source[3:].split(",")[0])
+    # the library knows a file by its time alone
+    below = files_below(folder, lambda name: True)[0] if folder.is_dir() else ()
+    return Inputs("images", source, items, digest, sha256(f"{digest}{below}") if below else "")
 
 
 def _stamp(file: Path) -> tuple[int, int]:

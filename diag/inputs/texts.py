@@ -134,7 +134,7 @@ def demo_text() -> str:
 
 
 def plain(text: str) -> str:
-    """A text without the mark of its encoding, and with one kind of line ends: the same wherever it is from."""
+    """A text without the mark of its encoding, and with one kind of line ends: one text from every source."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 

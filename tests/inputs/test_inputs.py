@@ -49,7 +49,7 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def png_of_16_bits(file: Path, kind: int, pixels: np.ndarray, clear: list[int]) -> Path:
-    """A PNG whose colour `clear` is transparent. kind: 0 for grey, 2 for colour. Pillow writes no such file."""
+    """A PNG in which the colour `clear` is transparent. kind: 0 for grey, 2 for colour."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         body = name + content
@@ -689,6 +689,19 @@ def test_a_data_set_of_images(cached: Path) -> None:
     np.testing.assert_array_equal(read[0], three(GREY))
     np.testing.assert_array_equal(read[2], COLOUR)
     assert found.digest == images(source).digest
+
+
+def test_the_stamp_of_a_data_set_in_a_folder_follows_its_files(cached: Path) -> None:
+    """Sizes too: the library looks at times, and only at those."""
+    file = saved(cached, Image.fromarray(COLOUR), "0.png")
+    written, source = file.stat(), f"hf:{cached},split=train"
+    before = images(source)
+    assert images(source).stamp == before.stamp
+    saved(cached, Image.fromarray(GREY), "0.png")
+    assert file.stat().st_size != written.st_size
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    after = images(source)
+    assert (after.digest, after.stamp == before.stamp) == (before.digest, False)
 
 
 def test_a_damaged_image_in_a_data_set_is_told_by_its_row(cached: Path) -> None:
