@@ -121,6 +121,11 @@ def open_image(file: Path) -> Image.Image:
     return _decoded(file, f"image '{visible(file.name)}'")
 
 
+def image_in(content: bytes, name: str) -> Image.Image:
+    """An image of the bytes of a file, as `open_image`. name: the file's, for what is told."""
+    return _decoded(io.BytesIO(content), f"image '{visible(name)}'")
+
+
 def _decoded(source: Path | io.BytesIO, what: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
@@ -158,7 +163,9 @@ def rgb(image: Image.Image) -> Image.Image:
         values = np.where(values == clear, 0.0, values)
         image = Image.fromarray((values.clip(0, highest) / highest * 255).round().astype(np.uint8))
     elif {"A", "a"} & {*image.getbands()} or clear is not None:
-        if image.mode == "RGB" and max(clear) > 255:  # of 16 bits, of which Pillow keeps the upper eight
+        if (
+            image.mode == "RGB" and clear is not None and max(clear) > 255
+        ):  # of 16 bits, of which Pillow keeps the upper eight
             image = image.copy()
             image.info["transparency"] = tuple(part >> 8 for part in clear)
         image = image.convert("RGBA")
@@ -166,12 +173,16 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def demo_images() -> Inputs:
-    """The photographs and textures inside scikit-image's wheel, in alphabetical order."""
+def photograph(name: str) -> Path:
+    """The file of one of the `PHOTOGRAPHS`."""
     from importlib.resources import files
 
-    folder = Path(str(files("skimage.data")))
-    items = [Item(name, partial(open_image, folder / file)) for name, file in PHOTOGRAPHS.items()]
+    return Path(str(files("skimage.data"))) / PHOTOGRAPHS[name]
+
+
+def demo_images() -> Inputs:
+    """The photographs and textures inside scikit-image's wheel, in alphabetical order."""
+    items = [Item(name, partial(open_image, photograph(name))) for name in PHOTOGRAPHS]
     names = sha256("".join(PHOTOGRAPHS))
     # times would tell machines apart, not versions of the wheel
     return Inputs("images", "demo", items, names, sha256(names + version("scikit-image")))
@@ -184,7 +195,7 @@ def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
         raise UserError(f"no image in '{source}'", problem)
 
     def read(place: int) -> Image.Image:
-        return _decoded(io.BytesIO(index.read(place)), f"image '{index.ids[place].rpartition('/')[2]}'")
+        return image_in(index.read(place), index.ids[place].rpartition("/")[2])
 
     told = [_stamp(tar) for tar in named]
     owners = index.owners

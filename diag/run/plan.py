@@ -181,7 +181,7 @@ class ProbePlan(Plan):
         local += [path for path in common if path is not None and os.path.exists(path)]
         files: dict[str, Any] = {str(path): _stamp(path) for path in local}
         files |= {str(path): _content(path) for path in filter(None, map(strengths_file, self.changes))}
-        document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
+        document: dict[str, Any] = {"plan": what, "inputs": inputs, "files": files, "version": version()}
         if any(os.path.exists(path / ADAPTER) for path in local):
             document["peft"] = _peft()  # without it, such a folder is loaded as another model
         return sha256(json.dumps(document, sort_keys=True))
