@@ -378,7 +378,7 @@ def test_images_that_are_replaced_meanwhile_are_told(
         if "changes of" in text:
             Path("album", "00.png").touch()
 
-    with pytest.raises(UserError, match="'album/00.png' was replaced while it was measured"):
+    with pytest.raises(UserError, match=r"'album/00\.png' was replaced while it was measured"):
         run_intervene(plan, listener=Heard(replace))
     found = run_intervene(plan)
     assert found.manifest["inputs"]["content"] == content_digest(
