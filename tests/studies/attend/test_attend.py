@@ -370,8 +370,11 @@ def test_a_hugging_face_picture_is_unnormalised(tmp_path: Path) -> None:
     model = f"hf:{save_vision_model(tmp_path / 'vit', 'vit')}"
     red = tmp_path / "red.png"
     Image.new("RGB", (40, 40), (200, 30, 90)).save(red)
-    found = attend(AttendPlan(models=(model,), image=str(red), layer=0, patch=(0, 0)))
+    plan = AttendPlan(models=(model,), image=str(red), layer=0, patch=(0, 0))
+    found = attend(plan)
     assert set(map(tuple, found.pictures[model].reshape(-1, 3).tolist())) == {(200, 30, 90)}
+    laid_out = attend(plan.model_copy(update={"device": "spread"}))  # as --help offers
+    pd.testing.assert_frame_equal(laid_out.tokens, found.tokens, check_exact=not torch.cuda.is_available())
 
 
 # --- the folder
