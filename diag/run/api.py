@@ -80,8 +80,9 @@ def probe(
 
     model: a name as on the command line, or an `nn.Module` that uses PyTorch attention.
     inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
-        images or strings. For a module, an iterable of batches, each a tensor or a dict of tensors
-        that the module takes; every row of a batch is one input. A module runs where it is, as it is.
+        images, of paths of images (`pathlib`), or of strings. For a module, an iterable of batches, each a
+        tensor or a dict of tensors that the module takes; every row of a batch is one input. A module runs
+        where it is, as it is.
     metrics, tokens, layers: names, token sets and depth indices; defaults are the `default` group, the
         tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.

@@ -5,7 +5,6 @@ Shards are read in the order of the inputs, so that nothing depends on who wrote
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ import pandas as pd
 from pyarrow import ArrowInvalid
 
 from diag.errors import UserError
-from diag.inputs.items import sha256
+from diag.inputs.items import content_digest
 from diag.metrics.catalogue import RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
 from diag.results.hashes import hashes
@@ -143,8 +142,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
             # what was measured: the ids of inputs and the hashes of their bytes, in order
-            content = sha256(json.dumps(list(told["content"].items())))
-            inputs[kind] = inputs[kind] | {"content": content}
+            inputs[kind] = inputs[kind] | {"content": content_digest(told["content"])}
     failed_models |= {given: str(why) for given, why in nothing.items()}
     if not parts:
         first = next(iter(failed_models.values()), "no model was measured")

@@ -32,6 +32,7 @@ from diag.results.moments import moments_of
 from diag.results.staging import clear
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
+from diag.run.content import replaced
 from diag.run.environment import command_line
 from diag.run.finish import finish
 from diag.run.locks import PATIENCE, Locks
@@ -131,7 +132,7 @@ def run_share(
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
             found = open_run(folder)
             listener.say(f"already complete: {folder} (measure again with --overwrite)")
-            for note in edited(folder, found.manifest):
+            for note in [*edited(folder, found.manifest), *replaced(plan, folder, found.manifest)]:
                 listener.say(note)
             return found
         place, document = work.place, read_plan(work.place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,12 +150,45 @@ def test_every_way_of_giving_the_same_images(noise: Path) -> None:
         pd.testing.assert_series_equal(means(run), means(runs[0]), check_exact=True)
 
 
+def test_photographs_are_the_same_opened_by_their_paths_and_in_a_tar(noise: Path, tmp_path: Path) -> None:
+    """One lies on its side, of another a colour is transparent."""
+    album, exif = tmp_path / "album", Image.Exif()
+    album.mkdir()
+    exif[0x0112] = 6
+    first, second, third = (Image.open(file) for file in sorted(noise.iterdir())[:3])
+    first.save(album / "a.jpg", exif=exif, quality=95)
+    clear = np.asarray(second)[20, 20].tolist()
+    second.save(album / "b.png", transparency=tuple(clear))
+    third.convert("L").save(album / "c.png")
+    files = sorted(album.iterdir())
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for file in files:
+            tar.add(file, f"./{file.name}")
+    opened = [Image.open(file) for file in files]
+    runs = [
+        diag.probe("demo:vit-p16", given, limit=3, metrics=FAST)
+        for given in (album, tmp_path / "a.tar", files, opened)
+    ]
+    for run in runs[1:]:
+        pd.testing.assert_series_equal(means(run), means(runs[0]), check_exact=True)
+    upright = Image.fromarray(np.rot90(np.asarray(Image.open(files[0])), 3))
+    pixels = np.asarray(Image.open(files[1]).convert("RGB"))
+    black = np.where((pixels == clear).all(-1, keepdims=True), 0, pixels)
+    by_hand = [upright, Image.fromarray(black), Image.open(files[2]).convert("RGB")]
+    expected = means(diag.probe("demo:vit-p16", by_hand, limit=3, metrics=FAST))
+    pd.testing.assert_series_equal(means(runs[0]), expected, check_exact=True)
+
+
 def test_every_way_of_giving_the_same_text(tmp_path: Path) -> None:
     text = "How the standard library is documented, in a few words. " * 8
     (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.text").write_bytes(f"\ufeff{text}".encode())
     runs = [
         diag.probe("demo:lm", given, limit=2, seq_len=16, metrics=FAST)
-        for given in (tmp_path / "a.txt", diag.texts(tmp_path), [text], iter([text]))
+        for given in (
+            *(tmp_path / "a.txt", tmp_path / "b.text", diag.texts(tmp_path)),
+            *([text], iter([text]), [f"\ufeff{text}"]),
+        )
     ]
     assert runs[0].layers["n"].eq(2).all()
     assert runs[0].layers["n_tokens"].eq(16).all()

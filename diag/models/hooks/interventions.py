@@ -7,8 +7,6 @@ registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
 from diag.errors import UserError, did_you_mean, ranges
 from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
-from diag.models.names.spec import expanded
+from diag.models.names.changes import WRITTEN, strengths_file
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
@@ -245,7 +243,7 @@ def parse(text: str) -> Edit:
 
     STRENGTH is a number, or a CSV file with the columns layer, head, strength. Raises UserError.
     """
-    match = re.fullmatch(r"([^=:]+)(?:=(.+?))?(?::([0-9,-]+)(?:/([0-9,-]+))?)?", text.strip())
+    match = WRITTEN.fullmatch(text.strip())
     name = match[1].strip().replace("-", "_") if match else ""
     if match is None or name not in INTERVENTIONS:
         near = did_you_mean(name, INTERVENTIONS) or f"interventions are {', '.join(INTERVENTIONS)}"
@@ -267,8 +265,8 @@ def parse(text: str) -> Edit:
 def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     with suppress(ValueError):
         return float(given)
-    path = expanded(given)
-    if not os.path.isfile(path):
+    path = strengths_file(text)
+    if path is None:
         raise UserError(
             f"--intervene {text}: '{given}' is neither a number nor a file", "for example gated_xsa=0.5"
         )

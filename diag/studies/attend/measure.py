@@ -51,11 +51,16 @@ _View = tuple[pd.DataFrame, pd.DataFrame, _Target, dict[str, Any]]
 """One model's part of the answer: tokens, decomposition, target, and what the manifest says."""
 
 
-def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attended:
-    """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does."""
+def measure_models(
+    plan: AttendPlan, listener: Listener | None = None, *, given: Inputs | None = None
+) -> Attended:
+    """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does.
+
+    given: the plan's input, where it was read already.
+    """
     listener = listener or Silent()
     specs = specs_of(plan.probe_plan())
-    given = _in_memory(plan.inputs())
+    given = _in_memory(given or plan.inputs())
     device, dtype = device_of(plan.device), dtype_of(plan.dtype)
     views: list[_View] = []
     failed: dict[str, str] = {}
@@ -79,6 +84,7 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
         {entry["given"]: target.picture for *_, target, entry in views if target.picture is not None},
         [entry for *_, entry in views],
         failed,
+        given,
     )
 
 
@@ -213,7 +219,7 @@ def _in_memory(given: Inputs) -> Inputs:
         items = [Item(item.id, partial(lambda content: content, item.read())) for item in given]
     except UnreadableInput as error:
         raise UserError(str(error), IMAGE_TIP) from error
-    return Inputs(given.kind, given.source, items, given.digest)
+    return Inputs(given.kind, given.source, items, given.digest, given.stamp)
 
 
 def _tower(model: Model, kind: str) -> Tower:

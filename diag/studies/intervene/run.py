@@ -12,6 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from diag.errors import UserError
+from diag.inputs.items import content_digest
 from diag.inputs.labels import class_names, labels
 from diag.inputs.tables import read_table
 from diag.measure.batch_readings import Incidents
@@ -22,7 +23,7 @@ from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
-from diag.results.hashes import edited
+from diag.results.hashes import edited, hashes
 from diag.results.manifest import again
 from diag.results.manifest import read as manifest_of
 from diag.results.staging import Owner, pictures, settle
@@ -83,6 +84,9 @@ def run_intervene(
     with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=listener.say) as place:
         if place is not None:
             _carry_out(plan, prepared, place, document, listener)
+        else:
+            for note in edited(folder, manifest_of(folder, OWNER.verb)):
+                listener.say(note)
     return open_sweep(folder)
 
 
@@ -135,6 +139,11 @@ def _carry_out(
         incidents=incidents,
         advance=listener.advance,
     )
+    inputs = {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)}
+    if (files := given[kind].files) is not None:
+        inputs["content"] = content_digest(files.content([sample.id for sample in samples]))
+        for number in range(len(samples)):
+            files.check(number)
     table = sensitivity(rows, seed=plan.seed)
     relation = pd.concat(
         [
@@ -158,7 +167,8 @@ def _carry_out(
             "tower": tower.name,
             "ends_in": tower.ending,
             "probe": probed.name,
-            "inputs": {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)},
+            "inputs": inputs,
+            "tables": hashes(folder, (SAMPLES, *LAYOUTS)),
             "failed_inputs": incidents.failed,
             "seconds": round(time.time() - started, 3),
             "environment": environment(),

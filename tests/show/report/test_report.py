@@ -28,6 +28,7 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.results.collect import Collection, collect
+from diag.results.hashes import sha256_of
 from diag.show.figures.style import OKABE_ITO
 from diag.show.report import default_title, page, write_report
 from diag.show.report.attended import read_attended
@@ -446,6 +447,24 @@ def test_attend_folders_bring_pictures_and_their_words(finished: tuple[Path, End
         "m: cosine of output and own value 0.300, of which 0.050 self part and 0.250 context part."
     )
     assert "attnbias attend <x>" in "".join(read.texts["code"])
+
+
+def test_a_look_is_on_the_page_once_and_its_edited_tables_are_told(
+    finished: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    look = attend_folder(tmp_path / "look")
+    manifest = json.loads((look / "manifest.json").read_text())
+    told = {name: sha256_of(look / name) for name in ("tokens.parquet", "decomposition.csv")}
+    (look / "manifest.json").write_text(json.dumps(manifest | {"tables": told}))
+    twice = [finished[0], look, tmp_path / "x" / ".." / "look"]
+    (tmp_path / "x").mkdir()
+    assert write_report(twice, tmp_path / "report.html").notes == []
+    assert len(Page((tmp_path / "report.html").read_text("utf-8")).tags("img")) == 1
+    with (look / "decomposition.csv").open("a") as file:
+        file.write("\n")
+    done = write_report(twice, tmp_path / "report.html")
+    assert done.notes == [f"decomposition.csv of '{look}' is not as the run wrote it"]
+    assert str(done.notes[0]).partition(" of ")[0] in done.path.read_text("utf-8")
 
 
 def test_many_large_pictures_are_made_smaller(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -368,8 +370,11 @@ def test_a_hugging_face_picture_is_unnormalised(tmp_path: Path) -> None:
     model = f"hf:{save_vision_model(tmp_path / 'vit', 'vit')}"
     red = tmp_path / "red.png"
     Image.new("RGB", (40, 40), (200, 30, 90)).save(red)
-    found = attend(AttendPlan(models=(model,), image=str(red), layer=0, patch=(0, 0)))
+    plan = AttendPlan(models=(model,), image=str(red), layer=0, patch=(0, 0))
+    found = attend(plan)
     assert set(map(tuple, found.pictures[model].reshape(-1, 3).tolist())) == {(200, 30, 90)}
+    laid_out = attend(plan.model_copy(update={"device": "spread"}))  # as --help offers
+    pd.testing.assert_frame_equal(laid_out.tokens, found.tokens, check_exact=not torch.cuda.is_available())
 
 
 # --- the folder
@@ -433,6 +438,65 @@ def test_a_plan_is_known_by_what_it_measures(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(image)
     assert plan.key() != key
     assert plan.probe_plan() == ProbePlan(models=("demo:vit-p16",))
+
+
+def test_a_look_is_known_by_what_lies_in_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by how its place is typed: an input of one name and content is one look."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    for place, colour in (("a.png", "red"), ("b/a.png", "red"), ("c.png", "red"), ("b/c.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(place)
+    Path("a.txt").write_text("the assert statement")
+
+    def key(**given: Any) -> str:
+        return AttendPlan(models=("demo:vit-p16",), layer=0, **given).key()
+
+    def of(image: str) -> str:
+        return key(image=image, patch=(0, 0))
+
+    Path("link").symlink_to("b")
+    same = {of(place) for place in ("a.png", "./a.png", str(tmp_path / "a.png"), "b/a.png", "link/a.png")}
+    assert len(same) == 1
+    assert len({*same, of("c.png"), of("b/c.png"), of("demo:astronaut"), of("demo:coffee")}) == 5
+    assert key(text="a.txt", token=0) == key(text="./a.txt", token=0)
+    assert key(text="a.txt", token=0) != key(text="the assert statement", token=0)
+
+
+def test_what_is_hashed_is_what_is_looked_at(tmp_path: Path) -> None:
+    """Also where the picture is replaced while it is looked at."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(file)
+    plan = AttendPlan(models=("demo:vit-p16",), image=str(file), layer=0, patch=(0, 0))
+    given, key, content = plan.inputs(), plan.key(), hashlib.sha256(file.read_bytes()).hexdigest()
+    Image.new("RGB", (64, 64), "blue").save(file)
+    found = attend(plan, given=given)
+    assert found.pictures["demo:vit-p16"][0, 0].tolist() == [255, 0, 0]
+    write(found, plan, tmp_path / "look")
+    manifest = json.loads((tmp_path / "look" / "manifest.json").read_text())
+    assert (manifest["key"], manifest["input"]["sha256"]) == (key, content)
+    assert plan.key() != key
+
+
+@pytest.mark.usefixtures("sketched")
+def test_tables_that_were_edited_are_told(attnbias: Callable[..., Ended]) -> None:
+    given = (
+        "attend",
+        "-m",
+        "demo:vit-p16",
+        "--image",
+        "demo:coffee",
+        "--layer",
+        0,
+        "--patch",
+        "0,0",
+        "-o",
+        "x",
+    )
+    assert attnbias(*given).code == 0
+    assert not any("is not as" in line for line in attnbias(*given).lines)
+    with Path("x", "decomposition.csv").open("a") as file:
+        file.write("\n")
+    assert "decomposition.csv of 'x' is not as the run wrote it" in attnbias(*given).lines
 
 
 @pytest.mark.parametrize(
