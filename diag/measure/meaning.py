@@ -132,6 +132,8 @@ def _other(content: Any, number: int) -> Any:
         generator = np.random.default_rng(number)
         noise = generator.integers(0, 256, (content.height, content.width, 3), dtype=np.uint8)
         return Image.fromarray(noise)
+    if isinstance(content, dict):
+        return {name: _other(x, number) if x.is_floating_point() else x for name, x in content.items()}
     if isinstance(content, tuple):
         return tuple(other_than(x, number) if x.is_floating_point() else x for x in content)
     return content[number:] + content[:number]
