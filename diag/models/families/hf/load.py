@@ -196,6 +196,9 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
 
     def see(part: Any, prefix: str) -> Tower:
         layers = layers_of(part, spec.resolved, "vision", prefix=prefix)
+        # DETR's decoder attends among the objects that it looks for, which are no pieces of the image
+        ahead = tuple(layer for layer in layers if not layer.path.startswith(f"{prefix}decoder."))
+        layers = ahead if hasattr(part, "encoder") else layers
         refuse_eager(spec, module, layers)
         return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
 

@@ -197,20 +197,39 @@ def test_what_cannot_be_measured_is_refused_for_its_own_reason(
     assert message in str(error.value)
 
 
-def test_a_part_that_has_no_attention_does_not_refuse_the_model(tmp_path: Path) -> None:
-    """DETR's encoder reads what a convolutional network makes of the image, which knows no SDPA."""
+def detr(kind: str) -> transformers.PreTrainedModel:
+    """Two encoder layers and one decoder layer behind a convolutional network, which knows no SDPA."""
     backbone = transformers.ResNetConfig(
         depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8, layer_type="basic", out_features=["stage2"]
     )
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4}
     sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    config = transformers.DetrConfig(
+    config = getattr(transformers, f"{kind}Config")(
         backbone_config=backbone, use_timm_backbone=False, backbone=None, num_queries=4, **sizes
     )
-    processor = transformers.DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
-    tower = saved(tmp_path, transformers.DetrModel(config), processor).tower("vision")
-    assert tower.layers[0].path == "encoder.layers.0.self_attn"
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}Model")(config)
+
+
+DETR_IMAGES = {"size": {"shortest_edge": 96, "longest_edge": 144}}
+
+
+def test_the_objects_that_a_decoder_looks_for_are_no_patches(tmp_path: Path, photographs: Inputs) -> None:
+    model = saved(tmp_path, detr("Detr"), transformers.DetrImageProcessor(**DETR_IMAGES))
+    tower = understood(model, model.tower("vision"), list(model.tower("vision").samples(photographs, None)))
+    assert [layer.path for layer in tower.layers] == [f"encoder.layers.{i}.self_attn" for i in range(2)]
     assert tower.facts["patch_size"] == 8
+
+
+def test_another_stack_does_not_stand_in_for_one_that_is_not_seen(
+    tmp_path: Path, photographs: Inputs
+) -> None:
+    """Deformable DETR samples the image with an attention of its own; its decoder is no vision tower."""
+    processor = transformers.DeformableDetrImageProcessor(**DETR_IMAGES)
+    model = saved(tmp_path, detr("DeformableDetr"), processor)
+    tower = model.tower("vision")
+    with pytest.raises(UserError, match=r"no layer attends to its own tokens \('encoder\.layers\.0"):
+        understood(model, tower, list(tower.samples(photographs, None)))
 
 
 def test_a_layer_is_known_by_what_stands_behind_the_models_name(tmp_path: Path) -> None:
