@@ -117,7 +117,8 @@ class BatchReadings:
             return call
         real = counts[:, 0] if seen.keys is None else counts[:, 0] & seen.keys
         # rows that see few keys are like no others, and a prefix would be missed in a set of all tokens
-        alone = torch.arange(call.tokens, device=real.device) < len(self.tower.prefix)
+        token = torch.arange(call.tokens, device=real.device)
+        alone = (token < len(self.tower.prefix)) | (token >= call.tokens - len(self.tower.suffix))
         alone = alone | (seen.count[:, 0] <= FEW_KEYS)
         sets = [mask & real for mask in masks]
         sets.append(torch.stack(torch.broadcast_tensors(*sets)).any(0) & alone)
@@ -130,6 +131,8 @@ class BatchReadings:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
         if self.tower.name != "vision":
             return TEXT
+        if self.tower.suffix:  # a grid has no places for what is behind it
+            return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)
         size = self.tower.facts.get("image_size")
         return Geometry.of_image(call.tokens, len(self.tower.prefix), size, windows)

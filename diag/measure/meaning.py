@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diag.errors import UnreadableInput
+from diag.errors import MeasurementError, UnreadableInput
 from diag.measure.batch_size import is_out_of_memory
 from diag.measure.loop import told_if_the_model_fails
 from diag.models.base import Batch, Model, Sample, Tower
@@ -132,16 +132,35 @@ def _other(content: Any, number: int) -> Any:
         generator = np.random.default_rng(number)
         noise = generator.integers(0, 256, (content.height, content.width, 3), dtype=np.uint8)
         return Image.fromarray(noise)
+    if isinstance(content, dict):
+        return {name: _other(x, number) if x.is_floating_point() else x for name, x in content.items()}
     if isinstance(content, tuple):
         return tuple(other_than(x, number) if x.is_floating_point() else x for x in content)
     return content[number:] + content[:number]
 
 
 def _chosen(tower: Tower, found: Meaning) -> Understood:
-    """The tower among those that ran: the one with most of the layers that were expected by their names."""
-    expected = {layer.path for layer in tower.layers}
+    """The tower among those that ran: the one with most of the layers that were expected by their names.
+
+    Raises MeasurementError where none of them is: another stack's tokens are not those of this tower.
+    """
+    expected = [layer.path for layer in tower.layers]
 
     def shared(one: Understood) -> tuple[int, int]:
-        return sum(layer.path in expected for layer in one.layers), len(one.layers)
+        return sum(_within(layer.path, expected) for layer in one.layers), len(one.layers)
 
-    return max(found.towers, key=shared)
+    chosen = max(found.towers, key=shared)
+    if expected and not shared(chosen)[0]:
+        skipped = {path: why for one in found.towers for path, why in one.skipped.items()}
+        path = next((path for path in skipped if _within(path, expected)), expected[0])
+        why = skipped.get(path, "it makes no attention call that is seen")
+        raise MeasurementError(
+            f"no layer attends to its own tokens ('{path}': {why})",
+            "attnbias measures self-attention over tokens",
+        )
+    return chosen
+
+
+def _within(path: str, others: Sequence[str]) -> bool:
+    """Whether a module is one of others, within one of them, or around one."""
+    return any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in others)

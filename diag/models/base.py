@@ -64,7 +64,8 @@ class Tower:
         Raises UnreadableInput. None where there is nothing worth it.
     forward: runs the tower on a batch.
     takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
-    prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
+    prefix, suffix: kinds of the tokens before and behind the patches, in order: "cls", "registers",
+        "prompt" or "detection".
     marks: token sets whose positions each batch brings with it. together: those that are measured where
         none is named; the first one if there are none.
     max_batch: the most samples that one forward may hold.
@@ -84,6 +85,7 @@ class Tower:
     takes: str | None = None
     prepare: Callable[[Any], Any] | None = None
     prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
     max_batch: int | None = None
@@ -104,7 +106,7 @@ class Tower:
             return (*self.marks, "all")
         if self.name != "vision":
             return ("all",)
-        return ("patch", "all", *dict.fromkeys(self.prefix))
+        return ("patch", "all", *dict.fromkeys(self.prefix + self.suffix))
 
     @property
     def default_sets(self) -> tuple[str, ...]:
@@ -130,7 +132,8 @@ class Tower:
         Raises UserError where the tower has no such set.
         """
         self.check_set(token_set)
-        kinds = [*self.prefix, *["patch"] * (tokens - len(self.prefix))]
+        patches = tokens - len(self.prefix) - len(self.suffix)
+        kinds = [*self.prefix, *["patch"] * patches, *self.suffix]
         return torch.tensor([token_set in ("all", kind) for kind in kinds])
 
 

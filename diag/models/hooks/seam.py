@@ -33,7 +33,7 @@ SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PROJECTIONS = {F.linear: 0, torch.addmm: 1, Tensor.addmm: 1}  # function -> which argument is its input
 CONVOLUTIONS = {F.conv1d, F.conv2d}
 
-NAMES = re.compile(r"attention|attn", re.IGNORECASE)
+NAMES = re.compile(r"attention|attn|(?-i:(MLA|MHSA|GPSA)$)", re.IGNORECASE)
 CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
 BESIDE = re.compile(r"drop|norm|embed|output|residual", re.IGNORECASE)
 
@@ -111,12 +111,13 @@ def attention_modules(root: nn.Module, *, prefix: str = "") -> tuple[Layer, ...]
     named: dict[str, nn.Module] = {}
     closed: list[str] = []  # where nothing is self-attention
     for path, module in root.named_modules():
-        words = f"{type(module).__name__} {path.rpartition('.')[2]}"
+        kind, own = type(module).__name__, path.rpartition(".")[2]
         if path.startswith(tuple(closed)):
             continue
-        if path and CLOSED.search(words):
+        if path and CLOSED.search(f"{kind} {own}"):
             closed.append(f"{path}.")
-        elif NAMES.search(type(module).__name__) and not BESIDE.search(words):
+        # what stands before belongs to the model's name: RobertaPreLayerNormSelfAttention
+        elif (found := NAMES.search(kind)) and not BESIDE.search(f"{kind[found.end() :]} {own}"):
             named[path] = module
     inner = [p for p in named if not any(other.startswith(f"{p}.") for other in named)]
     return tuple(Layer(i, prefix + path, named[path]) for i, path in enumerate(inner))

@@ -295,10 +295,10 @@ def _grid(model: Model, tower: Tower, batch: Batch, call: AttentionCall) -> Grid
     rows, columns = height // patch_height, width // patch_width
     # pixels behind the last whole patch are not seen
     grid = Grid(model.name, rows * patch_height, columns * patch_width, rows, columns)
-    if call.tokens != len(tower.prefix) + grid.rows * grid.columns:
+    if call.tokens != len(tower.prefix + tower.suffix) + grid.rows * grid.columns:
         raise UserError(
             f"layer {call.layer} ('{call.module}') of '{model.name}' has {call.tokens} tokens, not "
-            f"{len(tower.prefix)} + {grid.rows} × {grid.columns} patches",
+            f"{len(tower.prefix + tower.suffix)} + {grid.rows} × {grid.columns} patches",
             "choose a layer that keeps one token per patch, with --layer",
         )
     return grid
@@ -306,12 +306,11 @@ def _grid(model: Model, tower: Tower, batch: Batch, call: AttentionCall) -> Grid
 
 def _patches(tower: Tower, grid: Grid) -> pd.DataFrame:
     """kind, row, col and text of every token of an image."""
-    blank = [None] * len(tower.prefix)
+    before, behind = [None] * len(tower.prefix), [None] * len(tower.suffix)
     rows, columns = np.indices((grid.rows, grid.columns)).reshape(2, -1).tolist()
-    kinds = [*tower.prefix, *["patch"] * len(rows)]
-    return pd.DataFrame(
-        {"kind": kinds, "row": [*blank, *rows], "col": [*blank, *columns], "text": [None] * len(kinds)}
-    )
+    kinds = [*tower.prefix, *["patch"] * len(rows), *tower.suffix]
+    places = {"row": [*before, *rows, *behind], "col": [*before, *columns, *behind]}
+    return pd.DataFrame({"kind": kinds, **places, "text": [None] * len(kinds)})
 
 
 def _position(token: int, tokens: int, model: Model) -> int:
