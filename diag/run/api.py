@@ -64,7 +64,7 @@ def probe(
     *,
     metrics: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     values: str = "as_computed",
     intervene: Sequence[str] = (),
     limit: int = 64,
@@ -82,8 +82,8 @@ def probe(
     inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
         images or strings. For a module, an iterable of batches, each a tensor or a dict of tensors
         that the module takes; every row of a batch is one input. A module runs where it is, as it is.
-    metrics, tokens, layers: names, token sets and depth indices; defaults are the `default` group, the
-        tower's default token sets, and all layers.
+    metrics, tokens, layers: names, token sets, and the model's own numbers of layers, where -1 or "last" is
+        its last; defaults are the `default` group, the tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
@@ -140,7 +140,7 @@ def capture(
     model: str | nn.Module,
     batch: Any,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     limit: int = 64,
     seq_len: int | None = None,
     device: str = "auto",

@@ -226,7 +226,7 @@ def test_a_dry_run_finds_the_mistakes_that_need_no_model(attnbias: Attnbias) -> 
 
 
 def test_layers_by_number_and_range(attnbias: Attnbias) -> None:
-    assert attnbias(*VIT, "--limit", 1, *FAST, "-o", "run", "--layers", "0,2-3,3").code == 0
+    assert attnbias(*VIT, "--limit", 1, *FAST, "-o", "run", "--layers", "-6,2-3,-3").code == 0
     table = pd.read_csv("run/layers.csv")
     assert list(table["layer"]) == [0, 2, 3]
     assert list(table["module"]) == ["blocks.0.attn", "blocks.2.attn", "blocks.3.attn"]
