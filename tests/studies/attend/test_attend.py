@@ -319,7 +319,7 @@ def test_layers_count_from_the_end_and_by_depth() -> None:
 
 
 def test_depth_is_that_of_the_model_where_layers_are_not_measured() -> None:
-    model = load(parse("demo:vit-p16"))
+    model = load(parse("demo:vit-p16"), device=torch.device("cpu"), dtype=torch.float32)
     places = tuple(
         Place(i, f"layers.{i}", 0, None if i in (3, 7) else "no softmax attention") for i in range(8)
     )
