@@ -168,6 +168,10 @@ def test_layers_of_a_hybrid_keep_their_numbers(hybrid: nn.Module, layers: Any) -
     assert list(found.layers["layer"]) == [3]
     linear = "no softmax attention (Qwen3NextGatedDeltaNet)"
     assert found.skipped == {f"layers.{index}": linear for index in (0, 1, 2, 4)}
+    assert found.depths == {"module": 5}
+    if layers is None:
+        low, high = found.plot()["curves-Qwen3NextModel-module-all"].axes[0].get_xlim()
+        assert (low < 0, high > 4) == (True, True)
 
 
 @pytest.mark.parametrize(
