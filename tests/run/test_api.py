@@ -190,6 +190,26 @@ def test_a_layer_without_attention_is_refused_by_name(hybrid: nn.Module, options
     assert told.value.tip in ("layers that are measured: 3", "layers are 0 to 4, or -1 to -5 from the last")
 
 
+class Plain(nn.Module):
+    """A block without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(("behind", "known"), [((), True), ((Plain,), False)])
+def test_what_needs_every_block_is_undefined_where_one_is_not_measured(behind: tuple, known: bool) -> None:
+    torch.manual_seed(0)
+    own = [nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True) for _ in range(2)]
+    model = nn.Sequential(*own, *(block() for block in behind)).eval()
+    found = diag.probe(model, batches(2), metrics=["secondary_sinks", "cos_y_vself"])
+    assert list(found.layers.query("metric == 'secondary_sinks'")["mean"].notna()) == [known, known]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -62,9 +62,8 @@ class Monitor:
     every: steps that are multiples of it are due.
     rows: the most inputs of a training batch that are measured; a fixed batch is measured whole.
     metrics: names and groups as in `diag.probe`; all but the divergence metrics, which need a second image.
-    layers: the model's own numbers, -1 for its last; all if None. prefix_tokens: leading tokens (class token, registers) that do not
-        count; attention itself runs over them.
-    prefix: what the keys begin with.
+    layers: the model's own numbers, -1 for its last; all if None. prefix: what the keys begin with.
+    prefix_tokens: leading tokens (class token, registers) that do not count; attention itself runs over them.
 
     Numbers are those of `diag.probe` on the same inputs and weights: the mean over heads within each input,
     then over inputs. For a model with an attention variant (`diag.variants`), y is what attention gives,
