@@ -72,6 +72,7 @@ def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_r
         tower,
         layers=chosen.layers,
         depth=chosen.depth,
+        places=chosen.places,
         skipped=chosen.skipped,
         meaning=told(found, chosen),
         max_batch=1 if found.rows == OTHERWISE and not found.random else tower.max_batch,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, one_of
 from diag.inputs.items import Inputs
+from diag.models.hooks.depth import Place
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 
 
@@ -55,7 +56,8 @@ class Tower:
 
     layers: its attention modules in depth order; those that were found by their names, until
         `diag.measure.meaning.understood` has looked at what they do.
-    depth: how many places its depth axis has, with layers that are not measured. skipped: these, by path,
+    depth: how many places its depth axis has, with layers that are not measured. places: all of them, where
+        they are known. skipped: those that are not measured, and what holds no place, by path,
         and why. meaning: what the tests of meaning found, as a manifest has it.
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
@@ -95,6 +97,7 @@ class Tower:
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
     depth: int | None = None
+    places: tuple[Place, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     meaning: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -41,6 +41,7 @@ class Probe:
     heads: the same per head. samples: one value per input, layer, head and metric.
     failed: inputs that could not be read, or gave values that are not finite, with the reason.
     skipped: layers that are not measured, by path, with the reason.
+    depths: how many layers each tower has, also where only some are measured.
     meaning: what was found about the calls of each tower: whose their rows are, whether the model is random …
     """
 
@@ -50,12 +51,15 @@ class Probe:
     failed: dict[str, str]
     skipped: dict[str, str] = field(default_factory=dict)
     meaning: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
 
     def plot(self) -> dict[str, Figure]:
         """The figures of a run folder, by name: curves per layer and layer × head maps."""
         from diag.show.figures import draw_run
 
-        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads).items()}
+        lines = self.layers[["model", "tower"]].drop_duplicates().itertuples(index=False)
+        depths = {(model, tower): self.depths[tower] for model, tower in lines if tower in self.depths}
+        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads, depths).items()}
 
 
 def probe(
@@ -64,7 +68,7 @@ def probe(
     *,
     metrics: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     values: str = "as_computed",
     intervene: Sequence[str] = (),
     limit: int = 64,
@@ -83,8 +87,8 @@ def probe(
         images, of paths of images (`pathlib`), or of strings. For a module, an iterable of batches, each a
         tensor or a dict of tensors that the module takes; every row of a batch is one input. A module runs
         where it is, as it is.
-    metrics, tokens, layers: names, token sets and depth indices; defaults are the `default` group, the
-        tower's default token sets, and all layers.
+    metrics, tokens, layers: names, token sets, and the model's own numbers of layers, where -1 or "last" is
+        its last; defaults are the `default` group, the tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
@@ -134,14 +138,15 @@ def probe(
             "give inputs of more tokens, or other tokens= or metrics=; one alone has nothing to measure",
         )
     meaning = {tower.name: tower.meaning for tower in towers}
-    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning)
+    depths = {tower.name: tower.depth or len(tower.layers) for tower in towers}
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths)
 
 
 def capture(
     model: str | nn.Module,
     batch: Any,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     limit: int = 64,
     seq_len: int | None = None,
     device: str = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from diag.errors import LARGEST, UserError
+from diag.errors import LARGEST, UserError, ranges
 from diag.inputs.images import images
 from diag.inputs.items import Inputs, sha256
 from diag.inputs.texts import texts
@@ -147,6 +148,15 @@ class ProbePlan(Plan):
     device: str = "auto"
     batch_size: int = Field(default=8, ge=0, le=LARGEST)  # 0: as many as memory allows
     workers: int | None = Field(default=None, ge=0, le=MOST_WORKERS)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _in_words(cls, given: Any) -> Any:
+        """`("0,5-7", "last")` → (0, 5, 6, 7, -1). Raises UserError, which pydantic lets through."""
+        if not isinstance(given, list | tuple):
+            return given
+        read = [ranges(x, "--layers", "0,5-11", from_end=True) if isinstance(x, str) else (x,) for x in given]
+        return tuple(itertools.chain.from_iterable(read))
 
     @field_validator("metrics", "layers", "tokens")
     @classmethod

@@ -237,6 +237,7 @@ def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) 
         "tower": tower.name,
         "takes": tower.input_kind,
         "layers": tower.depth or len(tower.layers),
+        "skipped_numbers": {place.path: place.index for place in tower.places if place.why is not None},
         "meaning": dict(tower.meaning),
         "inputs": inputs,
         "notes": list(model.notes),

@@ -479,7 +479,7 @@ def test_half_precision_may_round() -> None:
     ("options", "message", "tip"),
     [
         ({"layers": [0, 3]}, "no layer 3", "layers are 0 to 2"),
-        ({"layers": [-1]}, "no layer -1", "layers are 0 to 2"),
+        ({"layers": [-4]}, "no layer -4", "layers are 0 to 2, or -1 to -3 from the last"),
         ({"token_sets": ["patch", "image"]}, "no token set 'image'", "patch, all, cls or registers"),
     ],
 )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from transformers import Qwen3NextConfig, Qwen3NextModel
 
 import diag
 from diag.errors import UserError
@@ -225,13 +226,78 @@ def test_a_failed_input_is_told_and_left_out(tmp_path: Path, noise: Path) -> Non
     assert caught.value.tip
 
 
+# --- layers that are not measured
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> nn.Module:
+    """Five blocks, of which the fourth, layer 3, has softmax attention."""
+    sizes = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 8)
+    sizes |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "num_attention_heads"), 2)
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 5, "num_experts": 0, "vocab_size": 32}
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(**sizes, hidden_size=16, intermediate_size=16, mlp_only_layers=list(range(5)))
+    return Qwen3NextModel(config).eval()
+
+
+IDS = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layers", [None, [3], -2, "3", ["-2"]])
+def test_layers_of_a_hybrid_keep_their_numbers(hybrid: nn.Module, layers: Any) -> None:
+    found = diag.probe(hybrid, [{"input_ids": IDS}], metrics=["cos_y_vself"], layers=layers)
+    assert list(found.layers["layer"]) == [3]
+    linear = "no softmax attention (Qwen3NextGatedDeltaNet)"
+    assert found.skipped == {f"layers.{index}": linear for index in (0, 1, 2, 4)}
+    assert found.depths == {"module": 5}
+    if layers is None:
+        low, high = found.plot()["curves-Qwen3NextModel-module-all"].axes[0].get_xlim()
+        assert (low < 0, high > 4) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [0]}, "layer 0 ('layers.0') is not measured: no softmax attention"),
+        ({"layers": "last"}, "layer -1 is layer 4 ('layers.4'), which is not measured: no softmax attention"),
+        ({"layers": 5}, "no layer 5"),
+        ({"intervene": ["xsa:2-3"]}, "--intervene xsa:2-3: layer 2 ('layers.2') is not measured"),
+    ],
+)
+def test_a_layer_without_attention_is_refused_by_name(hybrid: nn.Module, options: dict, message: str) -> None:
+    with pytest.raises(UserError) as told:
+        diag.probe(hybrid, [{"input_ids": IDS}], metrics=["cos_y_vself"], **options)
+    assert str(told.value).startswith(message)
+    assert told.value.tip in ("layers that are measured: 3", "layers are 0 to 4, or -1 to -5 from the last")
+
+
+class Plain(nn.Module):
+    """A block without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(("behind", "known"), [((), True), ((Plain,), False)])
+def test_what_needs_every_block_is_undefined_where_one_is_not_measured(behind: tuple, known: bool) -> None:
+    torch.manual_seed(0)
+    own = [nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True) for _ in range(2)]
+    model = nn.Sequential(*own, *(block() for block in behind)).eval()
+    found = diag.probe(model, batches(2), metrics=["secondary_sinks", "cos_y_vself"])
+    assert list(found.layers.query("metric == 'secondary_sinks'")["mean"].notna()) == [known, known]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"metrics": ["entrpy"]}, "unknown metric 'entrpy'"),
         ({"metrics": []}, "--metrics names nothing"),
         ({"layers": []}, "--layers names nothing"),
-        ({"layers": [-1]}, "no layer -1"),
+        ({"layers": [-7]}, "no layer -7"),
         ({"layers": [6]}, "no layer 6"),
         ({"tokens": ["registers"]}, "no token set 'registers'"),
         ({"limit": 0}, "--limit"),

@@ -102,6 +102,7 @@ def _tower(
         forward,
         max_batch=1,
         depth=one.depth,
+        places=one.places,
         skipped=one.skipped,
         meaning=told(found, one),
     )

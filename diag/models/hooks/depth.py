@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from torch import nn
@@ -100,6 +100,16 @@ class _Tree:
             return tuple(path.split("."))
         first = parts[numbers[0]].removesuffix(NUMBER)
         return (*parts[: numbers[0]], first) if first else parts[: numbers[0]]
+
+
+def with_reasons(
+    places: Sequence[Place], measured: Collection[tuple[str, int]], skipped: Mapping[str, str]
+) -> tuple[Place, ...]:
+    """Places as they came out. measured: path and run. skipped: why others are not, by path."""
+    return tuple(
+        replace(place, why=None if (place.path, place.run) in measured else skipped[place.path])
+        for place in places
+    )
 
 
 def _unnumbered(path: str) -> str:

@@ -197,7 +197,8 @@ INTERVENTIONS: dict[str, Intervention] = {
 class Edit:
     """An intervention with its strength, on some layers and heads.
 
-    layers, heads: depth indices and head numbers; None for all.
+    layers, heads: the model's own numbers of layers, or before a model is known negative ones that count
+        from the last, and of heads; None for all.
     strength: one number, or one per (layer, head), where what is not named is 0.
     text: as written, in canonical spelling.
     """
@@ -259,7 +260,8 @@ def parse(text: str) -> Edit:
     strength = _strength(match[2], text) if match[2] else (1.0 if entry.strength is None else entry.strength)
     if isinstance(strength, Mapping) and entry.where != "attention":
         raise UserError(f"--intervene {text}: '{name}' takes one number", f"for example {name}=0.5")
-    return Edit(name, text.strip(), strength, _numbers(match[3], text), _numbers(match[4], text))
+    layers = _numbers(match[3], text, from_end=True)
+    return Edit(name, text.strip(), strength, layers, _numbers(match[4], text))
 
 
 def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
@@ -278,5 +280,6 @@ def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     return {(int(layer), int(head)): float(value) for layer, head, value in rows}
 
 
-def _numbers(given: str | None, text: str) -> frozenset[int] | None:
-    return frozenset(ranges(given, f"--intervene {text}:", "xsa:0,5-11")) if given else None
+def _numbers(given: str | None, text: str, *, from_end: bool = False) -> frozenset[int] | None:
+    said = f"--intervene {text}:"
+    return frozenset(ranges(given, said, "xsa:0,5-11", from_end=from_end)) if given else None

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.depth import stacks_of
+from diag.models.hooks.depth import Place, stacks_of, with_reasons
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
@@ -40,6 +40,7 @@ class Understood:
 
     name: that of the tower among several; empty where there is one.
     layers: in depth order, with the model's own numbers. depth: how many places its depth axis has.
+    places: these, with why one is not measured.
     skipped: layers that are not measured, by path, and why.
     hides_padding: whether its masks hide what is padding in the inputs that were looked at.
     """
@@ -49,6 +50,7 @@ class Understood:
     depth: int
     skipped: Mapping[str, str]
     hides_padding: bool = False
+    places: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +287,8 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
         padding = _padding(list(of_stack), own)
         hides = real is not None and any(_shows(one, real) for one in of_stack)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
-        towers.append(Understood(stack.name, padded, len(stack.places), skipped, hides))
+        places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
+        towers.append(Understood(stack.name, padded, len(stack.places), skipped, hides, places))
     # stacks of which nothing is measured are told with the first one
     return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diag.models.names.spec import expanded
 
-WRITTEN = re.compile(r"([^=:]+)(?:=(.+?))?(?::([0-9,-]+)(?:/([0-9,-]+))?)?")
+WRITTEN = re.compile(r"([^=:]+)(?:=(.+?))?(?::((?:[0-9,-]|last)+)(?:/([0-9,-]+))?)?")
 """Name, strength, layers and heads; those that are not there are None."""
 
 

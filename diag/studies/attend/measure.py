@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
+from diag.models.layer_numbers import own_numbers
 from diag.models.names.spec import ModelSpec
 from diag.results.looks import MEAN, NUMBERS
 from diag.results.writing import file_stem
@@ -165,21 +165,18 @@ def _in_text(plan: AttendPlan, model: Model, tower: Tower, batch: Batch) -> _Tar
 
 
 def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | None) -> Layer:
-    """The layer by depth index (negative from the end) or relative depth. Raises UserError with the range."""
-    layers = sorted(tower.layers, key=lambda each: each.index)
-    last = layers[-1].index
-    if layer is None:
-        assert depth is not None
-        # not round(): it would take 2.5 down and 3.5 up
-        return layers[math.floor(depth * (len(layers) - 1) + 0.5)]
-    wanted = layers[layer].index if -len(layers) <= layer < 0 else layer
-    for each in layers:
-        if each.index == wanted:
-            return each
-    raise UserError(
-        f"'{model.name}' has no layer {layer} in its {tower.name} tower",
-        f"layers are 0 to {last}, or -1 to -{len(layers)} from the last; --depth 0.5 is the middle",
-    )
+    """The layer with the model's own number, negative from its last, or the measured one that is nearest to
+    a relative depth; of two the deeper.
+
+    Raises UserError for a layer that is not there or not measured.
+    """
+    if layer is not None:
+        before, missing = f"'{model.name}': ", f"it has no layer {{}} in its {tower.name} tower"
+        (number,) = own_numbers([layer], tower.layers, tower.places, before=before, missing=missing)
+        return next(each for each in tower.layers if each.index == number)
+    assert depth is not None
+    deepest = max(len(tower.places), *(each.index + 1 for each in tower.layers)) - 1
+    return min(tower.layers, key=lambda each: (abs(each.index - depth * deepest), -each.index))
 
 
 def chosen_head(head: int | None, call: AttentionCall, model: Model) -> int | None:

@@ -32,7 +32,8 @@ class AttendPlan(Plan):
     """Everything that `attnbias attend` needs to know.
 
     image: a file, or `demo:NAME`; text: a file, `demo`, or the text itself. One of them.
-    layer: depth index, negative from the end; depth: relative, 0 the first and 1 the last layer. One of them.
+    layer: the model's own number, negative from its last; depth: relative, 0 the first and 1 the last layer.
+        One of them.
     head: query head; None for the mean over heads.
     patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
     token: position in the window of text, negative from the end.

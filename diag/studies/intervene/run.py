@@ -17,7 +17,7 @@ from diag.inputs.labels import class_names, labels
 from diag.inputs.tables import read_table
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
-from diag.measure.edited_model import check_layers
+from diag.measure.edited_model import by_own_numbers, check_layers
 from diag.measure.loop import pick_layers
 from diag.measure.meaning import understood
 from diag.models import load
@@ -115,7 +115,8 @@ def _carry_out(
     tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)
     samples = tower_samples(tower, given[kind], limit=plan.limit, seq_len=plan.seq_len)
     tower = understood(model, tower, samples, allow_random=plan.allow_random)
-    layers = pick_layers(tower.layers, plan.layers)
+    layers = pick_layers(tower.layers, plan.layers, tower.places)
+    edits = by_own_numbers(edits, tower.layers, tower.places)
     before = read_samples(probed)
     before = before[before["tower"] == tower.name]
     before = before[before["tokens"] == before["tokens"].iloc[0]]

@@ -34,6 +34,7 @@ from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.depth import Place
 from diag.models.hooks.meaning import OTHERWISE, meaning_of
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 from diag.results.layer_values import LayerValues
@@ -61,9 +62,8 @@ class Monitor:
     every: steps that are multiples of it are due.
     rows: the most inputs of a training batch that are measured; a fixed batch is measured whole.
     metrics: names and groups as in `diag.probe`; all but the divergence metrics, which need a second image.
-    layers: depth indices; all if None. prefix_tokens: leading tokens (class token, registers) that do not
-        count; attention itself runs over them.
-    prefix: what the keys begin with.
+    layers: the model's own numbers, -1 for its last; all if None. prefix: what the keys begin with.
+    prefix_tokens: leading tokens (class token, registers) that do not count; attention itself runs over them.
 
     Numbers are those of `diag.probe` on the same inputs and weights: the mean over heads within each input,
     then over inputs. For a model with an attention variant (`diag.variants`), y is what attention gives,
@@ -113,7 +113,8 @@ class Monitor:
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers that are measured, with their paths, in order of first call; empty before that."""
-        return () if self._tower is None else tuple(pick_layers(self._tower.layers, self._chosen))
+        tower = self._tower
+        return () if tower is None else tuple(pick_layers(tower.layers, self._chosen, tower.places))
 
     @property
     def history(self) -> pd.DataFrame:
@@ -211,8 +212,8 @@ class Monitor:
 
     def _tower_for(self, given: Given) -> Tower:
         if self._tower is None:
-            layers = _layers_of(self.module, given)
-            pick_layers(layers, self._chosen)
+            layers, places = _layers_of(self.module, given)
+            pick_layers(layers, self._chosen, places)
             # leading tokens are told apart in a vision tower only
             name, leading = ("vision", ("cls",) * self._prefix_tokens) if self._prefix_tokens else (TOWER, ())
             self._tower = Tower(
@@ -223,6 +224,8 @@ class Monitor:
                 lambda batch: _run(self.module, batch.data),
                 prefix=leading,
                 max_batch=1,
+                depth=len(places),
+                places=places,
                 capture=_captured,
             )
         return self._tower
@@ -246,8 +249,8 @@ class Monitor:
         return numbers
 
 
-def _layers_of(module: nn.Module, given: Given) -> tuple[Layer, ...]:
-    """The layers that a pass runs through; those of several towers follow each other, numbered through.
+def _layers_of(module: nn.Module, given: Given) -> tuple[tuple[Layer, ...], tuple[Place, ...]]:
+    """The layers that a pass runs through, and all places; towers follow each other, numbered through.
 
     Raises UserError where it is not clear whose rows those of a call are. Warns of a module that draws at
     random in evaluation mode, too.
@@ -263,10 +266,12 @@ def _layers_of(module: nn.Module, given: Given) -> tuple[Layer, ...]:
             f"the rows of {type(module).__name__}'s attention calls are not those of its inputs",
             "measure it with diag.probe, which takes inputs one by one",
         )
-    if len(found.towers) == 1:
-        return found.towers[0].layers
-    every = (layer for tower in found.towers for layer in tower.layers)
-    return tuple(replace(layer, index=index) for index, layer in enumerate(every))
+    layers, places = list[Layer](), list[Place]()
+    for tower in found.towers:
+        before = len(places)
+        layers += [replace(layer, index=before + layer.index) for layer in tower.layers]
+        places += [replace(place, index=before + place.index) for place in tower.places]
+    return tuple(layers), tuple(places)
 
 
 def _run(module: nn.Module, given: Given) -> Any:

@@ -535,6 +535,22 @@ def test_points_lie_where_their_numbers_say() -> None:
     assert texts == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
 
 
+def test_lines_break_where_layers_are_not_measured() -> None:
+    numbers = [1.0, 2.0, 5.0]
+    points = pd.DataFrame({"layer": numbers, "x": numbers, "mean": 0.5, "ci_low": 0.4, "ci_high": 0.6})
+    look = DrawnAs("a", "blue", "-", "")
+    drawn = chart("c", [ChartLine(points, look)], title="", hint="", y_label="", limits=(0, 1), layers=[0, 7])
+    assert [text for _, text in drawn.x_ticks][:: len(drawn.x_ticks) - 1] == ["0", "7"]
+    (curve,) = drawn.curves
+    (x1, y), (x2, _), (x5, _) = curve.marks  # each is marked
+    assert curve.path == f"M{x1} {y}L{x2} {y}"
+    assert curve.between == f"M{x2} {y}L{x5} {y}"
+    assert curve.band.count("M") == 1
+    assert curve.band.count("L") == 3
+    assert curve.bars.startswith(f"M{x5} ")
+    assert curve.bars.count("M") == 1
+
+
 def test_limits_hold_every_interval_and_zero() -> None:
     points = pd.DataFrame({"layer": [0.0], "mean": [0.5], "ci_low": [-0.25], "ci_high": [0.75], "x": [0.0]})
     low, high = limits_of([ChartLine(points, DrawnAs("a", "blue"))])

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from diag.measure.loop import capture
 from diag.metrics.default import METRICS, Selection, readings_of
 from diag.models import load
 from diag.models.base import Sample
+from diag.models.hooks.depth import Place
+from diag.models.hooks.seam import Layer
 from diag.models.names.resolve import parse
 from diag.run.plan import ProbePlan
 from diag.studies.attend import Attended, AttendPlan, attend, folder_of, read, run_attend, write
 from diag.studies.attend.grid import Grid
-from diag.studies.attend.measure import picture_of
+from diag.studies.attend.measure import chosen_layer, picture_of
 from diag.studies.attend.row import NUMBERS, row_of
 
 ASTRONAUT = {"image": "demo:astronaut", "layer": -1, "patch": (1, 2)}
@@ -315,6 +318,22 @@ def test_layers_count_from_the_end_and_by_depth() -> None:
         for name, given in {"last": {"layer": -1}, "first": {"layer": -6}, "middle": {"depth": 0.5}}.items()
     }
     assert layers == {"last": 5, "first": 0, "middle": 3}
+
+
+def test_depth_is_that_of_the_model_where_layers_are_not_measured() -> None:
+    model = load(parse("demo:vit-p16"), device=torch.device("cpu"), dtype=torch.float32)
+    places = tuple(
+        Place(i, f"layers.{i}", 0, None if i in (3, 7) else "no softmax attention") for i in range(8)
+    )
+    layers = tuple(Layer(place.index, place.path, nn.Identity()) for place in places if place.why is None)
+    tower = replace(model.towers["vision"], layers=layers, places=places)
+    found = [chosen_layer(model, tower, None, depth).index for depth in (0, 0.5, 5 / 7, 0.75, 1)]
+    assert found == [3, 3, 7, 7, 7]
+    assert chosen_layer(model, tower, -5, None).index == 3
+    with pytest.raises(
+        UserError, match=r"'demo:vit-p16': layer 4 \('layers.4'\) is not measured: no softmax"
+    ):
+        chosen_layer(model, tower, 4, None)
 
 
 # --- targets and pictures
@@ -626,7 +645,7 @@ def test_patches_in_another_order_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_names_its_folder(attnbias: Callable[..., Ended]) -> None:
-    given = ("-m", "demo:vit-p16", "-m", "demo:vit-p8", "--image", "demo:astronaut", "--layer", "-1")
+    given = ("-m", "demo:vit-p16", "-m", "demo:vit-p8", "--image", "demo:astronaut", "--layer", "last")
     ended = attnbias("attend", *given, "--patch", "1,2", "--top", 3, "-o", "look")
     assert ended.code == 0, ended.err
     assert max(map(len, ended.out.splitlines())) <= 80

@@ -51,7 +51,7 @@ PLAN = TrainPlan(
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grid") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])  # of the probe
+        patch.setattr("diag.run.finish.draw", lambda *tables: [])  # of the probe
         found = run_train(PLAN, folder, device="cpu")
     assert found is not None
     assert found.words

@@ -65,7 +65,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("writeup")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+        patch.setattr("diag.run.finish.draw", lambda *tables: [])
         (folder / "small.yaml").write_text(SMALL)
         # made up from a first measurement: one value is right, one is off by more than anything allows
         run_cli("probe", "-m", "demo:vit-p8", "--images", "demo", "--limit", 4, "-o", "first")
@@ -154,7 +154,7 @@ class TestShippedPlans:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("diag.show.figures.write.save", sketch)
-        monkeypatch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+        monkeypatch.setattr("diag.run.finish.draw", lambda *tables: [])
         text = (ROOT / "configs" / "demo.yaml").read_text()
         text = text.replace("limit: 32", "limit: 2").replace("images: demo}", "images: demo, limit: 2}")
         text = text.replace("series: demo", "models: [demo:vit-p16, demo:vit-p8]").replace(
@@ -314,7 +314,7 @@ class TestDocs:
         assert [options.split() for options, _ in shown] == [["--dry-run"], [], ["--check"]]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+            patch.setattr("diag.run.finish.draw", lambda *tables: [])
             for options, output in shown:
                 ended = run_cli("figures", "paper.yaml", *options.split())
                 assert ended.code == 0, ended.err
