@@ -26,6 +26,7 @@ from diag.attention.call import HIDDEN, AttentionCall
 from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError, UserError
+from diag.models.hooks.combined import Combination
 
 SDPA = F.scaled_dot_product_attention
 MULTI_HEAD = F.multi_head_attention_forward
@@ -45,11 +46,15 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One self-attention module: its place in depth order, its path and the module."""
+    """One self-attention module: its place in depth order, its path and the module.
+
+    adds_up: whether it adds up several maps (`diag.models.hooks.combined`); their sum is its call then.
+    """
 
     index: int
     path: str
     module: nn.Module
+    adds_up: bool = False
 
 
 OnCall = Callable[[AttentionCall], Tensor | None]
@@ -138,7 +143,10 @@ def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
         )
     for path in seam.eager:
         warnings.warn(f"'{path}' computes attention itself: it is not in the table", stacklevel=2)
-    return tuple(Layer(i, layer.path, layer.module) for i, layer in enumerate(found.values()))
+    return tuple(
+        Layer(i, layer.path, layer.module, layer.path in seam.adding_up)
+        for i, layer in enumerate(found.values())
+    )
 
 
 def refuse_compiled(layers: Sequence[Layer]) -> None:
@@ -174,6 +182,7 @@ class _Frame:
     layer: Layer
     calls: int = 0
     unread: Tensor | None = None  # the output that the next projection should read
+    maps: Combination | None = None  # of a layer that adds up several, or may
 
 
 class _Seam(TorchFunctionMode):
@@ -184,6 +193,7 @@ class _Seam(TorchFunctionMode):
         self.stack: list[_Frame] = []
         self.sightings = Sightings()
         self.eager: dict[str, None] = {}  # paths, in order
+        self.adding_up: set[str] = set()
         self.visibilities: dict[tuple, Visibility] = {}
 
     def entered(self, layer: Layer, module: nn.Module, args: Any) -> None:
@@ -193,8 +203,14 @@ class _Seam(TorchFunctionMode):
     def left(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
         frame = self.stack.pop()
         # None: the forward raised, and its own error is the one to show
-        if output is None or not self.strict:
+        if output is None:
             return
+        if not self.strict:
+            if frame.maps is not None and frame.maps.adds_up:
+                self.adding_up.add(layer.path)
+            return
+        if frame.maps is not None:
+            self.hand_on(frame, frame.maps)
         if frame.calls == 0:
             eager = layer.path in self.eager
             raise MeasurementError(
@@ -211,11 +227,18 @@ class _Seam(TorchFunctionMode):
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
         if self.stack:
+            frame = self.stack[-1]
+            if self.strict and frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
+                self.hand_on(frame, frame.maps)
             if func in SOFTMAX:
                 if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
                     self.eager[self.stack[-1].layer.path] = None
             elif func in PROJECTIONS and self.stack[-1].unread is not None:
                 self.note_projection(args, PROJECTIONS[func])
+            result = func(*args, **kwargs)
+            if frame.maps is not None:
+                frame.maps.seen(func, args, kwargs, result)
+            return result
         return func(*args, **kwargs)
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
@@ -292,6 +315,11 @@ class _Seam(TorchFunctionMode):
             log_normaliser=normaliser,
             visibility=seen,
         )
+        if frame.layer.adds_up or not self.strict:
+            frame.maps = frame.maps or Combination(path)
+            frame.maps.note_call(call, output)
+            if frame.layer.adds_up:
+                return output
         self.sightings.calls[path] += 1
         replaced = self.on_call(call)
         if replaced is not None:
@@ -299,6 +327,16 @@ class _Seam(TorchFunctionMode):
         if path not in self.sightings.projection:
             frame.unread = output
         return output
+
+    def hand_on(self, frame: _Frame, maps: Combination) -> None:
+        """Hands on the sum of a layer's maps, before the module goes on with it."""
+        call, frame.maps = maps.combined(), None
+        self.sightings.calls[frame.layer.path] += 1
+        replaced = self.on_call(call)
+        if replaced is not None:
+            maps.replace(call, replaced)
+        if frame.layer.path not in self.sightings.projection:
+            frame.unread = call.output
 
     def visibility_of(self, mask: Tensor | None, causal: bool, hidden: float, output: Tensor) -> Visibility:
         """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""
