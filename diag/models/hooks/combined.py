@@ -304,7 +304,7 @@ class Combination:
         return torch.equal(self._values(some, 1), self._values(others, 1))
 
     def _values(self, channels: Sequence[tuple[int, int, int]], kv_heads: int) -> Tensor:
-        """The values of some channels, `[batch, kv_head, token, dim]`; a call's own tensor where that is it."""
+        """The values of some channels, `[batch, kv_head, token, dim]`; a call's own tensor if it is."""
         whole = self.calls[channels[0][0]].value
         every = [(channels[0][0], h, d) for h in range(whole.shape[1]) for d in range(whole.shape[3])]
         if [*channels] == every and kv_heads == whole.shape[1]:

@@ -211,7 +211,8 @@ def test_timm_and_transformers_give_the_cosine_of_the_layers_own_output() -> Non
         norms = [m for name, m in model.named_modules() if name.endswith(("sub_norm", "groupnorm"))]
         read: list[Tensor] = []  # the norm reads the layer's y
         hooks = [
-            norm.register_forward_pre_hook(lambda _, args: read.append(args[0].clone())) for norm in norms
+            norm.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0].clone()))
+            for norm in norms
         ]
         with torch.inference_mode():
             model(**given) if isinstance(given, dict) else model(given)
