@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from diag.attention.call import AttentionCall
+from diag.attention.call import AttentionCall, WeightMap
 
 Array = np.ndarray
 
@@ -73,6 +73,25 @@ def with_pattern(call: AttentionCall) -> AttentionCall:
     """The same call as a library would hand it over that materialises its pattern (float32)."""
     pattern = torch.from_numpy(dense_pattern(call)).float()
     return replace(call, query=None, key=None, pattern=pattern)
+
+
+def with_maps(call: AttentionCall, *more: float, known: bool = False) -> AttentionCall:
+    """The call with further maps of the same keys and values added, by their coefficients; the last one has a
+    coefficient for each head and query.
+
+    known: whether a kernel has returned the log-normaliser of each map.
+    """
+    assert call.query is not None
+    assert call.key is not None
+    drawn = torch.rand(1, call.heads, call.tokens, generator=torch.Generator().manual_seed(5))
+    maps = []
+    for place, weight in enumerate((1.0, *more)):
+        one = replace(call, query=call.query.roll(place, 2), scale=call.scale * (1 + place))
+        coefficient = weight * drawn if place == len(more) else torch.full((1, 1, 1), weight)
+        lse = with_log_normaliser(one).log_normaliser if known else None
+        assert one.query is not None
+        maps.append(WeightMap(one.query, call.key, one.scale, coefficient, lse))
+    return with_dense_output(replace(call, query=None, key=None, maps=tuple(maps)))
 
 
 def with_log_normaliser(call: AttentionCall) -> AttentionCall:
@@ -146,6 +165,12 @@ def dense_pattern(call: AttentionCall) -> Array:
     """The attention weights in float64, `[batch, head, token, token]`; a row that sees nothing is 0."""
     if call.pattern is not None:
         return float64(call.pattern)
+    if call.maps:
+        found = np.zeros((*call.output.shape[:3], call.tokens))
+        for one in call.maps:
+            alone = replace(call, query=one.query, key=one.key, scale=one.scale, maps=())
+            found += float64(one.coefficient)[..., None] * dense_pattern(alone)
+        return found
     scores = dense_scores(call)
     pattern = np.zeros(scores.shape)
     for b, h, i in np.ndindex(*scores.shape[:3]):

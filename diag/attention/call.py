@@ -26,12 +26,27 @@ TENSOR_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True, eq=False)
+class WeightMap:
+    """One of the softmax maps of which a layer makes its weights: A = Σ_k c_k A_k.
+
+    query, key, scale, log_normaliser: as in `AttentionCall`, of this map. coefficient: c_k of each query row.
+    """
+
+    query: Float[Tensor, "batch head token dim"]
+    key: Float[Tensor, "batch kv_head token dim"]
+    scale: float
+    coefficient: Float[Tensor, "#batch #head #token"]
+    log_normaliser: Float[Tensor, "batch head token"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
     """One call of one layer's attention, before the output projection.
 
     With grouped heads (`kv_head < head`) query head `h` reads KV head `h // (head // kv_head)`.
     Either `query` and `key` are given, or the `pattern` itself (the route of libraries that
-    materialise it).
+    materialise it), or the `maps` that a layer adds up, over the same values and under the same mask. The
+    weights of added maps may be negative, and their rows need not sum to 1.
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
         `[batch, head, token, token]`; None for no mask. `causal` is in addition to it. What hides a key
@@ -56,6 +71,7 @@ class AttentionCall:
     scale: float
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
+    maps: tuple[WeightMap, ...] = ()
     padding: Bool[Tensor, "batch token"] | None = None
     sample: RowSample | None = None
     visibility: Visibility = None  # type: ignore[assignment]  # filled in below
@@ -97,6 +113,22 @@ class AttentionCall:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
 
+    def of_map(self, one: WeightMap) -> AttentionCall:
+        """One of the maps as a call, for what is read off weights alone: its output is that of all maps."""
+        return replace(
+            self,
+            query=one.query,
+            key=one.key,
+            scale=one.scale,
+            log_normaliser=one.log_normaliser,
+            maps=(),
+        )
+
+    @property
+    def combined_sum(self) -> Tensor | float:
+        """What the rows of A that see a key sum to by the way A is made: Σ_k c_k, or 1 of a softmax."""
+        return sum((one.coefficient for one in self.maps[1:]), self.maps[0].coefficient) if self.maps else 1.0
+
     def query_heads(self, kv_heads: slice) -> slice:
         """The query heads that read some KV heads."""
         return slice(kv_heads.start * self.group, kv_heads.stop * self.group)
@@ -105,8 +137,8 @@ class AttentionCall:
 def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -> AttentionCall:
     """The call with a constant c taken out of every value, and so out of every output.
 
-    Rows of A sum to 1, so A (V - 1 cᵀ) = Y - 1 cᵀ exactly. A row that sees no key sums to 0 and keeps
-    its output. Queries, keys, mask and pattern stay.
+    Rows of A sum to 1, so A (V - 1 cᵀ) = Y - 1 cᵀ exactly; where maps are added up, to s = Σ_k c_k, and s cᵀ
+    is taken out. A row that sees no key sums to 0 and keeps its output. Queries, keys, mask and pattern stay.
 
     constant: c of each of the model's KV heads, one after the other. The model may have repeated
         them in the call.
@@ -122,8 +154,8 @@ def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -
         )
     each = constant.to(call.value.device).float().view(heads, 1, -1)
     each = each.repeat_interleave(call.kv_heads // heads, 0)  # [kv_head, 1, dim]
-    sees = (call.visibility.count > 0)[..., None]
-    output = call.output - torch.where(sees, each.repeat_interleave(call.group, 0), 0.0)
+    of_rows = ((call.visibility.count > 0) * call.combined_sum)[..., None]  # what each row of A sums to
+    output = call.output - of_rows * each.repeat_interleave(call.group, 0)
     return replace(call, value=(call.value - each).to(call.value.dtype), output=output.to(call.output.dtype))
 
 

@@ -195,7 +195,10 @@ class _BatchWork:
         if gate is not None:
             projection = sightings.projection
             facts = {
-                layer.index: gate.facts(layer.index, projection.get(layer.name, "unknown"))
+                layer.index: replace(
+                    gate.facts(layer.index, projection.get(layer.name, "unknown")),
+                    value_from=layer.form.value_from,
+                )
                 for layer in layers
             }
         found = layer_values(of_heads, of_stream, layers, facts, first_input)

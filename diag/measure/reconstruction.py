@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.pattern import attend, pattern_rows
+from diag.attention.pattern import pattern_rows, weighted_values
 from diag.errors import MeasurementError, NotFinite
 from diag.models.base import Batch
 from diag.models.hooks.residual import tolerance
@@ -18,7 +18,8 @@ from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
 """Query rows of each call that are rebuilt, spread evenly over its tokens."""
-
+SUM_DIGITS = 3
+"""To so many digits the sum of a row is told: weights in bfloat16 sum to 1 within less."""
 
 NOT_FINITE = "gives values that are not finite"
 
@@ -27,7 +28,7 @@ class ReconstructionCheck:
     """The gate on the calls of the first batch, and what it saw of each layer."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, list[tuple[int, str, str, float]]] = {}
+        self.seen: dict[int, list[tuple[int, str, str, float, float]]] = {}
 
     def check(self, call: AttentionCall, ids: Sequence[str]) -> None:
         """Rebuilds rows of a call and notes what its layer is. ids: of the batch's inputs.
@@ -39,7 +40,8 @@ class ReconstructionCheck:
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
-        rebuilt = torch.where(visible[..., None], attend(call, rows), 0.0)
+        weights = pattern_rows(call, rows)
+        rebuilt = torch.where(visible[..., None], weighted_values(call, weights), 0.0)
         non_finite = ~used.isfinite().flatten(1).all(1)
         if non_finite.any():
             raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))
@@ -48,13 +50,15 @@ class ReconstructionCheck:
         windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
-        self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error))
+        total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))
+        self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error, total))
 
     def facts(self, layer: int, projection: str) -> LayerFacts:
         """What was seen of a layer, all of its calls together. projection: as in `LayerFacts`."""
-        tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
+        tokens, scopes, firsts, errors, totals = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
-        return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
+        total = round(sum(totals) / len(totals), SUM_DIGITS)
+        return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors), row_sum=total)
 
 
 def gate_rows(call: AttentionCall) -> Int[Tensor, " row"]:

@@ -20,12 +20,13 @@ from reference import (
     random_mask,
     window,
     with_log_normaliser,
+    with_maps,
     with_pattern,
 )
 from torch import Tensor
 
 from diag.attention import pattern
-from diag.attention.call import AttentionCall
+from diag.attention.call import AttentionCall, without_constant
 from diag.attention.pattern import attend, pattern_rows
 from diag.attention.softmax_statistics import softmax_statistics
 from diag.attention.visibility import Visibility
@@ -102,6 +103,21 @@ def test_attend_rebuilds_the_output(case: str) -> None:
     np.testing.assert_allclose(attend(call).numpy(), expected, rtol=1e-5, atol=1e-5)
     rows = torch.tensor([call.tokens - 1, 0])
     np.testing.assert_allclose(attend(call, rows).numpy(), expected[:, :, rows.numpy()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["full", "causal left padding", "random mask", "group of 2, bias"])
+def test_added_maps_have_the_pattern_of_their_sum(case: str) -> None:
+    call = with_maps(CASES[case], -0.4, 0.3)
+    expected, rows = dense_pattern(call), torch.tensor([call.tokens - 1, 0])
+    np.testing.assert_allclose(pattern_rows(call).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(pattern_rows(call, rows).numpy(), expected[:, :, rows.numpy()], atol=1e-5)
+    value = call.value.double().repeat_interleave(call.group, 1).numpy()
+    np.testing.assert_allclose(attend(call).numpy(), expected @ value, rtol=1e-5, atol=1e-5)
+    # a constant leaves by the sum of each row
+    constant = torch.randn(call.kv_heads * call.value.shape[-1])
+    without = without_constant(call, constant)
+    free = expected @ without.value.double().repeat_interleave(call.group, 1).numpy()
+    np.testing.assert_allclose(without.output.numpy(), free, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -18,7 +18,7 @@ from torch.linalg import vecdot
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
-from diag.errors import UserError, did_you_mean, ranges
+from diag.errors import MeasurementError, UserError, did_you_mean, ranges
 from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
 from diag.models.names.changes import WRITTEN, strengths_file
 
@@ -91,6 +91,12 @@ def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
 def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the pattern without the own key, renormalised, and which of them see nothing else."""
     own = torch.arange(call.tokens, device=rows.device) == rows[:, None]
+    if call.maps:
+        raise MeasurementError(
+            f"layer '{call.module}' adds up {len(call.maps)} maps: weights may be negative, and cannot be "
+            "renormalised without A_ii",
+            "choose another intervention than mask_self, or leave the layer out with --layers",
+        )
     if call.pattern is not None:
         others = call.pattern[:, :, rows].masked_fill(own, 0.0)
         total = others.sum(-1, keepdim=True)

@@ -170,6 +170,8 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     if not own:
         first = calls[0]
         return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
+    if all(one.adds_up for one in calls):
+        return frozenset(one.number for one in calls), None
     if len(calls) > 1 and any(one.kind == EVERYTHING for one in calls):
         return frozenset(), SEVERAL
     if sum(one.touched for one in own) > 1:
@@ -276,6 +278,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
                 runs=calls.seen.runs[place.path],
                 calls=None if len(mine) == len(calls.of_run[key]) else calls.numbers[key],
                 layout=mine[0].layout,
+                adds_up=mine[0].adds_up,
                 value_from=_values_of(mine, of_stack),
             )
             of_stack |= dict.fromkeys(mine, place.index)

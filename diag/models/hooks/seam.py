@@ -25,6 +25,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
+from diag.models.hooks.combined import Combination
 from diag.models.hooks.layout import Layout, plain_layout
 
 SDPA = F.scaled_dot_product_attention
@@ -48,6 +49,7 @@ class Form:
     calls: which calls of a run are the layer's, by number; None for all of them.
     layout: where heads are; None for the usual axes.
     padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
+    adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
     """
 
@@ -55,6 +57,7 @@ class Form:
     calls: frozenset[int] | None = None
     layout: Layout | None = None
     padding: tuple[Tensor | None, ...] = ()
+    adds_up: bool = False
     value_from: str = "own"
 
 
@@ -166,7 +169,7 @@ class Frame:
     """One module whose forward is running.
 
     layer: what is listed of this run of it. calls: how many it has made. unread: the output of the last
-    call, until the projection that should read it is seen.
+    call, until the projection that should read it is seen. maps: calls that may be added up.
     """
 
     path: str
@@ -174,6 +177,7 @@ class Frame:
     layer: Layer | None = None
     calls: int = 0
     unread: Tensor | None = None
+    maps: Combination | None = None
 
 
 @contextmanager
@@ -231,6 +235,9 @@ class AttentionMode(TorchFunctionMode):
         """Told what a linear map reads, `[…, channel]`."""
         raise NotImplementedError
 
+    def added_up(self, frame: Frame) -> None:
+        """Told that the sum of a frame's maps is about to be read."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
@@ -242,19 +249,22 @@ class AttentionMode(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
-        if self.stack:
-            if func in SOFTMAX:
-                if (
-                    args
-                    and args[0].ndim >= 3
-                    and (args[0].ndim >= 4 or args[0].shape[-1] == args[0].shape[-2])
-                ):
-                    self.softmax()
-            elif func in PROJECTIONS and len(args) > PROJECTIONS[func]:
-                self.projection(args[PROJECTIONS[func]])
-            elif func in CONVOLUTIONS and args:
-                self.projection(args[0].movedim(1, -1))
-        return func(*args, **kwargs)
+        if not self.stack:
+            return func(*args, **kwargs)
+        frame = self.stack[-1]
+        if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
+            self.added_up(frame)
+        if func in SOFTMAX:
+            if args and (args[0].ndim >= 4 or (args[0].ndim == 3 and args[0].shape[-1] == args[0].shape[-2])):
+                self.softmax()
+        elif func in PROJECTIONS and len(args) > PROJECTIONS[func]:
+            self.projection(args[PROJECTIONS[func]])
+        elif func in CONVOLUTIONS and args:
+            self.projection(args[0].movedim(1, -1))
+        result = func(*args, **kwargs)
+        if frame.maps is not None:
+            frame.maps.seen(func, args, kwargs, result)
+        return result
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
         """Runs the one function inside which every mode is off, and sees its attention call all the same."""
@@ -303,6 +313,8 @@ class _Seam(AttentionMode):
         if output is None or frame.layer is None:
             return
         name = frame.layer.name
+        if frame.maps is not None:
+            self.added_up(frame)
         if frame.calls == 0:
             why = "it computes softmax attention itself (eager)" if path in self.eager else "nothing was seen"
             raise MeasurementError(
@@ -372,6 +384,10 @@ class _Seam(AttentionMode):
             padding=padding_of(layer, number, layout.split(output)),
             visibility=seen,
         )
+        if layer.form.adds_up:
+            frame.maps = frame.maps or Combination(layer.name)
+            frame.maps.note_call(call, output)
+            return output
         self.sightings.calls[layer.name] += 1
         replaced = self.on_call(call)
         if replaced is not None:
@@ -379,6 +395,19 @@ class _Seam(AttentionMode):
         if layer.name not in self.sightings.projection:
             frame.unread = output
         return output
+
+    def added_up(self, frame: Frame) -> None:
+        """Hands on the sum of a layer's maps, before the module goes on with it."""
+        assert frame.maps is not None
+        assert frame.layer is not None
+        maps, frame.maps = frame.maps, None
+        call, name = maps.combined(), frame.layer.name
+        self.sightings.calls[name] += 1
+        replaced = self.on_call(call)
+        if replaced is not None:
+            maps.replace(call, replaced)
+        if name not in self.sightings.projection:
+            frame.unread = call.output
 
     def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> Visibility:
         """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""

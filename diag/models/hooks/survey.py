@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.attention.call import AttentionCall
 from diag.attention.visibility import hiding, plain
+from diag.errors import MeasurementError
+from diag.models.hooks.combined import Combination
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
 from diag.models.hooks.seam import SDPA, AttentionMode, Frame, hooked, not_its_own
 
@@ -46,7 +49,7 @@ class Seen:
     print: of V, a number per token, `[…, token]`, in which two passes differ where V does.
     kind: what the axis test found; None where it could not be asked. why: it is not measured, if so.
     asked: whether it was. touched: whether the one changed element reached it.
-    drops: with which probability weights are dropped.
+    drops: with which probability weights are dropped. adds_up: whether it is one of several maps of a sum.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
     open: how many more modules may be asked.
     """
@@ -61,6 +64,7 @@ class Seen:
     touched: bool = False
     layout: Layout | None = None
     drops: float = 0.0
+    adds_up: bool = False
     keys: Tensor | None = None
     first_alone: bool = False
     open: int = ABOVE
@@ -140,6 +144,8 @@ class Survey(AttentionMode):
         frame = self.stack.pop()
         if output is not None and self.asked and any(seen.kind is None for seen in frame.waiting):
             self._ask(frame, module, args, kwargs)
+        if output is not None and frame.maps is not None and frame.maps.adds_up:
+            self._note_maps(frame, frame.maps)
         for seen in frame.waiting:
             seen.open -= 1
         left = [seen for seen in frame.waiting if seen.open and (seen.kind is None or seen.layout is None)]
@@ -188,11 +194,29 @@ class Survey(AttentionMode):
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
         elif self.asked:
             seen.query, seen.value, seen.output = query, value, output
-            mask, seen.first_alone = plain(attn_mask, is_causal)
+            mask, causal = plain(attn_mask, is_causal)
+            seen.first_alone = causal
             if mask is not None:
                 self._read(mask, seen)
             frame.waiting.append(seen)
+            if output.ndim == 4 and value.shape[-2] == query.shape[-2]:
+                frame.maps = frame.maps or Combination(frame.path)
+                how = query.shape[-1] ** -0.5 if scale is None else scale
+                call = AttentionCall(0, frame.path, query, key, value, output, mask, causal, how)
+                frame.maps.note_call(call, output)
         return output
+
+    def _note_maps(self, frame: _Running, maps: Combination) -> None:
+        """The calls of a frame are maps that it adds up, or it does with them what is not understood."""
+        own = [seen for seen in frame.made if seen.path == frame.path]
+        try:
+            maps.combined()
+        except MeasurementError as error:
+            for seen in own:
+                seen.kind, seen.why = EVERYTHING, error.args[0].partition("' ")[2].partition("\n")[0]
+            return
+        for seen in own:
+            seen.adds_up = True
 
     def _read(self, mask: Tensor, seen: Seen) -> None:
         """Notes what a mask tells; `Visibility` reads it in full where it is measured."""

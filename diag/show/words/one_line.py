@@ -12,6 +12,7 @@ from diag.results.decimals import fixed
 from diag.results.profiles import DOUBTS, FEWEST, SMALLEST, UNCLEAR
 from diag.show.words.control import random_lines
 from diag.show.words.phrases import Profile, doubt_of, layer_of, profile_of, share
+from diag.show.words.unusual import unusual
 
 SHAPES = {
     "falling": "falls with depth",
@@ -44,6 +45,7 @@ def summary(collection: Collection, profiles: pd.DataFrame, label: str) -> list[
     ]
     if said:
         said += coverage(collection.layers[collection.layers["label"] == label])
+        said += unusual(collection.layers[collection.layers["label"] == label])
     if said and label in random_lines(collection):
         said.append("The weights are random, nothing was learned: such numbers show the architecture alone.")
     return said or ["The alignment bias was not measured here."]

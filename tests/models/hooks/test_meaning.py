@@ -144,12 +144,12 @@ class Functional(nn.Module):
         return x
 
 
-class Differential(Attention):
-    """Two maps over the same values, one taken from the other."""
+class TwoBranches(Attention):
+    """Two maps, each over values of its own."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.heads(x)
-        y = F.scaled_dot_product_attention(q, k, v) - 0.5 * F.scaled_dot_product_attention(-q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(-q, k, v.flip(-1))
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -192,7 +192,7 @@ def test_values_that_are_made_of_neighbours_are_told() -> None:
     assert (first.form.value_from, second.form.value_from) == ("own", "mixed")
 
 
-@pytest.mark.parametrize("module", [Functional(), Differential()])
+@pytest.mark.parametrize("module", [Functional(), TwoBranches()])
 def test_several_calls_of_one_run_are_not_taken_for_windows(module: nn.Module) -> None:
     with pytest.raises(UserError, match=SEVERAL):
         meaning_on(module.eval(), torch.randn(2, 9, 16))

@@ -19,7 +19,7 @@ import torch
 from checkpoints import save_language_model, save_vision_model
 from commands import Ended
 from PIL import Image
-from reference import CASES, dense_pattern, dense_visible, float64
+from reference import CASES, dense_pattern, dense_visible, float64, make_call, with_maps
 from torch import nn
 
 from diag.attention.call import AttentionCall
@@ -165,6 +165,16 @@ def test_a_row_is_what_dense_attention_says(case: str) -> None:
         np.testing.assert_allclose(found.value_cosine, dense["value_cosine"], atol=1e-6)
         for name in NUMBERS:
             np.testing.assert_allclose(found.numbers[name], dense[name], atol=3e-6, err_msg=name)
+
+
+def test_a_row_of_added_maps_has_no_uniform_null_and_all_else() -> None:
+    call = with_maps(make_call(batch=1), -0.4)
+    among = np.ones(call.tokens, dtype=bool)
+    found, dense = row_of(call, 5, torch.from_numpy(among)), dense_row(call, 5, among)
+    np.testing.assert_allclose(found.weight, dense["weight"], atol=1e-6)
+    for name in NUMBERS:
+        expected = np.full(call.heads, np.nan) if name == "cos_y_vuniform" else dense[name]
+        np.testing.assert_allclose(found.numbers[name], expected, atol=3e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["full", "causal", "group of 2", "group of 2, bias"])
