@@ -247,11 +247,11 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
         rows, tokens = own[one].shape
         if rows > 1:
             found[one] = ~own[one]
-        elif not one.first_alone and tokens in before:
+            continue
+        first = before.setdefault(tokens, one)
+        if not one.first_alone and (first.path, first.run) != (one.path, one.run):
             found[one] = ~own[one]
-            same = torch.equal(own[before[tokens]], own[one])
-            found |= {before[tokens]: ~own[one]} if same else {}
-        before.setdefault(tokens, one)
+            found |= {first: ~own[one]} if torch.equal(own[first], own[one]) else {}
     return found
 
 
