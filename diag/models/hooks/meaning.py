@@ -22,7 +22,7 @@ from diag.models.hooks.depth import Place, stacks_of, with_reasons
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
-EAGER = "it computes softmax attention itself, which is not seen"
+EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
 NO_HEADS = "which axis holds its heads could not be told"
 
@@ -190,7 +190,7 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
             "attnbias measures self-attention over tokens",
         )
     if seen.eager:
-        where = next(iter(seen.eager)) or type(root).__name__
+        where = max(seen.eager, key=lambda path: seen.eager[path]) or type(root).__name__
         return UserError(
             f"the model computes attention itself, in '{where}': it cannot be seen",
             "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",

@@ -227,7 +227,7 @@ class AttentionMode(TorchFunctionMode):
         """What a call of attention returns."""
         raise NotImplementedError
 
-    def softmax(self) -> None:
+    def softmax(self, scores: int) -> None:
         """Told of a softmax over what may be scores, or of attention that is computed out of sight."""
         raise NotImplementedError
 
@@ -256,7 +256,7 @@ class AttentionMode(TorchFunctionMode):
             self.added_up(frame)
         if func in SOFTMAX:
             if args and (args[0].ndim >= 4 or (args[0].ndim == 3 and args[0].shape[-1] == args[0].shape[-2])):
-                self.softmax()
+                self.softmax(args[0].numel())
         elif func in PROJECTIONS and len(args) > PROJECTIONS[func]:
             self.projection(args[PROJECTIONS[func]])
         elif func in CONVOLUTIONS and args:
@@ -284,7 +284,7 @@ class AttentionMode(TorchFunctionMode):
         if frame is not None:
             frame.unread = None  # the output projection was applied out of sight
             if frame.calls == before:  # need_weights=True
-                self.softmax()
+                self.softmax(1)
         return result
 
 
@@ -323,7 +323,7 @@ class _Seam(AttentionMode):
             )
         self.sightings.projection.setdefault(name, "unknown")
 
-    def softmax(self) -> None:
+    def softmax(self, scores: int) -> None:
         self.eager.add(self.stack[-1].path)
 
     def attention(
