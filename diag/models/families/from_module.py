@@ -119,13 +119,15 @@ def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Ba
     given = ready[place].data
     tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     one = int(masks[place].sum(1).argmin()) if masks else 0
+    of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
     first, other = dict[str, Tensor](), dict[str, Tensor]()
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
         alone = x.shape[axis] == 1
         beside = another(chosen) if alone else x.narrow(axis, (one + 1) % x.shape[axis], 1)
         first[name] = torch.cat([chosen, beside], axis)
-        other[name] = torch.cat([another(chosen, 2), beside], axis)
+        content = x.is_floating_point() or name.endswith("ids") or not of_ids
+        other[name] = torch.cat([another(chosen, 2) if content else chosen, beside], axis)
     whole = isinstance(given, Mapping)
     mask = _mask_of(first)
     return meaning_of(

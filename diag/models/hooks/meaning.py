@@ -90,8 +90,10 @@ def meaning_of(
     calls, changed = _Calls(seen), dict[Seen, Tensor]()
     rows, random, sequence_first = EVERYWHERE, False, False
     if calls.measured:
-        changed = _changed(seen, watched(root, lambda: run(other), asked=False))
+        again = _passed(root, lambda: run(other))
+        changed = {} if again is None else _changed(seen, again)
         rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
+        rows = OTHERWISE if again is None else rows
     if rows == EVERYWHERE and seen.seen:
         again = _changed(seen, watched(root, lambda: run(first), asked=False))
         random, rows = any(bool(x.any()) for x in again.values()), OTHERWISE
@@ -107,6 +109,16 @@ def meaning_of(
     own = {} if rows == OTHERWISE else {one: x[: len(x) // inputs] for one, x in changed.items()}
     untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
     return Meaning(_towers(root, calls, own, real), rows, random, sequence_first, tuple(untested))
+
+
+def _passed(root: nn.Module, run: Callable[[], object]) -> Survey | None:
+    """A pass on an input that was made up; None where the model does not take it."""
+    try:
+        return watched(root, run, asked=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # a model may say anything of what it was not made for
+        return None
 
 
 class _Calls:
