@@ -24,6 +24,9 @@ from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS,
 
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
+EAGER_ELSEWHERE = (
+    "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
+)
 NO_HEADS = "which axis holds its heads could not be told"
 
 INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
@@ -90,10 +93,10 @@ def meaning_of(
     calls, changed = _Calls(seen), dict[Seen, Tensor]()
     rows, random, sequence_first = EVERYWHERE, False, False
     if calls.measured:
-        again = _passed(root, lambda: run(other))
-        changed = {} if again is None else _changed(seen, again)
+        second = _passed(root, lambda: run(other))
+        changed = {} if second is None else _changed(seen, second)
         rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
-        rows = OTHERWISE if again is None else rows
+        rows = OTHERWISE if second is None else rows
     if rows == EVERYWHERE and seen.seen:
         again = _changed(seen, watched(root, lambda: run(first), asked=False))
         random, rows = any(bool(x.any()) for x in again.values()), OTHERWISE
@@ -202,7 +205,7 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
             "attnbias measures self-attention over tokens",
         )
     if seen.eager:
-        where = max(seen.eager, key=lambda path: seen.eager[path]) or type(root).__name__
+        where = max(seen.eager, key=lambda path: seen.eager[path].numel()) or type(root).__name__
         return UserError(
             f"the model computes attention itself, in '{where}': it cannot be seen",
             "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",
@@ -254,16 +257,21 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
     """
     found, before = dict[Seen, Tensor](), dict[int, Seen]()
     for one in calls:
-        if one not in own or own[one].all() or not own[one].any():
+        if one not in own or not own[one].any():
             continue
         rows, tokens = own[one].shape
+        constant = ~own[one]
+        if one.keys is not None and one.keys.shape[-1] == tokens:
+            constant = constant & one.keys[:rows]  # what a mask hides needs no test
+        if not constant.any():
+            continue
         if rows > 1:
-            found[one] = ~own[one]
+            found[one] = constant
             continue
         first = before.setdefault(tokens, one)
         if not one.first_alone and (first.path, first.run) != (one.path, one.run):
-            found[one] = ~own[one]
-            found |= {first: ~own[one]} if torch.equal(own[first], own[one]) else {}
+            found[one] = constant
+            found |= {first: constant} if torch.equal(own[first], own[one]) else {}
     return found
 
 
@@ -275,8 +283,9 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
     for key, numbers in calls.numbers.items():
         if found.get(key[0], "") is not None:
             found[key[0]] = None if numbers else calls.refused[key]
-    for path in calls.seen.eager:
-        found.setdefault(path, EAGER)
+    for path, scores in calls.seen.eager.items():
+        square = not scores or scores[-1] == scores[-2]
+        found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)
     towers, unmeasured = list[Understood](), dict[str, str]()
     for stack in stacks_of(root, found, ran=calls.of_run):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()

@@ -227,8 +227,8 @@ class AttentionMode(TorchFunctionMode):
         """What a call of attention returns."""
         raise NotImplementedError
 
-    def softmax(self, scores: int) -> None:
-        """Told of a softmax over what may be scores, or of attention that is computed out of sight."""
+    def softmax(self, scores: torch.Size) -> None:
+        """Told of a softmax over what may be scores; without a shape, of attention that is out of sight."""
         raise NotImplementedError
 
     def projection(self, read: Tensor) -> None:
@@ -255,8 +255,8 @@ class AttentionMode(TorchFunctionMode):
         if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
             self.added_up(frame)
         if func in SOFTMAX:
-            if args and (args[0].ndim >= 4 or (args[0].ndim == 3 and args[0].shape[-1] == args[0].shape[-2])):
-                self.softmax(args[0].numel())
+            if args and _may_be_scores(args[0], args[1] if len(args) > 1 else kwargs.get("dim")):
+                self.softmax(args[0].shape)
         elif func in PROJECTIONS and len(args) > PROJECTIONS[func]:
             self.projection(args[PROJECTIONS[func]])
         elif func in CONVOLUTIONS and args:
@@ -284,7 +284,7 @@ class AttentionMode(TorchFunctionMode):
         if frame is not None:
             frame.unread = None  # the output projection was applied out of sight
             if frame.calls == before:  # need_weights=True
-                self.softmax(1)
+                self.softmax(torch.Size())
         return result
 
 
@@ -323,7 +323,7 @@ class _Seam(AttentionMode):
             )
         self.sightings.projection.setdefault(name, "unknown")
 
-    def softmax(self, scores: int) -> None:
+    def softmax(self, scores: torch.Size) -> None:
         self.eager.add(self.stack[-1].path)
 
     def attention(
@@ -374,8 +374,8 @@ class _Seam(AttentionMode):
             layer=layer.index,
             module=layer.name,
             query=layout.split(query),
-            key=layout.split(key),
-            value=layout.split(value),
+            key=_of_heads(layout.split(key), layout.split(value)),
+            value=_of_heads(layout.split(value), layout.split(key)),
             output=layout.split(output),
             mask=seen.mask,
             causal=seen.causal,
@@ -431,6 +431,18 @@ class _Seam(AttentionMode):
             read.reshape(-1), output.transpose(1, 2).reshape(-1)
         )
         self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
+
+
+def _may_be_scores(x: Tensor, dim: int | None) -> bool:
+    """Whether a softmax may be one over keys: over the last axis, of queries and keys at the least."""
+    square = x.ndim == 3 and x.shape[-1] == x.shape[-2]
+    return (x.ndim >= 4 or square) and dim in (-1, x.ndim - 1)
+
+
+def _of_heads(x: Tensor, other: Tensor) -> Tensor:
+    """Keys with as many heads as values, or the other way round: PyTorch lets them differ."""
+    times = other.shape[1] // x.shape[1]
+    return x.repeat_interleave(times, 1) if times > 1 else x
 
 
 def not_its_own(query: Tensor, key: Tensor, mask: Tensor | None = None) -> str:

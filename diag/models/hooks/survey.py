@@ -119,8 +119,11 @@ class _Running(Frame):
 
 
 class Survey(AttentionMode):
-    """The calls of one pass: `seen`, in order; `eager`, how many scores modules made a softmax of themselves;
-    `runs`, how often each module ran."""
+    """The calls of one pass.
+
+    seen: in order. eager: modules that made a softmax of scores themselves, and the shape of the largest.
+    runs: how often each module ran.
+    """
 
     stack: list[_Running]  # type: ignore[assignment]
 
@@ -128,7 +131,7 @@ class Survey(AttentionMode):
         super().__init__()
         self.asked = asked
         self.seen: list[Seen] = []
-        self.eager: dict[str, int] = {}
+        self.eager: dict[str, torch.Size] = {}
         self.runs: Counter[str] = Counter()
         self.again: list[tuple[Tensor, Tensor]] | None = None  # of the calls of a module that is run again
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
@@ -156,10 +159,10 @@ class Survey(AttentionMode):
             self.stack[-1].made += frame.made
             self.stack[-1].waiting += left
 
-    def softmax(self, scores: int) -> None:
+    def softmax(self, scores: torch.Size) -> None:
         if self.again is None and self.stack:
             path = self.stack[-1].path
-            self.eager[path] = max(scores, self.eager.get(path, 0))
+            self.eager[path] = max(scores, self.eager.get(path, scores), key=torch.Size.numel)
 
     def projection(self, read: Tensor) -> None:
         if self.again is not None:
