@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError, visible
+from diag.results.caveats import COLUMNS, with_caveats
 from diag.results.folder import once
 from diag.results.hashes import edited
 from diag.results.manifest import PROBE
@@ -103,8 +104,11 @@ def _counted(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
         line: max(int(entries.get(line, {}).get("layers") or 0), int(count))  # type: ignore[call-overload]
         for line, count in measured.items()
     }
-    lines = zip(table["model"], table["tower"], strict=True)
-    return table.assign(layer_count=[counts[line] for line in lines])
+    lines = list(zip(table["model"], table["tower"], strict=True))
+    table = table.assign(layer_count=[counts[line] for line in lines])
+    if "weights" not in table:  # of an earlier version
+        table = table.assign(weights=[str(entries.get(line, {}).get("weights")) for line in lines])
+    return table
 
 
 class _Contents:
@@ -164,10 +168,11 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 
 def _labels(layers: pd.DataFrame) -> pd.Series:
-    """The label of every line: the model's name and what tells it from the model's other lines."""
+    """The label of every line: the model's name, what tells it from the model's other lines, caveats."""
     keys = list(LINE)
     telling = [name for name in TELLING if name in layers and name not in keys]
-    lines = layers.groupby(keys, sort=False)[telling].max().reset_index()
+    told = [name for name in COLUMNS if name in layers and name not in telling]
+    lines = layers.groupby(keys, sort=False)[[*telling, *told]].max().reset_index()
     label = lines["model"].astype(str).map(visible)
     for column in TELLING:
         if column not in lines:
@@ -175,6 +180,9 @@ def _labels(layers: pd.DataFrame) -> pd.Series:
         alike = lines.groupby(label)[column].transform(lambda part: part.nunique(dropna=False) > 1)
         said = lines[column].map(lambda value, column=column: WORDS.get(column, "{}").format(_plain(value)))
         label = label.where(~alike, label + " · " + said)
+    label = pd.Series(
+        [with_caveats(name, line) for name, (_, line) in zip(label, lines.iterrows(), strict=True)]
+    )
     return pd.Series(label.to_numpy(), index=pd.MultiIndex.from_frame(lines[keys]), name="label")
 
 

@@ -36,6 +36,8 @@ CONSTANTS = [
     "image_size",
     "positions",
     "patch_embedding",
+    "weights",
+    "inputs",
     "attn_scope",
     "first_token",
     "projection",

@@ -44,9 +44,13 @@ class TowerJob:
 
     @staticmethod
     def of(
-        model: Model, tower: Tower, measurement: Measurement, token_sets: Sequence[str] | None = None
+        model: Model,
+        tower: Tower,
+        measurement: Measurement,
+        token_sets: Sequence[str] | None = None,
+        inputs: str = "given",
     ) -> TowerJob:
-        """token_sets: the plan's if None, or the tower's defaults.
+        """token_sets: the plan's if None, or the tower's defaults. inputs: as the column of that name says.
 
         Raises UserError, naming the layer, where the plan asks for what this model does not allow.
         """
@@ -57,7 +61,7 @@ class TowerJob:
             tower,
             measurement,
             token_sets or plan.tokens or tower.default_sets,
-            _constants_of(model, tower, plan),
+            {**_constants_of(model, tower, plan), "inputs": inputs},
             removed,
             _blocks_of(model, tower, measurement),
             BatchSize.of(plan.batch_size, model.module),
@@ -118,6 +122,7 @@ def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]
         "image_size": _size(tower.facts.get("image_size")),
         "positions": tower.facts.get("positions"),
         "patch_embedding": tower.facts.get("patch_embedding"),
+        "weights": model.facts.get("weights", "as given"),
         "values": plan.values,
         "intervention": " ".join(plan.intervene) or "none",
         "dtype": str(dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ import pandas as pd
 from diag.errors import say, visible
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.metrics.names import GROUPS
+from diag.results.caveats import caveats
 from diag.results.decimals import shown
 from diag.show.figures.tables import span
 
@@ -67,6 +68,7 @@ def _title(part: pd.DataFrame) -> list[str]:
     title += [f"values {first['values']}"] if "values" in part else []
     if first.get("intervention", "none") != "none":
         title.append(f"with {first['intervention']}")
+    title += caveats(first)
     title += ["t=0 excluded"] if first.get("first_token") == "excluded" else []
     return [visible(str(part)) for part in title]
 

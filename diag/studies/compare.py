@@ -36,7 +36,7 @@ from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
-from diag.show.words.control import random_lines, series_control
+from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
 
 WIDTH = 80
@@ -250,12 +250,11 @@ def _filled(said: str) -> str:
 
 
 def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
-    said, untrained = [], random_lines(found.collection)
+    said = []
     for label, part in found.collection.layers.groupby("label", sort=False):
         size, counts = span(part["n_tokens"]) if "n_tokens" in part else "", span(part["n"])
         facts = [f"T = {size}"] if size and " T = " not in str(label) else []
         facts += [f"n = {counts}", str(part["tokens"].iloc[0])]
-        facts += ["random weights"] if label in untrained else []
         more = " · ".join(facts)
         key = keys[str(label)]
         said.append(f"{key} {shorten(str(label), WIDTH - len(key) - len(more) - 4)} · {more}")

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of, visible
+from diag.results.caveats import of_table
 from diag.show.figures.panels import COMPARISON_METRICS
 
 IDENTITY = ("model", "tower", "tokens")
@@ -144,7 +145,8 @@ def shorten(name: str, width: int) -> str:
 
 
 def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
-    """One or two lines under the title: token set, T, n and how it was measured, as far as the rows agree.
+    """One or two lines under the title: token set, T, n, how it was measured, as far as the rows agree, and
+    caveats; where lines have labels, these say them.
 
     `bands` says what the shading is; it is left out where no row has an interval. Empty: no lines are drawn.
     """
@@ -156,6 +158,7 @@ def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
         _counted(rows, "n", "n = {} input" if (rows["n"] == 1).all() else "n = {} inputs"),
         _agreed(rows, "values", "values {}"),
         _agreed(rows, "intervention", "intervention {}"),
+        *(of_table(rows) if LABEL not in rows else ()),
     ]
     if np.isfinite(rows["ci_low"]).any():
         parts.append(bands)

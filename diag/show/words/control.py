@@ -11,6 +11,7 @@ import pandas as pd
 from diag.models.families import FAMILIES, family_of
 from diag.models.names.series import listing
 from diag.models.names.spec import HUB
+from diag.results.caveats import RANDOM
 from diag.results.collect import Collection
 from diag.show.words.phrases import listed
 
@@ -72,12 +73,10 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
 
 def random_lines(collection: Collection) -> list[str]:
     """The labels of lines whose model was given random weights."""
-    lines = collection.layers.drop_duplicates("label")[["label", "run", "model", "tower"]]
-    return [
-        str(label)
-        for label, *line in lines.itertuples(index=False)
-        if _entry(collection, *line).get("weights") == "random"
-    ]
+    if "weights" not in collection.layers:
+        return []
+    random = collection.layers[collection.layers["weights"] == RANDOM]
+    return [str(label) for label in random["label"].unique()]
 
 
 def _surprised(collection: Collection) -> Iterator[str]:

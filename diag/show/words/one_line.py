@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from diag.errors import spans
+from diag.results.caveats import caveats
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.profiles import DOUBTS, FEWEST, SMALLEST, UNCLEAR
@@ -46,6 +47,10 @@ def summary(collection: Collection, profiles: pd.DataFrame, label: str) -> list[
     if said:
         said += coverage(collection.layers[collection.layers["label"] == label])
         said += unusual(collection.layers[collection.layers["label"] == label])
+    first = collection.layers[collection.layers["label"] == label].iloc[0]
+    others = [words for words in caveats(first) if words != "random weights"]
+    if said and others:
+        said.append(f"To be known: {', '.join(others)}.")
     if said and label in random_lines(collection):
         said.append("The weights are random, nothing was learned: such numbers show the architecture alone.")
     return said or ["The alignment bias was not measured here."]

@@ -9,7 +9,7 @@ import pandas as pd
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.profiles import FEWEST, differences, strongest
-from diag.show.words.control import alike, control_sentence, random_lines
+from diag.show.words.control import alike, control_sentence
 from diag.show.words.one_line import NULLS
 from diag.show.words.phrases import Found, Profile, listed, profile_of, share
 
@@ -46,13 +46,10 @@ def comparison(
         assert found is not None
         return found
 
-    untrained = random_lines(collection)
-    called = [f"{label} (random weights)" if label in untrained else label for label in labels]
-    said = [_most(called[0], found[labels[0]], sure)]
+    said = [_most(labels[0], found[labels[0]], sure)]
     if len(labels) > 1:
-        said[0] += f" {_next(called[1], difference(labels[0], labels[1]))}"
-    by_name = dict(zip(called, found.values(), strict=True))
-    said += [_nulls(by_name, called), *_split(found[labels[0]])]
+        said[0] += f" {_next(labels[1], difference(labels[0], labels[1]))}"
+    said += [_nulls(found, labels), *_split(found[labels[0]])]
     if control is not None or alike(collection):
         said += _trend(collection, found, difference)
     return [*said, *_coverage(collection), *control_sentence(collection, control)]

@@ -81,6 +81,12 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     towers = build_towers(_builders(spec, module, notes, dtype=dtype), notes, needed=sized)
     notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
+    if not spec.random_init and (Path(spec.name) / "adapter_config.json").is_file():
+        loaded = transformers.utils.is_peft_available()
+        facts["weights"] = "with adapter" if loaded else "without adapter"
+        notes.append(
+            f"the adapter in the folder was {'loaded' if loaded else 'not loaded: peft is not installed'}"
+        )
     scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
     classes = (lambda names: zero_shot(module, load_tokenizer(spec), names)) if scores else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
