@@ -29,6 +29,8 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
     vision = getattr(config, "vision_config", config)
     side = getattr(vision, "image_size", None) or SIDE
     side = side if isinstance(side, int) else side[0]
+    if hasattr(vision, "depths"):  # stages halve an image; the last should have some tokens left
+        side = max(side, 128)
     channels = getattr(vision, "num_channels", None) or 3
     pixels = torch.randn(ROWS, channels if isinstance(channels, int) else 3, side, side, generator=generator)
     main = getattr(module, "main_input_name", "input_ids")

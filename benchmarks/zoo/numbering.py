@@ -20,17 +20,10 @@ def place_of(root: nn.Module, path: str) -> list[tuple[str, int]]:
     return found
 
 
-def block_of(root: nn.Module, path: str) -> tuple[str, int] | None:
-    """The list of blocks that a path goes through, and the block's number in it.
-
-    Blocks of a list are alike. Where a block holds a list of unlike parts (T5's attention, cross-attention and
-    feed-forward), that is not one.
-    """
+def block_of(root: nn.Module, path: str, level: int = 0) -> tuple[str, int] | None:
+    """The list of blocks that a path goes through, and the block's number in it; level 0 is the innermost list."""
     places = place_of(root, path)
-    for container, number in reversed(places):
-        if len({type(block) for block in root.get_submodule(container).children()}) == 1:
-            return container, number
-    return places[0] if places else None
+    return places[-1 - min(level, len(places) - 1)] if places else None
 
 
 def numbering_faults(root: nn.Module, lines: Sequence[Any], seen: Sequence[str]) -> Iterator[str]:
@@ -49,43 +42,52 @@ def numbering_faults(root: nn.Module, lines: Sequence[Any], seen: Sequence[str])
             continue
         if len({line.path for line in of_tower}) < len(of_tower):
             continue  # depths that share weights: compared by run
-        blocks = {line.path: block for line in of_tower if (block := block_of(root, line.path))}
-        if len(blocks) < len(of_tower):
+        places = [place_of(root, line.path) for line in of_tower]
+        if not all(places):
             continue
-        outer = {place_of(root, path)[0][0] for path in blocks}
+        outer = {place[0][0] for place in places}
         if len(outer) > 1:
             yield f"tower '{tower}' holds layers of several towers: {', '.join(sorted(outer))}"
             continue
-        yield from _faults_of_tower(root, of_tower, blocks, order)
+        # a list may hold the unlike parts of one block (T5), or blocks of unlike kinds (CoAtNet)
+        deepest = max(map(len, places))
+        if not any(_at_their_places(root, of_tower, order, level) for level in range(deepest)):
+            told = ", ".join(f"{line.path} = {line.layer}" for line in of_tower[:4])
+            yield f"layers are not numbered by their places: {told}"
 
 
-def _faults_of_tower(
-    root: nn.Module, of_tower: Sequence[Any], blocks: dict[str, tuple[str, int]], order: Sequence[str]
-) -> Iterator[str]:
-    seen = {path: block for path in order if (block := block_of(root, path))}
+def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[str], level: int) -> bool:
+    """Whether the numbers are those of the lists at a level."""
+    seen = {path: block for path in order if (block := block_of(root, path, level))}
+    blocks = {line.path: block for line in of_tower if (block := block_of(root, line.path, level))}
     mine = {container for container, _ in blocks.values()}
     lists = [
         of for of in dict.fromkeys(of for of, _ in seen.values()) if any(_alike(of, other) for other in mine)
     ]
-    if len(lists) == 1:
-        for line in of_tower:
-            if line.layer != blocks[line.path][1]:
-                yield f"'{line.path}' is called layer {line.layer}"
-        return
+    if len(lists) == 1 and not any(block_of(root, line.path, level + 1) != blocks[line.path] for line in of_tower):
+        return all(line.layer == blocks[line.path][1] for line in of_tower)
+    whole = [path for path, _ in root.named_modules() if any(_alike(path, other) for other in mine)]
+    attending = [path for path, (container, _) in seen.items() if container in lists]
+    ranked = list(dict.fromkeys(seen[path] for path in attending))
+    ways = (
+        *(
+            {path: starts[container] + number for path, (container, number) in blocks.items()}
+            for starts in (_starts(root, lists), _starts(root, whole))
+            if mine <= starts.keys()
+        ),
+        {path: ranked.index(block) for path, block in blocks.items() if block in ranked},
+        {path: attending.index(path) for path in blocks if path in attending},
+    )
+    return any(all(line.layer == way.get(line.path) for line in of_tower) for way in ways)
+
+
+def _starts(root: nn.Module, lists: Sequence[str]) -> dict[str, int]:
+    """The number of each list's first block, counted through all of them."""
     start, first = 0, {}
     for container in lists:
         first[container] = start
         start += len(list(root.get_submodule(container).children()))
-    attending = [path for path, (container, _) in seen.items() if container in lists]
-    ranked = list(dict.fromkeys(seen[path] for path in attending))
-    ways = (
-        {path: first[container] + number for path, (container, number) in blocks.items()},
-        {path: ranked.index(block) for path, block in blocks.items()},
-        {path: attending.index(path) for path in blocks if path in attending},
-    )
-    if not any(all(line.layer == way.get(line.path) for line in of_tower) for way in ways):
-        told = ", ".join(f"{line.path} = {line.layer}" for line in of_tower[:3])
-        yield f"layers are not numbered by their places: {told}"
+    return first
 
 
 def _alike(one: str, other: str) -> bool:

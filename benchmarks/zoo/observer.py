@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SDPA = F.scaled_dot_product_attention
 SOFTMAX = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}
 PRODUCTS = {torch.ops.aten.bmm.default: 0, torch.ops.aten.mm.default: 0, torch.ops.aten.baddbmm.default: 1}
+PRODUCTS[torch.ops.aten.addmm.default] = 1
 SAME_ELEMENTS = {
     torch.ops.aten.clone.default,
     torch.ops.aten._to_copy.default,
@@ -157,7 +158,9 @@ class Watch(TorchDispatchMode):
         elif func in PRODUCTS and self.weights:
             left = args[PRODUCTS[func]]
             found = self.weights.get(left.untyped_storage().data_ptr())
-            if found is not None and left.shape[-1] == found[1] and found[0] not in self.calls:
+            if found is not None and left.shape[-1] != found[1]:  # heads are mixed: these are weights still
+                self.weights[out.untyped_storage().data_ptr()] = (*found[:2], out)
+            elif found is not None and not any(call is found[0] for call in self.calls):
                 self.calls.append(found[0])
         elif func in SAME_ELEMENTS and self.weights:
             result = out[0] if isinstance(out, tuple) else out

@@ -78,7 +78,8 @@ def _text_model(name: str, folder: Path) -> Path:
     if kind is None:
         raise NotBuiltError(f"its text tower is a model of the hub, {name}")
     of_transformers.config_of(kind).save_pretrained(folder)
-    save_tokenizer(folder, around=True)
+    for place in (folder, folder.parent):  # open_clip looks for tokenizers beside its own config
+        save_tokenizer(place, around=True)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import _hub, _registry
 from torch import nn
 
@@ -31,6 +32,14 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "xcit_nano_12_p16_224 (fused)": ("xcit_nano_12_p16_224", {}),
     "swin_tiny_patch4_window7_224 (fused)": ("swin_tiny_patch4_window7_224", {}),
 }
+SMALLER: tuple[dict[str, Any], ...] = (
+    {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    {"depth": 2},
+    {"depths": (1, 1, 2, 1)},
+    {},
+)
+"""What is tried to make a model smaller, in turn."""
+
 SIDES = (64, 96, 112, 128, 224, 256, 384)
 
 
@@ -61,11 +70,9 @@ def build(name: str, folder: Path | None) -> Case:
     config = timm.models.get_pretrained_cfg(architecture)
     native = config.input_size[-1] if config else 224
     sides = [side for side in SIDES if side < native] + [native]
-    if config and config.fixed_input_size:
-        trials = [{"img_size": side} | less for side in sides for less in ({"depth": 2}, {})]
-        trials += [{}]
-    else:
-        trials = [less for less in ({"depth": 2}, {})]
+    fixed = bool(config and config.fixed_input_size)
+    trials = [less | ({"img_size": side} if fixed else {}) for less in SMALLER for side in (sides if fixed else [0])]
+    trials += [{}] if fixed else []
     why = "nothing was tried"
     for trial in trials:
         try:
@@ -79,8 +86,7 @@ def build(name: str, folder: Path | None) -> Case:
             for part in module.modules():
                 if hasattr(part, "fused_attn"):
                     part.fused_attn = True
-        fixed = trial.get("img_size", native) if config and config.fixed_input_size else None
-        for side in [fixed] if fixed else sides:
+        for side in [trial.get("img_size", native)] if fixed else sides:
             batch = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
             try:
                 with torch.no_grad():
@@ -99,10 +105,11 @@ def build(name: str, folder: Path | None) -> Case:
 def saved(module: nn.Module, folder: Path, side: int, arguments: dict[str, Any]) -> Path:
     """The model as timm saves it, with preprocessing to images of `side` pixels."""
     arguments.pop("num_classes", None)
-    plain = {key: value for key, value in arguments.items() if isinstance(value, int | str | bool | float)}
-    _hub.save_for_hf(
-        module, folder, model_args=plain, safe_serialization=True, data_config={"input_size": (3, side, side)}
-    )
+    plain = {key: value for key, value in arguments.items() if isinstance(value, int | str | bool | float | tuple)}
+    size = {"input_size": (3, side, side)}
+    _hub.save_config_for_hf(module, str(folder / "config.json"), model_args=plain, data_config=size)
+    state = {key: value.clone().contiguous() for key, value in module.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
 
 from zoo.case import Case, lively
 
@@ -69,7 +72,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         nn.MultiheadAttention(32, 4, batch_first=True, add_zero_attn=True)
     ),
 }
-VISION = ("vit_b_32", "swin_t", "swin_v2_t", "maxvit_t")
+VISION: dict[str, Callable[[], nn.Module]] = {
+    "VisionTransformer": lambda: VisionTransformer(64, 16, 2, 4, 32, 64),
+    "SwinTransformer": lambda: SwinTransformer([4, 4], 24, [2, 2], [3, 6], [4, 4]),
+    "MaxVit": lambda: MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.0),
+}
 
 
 class _Decoder(Reads):
@@ -87,15 +94,7 @@ def build(name: str, folder: Path | None) -> Case:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     if name.startswith("torchvision "):
-        import torchvision
-
-        sized = {"image_size": 64} if "vit" in name else {"input_size": (64, 64)} if "maxvit" in name else {}
-        if "maxvit" in name:
-            from torchvision.models.maxvit import MaxVit
-
-            module: nn.Module = MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.0)
-        else:
-            module = getattr(torchvision.models, name.split()[1])(weights=None, num_classes=7, **sized)
+        module = VISION[name.removeprefix("torchvision ")]()
         return Case("torch", name, lively(module), torch.randn(2, 3, 64, 64, generator=generator))
     module = lively(MODULES[name]())
     x = torch.randn(4, 12, 32, generator=generator)

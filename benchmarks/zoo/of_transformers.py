@@ -61,7 +61,7 @@ SMALL: dict[str, Any] = (
     | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "state_size": 8, "n_groups": 1}
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
     | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "sep_token_id": 2}
-    | {"dropout": 0.0, "sliding_window": 6, "num_mel_bins": 16, "out_features": None, "out_indices": None}
+    | {"dropout": 0.0, "sliding_window": 6, "num_mel_bins": 16}
     | {"fullatt_block_indexes": [1], "window_size": 4, "deepstack_visual_indexes": [0], "attn_layer_indices": [1]}
 )
 SPECIAL = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi", "mask", "boa", "eoa")
@@ -80,27 +80,60 @@ def shrunk(values: dict[str, Any], kind: str) -> dict[str, Any]:
     small: dict[str, Any] = {}
     next_id = 290
     for key, value in values.items():
+        if key in LEFT_OUT:
+            continue
         if isinstance(value, dict) and key.endswith(("config", "encoder", "decoder")) and value:
             small[key] = shrunk(value, str(value.get("model_type", "")))
-        elif key.endswith("_token_id") or key.endswith("_token_index") or key in ("image_token", "video_token"):
-            if key in SMALL:
-                small[key] = SMALL[key]
-            elif isinstance(value, int):
-                small[key], next_id = next_id, next_id - 1
-            else:
-                small[key] = value
         elif key in SMALL and value is not None:
-            small[key] = SMALL[key] if not isinstance(value, list | tuple) or isinstance(SMALL[key], list) else value
+            alike = isinstance(value, list | tuple) == isinstance(SMALL[key], list)
+            small[key] = SMALL[key] if alike else value
+        elif key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            small[key], next_id = next_id, next_id - 1
         else:
             small[key] = value
     if isinstance(values.get("image_size"), list | tuple):
         small["image_size"] = [SIDE] * len(values["image_size"])
-    depth = next((small[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(small.get(key), int)), DEPTH)
-    for key in ("layer_types", "layers_block_type", "mlp_layer_types", "attn_type_list", "attention_layers", "hybrid_override_pattern"):
+    _of_stages(small)
+    depths = (small[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(small.get(key), int))
+    depth = next(depths, DEPTH)
+    for key in PER_LAYER:
         if isinstance(small.get(key), list | tuple):
             small[key] = _cut(list(small[key]), depth)
+    if isinstance(small.get("intermediate_size"), list | tuple):
+        small["intermediate_size"] = 2 * WIDTH
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(small.get(key), dict):
+            small[key] = _rope(small[key], small.get("head_dim") or WIDTH // HEADS)
     small.update(FIELDS.get(kind, {}))
     return small
+
+
+LEFT_OUT = ("out_features", "out_indices", "stage_names", "per_layer_config", "_out_features", "_out_indices")
+PER_LAYER = (
+    "layer_types layers_block_type mlp_layer_types attn_type_list attention_layers activation_sparsity_pattern"
+).split()
+
+
+def _of_stages(small: dict[str, Any]) -> None:
+    """Models of several stages: one or two blocks in each, and heads that divide their widths."""
+    depths = small.get("depths")
+    if isinstance(depths, list | tuple) and all(isinstance(depth, int) for depth in depths):
+        small["depths"] = [min(depth, 2) for depth in depths]
+        heads = small.get("num_heads")
+        if isinstance(heads, list | tuple) and "embed_dim" in small:
+            small["num_heads"] = [2**stage for stage in range(1, len(heads) + 1)]
+
+
+def _rope(given: dict[str, Any], width: int) -> dict[str, Any]:
+    """Rotary sections of a head's width, which add up to half of what is rotated."""
+    if all(isinstance(value, dict) for value in given.values()) and given:
+        return {key: _rope(value, width) for key, value in given.items()}
+    given = dict(given)
+    if isinstance(given.get("mrope_section"), list | tuple):
+        half = int(width * given.get("partial_rotary_factor", 1)) // 2
+        first = half - 2 * (half // 3)
+        given["mrope_section"] = [first, half // 3, half // 3]
+    return given
 
 
 def _cut(of_layers: list[Any], depth: int) -> list[Any]:
@@ -149,7 +182,7 @@ def build(name: str, folder: Path | None) -> Case:
     except Exception as error:
         raise NotBuiltError(f"cannot be built: {_line(error)}") from error
     lively(module).requires_grad_(False)
-    batch, why = None, "no inputs are known for it"
+    batch, why = None, ""
     for trial in inputs.trials(module):
         try:
             with torch.no_grad():
@@ -157,9 +190,9 @@ def build(name: str, folder: Path | None) -> Case:
             batch = trial
             break
         except Exception as error:
-            why = f"{sorted(trial)}: {_line(error)}"
+            why = why or f"{sorted(trial)}: {_line(error)}"
     if batch is None:
-        raise NotBuiltError(f"it does not run: {why}")
+        raise NotBuiltError(f"it does not run: {why or 'no inputs are known for it'}")
     case = Case("transformers", name, module, batch)
     if folder is not None:
         case.folder = inputs.saved(module, folder)
