@@ -100,19 +100,44 @@ def one_of(names: Iterable[str]) -> str:
     return ", ".join(quoted[:-1]) + " or " + quoted[-1]
 
 
-def ranges(text: str, said: str, example: str) -> tuple[int, ...]:
+def ranges(text: str, said: str, example: str, *, from_end: bool = False) -> tuple[int, ...]:
     """`0,5-11` → (0, 5, …, 11), each once, in the order written.
 
-    said: where it was written, for the error; example: what to write instead. Raises UserError where a part
-    is no number or range, or counts further than models do.
+    said: where it was written, for the error; example: what to write instead. from_end: whether -1, or
+    `last`, is the last, `-4-last` the last four. Raises UserError where a part is no number or range, or
+    counts further than models do.
     """
     found: dict[int, None] = {}
+    end = "-?[0-9]+|last" if from_end else "[0-9]+"
     for part in text.split(","):
-        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
-        if ends and max(len(end.lstrip("0")) for end in ends.groups("")) > DIGITS:
+        ends = re.fullmatch(f"({end})(?:-({end}))?", part.strip())
+        if ends and max(len(end.lstrip("-0")) for end in ends.groups("")) > DIGITS:
             raise UserError(f"{said} goes beyond every model with '{part.strip()}'", f"for example {example}")
-        span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
+        first, last = (
+            (int(end.replace("last", "-1")) for end in (ends[1], ends[2] or ends[1])) if ends else (0, 0)
+        )
+        if (first < 0) != (last < 0):
+            raise UserError(
+                f"{said} counts '{part.strip()}' from both ends",
+                f"count from one: {example} from the first, -4-last for the last four",
+            )
+        span = range(first, last + 1) if ends else range(0)
         if not span:
             raise UserError(f"{said} does not understand '{part.strip()}'", f"for example {example}")
         found |= dict.fromkeys(span)
     return tuple(found)
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers as `ranges` reads them: `0-2, 4-6`, `3`.
+
+    >>> spans([6, 0, 1, 2, 4, 5])
+    '0-2, 4-6'
+    """
+    parts = list[list[int]]()
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -52,6 +52,13 @@ def save_language_model(folder: Path, kind: str) -> Path:
     elif kind == "qwen3":
         config = transformers.Qwen3Config(**text, num_key_value_heads=2, head_dim=8)
         model = transformers.Qwen3ForCausalLM(config)
+    elif kind == "qwen3-next":  # the second of three blocks has softmax attention
+        linear = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 8)
+        linear |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "num_experts": 1}
+        kinds = ["linear_attention", "full_attention", "linear_attention"]
+        sizes = text | linear | {"num_key_value_heads": 2, "num_hidden_layers": 3, "layer_types": kinds}
+        config = transformers.Qwen3NextConfig(**sizes, mlp_only_layers=[0, 1, 2])
+        model = transformers.Qwen3NextForCausalLM(config)
     elif kind == "bert":
         model = transformers.BertForMaskedLM(transformers.BertConfig(**text))
     elif kind == "t5":

@@ -35,7 +35,7 @@ def attnbias(
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no figures, which takes longer than all else."""
-    monkeypatch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+    monkeypatch.setattr("diag.run.finish.draw", lambda *tables: [])
 
 
 @pytest.fixture

@@ -426,7 +426,7 @@ def main(given: Sequence[str] | None = None) -> int:
     asked = options.parse_args(given)
     torch.set_num_threads(1)
     diag.show.figures.write.save = sketch
-    diag.run.finish.draw = lambda layers, heads, folder: sketch(None, layers, folder, "curves-demo")
+    diag.run.finish.draw = lambda layers, heads, folder, models: sketch(None, layers, folder, "curves-demo")
     cases = [case for case in CASES if asked.only is None or re.search(asked.only, case.name)]
     chance, began, faults, outcomes = random.Random(asked.seed), time.time(), [], []
     print(f"{'verb':22} {'steps':>6} {'kills':>6} {'whole':>6} {'torn':>6} {'leftovers':>10}")

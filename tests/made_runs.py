@@ -34,6 +34,7 @@ def made_run(
     n: int = 8,
     heads: int = 2,
     noise: float = 0.01,
+    numbers: Sequence[int] | None = None,
     entry: Mapping[str, Any] | None = None,
     manifest: Mapping[str, Any] | None = None,
     sha256: str = "photos",
@@ -42,6 +43,7 @@ def made_run(
     """A finished run of one line: every metric's curve over layers, with noise per input, layer and head
     around it; means over inputs are exact.
 
+    numbers: of the layers that the curves are of, where these are not the first ones.
     entry, manifest: what the manifest says otherwise. sha256: of the inputs. constants: columns.
     """
     layers = max(map(len, curves.values()))
@@ -57,7 +59,7 @@ def made_run(
         {
             "model": model,
             "tower": tower,
-            "layer": at[1],
+            "layer": np.asarray(numbers or range(layers))[at[1]],
             "module": "attn",
             "tokens": tokens,
             "metric": np.array(list(curves))[at[0]],

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from diag.attention.call import AttentionCall
+from diag.attention.call import AttentionCall, WeightMap
 
 Array = np.ndarray
 
@@ -75,6 +75,25 @@ def with_pattern(call: AttentionCall) -> AttentionCall:
     return replace(call, query=None, key=None, pattern=pattern)
 
 
+def with_maps(call: AttentionCall, *more: float, known: bool = False) -> AttentionCall:
+    """The call with further maps of the same keys and values added, by their coefficients; the last one has a
+    coefficient for each head and query.
+
+    known: whether a kernel has returned the log-normaliser of each map.
+    """
+    assert call.query is not None
+    assert call.key is not None
+    drawn = torch.rand(1, call.heads, call.tokens, generator=torch.Generator().manual_seed(5))
+    maps = []
+    for place, weight in enumerate((1.0, *more)):
+        one = replace(call, query=call.query.roll(place, 2), scale=call.scale * (1 + place))
+        coefficient = weight * drawn if place == len(more) else torch.full((1, 1, 1), weight)
+        lse = with_log_normaliser(one).log_normaliser if known else None
+        assert one.query is not None
+        maps.append(WeightMap(one.query, call.key, one.scale, coefficient, lse))
+    return with_dense_output(replace(call, query=None, key=None, maps=tuple(maps)))
+
+
 def with_log_normaliser(call: AttentionCall) -> AttentionCall:
     """The same call with the float32 `lse` that a flash kernel would have returned."""
     scores = dense_scores(call)
@@ -99,11 +118,31 @@ def dense_visible(call: AttentionCall) -> Array:
     batch, heads, tokens, _ = call.output.shape
     visible = np.ones((batch, heads, tokens, tokens), dtype=bool)
     if call.mask is not None:
-        shown = call.mask if call.mask.dtype == torch.bool else call.mask.double() > call.hidden
-        visible &= shown.cpu().numpy()
+        visible &= call.mask.cpu().numpy() if call.mask.dtype == torch.bool else dense_shown(call.mask)
     if call.causal:
         visible &= np.tri(tokens, dtype=bool)
     return visible
+
+
+def dense_shown(mask: Tensor) -> Array:
+    """Whether an additive mask shows each key, `[batch or 1, head or 1, row or 1, token or 1]`.
+
+    By the weights that it would give alone: down the sorted entries of a head, to the first whose weight
+    beside the largest is none in float32, and beside the entry before it less than the root of that.
+    """
+    none = float(np.finfo(np.float32).tiny)
+    entries = float64(mask[(None,) * (4 - mask.ndim)])
+    shown = np.ones(entries.shape, dtype=bool)
+    for head in range(entries.shape[1]):
+        sorted_ones = np.unique(entries[:, head])[::-1]
+        first, kept = sorted_ones[0], len(sorted_ones) if sorted_ones[0] > -9000 else 0
+        for place in range(1, kept):
+            beside_first, beside_last = np.exp(sorted_ones[place] - [first, sorted_ones[place - 1]])
+            if beside_first < none and beside_last < none**0.5:
+                kept = place
+                break
+        shown[:, head] = np.isin(entries[:, head], sorted_ones[:kept])
+    return shown
 
 
 def dense_scores(call: AttentionCall) -> Array:
@@ -126,6 +165,12 @@ def dense_pattern(call: AttentionCall) -> Array:
     """The attention weights in float64, `[batch, head, token, token]`; a row that sees nothing is 0."""
     if call.pattern is not None:
         return float64(call.pattern)
+    if call.maps:
+        found = np.zeros((*call.output.shape[:3], call.tokens))
+        for one in call.maps:
+            alone = replace(call, query=one.query, key=one.key, scale=one.scale, maps=())
+            found += float64(one.coefficient)[..., None] * dense_pattern(alone)
+        return found
     scores = dense_scores(call)
     pattern = np.zeros(scores.shape)
     for b, h, i in np.ndindex(*scores.shape[:3]):
@@ -349,6 +394,18 @@ def window(tokens: int, left: int, right: int) -> Bool[Tensor, "token token"]:
     return (distance >= -left) & (distance <= right)
 
 
+def distance(tokens: int) -> Float[Tensor, "token token"]:
+    """|i - j|."""
+    position = torch.arange(tokens)
+    return (position[:, None] - position).abs().float()
+
+
+def of_two_kinds(tokens: int) -> Float[Tensor, "batch head token token"]:
+    """Three heads of which -100 hides what comes later, and one of a distance in steps of 20."""
+    causal = additive(torch.ones(tokens, tokens, dtype=torch.bool).tril(), -100.0)
+    return torch.stack([causal, causal, causal, -20.0 * distance(tokens)])[None]
+
+
 def random_mask(*shape: int, seed: int = 7, share: float = 0.6) -> Bool[Tensor, ...]:
     """Each entry visible with probability `share`."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
@@ -435,6 +492,12 @@ def build_cases() -> dict[str, AttentionCall]:
         "additive lowest": make_call(mask=additive(causal_left, lowest), seed=31),
         "additive lowest and causal": make_call(mask=additive(both, lowest), causal=True, seed=32),
         "additive -10000": make_call(mask=additive(ragged, -10000.0), seed=33),
+        "additive -1000": make_call(mask=additive(causal_left, -1000.0), seed=62),
+        "windows of -100 with a bias": make_call(
+            mask=additive(both, -100.0) + 4 * random_bias(1, 4, 13, 13), seed=63
+        ),
+        "far keys have no weight": make_call(mask=-30.0 * distance(13), causal=True, seed=64),
+        "hidden in some heads, far in others": make_call(mask=of_two_kinds(13), seed=65),
         "group of 2": make_call(kv_heads=2, seed=34),
         "group of 4": make_call(kv_heads=1, causal=True, seed=35),
         "group of 2, left padding": make_call(kv_heads=2, mask=both, causal=True, seed=36),

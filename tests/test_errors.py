@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diag.errors import MeasurementError, UnreadableInput, UserError, did_you_mean, one_of, ranges, say
+from diag.errors import MeasurementError, UnreadableInput, UserError, did_you_mean, one_of, ranges, say, spans
 
 
 def test_ranges_end_where_models_do() -> None:
@@ -15,6 +15,27 @@ def test_ranges_end_where_models_do() -> None:
     for text in ("0-4000000000", "9" * 5000):
         with pytest.raises(UserError, match="--layers goes beyond every model"):
             ranges(text, "--layers", "0")
+
+
+def test_ranges_may_count_from_the_end() -> None:
+    assert ranges("0, -1,-4--3", "--layers", "0", from_end=True) == (0, -1, -4, -3)
+    assert ranges("last,-2-last", "--layers", "0", from_end=True) == (-1, -2)
+    for text in ("8-last", "0--1"):
+        with pytest.raises(UserError, match=f"--layers counts '{text}' from both ends"):
+            ranges(text, "--layers", "0-2", from_end=True)
+    for text in ("-1--4", "3-1", "-", "--1", "lasts"):
+        with pytest.raises(UserError, match="--layers does not understand"):
+            ranges(text, "--layers", "0", from_end=True)
+    with pytest.raises(UserError, match="goes beyond every model"):
+        ranges("-4000000000-last", "--layers", "0", from_end=True)
+    with pytest.raises(UserError, match="does not understand 'last'"):
+        ranges("last", "--layers", "0")
+
+
+def test_spans_are_what_ranges_reads() -> None:
+    assert spans([6, 0, 1, 2, 4, 5, 9]) == "0-2, 4-6, 9"
+    assert ranges(spans([6, 0, 1, 2, 4, 5, 9]), "", "") == (0, 1, 2, 4, 5, 6, 9)
+    assert spans([]) == ""
 
 
 def test_advice_that_nobody_can_read_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,19 +14,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diag.attention.sampling import RowSample
 from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError
 
-HIDDEN = -9000.0
-"""An additive mask entry at or below this hides the key: exp(-9000) is zero in every float format.
-Libraries write -inf, the smallest float or -10000; no position bias in use reaches it."""
-
 TENSOR_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """How many numbers per thread some heads' queries or values may be where they are read head by head."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMap:
+    """One of the softmax maps of which a layer makes its weights: A = Σ_k c_k A_k.
+
+    query, key, scale, log_normaliser: as in `AttentionCall`, of this map. coefficient: c_k of each query row.
+    """
+
+    query: Float[Tensor, "batch head token dim"]
+    key: Float[Tensor, "batch kv_head token dim"]
+    scale: float
+    coefficient: Float[Tensor, "#batch #head #token"]
+    log_normaliser: Float[Tensor, "batch head token"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +45,19 @@ class AttentionCall:
 
     With grouped heads (`kv_head < head`) query head `h` reads KV head `h // (head // kv_head)`.
     Either `query` and `key` are given, or the `pattern` itself (the route of libraries that
-    materialise it).
+    materialise it), or the `maps` that a layer adds up, over the same values and under the same mask. The
+    weights of added maps may be negative, and their rows need not sum to 1.
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
-        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it.
-    hidden: the additive entry at or below which a key is hidden.
+        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it. What hides a key
+        is decided by its weight (`diag.attention.visibility.hiding`).
     log_normaliser: `lse_i`, where the attention kernel returned it.
+    padding: tokens that stand for nothing, such as those that fill up windows; they are in the softmax, and
+        no number is of them. None for none.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
-    visibility: which keys each query sees. It is read off `mask`, `causal` and `hidden`, unless one that was
-        read off these very ones is given; so `dataclasses.replace` carries it along, and layers that share
-        a mask share it.
+    visibility: which keys each query sees. It is read off `mask` and `causal`, unless one that was read off
+        these very ones is given; so `dataclasses.replace` carries it along, and layers that share a mask
+        share it.
     """
 
     layer: int
@@ -56,17 +69,24 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     scale: float
-    hidden: float = HIDDEN
     log_normaliser: Float[Tensor, "batch head token"] | None = None
     pattern: Float[Tensor, "batch head token token"] | None = None
+    maps: tuple[WeightMap, ...] = ()
+    padding: Bool[Tensor, "batch token"] | None = None
     sample: RowSample | None = None
     visibility: Visibility = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         given = self.visibility
-        if given is None or not given.is_of(self.mask, self.causal, self.hidden, self.output):
-            read = Visibility.of(self.mask, self.causal, self.hidden, self.output)
-            object.__setattr__(self, "visibility", read)
+        if given is None or not given.is_of(self.mask, self.causal, self.output):
+            read = Visibility.of(self.mask, self.causal, self.output)
+            for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
+                object.__setattr__(self, name, value)
+
+    @property
+    def hidden(self) -> float:
+        """An entry of an additive mask at or below this hides its key."""
+        return self.visibility.hidden
 
     @property
     def batch(self) -> int:
@@ -93,6 +113,22 @@ class AttentionCall:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
 
+    def of_map(self, one: WeightMap) -> AttentionCall:
+        """One of the maps as a call, for what is read off weights alone: its output is that of all maps."""
+        return replace(
+            self,
+            query=one.query,
+            key=one.key,
+            scale=one.scale,
+            log_normaliser=one.log_normaliser,
+            maps=(),
+        )
+
+    @property
+    def combined_sum(self) -> Tensor | float:
+        """What the rows of A that see a key sum to by the way A is made: Σ_k c_k, or 1 of a softmax."""
+        return sum((one.coefficient for one in self.maps[1:]), self.maps[0].coefficient) if self.maps else 1.0
+
     def query_heads(self, kv_heads: slice) -> slice:
         """The query heads that read some KV heads."""
         return slice(kv_heads.start * self.group, kv_heads.stop * self.group)
@@ -101,8 +137,8 @@ class AttentionCall:
 def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -> AttentionCall:
     """The call with a constant c taken out of every value, and so out of every output.
 
-    Rows of A sum to 1, so A (V - 1 cᵀ) = Y - 1 cᵀ exactly. A row that sees no key sums to 0 and keeps
-    its output. Queries, keys, mask and pattern stay.
+    Rows of A sum to 1, so A (V - 1 cᵀ) = Y - 1 cᵀ exactly; where maps are added up, to s = Σ_k c_k, and s cᵀ
+    is taken out. A row that sees no key sums to 0 and keeps its output. Queries, keys, mask and pattern stay.
 
     constant: c of each of the model's KV heads, one after the other. The model may have repeated
         them in the call.
@@ -114,12 +150,12 @@ def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -
         raise MeasurementError(
             f"layer '{call.module}': a constant of {constant.numel()} numbers does not fit "
             f"{call.kv_heads} value heads of {call.value.shape[-1]}",
-            "please report the model; without --values bias-free it can be measured",
+            "its values are not those of its projection, head for head: leave out --values bias-free",
         )
     each = constant.to(call.value.device).float().view(heads, 1, -1)
     each = each.repeat_interleave(call.kv_heads // heads, 0)  # [kv_head, 1, dim]
-    sees = (call.visibility.count > 0)[..., None]
-    output = call.output - torch.where(sees, each.repeat_interleave(call.group, 0), 0.0)
+    of_rows = ((call.visibility.count > 0) * call.combined_sum)[..., None]  # what each row of A sums to
+    output = call.output - of_rows * each.repeat_interleave(call.group, 0)
     return replace(call, value=(call.value - each).to(call.value.dtype), output=output.to(call.output.dtype))
 
 

@@ -16,11 +16,11 @@ class SoftmaxStatistics:
     """
 
     log_normaliser: Tensor | None
-    """lse_i; None where only the pattern is known"""
+    """lse_i; None where only the pattern is known, or several maps are added up"""
     entropy: Tensor
-    """-Σ_j A_ij ln A_ij, in nats"""
+    """-Σ_j A_ij ln A_ij, in nats; NaN where several maps are added up: weights may be negative"""
     sum_of_squares: Tensor
-    """Σ_j A_ij²"""
+    """Σ_j A_ij²; NaN where several maps are added up"""
     self_weight: Tensor
     """A_ii"""
     first_weight: Tensor

@@ -36,12 +36,18 @@ def pattern_rows(
 ) -> Float[Tensor, "batch head row token"]:
     """The attention weights of the chosen query rows (all rows if None), float32.
 
-    A row that sees no key is all zero.
+    A row that sees no key is all zero. Where a layer adds up several maps, weights may be negative.
     """
     device = call.output.device
     rows = torch.arange(call.tokens, device=device) if rows is None else torch.as_tensor(rows, device=device)
     if call.pattern is not None:
         return call.pattern[:, :, rows].float()
+    if call.maps:
+        found = torch.zeros(*call.output.shape[:2], len(rows), call.tokens, device=device)
+        for one in call.maps:
+            chosen = one.coefficient.expand(-1, -1, call.tokens)[:, :, rows, None]
+            found += chosen.float() * pattern_rows(call.of_map(one), rows)
+        return found
     return torch.nan_to_num(score_rows(call, rows).softmax(-1), nan=0.0).float()
 
 
@@ -67,9 +73,16 @@ def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
 
 
 def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row value_dim"]:
-    """`y = A V` for the chosen rows, rebuilt from the call: what the reconstruction gate compares."""
-    weights = pattern_rows(call, rows).unflatten(1, (call.kv_heads, call.group))
-    return (weights @ call.value.float()[:, :, None]).flatten(1, 2)
+    """`y = A V` for the chosen rows, rebuilt from the call."""
+    return weighted_values(call, pattern_rows(call, rows))
+
+
+def weighted_values(
+    call: AttentionCall, weights: Float[Tensor, "batch head row token"]
+) -> Float[Tensor, "batch head row value_dim"]:
+    """`A V` of some rows of A: what the reconstruction gate compares."""
+    grouped = weights.unflatten(1, (call.kv_heads, call.group))
+    return (grouped @ call.value.float()[:, :, None]).flatten(1, 2)
 
 
 def log2_pattern_blocks(

@@ -63,6 +63,8 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     sampled ones; the weights on single keys need only the log-normaliser and are of all rows.
     Float32 arithmetic whatever the model's format. On CUDA one fused kernel gives the same numbers.
     """
+    if call.maps:
+        return _of_maps(call)
     if (fused := fused_statistics(call)) is not None:
         return fused
     first = first_key(call)
@@ -94,6 +96,26 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
         entropy[where] = pattern.mul_(logs).sum(-1).mul_(-LN2)
     own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))
     return SoftmaxStatistics(lse, entropy, squares, own, leading)
+
+
+def _of_maps(call: AttentionCall) -> SoftmaxStatistics:
+    """Of a layer that adds up maps, the weights on single keys; an entropy of it does not exist."""
+    first = first_key(call)
+    own = torch.zeros(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    leading = torch.zeros_like(own)
+    for one in call.maps:
+        alone = call.of_map(one)
+        if one.log_normaliser is None:
+            found = softmax_statistics(alone)
+            weights = (found.self_weight, found.first_weight)
+        else:
+            lse = one.log_normaliser.float()
+            scores = _scores_of_single_keys(alone, first)
+            weights = (scores[0].sub_(lse).exp_(), scores[1].sub_(lse).exp_())
+        own += one.coefficient * weights[0]
+        leading += one.coefficient * weights[1]
+    nothing = torch.full_like(own, torch.nan)
+    return SoftmaxStatistics(None, nothing, nothing, own, leading)
 
 
 def row_controls(

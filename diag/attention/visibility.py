@@ -5,11 +5,31 @@ Nothing here holds a token × token matrix, except where the model's mask has no
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from diag.errors import MeasurementError
+
+NO_WEIGHT = math.log(torch.finfo(torch.float32).tiny)
+"""-87.3: so far below the largest score of a row, a weight is zero in float32."""
+
+STEP = -NO_WEIGHT / 2
+"""43.7: entries of a bias lie closer together than this. A weight of e^-43.7 = 1e-19 still is nothing beside
+1 in float32, where it is favoured by another 27 in its score."""
+
+HIDDEN = -9000.0
+"""Where a head has no larger entry than this, all of its keys are hidden."""
+
+MOST_STEPS = 32
+"""How often all entries are read for where the steps lead that a few rows begin; then they are sorted."""
+
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""How many entries of a mask are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +41,8 @@ class Visibility:
     count: visible keys of each query, `[batch or 1, head or 1, token]`.
     visible_rows: whether each query sees each key, `[batch or 1, head or 1, token, token]`; of a general
         rule only.
-    mask, causal, hidden: what it was read off.
+    mask, causal: what it was read off, in the form that calls use: a plain tensor, or None.
+    hidden: an additive entry at or below it hides its key (`hiding`).
     """
 
     rule: str
@@ -33,19 +54,28 @@ class Visibility:
     hidden: float
 
     @staticmethod
-    def of(
-        mask: Tensor | None, causal: bool, hidden: float, output: Float[Tensor, "batch head token dim"]
-    ) -> Visibility:
+    def of(mask: Tensor | None, causal: bool, output: Float[Tensor, "batch head token dim"]) -> Visibility:
         """Reads the structure off the mask of a call; O(rows · token) memory beside the mask itself.
 
-        mask, causal, hidden, output: as in `AttentionCall`.
+        mask, causal, output: as in `AttentionCall`.
+
+        Raises MeasurementError for a mask of other queries or keys.
         """
+        mask, causal = plain(mask, causal)
         device, tokens = output.device, output.shape[2]
         position = torch.arange(1, tokens + 1, device=device)
-        read_off = (mask, causal, hidden)
         if mask is None:
             count = position if causal else torch.full_like(position, tokens)
-            return Visibility("causal" if causal else "full", None, count[None, None], None, *read_off)
+            rule = "causal" if causal else "full"
+            return Visibility(rule, None, count[None, None], None, mask, causal, HIDDEN)
+        if not {*mask.shape[-2:]} <= {1, tokens}:
+            sizes = " x ".join(map(str, mask.shape[-2:]))
+            raise MeasurementError(
+                f"a mask of {sizes} queries and keys is not of {tokens} tokens",
+                "give one that broadcasts to [batch, head, token, token]",
+            )
+        mask, hidden = (mask, HIDDEN) if mask.dtype == torch.bool else hiding(mask)
+        read_off = (mask, causal, hidden)
         whole = four_dimensional(mask)
         visible = whole if whole.dtype == torch.bool else whole > hidden
         if visible.shape[1] > 1 and bool((visible == visible[:, :1]).all()):
@@ -63,9 +93,9 @@ class Visibility:
                     return Visibility(rule, kept, count, None, *read_off)
         return Visibility("general", visible.any(2).any(1), count, visible, *read_off)
 
-    def is_of(self, mask: Tensor | None, causal: bool, hidden: float, output: Tensor) -> bool:
+    def is_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> bool:
         """Whether this was read off these very ones; a copy of a mask is another mask."""
-        same = self.mask is mask and (self.causal, self.hidden) == (causal, hidden)
+        same = self.mask is mask and self.causal == causal
         return same and self.count.shape[2] == output.shape[2] and self.count.device == output.device
 
     def part(self, in_batch: slice, in_head: slice) -> Visibility:
@@ -145,3 +175,110 @@ def part_of(x: Tensor, in_batch: slice, in_head: slice) -> Tensor:
 def four_dimensional(mask: Tensor) -> Tensor:
     """A mask with its missing leading axes."""
     return mask[(None,) * (4 - mask.ndim)]
+
+
+def plain(mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
+    """A mask and whether the call is causal besides, with PyTorch's `CausalBias` as what it stands for.
+
+    Its objects hold no mask: what is in their memory has no meaning. One that is aligned to the last of more
+    keys than queries is left: no call on its own tokens has it.
+    """
+    if mask is None or type(mask) is Tensor:
+        return mask, causal
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # takes a second; theirs is imported
+
+    if not isinstance(mask, CausalBias):
+        return mask, causal
+    square = mask.seq_len_q == mask.seq_len_kv
+    return (None, True) if square or mask.variant == CausalVariant.UPPER_LEFT else (mask, causal)
+
+
+def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]:
+    """The entry at or below which an additive mask hides a key, and the mask that this holds for.
+
+    What is added to a score is a mask's or a distance's, and both may leave a weight of exactly zero: -1e4,
+    -1e3, -100 beside a learned bias, and -1024 of the 2,048th key away. What tells them apart is that a bias
+    goes down in steps and a mask at once. So, of the entries of a head, those are hidden that lie more than
+    87.3 (`NO_WEIGHT`) below the largest, with nothing in the 43.7 (`STEP`) above them. A row that has no
+    other entries sees nothing, though a softmax over equal entries is uniform: it is padding's. Infinity
+    always hides; where a head has no entry above `HIDDEN`, all of them do.
+
+    The mask is the one that was given, unless no entry parts the seen from the hidden of all heads: then it
+    is a copy with -inf for what is hidden.
+    """
+    entries = four_dimensional(mask) if mask.ndim <= 4 else mask.flatten(0, -4)
+    for axis in range(4):
+        entries = entries if entries.stride(axis) else entries.narrow(axis, 0, 1)
+    seen, away = _levels(entries)
+    if away.amax() < seen.amin():
+        return mask, (away.amax().item() + seen.amin().item()) / 2
+    apart = four_dimensional(mask) <= (away + seen)[:, None, None] / 2
+    return mask.masked_fill(apart.reshape(mask.shape), -torch.inf), -torch.inf
+
+
+def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tensor]:
+    """The smallest seen and the largest hidden entry of each head, `[head]` each; the latter may be -inf."""
+    top, low = _largest(entries), _smallest(entries)
+    least = top + NO_WEIGHT  # what is above it is seen
+    seen, away = low, torch.full_like(low, -torch.inf)
+    if not bool((low > least).all()):
+        # the longest distances are in the first and the last rows
+        seen = _joined_to(top, entries[:, :, [0, entries.shape[2] // 2, -1]])
+        for _ in range(MOST_STEPS):
+            away = _largest(entries, below=seen)
+            joined = (away > _below(seen, entries)) | (away > least)
+            if not bool(joined.any()):
+                break
+            seen = away.where(joined, seen)
+            seen = seen.minimum(_smallest(entries, above=_below(seen, entries)))
+        else:
+            seen = _joined_to(top, entries)
+            away = _largest(entries, below=seen)
+    known = top.isfinite() & (top > HIDDEN)
+    return seen.where(known, 0.0), away.where(known, HIDDEN)
+
+
+def _joined_to(
+    top: Float[Tensor, " head"], entries: Float[Tensor, "batch head row key"]
+) -> Float[Tensor, " head"]:
+    """How far down the steps of these entries lead from the largest one. Sorts them."""
+    down = entries.transpose(0, 1).flatten(1).to(top.dtype).sort(-1, descending=True).values
+    down = torch.cat([top[:, None], down], 1)  # [head, entry]
+    joined = (down[:, 1:] > _below(down[:, :-1], entries)) | (down[:, 1:] > top[:, None] + NO_WEIGHT)
+    return down.gather(1, joined.long().cumprod(1).sum(1, keepdim=True))[:, 0]
+
+
+def _below(seen: Tensor, entries: Tensor) -> Tensor:
+    """The end of a step down; further where the format of the entries has no number in it."""
+    return seen - (2 * torch.finfo(entries.dtype).eps * seen.abs()).clamp(min=STEP)
+
+
+def _largest(
+    entries: Float[Tensor, "batch head row key"], below: Float[Tensor, " head"] | None = None
+) -> Float[Tensor, " head"]:
+    """The largest entry of each head, or of those below a bound, -inf where there are none."""
+    if below is None:
+        return _of_heads(entries, torch.amax)
+    bound = below[:, None, None]
+    return _of_heads(entries, torch.amax, lambda x: x.where(x < bound, -torch.inf))
+
+
+def _smallest(
+    entries: Float[Tensor, "batch head row key"], above: Float[Tensor, " head"] | None = None
+) -> Float[Tensor, " head"]:
+    """The smallest entry of each head, or of those above a bound, inf where there are none."""
+    if above is None:
+        return _of_heads(entries, torch.amin)
+    bound = above[:, None, None]
+    return _of_heads(entries, torch.amin, lambda x: x.where(x > bound, torch.inf))
+
+
+def _of_heads(
+    entries: Float[Tensor, "batch head row key"],
+    extreme: Callable[..., Tensor],
+    among: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Float[Tensor, " head"]:
+    """An extreme of each head's entries, at least float32; in blocks of rows, so that no mask is copied."""
+    rows = max(1, BLOCK_ELEMENTS["cuda" if entries.is_cuda else "cpu"] // max(1, entries[:, :, 0].numel()))
+    found = extreme(torch.stack([extreme(among(x), (0, 2, 3)) for x in entries.split(rows, 2)]), 0)
+    return found.to(torch.promote_types(found.dtype, torch.float32))

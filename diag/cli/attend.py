@@ -32,6 +32,13 @@ def _pair(text: str | None, flag: str, form: str) -> tuple[int, int] | None:
     return first, second
 
 
+def _layer(text: str | None) -> int | None:
+    """`3` → 3, `last` → -1. Raises UserError."""
+    if text is None or text == "last":
+        return None if text is None else -1
+    return whole_numbers(text, "--layer", "--layer takes a number, or last", count=1)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttendOptions:
     """What `attnbias attend` can be told."""
@@ -42,7 +49,11 @@ class AttendOptions:
     ]
     image: Annotated[str | None, Option(help="An image file, or demo:NAME (demo:astronaut).")] = None
     text: Annotated[str | None, Option(help="The text itself, a text file, or 'demo'.")] = None
-    layer: Annotated[int | None, Option(help="Depth index; -1 is the last.")] = None
+    layer: Annotated[
+        str | None,
+        Option(help="The model's own number of a layer; -1 or last is its last."),
+        Read(_layer),
+    ] = None
     depth: Annotated[
         float | None,
         Option(help="Instead of --layer: 0 is the first layer, 1 the last."),

@@ -144,20 +144,20 @@ def _plans(given: CompareOptions, sweeps: Mapping[str, tuple[int, ...]]) -> list
 
 
 def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool) -> None:
-    from diag.results.folder import is_finished
+    from diag.results.folder import is_finished, once
     from diag.run.cache import folder_of
     from diag.run.plan import specs_of
 
-    rows: list[dict[str, Any]] = [{"run": str(run), "measured": is_finished(run)} for run in runs]
-    rows += [
-        {
-            "run": str(folder),
-            "measured": is_finished(folder),
-            "model": specs_of(plan)[0].resolved,
-            "seq_len": plan.seq_len,
-        }
-        for plan, folder in ((plan, folder_of(plan)) for plan in plans)
-    ]
+    planned = {folder_of(plan): plan for plan in plans}
+    rows: list[dict[str, Any]] = []
+    for folder in once([*planned, *runs]):
+        row: dict[str, Any] = {"run": str(folder), "measured": is_finished(folder)}
+        if folder in planned:
+            model = specs_of(planned[folder])[0].resolved
+            rows.append(row | {"model": model, "seq_len": planned[folder].seq_len})
+        else:
+            rows.append(row)
+    rows.sort(key=lambda row: "model" in row)  # runs first, as they were given
     if as_json:
         print(json.dumps(rows, indent=1))
         return

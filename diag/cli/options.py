@@ -65,8 +65,8 @@ def whole_numbers(
 
 
 def layer_ranges(text: str | None) -> tuple[int, ...] | None:
-    """`0,5-11` → (0, 5, …, 11). Raises UserError."""
-    return None if text is None else ranges(text, "--layers", "--layers 0,5-11")
+    """`0,5-11` → (0, 5, …, 11), `last` → (-1,). Raises UserError."""
+    return None if text is None else ranges(text, "--layers", "--layers 0,5-11", from_end=True)
 
 
 def listed(words: list[str] | None) -> tuple[str, ...]:
@@ -85,7 +85,9 @@ Metrics = Annotated[
     str | None, Option(help="Names or groups, comma-separated; see 'attnbias metrics'."), Read(names)
 ]
 Layers = Annotated[
-    str | None, Option(help="Depth indices such as 0,5-11 [default: all]."), Read(layer_ranges)
+    str | None,
+    Option(help="The model's own numbers of layers, such as 0,5-11; -1 or last is its last [default: all]."),
+    Read(layer_ranges),
 ]
 Tokens = Annotated[
     str | None,
@@ -105,6 +107,9 @@ ModelArgs = Annotated[
 RandomInit = Annotated[bool, Option("--random-init", help="Build the model without pretrained weights.")]
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Let a hub repository run its own code.")
+]
+AllowRandom = Annotated[
+    bool, Option("--allow-random", help="Measure a model that gives other numbers for the same input.")
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Measure again what the folder holds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]

@@ -47,6 +47,7 @@ class ProbeOptions:
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
     trust_remote_code: options.TrustRemoteCode = False
+    allow_random: options.AllowRandom = False
     out: Annotated[Path | None, output("Run folder [default: runs/NAME-KEY].")] = None
     overwrite: options.Overwrite = False
     save_activations: Annotated[int, Option(help="Also write the attention calls of the first N inputs.")] = 0

@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from diag.errors import UnreadableInput, UserError
-from diag.inputs.images import images, rgb
+from diag.inputs.images import images, listed_images, rgb
 from diag.inputs.items import Inputs, Item
 from diag.inputs.outside import HALVES, reason
 from diag.inputs.texts import documents, texts
 
 
 def as_inputs(given: object, tower: str) -> Inputs:
-    """What Python users pass: `Inputs`, a source as on the command line, or a list of images or strings."""
+    """What Python users pass: `Inputs`, a source as on the command line, or a list of images or texts.
+
+    given: images are PIL images or paths (`pathlib`), texts are strings.
+    """
     if isinstance(given, Inputs):
         return given
     if isinstance(given, str | Path):
         return images(given) if tower == "vision" else texts(given)
     listed = list(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else []
+    if listed and all(isinstance(x, Path) for x in listed):
+        return listed_images(listed)
     if listed and all(isinstance(x, Image.Image) for x in listed):
-        read = [_pixels(x, f"image {i}") for i, x in enumerate(listed)]
-        pixels = hashlib.sha256(b"".join(x for x in read if isinstance(x, bytes))).hexdigest()
-        # one that failed once is not asked again: the second time it may hand out what was read till then
-        opened = [x if isinstance(found, bytes) else found for x, found in zip(listed, read, strict=True)]
-        items = [Item(str(i), partial(_image, x)) for i, x in enumerate(opened)]
-        return Inputs("images", "python", items, pixels)
+        return _opened(listed)
     if listed and all(isinstance(x, str) for x in listed):
         for i, x in enumerate(listed):
             if HALVES.search(x):
                 raise UserError(f"text {i} holds half a character, which no UTF-8 has", "decode it as UTF-8")
         return documents("python", {str(i): x for i, x in enumerate(listed)})
     raise UserError(
-        "inputs are neither all PIL images nor all strings", "pass a folder, 'demo', or a list of either"
+        "inputs are neither all PIL images nor all strings",
+        "pass a folder, 'demo', or a list of either; files of images as pathlib.Path",
     )
 
 
-def _pixels(image: Image.Image, what: str) -> bytes | str:
-    """What identifies an image, or why it cannot be read: somebody else may have opened a damaged file."""
-    try:
-        return image.convert("RGB").tobytes()
-    except Exception as error:  # of damaged bytes Pillow raises whatever breaks first
-        return f"cannot read {what}: {reason(error)}"
+def _opened(given: Sequence[Image.Image]) -> Inputs:
+    """Images that are open, called by their places. One that cannot be read is told where it is read."""
+    content, items = hashlib.sha256(), list[Item]()
+    for place, image in enumerate(given):
+        found: Image.Image | str = image
+        try:
+            pixels = rgb(image)
+            content.update(f"{pixels.size}".encode() + pixels.tobytes())
+        except Exception as error:  # somebody else may have opened a damaged file: Pillow raises what breaks
+            # it is not asked again: the second time it may hand out what was read till then
+            found = f"cannot read image {place}: {reason(error)}"
+        items.append(Item(str(place), partial(_image, found)))
+    return Inputs("images", "python", items, content.hexdigest())
 
 
 def _image(given: Image.Image | str) -> Image.Image:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, ImageStat
+from PIL import ExifTags, Image, ImageOps, ImageStat
 
 from diag.errors import UnreadableInput, UserError, one_of, visible
 from diag.inputs import tars
-from diag.inputs.folders import files_below
+from diag.inputs.folders import File, files_below
 from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256, stored
 from diag.inputs.outside import MEGABYTE, reason, regular, too_large
 
@@ -78,7 +78,25 @@ def images(source: str | Path) -> Inputs:
         raise UserError(
             f"no image in '{path}'{why}", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}"
         )
-    unreadable |= {name: too_large(size, MOST_BYTES) for name, size, _ in found if size > MOST_BYTES}
+    return _in_files(str(source), root, found, unreadable)
+
+
+def listed_images(files: Sequence[Path]) -> Inputs:
+    """Image files in the order given; their ids are the paths. Raises UserError for one that is no file."""
+    tip, found = "give image files, each as a path", list[File]()
+    for given in files:
+        path = existing(given, tip)
+        regular(path, "image", tip)
+        found.append((str(path), *_stamp(path)))
+    return _in_files("python", Path(), found, {})
+
+
+def _in_files(source: str, root: Path, found: Sequence[File], unreadable: Mapping[str, str]) -> Inputs:
+    """Images in files below `root`. unreadable: name → why it is known not to be one."""
+    unreadable = {
+        **unreadable,
+        **{name: too_large(size, MOST_BYTES) for name, size, _ in found if size > MOST_BYTES},
+    }
     ids = [visible(name) for name, *_ in found]
 
     def readable(place: int) -> Path:
@@ -95,7 +113,7 @@ def images(source: str | Path) -> Inputs:
         lambda place: readable(place).read_bytes(),
     )
     items = Listing(ids, lambda place: open_image(readable(place)))
-    return Inputs("images", str(source), items, digest, stamp, files)
+    return Inputs("images", source, items, digest, stamp, files)
 
 
 def open_image(file: Path) -> Image.Image:
@@ -103,41 +121,68 @@ def open_image(file: Path) -> Image.Image:
     return _decoded(file, f"image '{visible(file.name)}'")
 
 
+def image_in(content: bytes, name: str) -> Image.Image:
+    """An image of the bytes of a file, as `open_image`. name: the file's, for what is told."""
+    return _decoded(io.BytesIO(content), f"image '{visible(name)}'")
+
+
 def _decoded(source: Path | io.BytesIO, what: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what it reads all the same
             with Image.open(source, formats=FORMATS) as image:
-                return rgb(ImageOps.exif_transpose(image))
+                return rgb(image)
     except Image.UnidentifiedImageError as error:  # it says so with a path, or an address in memory
         raise UnreadableInput(f"cannot read {what}: it is no JPEG, PNG or WebP image") from error
     except Exception as error:  # of damaged bytes Pillow raises whatever breaks first, also KeyError
         raise UnreadableInput(f"cannot read {what}: {reason(error)}") from error
 
 
+TURNED = range(2, 9)
+"""What EXIF says of pixels that do not stand upright."""
+
+
 def rgb(image: Image.Image) -> Image.Image:
-    """An RGB image of any PIL mode. 16-bit grey is scaled to 8 bits, transparency is laid over black.
+    """An upright RGB image of any PIL mode: the one way in which pixels are read, wherever they come from.
+
+    It is turned as its EXIF says, if it still says so: whoever has turned pixels takes that off, as
+    `ImageOps.exif_transpose` does. 16-bit grey is scaled to 8 bits; transparency (an alpha channel, a palette
+    entry, a colour) is laid over black. An image that is so already comes back as it is.
 
     Pillow clips 16-bit grey to white and keeps whatever colour hides under transparency.
     """
-    if image.mode == "RGB":
+    image.load()  # PNG may say behind the pixels how they are turned
+    if image.getexif().get(ExifTags.Base.Orientation) in TURNED:
+        image = ImageOps.exif_transpose(image)
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and clear is None:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         highest = 65535.0 if values.max(initial=0) > 255 else 255.0
+        values = np.where(values == clear, 0.0, values)
         image = Image.fromarray((values.clip(0, highest) / highest * 255).round().astype(np.uint8))
-    elif "A" in image.getbands() or "transparency" in image.info:
+    elif {"A", "a"} & {*image.getbands()} or clear is not None:
+        if (
+            image.mode == "RGB" and clear is not None and max(clear) > 255
+        ):  # of 16 bits, of which Pillow keeps the upper eight
+            image = image.copy()
+            image.info["transparency"] = tuple(part >> 8 for part in clear)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
 
 
-def demo_images() -> Inputs:
-    """The photographs and textures inside scikit-image's wheel, in alphabetical order."""
+def photograph(name: str) -> Path:
+    """The file of one of the `PHOTOGRAPHS`."""
     from importlib.resources import files
 
-    folder = Path(str(files("skimage.data")))
-    items = [Item(name, partial(open_image, folder / file)) for name, file in PHOTOGRAPHS.items()]
+    return Path(str(files("skimage.data"))) / PHOTOGRAPHS[name]
+
+
+def demo_images() -> Inputs:
+    """The photographs and textures inside scikit-image's wheel, in alphabetical order."""
+    items = [Item(name, partial(open_image, photograph(name))) for name in PHOTOGRAPHS]
     names = sha256("".join(PHOTOGRAPHS))
     # times would tell machines apart, not versions of the wheel
     return Inputs("images", "demo", items, names, sha256(names + version("scikit-image")))
@@ -150,7 +195,7 @@ def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:
         raise UserError(f"no image in '{source}'", problem)
 
     def read(place: int) -> Image.Image:
-        return _decoded(io.BytesIO(index.read(place)), f"image '{index.ids[place].rpartition('/')[2]}'")
+        return image_in(index.read(place), index.ids[place].rpartition("/")[2])
 
     told = [_stamp(tar) for tar in named]
     owners = index.owners
@@ -183,7 +228,10 @@ def _hub_images(source: str) -> Inputs:
         raise UnreadableInput(f"row {index}: column '{column}' holds no image")
 
     items = Listing([f"{index:06d}" for index in range(len(rows))], read)
-    return Inputs("images", source, items, sha256(str(getattr(rows, "_fingerprint", source))))
+    digest, folder = sha256(str(getattr(rows, "_fingerprint", source))), Path(source[3:].split(",")[0])
+    # the library knows a file by its time alone
+    below = files_below(folder, lambda name: True)[0] if folder.is_dir() else ()
+    return Inputs("images", source, items, digest, sha256(f"{digest}{below}") if below else "")
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,10 @@ class Files:
             return hashlib.sha256(self.read(place)).hexdigest()
         except (OSError, UnreadableInput):
             return ""
+
+    def content(self, ids: Sequence[str]) -> dict[str, str]:
+        """What the first inputs are: id → SHA-256 of their bytes as they are now. ids: theirs, in order."""
+        return {name: self.sha256(place) for place, name in enumerate(ids)}
 
     def check(self, place: int) -> None:
         """Raises UserError if a file was replaced since it was listed: either may have been measured."""
@@ -172,6 +177,11 @@ def existing(source: str | Path, tip: str) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise UserError(f"cannot read '{source}': {reason(error)}", tip) from error
     return path
+
+
+def content_digest(content: Mapping[str, str]) -> str:
+    """Identifies inputs by their ids and the hashes of their bytes, in order."""
+    return sha256(json.dumps(list(content.items())))
 
 
 def sha256(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import partial
 from pathlib import Path
 
@@ -103,8 +102,7 @@ def _read(file: Path) -> str:
     if kind is not None:
         raise UserError(f"'{file}' is {kind}, not a text", AS_TABLE if kind in TABLES else AS_TEXT)
     try:
-        # one kind of line ends, and no mark of the encoding
-        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+        text = plain(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"'{file}' is not UTF-8 (byte {error.start})", as_utf_8(content)) from error
     if "\0" in text:
@@ -135,8 +133,14 @@ def demo_text() -> str:
     return "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
 
 
+def plain(text: str) -> str:
+    """A text without the mark of its encoding, and with one kind of line ends: one text from every source."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def documents(source: str, documents: dict[str, str]) -> Inputs:
-    """Texts by name, as inputs."""
+    """Texts by name, as inputs; each is made `plain`."""
+    documents = {name: plain(text) for name, text in documents.items()}
     items = [Item(name, partial(str, text)) for name, text in documents.items()]
     digest = sha256("\0".join(documents.values()))
     return Inputs("texts", source, items, digest, sha256("\0".join([digest, *documents])))
@@ -151,7 +155,7 @@ def _hub_texts(source: str) -> Inputs:
                 f"'{source}': column '{column}' holds no text (row {place}: {type(row).__name__})",
                 "give another with column=NAME",
             )
-        if row and row.strip():
+        if row and (row := plain(row)).strip():
             kept.append(row)
             size += len(row)
         if size > MOST_TEXT:

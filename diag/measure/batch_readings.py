@@ -109,7 +109,7 @@ class BatchReadings:
         The rows follow from the input's id: they do not depend on batches, and are the same in every
         layer. Where heads differ in which rows count, all rows are computed.
         """
-        if call.pattern is not None or not self.sampling.applies(call.tokens):
+        if call.pattern is not None or call.maps or not self.sampling.applies(call.tokens):
             return call
         seen = call.visibility
         counts = seen.count > 1
@@ -117,7 +117,8 @@ class BatchReadings:
             return call
         real = counts[:, 0] if seen.keys is None else counts[:, 0] & seen.keys
         # rows that see few keys are like no others, and a prefix would be missed in a set of all tokens
-        alone = torch.arange(call.tokens, device=real.device) < len(self.tower.prefix)
+        token = torch.arange(call.tokens, device=real.device)
+        alone = (token < len(self.tower.prefix)) | (token >= call.tokens - len(self.tower.suffix))
         alone = alone | (seen.count[:, 0] <= FEW_KEYS)
         sets = [mask & real for mask in masks]
         sets.append(torch.stack(torch.broadcast_tensors(*sets)).any(0) & alone)
@@ -130,6 +131,8 @@ class BatchReadings:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
         if self.tower.name != "vision":
             return TEXT
+        if self.tower.suffix:  # a grid has no places for what is behind it
+            return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)
         size = self.tower.facts.get("image_size")
         return Geometry.of_image(call.tokens, len(self.tower.prefix), size, windows)
@@ -149,7 +152,8 @@ class BatchReadings:
             if real is not None and real.shape == (of.batch, of.tokens):
                 mask = mask & real.cpu()
             self.masks[place] = mask.to(device)
-        return self.masks[place]
+        padding = of.padding if isinstance(of, AttentionCall) else None
+        return self.masks[place] if padding is None else self.masks[place] & ~padding
 
     def marked(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
         """The token set's mask `[batch or 1, token]` on the CPU, from the batch or by position."""
@@ -208,7 +212,7 @@ class BatchStreamReadings:
         on_branch = [edit for edit in edits if edit.where == "attention branch"]
         self.changed = {block.index for block in blocks if any(edit.at(block.index) for edit in on_branch)}
         self.known = {block.index: block for block in blocks}
-        self.readings = StreamReadings(names, len(of_heads.tower.layers))
+        self.readings = StreamReadings(names, of_heads.tower.depth or len(of_heads.tower.layers))
         self.calls: dict[int, list[tuple[AttentionCall, AttentionCall]]] = {}
 
     def add(self, states: BlockStates) -> None:

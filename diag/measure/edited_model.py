@@ -14,10 +14,12 @@ from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.models.base import Tower
 from diag.models.hooks.block_parts import Block
+from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
 from diag.models.hooks.output_gates import check_gates, gate_edits
 from diag.models.hooks.residual import branch_edits
 from diag.models.hooks.seam import Layer
+from diag.models.layer_numbers import own_numbers
 
 
 @contextmanager
@@ -68,6 +70,24 @@ def edited_modules(
                 changed = {block.index: partial(_changed, edit) for block in blocks if edit.at(block.index)}
                 stack.enter_context(branch_edits(blocks, changed, which, real))
         yield
+
+
+def by_own_numbers(
+    edits: Sequence[Edit], layers: Sequence[Layer], places: Sequence[Place] = ()
+) -> list[Edit]:
+    """The edits with the model's own numbers of layers, where some count from the last.
+
+    Raises UserError for a layer that is not there or not measured, as `own_numbers` does.
+    """
+
+    def own(edit: Edit) -> Edit:
+        if edit.layers is None:
+            return edit
+        before, missing = f"--intervene {edit.text}: ", "there is no layer {}"
+        found = own_numbers(sorted(edit.layers), layers, places, before=before, missing=missing)
+        return replace(edit, layers=frozenset(found))
+
+    return [own(edit) for edit in edits]
 
 
 def check_layers(edits: Sequence[Edit], layers: Sequence[Layer]) -> None:

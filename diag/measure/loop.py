@@ -23,16 +23,18 @@ from diag.errors import BadInputs, MeasurementError, NotFinite, UnreadableInput,
 from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
 from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
-from diag.measure.edited_model import check_layers, edited_modules, heads_return
+from diag.measure.edited_model import by_own_numbers, check_layers, edited_modules, heads_return
 from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.block_parts import Block
+from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.residual import stream_states
 from diag.models.hooks.seam import Layer, OnCall, Sightings
+from diag.models.layer_numbers import numbered
 from diag.models.loading import theirs
 from diag.results.layer_values import LayerFacts, LayerValues
 
@@ -117,7 +119,7 @@ def measure(
 
     metrics: names from `METRICS`, `SHAPE_METRICS`, `STREAM_METRICS` and `DIVERGENCE_METRICS` (a second
         forward pass, with neutral images); all of `METRICS` if None.
-    layers: depth indices; all if None.
+    layers: numbers of layers, as `pick_layers` reads them; all if None.
     token_sets: the tower's default sets if None.
     value_constants: what is taken out of the values and outputs of each layer before they are measured
         (`diag.models.value_constants`), by depth index; the model itself goes on with them. Nothing if None.
@@ -143,7 +145,8 @@ def measure(
     sets = list(token_sets) if token_sets is not None else list(tower.default_sets)
     for token_set in sets:
         tower.check_set(token_set)  # an unknown set is told before any work
-    listed = pick_layers(tower.layers, layers)
+    listed = pick_layers(tower.layers, layers, tower.places)
+    edits = by_own_numbers(edits, tower.layers, tower.places)
     check_layers(edits, tower.layers)
     incidents = Incidents() if incidents is None else incidents
     work = _BatchWork(
@@ -184,16 +187,18 @@ class _BatchWork:
         gate = None if self.facts else ReconstructionCheck()
         of_heads, of_stream, sightings = self.forward(samples, batch, gate)
         if gate is not None:
-            self.incidents.skipped_layers = {
-                path: why for path, why in sightings.skipped.items() if path not in sightings.calls
-            }
-        layers = [layer for layer in self.listed if layer.path not in self.incidents.skipped_layers]
+            others = {name: why for name, why in sightings.skipped.items() if name not in sightings.calls}
+            self.incidents.skipped_layers = {**self.tower.skipped, **others}
+        layers = [layer for layer in self.listed if layer.name not in self.incidents.skipped_layers]
         _all_called(layers, sightings)
         facts = self.facts
         if gate is not None:
             projection = sightings.projection
             facts = {
-                layer.index: gate.facts(layer.index, projection.get(layer.path, "unknown"))
+                layer.index: replace(
+                    gate.facts(layer.index, projection.get(layer.name, "unknown")),
+                    value_from=layer.form.value_from,
+                )
                 for layer in layers
             }
         found = layer_values(of_heads, of_stream, layers, facts, first_input)
@@ -288,7 +293,7 @@ def capture(tower: Tower, batch: Batch, layers: Sequence[int] | None = None) -> 
     weights of chosen query rows.
     """
     calls: list[AttentionCall] = []
-    watched = tower.capture(pick_layers(tower.layers, layers), calls.append)
+    watched = tower.capture(pick_layers(tower.layers, layers, tower.places), calls.append)
     with torch.inference_mode(), told_if_the_model_fails(tower, batch), watched:
         tower.forward(batch)
     return calls
@@ -313,15 +318,14 @@ def told_if_the_model_fails(tower: Tower, batch: Batch) -> Iterator[None]:
         raise
 
 
-def pick_layers(layers: Sequence[Layer], chosen: Sequence[int] | None) -> list[Layer]:
-    """The layers with the chosen depth indices. Raises UserError with the allowed range."""
-    known = {layer.index: layer for layer in layers}
-    if not known:
-        raise UserError("the model has no attention layer", "attnbias measures transformers")
-    for index in chosen or ():
-        if index not in known:
-            raise UserError(f"no layer {index}", f"layers are 0 to {max(known)}")
-    return [known[index] for index in sorted(set(known if chosen is None else chosen))]
+def pick_layers(
+    layers: Sequence[Layer], chosen: Sequence[int] | None, places: Sequence[Place] = ()
+) -> list[Layer]:
+    """The layers with the chosen numbers, which are the model's own; negative ones count from its last layer.
+
+    places: the tower's, also those that are not measured. Raises UserError as `own_numbers` does.
+    """
+    return numbered(layers, chosen, places)
 
 
 def readable(
@@ -347,15 +351,16 @@ def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
             f"no layer attends to its own tokens ('{path}': {why})", "list others with --layers"
         )
     for layer in layers:
-        if sightings.runs.get(layer.path, 1) > 1:
+        ran = sightings.runs.get(layer.path, layer.form.runs)
+        if ran != layer.form.runs and layer.name in sightings.calls:
             raise MeasurementError(
-                f"layer '{layer.path}' ran {sightings.runs[layer.path]} times in one forward pass: "
+                f"layer '{layer.path}' ran {ran} times in one forward pass: "
                 "depths that share weights would be mixed",
                 "leave it out with --layers",
             )
-        if layer.path not in sightings.calls:
+        if layer.name not in sightings.calls:
             raise MeasurementError(
-                f"layer '{layer.path}' was never run: something bypassed it",
+                f"layer '{layer.name}' was never run: something bypassed it",
                 "leave it out with --layers if that is meant",
             )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.pattern import attend
+from diag.attention.pattern import pattern_rows, weighted_values
 from diag.errors import MeasurementError, NotFinite
 from diag.models.base import Batch
 from diag.models.hooks.residual import tolerance
@@ -17,7 +18,8 @@ from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
 """Query rows of each call that are rebuilt, spread evenly over its tokens."""
-
+SUM_DIGITS = 3
+"""To so many digits the sum of a row is told: weights in bfloat16 sum to 1 within less."""
 
 NOT_FINITE = "gives values that are not finite"
 
@@ -26,7 +28,7 @@ class ReconstructionCheck:
     """The gate on the calls of the first batch, and what it saw of each layer."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, list[tuple[int, str, str, float]]] = {}
+        self.seen: dict[int, list[tuple[int, str, str, float, float]]] = {}
 
     def check(self, call: AttentionCall, ids: Sequence[str]) -> None:
         """Rebuilds rows of a call and notes what its layer is. ids: of the batch's inputs.
@@ -34,11 +36,12 @@ class ReconstructionCheck:
         Raises MeasurementError, naming the layer, if they differ from what the model used, and NotFinite,
         naming the inputs as well, for values that are not finite.
         """
-        rows = torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
+        rows = gate_rows(call)
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
-        rebuilt = torch.where(visible[..., None], attend(call, rows), 0.0)
+        weights = pattern_rows(call, rows)
+        rebuilt = torch.where(visible[..., None], weighted_values(call, weights), 0.0)
         non_finite = ~used.isfinite().flatten(1).all(1)
         if non_finite.any():
             raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))
@@ -47,13 +50,20 @@ class ReconstructionCheck:
         windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
-        self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error))
+        total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))
+        self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error, total))
 
     def facts(self, layer: int, projection: str) -> LayerFacts:
         """What was seen of a layer, all of its calls together. projection: as in `LayerFacts`."""
-        tokens, scopes, firsts, errors = zip(*self.seen[layer], strict=True)
+        tokens, scopes, firsts, errors, totals = zip(*self.seen[layer], strict=True)
         scope = "window" if len(tokens) > 1 else scopes[0]
-        return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors))
+        total = round(sum(totals) / len(totals), SUM_DIGITS)
+        return LayerFacts(max(tokens), scope, firsts[0], projection, max(errors), row_sum=total)
+
+
+def gate_rows(call: AttentionCall) -> Int[Tensor, " row"]:
+    """The query rows that are rebuilt."""
+    return torch.linspace(0, call.tokens - 1, min(GATE_ROWS, call.tokens)).long().to(call.output.device)
 
 
 def inputs_of(rows: Bool[Tensor, " batch"], ids: Sequence[str]) -> list[str]:
@@ -81,13 +91,34 @@ def refuse_non_finite(states: Tensor, batch: Batch, path: str) -> None:
 
 
 def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
-    """Relative error of some rows of A V. Raises MeasurementError, naming the layer, if it is too large."""
+    """Relative error of some rows of A V.
+
+    Raises MeasurementError, naming the layer and where it is known the reason, if it is too large.
+    """
     error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
     allowed = tolerance(call.output.dtype)
-    if not error < allowed:
+    if error < allowed:
+        return error
+    if outweighed(call, allowed):
         raise MeasurementError(
-            f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
-            f"(relative error {error:.1e}, allowed {allowed:.0e})",
-            "this attention is not understood; please report the model",
+            f"layer '{call.module}': scores of this input outweigh what its mask adds to hide keys: "
+            "hidden ones have weight",
+            "hide them with -inf or a boolean mask, or leave the layer out with --layers",
         )
-    return error
+    half = call.output.dtype not in (torch.float32, torch.float64)
+    raise MeasurementError(
+        f"layer '{call.module}': A V rebuilt from the call differs from what the model used "
+        f"(relative error {error:.1e}, allowed {allowed:.0e})",
+        f"{'try --dtype float32; if that differs too, ' if half else ''}"
+        "this attention is not understood; please report the model",
+    )
+
+
+def outweighed(call: AttentionCall, least: float) -> bool:
+    """Whether a key that an additive mask hides has a weight of `least` or more: scores differ by as much."""
+    if call.query is None or call.mask is None or call.mask.dtype == torch.bool:
+        return False
+    rows = gate_rows(call)
+    visible = call.visibility.of_rows(rows)  # [batch or 1, head or 1, row or 1, token]
+    added = replace(call, visibility=replace(call.visibility, hidden=-torch.inf))
+    return bool(((pattern_rows(added, rows) >= least) & ~visible & visible.any(-1, keepdim=True)).any())

@@ -103,9 +103,9 @@ BIAS = Place("default", "Alignment bias, its parts and its nulls")
 ALIKE = Place("default", "Similarity between tokens")
 WHERE = Place("default", "Where attention goes")
 STREAM = Place("stream", "Redundancy in the residual stream")
-SINKS, DISTANCE, NMI, OVERLAP, POSITION, NORMS = (
+SINKS, DISTANCE, NMI, OVERLAP, POSITION, SUM, NORMS = (
     Place(group, "The shape of attention")
-    for group in ("sinks", "distance", "nmi", "overlap", "position", "norms")
+    for group in ("sinks", "distance", "nmi", "overlap", "position", "sum", "norms")
 )
 DIVERGENCE = Place("divergence", "Head divergence: what the image changes")
 
@@ -425,6 +425,12 @@ _TABLE = (
         "prefix_share", POSITION, "prefix", "share on class token and registers",
         "prefix share", "Σ Aᵢⱼ over the prefix tokens j", "Attention to class token and registers.",
         _SHARE, _POSITION,
+    ),
+    MetricEntry(
+        "row_sum", SUM, "ΣA", "what the weights of a row sum to",
+        "row sum", "Σⱼ Aᵢⱼ",
+        "What a token's weights sum to: 1 of a softmax, 1 − λ where a layer subtracts λ of a second map.",
+        "1 = a softmax",
     ),
     MetricEntry(
         "norm_weighted_self", NORMS, "self‖v‖", "self weight, weighted with norms of values",

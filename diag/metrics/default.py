@@ -10,6 +10,9 @@ cosine with a zero vector is 0. Which tokens count:
 - for what is a row's (all but the value statistics) it also sees another key than itself: where a
   token sees only itself, y = v and A_ii = 1 whatever the model learned. For a causal model this
   leaves out exactly the first token; it also leaves out rows that see nothing.
+
+Where a layer adds up several maps (differential attention), weights may be negative: what takes a row for
+shares of its attention (`of_shares`) is undefined there.
 """
 
 from __future__ import annotations
@@ -147,6 +150,12 @@ class Selection:
         controls = self.controls if rows is self.rows else Controls(self.statistics.controls, rows, sample)
         return Reading(values, weights, sample, controls)
 
+    @property
+    def nothing(self) -> Reading:
+        """A reading in which nothing counts, of what is undefined for the call."""
+        nothing = self.rows.new_zeros((self.call.batch, self.call.heads, 1)).float()
+        return Reading(nothing, nothing)
+
     @cached_property
     def controls(self) -> Controls:
         """What is known of all rows that count, where rows are sampled."""
@@ -204,7 +213,7 @@ def excess(on: Selection) -> Reading:
     return on.per_row(on.cosine - null, defined)
 
 
-@metric("call")
+@metric("call", of_shares=True)
 def cos_y_vuniform(on: Selection) -> Reading:
     inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
     cosine = inner * on.per_value_norm * reciprocal(norm)
@@ -299,23 +308,23 @@ def self_weight(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight, on.rows)
 
 
-@metric("call")
+@metric("call", of_shares=True)
 def self_weight_ratio(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
 
 
-@metric("call")
-@metric("call", name="entropy_p15", reduce="percentile")
+@metric("call", of_shares=True)
+@metric("call", name="entropy_p15", reduce="percentile", of_shares=True)
 def entropy(on: Selection) -> Reading:
     return on.of_pattern(on.softmax.entropy)
 
 
-@metric("call")
+@metric("call", of_shares=True)
 def entropy_normalized(on: Selection) -> Reading:
     return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).float().log())
 
 
-@metric("call")
+@metric("call", of_shares=True)
 def effective_keys(on: Selection) -> Reading:
     return on.of_pattern(1 / on.softmax.sum_of_squares)
 
@@ -331,8 +340,9 @@ METRICS = registered("call")
 
 def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
     """The named metrics of one call seen through one token set."""
-    computed = {function: function(on) for function in {METRICS[name].compute: None for name in names}}
-    return {name: computed[METRICS[name].compute] for name in names}
+    defined = [name for name in names if not (on.call.maps and METRICS[name].of_shares)]
+    computed = {function: function(on) for function in {METRICS[name].compute: None for name in defined}}
+    return {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
 
 
 def per_input(

@@ -24,8 +24,11 @@ from diag.attention.value_statistics import value_blocks
 NOTHING = -1e30
 """The logarithm of a weight of zero: finite, so that `A ln A` is 0."""
 
-QUANTITIES = ("own", "first", "previous", "prefix", "near", "entropy", "received", "distance", "norms", "top")
-"""What `pattern_pass` can be asked for."""
+ADDING = ("own", "first", "previous", "prefix", "near", "sum")
+"""What is a sum of weights: that of several maps is the sum of those of each."""
+
+QUANTITIES = (*ADDING, "entropy", "received", "distance", "norms", "top")
+"""What `pattern_pass` can be asked for; where a layer adds up several maps, only what is in `ADDING`."""
 
 
 def pattern_pass(
@@ -48,15 +51,17 @@ def pattern_pass(
     live: the rows that any reader looks at; the others may hold anything, NaN included.
 
     Per row, `[batch, head, token]`, float32: `own` A_ii, `first` (weight on the first key that anyone
-    sees), `previous` A_i,i-1, `prefix` (weight on the prefix tokens), `near` (on near places),
-    `entropy` in nats, `distance` and `distance_square` (means over places, weights renormalised) with
-    `placed`, the weight on all places; `norms`: `norm_total` Σ A n and `norm_entropy` of the shares
+    sees), `previous` A_i,i-1, `prefix` (weight on the prefix tokens), `near` (on near places), `sum` (on
+    all), `entropy` in nats, `distance` and `distance_square` (means over places, weights renormalised)
+    with `placed`, the weight on all places; `norms`: `norm_total` Σ A n and `norm_entropy` of the shares
     A n / Σ A n, n = `norms`; `top`: the keys of largest weight, `[…, top]`, largest first, -1 where
     there are fewer.
     Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, token]`.
     """
     assert set(wanted) <= set(QUANTITIES), wanted
     call = statistics.call
+    if call.maps:
+        return _of_maps(statistics, wanted, rows, live, geometry)
     assert call.sample is None or "received" not in wanted
     tokens, device = call.tokens, call.output.device
     wanted = set(wanted) - (set() if geometry.grid(tokens) else {"distance", "near"})
@@ -106,6 +111,8 @@ def pattern_pass(
             found["previous"][where] = _of_keys(pattern, (at - 1).clamp(min=0)) * (at > 0)
         if "prefix" in found:
             found["prefix"][where] = pattern[..., : geometry.prefix].sum(-1)
+        if "sum" in found:
+            found["sum"][where] = pattern.sum(-1)
         if "near" in found:
             found["near"][where] = _on_near_places(pattern, at, geometry, tokens)
         if distances is not None:
@@ -128,6 +135,23 @@ def pattern_pass(
             found["norm_total"][where] = sums[..., 0]
             found["norm_entropy"][where] = total.log() - (weighted + sums[..., 1]) / total
     return fused | found
+
+
+def _of_maps(
+    statistics: CallStatistics,
+    wanted: Collection[str],
+    rows: Sequence[Bool[Tensor, "#batch #head token"]],
+    live: Bool[Tensor, "#batch #head row"],
+    geometry: Geometry,
+) -> dict[str, Tensor]:
+    """The wanted quantities of a layer that adds up maps: Σ_k c_k times those of each."""
+    assert set(wanted) <= set(ADDING), wanted
+    found: dict[str, Tensor] = {}
+    for one in statistics.call.maps:
+        alone = CallStatistics(statistics.call.of_map(one))
+        for name, x in pattern_pass(alone, wanted, rows, live, geometry=geometry).items():
+            found[name] = found.get(name, 0.0) + one.coefficient * x
+    return found
 
 
 def _fused(

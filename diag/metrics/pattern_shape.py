@@ -71,8 +71,7 @@ class View:
         """
         call = self.on.call
         if values is None:
-            nothing = self.on.rows.new_zeros((call.batch, call.heads, 1))
-            return Reading(nothing.float(), nothing)
+            return self.on.nothing
         reading = self.on.of_pattern(values.expand(call.batch, call.heads, -1), rows)
         return reading if also is None else reading._replace(weights=reading.weights * also)
 
@@ -101,7 +100,7 @@ def first_key_received(view: View) -> Reading:
     return Reading(view.found["first"], sees)
 
 
-@metric("pattern", needs=("first",))
+@metric("pattern", needs=("first",), of_shares=True)
 def sink_rate(view: View) -> Reading:
     values, rows = first_key_received(view)[:2]
     rows = rows.expand(values.shape)
@@ -111,12 +110,12 @@ def sink_rate(view: View) -> Reading:
     return Reading(above[..., None], count[..., None])
 
 
-@metric("pattern", needs=("received",))
+@metric("pattern", needs=("received",), of_shares=True)
 def sink_share(view: View) -> Reading:
     return view.per_head(view.received.amax(-1), view.several)
 
 
-@metric("pattern", needs=("received",))
+@metric("pattern", needs=("received",), of_shares=True)
 def sink_strength(view: View) -> Reading:
     received = view.received
     largest = received.amax(-1)
@@ -124,7 +123,7 @@ def sink_strength(view: View) -> Reading:
     return view.per_head((largest / median).log10(), view.several & (largest != 0))
 
 
-@metric("pattern", needs=("received",))
+@metric("pattern", needs=("received",), of_shares=True)
 def received_gini(view: View) -> Reading:
     ordered = view.received.sort(-1).values
     tokens, keys = ordered.shape[-1], view.on.count[:, None]
@@ -135,7 +134,7 @@ def received_gini(view: View) -> Reading:
     return view.per_head(gini, view.several & (total != 0))
 
 
-@metric("pattern", needs=("received",))
+@metric("pattern", needs=("received",), of_shares=True)
 def sink_value_norm(view: View) -> Reading:
     norms = view.on.value_norm[:, :, 0].repeat_interleave(view.on.call.group, 1).double()
     largest, place = view.received.max(-1, keepdim=True)
@@ -147,23 +146,23 @@ def sink_value_norm(view: View) -> Reading:
 # --- distance
 
 
-@metric("pattern", needs=("distance",))
+@metric("pattern", needs=("distance",), of_shares=True)
 def attention_distance(view: View) -> Reading:
     return view.per_row(view.found.get("distance"), view.placed, _mass(view))
 
 
-@metric("pattern", needs=("distance",))
+@metric("pattern", needs=("distance",), of_shares=True)
 def attention_distance_rms(view: View) -> Reading:
     squares = view.found.get("distance_square")
     return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
 
 
-@metric("pattern", needs=("uniform distance",))
+@metric("pattern", needs=("uniform distance",), of_shares=True)
 def attention_distance_uniform(view: View) -> Reading:
     return view.per_row(view.uniform.get("distance"), view.placed)
 
 
-@metric("pattern", needs=("distance", "uniform distance"))
+@metric("pattern", needs=("distance", "uniform distance"), of_shares=True)
 def attention_distance_ratio(view: View) -> Reading:
     if "distance" not in view.found:
         return view.per_row(None)
@@ -175,7 +174,7 @@ def attention_distance_ratio(view: View) -> Reading:
 # --- all queries alike?
 
 
-@metric("pattern", needs=("received", "entropy"))
+@metric("pattern", needs=("received", "entropy"), of_shares=True)
 def attention_nmi(view: View) -> Reading:
     of_row = torch.where(view.on.rows, view.found["entropy"], 0.0).double()
     given_query = of_row.sum(-1) / view.count.clamp(min=1)
@@ -190,7 +189,7 @@ def attention_nmi(view: View) -> Reading:
 # --- neighbouring layers
 
 
-@metric("pattern", needs=("top",))
+@metric("pattern", needs=("top",), of_shares=True)
 def top_key_overlap(view: View) -> Reading:
     if view.top_before is None:
         return view.per_row(None)
@@ -198,7 +197,7 @@ def top_key_overlap(view: View) -> Reading:
     return view.per_row(overlap(view.top_before, top, top.shape[-1]), _with_choice(view))
 
 
-@metric("pattern", needs=("top",))
+@metric("pattern", needs=("top",), of_shares=True)
 def top_key_overlap_chance(view: View) -> Reading:
     if view.top_before is None:
         return view.per_row(None)
@@ -225,7 +224,7 @@ def near_share(view: View) -> Reading:
     return view.per_row(view.found.get("near"), view.placed)
 
 
-@metric("pattern", needs=("uniform near",))
+@metric("pattern", needs=("uniform near",), of_shares=True)
 def near_share_uniform(view: View) -> Reading:
     return view.per_row(view.uniform.get("near"), view.placed)
 
@@ -235,16 +234,24 @@ def prefix_share(view: View) -> Reading:
     return view.per_row(view.found["prefix"] if view.geometry.prefix else None)
 
 
+# --- the whole of a row
+
+
+@metric("pattern", needs=("sum",))
+def row_sum(view: View) -> Reading:
+    return view.per_row(view.found["sum"])
+
+
 # --- norm-weighted attention
 
 
-@metric("pattern", needs=("own", "norms"))
+@metric("pattern", needs=("own", "norms"), of_shares=True)
 def norm_weighted_self(view: View) -> Reading:
     assert view.norms is not None
     return _norm_share(view, view.on.at(view.found["own"] * view.norms))
 
 
-@metric("pattern", needs=("first", "norms"))
+@metric("pattern", needs=("first", "norms"), of_shares=True)
 def norm_weighted_first(view: View) -> Reading:
     assert view.norms is not None
     keys = view.on.call.visibility.keys
@@ -255,7 +262,7 @@ def norm_weighted_first(view: View) -> Reading:
     return _norm_share(view, view.on.at(view.found["first"] * norms[..., :1]))
 
 
-@metric("pattern", needs=("norms",))
+@metric("pattern", needs=("norms",), of_shares=True)
 def norm_weighted_entropy(view: View) -> Reading:
     return view.per_row(view.found["norm_entropy"], also=view.found["norm_total"] != 0)
 
@@ -288,6 +295,10 @@ def shape_readings(
     receives is a sum over all rows, and is summed up over all of them.
     """
     call, statistics = selections[0].call, selections[0].statistics
+    if call.maps and (shares := [name for name in names if SHAPE_METRICS[name].of_shares]):
+        defined = [name for name in names if name not in shares]
+        found_of = shape_readings(selections, defined, geometry=geometry)
+        return [dict.fromkeys(shares, on.nothing) | one for on, one in zip(selections, found_of, strict=True)]
     summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
     if call.sample is not None and summed:
         of_all = statistics.of_all_rows()

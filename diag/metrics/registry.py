@@ -31,6 +31,8 @@ class Metric:
 
     compute: gives a `Reading`. reduce: "mean" or "percentile", how tokens become one number per input.
     needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
+    of_shares: whether it takes the weights of a row for shares, not negative and of sum 1. It is undefined
+        where a layer adds up several maps.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Metric:
     reads: Reads
     reduce: str = "mean"
     needs: tuple[str, ...] = ()
+    of_shares: bool = False
 
 
 REGISTRY: dict[str, Metric] = {}
@@ -45,7 +48,12 @@ REGISTRY: dict[str, Metric] = {}
 
 
 def metric(
-    reads: Reads, *, name: str | None = None, reduce: str = "mean", needs: tuple[str, ...] = ()
+    reads: Reads,
+    *,
+    name: str | None = None,
+    reduce: str = "mean",
+    needs: tuple[str, ...] = (),
+    of_shares: bool = False,
 ) -> Callable[[Compute], Compute]:
     """Registers a function as the metric of its name, or of `name`, with the catalogue's definition.
 
@@ -57,7 +65,7 @@ def metric(
         if known not in CATALOGUE:
             raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
         compute.__doc__ = CATALOGUE[known].definition
-        REGISTRY[known] = Metric(known, compute, reads, reduce, needs)
+        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares)
         return compute
 
     return register

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError, one_of
 from diag.inputs.items import Inputs
+from diag.models.hooks.depth import Place
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 
 
@@ -53,7 +54,11 @@ class Batch:
 class Tower:
     """One stack of self-attention layers and how to feed it.
 
-    layers: its attention modules in depth order.
+    layers: its attention modules in depth order; those that were found by their names, until
+        `diag.measure.meaning.understood` has looked at what they do.
+    depth: how many places its depth axis has, with layers that are not measured. places: all of them, where
+        they are known. skipped: those that are not measured, and what holds no place, by path,
+        and why. meaning: what the tests of meaning found, as a manifest has it.
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
     prepare: the part of that preprocessing that one image goes through on the CPU, and another process may
@@ -61,7 +66,8 @@ class Tower:
         Raises UnreadableInput. None where there is nothing worth it.
     forward: runs the tower on a batch.
     takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
-    prefix: kinds of the tokens before the patches, in order: "cls" or "registers".
+    prefix, suffix: kinds of the tokens before and behind the patches, in order: "cls", "registers",
+        "prompt" or "detection".
     marks: token sets whose positions each batch brings with it. together: those that are measured where
         none is named; the first one if there are none.
     max_batch: the most samples that one forward may hold.
@@ -81,6 +87,7 @@ class Tower:
     takes: str | None = None
     prepare: Callable[[Any], Any] | None = None
     prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
     max_batch: int | None = None
@@ -89,6 +96,10 @@ class Tower:
     token_text: Callable[[int], str] | None = None
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
+    depth: int | None = None
+    places: tuple[Place, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    meaning: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,7 +109,7 @@ class Tower:
             return (*self.marks, "all")
         if self.name != "vision":
             return ("all",)
-        return ("patch", "all", *dict.fromkeys(self.prefix))
+        return ("patch", "all", *dict.fromkeys(self.prefix + self.suffix))
 
     @property
     def default_sets(self) -> tuple[str, ...]:
@@ -124,7 +135,8 @@ class Tower:
         Raises UserError where the tower has no such set.
         """
         self.check_set(token_set)
-        kinds = [*self.prefix, *["patch"] * (tokens - len(self.prefix))]
+        patches = tokens - len(self.prefix) - len(self.suffix)
+        kinds = [*self.prefix, *["patch"] * patches, *self.suffix]
         return torch.tensor([token_set in ("all", kind) for kind in kinds])
 
 

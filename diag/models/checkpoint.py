@@ -73,7 +73,7 @@ def read_checkpoint(
     names = Names(module)
     tensors = names.of(found, file)
     _refuse_special(tensors, file)
-    said = {path: entry.get(METADATA) for path, entry in getattr(found, "_metadata", {}).items()}
+    said = {path: entry.get(METADATA) for path, entry in _metadata(found, file).items()}
     variants |= {names.cleaned(path): str(kind) for path, kind in said.items() if kind}
     others = [name for name in (*AVERAGED, *WRAPPERS) if name != where and any(_sets(loaded.get(name)))]
     notes = [] if not where or key or not {where, *others} & {*AVERAGED} else [_choice(where, others)]
@@ -161,7 +161,7 @@ def _damaged(file: Path, error: Exception) -> UserError:
 def _part(loaded: Any, file: Path, key: str | None, averaged: bool) -> tuple[str, Mapping[str, Any]]:
     """Where the weights are, and they. Raises UserError, naming what is there, if that is not clear."""
     if key is not None:
-        found = _at(loaded, key)
+        found = _at(loaded, key, file)
         if not _tensors(found):
             raise _none_there(file, loaded, f"no named tensors under '{key}'")
         return key, found
@@ -179,7 +179,18 @@ def _part(loaded: Any, file: Path, key: str | None, averaged: bool) -> tuple[str
     return ".".join(path), found
 
 
-def _at(loaded: Any, key: str) -> Any:
+def _metadata(part: Any, file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """What torch keeps beside the tensors of a state dict, by module. Raises UserError where it is none."""
+    said = getattr(part, "_metadata", {})
+    entries = said.values() if isinstance(said, Mapping) else [said]
+    wrong = [entry for entry in entries if not isinstance(entry, Mapping)]
+    if wrong or not all(isinstance(path, str) for path in said):
+        what = f"{str(wrong[0])[:80]!r}, no mapping" if wrong else "of modules without a name"
+        raise UserError(f"checkpoint '{file}': '_metadata' of its state dict is {what}", WHOLE)
+    return said  # type: ignore[no-any-return]
+
+
+def _at(loaded: Any, key: str, file: Path) -> Any:
     """What lies under a key, or a path of keys with dots; else the tensors whose names begin with it."""
     if not isinstance(loaded, Mapping):
         return None
@@ -187,10 +198,10 @@ def _at(loaded: Any, key: str) -> Any:
         return loaded[key]
     for name, inner in loaded.items():
         if isinstance(name, str) and key.startswith(f"{name}.") and isinstance(inner, Mapping):
-            return _at(inner, key[len(name) + 1 :])
+            return _at(inner, key[len(name) + 1 :], file)
     front = f"{key}."
     part = OrderedDict({name.removeprefix(front): x for name, x in loaded.items() if _begins(name, front)})
-    said = getattr(loaded, "_metadata", {})
+    said = _metadata(loaded, file)
     part._metadata = {name.removeprefix(front): x for name, x in said.items() if _begins(name, front)}  # type: ignore[attr-defined]
     return part
 
@@ -206,7 +217,7 @@ def _none_there(file: Path, loaded: Any, lacks: str) -> UserError:
         beside = f"; it holds {up_to_three(there)}" if there else f"; it is a {type(loaded).__name__}"
         return UserError(f"checkpoint '{file}' holds {lacks}{beside}", WHOLE)
     told = up_to_three([f"'{path}' ({count} tensors)" for path, count in sets.items() if path] or ["more"])
-    forms = [f"-m NAME,{CHECKPOINT}={file.name},{CHECKPOINT_KEY}={path}" for path in sets if path]
+    forms = [f"-m NAME,{CHECKPOINT}={file},{CHECKPOINT_KEY}={path}" for path in sets if path]
     tip = f"pick one: {' or '.join(forms[:2])}" if forms else WHOLE
     return UserError(f"checkpoint '{file}' holds {lacks}, but {told}", tip)
 

@@ -14,6 +14,7 @@ from diag.errors import UserError, did_you_mean
 from diag.inputs.outside import reason
 from diag.models.base import Tower
 from diag.models.hooks.seam import Layer, attention_modules
+from diag.models.hooks.survey import watched
 from diag.models.names.spec import LOCAL, ModelSpec
 from diag.models.weights import refuse_non_finite
 
@@ -57,12 +58,24 @@ def build_towers(
     return towers
 
 
-def layers_of(root: nn.Module, source: str, tower: str, *, prefix: str = "") -> tuple[Layer, ...]:
-    """The self-attention layers below `root`.
+def layers_of(
+    root: nn.Module,
+    source: str,
+    tower: str,
+    *,
+    prefix: str = "",
+    run: Callable[[], object] | None = None,
+) -> tuple[Layer, ...]:
+    """The self-attention layers below `root`, by their names, or else those that call attention.
 
+    run: runs `root` once; None where names alone are to tell.
     Raises UserError for a tower without any.
     """
     layers = attention_modules(root, prefix=prefix)
+    if not layers and run is not None:
+        with torch.inference_mode():
+            called = dict.fromkeys(call.path for call in watched(root, run, asked=False).seen)
+        layers = tuple(Layer(i, prefix + path, root.get_submodule(path)) for i, path in enumerate(called))
     if not layers:
         raise UserError(
             f"{source}: no self-attention layer found in its {tower} tower",

@@ -25,6 +25,8 @@ WIDTHS = (
     *("patch_size", "image_size", IMAGE, "num_channels", "in_chans", "num_local_experts", "num_experts"),
 )
 """What config files and arguments call numbers of layers, and other sizes."""
+OPTIONAL = ("head_dim", "num_local_experts", "num_experts")
+"""Sizes of what a model may be without, which is 0 then."""
 MOST_LAYERS, MOST_WIDTH = 1_000, 10_000_000
 
 Sides = tuple[int, int]
@@ -107,8 +109,10 @@ def refuse_unreasonable(settings: Any, source: str, *, path: str = "") -> None:
         most = MOST_LAYERS if key in LAYERS else MOST_WIDTH if key in WIDTHS else None
         for size in value if isinstance(value, list | tuple) else [value]:
             number = isinstance(size, int | float) and not isinstance(size, bool)
-            if most is not None and number and not 1 <= size <= most:
-                raise UserError(f"{source}: {path}{key} is {str(size)[:40]}", f"it can be from 1 to {most:,}")
+            least = 0 if key in OPTIONAL else 1
+            if most is not None and number and not least <= size <= most:
+                tip = f"it can be from {least} to {most:,}"
+                raise UserError(f"{source}: {path}{key} is {str(size)[:40]}", tip)
 
 
 def refuse_too_large(module: nn.Module, source: str) -> None:

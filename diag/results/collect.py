@@ -5,7 +5,6 @@ A *line* is one model, tower and token set, measured in one way: what is one cur
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError, visible
+from diag.results.folder import once
 from diag.results.hashes import edited
 from diag.results.manifest import PROBE
 from diag.results.tables import layer_samples, read_heads, read_layers, read_manifest, read_samples
@@ -65,10 +65,7 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
     notes: list[str] = []
     contents = _Contents()
     first: UserError | None = None
-    once: dict[str, Path] = {}
-    for folder in folders:
-        once.setdefault(os.path.realpath(folder), folder)
-    for folder in once.values():
+    for folder in once(folders):
         try:
             manifest = read_manifest(folder)
             if (kind := manifest.get("kind", PROBE)) != PROBE:

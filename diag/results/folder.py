@@ -5,6 +5,8 @@ Whatever the verb, `manifest.json` is written last: a folder that has one is who
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 PLAN = "plan.json"
@@ -14,6 +16,14 @@ MANIFEST = "manifest.json"
 
 LAYERS, HEADS, SAMPLES, QUANTILES = "layers.csv", "heads.parquet", "samples.parquet", "quantiles.parquet"
 """The tables of a run; quantiles only where samples are not all kept."""
+
+
+def once(folders: Iterable[Path]) -> list[Path]:
+    """Folders, each once however it is spelled: as it was named first."""
+    first: dict[str, Path] = {}
+    for folder in folders:
+        first.setdefault(os.path.realpath(folder), folder)
+    return list(first.values())
 
 
 def is_finished(folder: Path) -> bool:

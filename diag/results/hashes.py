@@ -20,12 +20,13 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def edited(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The tables of a finished run that are not as the run has written them, a sentence each.
+    """The tables of a finished folder that are not as the run has written them, a sentence each.
 
-    Nothing for a run whose manifest tells no hashes. Raises OSError where a table cannot be read.
+    Nothing for a folder whose manifest tells no hashes. Raises OSError where a table cannot be read.
     """
-    told = manifest.get("tables")
-    written = told if isinstance(told, dict) else {}
+    # of a training, "tables" are names
+    told = [manifest.get(name) for name in ("tables", "hashes")]
+    written = next((found for found in told if isinstance(found, dict)), {})
     found = hashes(folder, [name for name in written if name == Path(name).name])
     return [
         f"{name} of '{folder}' is not as the run wrote it"

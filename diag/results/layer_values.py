@@ -21,6 +21,9 @@ class LayerFacts:
     first_token: "excluded" where the first token sees only itself (causal), else "included".
     projection: whether the output projection read Y "as captured", "modified" or "unknown".
     gate_error: relative error of A V rebuilt from the call.
+    value_from: whose the values are: "own", another layer's ("layer 12"), or "mixed".
+    row_sum: what the weights of a row sum to, on average over the rows that are checked; 1 unless weights
+        are no softmax, or several are added up.
     """
 
     n_tokens: int
@@ -28,6 +31,8 @@ class LayerFacts:
     first_token: str
     projection: str
     gate_error: float
+    value_from: str = "own"
+    row_sum: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

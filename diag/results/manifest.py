@@ -38,6 +38,7 @@ class _Model(_Read):
     layers: int | None = Field(default=None, ge=0, lt=10_000)
     notes: list[Any] | None = None
     skipped_layers: dict[str, Any] | None = None
+    skipped_numbers: dict[str, int] | None = None
 
 
 class _Input(_Read):

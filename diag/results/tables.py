@@ -38,14 +38,18 @@ CONSTANTS = [
     "patch_embedding",
     "attn_scope",
     "first_token",
+    "projection",
+    "value_from",
+    "row_sum",
     "values",
     "intervention",
     "dtype",
     "seed",
 ]
 
-SIZES = ("n_tokens", "attn_scope")
-"""What may differ between inputs of one layer; tables give the largest. Of scopes, that is "window"."""
+SIZES = ("n_tokens", "attn_scope", "projection", "row_sum")
+"""What may differ between inputs of one layer; tables give the largest. Of scopes, that is "window"; of what
+the projection read, "unknown", then "modified"."""
 
 WHOLE_LAYER = -1
 """The `head` of a number that belongs to a layer; such rows are in samples.parquet and layers.csv only."""
@@ -54,6 +58,7 @@ _LINE = {"model": NAME, "tower": NAME, "layer": PLACE, "tokens": NAME, "metric":
 _CONSTANTS = {"module": TEXT, **dict.fromkeys(CONSTANTS, TEXT), "n_tokens": WHOLE, "seed": WHOLE} | {
     "patch_size": ANY,
     "image_size": ANY,
+    "row_sum": NUMBER,
 }
 _STATISTICS = {"mean": NUMBER, "std": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER, "n": COUNT}
 LAYOUTS = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from diag.inputs.items import Inputs
 from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
 from diag.measure.device import device_of, dtype_of
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families.from_module import from_module
@@ -39,18 +40,26 @@ class Probe:
         mean, std, 95 % bootstrap interval and n over inputs.
     heads: the same per head. samples: one value per input, layer, head and metric.
     failed: inputs that could not be read, or gave values that are not finite, with the reason.
+    skipped: layers that are not measured, by path, with the reason.
+    depths: how many layers each tower has, also where only some are measured.
+    meaning: what was found about the calls of each tower: whose their rows are, whether the model is random …
     """
 
     layers: pd.DataFrame
     heads: pd.DataFrame
     samples: pd.DataFrame
     failed: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
+    meaning: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
 
     def plot(self) -> dict[str, Figure]:
         """The figures of a run folder, by name: curves per layer and layer × head maps."""
         from diag.show.figures import draw_run
 
-        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads).items()}
+        lines = self.layers[["model", "tower"]].drop_duplicates().itertuples(index=False)
+        depths = {(model, tower): self.depths[tower] for model, tower in lines if tower in self.depths}
+        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads, depths).items()}
 
 
 def probe(
@@ -59,7 +68,7 @@ def probe(
     *,
     metrics: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     values: str = "as_computed",
     intervene: Sequence[str] = (),
     limit: int = 64,
@@ -69,19 +78,22 @@ def probe(
     device: str = "auto",
     dtype: str = "float32",
     seed: int = 0,
+    allow_random: bool = False,
 ) -> Probe:
     """Measures a named model on images or texts, or your own module on ready batches.
 
     model: a name as on the command line, or an `nn.Module` that uses PyTorch attention.
     inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
-        images or strings. For a module, an iterable of batches, each a tensor or a dict of tensors
-        that the module takes; every row of a batch is one input. A module runs where it is, as it is.
-    metrics, tokens, layers: names, token sets and depth indices; defaults are the `default` group, the
-        tower's default token sets, and all layers.
+        images, of paths of images (`pathlib`), or of strings. For a module, an iterable of batches, each a
+        tensor or a dict of tensors that the module takes; every row of a batch is one input. A module runs
+        where it is, as it is.
+    metrics, tokens, layers: names, token sets, and the model's own numbers of layers, where -1 or "last" is
+        its last; defaults are the `default` group, the tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
+    allow_random: measure also what is in training mode, or gives other numbers for the same input.
 
     Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
 
@@ -103,15 +115,18 @@ def probe(
         device=device,
         dtype=dtype,
         seed=seed,
+        allow_random=allow_random,
     )
     measurement = Measurement.of(plan)
-    loaded, tower, samples = _prepare(model, inputs, plan)
-    incidents = Incidents()
-    job = shards.TowerJob.of(loaded, tower, measurement)
-    frames = [
-        samples_frame(values, measurement.ratios, job.constants)
-        for values in shards.shard_values(job, samples, incidents)
-    ]
+    loaded, towers, samples = _prepare(model, inputs, plan)
+    incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
+    for tower in towers:
+        job = shards.TowerJob.of(loaded, tower, measurement)
+        frames += [
+            samples_frame(values, measurement.ratios, job.constants)
+            for values in shards.shard_values(job, samples, incidents)
+        ]
+        skipped |= incidents.skipped_layers
     if not frames:
         reason = next(iter(incidents.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
@@ -122,14 +137,16 @@ def probe(
             f"none of the metrics has a number ({count} token{'' if count == 1 else 's'} per input)",
             "give inputs of more tokens, or other tokens= or metrics=; one alone has nothing to measure",
         )
-    return Probe(*tables(frame, seed=seed), frame, incidents.failed)
+    meaning = {tower.name: tower.meaning for tower in towers}
+    depths = {tower.name: tower.depth or len(tower.layers) for tower in towers}
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths)
 
 
 def capture(
     model: str | nn.Module,
     batch: Any,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     limit: int = 64,
     seq_len: int | None = None,
     device: str = "auto",
@@ -152,18 +169,24 @@ def capture(
         device=device,
         dtype=dtype,
     )
-    _, tower, samples = _prepare(model, [batch] if own_module else batch, plan)
-    if tower.max_batch is not None and len(samples) > tower.max_batch:
-        raise UserError(
-            f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
-            f"limit={tower.max_batch}, or diag.probe for all of them",
-        )
-    return measure.capture(tower, tower.encode(samples), plan.layers)
+    _, towers, samples = _prepare(model, [batch] if own_module else batch, plan, apart=False)
+    calls = list[AttentionCall]()
+    for tower in towers:
+        if tower.max_batch is not None and len(samples) > tower.max_batch:
+            raise UserError(
+                f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
+                f"limit={tower.max_batch}, or diag.probe for all of them",
+            )
+        calls += measure.capture(tower, tower.encode(samples), plan.layers)
+    return calls
 
 
-def _prepare(model: str | nn.Module, inputs: Any, plan: ProbePlan) -> tuple[Model, Tower, Sequence[Sample]]:
+def _prepare(
+    model: str | nn.Module, inputs: Any, plan: ProbePlan, *, apart: bool = True
+) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
+    """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
     if isinstance(model, nn.Module):
-        return from_module(model, inputs, plan.limit)
+        return from_module(model, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
     spec = parse(model)
     loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
     kind = next(iter(loaded.towers))
@@ -173,11 +196,8 @@ def _prepare(model: str | nn.Module, inputs: Any, plan: ProbePlan) -> tuple[Mode
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
-    return (
-        loaded,
-        tower,
-        shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len),
-    )
+    samples = shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len)
+    return loaded, [understood(loaded, tower, samples, allow_random=plan.allow_random)], samples
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

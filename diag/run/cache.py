@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from diag.errors import UserError
 from diag.results.folder import is_finished
+from diag.results.manifest import PROBE
+from diag.results.manifest import read as manifest_of
+from diag.run.content import replaced
 from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
 from diag.run.progress import Listener
 
@@ -30,6 +35,10 @@ def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = 
     """
     folder = folder_of(plan, root)
     if is_finished(folder):
+        if listener is not None:
+            with suppress(UserError):  # a damaged manifest is told where the folder is read
+                for note in replaced(plan, folder, manifest_of(folder, PROBE)):
+                    listener.say(note)
         return folder
     from diag.run.run import run_probe
 

@@ -5,7 +5,6 @@ Shards are read in the order of the inputs, so that nothing depends on who wrote
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,10 +18,11 @@ import pandas as pd
 from pyarrow import ArrowInvalid
 
 from diag.errors import UserError
-from diag.inputs.items import sha256
+from diag.inputs.items import content_digest
 from diag.metrics.catalogue import RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
 from diag.results.hashes import hashes
+from diag.results.left_out import left_out
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.staging import remove, settle, sweep
@@ -38,13 +38,16 @@ Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
 
 
-def draw(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[Path]:
-    """Every figure of a run, written as PDF, PNG and the CSV behind it."""
+def draw(
+    layers: pd.DataFrame, heads: pd.DataFrame, folder: Path, models: Sequence[Mapping[str, Any]] = ()
+) -> list[Path]:
+    """Every figure of a run, written as PDF, PNG and the CSV behind it. models: their entries."""
     from diag.show.figures import draw_run
     from diag.show.figures.write import save_all
 
+    depths = {(entry["given"], entry["tower"]): entry["layers"] for entry in models}
     with writing(folder):
-        return save_all(draw_run(layers, heads), folder)
+        return save_all(draw_run(layers, heads, depths), folder)
 
 
 def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:
@@ -137,14 +140,13 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             # they hold nothing, and what the user mends is another run
             remove(folder, PROBE, (f"shards/{part.shard(place).name}" for place in range(note["shards"])))
             continue
-        _say_told(part.given, told, say)
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
+        _say_told(models[-1], told["unprojected"], say)
         parts.append((part, note, kept))
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
             # what was measured: the ids of inputs and the hashes of their bytes, in order
-            content = sha256(json.dumps(list(told["content"].items())))
-            inputs[kind] = inputs[kind] | {"content": content}
+            inputs[kind] = inputs[kind] | {"content": content_digest(told["content"])}
     failed_models |= {given: str(why) for given, why in nothing.items()}
     if not parts:
         first = next(iter(failed_models.values()), "no model was measured")
@@ -157,7 +159,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     write(samples, folder / SAMPLES)
     write(layers, folder / LAYERS)
     write(heads, folder / HEADS)
-    figures = draw(layers, heads, folder / "figures")
+    figures = draw(layers, heads, folder / "figures", models)
     sweep(folder)
     taken = {entry["takes"] for entry in models}
     plain = {name: value for name, value in document.items() if name not in ("inputs", "shard_inputs")}
@@ -193,10 +195,11 @@ def _told(part: Part, shards: int) -> dict[str, Any]:
     return first | of_inputs | {"seconds": sum(account["seconds"] for account in accounts)}
 
 
-def _say_told(given: str, told: Mapping[str, Any], say: Saying) -> None:
-    for path, why in told["skipped_layers"].items():
-        say(f"{given}: {path} left out, {why}")
-    if unprojected := told["unprojected"]:
+def _say_told(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying) -> None:
+    given = entry["given"]
+    for phrase in left_out(entry):
+        say(f"{given}: {phrase}")
+    if unprojected:
         more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
         say(
             f"{given}: value_stream_cosine and output_value_cosine are empty where the way from "

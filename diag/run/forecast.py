@@ -68,4 +68,5 @@ def tokens_of(tower: Tower, given: Inputs, seq_len: int | None) -> int | None:
     sides = [size if isinstance(size, list | tuple) else (size, size) for size in sizes]
     if not all(isinstance(side, int) for pair in sides for side in pair):
         return None
-    return math.prod(image // patch for image, patch in zip(*sides, strict=True)) + len(tower.prefix)
+    patches = math.prod(image // patch for image, patch in zip(*sides, strict=True))
+    return len(tower.prefix) + patches + len(tower.suffix)

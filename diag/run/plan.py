@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from diag.errors import LARGEST, UserError
+from diag.errors import LARGEST, UserError, ranges
 from diag.inputs.images import images
 from diag.inputs.items import Inputs, sha256
 from diag.inputs.texts import texts
-from diag.models.names.arguments import local_files
+from diag.models.names.arguments import local_files, read
+from diag.models.names.changes import strengths_file
 from diag.models.names.resolve import parse
-from diag.models.names.spec import ModelSpec
+from diag.models.names.spec import CHECKPOINT, ModelSpec
 from diag.results.folder import MANIFEST, PLAN
+from diag.results.hashes import sha256_of
 from diag.results.writing import file_stem
 from diag.run.environment import version
 
@@ -39,6 +43,9 @@ MOST_WORKERS = 4096
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5"})
 """Endings of the files that hold weights; looked for in so many folders below one another."""
 WEIGHTS_BELOW = 3
+
+ADAPTER = "adapter_config.json"
+"""What lies in a folder whose weights are not all: transformers adds them where peft is installed."""
 
 
 def _known_dtype(dtype: str) -> str:
@@ -130,6 +137,7 @@ class ProbePlan(Plan):
     model_args: tuple[str, ...] = ()
     random_init: bool = False
     trust_remote_code: bool = False
+    allow_random: bool = False
     dtype: Dtype = "float32"
     seed: int = Field(default=0, ge=0, le=LARGEST)
     save_activations: int = Field(default=0, ge=0, le=LARGEST)
@@ -140,6 +148,15 @@ class ProbePlan(Plan):
     device: str = "auto"
     batch_size: int = Field(default=8, ge=0, le=LARGEST)  # 0: as many as memory allows
     workers: int | None = Field(default=None, ge=0, le=MOST_WORKERS)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _in_words(cls, given: Any) -> Any:
+        """`("0,5-7", "last")` → (0, 5, 6, 7, -1). Raises UserError, which pydantic lets through."""
+        if not isinstance(given, list | tuple):
+            return given
+        read = [ranges(x, "--layers", "0,5-11", from_end=True) if isinstance(x, str) else (x,) for x in given]
+        return tuple(itertools.chain.from_iterable(read))
 
     @field_validator("metrics", "layers", "tokens")
     @classmethod
@@ -163,18 +180,27 @@ class ProbePlan(Plan):
         return rows
 
     def key(self, inputs: dict[str, str]) -> str:
-        """Identifies the result: the plan without its `how`, the inputs' stamps and local weights.
+        """Identifies the result: the plan without its `how`, the inputs' stamps, and the files that it names.
 
+        Of models and checkpoints, sizes and times are in it; of tables of strengths, the content.
         inputs: kind -> stamp.
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
         what |= {kind: _given(what[kind]) for kind in ("images", "texts")}
         local = [path for name in self.models for path in local_files(name)]
-        if self.checkpoint is not None and os.path.exists(self.checkpoint):
-            local.append(self.checkpoint)
-        files = {str(path): _stamp(path) for path in local}
-        document = {"plan": what, "inputs": inputs, "files": files, "version": version()}
+        common = (self.checkpoint, read(self.model_args).get(CHECKPOINT))
+        local += [path for path in common if path is not None and os.path.exists(path)]
+        files: dict[str, Any] = {str(path): _stamp(path) for path in local}
+        files |= {str(path): _content(path) for path in filter(None, map(strengths_file, self.changes))}
+        document: dict[str, Any] = {"plan": what, "inputs": inputs, "files": files, "version": version()}
+        if any(os.path.exists(path / ADAPTER) for path in local):
+            document["peft"] = _peft()  # without it, such a folder is loaded as another model
         return sha256(json.dumps(document, sort_keys=True))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Everything that is done to attention, as typed."""
+        return self.intervene
 
 
 def what_differs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
@@ -253,6 +279,22 @@ def _stamp(path: Path) -> list[list[str | int]]:
     """Names, sizes and times of a file, or of what a model can be loaded from in a folder."""
     files = sorted(_model_files(path)) if path.is_dir() else [path]
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _content(file: Path) -> str:
+    """The hash of a file, empty where it cannot be read: that is told where it is read."""
+    try:
+        return sha256_of(file)
+    except OSError:
+        return ""
+
+
+def _peft() -> str | None:
+    """The version of peft that is installed."""
+    try:
+        return metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _model_files(folder: Path, below: int = 0) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from diag.errors import UserError
 from diag.inputs.items import Files
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
+from diag.measure.meaning import understood
 from diag.measure.prefetch import shards_ahead, workers_for
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.models import load
@@ -31,6 +32,7 @@ from diag.results.moments import moments_of
 from diag.results.staging import clear
 from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
+from diag.run.content import replaced
 from diag.run.environment import command_line
 from diag.run.finish import finish
 from diag.run.locks import PATIENCE, Locks
@@ -130,7 +132,7 @@ def run_share(
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
             found = open_run(folder)
             listener.say(f"already complete: {folder} (measure again with --overwrite)")
-            for note in edited(folder, found.manifest):
+            for note in [*edited(folder, found.manifest), *replaced(plan, folder, found.manifest)]:
                 listener.say(note)
             return found
         place, document = work.place, read_plan(work.place)
@@ -212,6 +214,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
             tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
         given = prepared.inputs[kind]
         samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
+        tower = understood(model, tower, samples, allow_random=plan.allow_random)
         part = Part(job.folder, number, spec.given, tower.name)
         shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
         note = {
@@ -233,7 +236,9 @@ def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) 
         "family": model.family,
         "tower": tower.name,
         "takes": tower.input_kind,
-        "layers": len(tower.layers),
+        "layers": tower.depth or len(tower.layers),
+        "skipped_numbers": {place.path: place.index for place in tower.places if place.why is not None},
+        "meaning": dict(tower.meaning),
         "inputs": inputs,
         "notes": list(model.notes),
         **dict(model.facts),

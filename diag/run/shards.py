@@ -52,7 +52,7 @@ class TowerJob:
         """
         plan, removed = measurement.plan, None
         if plan.values == "bias_free":
-            removed = value_constants(model.module, pick_layers(tower.layers, plan.layers))
+            removed = value_constants(model.module, pick_layers(tower.layers, plan.layers, tower.places))
         return TowerJob(
             tower,
             measurement,
@@ -134,7 +134,7 @@ def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block
         return find_blocks(model.module, tower.layers)
     if STREAM_METRICS.keys().isdisjoint(asked.metrics):
         return ()
-    return find_blocks(model.module, pick_layers(tower.layers, asked.plan.layers))
+    return find_blocks(model.module, pick_layers(tower.layers, asked.plan.layers, tower.places))
 
 
 def _size(size: Any) -> Any:

@@ -26,6 +26,7 @@ from diag.inputs.items import sha256
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST
+from diag.results.hashes import hashes
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
 from diag.results.staging import Owner, check_free, is_empty, pictures, staged, verb_of
@@ -157,10 +158,12 @@ def default_folder(found: Comparison, root: Path = RUNS) -> Path:
     return root / f"compare-{names}-{found.key[:8]}"
 
 
+TABLES = ("comparison.csv", "profiles.csv", "differences.csv")
+
 OWNER = Owner(
     "compare",
     result=(
-        *(MANIFEST, "comparison.csv", "profiles.csv", "differences.csv", "verdict.txt"),
+        *(MANIFEST, *TABLES, "verdict.txt"),
         *pictures("comparison", "profiles", "profiles-*"),
     ),
 )
@@ -194,6 +197,7 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
             "missing": found.missing,
             "difference": DIFFERENCE,
             **found.settings,
+            "tables": hashes(place, TABLES),
             "figures": figures,
         }
         write_json(document, place / MANIFEST)

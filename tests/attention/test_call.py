@@ -20,12 +20,13 @@ from reference import (
     random_mask,
     window,
     with_log_normaliser,
+    with_maps,
     with_pattern,
 )
 from torch import Tensor
 
 from diag.attention import pattern
-from diag.attention.call import AttentionCall
+from diag.attention.call import AttentionCall, without_constant
 from diag.attention.pattern import attend, pattern_rows
 from diag.attention.softmax_statistics import softmax_statistics
 from diag.attention.visibility import Visibility
@@ -50,7 +51,7 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
 
 def visibility_read(call: AttentionCall) -> Visibility:
     """Read off the call's mask anew."""
-    return Visibility.of(call.mask, call.causal, call.hidden, call.output)
+    return Visibility.of(call.mask, call.causal, call.output)
 
 
 def assert_statistics_match(call: AttentionCall) -> None:
@@ -102,6 +103,21 @@ def test_attend_rebuilds_the_output(case: str) -> None:
     np.testing.assert_allclose(attend(call).numpy(), expected, rtol=1e-5, atol=1e-5)
     rows = torch.tensor([call.tokens - 1, 0])
     np.testing.assert_allclose(attend(call, rows).numpy(), expected[:, :, rows.numpy()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["full", "causal left padding", "random mask", "group of 2, bias"])
+def test_added_maps_have_the_pattern_of_their_sum(case: str) -> None:
+    call = with_maps(CASES[case], -0.4, 0.3)
+    expected, rows = dense_pattern(call), torch.tensor([call.tokens - 1, 0])
+    np.testing.assert_allclose(pattern_rows(call).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(pattern_rows(call, rows).numpy(), expected[:, :, rows.numpy()], atol=1e-5)
+    value = call.value.double().repeat_interleave(call.group, 1).numpy()
+    np.testing.assert_allclose(attend(call).numpy(), expected @ value, rtol=1e-5, atol=1e-5)
+    # a constant leaves by the sum of each row
+    constant = torch.randn(call.kv_heads * call.value.shape[-1])
+    without = without_constant(call, constant)
+    free = expected @ without.value.double().repeat_interleave(call.group, 1).numpy()
+    np.testing.assert_allclose(without.output.numpy(), free, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -285,14 +301,6 @@ def test_sums_of_many_rows_of_a_general_mask() -> None:
     assert torch.equal(call.visibility.count_among(among), (mask & among[:, None, None, :]).sum(-1))
 
 
-def test_a_masks_threshold_hides_and_biases() -> None:
-    """-9000 hides, -8999 is a bias (whose weight is zero anyway), as the definition says."""
-    for entry, seen in ((-9000.0, 12), (-8999.0, 13)):
-        mask = torch.zeros(13, 13)
-        mask[2, 5] = entry
-        assert make_call(mask=mask).visibility.count.flatten()[2] == seen
-
-
 def test_what_was_read_off_a_mask_goes_with_the_mask() -> None:
     """A change that leaves the mask alone keeps what was read off it; any other reads again."""
     call = make_call(mask=PADDED, causal=True)
@@ -305,7 +313,6 @@ def test_what_was_read_off_a_mask_goes_with_the_mask() -> None:
         replace(call, mask=None),
         replace(call, mask=PADDED.clone()),
         replace(call, causal=False),
-        replace(call, hidden=-50.0),
         replace(every, causal=True),
     ):
         assert changed.visibility is not call.visibility

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkpoints import save_language_model
 from commands import Ended
 from safetensors.torch import load_file
 
@@ -38,6 +39,7 @@ KEYS = ["model", "tower", "layer", "module", "tokens", "metric"]
 STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
 CONSTANTS = ["n_tokens", "patch_size", "image_size", "positions", "patch_embedding"]
 CONSTANTS += ["attn_scope", "first_token"]
+CONSTANTS += ["projection", "value_from", "row_sum"]
 CONSTANTS += ["values", "intervention", "dtype", "seed"]
 
 
@@ -226,10 +228,30 @@ def test_a_dry_run_finds_the_mistakes_that_need_no_model(attnbias: Attnbias) -> 
 
 
 def test_layers_by_number_and_range(attnbias: Attnbias) -> None:
-    assert attnbias(*VIT, "--limit", 1, *FAST, "-o", "run", "--layers", "0,2-3,3").code == 0
+    assert attnbias(*VIT, "--limit", 1, *FAST, "-o", "run", "--layers", "-6,2-3,-3").code == 0
     table = pd.read_csv("run/layers.csv")
     assert list(table["layer"]) == [0, 2, 3]
     assert list(table["module"]) == ["blocks.0.attn", "blocks.2.attn", "blocks.3.attn"]
+
+
+def test_layers_that_are_not_measured_are_named(attnbias: Attnbias) -> None:
+    model = save_language_model(Path("hybrid"), "qwen3-next")
+    given = ("probe", "-m", f"hf:{model}", "--texts", __file__, "--seq-len", 8, "--limit", 2, *FAST)
+    ended = attnbias(*given, "--layers", "-2", "-o", "run")
+    linear = "no softmax attention (Qwen3NextGatedDeltaNet)"
+    assert ended.code == 0, ended.err
+    assert f"hf:hybrid: layers 0, 2: {linear}" in ended.lines
+    assert list(pd.read_csv("run/layers.csv")["layer"]) == [1]
+    (entry,) = json.loads(Path("run/manifest.json").read_text())["models"]
+    assert entry["layers"] == 3
+    assert entry["skipped_layers"] == {"layers.0": linear, "layers.2": linear}
+    assert entry["skipped_numbers"] == {"layers.0": 0, "layers.2": 2}
+    assert attnbias("report", "run", "-o", "page.html").code == 0
+    assert f"layers left out</dt><dd>layers 0, 2: {linear}" in Path("page.html").read_text()
+    refused = attnbias(*given, "--layers", "last", "-o", "other")
+    assert refused.code == 2
+    said = f"error: layer -1 is layer 2 ('layers.2'), which is not measured: {linear}"
+    assert refused.lines[-2:] == [said, "tip: layers that are measured: 1"]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, str]] = {
     "no token set": ((*VIT, "--tokens", "pach"), "no token set 'pach'", "'patch'"),
     "cls of text": ((*LM, "--tokens", "cls"), "text tower has no token set 'cls'", "'all'"),
     "layer": ((*VIT, "--layers", "2,6"), "no layer 6", "layers are 0 to 5"),
+    "layer from the last": ((*VIT, "--layers", "-7"), "no layer -7", "or -1 to -6 from the last"),
+    "layers of both ends": ((*VIT, "--layers", "2-last"), "counts '2-last' from both ends", "-4-last"),
     "layer words": ((*VIT, "--layers", "0,x"), "--layers does not understand 'x'", "0,5-11"),
     "layers backwards": ((*VIT, "--layers", "5-2"), "--layers does not understand '5-2'", "0,5-11"),
     "open layers": ((*VIT, "--layers", "5-"), "--layers does not understand '5-'", "0,5-11"),

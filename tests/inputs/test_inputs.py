@@ -6,7 +6,9 @@ import hashlib
 import os
 import re
 import struct
+import tarfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from diag.errors import UnreadableInput, UserError
 from diag.inputs import images as inputs
 from diag.inputs.given import as_inputs
-from diag.inputs.images import images, open_image
+from diag.inputs.images import images, open_image, rgb
 from diag.inputs.items import Inputs
 from diag.inputs.texts import texts
 
@@ -37,6 +39,32 @@ def pixels(file: Path) -> np.ndarray:
     image = open_image(file)
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def turned(orientation: int) -> Image.Exif:
+    """What a camera writes beside pixels that do not stand upright."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def png_of_16_bits(file: Path, kind: int, pixels: np.ndarray, clear: list[int]) -> Path:
+    """A PNG in which the colour `clear` is transparent. kind: 0 for grey, 2 for colour."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+        + chunk(b"tRNS", np.array(clear, ">u2").tobytes())
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    return file
 
 
 def three(grey: np.ndarray) -> np.ndarray:
@@ -122,9 +150,7 @@ def test_cmyk_becomes_colour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("orientation", "turn"), [(6, 3), (8, 1), (3, 2)])
 def test_photographs_are_turned_as_the_camera_says(tmp_path: Path, orientation: int, turn: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = saved(tmp_path, Image.fromarray(COLOUR), exif=exif)
+    file = saved(tmp_path, Image.fromarray(COLOUR), exif=turned(orientation))
     np.testing.assert_array_equal(pixels(file), np.rot90(COLOUR, turn))
 
 
@@ -185,7 +211,7 @@ def test_whatever_breaks_in_a_decoder_is_told_of_its_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
 ) -> None:
     """As with damaged EXIF, or with a format whose decoder is not there."""
-    file = saved(tmp_path, Image.fromarray(COLOUR))
+    file = saved(tmp_path, Image.fromarray(COLOUR), exif=turned(6))
 
     def breaks(*given: Any, **options: Any) -> Any:
         raise error
@@ -505,6 +531,123 @@ def test_one_broken_image_of_a_list_is_its_own(tmp_path: Path) -> None:
             found.items[1].read()
 
 
+SIMPLE = (COLOUR > 127) * np.uint8(255)
+DEEP = GREY.astype(np.uint16) * 257
+MADE: dict[str, tuple[Any, np.ndarray]] = {
+    "colour": (lambda f: saved(f, Image.fromarray(COLOUR)), COLOUR),
+    "grey": (lambda f: saved(f, Image.fromarray(GREY)), three(GREY)),
+    "a transparent colour": (
+        lambda f: saved(f, Image.fromarray(SIMPLE), transparency=(255, 0, 255)),
+        np.where((SIMPLE == [255, 0, 255]).all(-1, keepdims=True), 0, SIMPLE),
+    ),
+    "a transparent grey": (
+        lambda f: saved(f, Image.fromarray(GREY), transparency=100),
+        three(np.where(GREY == 100, 0, GREY)),
+    ),
+    "a transparent bit": (
+        lambda f: saved(f, Image.fromarray(GREY > 99), transparency=1),
+        np.zeros((6, 8, 3)),
+    ),
+    "a palette": (
+        lambda f: saved(f, Image.fromarray(SIMPLE).quantize(8), transparency=bytes(8)),
+        np.zeros((6, 8, 3)),
+    ),
+    "grey and alpha": (
+        lambda f: saved(f, Image.fromarray(np.dstack([GREY, ALPHA]))),
+        three(GREY * (ALPHA > 0)),
+    ),
+    "colour and alpha": (
+        lambda f: saved(f, Image.fromarray(np.dstack([COLOUR, ALPHA])), "image.webp", lossless=True),
+        COLOUR * (ALPHA > 0)[..., None],
+    ),
+    "16 bits": (lambda f: saved(f, Image.fromarray(DEEP)), three(GREY)),
+    "16 bits, a transparent grey": (
+        lambda f: png_of_16_bits(f / "image.png", 0, DEEP, [100 * 257]),
+        three(np.where(GREY == 100, 0, GREY)),
+    ),
+    "16 bits, a transparent colour": (
+        lambda f: png_of_16_bits(f / "image.png", 2, SIMPLE.astype(np.uint16) * 257, [65535, 0, 65535]),
+        np.where((SIMPLE == [255, 0, 255]).all(-1, keepdims=True), 0, SIMPLE),
+    ),
+    "ink": (
+        lambda f: saved(f, Image.new("CMYK", (8, 6), (255, 255, 255, 255)), "image.jpg", quality=95),
+        np.zeros((6, 8, 3)),
+    ),
+    "turned": (lambda f: saved(f, Image.fromarray(COLOUR), exif=turned(6)), np.rot90(COLOUR, 3)),
+    "turned and transparent": (
+        lambda f: saved(f, Image.fromarray(np.dstack([COLOUR, ALPHA])), exif=turned(8)),
+        np.rot90(COLOUR * (ALPHA > 0)[..., None]),
+    ),
+}
+"""Kinds of image files, and their pixels as they are looked at, worked out from the arrays."""
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_an_image_is_the_same_whichever_way_it_comes_in(tmp_path: Path, kind: str) -> None:
+    """By its path, in a folder, in a tar, in a list of paths; opened, and opened and read before."""
+    make, expected = MADE[kind]
+    (tmp_path / "album").mkdir()
+    file = make(tmp_path / "album")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(file, f"./{file.name}")
+    with Image.open(file) as opened, Image.open(file) as read:
+        read.load()
+        before = read.tobytes()
+        given = [file, file.parent, tmp_path / "a.tar", [file], [opened], [read], [read.copy()]]
+        found = [as_inputs(one, "vision").items[0].read() for one in given]
+        assert read.tobytes() == before  # it is the user's
+    for image in found:
+        assert isinstance(image, Image.Image)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        np.testing.assert_array_equal(np.asarray(rgb(image)), expected)
+
+
+def test_paths_are_images_in_the_order_given(tmp_path: Path) -> None:
+    files = [saved(tmp_path, Image.fromarray(COLOUR), name) for name in ("b.png", "a.png")]
+    found = as_inputs(files, "vision")
+    assert [item.id for item in found] == [str(file) for file in files]
+    files[0].touch()
+    assert as_inputs(files, "vision").stamp != found.stamp
+    with pytest.raises(UserError, match="does not exist"):
+        as_inputs([*files, tmp_path / "c.png"], "vision")
+
+
+def test_a_photograph_that_was_removed_after_it_was_opened(tmp_path: Path) -> None:
+    """It is read through what is open; where nothing is any more, it is told."""
+    file = saved(tmp_path, Image.fromarray(COLOUR))
+    opened, closed = Image.open(file), Image.open(file)
+    closed.close()
+    file.unlink()
+    found = as_inputs([opened, closed], "vision")
+    np.testing.assert_array_equal(np.asarray(found.items[0].read()), COLOUR)
+    with pytest.raises(UnreadableInput, match="cannot read image 1: "):
+        found.items[1].read()
+    opened.close()
+
+
+def test_what_was_painted_into_an_opened_image_counts(tmp_path: Path) -> None:
+    with Image.open(saved(tmp_path, Image.fromarray(COLOUR))) as image:
+        before = as_inputs([image], "vision")
+        image.putpixel((0, 0), (1, 2, 3))
+        after = as_inputs([image], "vision")
+    assert after.digest != before.digest
+    read = after.items[0].read()
+    assert isinstance(read, Image.Image)
+    assert read.getpixel((0, 0)) == (1, 2, 3)
+    wide, tall = (as_inputs([Image.new("RGB", size)], "vision") for size in ((6, 4), (4, 6)))
+    assert wide.digest != tall.digest
+
+
+def test_a_text_is_the_same_whichever_way_it_comes_in(tmp_path: Path, cached: Path) -> None:
+    """With the mark of an encoding and line ends of other systems, in a file, a string or a data set."""
+    text = "\ufeffone\r\ntwo\rthree\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    rows(cached, text=[text])
+    for source in (tmp_path / "a.txt", [text], f"hf:{cached},split=train"):
+        assert [item.read() for item in as_inputs(source, "text")] == ["one\ntwo\nthree\n"]
+
+
 # --- Hugging Face data sets, by the name of a folder
 
 
@@ -546,6 +689,19 @@ def test_a_data_set_of_images(cached: Path) -> None:
     np.testing.assert_array_equal(read[0], three(GREY))
     np.testing.assert_array_equal(read[2], COLOUR)
     assert found.digest == images(source).digest
+
+
+def test_the_stamp_of_a_data_set_in_a_folder_follows_its_files(cached: Path) -> None:
+    """Sizes too: the library looks at times, and only at those."""
+    file = saved(cached, Image.fromarray(COLOUR), "0.png")
+    written, source = file.stat(), f"hf:{cached},split=train"
+    before = images(source)
+    assert images(source).stamp == before.stamp
+    saved(cached, Image.fromarray(GREY), "0.png")
+    assert file.stat().st_size != written.st_size
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    after = images(source)
+    assert (after.digest, after.stamp == before.stamp) == (before.digest, False)
 
 
 def test_a_damaged_image_in_a_data_set_is_told_by_its_row(cached: Path) -> None:

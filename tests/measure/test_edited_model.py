@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.measure.edited_model import check_layers, edited
+from diag.measure.edited_model import by_own_numbers, check_layers, edited
 from diag.models.base import Batch, Tower
 from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import parse
 from diag.models.hooks.seam import attention_modules
 from diag.run.api import probe
@@ -76,6 +77,23 @@ def test_a_probe_tells_the_mask(model: Encoder) -> None:
     untouched = probe(model, [{"x": X, "attention_mask": REAL}], **(arguments | {"intervene": []})).samples
     before = untouched[untouched["input_index"] == 1].set_index(["metric", "head"])["value"].sort_index()
     assert (before - found).abs().max() > 1e-3
+
+
+def test_layers_of_edits_may_count_from_the_last(model: Encoder) -> None:
+    layers = attention_modules(model)
+    given = [parse(text) for text in ("xsa:-2", "cb:last", "xsa:0-1", "xsa", "xsa:-2-last/3")]
+    found = by_own_numbers(given, layers)
+    assert [edit.layers for edit in found] == [{0}, {1}, {0, 1}, None, {0, 1}]
+    assert [edit.text for edit in found] == [edit.text for edit in given]
+    places = [Place(0, "layers.0"), Place(1, "layers.1", 0, "no softmax attention (Mamba)")]
+    with pytest.raises(UserError) as error:
+        by_own_numbers([parse("xsa:last")], layers[:1], places)
+    said = (
+        "--intervene xsa:last: layer -1 is layer 1 ('layers.1'), which is not measured: no softmax attention"
+    )
+    assert str(error.value).startswith(said)
+    with pytest.raises(UserError, match="--intervene xsa:-3: there is no layer -3"):
+        by_own_numbers([parse("xsa:-3")], layers)
 
 
 def test_a_layer_that_is_not_there(model: Encoder) -> None:

@@ -441,14 +441,35 @@ def test_a_call_that_does_not_rebuild_its_output_is_refused(lie: str) -> None:
         list(measure(replace(tower, capture=tampering(LIES[lie])), IMAGES))
 
 
+@pytest.mark.parametrize(
+    ("entry", "size", "told"), [(-100.0, 1, False), (-100.0, 60, True), (-1e3, 60, False)]
+)
+def test_scores_that_outweigh_a_mask_are_told(entry: float, size: float, told: bool) -> None:
+    """What -100 hides has weight where scores differ by more: no model to be reported."""
+    layer = Masked(torch.full((12, 12), entry).triu(1))
+    with torch.no_grad():
+        layer.q.weight.mul_(size)
+        layer.k.weight.mul_(size / 12)
+    tower = vision_tower(Attention(), layer)
+    if not told:
+        assert facts_of(tower)[1] == (12, "full", "excluded")
+        return
+    message = "^layer 'layers.1': scores of this input outweigh what its mask adds to hide keys"
+    with pytest.raises(MeasurementError, match=message) as caught:
+        list(measure(tower, IMAGES))
+    assert "report" not in str(caught.value.tip)
+    assert "-inf or a boolean mask" in str(caught.value.tip)
+
+
 def test_half_precision_may_round() -> None:
     tower = vision_tower(*(Attention().bfloat16() for _ in range(2)))
     samples = [Sample(s.id, lambda s=s: s.read().bfloat16()) for s in IMAGES]
     (batch,) = measure(tower, samples)
     errors = [block.facts.gate_error for block in batch]
     assert all(1e-5 < error < 1e-2 for error in errors)
-    with pytest.raises(MeasurementError, match=r"layers\.1.*allowed 1e-02"):
+    with pytest.raises(MeasurementError, match=r"layers\.1.*allowed 1e-02") as caught:
         list(measure(replace(tower, capture=tampering(LIES["one value"])), samples))
+    assert caught.value.tip.startswith("try --dtype float32; if that differs too, ")
 
 
 # --- what cannot be measured ------------------------------------------------------------------------
@@ -458,7 +479,7 @@ def test_half_precision_may_round() -> None:
     ("options", "message", "tip"),
     [
         ({"layers": [0, 3]}, "no layer 3", "layers are 0 to 2"),
-        ({"layers": [-1]}, "no layer -1", "layers are 0 to 2"),
+        ({"layers": [-4]}, "no layer -4", "layers are 0 to 2, or -1 to -3 from the last"),
         ({"token_sets": ["patch", "image"]}, "no token set 'image'", "patch, all, cls or registers"),
     ],
 )

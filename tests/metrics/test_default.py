@@ -18,6 +18,7 @@ from reference import (
     reference,
     with_dense_output,
     with_log_normaliser,
+    with_maps,
     without,
 )
 from torch import Tensor
@@ -175,6 +176,28 @@ def test_rows_that_see_nothing_may_hold_anything(garbage: float) -> None:
     measured = per_input(replace(call, output=output, log_normaliser=lse))
     for name in METRICS:
         torch.testing.assert_close(measured[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["streamed", "with lse"])
+@pytest.mark.parametrize("case", ["group of 2", "causal left padding", "random mask", "mask per head"])
+def test_of_added_maps_the_metrics_are_those_of_the_sum(case: str, known: bool) -> None:
+    call = with_maps(CASES[case], -0.4, 0.3, known=known)
+    assert (dense_pattern(call) < -1e-3).any()  # which no softmax gives
+    measured, expected = per_input(call), reference(call, anchors=anchors_used(call, None))
+    shares = [name for name in METRICS if METRICS[name].of_shares]
+    assert shares == [
+        *("cos_y_vuniform", "self_weight_ratio", "entropy", "entropy_p15", "entropy_normalized"),
+        "effective_keys",
+    ]
+    for name, numbers in measured.items():
+        if name in shares:
+            assert numbers.isnan().all(), name
+        else:
+            found, wanted = numbers.numpy(), expected[name].numpy()
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=TOLERANCE[name], err_msg=name)
+    (one, *_) = call.maps  # negative control: one map alone has other numbers
+    alone = per_input(call.of_map(one), ["self_weight"])["self_weight"]
+    assert (measured["self_weight"] - alone).abs().max() > 0.01
 
 
 READS = {

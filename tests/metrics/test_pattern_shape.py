@@ -22,6 +22,7 @@ from reference import (
     window,
     with_dense_output,
     with_log_normaliser,
+    with_maps,
     with_pattern,
 )
 from torch import Tensor
@@ -159,6 +160,7 @@ def of_one_head(
     places = range(geometry.prefix, tokens)
     for i in rows:
         a, seen = pattern[i], visible[i]
+        add("row_sum", a.sum())
         if geometry.prefix:
             add("prefix_share", a[: geometry.prefix].sum())
         if geometry.cols is None and i > geometry.prefix and real[i - 1]:
@@ -170,7 +172,7 @@ def of_one_head(
             add("near_share", weights[near].sum())
             add("near_share_uniform", (there & near).sum() / seen.sum())
             add("attention_distance_uniform", to[there].mean())
-            if weights.sum() > 0:
+            if weights.sum() > 0 and (weights >= 0).all():
                 if to[there].any():
                     add("attention_distance_ratio", (weights * to).sum() / weights.sum() / to[there].mean())
                 add("attention_distance", (weights * to).sum() / weights.sum())
@@ -652,6 +654,47 @@ def test_too_few_keys_to_choose_from() -> None:
     assert np.allclose(found["top_key_overlap_chance"], 0.9)
 
 
+# --- several maps of one layer
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["streamed", "with lse"])
+@pytest.mark.parametrize("case", ["group of 2", "causal left padding", "random mask", "mask per head"])
+def test_of_added_maps_sums_of_weights_are_measured_and_nothing_that_takes_them_for_shares(
+    case: str, known: bool
+) -> None:
+    call = with_maps(CASES[case], -0.4, 0.3, known=known)
+    for geometry in (TEXT, IMAGE):
+        found, expected = measured(call, geometry=geometry), reference(call, geometry=geometry)
+        for name, numbers in found.items():
+            if SHAPE_METRICS[name].of_shares:
+                assert np.isnan(numbers).all(), name
+            else:
+                np.testing.assert_allclose(numbers, expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
+    sums = {name for name in NAMES if not SHAPE_METRICS[name].of_shares}
+    assert sums == {"first_key_received", "previous_weight", "near_share", "prefix_share", "row_sum"}
+    assert np.abs(found["row_sum"] - 1).max() > 0.1  # the last map's coefficient differs from row to row
+
+
+def test_a_row_that_sees_nothing_has_a_sum_of_zero() -> None:
+    mask = key_padding([range(13), range(4, 13)], 13) & torch.ones(13, 13, dtype=torch.bool).tril()
+    for call in (make_call(mask=mask), with_maps(make_call(mask=mask), -0.5)):
+        live = (call.visibility.count > 0).expand(2, 4, 13)
+        found = pattern_pass.pattern_pass(CallStatistics(call), ["sum"], [live], live, geometry=TEXT)["sum"]
+        assert (~live).any()
+        assert (found[~live] == 0).all()
+        np.testing.assert_allclose(found, dense_pattern(call).sum(-1), atol=1e-5)
+
+
+def test_the_sum_of_a_row_is_that_of_the_weights_which_the_model_used() -> None:
+    call = with_log_normaliser(make_call())
+    assert call.log_normaliser is not None
+    # a sink that is no token takes half of every row: what the kernel returns is larger by ln 2
+    sink = replace(call, log_normaliser=call.log_normaliser + math.log(2))
+    np.testing.assert_allclose(measured(sink, ["row_sum"])["row_sum"], 0.5, rtol=1e-5)
+    half = replace(with_pattern(call), pattern=torch.from_numpy(dense_pattern(call) / 2).float())
+    np.testing.assert_allclose(measured(half, ["row_sum"])["row_sum"], 0.5, rtol=1e-5)
+
+
 # --- the table --------------------------------------------------------------------------------------
 
 
@@ -668,7 +711,7 @@ def test_every_metric_says_what_it_is() -> None:
 
 
 def test_groups_are_written_out() -> None:
-    assert set(GROUPS) == {"sinks", "distance", "nmi", "overlap", "position", "norms"}
+    assert set(GROUPS) == {"sinks", "distance", "nmi", "overlap", "position", "sum", "norms"}
     assert set(GROUPS).isdisjoint({*SHAPE_METRICS, *METRICS})
     assert sorted(name for group in GROUPS.values() for name in group) == sorted(SHAPE_METRICS)
     assert metric_names(["entropy", "nmi", "attention_nmi"]) == ["entropy", "attention_nmi"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from commands import Ended
+from PIL import Image
 from reference import make_call
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -574,12 +575,17 @@ def test_a_model_of_two_layers_is_read_through_both_seams() -> None:
         assert bool(values.isnan().all()) == missing, (layer, name)
 
 
+def pixels_of(image: Image.Image) -> Tensor:
+    """`[3, 64, 64]`"""
+    return torch.from_numpy(np.array(image.resize((64, 64)), np.float32)).permute(2, 0, 1)
+
+
 def test_the_loop_gives_the_numbers_of_the_functions() -> None:
     """Batches, token sets and heads: what `measure` yields is what `per_input` says of the same states."""
     torch.manual_seed(0)
     module = build_vit(16).eval()
     model = vision_model(
-        ModelSpec("x", "timm", "x"), module, lambda image: image, preprocessing={"size": (64, 64)},
+        ModelSpec("x", "timm", "x"), module, pixels_of, preprocessing={"size": (64, 64)},
         device="cpu", dtype=torch.float32,
     )  # fmt: skip
     tower = model.tower("vision")

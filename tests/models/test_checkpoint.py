@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,8 @@ def test_what_is_there_is_named_and_can_be_picked(tmp_path: Path) -> None:
         f"checkpoint '{file}' holds no named tensors, but 'ema' (1 tensors), 'student.net' (1 tensors)"
     )
     assert error.value.tip == (
-        "pick one: -m NAME,checkpoint=w.pt,checkpoint_key=ema"
-        " or -m NAME,checkpoint=w.pt,checkpoint_key=student.net"
+        f"pick one: -m NAME,checkpoint={file},checkpoint_key=ema"
+        f" or -m NAME,checkpoint={file},checkpoint_key=student.net"
     )
     assert read_checkpoint(file, key="ema").tensors["a"] == 1
     assert read_checkpoint(file, key="student.net").tensors["a"] == 0
@@ -129,6 +130,26 @@ def test_what_is_there_is_named_and_can_be_picked(tmp_path: Path) -> None:
     for nothing, told in (({"epoch": 3}, "it holds 'epoch'"), ([1], "it is a list")):
         with pytest.raises(UserError, match=f"holds no named tensors; {told}"):
             read(file, nothing)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"0": ["version", 1]}, r"is \"\['version', 1\]\", no mapping"),
+        ({"0": 3, "1": {}}, "is '3', no mapping"),
+        (["0"], r"is \"\['0'\]\", no mapping"),
+        ({0: {"version": 1}}, "is of modules without a name"),
+    ],
+)
+@pytest.mark.parametrize("key", [None, "part"])
+def test_what_stands_beside_tensors_and_is_no_mapping(
+    tmp_path: Path, said: Any, told: str, key: str | None
+) -> None:
+    state = OrderedDict({"part.0.weight": torch.zeros(1)})
+    state._metadata = said  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=f"'_metadata' of its state dict {told}") as error:
+        read(tmp_path / "w.pt", state, key=key)
+    assert error.value.tip == "save it with torch.save(model.state_dict(), FILE)"
 
 
 def test_a_part_keeps_what_was_changed_in_its_modules(tmp_path: Path) -> None:

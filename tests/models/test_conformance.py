@@ -22,10 +22,14 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
 from diag.errors import UserError
 from diag.inputs.items import Inputs
+from diag.measure import meaning
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
 from diag.models.families import FAMILIES
 from diag.models.families.from_module import from_module
+from diag.models.hooks.layout import PLAIN
+from diag.models.hooks.meaning import INPUTS
+from diag.models.hooks.seam import attention_calls
 from diag.models.names.resolve import listing, parse
 from diag.models.names.spec import ModelSpec
 from diag.studies import attend as attending
@@ -244,6 +248,40 @@ def test_layers_are_listed_in_depth_order(case: Case, tower: Tower) -> None:
     assert [layer.path for layer in tower.layers] == [case.paths.format(i) for i in range(case.layers)]
     assert [layer.index for layer in tower.layers] == list(range(case.layers))
     assert tower.prefix == case.prefix
+
+
+def test_what_is_known_is_what_the_tests_of_meaning_find(
+    case: Case, tower: Tower, load_case: Callable[[Case], Model], photographs: Inputs, texts: Inputs
+) -> None:
+    if case.family in ("own", "tl"):
+        pytest.skip("its layers were found by the tests" if case.family == "own" else "it has its own route")
+    model = load_case(case)
+    context = None if tower.name != "text" or tower.facts["context"] == 16 else 12
+    samples = list(tower.samples(photographs if case.tower == "vision" else texts, context))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meaning, "KNOWN", frozenset())
+        tested = meaning.understood(model, tower, samples)
+    known = meaning.understood(model, tower, samples)
+    assert (known.meaning["tested"], tested.meaning["tested"]) == (not meaning.is_known(model, tower), True)
+    if meaning.is_known(model, tower):
+        assert [(layer.index, layer.path, layer.form.calls) for layer in tested.layers] == [
+            (layer.index, layer.path, None) for layer in tower.layers
+        ]
+        plain = {(layer.form.layout, layer.form.runs, layer.form.value_from) for layer in tested.layers}
+        assert plain == {(PLAIN, 1, "own")}
+        found = tested.meaning
+        assert (found["rows"], found["random"], found["padded_windows"]) == (INPUTS, False, [])
+        assert (tested.skipped, tested.depth) == ({}, len(tower.layers))
+
+
+def test_every_line_of_what_is_known_has_a_case(load_case: Callable[[Case], Model]) -> None:
+    lines = set()
+    for case in CASES:
+        model = load_case(case)
+        tower = model.tower(case.tower)
+        if tower.capture is attention_calls and meaning.is_known(model, tower):
+            lines |= meaning.kinds_of(model, tower)
+    assert lines == meaning.KNOWN
 
 
 def test_every_layer_gives_calls_of_the_right_shape(case: Case, tower: Tower, batch: Batch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diag.errors import UserError
-from diag.models.sizes import NATIVE, fitted, grid, refuse_remainder, requested, sides
+from diag.models.sizes import NATIVE, fitted, grid, refuse_remainder, refuse_unreasonable, requested, sides
 
 
 def test_sizes_are_one_or_two_positive_numbers() -> None:
@@ -17,6 +17,14 @@ def test_sizes_are_one_or_two_positive_numbers() -> None:
             requested({"img_size": wrong}, "img_size", "x")
         assert error.value.tip == "for example img_size=224"
     assert sides(None) is None
+
+
+def test_what_a_model_may_be_without_can_be_0() -> None:
+    refuse_unreasonable({"text_config": {"head_dim": 0, "num_experts": 0}}, "x")
+    for name, least in (("hidden_size", 1), ("num_experts", 0)):
+        with pytest.raises(UserError, match=f"x: text_config.{name} is -1") as error:
+            refuse_unreasonable({"text_config": {name: -1}}, "x")
+        assert error.value.tip == f"it can be from {least} to 10,000,000"
 
 
 def test_an_image_that_patches_do_not_fill_is_refused_with_the_nearest_sizes() -> None:

@@ -27,6 +27,7 @@ from diag.errors import UserError
 from diag.models import load
 from diag.models.base import Tower
 from diag.models.families import demo
+from diag.models.hooks.meaning import meaning_of
 from diag.models.hooks.seam import Layer, attention_calls, attention_modules
 from diag.models.names.resolve import parse
 from diag.models.value_constants import ROWS, value_constants
@@ -64,6 +65,11 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.block}{'-stream' if self.stream else ''}{'' if self.biased else '-unbiased'}"
+
+    @property
+    def odd(self) -> bool:
+        """Whether heads are not in the usual axis."""
+        return self.block in ("timm.hiera.HieraBlock", "timm.vision_transformer_sam.Block")
 
 
 def timm_case(block: str, name: str, *, stream: bool = False, biased: bool = True, **options: Any) -> Case:
@@ -250,6 +256,11 @@ def built(case: Case) -> tuple[nn.Module, tuple[Layer, ...]]:
     layers = attention_modules(module)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         layers = tuple(layer for layer in layers if layer.path.startswith("encoder."))
+    if case.odd:  # where its heads are is found by test
+        with torch.inference_mode():
+            found = meaning_of(module, lambda _: run(module, case), None, None, inputs=2)
+        forms = {layer.path: layer for tower in found.towers for layer in tower.layers}
+        layers = tuple(forms[layer.path] for layer in layers if layer.path in forms)
     return module, layers
 
 
@@ -573,7 +584,7 @@ def test_from_python_and_for_ones_own_module() -> None:
     batches = [torch.randn(9, 2, 32)]
     assert diag.probe(module, batches, values="bias_free", **options).layers["n"].gt(0).all()
     with pytest.raises(UserError, match=r"values of layer '0' \(Plain\) cannot be made bias-free"):
-        diag.probe(nn.Sequential(Plain()), [torch.randn(2, 9, 8)], values="bias_free")
+        diag.probe(nn.Sequential(Plain()).eval(), [torch.randn(2, 9, 8)], values="bias_free")
 
 
 class Plain(nn.Module):

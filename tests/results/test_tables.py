@@ -160,7 +160,8 @@ def test_layers_may_differ_in_their_number_of_heads() -> None:
 
 def test_the_columns_are_the_contract() -> None:
     layers, heads = tables(frame(random(1, 2, 3, 2)), RATIOS, seed=0)
-    constants = ["n_tokens", "patch_size", "attn_scope", "first_token", "values", "seed"]
+    constants = ["n_tokens", "patch_size", "attn_scope", "first_token"]
+    constants += ["projection", "value_from", "row_sum", "values", "seed"]
     assert list(layers) == [*KEYS, *STATISTICS, *constants]
     assert list(heads) == [*KEYS[:4], "head", *KEYS[4:], *STATISTICS, *constants]
     assert len(layers) == 3
@@ -234,6 +235,14 @@ def test_inputs_of_several_sizes_stay_one_row() -> None:
     assert (row["n"], row["n_tokens"], row["attn_scope"]) == (6, 36, "window")
     row = pick(layers, "above", layer=1)
     assert (row["n"], row["n_tokens"], row["attn_scope"]) == (3, 4, "full")
+
+
+def test_facts_that_follow_from_the_first_inputs_of_a_shard_leave_a_layer_one_row() -> None:
+    one, other = (frame(random(1, 2, 3, 2), first_input=first) for first in (0, 3))
+    other = other.assign(row_sum=1.002, projection=pd.Categorical(["modified"] * len(other)))
+    layers, _ = tables(pd.concat([one, other], ignore_index=True), RATIOS, seed=0)
+    row = pick(layers, "above", layer=0)
+    assert (row["n"], row["row_sum"], row["projection"], row["value_from"]) == (6, 1.002, "modified", "own")
 
 
 def test_constants_of_several_models_fit_into_one_parquet_column(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +16,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from transformers import Qwen3NextConfig, Qwen3NextModel
 
 import diag
 from diag.errors import UserError
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.default import METRICS
+from diag.metrics.names import GROUPS
 
 FAST = ["cos_y_vself", "entropy"]
 
@@ -48,6 +54,50 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
         return self.second(self.first(x, mask), mask)
+
+
+class Masked(Block):
+    """Hands options to PyTorch's function."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.split(x), **self.options)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class MaskedInside(nn.Module):
+    """Hands them to PyTorch's module, which takes a causal bias only where it is told of causality too."""
+
+    def __init__(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
+        super().__init__()
+        self.inside = nn.MultiheadAttention(16, 2, batch_first=True)
+        mask = additive(9, -math.inf) if attn_mask is None else attn_mask
+        self.options = {"attn_mask": mask, "is_causal": is_causal or isinstance(mask, CausalBias)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inside(x, x, x, need_weights=False, **self.options)[0]
+
+
+def additive(tokens: int, entry: float) -> Tensor:
+    """What hides later keys."""
+    return torch.full((tokens, tokens), entry).triu(1)
+
+
+WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "is_causal": lambda tokens: {"is_causal": True},
+    "boolean": lambda tokens: {"attn_mask": torch.ones(tokens, tokens).tril().bool()},
+    "lower right": lambda tokens: {"attn_mask": causal_lower_right(tokens, tokens)},
+    "upper left": lambda tokens: {"attn_mask": causal_upper_left(tokens, tokens)},
+    "-100": lambda tokens: {"attn_mask": additive(tokens, -100.0)},
+    "-1e3": lambda tokens: {"attn_mask": additive(tokens, -1e3)},
+    "-1e4": lambda tokens: {"attn_mask": additive(tokens, -1e4)},
+    "lowest": lambda tokens: {"attn_mask": additive(tokens, torch.finfo(torch.float32).min)},
+    "-inf": lambda tokens: {"attn_mask": additive(tokens, -math.inf)},
+}
+"""Ways of saying the same."""
 
 
 @pytest.fixture
@@ -101,12 +151,45 @@ def test_every_way_of_giving_the_same_images(noise: Path) -> None:
         pd.testing.assert_series_equal(means(run), means(runs[0]), check_exact=True)
 
 
+def test_photographs_are_the_same_opened_by_their_paths_and_in_a_tar(noise: Path, tmp_path: Path) -> None:
+    """One lies on its side, of another a colour is transparent."""
+    album, exif = tmp_path / "album", Image.Exif()
+    album.mkdir()
+    exif[0x0112] = 6
+    first, second, third = (Image.open(file) for file in sorted(noise.iterdir())[:3])
+    first.save(album / "a.jpg", exif=exif, quality=95)
+    clear = np.asarray(second)[20, 20].tolist()
+    second.save(album / "b.png", transparency=tuple(clear))
+    third.convert("L").save(album / "c.png")
+    files = sorted(album.iterdir())
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for file in files:
+            tar.add(file, f"./{file.name}")
+    opened = [Image.open(file) for file in files]
+    runs = [
+        diag.probe("demo:vit-p16", given, limit=3, metrics=FAST)
+        for given in (album, tmp_path / "a.tar", files, opened)
+    ]
+    for run in runs[1:]:
+        pd.testing.assert_series_equal(means(run), means(runs[0]), check_exact=True)
+    upright = Image.fromarray(np.rot90(np.asarray(Image.open(files[0])), 3))
+    pixels = np.asarray(Image.open(files[1]).convert("RGB"))
+    black = np.where((pixels == clear).all(-1, keepdims=True), 0, pixels)
+    by_hand = [upright, Image.fromarray(black), Image.open(files[2]).convert("RGB")]
+    expected = means(diag.probe("demo:vit-p16", by_hand, limit=3, metrics=FAST))
+    pd.testing.assert_series_equal(means(runs[0]), expected, check_exact=True)
+
+
 def test_every_way_of_giving_the_same_text(tmp_path: Path) -> None:
     text = "How the standard library is documented, in a few words. " * 8
     (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.text").write_bytes(f"\ufeff{text}".encode())
     runs = [
         diag.probe("demo:lm", given, limit=2, seq_len=16, metrics=FAST)
-        for given in (tmp_path / "a.txt", diag.texts(tmp_path), [text], iter([text]))
+        for given in (
+            *(tmp_path / "a.txt", tmp_path / "b.text", diag.texts(tmp_path)),
+            *([text], iter([text]), [f"\ufeff{text}"]),
+        )
     ]
     assert runs[0].layers["n"].eq(2).all()
     assert runs[0].layers["n_tokens"].eq(16).all()
@@ -143,13 +226,78 @@ def test_a_failed_input_is_told_and_left_out(tmp_path: Path, noise: Path) -> Non
     assert caught.value.tip
 
 
+# --- layers that are not measured
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> nn.Module:
+    """Five blocks, of which the fourth, layer 3, has softmax attention."""
+    sizes = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 8)
+    sizes |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "num_attention_heads"), 2)
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 5, "num_experts": 0, "vocab_size": 32}
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(**sizes, hidden_size=16, intermediate_size=16, mlp_only_layers=list(range(5)))
+    return Qwen3NextModel(config).eval()
+
+
+IDS = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layers", [None, [3], -2, "3", ["-2"]])
+def test_layers_of_a_hybrid_keep_their_numbers(hybrid: nn.Module, layers: Any) -> None:
+    found = diag.probe(hybrid, [{"input_ids": IDS}], metrics=["cos_y_vself"], layers=layers)
+    assert list(found.layers["layer"]) == [3]
+    linear = "no softmax attention (Qwen3NextGatedDeltaNet)"
+    assert found.skipped == {f"layers.{index}": linear for index in (0, 1, 2, 4)}
+    assert found.depths == {"module": 5}
+    if layers is None:
+        low, high = found.plot()["curves-Qwen3NextModel-module-all"].axes[0].get_xlim()
+        assert (low < 0, high > 4) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [0]}, "layer 0 ('layers.0') is not measured: no softmax attention"),
+        ({"layers": "last"}, "layer -1 is layer 4 ('layers.4'), which is not measured: no softmax attention"),
+        ({"layers": 5}, "no layer 5"),
+        ({"intervene": ["xsa:2-3"]}, "--intervene xsa:2-3: layer 2 ('layers.2') is not measured"),
+    ],
+)
+def test_a_layer_without_attention_is_refused_by_name(hybrid: nn.Module, options: dict, message: str) -> None:
+    with pytest.raises(UserError) as told:
+        diag.probe(hybrid, [{"input_ids": IDS}], metrics=["cos_y_vself"], **options)
+    assert str(told.value).startswith(message)
+    assert told.value.tip in ("layers that are measured: 3", "layers are 0 to 4, or -1 to -5 from the last")
+
+
+class Plain(nn.Module):
+    """A block without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(("behind", "known"), [((), True), ((Plain,), False)])
+def test_what_needs_every_block_is_undefined_where_one_is_not_measured(behind: tuple, known: bool) -> None:
+    torch.manual_seed(0)
+    own = [nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True) for _ in range(2)]
+    model = nn.Sequential(*own, *(block() for block in behind)).eval()
+    found = diag.probe(model, batches(2), metrics=["secondary_sinks", "cos_y_vself"])
+    assert list(found.layers.query("metric == 'secondary_sinks'")["mean"].notna()) == [known, known]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"metrics": ["entrpy"]}, "unknown metric 'entrpy'"),
         ({"metrics": []}, "--metrics names nothing"),
         ({"layers": []}, "--layers names nothing"),
-        ({"layers": [-1]}, "no layer -1"),
+        ({"layers": [-7]}, "no layer -7"),
         ({"layers": [6]}, "no layer 6"),
         ({"tokens": ["registers"]}, "no token set 'registers'"),
         ({"limit": 0}, "--limit"),
@@ -228,6 +376,61 @@ def test_padding_does_not_count(mixer: Mixer) -> None:
     np.testing.assert_allclose(means(run), means(bare)[means(run).index], atol=2e-5)
     unmasked = diag.probe(mixer, [padded])
     assert abs(means(unmasked)[0, "entropy"] - means(bare)[0, "entropy"]) > 0.1
+
+
+@pytest.mark.parametrize("inside", ["function", "MultiheadAttention"])
+def test_every_way_of_being_causal_gives_the_same_table(inside: str) -> None:
+    """Every metric of attention; also for PyTorch's own objects, whose memory holds no mask."""
+    ways = (
+        WAYS if inside == "function" else {name: WAYS[name] for name in ("is_causal", "lower right", "-inf")}
+    )
+    (x,) = batches(3, tokens=9)
+    runs = {}
+    for name, options in ways.items():
+        torch.manual_seed(0)
+        module = (Masked if inside == "function" else MaskedInside)(**options(9)).eval()
+        runs[name] = diag.probe(module, [x], metrics=sorted(GROUPS.keys() - {"stream", "divergence"}))
+        (call,) = diag.capture(module, x)
+        assert torch.equal(diag.pattern_rows(call) > 0, torch.ones(3, 2, 9, 9).tril().bool()), name
+    whole = means(runs["is_causal"])
+    for name, run in runs.items():
+        np.testing.assert_allclose(means(run), whole, rtol=0, atol=1e-6, err_msg=name)
+    assert whole[0, "entropy_normalized"] > 0.9
+    free = diag.probe(Masked().eval(), [x], metrics=["entropy"])
+    assert means(free)[0, "entropy"] > whole[0, "entropy"] + 0.1
+
+
+def test_causality_up_to_the_last_of_more_keys_is_named() -> None:
+    class Attention(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            return F.scaled_dot_product_attention(q[:, :, -4:], k, v, causal_lower_right(4, 7))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.cached = Block(), Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.own(x)
+            return x + self.cached(x).mean()
+
+    run = diag.probe(Both().eval(), batches(2), metrics=FAST)
+    assert run.skipped == {"cached": "4 queries over 7 keys: causal up to the last key, as with a cache"}
+    assert set(run.layers["module"]) == {"own"}
+
+
+def test_nested_tensors_are_refused_by_name() -> None:
+    class Attention(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            parts = self.split(x).transpose(2, 3)  # [q k v, batch, token, head, dim]
+            rows = [[part[0], part[1, :4]] for part in parts]
+            q, k, v = (torch.nested.nested_tensor(row, layout=torch.jagged).transpose(1, 2) for row in rows)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    module = nn.Sequential(Attention()).eval()
+    with pytest.raises(UserError, match="layer '0' attends over nested tensors, of several lengths"):
+        diag.probe(module, batches(2), metrics=FAST)
 
 
 def test_a_module_is_left_as_it_was(mixer: Mixer) -> None:

@@ -14,6 +14,7 @@ from diag.errors import UserError
 from diag.run import plan as config
 from diag.run.environment import command_line, environment
 from diag.run.plan import ProbePlan
+from diag.studies.intervene.plan import IntervenePlan
 
 DIGESTS = {"vision": "abc"}
 
@@ -116,6 +117,67 @@ def test_the_key_changes_with_the_checkpoint(tmp_path: Path) -> None:
     before = mine.key(DIGESTS)
     file.write_bytes(b"12")
     assert mine.key(DIGESTS) != before
+
+
+def test_the_key_changes_with_a_checkpoint_among_the_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"1")
+    mine = plan(model_args=(f"checkpoint={file}",))
+    before = mine.key(DIGESTS)
+    os.utime(file, ns=(0, 0))
+    assert mine.key(DIGESTS) != before
+
+
+@pytest.mark.parametrize("where", ["", ":0-2", ":0/1"])
+def test_the_key_follows_the_content_of_a_table_of_strengths(tmp_path: Path, where: str) -> None:
+    """Whatever its size and times: it is small."""
+    file = tmp_path / "strengths.csv"
+    file.write_text("layer,head,strength\n0,0,0.5\n")
+    written = file.stat()
+    change = (f"gated_xsa={file}{where}",)
+    plans = [
+        plan(intervene=change),
+        IntervenePlan.checked(models=("demo:vit-p16",), interventions=change),
+    ]
+    before = [mine.key(DIGESTS) for mine in plans]
+    file.write_text("layer,head,strength\n0,0,0.7\n")
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    after = [mine.key(DIGESTS) for mine in plans]
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    os.utime(file, ns=(0, 0))
+    assert [mine.key(DIGESTS) for mine in plans] == after
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "modeling_own.py", "adapter_config.json"])
+def test_the_key_changes_with_a_model_file_edited_in_place(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    file = tmp_path / name
+    file.write_text("a")
+    os.utime(file, ns=(0, 0))
+    mine = plan(models=(f"hf:{tmp_path}",))
+    before = mine.key(DIGESTS)
+    file.write_text("b")
+    os.utime(file, ns=(0, 1))
+    assert mine.key(DIGESTS) != before
+
+
+def test_the_key_of_a_folder_with_an_adapter_knows_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it the adapter is loaded, without it only the base."""
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    mine = plan(models=(f"hf:{tmp_path}",))
+
+    def keys() -> set[str]:
+        found = set()
+        for installed in (None, "0.18.0"):
+            monkeypatch.setattr(config, "_peft", lambda installed=installed: installed)
+            found.add(mine.key(DIGESTS))
+        return found
+
+    assert len(keys()) == 1
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert len(keys()) == 2
 
 
 @pytest.mark.parametrize(

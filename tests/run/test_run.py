@@ -410,7 +410,7 @@ def test_a_disk_that_fills_up_while_figures_are_written_is_told(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.undo()
-    monkeypatch.setattr("diag.show.figures.draw_run", lambda layers, heads: {"curves": (None, None)})
+    monkeypatch.setattr("diag.show.figures.draw_run", lambda *tables: {"curves": (None, None)})
     monkeypatch.setattr("diag.show.figures.write.save", full)
     with pytest.raises(UserError, match="figures': No space left on device"):
         run_probe(vision(noise, limit=1), tmp_path / "run")

@@ -14,6 +14,7 @@ from made_runs import CURVES, Make, made_run
 from diag.cli.compare import numbers
 from diag.errors import UserError
 from diag.results.collect import collect
+from diag.results.hashes import edited
 from diag.results.tables import read_samples
 from diag.results.writing import write
 from diag.show.words.control import series_control
@@ -121,6 +122,15 @@ class TestFolder:
         write_comparison(compare(collect(two[:1])), folder)
         assert [file.read_text() for file in kept] == ["mine"] * 3
         assert not (folder / "figures" / "comparison.png").exists()
+
+    def test_the_manifest_knows_the_tables(self, two: tuple[Path, Path], tmp_path: Path) -> None:
+        folder = tmp_path / "out"
+        write_comparison(compare(collect(two)), folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["tables"].keys() == {"comparison.csv", "profiles.csv", "differences.csv"}
+        assert edited(folder, manifest) == []
+        (folder / "profiles.csv").write_text("x")
+        assert edited(folder, manifest) == [f"profiles.csv of '{folder}' is not as the run wrote it"]
 
     def test_the_name_follows_from_the_content(self, two: tuple[Path, Path]) -> None:
         found = compare(collect(two))
@@ -298,6 +308,13 @@ class TestVerb:
         layers = pd.read_csv("sizes/comparison.csv")
         assert set(layers["image_size"]) == {64, 96}
         assert len(set(layers["label"])) == 2
+
+    def test_a_dry_run_lists_a_folder_once_however_it_is_spelled(
+        self, attnbias: Attnbias, two: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        (tmp_path / "link").symlink_to(two[0])
+        done = attnbias("compare", two[0], "one", "./one/", "link", two[1], "--dry-run")
+        assert done.out.splitlines() == [f"there   {two[0]}", f"there   {two[1]}"]
 
     def test_dry_run_says_what_is_there_and_measures_nothing(
         self, attnbias: Attnbias, two: tuple[Path, Path]

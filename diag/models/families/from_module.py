@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,79 +12,178 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module
-from diag.models.hooks.seam import discover
+from diag.models.hooks.meaning import INPUTS, Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.survey import other_than
 from diag.models.weights import digest
 
 TOWER = "module"
 
 
 def from_module(
-    module: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None = None
-) -> tuple[Model, Tower, list[Sample]]:
-    """A model with one tower, that tower, and one sample for each ready batch.
+    module: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    limit: int | None = None,
+    *,
+    allow_random: bool = False,
+    apart: bool = True,
+) -> tuple[Model, tuple[Tower, ...], list[Sample]]:
+    """A model with the towers that its forward pass runs, and one sample for each ready batch.
 
     batches: a tensor, given to the module as its only argument, or a dict of tensors, given by
-        name; every row is one input. A two-dimensional `attention_mask` in a dict says which
-        tokens are real.
-    limit: the most inputs (rows) that are used.
-    The attention layers are those that the first batch runs through. The module keeps its mode and
-    its device; batches are moved to the device.
+        name; every row is one input. Where a module takes sequences first, every column is one. A
+        two-dimensional `attention_mask` in a dict says which tokens are real.
+    limit: the most inputs that are used.
+    allow_random: whether the module may be in training mode, or give other numbers for the same input.
+    apart: whether batches are cut into inputs, a sample each, where their rows are not those of the calls:
+        windows, tiles, several views of an input.
+    What the layers are is found by test on two inputs (`diag.models.hooks.meaning`). The module keeps its
+    mode and its device; batches are moved to the device.
 
-    Raises UserError if there is no batch, if a batch is neither, or if the module makes no
-    attention call that can be seen.
+    Raises UserError if there is no batch, if a batch is neither, if the module is random without being
+    allowed to, or makes no attention call that can be seen.
     """
-    ready = list(_ready(batches, limit))
+    ready = list(_ready(batches, limit, 0))
     if not ready:
         raise UserError("no batch was given", "pass an iterable of tensors, or of dicts of tensors")
+    if module.training and not allow_random:
+        raise UserError(
+            f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
+        )
     device = device_of_module(module)
 
     def forward(batch: Batch) -> Any:
         return module(**batch.data) if isinstance(batch.data, Mapping) else module(batch.data)
 
-    def run() -> None:
+    def run(data: Any) -> None:
         with torch.inference_mode():
-            forward(_on_device(ready[0], device))
+            forward(_on_device(Batch((), data), device))
+
+    found = _meaning(module, run, ready, 0)
+    inputs_axis = int(found.sequence_first)
+    if inputs_axis:
+        ready = list(_ready((batch.data for batch in ready), limit, inputs_axis))
+        found = _meaning(module, run, ready, inputs_axis)
+    refuse_random(module, found, allow_random)
+    if apart and found.rows != INPUTS:
+        ready = [one for batch in ready for one in _apart(batch, inputs_axis)]
+    samples = [
+        Sample(batch.ids[0] if len(batch.ids) == 1 else f"batch-{number:05d}", partial(_itself, batch))
+        for number, batch in enumerate(ready)
+    ]
+    towers = tuple(_tower(one, found, forward, samples, device) for one in found.towers)
+    facts = {"weights_sha256": digest(module)}
+    name = type(module).__name__
+    model = Model(
+        name, "module", f"module:{name}", module, {tower.name: tower for tower in towers}, facts=facts
+    )
+    return model, towers, samples
+
+
+def _tower(
+    one: Understood,
+    found: Meaning,
+    forward: Callable[[Batch], Any],
+    samples: Sequence[Sample],
+    device: torch.device,
+) -> Tower:
+    """One tower of the module. Padding belongs to the tower whose masks hide it."""
+    padded = len(found.towers) == 1 or one.hides_padding
 
     def encode(group: Sequence[Sample]) -> Batch:
         (sample,) = group
-        return _on_device(sample.read(), device)
+        batch = _on_device(sample.read(), device)
+        return batch if padded else replace(batch, real=None)
 
-    samples = [
-        Sample(f"batch-{number:05d}", lambda batch=batch: batch)  # type: ignore[misc]
-        for number, batch in enumerate(ready)
-    ]
-
-    name = type(module).__name__
-    tower = Tower(
-        TOWER, discover(module, run), lambda inputs, seq_len: iter(samples), encode, forward, max_batch=1
+    return Tower(
+        one.name or TOWER,
+        one.layers,
+        lambda inputs, seq_len: iter(samples),
+        encode,
+        forward,
+        max_batch=1,
+        depth=one.depth,
+        places=one.places,
+        skipped=one.skipped,
+        meaning=told(found, one),
     )
-    facts = {"weights_sha256": digest(module)}
-    return Model(name, "module", f"module:{name}", module, {TOWER: tower}, facts=facts), tower, samples
 
 
-def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None) -> Iterator[Batch]:
-    """The batches where they lie, with inputs numbered from one to the next."""
+def _itself(batch: Batch) -> Batch:
+    return batch
+
+
+def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Batch], axis: int) -> Meaning:
+    """The tests on two inputs of the batch with most padding; where it has one, a second one is made."""
+    masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
+    place = min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)
+    given = ready[place].data
+    tensors = dict(given) if isinstance(given, Mapping) else {"": given}
+    one = int(masks[place].sum(1).argmin()) if masks else 0
+    of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
+    first, other = dict[str, Tensor](), dict[str, Tensor]()
+    for name, x in tensors.items():
+        chosen = x.narrow(axis, one, 1)
+        alone = x.shape[axis] == 1
+        beside = another(chosen) if alone else x.narrow(axis, (one + 1) % x.shape[axis], 1)
+        first[name] = torch.cat([chosen, beside], axis)
+        content = x.is_floating_point() or name.endswith("ids") or not of_ids
+        other[name] = torch.cat([another(chosen, 2) if content else chosen, beside], axis)
+    whole = isinstance(given, Mapping)
+    mask = _mask_of(first)
+    return meaning_of(
+        module, run, first if whole else first[""], other if whole else other[""], inputs=2, real=mask
+    )
+
+
+def another(x: Tensor, number: int = 1) -> Tensor:
+    """Another input in the place of one, by number: of its values and ids; masks and flags stay."""
+    flags = not x.is_floating_point() and not bool((x > 1).any())
+    return x if flags else other_than(x, number)
+
+
+def _mask_of(data: Any) -> Tensor | None:
+    mask = data.get("attention_mask") if isinstance(data, Mapping) else None
+    return mask.bool() if mask is not None and mask.ndim == 2 else None
+
+
+def _apart(batch: Batch, axis: int) -> Iterator[Batch]:
+    """Its inputs, one by one."""
+    for row, name in enumerate(batch.ids):
+        if isinstance(batch.data, Mapping):
+            data: Any = {key: x.narrow(axis, row, 1) for key, x in batch.data.items()}
+        else:
+            data = batch.data.narrow(axis, row, 1)
+        yield Batch((name,), data)
+
+
+def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None, axis: int) -> Iterator[Batch]:
+    """The batches where they lie, with inputs numbered from one to the next. axis: along which they lie."""
     first = 0
     for data in batches:
         left = None if limit is None else limit - first
         if left is not None and left <= 0:
             return
-        cut = _first_rows(data, left)
-        rows = len(cut if isinstance(cut, Tensor) else next(iter(cut.values())))
-        yield Batch(tuple(f"{first + row:06d}" for row in range(rows)), cut)
-        first += rows
+        cut = _first_inputs(data, left, axis)
+        count = (cut if isinstance(cut, Tensor) else next(iter(cut.values()))).shape[axis]
+        yield Batch(tuple(f"{first + row:06d}" for row in range(count)), cut)
+        first += count
 
 
-def _first_rows(data: Tensor | Mapping[str, Tensor], most: int | None) -> Tensor | dict[str, Tensor]:
-    if isinstance(data, Tensor) and data.ndim:
-        return data[:most]
+def _first_inputs(
+    data: Tensor | Mapping[str, Tensor], most: int | None, axis: int
+) -> Tensor | dict[str, Tensor]:
+    if isinstance(data, Tensor) and data.ndim > axis:
+        return data.narrow(axis, 0, min(most or data.shape[axis], data.shape[axis]))
     if isinstance(data, Mapping) and data and all(isinstance(value, Tensor) for value in data.values()):
-        lengths = {key: len(value) for key, value in data.items()}
+        lengths = {key: value.shape[axis] for key, value in data.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(
                 f"tensors of one batch differ in rows: {lengths}", "give every tensor one row per input"
             )
-        return {key: value[:most] for key, value in data.items()}
+        return {
+            key: value.narrow(axis, 0, min(most or len(value), value.shape[axis]))
+            for key, value in data.items()
+        }
     raise UserError(
         f"a batch is a {type(data).__name__}",
         "a batch is a tensor, or a dict of tensors, with one input per row",
@@ -94,5 +194,4 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch.data, Tensor):
         return replace(batch, data=batch.data.to(device))
     moved = {key: value.to(device) for key, value in batch.data.items()}
-    mask = moved.get("attention_mask")
-    return replace(batch, data=moved, real=mask.bool() if mask is not None and mask.ndim == 2 else None)
+    return replace(batch, data=moved, real=_mask_of(moved))

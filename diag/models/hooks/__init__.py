@@ -9,10 +9,13 @@ What it sees. Modules from outside: forward hooks on the listed layers, and the 
 between them. The model's own code and weights are untouched. What a layer used arrives as it used it, in its
 format, on its device; the output with somebody watching is the output without, to the bit.
 
-What it trusts. Names, for where to look: that the innermost module called attention is a layer, that modules
-stand in depth order, that a block's parts are called what parts of blocks are called. Addresses, for masks:
-the tensor that one layer got, given again to the next, still holds the same. Shapes, for what attends to
-itself: as many queries as keys.
+What it tests. `survey` watches every module in one pass and runs those that called attention again with one
+element changed; `meaning` compares two passes, and tells whose tokens, rows and values calls are of; `layout`
+finds heads by what the projection reads, `depth` gives layers the model's own numbers.
+
+What it trusts. Names, for what is loaded before anything runs, and for what a block's parts are called.
+Numbers in paths, for the order of blocks. Addresses, for masks: the tensor that one layer got, given again to
+the next, still holds the same.
 
 What it checks. On the first batch `diag.measure.reconstruction` rebuilds A V from each call,
 `residual.check_states` the block from its updates and `residual.projection_error` the attention update from
@@ -35,6 +38,8 @@ What bit people:
   that see nothing. CLIP's text tower is causal by argument only, without a mask.
 - Windows sit in the batch (Swin), in turn (Qwen2.5-VL), or in an axis of their own (Hiera); SAM has no axis
   of heads. Swin hides its neighbour's patches with -100, which elsewhere is a distance bias.
+- Encoder and decoder of one length have cross-attention of as many queries as keys. Fused XCiT attends over
+  channels. A decoder is given its memory by name, in front of its own ids: which tensor is changed matters.
 - A mask that was dropped gives its address to the next one: a mask whose structure is remembered is kept.
 - A gate or norm between attention and W_O makes what the projection reads another thing than Y.
 - A branch is changed by a hook before those that watch it, or they would see what is not added. OPT flattens

@@ -7,8 +7,6 @@ registered; `parse` reads `NAME[=STRENGTH][:LAYERS[/HEADS]]`.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from torch.linalg import vecdot
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
-from diag.errors import UserError, did_you_mean, ranges
+from diag.errors import MeasurementError, UserError, did_you_mean, ranges
 from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
-from diag.models.names.spec import expanded
+from diag.models.names.changes import WRITTEN, strengths_file
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
@@ -93,6 +91,12 @@ def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
 def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the pattern without the own key, renormalised, and which of them see nothing else."""
     own = torch.arange(call.tokens, device=rows.device) == rows[:, None]
+    if call.maps:
+        raise MeasurementError(
+            f"layer '{call.module}' adds up {len(call.maps)} maps: weights may be negative, and cannot be "
+            "renormalised without A_ii",
+            "choose another intervention than mask_self, or leave the layer out with --layers",
+        )
     if call.pattern is not None:
         others = call.pattern[:, :, rows].masked_fill(own, 0.0)
         total = others.sum(-1, keepdim=True)
@@ -199,7 +203,8 @@ INTERVENTIONS: dict[str, Intervention] = {
 class Edit:
     """An intervention with its strength, on some layers and heads.
 
-    layers, heads: depth indices and head numbers; None for all.
+    layers, heads: the model's own numbers of layers, or before a model is known negative ones that count
+        from the last, and of heads; None for all.
     strength: one number, or one per (layer, head), where what is not named is 0.
     text: as written, in canonical spelling.
     """
@@ -245,7 +250,7 @@ def parse(text: str) -> Edit:
 
     STRENGTH is a number, or a CSV file with the columns layer, head, strength. Raises UserError.
     """
-    match = re.fullmatch(r"([^=:]+)(?:=(.+?))?(?::([0-9,-]+)(?:/([0-9,-]+))?)?", text.strip())
+    match = WRITTEN.fullmatch(text.strip())
     name = match[1].strip().replace("-", "_") if match else ""
     if match is None or name not in INTERVENTIONS:
         near = did_you_mean(name, INTERVENTIONS) or f"interventions are {', '.join(INTERVENTIONS)}"
@@ -261,14 +266,15 @@ def parse(text: str) -> Edit:
     strength = _strength(match[2], text) if match[2] else (1.0 if entry.strength is None else entry.strength)
     if isinstance(strength, Mapping) and entry.where != "attention":
         raise UserError(f"--intervene {text}: '{name}' takes one number", f"for example {name}=0.5")
-    return Edit(name, text.strip(), strength, _numbers(match[3], text), _numbers(match[4], text))
+    layers = _numbers(match[3], text, from_end=True)
+    return Edit(name, text.strip(), strength, layers, _numbers(match[4], text))
 
 
 def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     with suppress(ValueError):
         return float(given)
-    path = expanded(given)
-    if not os.path.isfile(path):
+    path = strengths_file(text)
+    if path is None:
         raise UserError(
             f"--intervene {text}: '{given}' is neither a number nor a file", "for example gated_xsa=0.5"
         )
@@ -280,5 +286,6 @@ def _strength(given: str, text: str) -> float | Mapping[tuple[int, int], float]:
     return {(int(layer), int(head)): float(value) for layer, head, value in rows}
 
 
-def _numbers(given: str | None, text: str) -> frozenset[int] | None:
-    return frozenset(ranges(given, f"--intervene {text}:", "xsa:0,5-11")) if given else None
+def _numbers(given: str | None, text: str, *, from_end: bool = False) -> frozenset[int] | None:
+    said = f"--intervene {text}:"
+    return frozenset(ranges(given, said, "xsa:0,5-11", from_end=from_end)) if given else None

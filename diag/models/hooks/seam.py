@@ -9,9 +9,8 @@ Forward hooks on the listed modules, kept as a stack, tell which layer a call be
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,34 +21,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.attention.call import HIDDEN, AttentionCall
+from diag.attention.call import AttentionCall
 from diag.attention.kernels.flash import attention_with_normaliser
-from diag.attention.visibility import Visibility
+from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
+from diag.models.hooks.combined import Combination
+from diag.models.hooks.layout import Layout, plain_layout
 
 SDPA = F.scaled_dot_product_attention
 MULTI_HEAD = F.multi_head_attention_forward
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PROJECTIONS = {F.linear: 0, torch.addmm: 1, Tensor.addmm: 1}  # function -> which argument is its input
+CONVOLUTIONS = {F.conv1d, F.conv2d}
 
-NAMES = re.compile(r"attention|attn", re.IGNORECASE)
-SHIFTED_WINDOWS = re.compile(r"WindowAttention|Swin")
-SHIFTED_WINDOWS_HIDDEN = -50.0
-"""Swin hides the neighbouring window with -100 on top of a learned bias of a few units; elsewhere such an
-entry may be a distance bias of a key that is seen."""
-
+NAMES = re.compile(r"attention|attn|(?-i:(MLA|MHSA|GPSA)$)", re.IGNORECASE)
 CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
 BESIDE = re.compile(r"drop|norm|embed|output|residual", re.IGNORECASE)
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """How a layer calls attention, as the tests of meaning found it (`diag.models.hooks.meaning`).
+
+    The default is the usual one: one run, one call, `[batch, head, token, dim]`, no padding.
+
+    runs: of its module in one forward pass; each run is a layer of its own.
+    calls: which calls of a run are the layer's, by number; None for all of them.
+    layout: where heads are; None for the usual axes.
+    padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
+    adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
+    value_from: "own" where each token has its own value; else what the values are of.
+    """
+
+    runs: int = 1
+    calls: frozenset[int] | None = None
+    layout: Layout | None = None
+    padding: tuple[Tensor | None, ...] = ()
+    adds_up: bool = False
+    value_from: str = "own"
+
+
+USUAL = Form()
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One self-attention module: its place in depth order, its path and the module."""
+    """One self-attention layer.
+
+    index: the model's own number, on the depth axis of its tower. path, module: where it is.
+    run: which run of its module in a forward pass, from 0; depths that share weights differ in it.
+    """
 
     index: int
     path: str
     module: nn.Module
+    run: int = 0
+    form: Form = USUAL
+
+    @property
+    def name(self) -> str:
+        """The path, and which run where there are several."""
+        return self.path if self.form.runs == 1 else f"{self.path} (run {self.run})"
 
 
 OnCall = Callable[[AttentionCall], Tensor | None]
@@ -58,10 +90,10 @@ OnCall = Callable[[AttentionCall], Tensor | None]
 
 @dataclass
 class Sightings:
-    """What was seen while capturing, by layer path.
+    """What was seen while capturing, by layer name.
 
-    runs: how often the layer's module ran; more than once where depths share its weights.
-    calls: how often it called attention on its own tokens.
+    runs: how often a module ran, by path; more than once where depths share its weights.
+    calls: how often a layer called attention on its own tokens.
     skipped: why a call was not self-attention.
     projection: "as captured" where the output projection read exactly Y, "modified" where a gate or
         norm came between, "unknown" where no projection was seen.
@@ -82,15 +114,25 @@ def attention_modules(root: nn.Module, *, prefix: str = "") -> tuple[Layer, ...]
     named: dict[str, nn.Module] = {}
     closed: list[str] = []  # where nothing is self-attention
     for path, module in root.named_modules():
-        words = f"{type(module).__name__} {path.rpartition('.')[2]}"
+        kind, own = type(module).__name__, path.rpartition(".")[2]
         if path.startswith(tuple(closed)):
             continue
-        if path and CLOSED.search(words):
+        if path and CLOSED.search(f"{kind} {own}"):
             closed.append(f"{path}.")
-        elif NAMES.search(type(module).__name__) and not BESIDE.search(words):
+        # what stands before belongs to the model's name: RobertaPreLayerNormSelfAttention
+        elif (found := NAMES.search(kind)) and not BESIDE.search(f"{kind[found.end() :]} {own}"):
             named[path] = module
     inner = [p for p in named if not any(other.startswith(f"{p}.") for other in named)]
     return tuple(Layer(i, prefix + path, named[path]) for i, path in enumerate(inner))
+
+
+def has_closed(root: nn.Module) -> bool:
+    """Whether anything below `root` is called pooling or cross-attention."""
+    return any(
+        CLOSED.search(f"{type(module).__name__} {path.rpartition('.')[2]}")
+        and NAMES.search(type(module).__name__)
+        for path, module in root.named_modules()
+    )
 
 
 @contextmanager
@@ -104,41 +146,9 @@ def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sighti
     attention weights at random.
     """
     refuse_compiled(layers)
-    seam = _Seam(on_call)
-    with _hooked(seam, layers):
+    seam = _Seam(layers, on_call)
+    with hooked(seam, {layer.path: layer.module for layer in layers}):
         yield seam.sightings
-
-
-def discover(module: nn.Module, run: Callable[[], object]) -> tuple[Layer, ...]:
-    """The modules of any model that call PyTorch attention on their own tokens, in order of first call.
-
-    run: runs the model once on a real batch.
-    Warns of modules that compute softmax attention themselves; raises UserError if there are no others.
-    """
-    modules = [Layer(i, path, child) for i, (path, child) in enumerate(module.named_modules())]
-    refuse_compiled(modules)
-    found: dict[int, Layer] = {}
-
-    def on_call(call: AttentionCall) -> None:
-        found.setdefault(call.layer, modules[call.layer])
-
-    seam = _Seam(on_call, strict=False)
-    with _hooked(seam, modules):
-        run()
-    if not found:
-        if seam.eager:
-            where = next(iter(seam.eager)) or type(module).__name__
-            raise UserError(
-                f"the model computes attention itself, in '{where}': it cannot be seen",
-                "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",
-            )
-        raise UserError(
-            f"{type(module).__name__} made no self-attention call",
-            "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
-        )
-    for path in seam.eager:
-        warnings.warn(f"'{path}' computes attention itself: it is not in the table", stacklevel=2)
-    return tuple(Layer(i, layer.path, layer.module) for i, layer in enumerate(found.values()))
 
 
 def refuse_compiled(layers: Sequence[Layer]) -> None:
@@ -154,69 +164,107 @@ def refuse_compiled(layers: Sequence[Layer]) -> None:
             )
 
 
+@dataclass
+class Frame:
+    """One module whose forward is running.
+
+    layer: what is listed of this run of it. calls: how many it has made. unread: the output of the last
+    call, until the projection that should read it is seen. maps: calls that may be added up.
+    """
+
+    path: str
+    run: int
+    layer: Layer | None = None
+    calls: int = 0
+    unread: Tensor | None = None
+    maps: Combination | None = None
+
+
 @contextmanager
-def _hooked(seam: _Seam, layers: Sequence[Layer]) -> Iterator[None]:
-    """Attaches the seam to every layer and switches it on; undoes both, whatever happens."""
+def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens."""
     with ExitStack() as undone:
-        undone.callback(seam.stack.clear)
-        for layer in layers:
-            entered, left = partial(seam.entered, layer), partial(seam.left, layer)
-            undone.callback(layer.module.register_forward_pre_hook(entered, prepend=True).remove)
-            undone.callback(layer.module.register_forward_hook(left, always_call=True).remove)
-        with seam:
+        undone.callback(mode.stack.clear)
+        for path, module in modules.items():
+            entered, left = partial(mode.entered, path), partial(mode.left, path)
+            undone.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
+            kept = module.register_forward_hook(left, always_call=True, with_kwargs=True)
+            undone.callback(kept.remove)
+        with mode:
             yield
 
 
-@dataclass
-class _Frame:
-    """One listed module whose forward is running."""
+class AttentionMode(TorchFunctionMode):
+    """Hands on every call of PyTorch's attention, and what may be a softmax or a projection of one.
 
-    layer: Layer
-    calls: int = 0
-    unread: Tensor | None = None  # the output that the next projection should read
+    A function mode is off inside `multi_head_attention_forward`, which is therefore run with it on for the
+    length of its attention call.
+    """
 
-
-class _Seam(TorchFunctionMode):
-    def __init__(self, on_call: OnCall, *, strict: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.on_call = on_call
-        self.strict = strict
-        self.stack: list[_Frame] = []
-        self.sightings = Sightings()
-        self.eager: dict[str, None] = {}  # paths, in order
-        self.visibilities: dict[tuple, Visibility] = {}
+        self.stack: list[Frame] = []
 
-    def entered(self, layer: Layer, module: nn.Module, args: Any) -> None:
-        self.stack.append(_Frame(layer))
-        self.sightings.runs[layer.path] += 1
+    def entered(self, path: str, module: nn.Module, args: Any) -> None:
+        """A hooked module begins to run."""
+        raise NotImplementedError
 
-    def left(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
-        frame = self.stack.pop()
-        # None: the forward raised, and its own error is the one to show
-        if output is None or not self.strict:
-            return
-        if frame.calls == 0:
-            eager = layer.path in self.eager
-            raise MeasurementError(
-                f"layer '{layer.path}' finished without a call of scaled_dot_product_attention: "
-                f"{'it computes softmax attention itself (eager)' if eager else 'nothing was seen'}",
-                "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
-            )
-        self.sightings.projection.setdefault(layer.path, "unknown")
+    def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A hooked module has run; its output is None if it raised."""
+        raise NotImplementedError
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """What a call of attention returns."""
+        raise NotImplementedError
+
+    def softmax(self, scores: torch.Size) -> None:
+        """Told of a softmax over what may be scores; without a shape, of attention that is out of sight."""
+        raise NotImplementedError
+
+    def projection(self, read: Tensor) -> None:
+        """Told what a linear map reads, `[…, channel]`."""
+        raise NotImplementedError
+
+    def added_up(self, frame: Frame) -> None:
+        """Told that the sum of a frame's maps is about to be read."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
+            if self.stack and (args[0] if args else kwargs["query"]).is_nested:
+                raise MeasurementError(
+                    f"layer '{self.stack[-1].path}' attends over nested tensors, of several lengths",
+                    "give batches that are padded to one length, with a mask",
+                )
             return self.attention(*args, **kwargs)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
-        if self.stack:
-            if func in SOFTMAX:
-                if args and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
-                    self.eager[self.stack[-1].layer.path] = None
-            elif func in PROJECTIONS and self.stack[-1].unread is not None:
-                self.note_projection(args, PROJECTIONS[func])
-        return func(*args, **kwargs)
+        if not self.stack:
+            return func(*args, **kwargs)
+        frame = self.stack[-1]
+        if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
+            self.added_up(frame)
+        if func in SOFTMAX:
+            if args and _may_be_scores(args[0], args[1] if len(args) > 1 else kwargs.get("dim")):
+                self.softmax(args[0].shape)
+        elif func in PROJECTIONS and len(args) > PROJECTIONS[func]:
+            self.projection(args[PROJECTIONS[func]])
+        elif func in CONVOLUTIONS and args:
+            self.projection(args[0].movedim(1, -1))
+        result = func(*args, **kwargs)
+        if frame.maps is not None:
+            frame.maps.seen(func, args, kwargs, result)
+        return result
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
         """Runs the one function inside which every mode is off, and sees its attention call all the same."""
@@ -236,8 +284,47 @@ class _Seam(TorchFunctionMode):
         if frame is not None:
             frame.unread = None  # the output projection was applied out of sight
             if frame.calls == before:  # need_weights=True
-                self.eager[frame.layer.path] = None
+                self.softmax(torch.Size())
         return result
+
+
+class _Seam(AttentionMode):
+    """Makes an `AttentionCall` of each call of the listed layers."""
+
+    def __init__(self, layers: Sequence[Layer], on_call: OnCall) -> None:
+        super().__init__()
+        self.on_call = on_call
+        self.listed = {(layer.path, layer.run): layer for layer in layers}
+        self.unshared = {layer.path: layer for layer in layers if layer.form.runs == 1}
+        self.sightings = Sightings()
+        self.eager: set[str] = set()
+        self.visibilities: dict[tuple, tuple[Tensor, Visibility]] = {}
+
+    def entered(self, path: str, module: nn.Module, args: Any) -> None:
+        run = self.sightings.runs[path]
+        self.sightings.runs[path] += 1
+        # where a module runs again unasked, that is an error when the pass has ended
+        layer = self.listed.get((path, run)) or self.unshared.get(path)
+        self.stack.append(Frame(path, run, layer))
+
+    def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        frame = self.stack.pop()
+        # None: the forward raised, and its own error is the one to show
+        if output is None or frame.layer is None:
+            return
+        name = frame.layer.name
+        if frame.maps is not None:
+            self.added_up(frame)
+        if frame.calls == 0:
+            why = "it computes softmax attention itself (eager)" if path in self.eager else "nothing was seen"
+            raise MeasurementError(
+                f"layer '{name}' finished without a call of scaled_dot_product_attention: {why}",
+                "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
+            )
+        self.sightings.projection.setdefault(name, "unknown")
+
+    def softmax(self, scores: torch.Size) -> None:
+        self.eager.add(self.stack[-1].path)
 
     def attention(
         self,
@@ -250,110 +337,133 @@ class _Seam(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not self.stack:
+        frame = self.stack[-1] if self.stack else None
+        if frame is None or frame.layer is None:
             return SDPA(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        frame = self.stack[-1]
-        path = frame.layer.path
+        layer, number = frame.layer, frame.calls
         frame.calls += 1
-        if dropout_p and self.strict:
+        if dropout_p:
             raise MeasurementError(
-                f"layer '{path}' drops attention weights at random (p = {dropout_p})",
+                f"layer '{layer.name}' drops attention weights at random (p = {dropout_p})",
                 "put the model in evaluation mode: model.eval()",
             )
+        # a mask beside is_causal is an error, which is for the function itself to raise
+        mask, causal = (attn_mask, True) if is_causal else plain(attn_mask, False)
         output, normaliser = attention_with_normaliser(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            query, key, value, mask, dropout_p, causal, scale, enable_gqa
         )
-        if query.shape[-2] != key.shape[-2]:
-            self.sightings.skipped[path] = (
-                f"{query.shape[-2]} queries over {key.shape[-2]} keys: cross-attention or pooling"
-            )
+        if layer.form.calls is not None and number not in layer.form.calls:
             return output
-        heads = _merged_heads(query, frame.layer.module)
-        swin = SHIFTED_WINDOWS.search(type(frame.layer.module).__name__)
+        if query.shape[-2] != key.shape[-2]:
+            self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
+            return output
+        layout = layer.form.layout or plain_layout(output)
+        if layout is None:
+            raise MeasurementError(
+                f"layer '{layer.name}' attends over {output.ndim} axes, and where its heads are is not known",
+                "measure the model by name, or as a module: the layout is found there",
+            )
         seen = self.visibility_of(
-            None if attn_mask is None else _split_mask(attn_mask, query, heads),
-            is_causal,
-            SHIFTED_WINDOWS_HIDDEN if swin else HIDDEN,
-            _split(output, heads),
+            None if mask is None else layout.split_mask(mask, query.shape),
+            causal,
+            layout.split(output),
         )
         call = AttentionCall(
-            layer=frame.layer.index,
-            module=path,
-            query=_split(query, heads),
-            key=_split(key, heads),
-            value=_split(value, heads),
-            output=_split(output, heads),
+            layer=layer.index,
+            module=layer.name,
+            query=layout.split(query),
+            key=_of_heads(layout.split(key), layout.split(value)),
+            value=_of_heads(layout.split(value), layout.split(key)),
+            output=layout.split(output),
             mask=seen.mask,
             causal=seen.causal,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            hidden=seen.hidden,
             log_normaliser=normaliser,
+            padding=padding_of(layer, number, layout.split(output)),
             visibility=seen,
         )
-        self.sightings.calls[path] += 1
+        if layer.form.adds_up:
+            frame.maps = frame.maps or Combination(layer.name)
+            frame.maps.note_call(call, output)
+            return output
+        self.sightings.calls[layer.name] += 1
         replaced = self.on_call(call)
         if replaced is not None:
-            output = _joined(replaced.to(output.dtype), output)
-        if path not in self.sightings.projection:
+            output = layout.joined(replaced.to(output.dtype), output)
+        if layer.name not in self.sightings.projection:
             frame.unread = output
         return output
 
-    def visibility_of(self, mask: Tensor | None, causal: bool, hidden: float, output: Tensor) -> Visibility:
+    def added_up(self, frame: Frame) -> None:
+        """Hands on the sum of a layer's maps, before the module goes on with it."""
+        assert frame.maps is not None
+        assert frame.layer is not None
+        maps, frame.maps = frame.maps, None
+        call, name = maps.combined(), frame.layer.name
+        self.sightings.calls[name] += 1
+        replaced = self.on_call(call)
+        if replaced is not None:
+            maps.replace(call, replaced)
+        if name not in self.sightings.projection:
+            frame.unread = call.output
+
+    def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> Visibility:
         """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""
         if mask is None:
-            return Visibility.of(mask, causal, hidden, output)
-        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, hidden, output.shape)
+            return Visibility.of(mask, causal, output)
+        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, output.shape)
         if place not in self.visibilities:
             while len(self.visibilities) >= 2:
                 self.visibilities.pop(next(iter(self.visibilities)))
-            # it holds the mask, so that its address is not given to another one
-            self.visibilities[place] = Visibility.of(mask, causal, hidden, output)
-        return self.visibilities[place]
+            # the mask is held, so that its address is not given to another one
+            self.visibilities[place] = mask, Visibility.of(mask, causal, output)
+        return self.visibilities[place][1]
 
-    def note_projection(self, args: tuple, which: int) -> None:
+    def projection(self, read: Tensor) -> None:
         """Compares what the output projection reads with the output that was captured."""
         frame = self.stack[-1]
         output, frame.unread = frame.unread, None
-        if output is None or len(args) <= which or output.ndim != 4:
+        if output is None or frame.layer is None or output.ndim != 4:
             return
-        read = args[which]
         same = read.numel() == output.numel() and torch.equal(
             read.reshape(-1), output.transpose(1, 2).reshape(-1)
         )
-        self.sightings.projection[frame.layer.path] = "as captured" if same else "modified"
+        self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
 
 
-def _merged_heads(query: Tensor, module: nn.Module) -> int:
-    """How many heads a module has put into the batch. Raises MeasurementError for an unknown layout."""
-    if query.ndim not in (3, 4, 5):
-        raise MeasurementError(f"attention over {query.ndim} dimensions is not understood")
-    if query.ndim != 3:
-        return 1
-    counts = [getattr(module, name, None) for name in HEAD_COUNTS]
-    heads = next((count for count in counts if isinstance(count, int)), 1)
-    return heads if query.shape[0] % heads == 0 else 1
+def _may_be_scores(x: Tensor, dim: int | None) -> bool:
+    """Whether a softmax may be one over keys: over the last axis, of queries and keys at the least."""
+    square = x.ndim == 3 and x.shape[-1] == x.shape[-2]
+    return (x.ndim >= 4 or square) and dim in (-1, x.ndim - 1)
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    """To `[batch, head, token, dim]` from it, SAM's `[batch · head, token, dim]`, or Hiera's
-    `[batch, head, window, token, dim]`."""
-    if x.ndim == 3:
-        return x.unflatten(0, (-1, heads))
-    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+def _of_heads(x: Tensor, other: Tensor) -> Tensor:
+    """Keys with as many heads as values, or the other way round: PyTorch lets them differ."""
+    times = other.shape[1] // x.shape[1]
+    return x.repeat_interleave(times, 1) if times > 1 else x
 
 
-def _split_mask(mask: Tensor, query: Tensor, heads: int) -> Tensor:
-    if query.ndim == 3 and mask.ndim == 3:
-        return mask.unflatten(0, (-1, heads)) if mask.shape[0] > 1 else mask[None]
-    if query.ndim == 4 or mask.ndim == 2:
-        return mask
-    raise MeasurementError("a mask over windows or merged heads is not understood")
+def not_its_own(query: Tensor, key: Tensor, mask: Tensor | None = None) -> str:
+    """Why a call with other numbers of queries and keys is not of its own tokens."""
+    aligned = type(mask).__name__ == "CausalBias"
+    what = "causal up to the last key, as with a cache" if aligned else "cross-attention or pooling"
+    return f"{query.shape[-2]} queries over {key.shape[-2]} keys: {what}"
 
 
-def _joined(x: Tensor, like: Tensor) -> Tensor:
-    """Back from `[batch, head, token, dim]` to the layout of `like`."""
-    if like.ndim == 5:
-        return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
-    return x.reshape(like.shape)
+def padding_of(layer: Layer, number: int, output: Tensor) -> Tensor | None:
+    """Which tokens of a call are padding, `[row, token]`, from what was found of one input.
+
+    Raises MeasurementError where its windows are others than those that were looked at.
+    """
+    known = layer.form.padding[number] if number < len(layer.form.padding) else None
+    if known is None:
+        return None
+    rows, tokens = known.shape
+    if output.shape[2] != tokens or output.shape[0] % rows:
+        raise MeasurementError(
+            f"layer '{layer.name}' pads its windows, and this input has others than the first one",
+            "give inputs of one size",
+        )
+    return known.to(output.device).repeat(output.shape[0] // rows, 1)

@@ -7,7 +7,7 @@ writeup in `diag.studies.writeup.drawing`. Nothing heavy is imported before some
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -45,8 +45,12 @@ FIGURES: dict[str, Drawing] = {
 }
 
 
-def draw_run(layers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, tuple[Figure, pd.DataFrame]]:
+def draw_run(
+    layers: pd.DataFrame, heads: pd.DataFrame, depths: Mapping[tuple[str, str], int] | None = None
+) -> dict[str, tuple[Figure, pd.DataFrame]]:
     """Every figure of a run with the rows behind it, by file stem, such as `curves-demo-vit-p8-vision-patch`.
+
+    depths: how many layers each model and tower has, also where only some of them are measured.
 
     One of each kind per (model, tower, tokens) and way of measuring, and a `comparison` if there is more
     than one model. Figures whose metrics were not measured are left out, so the answer may be empty.
@@ -63,8 +67,16 @@ def draw_run(layers: pd.DataFrame, heads: pd.DataFrame) -> dict[str, tuple[Figur
             rows = rows_of(part, drawing.metrics)
             if not rows.empty:
                 stem = free_stem(file_stem(kind, *suffix), taken)
-                drawn[stem] = (drawing.draw(rows), rows)
+                drawn[stem] = (drawing.draw(_with_depths(rows, depths)), rows)
     return drawn
+
+
+def _with_depths(rows: pd.DataFrame, depths: Mapping[tuple[str, str], int] | None) -> pd.DataFrame:
+    """Rows with the column `layer_count` where the depth of each of their models is known."""
+    lines = list(zip(rows["model"], rows["tower"], strict=True))
+    if depths is None or not depths.keys() >= set(lines):
+        return rows
+    return rows.assign(layer_count=[depths[line] for line in lines])
 
 
 def _separate(table: pd.DataFrame) -> Iterator[tuple[list[object], pd.DataFrame]]:

@@ -46,9 +46,9 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
 
     `layers` is the long-form table of one (model, tower, tokens). `published`: values to lay over it, as
     hollow grey markers (columns model, metric, layer, value, uncertainty, source). Panels whose metrics
-    were not measured are left out. The panels of cosines share their limits. Lines join the measured
-    layers in order of depth, also across layers that were left out; more than 16 layers are marked every
-    second, third, ...
+    were not measured are left out. The panels of cosines share their limits. Lines join
+    neighbouring layers; across layers that are not measured, a fine dotted line leads to the next one. More
+    than 16 layers are marked every second, third, ...
 
     Raises UserError if the table holds several selections or none of the metrics.
     """
@@ -58,7 +58,6 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     cosines = {metric for panel in panels if not panel.unit_interval for metric in panel.lines}
     known = overlays(published, CURVE_METRICS)
     limits = _cosine_limits(rows_of(rows, cosines), [overlay.of(cosines).rows for overlay in known])
-    deep = pd.concat([rows["layer"], *(overlay.rows["layer"] for overlay in known)])
     model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
     room = 0.15 * len(known) + 0.1 if known else 0.0
     figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
@@ -75,7 +74,7 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
         ax.set_title(letter(place) + panel.title)
         ax.set_ylim((-0.02, 1.02) if panel.unit_interval else limits)
         ax.set_ylabel(panel.y_label)
-        layer_axis(ax, deep)
+        layer_axis(ax, rows, *(overlay.rows["layer"] for overlay in known))
     _legends(axes)
     if known:
         marks = [published_handle(overlay.label, overlay.marker) for overlay in known]
@@ -113,8 +112,7 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
         title, y_label = CATALOGUE[metric].panel
         for part, look in entries:
             curve = profile(part, metric)
-            curve["layer"] /= last_layer(part)
-            _draw_line(ax, curve, look)
+            _draw_line(ax, curve.assign(depth=curve["layer"] / last_layer(part)), look, x="depth")
         for overlay in known:
             overlay.of([metric]).draw(ax, relative=True)
         if metric == "self_weight_ratio":
@@ -190,11 +188,11 @@ def _numbered(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs) -> None:
+def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer") -> None:
     """`line`, but where there is only one layer, and so no line, its dashes become a marker."""
     if len(curve) == 1:
         look = replace(look, marker=look.marker or LONE_MARKERS[look.dashes], dashes="")
-    line(ax, curve, look)
+    line(ax, curve, look, x=x)
 
 
 def _legends(axes: Sequence[Axes]) -> None:

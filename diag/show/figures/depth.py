@@ -84,7 +84,7 @@ def depth_profiles(
         ax.set_title(heading(place, label, part, len(parts)))
         ax.set_ylabel("cosine, weight")
         # a model with more published than measured layers shows all of them
-        layer_axis(ax, pd.concat([part["layer"], known.loc[known["label"] == label, "layer"].astype(float)]))
+        layer_axis(ax, part, known.loc[known["label"] == label, "layer"])
         if low < 0:
             rule(ax)
     handles = lines_drawn(axes)

@@ -54,7 +54,7 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
         ax.set_ylim(0, 1.06 * highest)
         ax.set_title(heading(place, label, part, len(parts)))
         ax.set_ylabel("entropy in nats")
-        layer_axis(ax, part["layer"])
+        layer_axis(ax, part)
     handles = lines_drawn(axes) | lines_drawn(axes, "bound")
     order = [*(drawn.label for drawn in LINES.values()), *(word for word, _ in BOUNDS.values())]
     words = [word for word in order if word in handles]

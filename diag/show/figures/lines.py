@@ -16,11 +16,13 @@ from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs
 from diag.show.figures.page import columns_for, letter
 from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, PUBLISHED, RULE, Colour
-from diag.show.figures.tables import profile, shorten, span
+from diag.show.figures.tables import depth_of, profile, shorten, span
 
 BANDS = "bands: 95 % bootstrap interval over inputs"
 OPEN: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
 """Markers of published values."""
+OVER_DEPTH = ("layer", "depth")
+"""What `x` is called where a curve is one over layers, or over depth relative to the last."""
 MARKS = 16
 """At most so many markers on a line, unless told otherwise."""
 
@@ -33,31 +35,46 @@ def heading(place: int, label: str, rows: pd.DataFrame, panels: int) -> str:
 
 
 def line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", marks: int = MARKS) -> None:
-    """A mean with its 95 % interval: a band, or a bar where there is one point. Draws nothing if it is empty.
+    """A mean with its 95 % interval: a band, or a bar where a point is alone. Draws nothing if it is empty.
 
-    curve: columns `x`, mean, ci_low, ci_high; sorted by x. At most about `marks` points are marked.
+    curve: columns `x`, mean, ci_low, ci_high, over depth also layer; sorted by x. At most about `marks`
+    points are marked. Where layers between are not there, the line is broken, because nothing is known of
+    them: every point is marked, and a fine dotted line leads over.
     """
     if curve.empty:
         return
     colour = OKABE_ITO.get(str(look.colour), look.colour)
+    runs = runs_of(curve) if x in OVER_DEPTH else [curve]
     if curve["ci_low"].notna().any():
-        if len(curve) == 1:
-            ax.vlines(curve[x], curve["ci_low"], curve["ci_high"], color=colour, linewidth=1)
-        else:
-            ax.fill_between(
-                curve[x], curve["ci_low"], curve["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
-            )
+        for run in runs:
+            if len(run) == 1:
+                ax.vlines(run[x], run["ci_low"], run["ci_high"], color=colour, linewidth=1)
+            else:
+                ax.fill_between(
+                    run[x], run["ci_low"], run["ci_high"], color=colour, alpha=BAND_OPACITY, linewidth=0
+                )
+    broken = curve
+    if len(runs) > 1:
+        broken = pd.concat([part for run in runs for part in (run, run.tail(1).assign(mean=np.nan))][:-1])
+        ax.plot(curve[x], curve["mean"], ":", color=colour, linewidth=0.6, label="_between", gid="between")
+    lone = "x" if len(curve) == 1 else "." if len(runs) > 1 else ""
     ax.plot(
-        curve[x],
-        curve["mean"],
+        broken[x],
+        broken["mean"],
         color=colour,
         linestyle=look.dashes,
-        marker=look.marker if look.marker or len(curve) > 1 else "x",
+        marker=look.marker or lone,
         markersize=3,
-        markevery=math.ceil(len(curve) / marks),
+        markevery=1 if len(runs) > 1 else math.ceil(len(curve) / marks),
         label=look.label,
         gid="model",
     )
+
+
+def runs_of(curve: pd.DataFrame) -> list[pd.DataFrame]:
+    """A curve over layers, sorted, cut where layers between are not there."""
+    apart = curve["layer"].diff().fillna(1) > 1
+    return [part for _, part in curve.groupby(apart.cumsum(), sort=False)]
 
 
 def handle(look: DrawnAs) -> Line2D:
@@ -107,8 +124,12 @@ def rule(ax: Axes, at: float = 0) -> None:
     ax.axhline(at, color=RULE, linewidth=0.7, zorder=1)
 
 
-def layer_axis(ax: Axes, layers: pd.Series) -> None:
-    """Whole layers on the x axis."""
+def layer_axis(ax: Axes, rows: pd.DataFrame, *others: pd.Series) -> None:
+    """Whole layers on the x axis, over the whole depth of the model where the rows know it.
+
+    others: layers that are to have room besides.
+    """
+    layers = pd.concat([depth_of(rows), *(layers.astype(float) for layers in others)])
     first, last = float(layers.min()), float(layers.max())
     margin = 0.5 if first == last else 0.03 * (last - first)
     ax.set_xlim(first - margin, last + margin)

@@ -97,7 +97,7 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
         ax.set_ylim(min(0.0, float(curves["mean"].min())), 1.08 * high)
         ax.set_title(letter(place, len(pairs)) + pair)
         ax.set_ylabel("value similarity")
-        layer_axis(ax, part["layer"])
+        layer_axis(ax, part)
     handles = lines_drawn(axes[:1])
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
     return figure

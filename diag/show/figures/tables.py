@@ -114,6 +114,12 @@ def last_layer(rows: pd.DataFrame) -> float:
     return max(float(rows["layer"].max()), float(counted), 1.0)
 
 
+def depth_of(rows: pd.DataFrame) -> pd.Series:
+    """The layers of rows, and the ends of their model's depth where the table knows it."""
+    ends = [0.0, float(rows["layer_count"].max()) - 1] if "layer_count" in rows else []
+    return pd.concat([rows["layer"].astype(float), pd.Series(ends, dtype=float)])
+
+
 def profile(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One metric over depth: columns layer, mean, ci_low, ci_high, sorted by layer."""
     rows = table[table["metric"] == metric].sort_values("layer")
@@ -140,7 +146,7 @@ def shorten(name: str, width: int) -> str:
 def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
     """One or two lines under the title: token set, T, n and how it was measured, as far as the rows agree.
 
-    `bands` says what the shading is; it is left out where no row has an interval.
+    `bands` says what the shading is; it is left out where no row has an interval. Empty: no lines are drawn.
     """
     parts = [
         _agreed(rows, "tower", "{} tower"),
@@ -153,6 +159,8 @@ def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
     ]
     if np.isfinite(rows["ci_low"]).any():
         parts.append(bands)
+    if bands and _has_gaps(rows):
+        parts.append("dotted: over layers that are not measured")
     lines: list[str] = []
     for part in filter(None, parts):
         if lines and len(lines[-1]) + len(part) + 3 <= width:
@@ -160,6 +168,13 @@ def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
         else:
             lines.append(part)
     return "\n".join(lines)
+
+
+def _has_gaps(rows: pd.DataFrame) -> bool:
+    """Whether a line leads over layers that are not there."""
+    keys = [column for column in (LABEL, *IDENTITY, *CONDITIONS, "metric") if column in rows.columns]
+    layers = rows.groupby(keys, sort=False, dropna=False, observed=True)["layer"]
+    return any((np.diff(np.unique(part)) > 1).any() for _, part in layers)
 
 
 def _agreed(rows: pd.DataFrame, column: str, template: str) -> str:

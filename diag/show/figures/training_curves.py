@@ -130,6 +130,6 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
         ax.set_ylim(low - margin, high + margin)
         ax.set_title(letter(place) + patch_word(patch, task) if len(patches) > 1 else task)
         ax.set_ylabel(name)
-        layer_axis(ax, part["layer"].astype(float))
+        layer_axis(ax, part)
     legend_below(figure, shown)
     return figure

@@ -8,7 +8,7 @@ The page holds all it needs: no file beside it, no request to anywhere. The same
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diag.errors import UserError
@@ -53,6 +53,8 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
         )
     collection = collect(runs)
     attended, problems = read_attended(looks)
+    notes = [*collection.notes, *(note for look in attended for note in look.notes)]
+    collection = replace(collection, notes=notes)
     problems = {**collection.problems, **problems}
     text = page(collection, attended, title=title, problems=problems)
     sweep_beside(path)

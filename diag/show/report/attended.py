@@ -17,6 +17,8 @@ from diag.inputs.outside import regular
 from diag.inputs.tables import Layout, read_table
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.results.decimals import fixed
+from diag.results.folder import once
+from diag.results.hashes import edited
 from diag.results.looks import DECOMPOSITION, SPLIT, TOKENS
 from diag.results.manifest import ATTEND, again
 from diag.results.manifest import read as manifest_of
@@ -44,12 +46,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class AttendFolder:
-    """One attend folder. decomposition: how the outputs split; may be empty."""
+    """One attend folder. decomposition: how the outputs split; may be empty. notes: tables edited since."""
 
     name: str
     manifest: Mapping[str, Any]
     pictures: tuple[Picture, ...]
     decomposition: pd.DataFrame
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
     """Attend folders, and those that could not be read with the reason."""
     found: list[tuple[Path, Mapping[str, Any], pd.DataFrame, list[Path]]] = []
     problems: dict[str, str] = {}
-    for folder in dict.fromkeys(folders):
+    for folder in once(folders):
         try:
             manifest, tip = manifest_of(folder, ATTEND), again(folder, ATTEND)
             decomposition = read_table(folder / DECOMPOSITION, SPLIT, "table", tip=tip)
@@ -85,7 +88,13 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
         found.append((folder, manifest, decomposition, pictures))
     small = sum(path.stat().st_size for *_, paths in found for path in paths) > PICTURE_BYTES
     attended = [
-        AttendFolder(folder.resolve().name, manifest, _pictures(paths, small), decomposition)
+        AttendFolder(
+            folder.resolve().name,
+            manifest,
+            _pictures(paths, small),
+            decomposition,
+            edited(folder, manifest),
+        )
         for folder, manifest, decomposition, paths in found
     ]
     return attended, problems

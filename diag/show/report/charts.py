@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.metrics.catalogue import DrawnAs
 from diag.results.decimals import fixed
+from diag.show.figures.lines import runs_of
 
 WIDTH, HEIGHT = 380, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 38
@@ -50,13 +51,17 @@ class ChartLine:
 
 @dataclass(frozen=True)
 class DrawnLine:
-    """A curve as SVG: paths, marker places, and its look. `data` is what tooltips read."""
+    """A curve as SVG: paths, marker places, and its look. `data` is what tooltips read.
+
+    between: the path over layers that are not measured.
+    """
 
     label: str
     colour: str
     dash: str
     outline: str
     path: str
+    between: str
     band: str
     bars: str
     marks: tuple[tuple[float, float], ...]
@@ -103,14 +108,16 @@ def chart(
     limits: tuple[float, float],
     relative: bool = False,
     rule: float = 0.0,
+    layers: Sequence[float] = (),
 ) -> Chart:
     """Places curves, which have points, in the axes.
 
     relative: x is depth from 0 to 1 and curves need not share their points; otherwise x is the layer.
+    layers: between which the axis of layers reaches, where not all of them have points.
     rule: where a thin line is drawn across, such as zero; none if outside the limits.
     """
-    xs = pd.concat([curve.points["x"] for curve in curves]).astype(float)
-    first, last = (0.0, 1.0) if relative else (float(xs.min()), float(xs.max()))
+    xs = [*itertools.chain.from_iterable(curve.points["x"] for curve in curves), *layers]
+    first, last = (0.0, 1.0) if relative else (float(min(xs)), float(max(xs)))
     margin = 0.5 if first == last else 0.03 * (last - first)
     across = _scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
     up = _scale(limits[0], limits[1], HEIGHT - BOTTOM, TOP)
@@ -149,13 +156,21 @@ def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
     points = curve.points
     xs = [f"{across(x):.1f}" for x in points["x"]]
     ys, lows, highs = ([f"{up(y):.1f}" for y in points[name]] for name in ("mean", "ci_low", "ci_high"))
-    known = points["ci_low"].notna() & points["ci_high"].notna()
-    places = [place for place, there in enumerate(known) if there]
-    alone = len(points) == 1
-    upper = [f"{xs[place]} {highs[place]}" for place in places]
-    lower = [f"{xs[place]} {lows[place]}" for place in reversed(places)]
-    step = math.ceil(len(points) / MARKS)
-    outline = curve.look.marker or (LONE[curve.look.dashes] if alone else "")
+    known = (points["ci_low"].notna() & points["ci_high"].notna()).to_numpy()
+    places = iter(range(len(points)))
+    runs = [[next(places) for _ in range(len(run))] for run in runs_of(points)]
+    bands, bars = list[str](), list[str]()
+    for run in runs:
+        there = [place for place in run if known[place]]
+        if len(run) == 1:
+            bars += [f"M{xs[place]} {lows[place]}V{highs[place]}" for place in there]
+        elif there:
+            upper = [f"{xs[place]} {highs[place]}" for place in there]
+            lower = [f"{xs[place]} {lows[place]}" for place in reversed(there)]
+            bands.append(f"M{'L'.join(upper + lower)}z")
+    lone = len(points) == 1 or len(runs) > 1
+    step = 1 if len(runs) > 1 else math.ceil(len(points) / MARKS)
+    outline = curve.look.marker or (LONE[curve.look.dashes] if lone else "")
     data: dict[str, Any] = {
         "label": curve.look.label,
         "colour": curve.look.colour,
@@ -171,12 +186,17 @@ def _drawn(curve: ChartLine, across: Any, up: Any) -> DrawnLine:
         colour=str(curve.look.colour),
         dash=DASHES[curve.look.dashes],
         outline=MARKERS[outline] if outline else "",
-        path="" if alone else "M" + "L".join(f"{x} {y}" for x, y in zip(xs, ys, strict=True)),
-        band=f"M{'L'.join(upper + lower)}z" if places and not alone else "",
-        bars=f"M{xs[0]} {lows[0]}V{highs[0]}" if alone and places else "",
+        path="".join(_way(xs, ys, run) for run in runs if len(run) > 1),
+        between="".join(_way(xs, ys, [a[-1], b[0]]) for a, b in itertools.pairwise(runs)),
+        band="".join(bands),
+        bars="".join(bars),
         marks=tuple(zip(data["x"][::step], data["y"][::step], strict=True)) if outline else (),
         data=data,
     )
+
+
+def _way(xs: Sequence[str], ys: Sequence[str], places: Sequence[int]) -> str:
+    return "M" + "L".join(f"{xs[place]} {ys[place]}" for place in places)
 
 
 def _described(curve: ChartLine) -> str:

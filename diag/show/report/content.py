@@ -20,6 +20,7 @@ from diag.show.figures.style import DASHES
 from diag.show.figures.tables import (
     check_columns,
     compared_metrics,
+    depth_of,
     last_layer,
     patch_size_of,
     profile,
@@ -237,6 +238,7 @@ def _panels(rows: pd.DataFrame, slug: str) -> list[Chart]:
             hint=panel.hint,
             y_label=panel.y_label,
             limits=(0.0, 1.02) if panel.unit_interval else shared,
+            layers=list(depth_of(rows)),
         )
         for panel in shown
     ]

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diag.results.left_out import left_out
+
 NOTES = {
     "as_computed": (
         "values as_computed: biases are in the values. Each row of the attention pattern sums to 1, so a "
@@ -106,10 +108,9 @@ def notes(values: Iterable[Any], first_tokens: Iterable[Any]) -> list[str]:
 
 
 def _model(entry: Mapping[str, Any]) -> tuple[str, Terms]:
-    skipped = entry.get("skipped_layers") or {}
     terms = _named(entry, MODEL) | {
         "notes": "; ".join(map(str, entry.get("notes") or [])),
-        "layers left out": "; ".join(f"{path}: {why}" for path, why in skipped.items()),
+        "layers left out": "; ".join(left_out(entry)),
     }
     return str(entry.get("given", "")), _terms(terms)
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from diag.errors import spans
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.profiles import DOUBTS, FEWEST, SMALLEST, UNCLEAR
 from diag.show.words.control import random_lines
 from diag.show.words.phrases import Profile, doubt_of, layer_of, profile_of, share
+from diag.show.words.unusual import unusual
 
 SHAPES = {
     "falling": "falls with depth",
@@ -41,9 +43,22 @@ def summary(collection: Collection, profiles: pd.DataFrame, label: str) -> list[
         *_depth(found, "value_similarity", "similarity of values"),
         *_growth(found),
     ]
+    if said:
+        said += coverage(collection.layers[collection.layers["label"] == label])
+        said += unusual(collection.layers[collection.layers["label"] == label])
     if said and label in random_lines(collection):
         said.append("The weights are random, nothing was learned: such numbers show the architecture alone.")
     return said or ["The alignment bias was not measured here."]
+
+
+def coverage(layers: pd.DataFrame) -> list[str]:
+    """How many of the model's layers are behind a line, where not all are; as a sentence, or none."""
+    measured = set(layers["layer"])
+    count = int(layers["layer_count"].max()) if "layer_count" in layers else len(measured)
+    if len(measured) == count:
+        return []
+    which = f"layer{'s' if len(measured) > 1 else ''} {spans(measured)}"
+    return [f"Of the model's {count} layers, {len(measured)} are measured ({which}): all of this is of them."]
 
 
 def _strongest_layer(layers: pd.DataFrame) -> Iterator[str]:

@@ -55,7 +55,19 @@ def comparison(
     said += [_nulls(by_name, called), *_split(found[labels[0]])]
     if control is not None or alike(collection):
         said += _trend(collection, found, difference)
-    return [*said, *control_sentence(collection, control)]
+    return [*said, *_coverage(collection), *control_sentence(collection, control)]
+
+
+def _coverage(collection: Collection) -> Iterator[str]:
+    """Which lines are not of all layers of their model."""
+    if "layer_count" not in collection.layers:
+        return
+    lines = collection.layers.groupby("label", sort=False)
+    found = lines.agg(measured=("layer", "nunique"), count=("layer_count", "max"))
+    partial = found[found["measured"] < found["count"]]
+    if len(partial):
+        parts = [f"{label}, {row['measured']} of {row['count']}" for label, row in partial.iterrows()]
+        yield f"Not all layers are measured, and means are over those that are: {'; '.join(parts)}."
 
 
 def _most(label: str, found: Profile, sure: pd.Series) -> str:

@@ -20,9 +20,11 @@ import pandas as pd
 
 from diag.errors import UserError
 from diag.inputs.images import open_image
+from diag.inputs.items import Inputs
 from diag.inputs.outside import regular
 from diag.inputs.tables import read_table
 from diag.results.folder import MANIFEST, PLAN, is_finished
+from diag.results.hashes import hashes
 from diag.results.looks import DECOMPOSITION, SEEN, TOKENS, WHOLE_SPLIT
 from diag.results.manifest import ATTEND, FORMAT, again
 from diag.results.manifest import read as manifest_of
@@ -55,7 +57,7 @@ class Attended:
         model, layer, head, n_visible, and the numbers of `diag.results.looks.NUMBERS`.
     pictures: model -> the image as the model sees it, `[height, width, 3]` of uint8; empty for texts.
     models: what each name resolved to, its layer and target; for the manifest.
-    failed: model -> why it is missing.
+    failed: model -> why it is missing. given: the input that was looked at; None of what was read again.
     """
 
     tokens: pd.DataFrame
@@ -63,6 +65,7 @@ class Attended:
     pictures: Mapping[str, np.ndarray]
     models: Sequence[Mapping[str, Any]]
     failed: Mapping[str, str] = field(default_factory=dict)
+    given: Inputs | None = None
 
 
 def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
@@ -81,20 +84,21 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
     drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
     with writing(folder / "figures"):
         figures = save_all(drawn, folder / "figures")
-    given = plan.inputs()
+    given = attended.given or plan.inputs()
     settle(folder)
     write_json(
         {
             "format": FORMAT,
             "kind": ATTEND,
             "status": "partial" if attended.failed else "complete",
-            "key": plan.key(),
+            "key": plan.key(given),
             "plan": plan.model_dump(mode="json"),
             "command": command_line(),
             "input": {"kind": given.kind, "source": given.source, "sha256": given.digest},
             "models": [dict(entry) for entry in attended.models],
             "failed_models": dict(attended.failed),
             "environment": environment(),
+            "tables": hashes(folder, (TOKENS, DECOMPOSITION)),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
         folder / MANIFEST,

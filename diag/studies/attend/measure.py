@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,11 @@ from diag.errors import UnreadableInput, UserError
 from diag.inputs.items import Inputs, Item
 from diag.measure.device import device_of, dtype_of
 from diag.measure.loop import capture
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
+from diag.models.layer_numbers import own_numbers
 from diag.models.names.spec import ModelSpec
 from diag.results.looks import MEAN, NUMBERS
 from diag.results.writing import file_stem
@@ -50,11 +51,16 @@ _View = tuple[pd.DataFrame, pd.DataFrame, _Target, dict[str, Any]]
 """One model's part of the answer: tokens, decomposition, target, and what the manifest says."""
 
 
-def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attended:
-    """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does."""
+def measure_models(
+    plan: AttendPlan, listener: Listener | None = None, *, given: Inputs | None = None
+) -> Attended:
+    """Carries out a plan, one model at a time. Raises UserError as `diag.studies.attend.attend` does.
+
+    given: the plan's input, where it was read already.
+    """
     listener = listener or Silent()
     specs = specs_of(plan.probe_plan())
-    given = _in_memory(plan.inputs())
+    given = _in_memory(given or plan.inputs())
     device, dtype = device_of(plan.device), dtype_of(plan.dtype)
     views: list[_View] = []
     failed: dict[str, str] = {}
@@ -78,6 +84,7 @@ def measure_models(plan: AttendPlan, listener: Listener | None = None) -> Attend
         {entry["given"]: target.picture for *_, target, entry in views if target.picture is not None},
         [entry for *_, entry in views],
         failed,
+        given,
     )
 
 
@@ -93,11 +100,12 @@ def _view(
     for note in (f"{spec.given} → {model.resolved}", *model.notes):
         listener.say(note)
     tower = _tower(model, plan.tower)
-    layer = chosen_layer(model, tower, plan.layer, plan.depth)
     if plan.image is not None:
         sample = next(tower.samples(given, None))
     else:
         sample = _window(model, tower, given, plan.seq_len, listener)
+    tower = understood(model, tower, [sample])
+    layer = chosen_layer(model, tower, plan.layer, plan.depth)
     batch = tower.encode([sample])
     call = _one_call(tower, layer, batch)
     if plan.image is not None:
@@ -114,7 +122,7 @@ def _view(
         "family": model.family,
         **same,
         "module": layer.path,
-        "n_layers": len(tower.layers),
+        "n_layers": tower.depth or len(tower.layers),
         "heads": call.heads,
         "kv_heads": call.kv_heads,
         "n_tokens": call.tokens,
@@ -157,21 +165,18 @@ def _in_text(plan: AttendPlan, model: Model, tower: Tower, batch: Batch) -> _Tar
 
 
 def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | None) -> Layer:
-    """The layer by depth index (negative from the end) or relative depth. Raises UserError with the range."""
-    layers = sorted(tower.layers, key=lambda each: each.index)
-    last = layers[-1].index
-    if layer is None:
-        assert depth is not None
-        # not round(): it would take 2.5 down and 3.5 up
-        return layers[math.floor(depth * (len(layers) - 1) + 0.5)]
-    wanted = layers[layer].index if -len(layers) <= layer < 0 else layer
-    for each in layers:
-        if each.index == wanted:
-            return each
-    raise UserError(
-        f"'{model.name}' has no layer {layer} in its {tower.name} tower",
-        f"layers are 0 to {last}, or -1 to -{len(layers)} from the last; --depth 0.5 is the middle",
-    )
+    """The layer with the model's own number, negative from its last, or the measured one that is nearest to
+    a relative depth; of two the deeper.
+
+    Raises UserError for a layer that is not there or not measured.
+    """
+    if layer is not None:
+        before, missing = f"'{model.name}': ", f"it has no layer {{}} in its {tower.name} tower"
+        (number,) = own_numbers([layer], tower.layers, tower.places, before=before, missing=missing)
+        return next(each for each in tower.layers if each.index == number)
+    assert depth is not None
+    deepest = max(len(tower.places), *(each.index + 1 for each in tower.layers)) - 1
+    return min(tower.layers, key=lambda each: (abs(each.index - depth * deepest), -each.index))
 
 
 def chosen_head(head: int | None, call: AttentionCall, model: Model) -> int | None:
@@ -211,7 +216,7 @@ def _in_memory(given: Inputs) -> Inputs:
         items = [Item(item.id, partial(lambda content: content, item.read())) for item in given]
     except UnreadableInput as error:
         raise UserError(str(error), IMAGE_TIP) from error
-    return Inputs(given.kind, given.source, items, given.digest)
+    return Inputs(given.kind, given.source, items, given.digest, given.stamp)
 
 
 def _tower(model: Model, kind: str) -> Tower:
@@ -287,10 +292,10 @@ def _grid(model: Model, tower: Tower, batch: Batch, call: AttentionCall) -> Grid
     rows, columns = height // patch_height, width // patch_width
     # pixels behind the last whole patch are not seen
     grid = Grid(model.name, rows * patch_height, columns * patch_width, rows, columns)
-    if call.tokens != len(tower.prefix) + grid.rows * grid.columns:
+    if call.tokens != len(tower.prefix + tower.suffix) + grid.rows * grid.columns:
         raise UserError(
             f"layer {call.layer} ('{call.module}') of '{model.name}' has {call.tokens} tokens, not "
-            f"{len(tower.prefix)} + {grid.rows} × {grid.columns} patches",
+            f"{len(tower.prefix + tower.suffix)} + {grid.rows} × {grid.columns} patches",
             "choose a layer that keeps one token per patch, with --layer",
         )
     return grid
@@ -298,12 +303,11 @@ def _grid(model: Model, tower: Tower, batch: Batch, call: AttentionCall) -> Grid
 
 def _patches(tower: Tower, grid: Grid) -> pd.DataFrame:
     """kind, row, col and text of every token of an image."""
-    blank = [None] * len(tower.prefix)
+    before, behind = [None] * len(tower.prefix), [None] * len(tower.suffix)
     rows, columns = np.indices((grid.rows, grid.columns)).reshape(2, -1).tolist()
-    kinds = [*tower.prefix, *["patch"] * len(rows)]
-    return pd.DataFrame(
-        {"kind": kinds, "row": [*blank, *rows], "col": [*blank, *columns], "text": [None] * len(kinds)}
-    )
+    kinds = [*tower.prefix, *["patch"] * len(rows), *tower.suffix]
+    places = {"row": [*before, *rows, *behind], "col": [*before, *columns, *behind]}
+    return pd.DataFrame({"kind": kinds, **places, "text": [None] * len(kinds)})
 
 
 def _position(token: int, tokens: int, model: Model) -> int:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from diag.errors import LARGEST, UserError, did_you_mean, one_of
+from diag.errors import LARGEST, UserError, did_you_mean, one_of, visible
 from diag.inputs.given import as_inputs
-from diag.inputs.images import PHOTOGRAPHS, demo_images, images
+from diag.inputs.images import MOST_BYTES, PHOTOGRAPHS, image_in, photograph
 from diag.inputs.items import Inputs, Item, existing, sha256
 from diag.inputs.outside import reason, regular
 from diag.inputs.texts import texts
 from diag.models.names.spec import expanded
-from diag.results.hashes import sha256_of
 from diag.results.writing import file_stem
 from diag.run.plan import MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
 
@@ -31,7 +32,8 @@ class AttendPlan(Plan):
     """Everything that `attnbias attend` needs to know.
 
     image: a file, or `demo:NAME`; text: a file, `demo`, or the text itself. One of them.
-    layer: depth index, negative from the end; depth: relative, 0 the first and 1 the last layer. One of them.
+    layer: the model's own number, negative from its last; depth: relative, 0 the first and 1 the last layer.
+        One of them.
     head: query head; None for the mean over heads.
     patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
     token: position in the window of text, negative from the end.
@@ -103,25 +105,30 @@ class AttendPlan(Plan):
         )
 
     def inputs(self) -> Inputs:
-        """The one input; its digest is of its content. Raises UserError if it is not there."""
+        """The one input, read as it is now; its digest is of its content. UserError if it is not there."""
         if self.image is not None:
             return _one_image(self.image)
         assert self.text is not None
         return _one_text(self.text)
 
-    def key(self) -> str:
-        """Identifies the result: the plan without its `how`, the input's content and local weights.
+    def key(self, given: Inputs | None = None) -> str:
+        """Identifies the result: the plan without its `how`, the input's name and content, and local weights.
 
+        given: the input, where it was read already; where it lies and how that was typed is not in the key.
         Raises UserError if the input is not there.
         """
-        what = self.model_dump(mode="json", exclude={"device"})
-        document = {"attend": what, "probe": self.probe_plan().key({self.tower: self.inputs().digest})}
+        what = self.model_dump(mode="json", exclude={"device", "image", "text"})
+        stamp = (given or self.inputs()).stamp
+        document = {"attend": what, "probe": self.probe_plan().key({self.tower: stamp})}
         return sha256(json.dumps(document, sort_keys=True))
 
 
-def folder_of(plan: AttendPlan, root: Path = RUNS) -> Path:
-    """The folder that a plan's result has unless the user says otherwise, whether it is there or not."""
-    return root / f"{file_stem('attend', '+'.join(plan.models))[:60]}-{plan.key()[:8]}"
+def folder_of(plan: AttendPlan, root: Path = RUNS, given: Inputs | None = None) -> Path:
+    """The folder that a plan's result has unless the user says otherwise, whether it is there or not.
+
+    given: the input, where it was read already.
+    """
+    return root / f"{file_stem('attend', '+'.join(plan.models))[:60]}-{plan.key(given)[:8]}"
 
 
 def _one_image(given: str) -> Inputs:
@@ -130,17 +137,23 @@ def _one_image(given: str) -> Inputs:
         if name not in PHOTOGRAPHS:
             near = did_you_mean(name, PHOTOGRAPHS) or f"choose from {one_of(PHOTOGRAPHS)}"
             raise UserError(f"no demo image is called '{name}'", near)
-        items = [item for item in demo_images() if item.id == name]
-        return Inputs("images", given, items, sha256(name))
+        return _in_memory(given, photograph(name), name)
     path = existing(given, IMAGE_TIP)
     if path.is_dir():
         raise UserError(f"'{given}' is a folder, not one image", IMAGE_TIP)
-    regular(path, "image", IMAGE_TIP)
+    regular(path, "image", IMAGE_TIP, most=MOST_BYTES)
+    return _in_memory(given, path, visible(path.name))
+
+
+def _in_memory(given: str, file: Path, name: str) -> Inputs:
+    """An image file, read once: what is hashed is what is measured."""
     try:
-        content = sha256_of(path)
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read '{given}': {reason(error)}", IMAGE_TIP) from error
-    return Inputs("images", given, images(path).items, content)
+    digest = hashlib.sha256(content).hexdigest()
+    items = [Item(name, partial(image_in, content, file.name))]
+    return Inputs("images", given, items, digest, sha256(f"{digest}\0{name}"))
 
 
 def _one_text(given: str) -> Inputs:
@@ -157,7 +170,7 @@ def _one_text(given: str) -> Inputs:
     found = as_inputs([given], "text")
     # "0" would be its name in tables and captions
     items = [Item("text", item.read) for item in found]
-    return Inputs("texts", "text", items, found.digest)
+    return Inputs("texts", "text", items, found.digest, sha256(f"{found.digest}\0text"))
 
 
 def _names_a_file(given: str) -> bool:

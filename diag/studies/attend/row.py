@@ -84,7 +84,8 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Toke
         "self_part": self_part,
         "context_part": bias - self_part,
         "cos_y_vpartner": partner.masked_fill(count == 0, torch.nan),
-        "cos_y_vuniform": uniform.masked_fill(partners.sum(-1) == 0, torch.nan),
+        # of maps that are added up no uniform attention is known: their rows need not sum to 1
+        "cos_y_vuniform": uniform.masked_fill((partners.sum(-1) == 0) | bool(call.maps), torch.nan),
         "excess": (bias - partner).masked_fill(count == 0, torch.nan),
         "removed_energy": bias.square(),
         "self_weight": weight[..., row],

@@ -43,6 +43,10 @@ class IntervenePlan(ProbePlan):
             parse(text)
         return texts
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        return (*self.intervene, *self.interventions)
+
     def edits(self) -> list[Edit]:
         """The interventions, each with its matched control behind it where it is a projection."""
         found = [parse(text) for text in self.interventions]

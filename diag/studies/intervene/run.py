@@ -12,16 +12,18 @@ import pandas as pd
 from torch import Tensor
 
 from diag.errors import UserError
+from diag.inputs.items import content_digest
 from diag.inputs.labels import class_names, labels
 from diag.inputs.tables import read_table
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
-from diag.measure.edited_model import check_layers
+from diag.measure.edited_model import by_own_numbers, check_layers
 from diag.measure.loop import pick_layers
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
-from diag.results.hashes import edited
+from diag.results.hashes import edited, hashes
 from diag.results.manifest import again
 from diag.results.manifest import read as manifest_of
 from diag.results.staging import Owner, pictures, settle
@@ -82,6 +84,9 @@ def run_intervene(
     with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=listener.say) as place:
         if place is not None:
             _carry_out(plan, prepared, place, document, listener)
+        else:
+            for note in edited(folder, manifest_of(folder, OWNER.verb)):
+                listener.say(note)
     return open_sweep(folder)
 
 
@@ -109,7 +114,9 @@ def _carry_out(
     kind = next((kind for kind in given if model.takers(kind)), next(iter(given)))
     tower = next(iter(model.takers(kind, plan.tokens)), None) or model.tower(kind)
     samples = tower_samples(tower, given[kind], limit=plan.limit, seq_len=plan.seq_len)
-    layers = pick_layers(tower.layers, plan.layers)
+    tower = understood(model, tower, samples, allow_random=plan.allow_random)
+    layers = pick_layers(tower.layers, plan.layers, tower.places)
+    edits = by_own_numbers(edits, tower.layers, tower.places)
     before = read_samples(probed)
     before = before[before["tower"] == tower.name]
     before = before[before["tokens"] == before["tokens"].iloc[0]]
@@ -133,6 +140,11 @@ def _carry_out(
         incidents=incidents,
         advance=listener.advance,
     )
+    inputs = {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)}
+    if (files := given[kind].files) is not None:
+        inputs["content"] = content_digest(files.content([sample.id for sample in samples]))
+        for number in range(len(samples)):
+            files.check(number)
     table = sensitivity(rows, seed=plan.seed)
     relation = pd.concat(
         [
@@ -156,7 +168,8 @@ def _carry_out(
             "tower": tower.name,
             "ends_in": tower.ending,
             "probe": probed.name,
-            "inputs": {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)},
+            "inputs": inputs,
+            "tables": hashes(folder, (SAMPLES, *LAYOUTS)),
             "failed_inputs": incidents.failed,
             "seconds": round(time.time() - started, 3),
             "environment": environment(),

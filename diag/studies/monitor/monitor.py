@@ -32,9 +32,11 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.families.from_module import TOWER
+from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
-from diag.models.hooks.seam import Layer, OnCall, attention_calls, discover
+from diag.models.hooks.depth import Place
+from diag.models.hooks.meaning import OTHERWISE, meaning_of
+from diag.models.hooks.seam import Layer, OnCall, attention_calls
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (
     Given,
@@ -60,9 +62,8 @@ class Monitor:
     every: steps that are multiples of it are due.
     rows: the most inputs of a training batch that are measured; a fixed batch is measured whole.
     metrics: names and groups as in `diag.probe`; all but the divergence metrics, which need a second image.
-    layers: depth indices; all if None. prefix_tokens: leading tokens (class token, registers) that do not
-        count; attention itself runs over them.
-    prefix: what the keys begin with.
+    layers: the model's own numbers, -1 for its last; all if None. prefix: what the keys begin with.
+    prefix_tokens: leading tokens (class token, registers) that do not count; attention itself runs over them.
 
     Numbers are those of `diag.probe` on the same inputs and weights: the mean over heads within each input,
     then over inputs. For a model with an attention variant (`diag.variants`), y is what attention gives,
@@ -112,7 +113,8 @@ class Monitor:
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers that are measured, with their paths, in order of first call; empty before that."""
-        return () if self._tower is None else tuple(pick_layers(self._tower.layers, self._chosen))
+        tower = self._tower
+        return () if tower is None else tuple(pick_layers(tower.layers, self._chosen, tower.places))
 
     @property
     def history(self) -> pd.DataFrame:
@@ -210,8 +212,8 @@ class Monitor:
 
     def _tower_for(self, given: Given) -> Tower:
         if self._tower is None:
-            layers = discover(self.module, lambda: _run(self.module, given))
-            pick_layers(layers, self._chosen)
+            layers, places = _layers_of(self.module, given)
+            pick_layers(layers, self._chosen, places)
             # leading tokens are told apart in a vision tower only
             name, leading = ("vision", ("cls",) * self._prefix_tokens) if self._prefix_tokens else (TOWER, ())
             self._tower = Tower(
@@ -222,6 +224,8 @@ class Monitor:
                 lambda batch: _run(self.module, batch.data),
                 prefix=leading,
                 max_batch=1,
+                depth=len(places),
+                places=places,
                 capture=_captured,
             )
         return self._tower
@@ -243,6 +247,31 @@ class Monitor:
             if values:
                 numbers[f"{self.prefix}/{metric}/mean"] = sum(values.values()) / len(values)
         return numbers
+
+
+def _layers_of(module: nn.Module, given: Given) -> tuple[tuple[Layer, ...], tuple[Place, ...]]:
+    """The layers that a pass runs through, and all places; towers follow each other, numbered through.
+
+    Raises UserError where it is not clear whose rows those of a call are. Warns of a module that draws at
+    random in evaluation mode, too.
+    """
+    found = meaning_of(
+        module, lambda data: _run(module, data), given, given.with_first(another), inputs=given.rows
+    )
+    if found.random:
+        name = type(module).__name__
+        warnings.warn(f"{name} draws at random in evaluation mode, too: its numbers vary", stacklevel=2)
+    elif found.rows == OTHERWISE:
+        raise UserError(
+            f"the rows of {type(module).__name__}'s attention calls are not those of its inputs",
+            "measure it with diag.probe, which takes inputs one by one",
+        )
+    layers, places = list[Layer](), list[Place]()
+    for tower in found.towers:
+        before = len(places)
+        layers += [replace(layer, index=before + layer.index) for layer in tower.layers]
+        places += [replace(place, index=before + place.index) for place in tower.places]
+    return tuple(layers), tuple(places)
 
 
 def _run(module: nn.Module, given: Given) -> Any:

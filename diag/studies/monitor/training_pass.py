@@ -67,6 +67,16 @@ class Given:
         move = partial(Tensor.to, device=device)
         return replace(self, positional=_each(self.positional, move), named=_each(self.named, move))
 
+    def with_first(self, other: Callable[[Tensor], Tensor]) -> Given:
+        """The same with another first input, made of that of each tensor."""
+
+        def changed(tensor: Tensor) -> Tensor:
+            if not tensor.ndim or len(tensor) != self.rows:
+                return tensor
+            return torch.cat([other(tensor[:1]), tensor[1:]])
+
+        return replace(self, positional=_each(self.positional, changed), named=_each(self.named, changed))
+
     def call(self, module: nn.Module) -> Any:
         """Runs the module on it."""
         return module(*self.positional, **self.named)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diag.errors import UserError
+from diag.inputs.outside import reason
 from diag.results.writing import atomically
 from diag.studies.train.plan import Recipe
 
@@ -138,10 +139,28 @@ class Training:
         atomically(file, lambda temporary: torch.save(document, temporary))
 
     def resume(self, file: Path) -> None:
-        """Continues from a checkpoint, generators included."""
-        document = torch.load(file, map_location="cpu", weights_only=True)
-        self.step, self.seconds = document["step"], document["seconds"]
-        self.log, self.watched = document["log"], document["watched"]
+        """Continues from a checkpoint, generators included. Raises UserError where it cannot be read."""
+        try:
+            self._take_up(torch.load(file, map_location="cpu", weights_only=True))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # the file is as it should be
+        except OSError as error:
+            raise UserError(
+                f"cannot read checkpoint '{file}': {reason(error)}", "make it readable"
+            ) from error
+        except Exception as error:  # of a damaged file torch raises nearly anything, here or as it is fitted
+            raise UserError(
+                f"checkpoint '{file}' cannot be read: {reason(error)}",
+                f"rm '{file}', then run the same command again: it trains this cell from the beginning",
+            ) from error
+
+    def _take_up(self, document: Any) -> None:
+        steps, log, watched = document["step"], document["log"], document["watched"]
+        if not (type(steps) is int and 0 <= steps <= self.recipe.steps):
+            raise ValueError(f"'step' is {steps!r:.60}")
+        if not all(isinstance(rows, list) and {*map(type, rows)} <= {dict} for rows in (log, watched)):
+            raise ValueError("'log' or 'watched' is no list of rows")
+        self.step, self.seconds, self.log, self.watched = steps, float(document["seconds"]), log, watched
         self.model.load_state_dict(document["model"])
         self.optimiser.load_state_dict(document["optimiser"])
         if self.average is not None:

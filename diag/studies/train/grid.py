@@ -24,6 +24,7 @@ from diag.errors import UserError
 from diag.inputs.tables import COUNT, NAME, OPEN, Layout, read_table
 from diag.measure.device import device_of
 from diag.results.folder import MANIFEST, PLAN, is_finished
+from diag.results.hashes import edited, hashes
 from diag.results.manifest import again
 from diag.results.manifest import read as manifest_of
 from diag.results.staging import Owner, clear, pictures, remove, settle
@@ -97,9 +98,12 @@ def run_train(
     Raises UserError for what the user can mend.
     """
     listener = listener or Silent()
-    folder = folder or RUNS / f"train-{plan.key[:8]}"
-    what = {"kind": "train", "key": plan.key, "plan": plan.model_dump(mode="json")}
-    document = what | {"command": command_line()}
+    stamps = plan.stamps()
+    key = plan.key_of(stamps)
+    folder = folder or RUNS / f"train-{key[:8]}"
+    what = {"kind": "train", "key": key, "plan": plan.model_dump(mode="json")}
+    inputs = {name: {"source": getattr(plan, name), "stamp": stamp} for name, stamp in stamps.items()}
+    document = what | {"inputs": inputs, "command": command_line()}
     share = share_of(None, os.environ)
     if overwrite and share.of > 1:
         raise UserError(
@@ -112,6 +116,8 @@ def run_train(
     with at_work(folder, TRAIN, document, lock=LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             listener.say(f"already complete: {folder} (train again with --overwrite)")
+            for note in edited(folder, manifest_of(folder, "train")):
+                listener.say(note)
             return open_grid(folder)
         task = task_of(plan)
         mine = range(share.rank, len(cells), share.of)
@@ -130,6 +136,11 @@ def run_train(
         if not all(there) or not work.locks.take(len(cells)):
             listener.say("other processes are at work; the last one probes and tabulates")
             return None
+        if plan.stamps() != stamps:
+            raise UserError(
+                f"what '{folder}' was trained on was replaced meanwhile",
+                "start again, in another folder (-o) or with --overwrite, when it no longer changes",
+            )
         _finish(plan, cells, task, work.place, document, str(on), listener, started)
     clear(folder, TRAIN, TRAIN.work)
     return open_grid(folder)
@@ -190,6 +201,7 @@ def _finish(
             **document,
             "status": "complete",
             "tables": list(tables),
+            "hashes": hashes(folder, (f"{name}.csv" for name in tables)),
             "words": said,
             "figures": [str(path.relative_to(folder)) for path in figures],
             "device": device,

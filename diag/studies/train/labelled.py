@@ -123,7 +123,7 @@ def classes_of(source: str, ids: Sequence[str]) -> list[str]:
     classes = {}
     for place, name in enumerate(index.ids):
         try:
-            classes[_key(name)] = index.read(place).decode().strip()
+            classes[_key(name)] = index.read(place).decode("utf-8-sig").strip()
         except (UnreadableInput, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read the class '{name}': {reason(error)}", "pack the tar anew"

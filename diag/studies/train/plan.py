@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from diag.errors import UserError
 from diag.inputs.document import read_document
+from diag.inputs.images import images
 from diag.inputs.items import sha256
+from diag.inputs.texts import read_text
 from diag.models.sizes import MOST_LAYERS
 from diag.run.plan import Plan, mistake
 from diag.variants import BASELINE, parse
@@ -132,10 +135,28 @@ class TrainPlan(Plan):
                 raise ValueError(f"has {count:,} layers, {MOST_LAYERS:,} are the most")
         return model
 
+    def stamps(self) -> dict[str, str]:
+        """What tells whether one's own data were replaced, by the field that names them.
+
+        Names, sizes and times of images and tars, the content of a text. Raises UserError where they are not
+        there.
+        """
+        if self.task == "crops" or self.train is None:
+            return {}
+        if self.task == "language":
+            return {"train": sha256(read_text(Path(self.train)))}
+        return {name: images(getattr(self, name)).stamp for name in ("train", "validation")}
+
     @property
     def key(self) -> str:
-        """Identifies the result: everything but the words about it."""
-        document = self.model_dump(mode="json", exclude={"title", "about"})
+        """Identifies the result. Raises UserError as `stamps` does."""
+        return self.key_of(self.stamps())
+
+    def key_of(self, stamps: Mapping[str, str]) -> str:
+        """The key: everything but the words about it; of one's own data their stamps, not their place."""
+        document = self.model_dump(mode="json", exclude={"title", "about", *stamps})
+        if stamps:
+            document["inputs"] = dict(stamps)
         return sha256(json.dumps(document, sort_keys=True))
 
 

@@ -18,12 +18,14 @@ from diag.errors import UserError
 from diag.inputs.document import Document
 from diag.results.collect import collect
 from diag.results.folder import PLAN, is_finished
+from diag.results.hashes import edited
 from diag.results.manifest import ATTEND, PROBE
 from diag.results.manifest import read as manifest_of
 from diag.results.staging import check_free, put_in_place, scratch, staged
 from diag.results.tables import read_manifest
 from diag.results.writing import write_json, write_text
 from diag.run.cache import folder_of, measured
+from diag.run.content import replaced
 from diag.run.environment import version
 from diag.run.plan import HOW, RUNS, ProbePlan
 from diag.run.progress import Listener, Silent
@@ -147,7 +149,8 @@ def _material(
             what = f"{run.probe}: {run.words}"
             there = partial(folder_of, run.plan, root)
             carry_out = partial(measured, run.plan, root, listener=listener)
-            if folder := _there(what, run.probe, there, carry_out, read_manifest, outcome, listener):
+            known = partial(_of_what_is_there, run.plan)
+            if folder := _there(what, run.probe, there, carry_out, known, outcome, listener):
                 folders[folder] = run
         if not folders:
             continue
@@ -164,11 +167,21 @@ def _material(
         carry_out = partial(_looked, look, root, listener)
         if folder := _there(what, "attend", there, carry_out, read_look_manifest, outcome, listener):
             material.looks[look] = folder
+            for note in edited(folder, read_look_manifest(folder)):
+                listener.say(note)
     return material
 
 
 def _looked(look: AttendPlan, root: Path, listener: Listener) -> Path:
     return run_attend(look, folder_of_look(look, root), listener=listener)
+
+
+def _of_what_is_there(plan: ProbePlan, folder: Path) -> dict[str, Any]:
+    """The manifest of a run. Raises UserError where other bytes were measured than inputs have now."""
+    manifest = read_manifest(folder)
+    if notes := replaced(plan, folder, manifest):
+        raise UserError(notes[0], f"measure them again: rm -r '{folder}', then the same command")
+    return manifest
 
 
 def _there(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.families.from_module import from_module
-from diag.models.hooks.seam import attention_calls, discover
+from diag.models.hooks.meaning import meaning_of
+from diag.models.hooks.seam import attention_calls
 
 
 class Block(nn.Module):
@@ -39,7 +40,7 @@ class Mixer(nn.Module):
 
 
 def test_layers_are_found_in_the_order_of_their_calls() -> None:
-    model, tower, samples = from_module(Mixer().eval(), [torch.randn(2, 5, 16)] * 2)
+    model, (tower,), samples = from_module(Mixer().eval(), [torch.randn(2, 5, 16)] * 2)
     assert [layer.path for layer in tower.layers] == ["sooner", "later"]
     assert (model.family, tower.name, tower.token_sets) == ("module", "module", ("all",))
     ids = [tower.encode([sample]).ids for sample in samples]
@@ -48,7 +49,7 @@ def test_layers_are_found_in_the_order_of_their_calls() -> None:
 
 def test_a_dict_goes_in_by_name_and_its_mask_says_what_is_real() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    _, tower, samples = from_module(Mixer().eval(), [{"x": torch.randn(2, 4, 16), "attention_mask": mask}])
+    _, (tower,), samples = from_module(Mixer().eval(), [{"x": torch.randn(2, 4, 16), "attention_mask": mask}])
     batch = tower.encode(samples)
     assert batch.real is not None
     assert torch.equal(batch.real, mask.bool())
@@ -66,7 +67,7 @@ def test_batches_are_read_once_and_cut_at_the_limit() -> None:
             drawn.append(i)
             yield torch.randn(3, 5, 16)
 
-    _, tower, samples = from_module(Mixer().eval(), stream(), limit=4)
+    _, (tower,), samples = from_module(Mixer().eval(), stream(), limit=4)
     assert [len(tower.encode([sample]).ids) for sample in samples] == [3, 1]
     assert len(drawn) <= 3
 
@@ -87,8 +88,8 @@ def test_batches_that_are_none(batches: list, message: str) -> None:
 
 def test_modules_that_cannot_be_seen_are_refused() -> None:
     with pytest.raises(UserError, match="made no self-attention call"):
-        from_module(nn.Linear(4, 4), [torch.ones(2, 4)])
-    compiled = torch.compile(Mixer())
+        from_module(nn.Linear(4, 4).eval(), [torch.ones(2, 4)])
+    compiled = torch.compile(Mixer().eval())
     with pytest.raises(UserError, match="OptimizedModule"):
         from_module(compiled, [torch.ones(2, 5, 16)])
     with warnings.catch_warnings(action="ignore"):  # torch.jit is on its way out
@@ -120,7 +121,9 @@ def test_a_watched_module_leaves_torchs_fused_path_and_nothing_else_changes(kind
         plain = run()
         torch.backends.mha.set_fastpath_enabled(True)
         fused = run()
-        with attention_calls(discover(module, run), lambda call: None):
+        with attention_calls(
+            meaning_of(module, lambda _: run(), None, None, inputs=3).towers[0].layers, lambda call: None
+        ):
             watched = run()
         torch.backends.mha.set_fastpath_enabled(before)
     assert torch.equal(watched, plain)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 from checkpoints import OPEN_CLIP_SIZES, save_open_clip
 from safetensors.torch import save_file
@@ -94,8 +95,19 @@ def test_a_tower_without_its_tokenizer_is_left_out(tiny: None, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = load(ModelSpec("x", "open_clip", "foreign-tokenizer", random_init=True), **CPU)
     assert list(model.towers) == ["vision"]
-    assert "no text tower" in model.notes[0]
-    assert "\n" not in model.notes[0]
+    assert model.notes[0] == (
+        "no text tower: 'tokenizer.json' of 'org/none' is not on this machine and the hub cannot be reached"
+    )
+
+
+def test_a_text_tower_of_transformers_that_is_not_at_hand_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as error:
+        load(parse("open_clip:roberta-ViT-B-32", random_init=True), **CPU)
+    assert str(error.value) == (
+        "'config.json' of 'roberta-base' is not on this machine and the hub cannot be reached"
+    )
+    assert error.value.tip == "where there is a network: hf download roberta-base config.json"
 
 
 def test_the_shipped_config_is_a_b_14() -> None:
@@ -212,6 +224,31 @@ def test_published_weights_of_a_folder_at_another_size(
     assert model.tower("vision").facts["positions"] == "interpolated"
     assert "from 4×4 to 6×6" in model.notes[0]
     assert tokens_seen(model, photographs) == 37
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("config", ["tiny", "trunk"])
+def test_another_grid_of_as_many_patches_is_interpolated(
+    tmp_path: Path, tiny: None, config: str, published: bool
+) -> None:
+    torch.manual_seed(0)
+    base = open_clip.create_model(config, pretrained_text=False)
+    key = "visual.trunk.pos_embed" if config == "trunk" else "visual.positional_embedding"
+    side, patch = (14, 16) if config == "trunk" else (4, 8)
+    base.state_dict()[key].normal_()
+    stored = base.state_dict()[key].reshape(1, side**2 + 1, -1)
+    size = (side * patch // 2, side * patch * 2)
+    save_file(base.state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS[config]}))
+    spec = parse(f"open_clip:local-dir:{tmp_path}")
+    if not published:
+        spec = ModelSpec("x", "open_clip", config, checkpoint=tmp_path / "open_clip_model.safetensors")
+    model = load(replace(spec, model_args={"img_size": size}), **CPU)
+    expected = timm.layers.resample_abs_pos_embed(stored, [side // 2, side * 2], [side, side])
+    assert not torch.equal(expected, stored)
+    assert torch.allclose(model.module.state_dict()[key].reshape(expected.shape), expected, atol=1e-6)
+    assert model.tower("vision").facts["positions"] == "interpolated"
+    assert f"interpolated from {side}×{side} to {side // 2}×{side * 2}" in model.notes[0]
 
 
 def test_a_timm_trunk_at_another_size(tmp_path: Path, tiny: None, photographs: Inputs) -> None:

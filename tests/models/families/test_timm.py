@@ -17,7 +17,7 @@ from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.models import load
 from diag.models.base import Model, Sample
-from diag.models.families.timm.load import fitted_by_timm, fuse, prefix_of
+from diag.models.families.timm.load import fitted_by_timm, fuse
 from diag.models.names.resolve import parse
 from diag.models.weights import digest
 
@@ -53,16 +53,10 @@ def test_preprocessing_is_that_of_the_weights(photographs: Inputs) -> None:
     assert torch.equal(white.data, torch.ones(1, 3, 32, 32))
 
 
-def test_tokens_before_the_patches() -> None:
-    names = {
-        "vit_base_patch16_siglip_224": (),
-        "vit_small_patch16_dinov3": ("cls", *["registers"] * 4),
-        "beit_base_patch16_224": ("cls",),
-        "vit_base_patch16_rope_reg1_gap_256": ("registers",),
-    }
-    with torch.device("meta"):
-        found = {name: prefix_of(timm.create_model(name, depth=1)) for name in names}
-    assert found == names
+def test_layers_whose_names_say_nothing_are_found_by_their_calls() -> None:
+    tower = load(parse("timm:iformer_t", random_init=True), **CPU).tower("vision")
+    assert [type(layer.module).__name__ for layer in tower.layers] == ["SHMA"] * 5
+    assert (tower.facts["patch_size"], tower.prefix) == (16, ())
 
 
 def test_fused_attention_is_switched_on_where_the_environment_switched_it_off() -> None:
@@ -233,6 +227,32 @@ def test_a_checkpoint_that_was_trained_at_the_size_is_native(tmp_path: Path) -> 
     assert model.tower("vision").facts["positions"] == "native"
     assert model.notes == ()
     assert torch.equal(model.module.pos_embed, stored["pos_embed"])
+
+
+def on_two_rows(stored: torch.Tensor) -> torch.Tensor:
+    """Position embeddings of a class token and a grid of 4 × 4, as PyTorch interpolates them to 2 × 8."""
+    grid = stored[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, (2, 8), mode="bicubic", antialias=True)
+    return torch.cat([stored[:, :1], resized.flatten(2).transpose(1, 2)], 1)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_another_grid_of_as_many_patches_is_interpolated(tmp_path: Path, published: bool) -> None:
+    """The embeddings of 4 × 4 patches would fit 2 × 8 as they are, and mean nothing there."""
+    stored = noisy(tmp_path)["pos_embed"]
+    spec = parse("timm:vit_tiny_patch16_224", model_args=SMALL, checkpoint=tmp_path / "w.safetensors")
+    if published:
+        module = timm.create_model("vit_tiny_patch16_224", **SIZES)
+        module.pos_embed.data = stored
+        timm.models.save_for_hf(module, tmp_path, model_args=SIZES)
+        spec = parse(f"timm:local-dir:{tmp_path}")
+    model = load(replace(spec, model_args={**spec.model_args, "img_size": (16, 64)}), **CPU)
+    assert torch.allclose(model.module.pos_embed, on_two_rows(stored), atol=1e-6)
+    assert model.tower("vision").facts["positions"] == "interpolated"
+    assert model.notes == ("position embeddings interpolated from 4×4 to 2×8: off the training distribution",)
+    same = load(replace(spec, model_args={**spec.model_args, "img_size": (32, 32)}), **CPU)
+    assert torch.equal(same.module.pos_embed, stored)
+    assert same.tower("vision").facts["positions"] == "native"
 
 
 def test_without_a_size_nothing_is_interpolated(tmp_path: Path) -> None:

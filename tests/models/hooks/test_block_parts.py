@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
+from surveys import layers_on
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -35,7 +36,7 @@ from diag.models.hooks.residual import (
     rebuild_error,
     stream_states,
 )
-from diag.models.hooks.seam import Layer, attention_calls, attention_modules, discover
+from diag.models.hooks.seam import Layer, attention_calls, attention_modules
 
 TOKENS = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -402,7 +403,7 @@ def test_timms_parallel_blocks_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"ParallelThingsBlock: it runs several attention modules"):
         find_blocks(things, attention_modules(things))
     scaling = randomised(VisionTransformer(**VIT, block_fn=ParallelScalingBlock))
-    found = discover(scaling, lambda: scaling(torch.randn(1, 3, 32, 32)))
+    found = layers_on(scaling, torch.randn(2, 3, 32, 32))
     with pytest.raises(UserError, match=r"ParallelScalingBlock: its attention and MLP share one projection"):
         find_blocks(scaling, found)
 

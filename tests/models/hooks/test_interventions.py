@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import CASES, dense_pattern, float64, make_call, with_pattern
+from reference import CASES, dense_pattern, float64, make_call, with_maps, with_pattern
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.errors import UserError
+from diag.errors import MeasurementError, UserError
 from diag.models.hooks.interventions import INTERVENTIONS, parse
 
 ON_ATTENTION = [name for name, entry in INTERVENTIONS.items() if entry.where == "attention"]
@@ -85,6 +85,17 @@ def test_mask_self_is_the_renormalised_pattern(case: str) -> None:
         if others.sum() > 0:
             expected[b, h, i] = (others / others.sum()) @ v[b, h]
     close(output("mask_self", call), expected, call)
+
+
+def test_mask_self_of_added_maps_is_refused_and_what_needs_y_and_v_alone_is_not() -> None:
+    call = with_maps(make_call(), -0.4)
+    with pytest.raises(MeasurementError, match=r"layer 'layer' adds up 2 maps") as caught:
+        output("mask_self", call)
+    assert "mask_self" in str(caught.value.tip)
+    value = call.value.double()
+    unit = value / value.norm(dim=-1, keepdim=True)
+    y = call.output.double()
+    close(output("xsa", call), float64(y - (y * unit).sum(-1, keepdim=True) * unit), call)
 
 
 def test_mask_self_is_exact_where_a_token_attends_to_itself_almost_alone() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,105 +13,32 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from attention_modules import (
+    PUBLIC,
+    Attention,
+    Broken,
+    Cross,
+    Eager,
+    FiveDimensions,
+    MergedHeads,
+    Stack,
+    TorchAttention,
+    WindowsInBatch,
+    assert_untouched,
+)
 from reference import dense_pattern, float64
+from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as imported_early
-from torch.overrides import TorchFunctionMode, has_torch_function
+from torch.overrides import TorchFunctionMode
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
 from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.seam import Layer, attention_calls, attention_modules, discover, refuse_compiled
-
-PUBLIC = F.scaled_dot_product_attention
-
+from diag.models.hooks.seam import Layer, attention_calls, attention_modules, refuse_compiled
 
 # --- models -----------------------------------------------------------------------------------------
-
-
-def by_attribute(*args: Any, **options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(*args, **options)
-
-
-class Attention(nn.Module):
-    """Self-attention over `[batch, token, 16]`; `options` go to PyTorch's function, which `call` reaches."""
-
-    def __init__(
-        self,
-        heads: int = 2,
-        kv_heads: int | None = None,
-        call: Callable[..., Tensor] = by_attribute,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.kv_heads = heads, kv_heads or heads
-        self.call, self.options = call, options
-        self.q = nn.Linear(16, heads * 8)
-        self.k, self.v = nn.Linear(16, self.kv_heads * 8), nn.Linear(16, self.kv_heads * 8)
-        self.out = nn.Linear(heads * 8, 16)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(-2, -3) for part in (self.q, self.k, self.v))
-        return q, k, v
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = self.call(*self.heads(x), mask, **self.options)
-        return x + self.out(y.transpose(-2, -3).flatten(-2))
-
-
-class MergedHeads(Attention):
-    """SAM: heads are merged into the batch."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (part.flatten(0, 1) for part in self.heads(x))
-        y = F.scaled_dot_product_attention(q, k, v, mask).unflatten(0, (-1, self.num_heads))
-        return x + self.out(y.transpose(1, 2).flatten(2))
-
-
-class FiveDimensions(Attention):
-    """Hiera: `[batch, head, window, token, dim]`, three windows."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        windows = x.unflatten(1, (3, -1))  # [batch, window, token, dim]
-        q, k, v = (part.transpose(1, 2) for part in self.heads(windows))
-        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-        return x + self.out(y.transpose(-2, -3).flatten(-2)).flatten(1, 2)
-
-
-class WindowsInBatch(Attention):
-    """Swin: three windows of each input, one row each."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        windows = x.unflatten(1, (3, -1)).flatten(0, 1)  # [batch · window, token, dim]
-        return super().forward(windows, mask).unflatten(0, (-1, 3)).flatten(1, 2)
-
-
-class TorchAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mha = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + self.mha(x, x, x, attn_mask=mask, need_weights=False)[0]
-
-
-class Eager(nn.Module):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return (x @ x.transpose(1, 2)).softmax(-1) @ x
-
-
-class Stack(nn.Module):
-    """Layers one after the other; `layers` of modules that take `(x, mask)`."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x
 
 
 def listed(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...] = Attention) -> list[Layer]:
@@ -134,6 +60,8 @@ class Case:
 
     @property
     def layers(self) -> list[Layer]:
+        if not self.flash:  # where heads are is found by test
+            return layers_on(self.module, *self.arguments, **self.options)
         if isinstance(self.kind, str):
             return list(attention_modules(self.module))
         return listed(self.module, self.kind)
@@ -260,17 +188,6 @@ def _one_route() -> Iterator[None]:
 def seen(case: Case, on_call: Callable[[AttentionCall], Tensor | None] | None = None) -> Tensor:
     with attention_calls(case.layers, on_call or (lambda call: None)):
         return case.run()
-
-
-def assert_untouched(*modules: nn.Module) -> None:
-    """No patch, no function mode, no hook."""
-    assert F.scaled_dot_product_attention is PUBLIC
-    assert not has_torch_function((torch.ones(1),))
-    for module in modules:
-        for child in module.modules():
-            assert not child._forward_hooks
-            assert not child._forward_pre_hooks
-            assert not child._forward_hooks_always_called
 
 
 # --- every call is seen, and nothing changes --------------------------------------------------------
@@ -409,11 +326,6 @@ def test_no_layer_is_no_work() -> None:
 # --- nothing is left behind -------------------------------------------------------------------------
 
 
-class Broken(nn.Module):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        raise RuntimeError("inside forward")
-
-
 @pytest.mark.parametrize("kind", [Attention, TorchAttention])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_everything_is_restored_after_an_exception_in_on_call(
@@ -546,7 +458,7 @@ def test_torch_attention_that_returns_its_weights_is_eager() -> None:
     ):
         module(x, x, x)
     with pytest.raises(UserError, match="in 'MultiheadAttention'") as error:
-        discover(module, lambda: module(x, x, x))
+        meaning_on(module, x, x, x)
     assert "need_weights=False" in error.value.tip
 
 
@@ -559,15 +471,6 @@ def test_unfused_swin_is_eager() -> None:
         attention_calls(layers, lambda call: None),
     ):
         module(torch.randn(1, 3, 32, 32))
-
-
-class Cross(Attention):
-    """Five queries over the nine tokens."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.heads(x)
-        y = F.scaled_dot_product_attention(q[:, :, :5], k, v)
-        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def test_cross_attention_and_pooling_pass_through_with_a_note() -> None:
@@ -621,25 +524,22 @@ def test_compiled_modules_are_refused(make: Callable[[nn.Module], nn.Module]) ->
         refuse_compiled([Layer(0, "blocks.3", module)])
     assert "original nn.Module" in error.value.tip
     with pytest.raises(UserError, match=r"^the model is a compiled"):
-        discover(module, lambda: pytest.fail("the model was run"))
+        meaning_on(module, pytest.fail)
 
 
 def test_a_compiled_part_is_named() -> None:
     module = Stack(Attention(), torch.compile(Attention()))
     with pytest.raises(UserError, match=r"layer 'layers\.1' is a compiled OptimizedModule"):
-        discover(module, lambda: pytest.fail("the model was run"))
+        meaning_on(module, pytest.fail)
 
 
-def test_too_many_dimensions_and_unknown_masks_are_not_guessed() -> None:
-    layer = Attention().eval()
+def test_where_heads_are_is_not_guessed() -> None:
+    layer = MergedHeads().eval()
     with (
-        pytest.raises(MeasurementError, match="attention over 6 dimensions is not understood"),
+        pytest.raises(MeasurementError, match="attends over 3 axes, and where its heads are is not known"),
         attention_calls(listed(layer), lambda call: None),
     ):
-        layer(torch.randn(2, 2, 2, 5, 16))
-    case = stack(FiveDimensions, torch.randn(2, 9, 16), torch.zeros(2, 1, 1, 3, 3))
-    with pytest.raises(MeasurementError, match="a mask over windows or merged heads is not understood"):
-        seen(case)
+        layer(torch.randn(2, 5, 16))
 
 
 # --- masks shared between layers --------------------------------------------------------------------
@@ -670,7 +570,7 @@ def test_masks_at_the_same_address_are_not_confused() -> None:
 
     def note(call: AttentionCall) -> None:  # keeps neither the call nor its mask
         assert "visibility" in vars(call)
-        fresh = Visibility.of(call.mask, call.causal, call.hidden, call.output)
+        fresh = Visibility.of(call.mask, call.causal, call.output)
         shown.append((call.visibility.keys.tolist(), fresh.keys.tolist()))
 
     with attention_calls(listed(module), note):
@@ -753,50 +653,6 @@ def test_what_the_projection_read_is_told(kind: type[nn.Module], expected: str) 
 
 
 # --- finding the layers -----------------------------------------------------------------------------
-
-
-def test_discover_finds_modules_in_the_order_of_their_first_call() -> None:
-    class Mixer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.later, self.sooner, self.pool = Attention(), TorchAttention(), Cross()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.pool(self.later(self.sooner(x)))
-
-    module, x = Mixer().eval(), torch.randn(2, 9, 16)
-    found = discover(module, lambda: module(x))
-    assert [(layer.index, layer.path) for layer in found] == [(0, "sooner.mha"), (1, "later")]
-    assert found[0].module is module.sooner.mha
-    assert_untouched(module)
-
-
-@pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
-def test_discover_works_in_training_mode(context: Callable[[], Any]) -> None:
-    module = Stack(Attention(dropout_p=0.5)).train()
-    with context():
-        found = discover(module, lambda: module(torch.randn(2, 5, 16)))
-    assert [layer.path for layer in found] == ["layers.0"]
-
-
-def test_discover_names_a_module_that_computes_attention_itself() -> None:
-    module = Stack(Eager())
-    with pytest.raises(UserError, match=r"computes attention itself, in 'layers\.0': it cannot be seen"):
-        discover(module, lambda: module(torch.randn(2, 5, 16)))
-    assert_untouched(module)
-
-
-def test_discover_says_when_there_is_no_attention() -> None:
-    module = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1))
-    with pytest.raises(UserError, match=r"^Sequential made no self-attention call$"):
-        discover(module, lambda: module(torch.randn(2, 5, 16)))
-
-
-def test_discover_restores_everything_after_an_exception() -> None:
-    module = Stack(Attention(), Broken())
-    with pytest.raises(RuntimeError, match="inside forward"):
-        discover(module, lambda: module(torch.randn(2, 5, 16)))
-    assert_untouched(module)
 
 
 def tree(kind: str, **children: nn.Module) -> nn.Module:

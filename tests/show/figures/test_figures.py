@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -182,6 +182,37 @@ class TestLayerCurves:
         assert all(float(tick).is_integer() for tick in ax.get_xticks())
         assert list(model_lines(ax)[0].get_xdata()) == [3, 4, 5]
 
+    def test_a_line_breaks_where_layers_are_not_measured(self) -> None:
+        """Layers 0, 1, 4 and 7 of 9: the axis is the model's, and nothing passes for what lies between."""
+        table = layer_table(layers=8).assign(layer_count=9)
+        table = table[table["layer"].isin([0, 1, 4, 7])]
+        figure = layer_curves(table)
+        ax = figure.axes[0]
+        bias = table[table["metric"] == "cos_y_vself"]
+        (drawn, *_) = model_lines(ax)
+        np.testing.assert_array_equal(drawn.get_xdata(), [0, 1, 1, 4, 4, 7])
+        there = np.isfinite(np.asarray(drawn.get_ydata(), float))
+        assert list(there) == [True, True, False, True, False, True]
+        np.testing.assert_allclose(np.asarray(drawn.get_ydata())[there], bias["mean"])
+        assert all(line.get_marker() not in ("", "None") for line in model_lines(ax))
+        between = [line for line in ax.get_lines() if line.get_gid() == "between"]
+        assert [line.get_linestyle() for line in between] == [":"] * len(model_lines(ax))
+        assert not any(str(label).startswith("_") for label in ax.get_legend_handles_labels()[1])
+        # a band over neighbours, bars where a layer is alone
+        assert len(bands(ax)) == len(model_lines(ax))
+        bars = [
+            segment
+            for part in ax.collections
+            if isinstance(part, LineCollection)
+            for segment in part.get_segments()
+        ]
+        assert sorted(segment[0][0] for segment in bars) == [*[4] * len(between), *[7] * len(between)]
+        low, high = ax.get_xlim()
+        assert low < 0
+        assert 8 < high < 9
+        assert "dotted: over layers that are not measured" in caption_of(figure).replace("\n", " · ")
+        assert "dotted" not in caption_of(layer_curves(layer_table()))
+
     def test_metrics_that_were_not_measured_are_left_out(self) -> None:
         table = layer_table()
         figure = layer_curves(table[table["metric"].isin(["cos_y_vself", "self_weight"])])
@@ -253,6 +284,15 @@ class TestModelComparison:
             assert [small.get_color(), large.get_color()] == [OKABE_ITO["blue"], OKABE_ITO["vermillion"]]
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["small (T = 64)", "large (T = 64)"]
+
+    def test_depth_is_relative_to_the_last_layer_of_the_model(self) -> None:
+        hybrid = layer_table(model="hybrid", layers=8).query("layer in [3, 6]").assign(layer_count=9)
+        whole = layer_table(model="whole", layers=4).assign(layer_count=4)
+        figure = model_comparison(pd.concat([hybrid, whole]))
+        first, second = model_lines(figure.axes[0])
+        np.testing.assert_allclose(first.get_xdata(), [3 / 8, 3 / 8, 6 / 8])
+        np.testing.assert_allclose(second.get_xdata(), np.arange(4) / 3)
+        assert "dotted: over layers" in caption_of(figure).replace("\n", " · ")
 
     def test_patch_sizes_go_from_dark_to_light(self) -> None:
         sizes = [8, 32, 16]

@@ -28,6 +28,7 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.results.collect import Collection, collect
+from diag.results.hashes import sha256_of
 from diag.show.figures.style import OKABE_ITO
 from diag.show.report import default_title, page, write_report
 from diag.show.report.attended import read_attended
@@ -448,6 +449,24 @@ def test_attend_folders_bring_pictures_and_their_words(finished: tuple[Path, End
     assert "attnbias attend <x>" in "".join(read.texts["code"])
 
 
+def test_a_look_is_on_the_page_once_and_its_edited_tables_are_told(
+    finished: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    look = attend_folder(tmp_path / "look")
+    manifest = json.loads((look / "manifest.json").read_text())
+    told = {name: sha256_of(look / name) for name in ("tokens.parquet", "decomposition.csv")}
+    (look / "manifest.json").write_text(json.dumps(manifest | {"tables": told}))
+    twice = [finished[0], look, tmp_path / "x" / ".." / "look"]
+    (tmp_path / "x").mkdir()
+    assert write_report(twice, tmp_path / "report.html").notes == []
+    assert len(Page((tmp_path / "report.html").read_text("utf-8")).tags("img")) == 1
+    with (look / "decomposition.csv").open("a") as file:
+        file.write("\n")
+    done = write_report(twice, tmp_path / "report.html")
+    assert done.notes == [f"decomposition.csv of '{look}' is not as the run wrote it"]
+    assert str(done.notes[0]).partition(" of ")[0] in done.path.read_text("utf-8")
+
+
 def test_many_large_pictures_are_made_smaller(tmp_path: Path) -> None:
     attended, problems = read_attended([attend_folder(tmp_path / "look", width=1500)])
     assert not problems
@@ -514,6 +533,22 @@ def test_points_lie_where_their_numbers_say() -> None:
     )
     texts = [said for _, said in drawn.y_ticks]
     assert texts == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+
+
+def test_lines_break_where_layers_are_not_measured() -> None:
+    numbers = [1.0, 2.0, 5.0]
+    points = pd.DataFrame({"layer": numbers, "x": numbers, "mean": 0.5, "ci_low": 0.4, "ci_high": 0.6})
+    look = DrawnAs("a", "blue", "-", "")
+    drawn = chart("c", [ChartLine(points, look)], title="", hint="", y_label="", limits=(0, 1), layers=[0, 7])
+    assert [text for _, text in drawn.x_ticks][:: len(drawn.x_ticks) - 1] == ["0", "7"]
+    (curve,) = drawn.curves
+    (x1, y), (x2, _), (x5, _) = curve.marks  # each is marked
+    assert curve.path == f"M{x1} {y}L{x2} {y}"
+    assert curve.between == f"M{x2} {y}L{x5} {y}"
+    assert curve.band.count("M") == 1
+    assert curve.band.count("L") == 3
+    assert curve.bars.startswith(f"M{x5} ")
+    assert curve.bars.count("M") == 1
 
 
 def test_limits_hold_every_interval_and_zero() -> None:

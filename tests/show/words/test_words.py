@@ -34,6 +34,32 @@ def told(collection: Collection) -> str:
     return "\n".join(summary(collection, profiles(collection.samples), collection.labels[0]))
 
 
+HYBRID = {name: curve[:2] for name, curve in CURVES.items()}
+"""Of layers 3 and 7 of eight."""
+
+
+class TestLayersThatAreNotMeasured:
+    def test_they_are_told(self, make: Make) -> None:
+        found = collect([make(curves=HYBRID, numbers=[3, 7], entry={"layers": 8})])
+        text = told(found)
+        assert "In layer 3, where it is strongest," in text
+        assert "0.600 in layer 3, 0.500 in layer 7; last − first" in text
+        assert "From layer 3 to 7 the similarity" in text
+        last = "Of the model's 8 layers, 2 are measured (layers 3, 7): all of this is of them."
+        assert text.splitlines()[-1] == last
+        assert "are measured" not in told(collect([make("whole")]))
+
+    def test_lines_of_other_layers_are_told_apart(self, make: Make) -> None:
+        hybrid = make("hybrid", model="demo:a", curves=HYBRID, numbers=[3, 7], entry={"layers": 8})
+        found = collect([hybrid, make("whole", model="demo:b")])
+        text = said(found)
+        told = "Not all layers are measured, and means are over those that are: demo:a, 2 of 8."
+        assert told in text
+        bias = profiles(found.samples).query("label == 'demo:a' and metric == 'cos_y_vself'")
+        depths = bias.set_index("quantity")["relative_depth"]
+        assert [depths["first"], depths["last"]] == pytest.approx([3 / 7, 1])
+
+
 class TestSummary:
     def test_says_precisely_what_the_nulls_reach(self, make: Make) -> None:
         lines = told(

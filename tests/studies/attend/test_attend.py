@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +19,7 @@ import torch
 from checkpoints import save_language_model, save_vision_model
 from commands import Ended
 from PIL import Image
-from reference import CASES, dense_pattern, dense_visible, float64
+from reference import CASES, dense_pattern, dense_visible, float64, make_call, with_maps
 from torch import nn
 
 from diag.attention.call import AttentionCall
@@ -25,11 +28,13 @@ from diag.measure.loop import capture
 from diag.metrics.default import METRICS, Selection, readings_of
 from diag.models import load
 from diag.models.base import Sample
+from diag.models.hooks.depth import Place
+from diag.models.hooks.seam import Layer
 from diag.models.names.resolve import parse
 from diag.run.plan import ProbePlan
 from diag.studies.attend import Attended, AttendPlan, attend, folder_of, read, run_attend, write
 from diag.studies.attend.grid import Grid
-from diag.studies.attend.measure import picture_of
+from diag.studies.attend.measure import chosen_layer, picture_of
 from diag.studies.attend.row import NUMBERS, row_of
 
 ASTRONAUT = {"image": "demo:astronaut", "layer": -1, "patch": (1, 2)}
@@ -160,6 +165,16 @@ def test_a_row_is_what_dense_attention_says(case: str) -> None:
         np.testing.assert_allclose(found.value_cosine, dense["value_cosine"], atol=1e-6)
         for name in NUMBERS:
             np.testing.assert_allclose(found.numbers[name], dense[name], atol=3e-6, err_msg=name)
+
+
+def test_a_row_of_added_maps_has_no_uniform_null_and_all_else() -> None:
+    call = with_maps(make_call(batch=1), -0.4)
+    among = np.ones(call.tokens, dtype=bool)
+    found, dense = row_of(call, 5, torch.from_numpy(among)), dense_row(call, 5, among)
+    np.testing.assert_allclose(found.weight, dense["weight"], atol=1e-6)
+    for name in NUMBERS:
+        expected = np.full(call.heads, np.nan) if name == "cos_y_vuniform" else dense[name]
+        np.testing.assert_allclose(found.numbers[name], expected, atol=3e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["full", "causal", "group of 2", "group of 2, bias"])
@@ -315,6 +330,22 @@ def test_layers_count_from_the_end_and_by_depth() -> None:
     assert layers == {"last": 5, "first": 0, "middle": 3}
 
 
+def test_depth_is_that_of_the_model_where_layers_are_not_measured() -> None:
+    model = load(parse("demo:vit-p16"), device=torch.device("cpu"), dtype=torch.float32)
+    places = tuple(
+        Place(i, f"layers.{i}", 0, None if i in (3, 7) else "no softmax attention") for i in range(8)
+    )
+    layers = tuple(Layer(place.index, place.path, nn.Identity()) for place in places if place.why is None)
+    tower = replace(model.towers["vision"], layers=layers, places=places)
+    found = [chosen_layer(model, tower, None, depth).index for depth in (0, 0.5, 5 / 7, 0.75, 1)]
+    assert found == [3, 3, 7, 7, 7]
+    assert chosen_layer(model, tower, -5, None).index == 3
+    with pytest.raises(
+        UserError, match=r"'demo:vit-p16': layer 4 \('layers.4'\) is not measured: no softmax"
+    ):
+        chosen_layer(model, tower, 4, None)
+
+
 # --- targets and pictures
 
 
@@ -368,8 +399,11 @@ def test_a_hugging_face_picture_is_unnormalised(tmp_path: Path) -> None:
     model = f"hf:{save_vision_model(tmp_path / 'vit', 'vit')}"
     red = tmp_path / "red.png"
     Image.new("RGB", (40, 40), (200, 30, 90)).save(red)
-    found = attend(AttendPlan(models=(model,), image=str(red), layer=0, patch=(0, 0)))
+    plan = AttendPlan(models=(model,), image=str(red), layer=0, patch=(0, 0))
+    found = attend(plan)
     assert set(map(tuple, found.pictures[model].reshape(-1, 3).tolist())) == {(200, 30, 90)}
+    laid_out = attend(plan.model_copy(update={"device": "spread"}))  # as --help offers
+    pd.testing.assert_frame_equal(laid_out.tokens, found.tokens, check_exact=not torch.cuda.is_available())
 
 
 # --- the folder
@@ -433,6 +467,65 @@ def test_a_plan_is_known_by_what_it_measures(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(image)
     assert plan.key() != key
     assert plan.probe_plan() == ProbePlan(models=("demo:vit-p16",))
+
+
+def test_a_look_is_known_by_what_lies_in_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by how its place is typed: an input of one name and content is one look."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    for place, colour in (("a.png", "red"), ("b/a.png", "red"), ("c.png", "red"), ("b/c.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(place)
+    Path("a.txt").write_text("the assert statement")
+
+    def key(**given: Any) -> str:
+        return AttendPlan(models=("demo:vit-p16",), layer=0, **given).key()
+
+    def of(image: str) -> str:
+        return key(image=image, patch=(0, 0))
+
+    Path("link").symlink_to("b")
+    same = {of(place) for place in ("a.png", "./a.png", str(tmp_path / "a.png"), "b/a.png", "link/a.png")}
+    assert len(same) == 1
+    assert len({*same, of("c.png"), of("b/c.png"), of("demo:astronaut"), of("demo:coffee")}) == 5
+    assert key(text="a.txt", token=0) == key(text="./a.txt", token=0)
+    assert key(text="a.txt", token=0) != key(text="the assert statement", token=0)
+
+
+def test_what_is_hashed_is_what_is_looked_at(tmp_path: Path) -> None:
+    """Also where the picture is replaced while it is looked at."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(file)
+    plan = AttendPlan(models=("demo:vit-p16",), image=str(file), layer=0, patch=(0, 0))
+    given, key, content = plan.inputs(), plan.key(), hashlib.sha256(file.read_bytes()).hexdigest()
+    Image.new("RGB", (64, 64), "blue").save(file)
+    found = attend(plan, given=given)
+    assert found.pictures["demo:vit-p16"][0, 0].tolist() == [255, 0, 0]
+    write(found, plan, tmp_path / "look")
+    manifest = json.loads((tmp_path / "look" / "manifest.json").read_text())
+    assert (manifest["key"], manifest["input"]["sha256"]) == (key, content)
+    assert plan.key() != key
+
+
+@pytest.mark.usefixtures("sketched")
+def test_tables_that_were_edited_are_told(attnbias: Callable[..., Ended]) -> None:
+    given = (
+        "attend",
+        "-m",
+        "demo:vit-p16",
+        "--image",
+        "demo:coffee",
+        "--layer",
+        0,
+        "--patch",
+        "0,0",
+        "-o",
+        "x",
+    )
+    assert attnbias(*given).code == 0
+    assert not any("is not as" in line for line in attnbias(*given).lines)
+    with Path("x", "decomposition.csv").open("a") as file:
+        file.write("\n")
+    assert "decomposition.csv of 'x' is not as the run wrote it" in attnbias(*given).lines
 
 
 @pytest.mark.parametrize(
@@ -562,7 +655,7 @@ def test_patches_in_another_order_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_names_its_folder(attnbias: Callable[..., Ended]) -> None:
-    given = ("-m", "demo:vit-p16", "-m", "demo:vit-p8", "--image", "demo:astronaut", "--layer", "-1")
+    given = ("-m", "demo:vit-p16", "-m", "demo:vit-p8", "--image", "demo:astronaut", "--layer", "last")
     ended = attnbias("attend", *given, "--patch", "1,2", "--top", 3, "-o", "look")
     assert ended.code == 0, ended.err
     assert max(map(len, ended.out.splitlines())) <= 80

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +21,7 @@ from commands import Ended
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.inputs.images import demo_images
+from diag.inputs.items import content_digest
 from diag.inputs.labels import labels
 from diag.inputs.texts import texts
 from diag.measure.batch_readings import Incidents
@@ -29,6 +33,7 @@ from diag.models.families.demo import EMBEDDED
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.interventions import GATE, INTERVENTIONS, parse
 from diag.models.names.resolve import parse as parse_name
+from diag.run.progress import Silent
 from diag.run.shards import tower_samples
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.run import run_intervene
@@ -336,9 +341,49 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     control = found.sensitivity[found.sensitivity["intervention"] == "random_direction"]
     assert len(control) == len(found.sensitivity) / 2
     stamp = (found.folder / "manifest.json").stat().st_mtime_ns
-    again = run_intervene(plan)
+    heard = Heard()
+    again = run_intervene(plan, listener=heard)
     assert (again.folder / "manifest.json").stat().st_mtime_ns == stamp
     pd.testing.assert_frame_equal(again.sensitivity, found.sensitivity)
+    assert heard.said == []
+    assert found.manifest["tables"].keys() == {"sensitivity.csv", "relations.csv", "samples.parquet"}
+    with (found.folder / "relations.csv").open("a") as file:
+        file.write("\n")
+    run_intervene(plan, listener=heard)
+    assert heard.said == [f"relations.csv of '{found.folder}' is not as the run wrote it"]
+
+
+class Heard(Silent):
+    """Keeps what is said; `when` something is said, something may be done."""
+
+    def __init__(self, when: Callable[[str], object] = lambda text: None) -> None:
+        self.said: list[str] = []
+        self.when = when
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+        self.when(text)
+
+
+@pytest.mark.usefixtures("undrawn", "sketched")
+def test_images_that_are_replaced_meanwhile_are_told(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(noise, "album")
+    given: dict[str, Any] = {"images": "album", "limit": 2, "layers": (0,), "metrics": ("cos_y_vself",)}
+    plan = IntervenePlan.checked(models=("demo:vit-p16",), **given)
+
+    def replace(text: str) -> None:
+        if "changes of" in text:
+            Path("album", "00.png").touch()
+
+    with pytest.raises(UserError, match=r"'album/00\.png' was replaced while it was measured"):
+        run_intervene(plan, listener=Heard(replace))
+    found = run_intervene(plan)
+    assert found.manifest["inputs"]["content"] == content_digest(
+        {name: hashlib.sha256(Path("album", name).read_bytes()).hexdigest() for name in ("00.png", "01.png")}
+    )
 
 
 def test_the_command(attnbias: Callable[..., Ended]) -> None:

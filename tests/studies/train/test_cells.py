@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from diag.models import load
 from diag.models.names.resolve import parse as parse_name
 from diag.studies.train.cells import Cell, card_of, cells_of, train_cell
 from diag.studies.train.fit import Training, optimiser_of, rate_at
+from diag.studies.train.labelled import classes_of
 from diag.studies.train.plan import Recipe, TrainPlan, read_plan
 from diag.studies.train.tasks import task_of
 from diag.variants import apply, parse
@@ -181,6 +183,36 @@ def test_resumed_equals_uninterrupted(plan: TrainPlan, once: Once, tmp_path: Pat
     assert resumed["sha256"] == card_of(whole)["sha256"]
     for name in ("log.csv", "monitor.csv"):
         assert (tmp_path / "parts" / name).read_text() == (whole / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (None, ""),
+        ([1], "list indices"),
+        ({"generator": None}, "torch.ByteTensor"),
+        ({"step": "3"}, "'step' is '3'"),
+        ({"step": 7}, "'step' is 7"),
+        ({"log": [1]}, "'log' or 'watched' is no list of rows"),
+        ({"model": {"weight": torch.zeros(3)}}, "Error"),
+        ({"optimiser": {}}, ""),
+        ({"seconds": "x"}, "could not convert"),
+    ],
+)
+def test_a_damaged_checkpoint_of_a_training_is_two_lines(tmp_path: Path, change: Any, told: str) -> None:
+    file = tmp_path / "checkpoint.pt"
+    training = Training(nn.Linear(2, 2), Recipe(**RECIPE), CPU)
+    training.save(file)
+    Training(nn.Linear(2, 2), Recipe(**RECIPE), CPU).resume(file)
+    if change is None:
+        file.write_bytes(file.read_bytes()[:300])
+    else:
+        whole = torch.load(file, weights_only=True)
+        torch.save({**whole, **change} if isinstance(change, dict) else change, file)
+    with pytest.raises(UserError, match=f"checkpoint '{file}' cannot be read: .*{told}") as caught:
+        Training(nn.Linear(2, 2), Recipe(**RECIPE), CPU).resume(file)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value.tip).startswith(f"rm '{file}', then run the same command again")
 
 
 def test_a_finished_cell_is_left_alone(tmp_path: Path) -> None:
@@ -359,6 +391,46 @@ def test_cells_are_named_and_seeds_come_first() -> None:
 
 def test_words_about_a_plan_do_not_change_its_key() -> None:
     assert plan_of().key == plan_of(about="something").key != plan_of(seeds=(1,)).key
+
+
+def test_the_key_follows_ones_own_data(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not how their place is typed."""
+    shutil.copytree(labelled, tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "data")
+    plan = plan_of("images", train="train", validation="validation")
+    assert plan.stamps().keys() == {"train", "validation"}
+    key = plan.key
+    assert plan_of("images", train="./train/", validation=str(tmp_path / "data" / "validation")).key == key
+    for part in ("train", "validation"):
+        file = Path(part, "red", "0.png")
+        written = file.read_bytes()
+        file.write_bytes(bytes(reversed(written)))
+        assert plan.key != key
+        key = plan.key
+    text = Path("a.txt")
+    text.write_text("one text")
+    plan = plan_of("language", train="a.txt")
+    assert plan_of("language", train=str(text.resolve())).key == plan.key != plan_of("language").key
+    key, written = plan.key, text.stat()
+    text.write_text("two text")
+    os.utime(text, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert plan.key != key
+    with pytest.raises(UserError, match="does not exist"):
+        plan_of("images", train="nowhere", validation="validation").stamps()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_class_in_a_tar_has_no_mark_of_an_encoding(tmp_path: Path, mark: bytes) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(content, "png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, part in (("0.png", content.getvalue()), ("0.cls", mark + b"red\r\n")):
+            member = tarfile.TarInfo(name)
+            member.size = len(part)
+            tar.addfile(member, io.BytesIO(part))
+    assert classes_of(str(tmp_path / "a.tar"), ["a.tar/0.png"]) == ["red"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ from commands import run_cli
 
 from diag.errors import UserError
 from diag.models.families.demo import build_vit
+from diag.run.progress import Silent
 from diag.studies.train.cells import cells_of, train_cell
 from diag.studies.train.grid import open_grid, run_train
 from diag.studies.train.plan import TrainPlan
 from diag.studies.train.tasks import task_of
 from tools.embedded_models import ship_grid
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
 
 RECIPE: dict[str, Any] = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "warmup": 2, "held_out": 14}
 VIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -38,7 +51,7 @@ PLAN = TrainPlan(
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grid") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])  # of the probe
+        patch.setattr("diag.run.finish.draw", lambda *tables: [])  # of the probe
         found = run_train(PLAN, folder, device="cpu")
     assert found is not None
     assert found.words
@@ -87,6 +100,39 @@ def test_the_same_command_again_reads_it(grid: Path) -> None:
     assert (grid / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds another run"):
         run_train(PLAN.model_copy(update={"seeds": (5,)}), grid, device="cpu")
+
+
+def test_tables_that_were_edited_are_told(grid: Path, tmp_path: Path) -> None:
+    shutil.copytree(grid, tmp_path / "run")
+    manifest = json.loads((grid / "manifest.json").read_text())
+    assert manifest["hashes"].keys() == {f"{name}.csv" for name in manifest["tables"]}
+    heard = Heard()
+    run_train(PLAN, tmp_path / "run", device="cpu", listener=heard)
+    assert heard.said == [f"already complete: {tmp_path / 'run'} (train again with --overwrite)"]
+    with (tmp_path / "run" / "results.csv").open("a") as file:
+        file.write("\n")
+    run_train(PLAN, tmp_path / "run", device="cpu", listener=heard)
+    assert heard.said[2:] == [f"results.csv of '{tmp_path / 'run'}' is not as the run wrote it"]
+
+
+def test_data_that_are_replaced_meanwhile_are_told(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("red", "blue"):
+        shutil.copytree(noise, tmp_path / "data" / name)
+    given = {"task": "images", "train": str(tmp_path / "data"), "validation": str(tmp_path / "data")}
+    mine = PLAN.model_copy(update=given | {"variants": ("sa",), "seeds": (0,)})
+
+    def replaces(plan: Any, cell: Any, task: Any, folder: Path, **how: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "card.json").write_text("{}")
+        (tmp_path / "data" / "red" / "00.png").touch()
+
+    monkeypatch.setattr("diag.studies.train.grid.train_cell", replaces)
+    with pytest.raises(UserError, match="was trained on was replaced meanwhile"):
+        run_train(mine, tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match="holds another run: its inputs were replaced since"):
+        run_train(mine, tmp_path / "run", device="cpu")
 
 
 def test_cells_that_are_there_are_not_trained_again(grid: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("writeup")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+        patch.setattr("diag.run.finish.draw", lambda *tables: [])
         (folder / "small.yaml").write_text(SMALL)
         # made up from a first measurement: one value is right, one is off by more than anything allows
         run_cli("probe", "-m", "demo:vit-p8", "--images", "demo", "--limit", 4, "-o", "first")
@@ -154,7 +154,7 @@ class TestShippedPlans:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("diag.show.figures.write.save", sketch)
-        monkeypatch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+        monkeypatch.setattr("diag.run.finish.draw", lambda *tables: [])
         text = (ROOT / "configs" / "demo.yaml").read_text()
         text = text.replace("limit: 32", "limit: 2").replace("images: demo}", "images: demo, limit: 2}")
         text = text.replace("series: demo", "models: [demo:vit-p16, demo:vit-p8]").replace(
@@ -314,7 +314,7 @@ class TestDocs:
         assert [options.split() for options, _ in shown] == [["--dry-run"], [], ["--check"]]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setattr("diag.run.finish.draw", lambda layers, heads, folder: [])
+            patch.setattr("diag.run.finish.draw", lambda *tables: [])
             for options, output in shown:
                 ended = run_cli("figures", "paper.yaml", *options.split())
                 assert ended.code == 0, ended.err
@@ -835,6 +835,39 @@ def test_images_that_were_replaced_are_measured_again_and_a_touch_changes_nothin
     shutil.copyfile(second, first)
     assert run_cli("figures", plan, "--check").code == 1
     assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_images_replaced_by_others_of_one_size_and_time_are_told(
+    plan: Path, undrawn: None, sketched: None
+) -> None:
+    """By the hashes of what was measured: a key has no more than names, sizes and times."""
+    Path("album").mkdir()
+    colours = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    for number, colour in enumerate(colours):
+        Image.fromarray(colour).save(f"album/{number}.webp", lossless=True, exact=True)
+    sizes = [Path(f"album/{number}.webp").stat().st_size for number in range(2)]
+    for number, size in enumerate(sizes):
+        with Path(f"album/{number}.webp").open("ab") as file:
+            file.write(bytes(max(sizes) - size))  # behind the image: one size for both
+    probe = "{models: demo:vit-p16, images: album}"
+    plan.write_text(f"title: t\nprobes:\n  eyes: {probe}\ntables:\n  - {{kind: layers, probe: eyes}}\n")
+    assert run_cli("figures", plan).code == 0
+    assert run_cli("figures", plan, "--check").code == 0
+    first, second = Path("album/0.webp"), Path("album/1.webp")
+    written = first.stat()
+    shutil.copyfile(second, first)
+    os.utime(first, ns=(written.st_atime_ns, written.st_mtime_ns))
+    now = first.stat()
+    assert (now.st_size, now.st_mtime_ns) == (written.st_size, written.st_mtime_ns)
+    ended = run_cli("figures", plan, "--check")
+    assert ended.code not in (0, 3)
+    said = "is of other images than lie in 'album' now, though of the same names, sizes and times"
+    assert said in ended.err
+    again = run_cli("probe", "-m", "demo:vit-p16", "--images", "album")
+    assert "already complete" in again.err
+    assert said in again.err
+    compared = run_cli("compare", "-m", "demo:vit-p16", "--images", "album")
+    assert said in compared.err
 
 
 def test_lines_whose_labels_read_alike_as_files_have_figures_of_their_own() -> None:

@@ -25,6 +25,9 @@ FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --includ
 SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", "Mpt")
 """Beginnings of classes whose attention transformer-lens computes as transformers does; it drops sinks."""
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Either may hold the settings of an image processor."""
+
 MOST_TOKENIZER = 256 * MEGABYTE
 """Bytes of a document beside the weights; the largest are tokenizers of 250,000 words, some 35 MB."""
 
@@ -167,9 +170,9 @@ def is_causal(config: transformers.PretrainedConfig) -> bool:
 
 
 def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
-    """What is told of a model that computes softmax attention itself."""
+    """What is told of a model that computes attention itself."""
     return UserError(
-        f"'{spec.resolved}' ({architecture}) computes softmax attention itself: its calls cannot be seen",
+        f"'{spec.resolved}' ({architecture}) computes attention itself: its calls cannot be seen",
         f"transformer-lens may show it, at short lengths: -m tl:{spec.name}"
         if architecture.startswith(SHOWN_BY_LENS)
         else "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
@@ -178,7 +181,9 @@ def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
 
 def load_image_processor(spec: ModelSpec) -> Any:
     """The image processor that lies beside the weights. Raises UserError if there is none."""
-    tip = "save it there with image_processor.save_pretrained(FOLDER)"
+    tip, folder = "save it there with image_processor.save_pretrained(FOLDER)", Path(spec.name)
+    if folder.is_dir() and not any((folder / name).is_file() for name in PROCESSORS):
+        raise UserError(f"folder '{folder}' has no {PROCESSORS[0]}", tip)
     return _beside(spec, transformers.AutoImageProcessor, "preprocessor_config.json", tip)
 
 

@@ -8,7 +8,9 @@ processor give that size, and the model interpolate its position embeddings if i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from diag.errors import UserError
@@ -35,7 +38,7 @@ from diag.models.families.hf.files import (
     reading,
 )
 from diag.models.families.hf.head import load_language_head
-from diag.models.families.hf.vision import packed_tower, vision_tower
+from diag.models.families.hf.vision import seen
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
@@ -47,8 +50,8 @@ from diag.models.weights import fit, up_to_three
 from diag.variants import METADATA, described, restore
 from diag.variants.in_transformers import HF_NAME
 
-VISION_PARTS = ("vision_model", "visual", "vision_tower")
-TEXT_PARTS = ("text_model", "language_model")
+VISION_PARTS = ("vision_model", "visual", "vision_tower", "vision_encoder")
+TEXT_PARTS = ("text_model", "language_model", "text_encoder")
 HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_token", "logit_scale")
 """Weights that no attention layer reads: a checkpoint may lack them."""
 
@@ -70,7 +73,6 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     config = load_config(spec)
     spread = device == SPREAD
     module = _load_module(spec, config, dtype, placement() if spread else {})
-    refuse_eager(spec, module)
     refuse_offloaded(module, spec.resolved)
     # not the format: rotary frequencies, and what a model keeps in float32, would be rounded with the rest
     ready(module, spec.resolved, device=None if spread else device, dtype=None)
@@ -87,46 +89,41 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
 # --- loading
 
 
-def refuse_eager(spec: ModelSpec, module: nn.Module) -> None:
-    """Raises UserError for a model, or a part of one, that ended up computing attention by itself."""
-    for part in module.modules():
-        config = getattr(part, "config", None)
+def refuse_eager(spec: ModelSpec, module: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raises UserError for a tower with a layer that ended up computing attention by itself.
+
+    A part of a model that has no attention, such as a convolutional backbone, may be as it likes.
+    """
+    models = {path: part for path, part in module.named_modules() if isinstance(part, PreTrainedModel)}
+    for layer in layers:
+        around = [part for path, part in models.items() if not path or layer.path.startswith(f"{path}.")]
+        config = getattr(layer.module, "config", None)
         if not isinstance(config, transformers.PretrainedConfig):
-            continue
+            config = around[-1].config
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         if config._attn_implementation not in (None, "sdpa", HF_NAME) or capped:
-            raise eager_refusal(spec, type(part).__name__)
+            raise eager_refusal(spec, type(around[-1]).__name__)
 
 
 def _load_module(
     spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
 ) -> nn.Module:
     """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
-    encoder: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    # a T5 that was saved as an encoder says that it is no encoder-decoder, and has the encoder's weights only
-    encoder_only = encoder and (config.is_encoder_decoder or encoder.__name__.endswith("EncoderModel"))
-    auto = transformers.AutoModelForTextEncoding if encoder_only else transformers.AutoModel
+    auto = transformers.AutoModelForTextEncoding if _is_encoder(config) else transformers.AutoModel
     tip = "check the folder, or download it again: the weights must be those of its config.json"
     if spec.random_init and placing:
         raise UserError("--device spread does not go with --random-init", "give a model with weights")
     if not spec.random_init and Path(spec.name).is_dir():
         check_weights(Path(spec.name))
     with reading(spec, "config.json" if spec.random_init else "model.safetensors", tip=tip):
+        how = {"trust_remote_code": spec.trust_remote_code, "dtype": dtype}
         if spec.random_init:
             with torch.device("meta"):
-                refuse_too_large(auto.from_config(config), spec.resolved)
-            return auto.from_config(
-                config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=spec.trust_remote_code
-            )
-        module, report = auto.from_pretrained(
-            spec.name,
-            config=config,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            attn_implementation="sdpa",
-            dtype=dtype,
-            output_loading_info=True,
-            **placing,
+                refuse_too_large(auto.from_config(deepcopy(config)), spec.resolved)
+            return _through_sdpa(auto.from_config, config, **how)
+        load_it = partial(auto.from_pretrained, spec.name, revision=spec.revision, output_loading_info=True)
+        module, report = _through_sdpa(
+            lambda own, **more: load_it(config=own, **more), config, **how, **placing
         )
     missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
     if missing:
@@ -134,6 +131,37 @@ def _load_module(
         raise UserError(f"the weights of '{spec.name}' lack {names}: they would be random", tip)
     _restore_variants(module, Path(spec.name))
     return module
+
+
+def _is_encoder(config: transformers.PretrainedConfig) -> bool:
+    """Whether a model is loaded as its encoder alone, which may be all that its folder has weights of.
+
+    A T5 that was saved as an encoder says that it is no encoder-decoder; T5Gemma's encoder takes no other.
+    """
+    encoder: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if encoder is None:
+        return False
+    if not config.is_encoder_decoder:
+        return encoder.__name__.endswith("EncoderModel")
+    with torch.device("meta"):
+        try:
+            encoder(deepcopy(config))
+        except ValueError:
+            return False
+    return True
+
+
+def _through_sdpa(build: Callable[..., Any], config: transformers.PretrainedConfig, **arguments: Any) -> Any:
+    """What `build` makes of a config with SDPA, or with SDPA in those parts that do not refuse it.
+
+    A part that refuses it may be without any attention, such as a convolutional backbone.
+    """
+    try:
+        return build(deepcopy(config), attn_implementation="sdpa", **arguments)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    return build(config, **arguments)
 
 
 def _restore_variants(module: Any, folder: Path) -> None:
@@ -167,14 +195,17 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
     builders: dict[str, Build] = {}
 
     def see(part: Any, prefix: str) -> Tower:
-        processor = load_image_processor(spec)
-        if hasattr(part.config, "spatial_merge_size"):
-            return packed_tower(spec, part, prefix, processor, dtype)
-        return vision_tower(spec, part, prefix, processor, notes, dtype)
+        layers = layers_of(part, spec.resolved, "vision", prefix=prefix)
+        # DETR's decoder attends among the objects that it looks for, which are no pieces of the image
+        ahead = tuple(layer for layer in layers if not layer.path.startswith(f"{prefix}decoder."))
+        layers = ahead if hasattr(part, "encoder") else layers
+        refuse_eager(spec, module, layers)
+        return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
 
     def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
-        tokenizer = load_tokenizer(spec)
         layers = layers_of(part, spec.resolved, "text", prefix=prefix)
+        refuse_eager(spec, module, layers)
+        tokenizer = load_tokenizer(spec)
         return text_tower(part, tokenizer, layers, source=spec.name, causal=causal, head=head)
 
     if vision:
@@ -189,16 +220,20 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
         )
     if builders:
         return builders
+    takes = inspect.signature(module.forward).parameters
+    if "input_ids" not in takes and not {"pixel_values", "grid_thw"}.isdisjoint(takes):
+        return {"vision": lambda: see(module, "")}
     if module.main_input_name == "pixel_values":
         return {"vision": lambda: see(module, "")}
-    if module.main_input_name == "input_ids":
+    if module.main_input_name == "input_ids" in takes:
         encoder = module.get_encoder() if config.is_encoder_decoder else module
         prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
         causal = is_causal(config)
         head = partial(load_language_head, spec, module, dtype=dtype) if causal else None
         return {"text": lambda: read(encoder, prefix, causal, head)}
+    first = module.main_input_name if module.main_input_name in takes else next(iter(takes), "nothing")
     raise UserError(
-        f"'{spec.resolved}' takes '{module.main_input_name}', neither images nor text",
+        f"'{spec.resolved}' takes '{first}', neither images nor text",
         "attnbias measures text and vision models",
     )
 
@@ -253,7 +288,8 @@ def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
 
     Models that count positions from behind the padding index (RoBERTa) lose that many of them.
     """
-    context = getattr(module.config, "max_position_embeddings", None)
+    config = getattr(module, "config", None)  # FSMT's encoder has none
+    context = getattr(config, "max_position_embeddings", None)
     if context is None:
         limit = tokenizer.model_max_length
         return limit if isinstance(limit, int) and limit < 1_000_000 else None

@@ -7,105 +7,221 @@ and the model interpolates its position embeddings; models without any take ever
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.encoding import each, image_encoder, image_preparation, image_samples, preparation
-from diag.models.loading import layers_of, theirs
+from diag.models.first_layer import placed
+from diag.models.hooks.seam import Layer
+from diag.models.loading import theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, plain, refuse_remainder, sides, square
+from diag.models.weights import up_to_three
 
-CLASS_TOKENS = ("cls_token", "class_embedding", "class_token", "distillation_token")
 LEARNED_POSITIONS = ("position_embedding", "pos_embed", "relative_position_bias")
 """Parts of parameter names; a relative bias within windows (Swin) does not depend on the image size."""
+
+OF_VIDEOS = ("num_frames", "tubelet_size")
+"""Settings of towers that take several frames."""
+
+MASKS = ("pixel_mask", "pixel_attention_mask", "attention_mask")
+"""What an image processor says of padded pixels; an image alone has none."""
+
+TRIALS = ((96, 64), (64, 96))
+"""Width and height of images by which an image processor is tried."""
 
 FLAG = "interpolate_pos_encoding"
 PROCESSOR_TIP = "save the one that belongs to the model: image_processor.save_pretrained(FOLDER)"
 
 
-def vision_tower(
-    spec: ModelSpec, module: Any, prefix: str, processor: Any, notes: list[str], dtype: torch.dtype
+def seen(
+    spec: ModelSpec,
+    whole: Any,
+    part: Any,
+    layers: tuple[Layer, ...],
+    processor: Any,
+    notes: list[str],
+    dtype: torch.dtype,
 ) -> Tower:
-    """The tower of a vision transformer; what was done to its sizes is added to `notes`.
+    """The vision tower of a model, whatever its image processor makes of an image: pixels, patches, tiles.
 
+    whole: the model. part: its vision tower, which is all of it where it has no other.
+    What was done to its sizes is added to `notes`.
+    Raises UserError for a tower of videos, for one that needs what the image processor does not give, and
+    for an image size that one of them does not take.
+    """
+    if any(hasattr(part.config, name) for name in OF_VIDEOS):
+        raise UserError(
+            f"'{spec.resolved}' ({type(part).__name__}) takes videos, neither images nor text",
+            "attnbias measures text and vision models",
+        )
+    with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
+        trial = _processed(processor, Image.new("RGB", TRIALS[0]))
+    pixels = trial.get("pixel_values")
+    takes = inspect.signature(part.forward).parameters
+    alone = len(_required(getattr(whole, "get_image_features", part.forward)) | _required(part.forward)) < 2
+    others = trial.keys() & takes.keys() - {"pixel_values", *MASKS}
+    if pixels is not None and pixels.ndim == 4 and len(pixels) == 1 and alone and not others:
+        return vision_tower(spec, part, layers, processor, notes, dtype)
+    return native_tower(spec, whole, part, layers, processor, trial, dtype)
+
+
+def vision_tower(
+    spec: ModelSpec,
+    module: Any,
+    layers: tuple[Layer, ...],
+    processor: Any,
+    notes: list[str],
+    dtype: torch.dtype,
+) -> Tower:
+    """The tower of a vision transformer that takes pixels `[batch, 3, height, width]`.
+
+    A batch holds one image where the image processor gives images of different sizes.
     Raises UserError for an image size that the processor or the model does not take.
     """
     size = square(spec.model_args, spec.base)
     sizes = {} if size is None else _sizes_of_processor(processor, size, spec)
 
     def transform(image: Image.Image) -> Tensor:
-        return processor(images=image, return_tensors="pt", **sizes)["pixel_values"][0]
+        return _processed(processor, image, **sizes)["pixel_values"][0]
 
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
-        height, width = transform(Image.new("RGB", (96, 64))).shape[-2:]
+        pixels = [transform(Image.new("RGB", trial)) for trial in TRIALS]
         preprocessing = _preprocessing(processor, sizes)
-    if size is not None and (height, width) != (size, size):
+    shapes = [(image.shape[-2], image.shape[-1]) for image in pixels]
+    alike, (height, width) = shapes[0] == shapes[1], shapes[0]
+    if size is not None and set(shapes) != {(size, size)}:
         raise _refusal(spec, f"its image processor gives {height}×{width}")
-    fit_to, flags = _fit(spec, module, (height, width))
+    fits = [_fit(spec, module, shape, alike) for shape in dict.fromkeys(shapes)]
+    fit_to, flags = next((fit for fit in fits if fit[0] is not NATIVE), fits[0])
     notes += fit_to.notes
     prepare = image_preparation(transform, dtype)
-    return Tower(
+    named = "pixel_values" in inspect.signature(module.forward).parameters
+    tower = Tower(
         name="vision",
-        layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
+        layers=layers,
         samples=image_samples,
         prepare=prepare,
         encode=image_encoder(prepare, device_of_module(module)),
-        forward=lambda batch: module(pixel_values=batch.data, **flags),
-        prefix=_prefix(module),
+        forward=lambda batch: (
+            module(pixel_values=batch.data, **flags) if named else module(batch.data, **flags)
+        ),
+        max_batch=None if alike else 1,
         facts={
-            "patch_size": getattr(module.config, "patch_size", None),
-            "image_size": plain((height, width)),
+            "image_size": plain((height, width)) if alike else "native",
             **fit_to.facts,
             "preprocessing": preprocessing,
         },
     )
+    return placed(tower, module, getattr(module.config, "patch_size", None))
 
 
-def packed_tower(spec: ModelSpec, module: Any, prefix: str, processor: Any, dtype: torch.dtype) -> Tower:
-    """Qwen-VL's vision tower: patches of one image as one sequence, in the order of its windows.
+def native_tower(
+    spec: ModelSpec,
+    whole: Any,
+    part: Any,
+    layers: tuple[Layer, ...],
+    processor: Any,
+    trial: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> Tower:
+    """A tower that takes each image as its processor gives it: patches as one sequence (Qwen-VL), tiles
+    (LLaVA-NeXT, SmolVLM), patches with a mask (SigLIP 2).
 
-    Several images in one forward would share a sequence, so a batch holds one.
-    Raises UserError for an image size: every image has its own.
+    Several images in one forward would share a sequence, or differ in shape, so a batch holds one. The model
+    itself says how its vision tower is run, where it has `get_image_features`.
+    trial: what the processor gives for an image.
+    Raises UserError for an image size, and for a model that needs more than its processor gives.
     """
     if IMAGE in spec.model_args:
         raise _refusal(spec, "it takes every image at the image's own size")
+    packed = "grid_thw" in inspect.signature(part.forward).parameters
+    qwen = packed and len(_required(part.forward)) == 2 and hasattr(part.config, "spatial_merge_size")
+    call = part.forward if qwen else getattr(whole, "get_image_features", part.forward)
+    takes = inspect.signature(call).parameters
+    names = {name: other for name in trial if (other := _argument(name, list(takes))) is not None}
+    missing = _required(call) - set(names.values())
+    if missing:
+        named = up_to_three([f"'{name}'" for name in sorted(missing)])
+        raise UserError(
+            f"the vision tower of '{spec.name}' needs {named}, which its image processor does not give",
+            "give the folder of an image encoder",
+        )
 
-    def pack(image: Image.Image) -> tuple[Tensor, Tensor]:
-        packed = processor(images=image, return_tensors="pt")
-        return packed["pixel_values"].to(dtype), packed["image_grid_thw"]  # [patch, pixels of a patch]
+    def pack(image: Image.Image) -> dict[str, Tensor]:
+        made = _processed(processor, image)
+        if call == part.forward and made["pixel_values"].ndim == 5:  # of one input, tile by tile
+            made["pixel_values"] = made["pixel_values"].flatten(0, 1)
+        return {
+            name: made[name].to(dtype) if made[name].is_floating_point() else made[name] for name in names
+        }
 
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
-        pack(Image.new("RGB", (96, 64)))
+        pack(Image.new("RGB", TRIALS[1]))
         preprocessing = _preprocessing(processor, {})
-    prepare, device = preparation(pack), device_of_module(module)
+    prepare, device = preparation(pack), device_of_module(part)
 
     def encode(samples: Sequence[Sample]) -> Batch:
-        ((pixels, grid),) = each(samples, lambda sample: prepare(sample.read()))
-        return Batch((samples[0].id,), (pixels.to(device), grid.to(device)))
+        (made,) = each(samples, lambda sample: prepare(sample.read()))
+        data = {names[name]: value.to(device) for name, value in made.items()}
+        mask = data.get("pixel_attention_mask")
+        real = mask.bool() if mask is not None and mask.ndim == 2 else None  # of patches, not of pixels
+        return Batch((samples[0].id,), data, real)
 
-    full = getattr(module.config, "fullatt_block_indexes", None)
-    return Tower(
+    full = getattr(part.config, "fullatt_block_indexes", None)
+    sized = sides(getattr(part.config, "image_size", None)) == tuple(trial["pixel_values"].shape[-2:])
+    learned = any(kind in name for name, _ in part.named_parameters() for kind in LEARNED_POSITIONS[:2])
+    tower = Tower(
         name="vision",
-        layers=layers_of(module, spec.resolved, "vision", prefix=prefix),
+        layers=layers,
         samples=image_samples,
         prepare=prepare,
         encode=encode,
-        forward=lambda batch: module(batch.data[0], grid_thw=batch.data[1]),
+        forward=lambda batch: call(**batch.data),
         max_batch=1,
         facts={
-            "patch_size": module.config.patch_size,
             "image_size": "native",
             **NATIVE.facts,
+            "positions": "interpolated" if learned and not sized else "native",  # tiles are of one size
             "preprocessing": preprocessing,
-            "full_attention_layers": "all" if full is None else list(full),
+            **({"full_attention_layers": "all" if full is None else list(full)} if packed else {}),
         },
     )
+    return placed(tower, part, getattr(part.config, "patch_size", None))
+
+
+def _processed(processor: Any, image: Image.Image, **sizes: Any) -> dict[str, Tensor]:
+    """The tensors that an image processor makes of one image."""
+    found = processor(images=image, return_tensors="pt", **sizes)
+    found = {"pixel_values": found} if isinstance(found, Tensor) else found
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _argument(name: str, takes: Sequence[str]) -> str | None:
+    """What a vision tower calls a tensor of its image processor; None where it takes no such.
+
+    Inside of a larger model `image_grid_thw` is `grid_thw`, and pixels may be the first argument, whatever it
+    is called.
+    """
+    bare = re.compile(r"^(image|pixel)_")
+    if name in takes or name == "pixel_values":
+        return name if name in takes else takes[0]
+    return next((other for other in takes if bare.sub("", other) == bare.sub("", name)), None)
+
+
+def _required(call: Callable[..., Any]) -> set[str]:
+    """Names of the arguments that a function cannot do without."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = inspect.signature(call).parameters.values()
+    return {one.name for one in arguments if one.default is inspect.Parameter.empty and one.kind not in kinds}
 
 
 # --- sizes
@@ -124,8 +240,11 @@ def _sizes_of_processor(processor: Any, size: int, spec: ModelSpec) -> dict[str,
     return {"size": scaled} | ({"crop_size": {"height": size, "width": size}} if crop else {})
 
 
-def _fit(spec: ModelSpec, module: Any, image: tuple[int, int]) -> tuple[Fitted, dict[str, bool]]:
-    """What an image size does to the model's positions, and what its forward pass must be told."""
+def _fit(spec: ModelSpec, module: Any, image: tuple[int, int], alike: bool) -> tuple[Fitted, dict[str, bool]]:
+    """What an image size does to the model's positions, and what its forward pass must be told.
+
+    alike: whether every image has it.
+    """
     patch = sides(getattr(module.config, "patch_size", None))
     stored = sides(getattr(module.config, "image_size", None))
     asked = IMAGE in spec.model_args
@@ -141,24 +260,28 @@ def _fit(spec: ModelSpec, module: Any, image: tuple[int, int]) -> tuple[Fitted, 
     if before == now or not learned:
         return NATIVE, {}
     done = fitted(str(module.config.model_type), image, positions=(before, now))
+    if not alike:
+        words = f"position embeddings interpolated from {before[0]}×{before[1]} to the grid of each image"
+        done = replace(done, notes=(words,))
     flagged = FLAG in inspect.signature(module.forward).parameters
-    if flagged and asked:
+    as_many = before[0] * before[1] == now[0] * now[1]  # as they are they would fit another grid
+    if flagged and (asked or as_many):
         return done, {FLAG: True}
     if not flagged and any(hasattr(part, FLAG) for part in module.modules()):  # DINOv2: always interpolated
         return done, {}
     if asked:
         raise _refusal(spec, "its position embeddings are of one size")
-    return NATIVE, {}
+    if as_many and alike:
+        raise UserError(
+            f"the position embeddings of '{spec.name}' are of {before[0]}×{before[1]} patches, "
+            f"its image processor gives {now[0]}×{now[1]}",
+            PROCESSOR_TIP,
+        )
+    return done, {}  # a forward pass that goes through with another number has interpolated them (YOLOS)
 
 
 def _refusal(spec: ModelSpec, why: str) -> UserError:
     return UserError(f"'{spec.base}' does not take {IMAGE}: {why}", f"leave {IMAGE} out")
-
-
-def _prefix(module: nn.Module) -> tuple[str, ...]:
-    names = [name.rpartition(".")[2] for name, _ in module.named_parameters()]
-    registers = getattr(module.config, "num_register_tokens", 0) if "register_tokens" in names else 0
-    return ("cls",) * sum(name in CLASS_TOKENS for name in names) + ("registers",) * registers
 
 
 def _preprocessing(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ model is an ordinary one (`vision.py`) and runs in a pass of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
@@ -48,8 +49,16 @@ def language_tower(
             f"leave {IMAGE} out to measure its language model",
         )
     asked = str(spec.model_args.get(PROMPT, DEFAULT_PROMPT))
-    text, templated = _written(processor, asked)
-    tokenizer, device = processor.tokenizer, device_of_module(module)
+    lacking = UserError(
+        f"the processor of '{spec.name}' puts no image tokens into a prompt",
+        "save the processor that belongs to the model: processor.save_pretrained(FOLDER)",
+    )
+    try:
+        text, templated = _written(processor, asked)
+        tokenizer = processor.tokenizer
+    except AttributeError as error:  # a tokenizer or an image processor alone
+        raise lacking from error
+    device = device_of_module(module)
     # a template that writes the first special token itself would have it twice
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 
@@ -85,12 +94,8 @@ def language_tower(
     except (TypeError, ValueError, KeyError, AttributeError):  # such as a processor without its patch size
         marked = False
     if not marked:
-        raise UserError(
-            f"the processor of '{spec.name}' puts no image tokens into a prompt",
-            "save the processor that belongs to the model: processor.save_pretrained(FOLDER)",
-        )
+        raise lacking
     alike = trials[0]["pixel_values"].shape == trials[1]["pixel_values"].shape
-    vision = module.config.vision_config
     return Tower(
         name="language",
         takes="vision",
@@ -102,7 +107,7 @@ def language_tower(
         together=("image", "text"),
         max_batch=None if alike else 1,
         facts={
-            "patch_size": _side(vision),
+            "patch_size": _side(trials[0], token, module.config.vision_config),
             "image_size": tuple(trials[0]["pixel_values"].shape[-2:]) if alike else "native",
             "prompt": asked,
             "prompt_format": "chat template" if templated else "bare",
@@ -122,7 +127,19 @@ def _written(processor: Any, prompt: str) -> tuple[str, bool]:
     return f"{processor.image_token}\n{prompt}", False
 
 
-def _side(vision: Any) -> int | None:
-    """Side of the square of pixels that one image token stands for; patches may be merged."""
-    patch = getattr(vision, "patch_size", None)
+def _side(packed: Mapping[str, Tensor], token: int, vision: Any) -> int | None:
+    """Side of the square of pixels that one image token stands for: patches may be merged.
+
+    It follows from the pixels and tokens of one input; where that is no whole number, as with tokens between
+    rows of patches, from the config of the vision tower. None where neither says.
+    """
+    pixels, patch = packed["pixel_values"], getattr(vision, "patch_size", None)
+    if pixels.ndim < 4:  # patches in a row, of whose places in time and colours nothing follows
+        area = len(pixels.flatten(0, -2)) * patch**2 if isinstance(patch, int) else 0
+    else:
+        area = pixels.numel() // pixels.shape[-3]
+    tokens = int((packed["input_ids"] == token).sum())
+    side = isqrt(area // tokens)
+    if side and side**2 * tokens == area:
+        return side
     return patch * getattr(vision, "spatial_merge_size", 1) if isinstance(patch, int) else None

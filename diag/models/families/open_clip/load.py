@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ from diag.models.encoding import (
     token_text,
 )
 from diag.models.families.open_clip import OWN_CONFIGS
-from diag.models.families.timm.load import fitted_by_timm, fuse, patch_size_of, prefix_of, resampled
+from diag.models.families.timm.load import fitted_by_timm, fuse, on_grid, patch_size_of, resampled, stretched
+from diag.models.first_layer import placed
 from diag.models.loading import build_towers, constructing, hub, layers_of, quiet, ready, theirs
 from diag.models.names.spec import LOCAL, SCHEMAS, ModelSpec
 from diag.models.sizes import (
@@ -80,7 +82,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             tensors, fit_to = _resampled(module, tensors, spec.name)
         fit(module, tensors, f"checkpoint '{spec.checkpoint}'")
     elif native is not None and not spec.random_init:
-        fit_to = _fitted_by_open_clip(module.visual, native.visual, spec.name)
+        stored = partial(_create, spec, [], None)
+        fit_to = _fitted_by_open_clip(module.visual, native.visual, spec.name, stored)
     notes += (*fit_to.notes, *described(module))
     fuse(module)
     ready(module, spec.resolved, device=device, dtype=dtype)
@@ -116,17 +119,15 @@ def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) ->
     patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
     size = settings.size
     prepare = image_preparation(transform, dtype)
-    return Tower(
+    tower = Tower(
         name="vision",
         layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
         samples=image_samples,
         prepare=prepare,
         encode=image_encoder(prepare, device_of_module(module)),
         forward=lambda batch: module.encode_image(batch.data),
-        prefix=(("cls",) if trunk is None else prefix_of(trunk)),
         ending="embedding",
         facts={
-            "patch_size": patch_size[0] if isinstance(patch_size, tuple) else patch_size,
             "image_size": size if isinstance(size, int) else plain(size),
             **fit_to.facts,
             "preprocessing": {
@@ -138,13 +139,14 @@ def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) ->
             },
         },
     )
+    return placed(tower, visual, patch_size)
 
 
 def _text(spec: ModelSpec, module: Any) -> Tower:
     separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
     holder = module if separate is None else separate
     root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
-    with quiet(), hub(spec.resolved, "tokenizer.json"):
+    with quiet(), hub(_text_config(spec).get("hf_tokenizer_name", spec.resolved), "tokenizer.json"):
         tokenizer = open_clip.get_tokenizer(_hub_form(spec))
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is None:
@@ -213,21 +215,35 @@ def _resampled(module: Any, tensors: dict[str, Tensor], name: str) -> tuple[dict
         return resampled(visual.trunk, tensors, name, "visual.trunk.")
     key = "visual.positional_embedding"
     before = tensors.get(key)
-    if before is None or before.shape[:1] == visual.positional_embedding.shape[:1]:
+    side = 0 if before is None else isqrt(max(len(before) - 1, 0))
+    if before is None or side**2 + 1 != len(before) or (side, side) == visual.grid_size:
         return tensors, NATIVE
-    resized = dict(tensors)
-    resize_pos_embed(resized, module)
-    side = round((before.shape[0] - 1) ** 0.5)
-    return resized, fitted(name, visual.image_size, positions=((side, side), visual.grid_size))
+    positions = ((side, side), visual.grid_size)
+    resized = {**tensors, key: _on_grid(before, *positions)}
+    return resized, fitted(name, visual.image_size, positions=positions)
 
 
-def _fitted_by_open_clip(visual: Any, native: Any, name: str) -> Fitted:
-    """What open_clip did to published weights."""
+def _on_grid(embedding: Tensor, before: Sides, now: Sides) -> Tensor:
+    """As `open_clip.model.resize_pos_embed`, which leaves other grids of equally many patches as they are."""
+    return on_grid(embedding[None].float(), before, now)[0].to(embedding.dtype)
+
+
+def _fitted_by_open_clip(visual: Any, native: Any, name: str, stored: Callable[[], Any]) -> Fitted:
+    """What was done to published weights, by open_clip or here.
+
+    native: the tower at the size of its weights, without them. stored: loads the model with them.
+    """
     if hasattr(visual, "trunk"):
+        stretched(visual.trunk, native.trunk, lambda: stored().visual.trunk)
         return fitted_by_timm(visual.trunk, native.trunk, name)
-    if visual.grid_size == native.grid_size:
+    grids = native.grid_size, visual.grid_size
+    if grids[0] == grids[1]:
         return NATIVE
-    return fitted(name, visual.image_size, positions=(native.grid_size, visual.grid_size))
+    own = visual.positional_embedding
+    as_many = own.shape == native.positional_embedding.shape
+    if as_many and torch.equal(own, stored().visual.positional_embedding):
+        own.data = _on_grid(own.data, *grids)
+    return fitted(name, visual.image_size, positions=grids)
 
 
 # --- loading
@@ -255,7 +271,7 @@ def _create(
     if image is not None:
         arguments[FORCED] = plain(image)
     architecture, _, tag = spec.name.partition("/")
-    repository, file = spec.name, "open_clip_config.json"
+    repository, file, files = spec.name, "open_clip_config.json", "--include 'open_clip_*'"
     published = spec.published
     if spec.name.startswith(SCHEMAS):
         architecture, tag = _hub_form(spec), ""
@@ -268,10 +284,12 @@ def _create(
         if weights.get("quick_gelu") and not config.get("quick_gelu"):
             arguments["force_quick_gelu"] = True
             notes.append(f"the weights '{tag}' were trained with QuickGELU: it is used")
+    elif foreign := _text_config(spec).get("hf_model_name"):  # its text tower is one of transformers
+        repository, file, files = foreign, "config.json", "config.json"
     with (
         constructing(spec, MODEL_ARGUMENTS),
         quiet(),
-        hub(repository, file, download="--include 'open_clip_*'"),
+        hub(repository, file, download=files),
     ):
         return open_clip.create_model(
             architecture,
@@ -289,6 +307,14 @@ def _hub_form(spec: ModelSpec) -> str:
     if spec.name.startswith(SCHEMAS):
         return f"{spec.name}@{spec.revision}" if spec.revision else spec.name
     return spec.name.partition("/")[0]
+
+
+def _text_config(spec: ModelSpec) -> dict[str, Any]:
+    """What open_clip's own config says of a model's text tower; empty for models of others."""
+    if spec.name.startswith(SCHEMAS):
+        return {}
+    config: dict[str, Any] = open_clip.get_model_config(_hub_form(spec)) or {}
+    return config.get("text_cfg", {})
 
 
 def _published(spec: ModelSpec, architecture: str, tag: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from diag.inputs.outside import json_of
 from diag.models.base import Model, Tower
 from diag.models.checkpoint import read_checkpoint, read_variants
 from diag.models.encoding import image_encoder, image_preparation, image_samples
+from diag.models.first_layer import placed
+from diag.models.hooks.seam import Layer
 from diag.models.loading import constructing, hub, layers_of, quiet, ready, theirs
 from diag.models.names.spec import HUB, LOCAL, SCHEMAS, ModelSpec
 from diag.models.sizes import (
@@ -30,6 +33,7 @@ from diag.models.sizes import (
     NATIVE,
     PATCH,
     Fitted,
+    Sides,
     fitted,
     plain,
     refuse_remainder,
@@ -57,13 +61,14 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     except UserError:
         if spec.published and not spec.name.startswith(SCHEMAS):
             with torch.device("meta"):  # what has no attention need not be downloaded
-                layers_of(_create(spec, pretrained=False), spec.resolved, "vision")
+                _layers(_create(spec, pretrained=False).eval(), spec)
         raise
     fit_to = NATIVE
     if file is not None:
         resampled_as = spec.name if sizes else None
         fit_to = filled(module, file, f"checkpoint '{file}'", resampled_as, key=spec.checkpoint_key)
     elif sizes and not spec.random_init:
+        stretched(module, sizes, lambda: _create(_at_own_size(spec), pretrained=True))
         fit_to = fitted_by_timm(module, sizes, spec.name)
     with theirs(f"the preprocessing of '{spec.base}' cannot be used", "save the model again with timm"):
         config = _data_config(module)
@@ -129,22 +134,28 @@ def vision_model(
     prepare = image_preparation(transform, dtype)
     tower = Tower(
         name="vision",
-        layers=layers_of(module, spec.resolved, "vision"),
+        layers=_layers(module, spec),
         samples=image_samples,
         prepare=prepare,
         encode=image_encoder(prepare, device),
         forward=lambda batch: module(batch.data),
-        prefix=prefix_of(module),
         ending="class logits" if getattr(module, "num_classes", 0) else "embedding",
         facts={
-            "patch_size": patch_size_of(module),
             "image_size": plain(preprocessing["size"]),
             **fit_to.facts,
             "preprocessing": dict(preprocessing),
         },
     )
+    tower = placed(tower, module, patch_size_of(module))
     notes = (*fit_to.notes, *described(module))
     return Model(spec.given, spec.family, spec.resolved, module, {"vision": tower}, notes)
+
+
+def _layers(module: nn.Module, spec: ModelSpec) -> tuple[Layer, ...]:
+    size = _data_config(module)["input_size"]
+    weight = next(module.parameters())
+    pixels = torch.zeros(1, *size, dtype=weight.dtype, device=weight.device)
+    return layers_of(module, spec.resolved, "vision", run=lambda: module(pixels))
 
 
 def fuse(module: nn.Module) -> None:
@@ -158,26 +169,8 @@ def fuse(module: nn.Module) -> None:
             child.fused_attn = True
 
 
-def prefix_of(module: nn.Module) -> tuple[str, ...]:
-    """Kinds of the tokens before the patches. DeiT's distillation token is a second class token."""
-    count = getattr(module, "num_prefix_tokens", 0)
-    if not count:
-        return ()
-    holders = [module, getattr(module, "embeds", None)]
-    kinds: list[str] = []
-    for name, kind in (("cls_token", "cls"), ("dist_token", "cls"), ("reg_token", "registers")):
-        tokens = [token for holder in holders if isinstance(token := getattr(holder, name, None), Tensor)]
-        kinds += [kind] * (tokens[0].shape[1] if tokens else 0)
-    if len(kinds) != count:
-        raise UserError(
-            f"{type(module).__name__} puts {count} tokens before its patches; {len(kinds)} are understood",
-            "measure another model, or report this one",
-        )
-    return tuple(kinds)
-
-
 def patch_size_of(module: nn.Module) -> int | tuple[int, int] | None:
-    """The side of a patch in pixels; None where the model has no patch embedding."""
+    """The side of a patch in pixels as the model names it; None where it has no patch embedding."""
     for holder in (getattr(module, "patch_embed", None), getattr(module, "embeds", None)):
         size = getattr(holder, "patch_size", None)
         if size is not None:
@@ -194,30 +187,57 @@ def resampled(
     """Weights with position and patch embeddings brought to the sizes of `module`, and what that was.
 
     name: of the model, for the words. prefix: what stands before timm's names in `tensors`.
-    Only absolute position embeddings on a square grid are interpolated; whatever else differs is left
-    for `fit` to refuse.
+    Only absolute position embeddings on a square grid are interpolated, and as many of them as a square has
+    are taken for one; whatever else differs is left for `fit` to refuse.
     """
     embed: Any = module.patch_embed
     now, positions, kernels = dict(tensors), None, None
     position, kernel = now.get(f"{prefix}pos_embed"), now.get(f"{prefix}patch_embed.proj.weight")
     own = getattr(module, "pos_embed", None)
-    if (
-        isinstance(own, Tensor)
-        and position is not None
-        and (position.ndim, own.ndim, position.shape[:1]) == (3, 3, (1,))
-        and position.shape[1] != own.shape[1]
-    ):
-        before = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
-        side = round((position.shape[1] - before) ** 0.5)
-        if side**2 + before == position.shape[1]:
+    if isinstance(own, Tensor) and position is not None and (position.ndim, own.ndim) == (3, 3):
+        before = _without_patch(module)
+        side = isqrt(max(position.shape[1] - before, 0))
+        if side**2 + before == position.shape[1] and (side, side) != embed.grid_size:
             positions = ((side, side), embed.grid_size)
-            now[f"{prefix}pos_embed"] = resample_abs_pos_embed(
-                position.float(), new_size=list(embed.grid_size), num_prefix_tokens=before
-            )
+            now[f"{prefix}pos_embed"] = on_grid(position.float(), *positions, before)
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != embed.proj.weight.shape[-2:]:
         kernels = (kernel.shape[-2:], embed.patch_size)
         now[f"{prefix}patch_embed.proj.weight"] = resample_patch_embed(kernel.float(), list(embed.patch_size))
     return now, fitted(name, embed.img_size, positions=positions, patch_embedding=kernels)
+
+
+def _without_patch(module: Any) -> int:
+    """How many of a timm model's position embeddings belong to no patch."""
+    return 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
+
+
+def on_grid(position: Tensor, before: Sides, now: Sides, prefix: int = 1) -> Tensor:
+    """Position embeddings `[1, token, dim]` of one grid, interpolated for another; those of a prefix stay."""
+    return resample_abs_pos_embed(
+        position, new_size=list(now), old_size=list(before), num_prefix_tokens=prefix
+    )
+
+
+def stretched(module: Any, native: Any, stored: Callable[[], Any]) -> None:
+    """Interpolates the position embeddings of published weights that a library took as they are.
+
+    That is what it does where another grid has as many patches: 2 × 8 in place of 4 × 4. Weights that were
+    changed already are left alone.
+    native: the model at the size of its weights, without them. stored: loads it with them.
+    """
+    own, grids = (
+        getattr(module, "pos_embed", None),
+        (native.patch_embed.grid_size, module.patch_embed.grid_size),
+    )
+    if (
+        isinstance(own, Tensor)
+        and own.ndim == 3
+        and own.shape == native.pos_embed.shape
+        and grids[0] != grids[1]
+    ):
+        weights = stored().pos_embed
+        if torch.equal(own, weights):
+            own.data = on_grid(weights.data, *grids, _without_patch(module))
 
 
 def _sizes(spec: ModelSpec) -> nn.Module | None:
@@ -228,9 +248,8 @@ def _sizes(spec: ModelSpec) -> nn.Module | None:
     image, patch = (requested(spec.model_args, key, spec.base) for key in (IMAGE, PATCH))
     if image is None and patch is None:
         return None
-    others = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, PATCH)}
     with torch.device("meta"):
-        native = _create(replace(spec, model_args=others), pretrained=False)
+        native = _create(_at_own_size(spec), pretrained=False)
     embed: Any = getattr(native, "patch_embed", None)
     size, step = sides(getattr(embed, "img_size", None)), sides(patch_size_of(native))
     if size is None or step is None:
@@ -241,6 +260,11 @@ def _sizes(spec: ModelSpec) -> nn.Module | None:
     if (image or size, patch or step) != (size, step):
         refuse_remainder(image or size, patch or step, spec.base)
     return native
+
+
+def _at_own_size(spec: ModelSpec) -> ModelSpec:
+    others = {key: value for key, value in spec.model_args.items() if key not in (IMAGE, PATCH)}
+    return replace(spec, model_args=others)
 
 
 def fitted_by_timm(module: nn.Module, native: nn.Module, name: str) -> Fitted:

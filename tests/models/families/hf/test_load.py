@@ -83,6 +83,11 @@ def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(folder_of: Folde
             n_layer=1, n_embd=32, n_head=4, vocab_size=60, rotary_dim=4, bos_token_id=0, eos_token_id=1
         ),
         transformers.Gemma2Config(**TEXT_SIZES, num_key_value_heads=2, head_dim=8, vocab_size=60),
+        transformers.T5GemmaConfig(
+            encoder=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60},
+            decoder=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60},
+            vocab_size=60,
+        ),
         transformers.GptOssConfig(
             **TEXT_SIZES,
             num_key_value_heads=2,
@@ -98,10 +103,10 @@ def test_models_that_compute_softmax_themselves_are_refused_by_name(
     tmp_path: Path, config: transformers.PretrainedConfig
 ) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="computes softmax attention itself") as error:
+    with pytest.raises(UserError, match="computes attention itself") as error:
         load_folder(tmp_path, random_init=True)
     assert type(config).__name__.removesuffix("Config") in str(error.value)
-    shown = config.model_type != "gpt_oss"  # transformer-lens leaves its sinks out
+    shown = config.model_type not in ("gpt_oss", "t5gemma")  # sinks and encoders are not shown
     tip = f"transformer-lens may show it, at short lengths: -m tl:{tmp_path}"
     assert (error.value.tip == tip) == shown
     assert shown or "scaled_dot_product_attention" in (error.value.tip or "")

@@ -46,6 +46,16 @@ def numbers(tower: Tower, inputs: Inputs, metrics: list[str], batch_size: int = 
     )
 
 
+def test_a_processor_that_is_a_tokenizer_alone_leaves_the_language_tower_out(
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of("llava"))
+    monkeypatch.setattr("diag.models.families.hf.load.load_processor", lambda spec: tokenizer)
+    model = loaded(folder_of("llava"))
+    assert list(model.towers) == ["vision", "text"]
+    assert "puts no image tokens into a prompt" in model.notes[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_towers(folder_of: Folders, photographs: Inputs, kind: str) -> None:
     model = loaded(folder_of(kind))

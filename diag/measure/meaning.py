@@ -1,0 +1,167 @@
+"""A tower as it is, and not as its parts are called: the tests of meaning on its first inputs.
+
+`diag.models.hooks.meaning` tests; here a tower's own inputs are brought before it, and what it finds becomes
+the tower that is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diag.errors import MeasurementError, UnreadableInput
+from diag.measure.batch_size import is_out_of_memory
+from diag.measure.loop import told_if_the_model_fails
+from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.hooks.depth import stacks_of
+from diag.models.hooks.meaning import INPUTS, OTHERWISE, Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.seam import attention_calls, has_closed
+from diag.models.hooks.survey import other_than
+
+KNOWN = frozenset(
+    {
+        ("timm", "VisionTransformer", "Attention"),
+        ("open_clip", "CLIP", "MultiheadAttention"),
+        ("transformers", "BertModel", "BertSelfAttention"),
+        ("transformers", "CLIPModel", "CLIPAttention"),
+        ("transformers", "DINOv3ViTModel", "DINOv3ViTAttention"),
+        ("transformers", "Dinov2WithRegistersModel", "Dinov2WithRegistersAttention"),
+        ("transformers", "GPT2Model", "GPT2Attention"),
+        ("transformers", "GPTNeoXModel", "GPTNeoXAttention"),
+        ("transformers", "LlamaModel", "LlamaAttention"),
+        ("transformers", "Qwen3Model", "Qwen3Attention"),
+        ("transformers", "ViTModel", "ViTAttention"),
+    }
+)
+"""Library, class of a model and class of its attention of which the tests find nothing unusual: each layer is
+called once, over its own tokens, in the usual axes, one row per input, in every block. They are not tested
+again; `tests/models/test_conformance.py` holds each line against the tests themselves."""
+
+
+def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_random: bool = False) -> Tower:
+    """The tower with the layers that it really has, their numbers, and what is not measured of it.
+
+    samples: the first one that can be read is looked at; where none can, where another library watches the
+        model, and where it is known (`KNOWN`), the tower comes back as it is.
+    allow_random: whether a model may give other numbers for the same input.
+    Raises UserError for a model that does without being allowed to, and where no layer can be measured.
+    """
+    if tower.meaning or tower.capture is not attention_calls:
+        return tower
+    if is_known(model, tower):
+        return replace(tower, meaning={"tested": False, "known": type(model.module).__name__, "rows": INPUTS})
+    content = _first_content(tower, samples)
+    if content is None:
+        return tower
+    try:
+        found = _meaning(model, tower, content, 1 if tower.max_batch == 1 else 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = _meaning(model, tower, content, 1)
+    refuse_random(model.module, found, allow_random)
+    chosen = _chosen(tower, found)
+    return replace(
+        tower,
+        layers=chosen.layers,
+        depth=chosen.depth,
+        places=chosen.places,
+        skipped=chosen.skipped,
+        meaning=told(found, chosen),
+        max_batch=1 if found.rows == OTHERWISE and not found.random else tower.max_batch,
+    )
+
+
+def is_known(model: Model, tower: Tower) -> bool:
+    """Whether the tests are known to find nothing unusual: by class, and as every block has its layer."""
+    root, paths = model.module, [layer.path for layer in tower.layers]
+    if not kinds_of(model, tower) <= KNOWN or has_closed(root):
+        return False
+    stack, *others = stacks_of(root, dict.fromkeys(paths))
+    return not others and [place.path for place in stack.places] == paths
+
+
+def kinds_of(model: Model, tower: Tower) -> set[tuple[str, str, str]]:
+    """Library, class of the model, and classes of its attention, as `KNOWN` has them."""
+    root = type(model.module)
+    library = root.__module__.partition(".")[0]
+    return {(library, root.__name__, type(layer.module).__name__) for layer in tower.layers}
+
+
+def _first_content(tower: Tower, samples: Iterable[Sample]) -> Any:
+    """What the first sample that can be read holds, prepared for the tower."""
+    for sample in samples:
+        try:
+            return sample.read() if tower.prepare is None else tower.prepare(sample.read())
+        except UnreadableInput:
+            continue
+    return None
+
+
+def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
+    """The tests on one input, beside another one, and on a third one in its place."""
+    second, third = _other(content, 1), _other(content, 2)
+    pairs = [[content, second], [third, second]]
+
+    def batch(contents: Sequence[Any]) -> Batch:
+        given = [Sample(f"test-{i}", partial(_itself, each)) for i, each in enumerate(contents[:inputs])]
+        return tower.encode(given)
+
+    def run(data: Batch) -> None:
+        with torch.inference_mode(), told_if_the_model_fails(tower, data):
+            tower.forward(data)
+
+    return meaning_of(model.module, run, batch(pairs[0]), batch(pairs[1]), inputs=inputs)
+
+
+def _itself(content: Any) -> Any:
+    return content
+
+
+def _other(content: Any, number: int) -> Any:
+    """Another content of the same size: noise for images, the same tokens in another order for texts."""
+    if isinstance(content, Tensor):
+        return other_than(content, number)
+    if isinstance(content, Image.Image):
+        generator = np.random.default_rng(number)
+        noise = generator.integers(0, 256, (content.height, content.width, 3), dtype=np.uint8)
+        return Image.fromarray(noise)
+    if isinstance(content, dict):
+        return {name: _other(x, number) if x.is_floating_point() else x for name, x in content.items()}
+    if isinstance(content, tuple):
+        return tuple(other_than(x, number) if x.is_floating_point() else x for x in content)
+    return content[number:] + content[:number]
+
+
+def _chosen(tower: Tower, found: Meaning) -> Understood:
+    """The tower among those that ran: the one with most of the layers that were expected by their names.
+
+    Raises MeasurementError where none of them is: another stack's tokens are not those of this tower.
+    """
+    expected = [layer.path for layer in tower.layers]
+
+    def shared(one: Understood) -> tuple[int, int]:
+        return sum(_within(layer.path, expected) for layer in one.layers), len(one.layers)
+
+    chosen = max(found.towers, key=shared)
+    if expected and not shared(chosen)[0]:
+        skipped = {path: why for one in found.towers for path, why in one.skipped.items()}
+        path = next((path for path in skipped if _within(path, expected)), expected[0])
+        why = skipped.get(path, "it makes no attention call that is seen")
+        raise MeasurementError(
+            f"no layer attends to its own tokens ('{path}': {why})",
+            "attnbias measures self-attention over tokens",
+        )
+    return chosen
+
+
+def _within(path: str, others: Sequence[str]) -> bool:
+    """Whether a module is one of others, within one of them, or around one."""
+    return any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in others)

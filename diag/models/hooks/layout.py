@@ -1,0 +1,110 @@
+"""How the tensors of an attention call hold their heads, read off what the output projection contracts.
+
+A module may keep heads in an axis of their own, `[batch, head, token, dim]` or, with windows,
+`[batch, window, head, token, dim]`, or merge them into the first axis. Neither class nor attribute names
+tell: what the projection reads does, because each of its rows is one token with all heads side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 8
+"""Rows of a candidate that are looked for in what the projection reads."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the heads of a call are.
+
+    axis: of heads, among the axes before those of tokens and dims.
+    merged: how many heads are merged into axis 0; `axis` then says on which side of it they stand once it
+        is split in two: 1 behind the rest, 0 in front of it. 0 where they have an axis of their own.
+    """
+
+    axis: int
+    merged: int = 0
+
+    def split(self, x: Tensor) -> Tensor:
+        """To `[row, head, token, dim]`: what is not heads is rows. A view where that is possible."""
+        if x.ndim == 4 and self == PLAIN:
+            return x
+        if self.merged:
+            x = x.unflatten(0, (-1, self.merged) if self.axis else (self.merged, -1))
+        x = x.movedim(self.axis, -3)
+        return x[None] if x.ndim == 3 else x.flatten(0, -4)
+
+    def joined(self, x: Tensor, like: Tensor) -> Tensor:
+        """Back from `[row, head, token, dim]` to the shape of `like`, which was split."""
+        if like.ndim == 4 and self == PLAIN:
+            return x
+        lead = list(like.shape[:-2])
+        if self.merged:
+            rest = lead[0] // self.merged
+            lead = [*((rest, self.merged) if self.axis else (self.merged, rest)), *lead[1:]]
+        others = [size for axis, size in enumerate(lead) if axis != self.axis]
+        return x.view(*others, *x.shape[1:]).movedim(-3, self.axis).reshape(like.shape)
+
+    def split_mask(self, mask: Tensor, shape: torch.Size) -> Tensor:
+        """A mask that broadcasts to the scores `[…, token, token]`, as one of `[row, head, token, token]`.
+
+        shape: of the query.
+        """
+        if len(shape) == 4 and self == PLAIN:
+            return mask
+        lead = len(shape) - 2
+        mask = mask[(None,) * (lead + 2 - mask.ndim)] if mask.ndim < lead + 2 else mask
+        if all(size == 1 for size in mask.shape[:-2]):
+            return mask.reshape(1, 1, *mask.shape[-2:])
+        return self.split(mask.expand(*shape[:-2], *mask.shape[-2:]))
+
+
+PLAIN = Layout(1)
+"""`[batch, head, token, dim]`."""
+
+
+def plain_layout(output: Tensor) -> Layout | None:
+    """The layout that needs no test: heads right before tokens, in the usual four axes; None of others."""
+    return PLAIN if output.ndim == 4 else None
+
+
+def layout_of(output: Tensor, read: Tensor) -> Layout | None:
+    """The layout of a call's output of which a projection reads the heads of each token side by side.
+
+    output: `[…, token, dim]`. read: what the projection was given, `[…, channel]`.
+    None where it reads something else.
+    """
+    width, rows = read.shape[-1], read.reshape(-1, read.shape[-1])
+    found = [(_found(layout.split(output), rows), layout) for layout in _candidates(output, width)]
+    best, layout = max(found, key=lambda pair: pair[0], default=(0, PLAIN))
+    return layout if best else None
+
+
+def sized_layout(output: Tensor, width: int) -> Layout | None:
+    """The only layout in which a token has `width` channels; None where that does not tell it."""
+    possible = list(_candidates(output, width))
+    return possible[0] if len(possible) == 1 else None
+
+
+def _candidates(output: Tensor, width: int) -> Iterator[Layout]:
+    """Layouts in which each token has so many channels, the usual ones first."""
+    *lead, _, dim = output.shape
+    for axis in reversed(range(len(lead))):
+        if lead[axis] * dim == width and not (len(lead) == 1 and axis == 0):
+            yield Layout(axis)
+    heads, rest = divmod(width, dim)
+    if lead and not rest and lead[0] % heads == 0:
+        yield Layout(1, heads)
+        if heads not in (1, lead[0]):
+            yield Layout(0, heads)
+
+
+def _found(split: Tensor, rows: Tensor) -> int:
+    """How many of a few tokens, their heads side by side, are among the rows."""
+    tokens = split.transpose(1, 2).flatten(2).flatten(0, 1)  # [row · token, channel]
+    places = torch.linspace(0, len(tokens) - 1, min(ROWS, len(tokens))).long().tolist()
+    return sum(bool((rows == tokens[place]).all(-1).any()) for place in places)

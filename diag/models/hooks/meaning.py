@@ -1,0 +1,339 @@
+"""What the attention calls of a model mean, found by test on its first inputs and not by names.
+
+Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.survey`): whose tokens V is of.
+*Owner*: the first input is replaced; only its own rows may change. *Content*: where windows are filled up,
+their tokens that stay what they were are padding.
+
+A model that gives other numbers for the same input is found in passing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from diag.errors import MeasurementError, UserError
+from diag.models.hooks.depth import Place, stacks_of, with_reasons
+from diag.models.hooks.seam import Form, Layer, refuse_compiled
+from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
+
+EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
+SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
+EAGER_ELSEWHERE = (
+    "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
+)
+NO_HEADS = "which axis holds its heads could not be told"
+
+INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
+EVERYWHERE = "everywhere"
+"""Whose the rows of calls are, from the plainest on. The last is a change that was seen in rows of others."""
+
+Changed = Mapping[Seen, Bool[Tensor, "row token"]]
+"""Which tokens of a call are others when the first input is replaced."""
+
+
+@dataclass(frozen=True, eq=False)
+class Understood:
+    """One tower of a model: what is measured of it, and what is not.
+
+    name: that of the tower among several; empty where there is one.
+    layers: in depth order, with the model's own numbers. depth: how many places its depth axis has.
+    places: these, with why one is not measured.
+    skipped: layers that are not measured, by path, and why.
+    hides_padding: whether its masks hide what is padding in the inputs that were looked at.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    depth: int
+    skipped: Mapping[str, str]
+    hides_padding: bool = False
+    places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Meaning:
+    """What was found of a model.
+
+    towers: those that have a layer to measure. rows: whose the rows of calls are. random: whether the same
+    input gave other numbers. sequence_first: whether inputs lie along the second axis of what was given.
+    untested: layers that could not be asked what they attend to: they are taken to be of their own tokens.
+    """
+
+    towers: tuple[Understood, ...]
+    rows: str
+    random: bool = False
+    sequence_first: bool = False
+    untested: tuple[str, ...] = ()
+
+
+def meaning_of(
+    root: nn.Module,
+    run: Callable[[Any], object],
+    first: Any,
+    other: Any,
+    *,
+    inputs: int,
+    real: Bool[Tensor, "input token"] | None = None,
+) -> Meaning:
+    """What the attention calls below `root` mean.
+
+    run: runs the model on something. first: some inputs. other: the same, the first of them replaced by
+        another of its size. inputs: how many they are. real: which of their tokens are no padding.
+    Raises UserError where no layer can be measured, saying why, and for compiled modules.
+    """
+    refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
+    seen = watched(root, lambda: run(first))
+    _share(seen.seen)
+    calls, changed = _Calls(seen), dict[Seen, Tensor]()
+    rows, random, sequence_first = EVERYWHERE, False, False
+    if calls.measured:
+        second = _passed(root, lambda: run(other))
+        changed = {} if second is None else _changed(seen, second)
+        rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
+        rows = OTHERWISE if second is None else rows
+    if rows == EVERYWHERE and seen.seen:
+        again = _changed(seen, watched(root, lambda: run(first), asked=False))
+        random, rows = any(bool(x.any()) for x in again.values()), OTHERWISE
+        if random:  # then what followed what is not known either
+            for one in seen.seen:
+                one.forget()
+            calls, changed = _Calls(seen), {}
+        elif calls.measured:
+            ahead = changed.get(calls.measured[0])
+            sequence_first = ahead is not None and bool(~ahead[:, 1:].any() & ahead[:, 0].all())
+    if not calls.measured:
+        raise _nothing(root, seen, calls.refused)
+    own = {} if rows == OTHERWISE else {one: x[: len(x) // inputs] for one, x in changed.items()}
+    untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
+    return Meaning(_towers(root, calls, own, real), rows, random, sequence_first, tuple(untested))
+
+
+def _passed(root: nn.Module, run: Callable[[], object]) -> Survey | None:
+    """A pass on an input that was made up; None where the model does not take it."""
+    try:
+        return watched(root, run, asked=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # a model may say anything of what it was not made for
+        return None
+
+
+class _Calls:
+    """The calls of a pass by module and run, and which of them are measured.
+
+    numbers: of the calls of each run that are its layer's. refused: why a run has none. measured: all of
+    them, in order.
+    """
+
+    def __init__(self, seen: Survey) -> None:
+        self.seen = seen
+        self.of_run = dict[tuple[str, int], list[Seen]]()
+        for one in seen.seen:
+            self.of_run.setdefault((one.path, one.run), []).append(one)
+        decided = {key: _decided(calls) for key, calls in self.of_run.items()}
+        self.numbers = {key: numbers for key, (numbers, _) in decided.items()}
+        self.refused = {key: why for key, (_, why) in decided.items() if why is not None}
+        self.measured = [one for one in seen.seen if one.number in self.numbers[one.path, one.run]]
+
+
+def _share(seen: Sequence[Seen]) -> None:
+    """Notes calls whose values, which do not follow their module's input, are those of an earlier layer."""
+    for place, one in enumerate(seen):
+        if one.kind in (None, ELSEWHERE) and one.why is None and one.print.unique().numel() > 1:
+            others = (other for other in seen[:place] if other.kind == OWN)
+            if any(_same_values(one, other) for other in others):
+                one.kind = SHARED
+
+
+def _same_values(one: Seen, other: Seen) -> bool:
+    return one.print.shape == other.print.shape and torch.equal(one.print, other.print)
+
+
+def refuse_random(module: nn.Module, found: Meaning, allowed: bool) -> None:
+    """Raises UserError for a model that gives other numbers for the same input, unless that is allowed."""
+    if found.random and not allowed:
+        raise UserError(
+            f"{type(module).__name__} draws at random: the same input gives other numbers each time",
+            "measure it all the same with --allow-random (Python: allow_random=True)",
+        )
+
+
+def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
+    """The verdict of the tests on one tower, as a manifest has it."""
+    padded = [layer.name for layer in chosen.layers if any(x is not None for x in layer.form.padding)]
+    others = {layer.name: layer.form.value_from for layer in chosen.layers if layer.form.value_from != "own"}
+    paths = {layer.path for layer in chosen.layers}
+    return {
+        "tested": True,
+        "rows": found.rows,
+        "random": found.random,
+        "padded_windows": padded,
+        "values_from": others,
+        "axis_untested": [path for path in found.untested if path in paths],
+    }
+
+
+def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
+    """Which calls of one run of a module are the layer's, by number; and why, if none is."""
+    own = [one for one in calls if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked)]
+    if not own:
+        first = calls[0]
+        return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
+    if all(one.adds_up for one in calls):
+        return frozenset(one.number for one in calls), None
+    if len(calls) > 1 and any(one.kind == EVERYTHING for one in calls):
+        return frozenset(), SEVERAL
+    if sum(one.touched for one in own) > 1:
+        return frozenset(), SEVERAL
+    if any(one.layout is None for one in own):
+        return frozenset(), NO_HEADS
+    return frozenset(one.number for one in own), None
+
+
+def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) -> UserError:
+    """Why a model has nothing to measure."""
+    if why:
+        (path, _), reason = next(iter(why.items()))
+        return MeasurementError(
+            f"no layer attends to its own tokens ('{path}': {reason})",
+            "attnbias measures self-attention over tokens",
+        )
+    if seen.eager:
+        where = max(seen.eager, key=lambda path: seen.eager[path].numel()) or type(root).__name__
+        return UserError(
+            f"the model computes attention itself, in '{where}': it cannot be seen",
+            "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",
+        )
+    return UserError(
+        f"{type(root).__name__} made no self-attention call",
+        "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
+    )
+
+
+# --- owner and content
+
+
+def _changed(seen: Survey, again: Survey) -> dict[Seen, Tensor]:
+    """The tokens of each call that are others in a second pass; nothing where the passes differ in calls."""
+    both = list(zip(seen.seen, again.seen, strict=False))
+    if len(seen.seen) != len(again.seen) or any(
+        (one.path, one.print.shape) != (two.path, two.print.shape) for one, two in both
+    ):
+        return {}
+    return {
+        one: one.rows((one.print - two.print).abs() > 1e-6 * one.print.abs().max())
+        for one, two in both
+        if one.layout is not None
+    }
+
+
+def _rows(changed: Iterable[Tensor], inputs: int) -> str:
+    """Whose rows calls have: of several verdicts, that of the least plain call."""
+    verdicts = [INPUTS]
+    for each in changed:
+        touched, rows = each.any(1), len(each)
+        if not touched.any():
+            continue
+        plain = rows % inputs == 0 and not touched[rows // inputs :].any()
+        if plain:
+            verdicts.append(INPUTS if rows == inputs else WINDOWS)
+        else:
+            verdicts.append(EVERYWHERE if touched[-1] else OTHERWISE)
+    return max(verdicts, key=[INPUTS, WINDOWS, OTHERWISE, EVERYWHERE].index)
+
+
+def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
+    """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
+
+    Where an input has several rows, they are what stays the same; where it has one, only what does so in a
+    later layer as well: prefix tokens are the same in the first one. The first token of a causal text is the
+    same in all of them, and is none.
+    """
+    found, before = dict[Seen, Tensor](), dict[int, Seen]()
+    for one in calls:
+        if one not in own or not own[one].any():
+            continue
+        rows, tokens = own[one].shape
+        constant = ~own[one]
+        if one.keys is not None and one.keys.shape[-1] == tokens:
+            constant = constant & one.keys[:rows]  # what a mask hides needs no test
+        if not constant.any():
+            continue
+        if rows > 1:
+            found[one] = constant
+            continue
+        first = before.setdefault(tokens, one)
+        if not one.first_alone and (first.path, first.run) != (one.path, one.run):
+            found[one] = constant
+            found |= {first: constant} if torch.equal(own[first], own[one]) else {}
+    return found
+
+
+# --- towers
+
+
+def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -> tuple[Understood, ...]:
+    found = dict[str, str | None]()
+    for key, numbers in calls.numbers.items():
+        if found.get(key[0], "") is not None:
+            found[key[0]] = None if numbers else calls.refused[key]
+    for path, scores in calls.seen.eager.items():
+        square = not scores or scores[-1] == scores[-2]
+        found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)
+    towers, unmeasured = list[Understood](), dict[str, str]()
+    for stack in stacks_of(root, found, ran=calls.of_run):
+        layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
+        for place in stack.places:
+            key = (place.path, place.run)
+            mine = [one for one in calls.of_run.get(key, ()) if one.number in calls.numbers[key]]
+            if not mine:
+                skipped[place.path] = place.why or calls.refused.get(key, EAGER)
+                continue
+            form = Form(
+                runs=calls.seen.runs[place.path],
+                calls=None if len(mine) == len(calls.of_run[key]) else calls.numbers[key],
+                layout=mine[0].layout,
+                adds_up=mine[0].adds_up,
+                value_from=_values_of(mine, of_stack),
+            )
+            of_stack |= dict.fromkeys(mine, place.index)
+            layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))
+        skipped |= stack.beside
+        if not layers:
+            unmeasured |= skipped
+            continue
+        padding = _padding(list(of_stack), own)
+        hides = real is not None and any(_shows(one, real) for one in of_stack)
+        padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
+        places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
+        towers.append(Understood(stack.name, padded, len(stack.places), skipped, hides, places))
+    # stacks of which nothing is measured are told with the first one
+    return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
+
+
+def _shows(one: Seen, real: Tensor) -> bool:
+    """Whether the mask of a call shows the keys that are no padding, and no others."""
+    return one.keys is not None and one.keys.shape[-1] == real.shape[-1] and bool((one.keys == real).all())
+
+
+def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
+    """Whose the values of a layer are: "own", "mixed", or those of an earlier layer."""
+    if any(one.kind == MIXED for one in calls):
+        return "mixed"
+    for other, index in before.items():
+        if all(one.kind == SHARED and _same_values(one, other) for one in calls):
+            return f"layer {index}"
+    return "own"
+
+
+def _with_padding(layer: Layer, calls: _Calls, padding: Mapping[Seen, Tensor]) -> Layer:
+    mine = calls.of_run[layer.path, layer.run]
+    if padding.keys().isdisjoint(mine):
+        return layer
+    return replace(layer, form=replace(layer.form, padding=tuple(padding.get(one) for one in mine)))

@@ -1,0 +1,353 @@
+"""One forward pass in which every attention call of a model is watched, and asked whose tokens it is of.
+
+The axis test: when a module that called attention has run, it is run again with one element of what it read
+changed. In a call over its own tokens exactly one row of V changes, and that row of Q; one column is a call
+over channels, one head a call over heads; where V does not follow, keys are of something else, or the module
+was handed queries, keys and values, and what runs it is asked instead.
+
+What a pass leaves is small: of V a fingerprint per token, by which two passes are compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.attention.call import AttentionCall
+from diag.attention.visibility import hiding, plain
+from diag.errors import MeasurementError
+from diag.models.hooks.combined import Combination
+from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
+from diag.models.hooks.seam import SDPA, AttentionMode, Frame, hooked, not_its_own
+
+ABOVE = 3
+"""How many modules, from the one that called attention upwards, are asked: a block runs its attention, which
+may run another one that is handed queries, keys and values."""
+
+OWN, MIXED, SHARED, ELSEWHERE = "own tokens", "mixed values", "an earlier layer's values", "other tokens"
+CHANNELS, HEADS, EVERYTHING, ORDER = "channels", "heads", "everything", "another order"
+REASONS = {
+    CHANNELS: "it attends over channels, not over tokens",
+    HEADS: "it attends over heads, not over tokens",
+    EVERYTHING: "each of its values is made of many tokens",
+    ORDER: "its keys are not in the order of its queries",
+    ELSEWHERE: "its keys are not the tokens of its queries (cross-attention)",
+}
+"""What the axis test found -> why such a call is not measured."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """One attention call, as far as it is understood.
+
+    path, run, number: of the module, which run of it, and which call in that run.
+    print: of V, a number per token, `[…, token]`, in which two passes differ where V does.
+    kind: what the axis test found; None where it could not be asked. why: it is not measured, if so.
+    asked: whether it was. touched: whether the one changed element reached it.
+    drops: with which probability weights are dropped. adds_up: whether it is one of several maps of a sum.
+    keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
+    open: how many more modules may be asked.
+    """
+
+    path: str
+    run: int
+    number: int
+    print: Tensor
+    kind: str | None = None
+    why: str | None = None
+    asked: bool = False
+    touched: bool = False
+    layout: Layout | None = None
+    drops: float = 0.0
+    adds_up: bool = False
+    keys: Tensor | None = None
+    first_alone: bool = False
+    open: int = ABOVE
+    query: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
+    widths: list[int] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Takes back what the axis test found."""
+        if self.why is None:
+            self.kind, self.asked, self.touched = None, False, False
+
+    def close(self) -> None:
+        """Lets go of what the tests needed."""
+        if self.layout is None and self.output is not None:
+            sized = {sized_layout(self.output, width) for width in self.widths} - {None}
+            self.layout = plain_layout(self.output) or (sized.pop() if len(sized) == 1 else None)
+        self.open, self.query, self.value, self.output = 0, None, None, None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What was told of each token, `[…, token]`, by rows of the call: `[row, token]`, of any head."""
+        layout = self.layout or PLAIN
+        return layout.split(x[..., None])[..., 0].any(1)
+
+
+def watched(root: nn.Module, run: Callable[[], object], *, asked: bool = True) -> Survey:
+    """What was seen while `run` ran the model, in order.
+
+    asked: whether modules are run again for the axis test; else only fingerprints are taken.
+    """
+    modules = {path: module for path, module in root.named_modules() if not _is_leaf(module)}
+    survey = Survey(asked)
+    with hooked(survey, modules):
+        run()
+    for seen in survey.seen:
+        seen.close()
+    return survey
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Layers of PyTorch that never call attention; there are many, and each hook costs."""
+    return type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
+
+
+@dataclass
+class _Running(Frame):
+    """made: the calls of this run and of all that ran in it, in order. waiting: those not understood yet."""
+
+    made: list[Seen] = field(default_factory=list)
+    waiting: list[Seen] = field(default_factory=list)
+
+
+class Survey(AttentionMode):
+    """The calls of one pass.
+
+    seen: in order. eager: modules that made a softmax of scores themselves, and the shape of the largest.
+    runs: how often each module ran.
+    """
+
+    stack: list[_Running]  # type: ignore[assignment]
+
+    def __init__(self, asked: bool) -> None:
+        super().__init__()
+        self.asked = asked
+        self.seen: list[Seen] = []
+        self.eager: dict[str, torch.Size] = {}
+        self.runs: Counter[str] = Counter()
+        self.again: list[tuple[Tensor, Tensor]] | None = None  # of the calls of a module that is run again
+        self.directions: dict[tuple[int, torch.device], Tensor] = {}
+
+    def entered(self, path: str, module: nn.Module, args: Any) -> None:
+        if self.again is None:
+            self.stack.append(_Running(path, self.runs[path]))
+            self.runs[path] += 1
+
+    def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.again is not None:
+            return
+        frame = self.stack.pop()
+        if output is not None and self.asked and any(seen.kind is None for seen in frame.waiting):
+            self._ask(frame, module, args, kwargs)
+        if output is not None and frame.maps is not None and frame.maps.adds_up:
+            self._note_maps(frame, frame.maps)
+        for seen in frame.waiting:
+            seen.open -= 1
+        left = [seen for seen in frame.waiting if seen.open and (seen.kind is None or seen.layout is None)]
+        for seen in frame.waiting:
+            if seen not in left:
+                seen.close()
+        if self.stack:
+            self.stack[-1].made += frame.made
+            self.stack[-1].waiting += left
+
+    def softmax(self, scores: torch.Size) -> None:
+        if self.again is None and self.stack:
+            path = self.stack[-1].path
+            self.eager[path] = max(scores, self.eager.get(path, scores), key=torch.Size.numel)
+
+    def projection(self, read: Tensor) -> None:
+        if self.again is not None:
+            return
+        for frame in self.stack[-ABOVE:]:
+            for seen in frame.waiting:
+                if seen.layout is None and seen.output is not None and seen.output.dtype == read.dtype:
+                    seen.layout = layout_of(seen.output, read)
+                    seen.widths.append(read.shape[-1])
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if self.again is not None:
+            self.again.append((query.clone(), value.clone()))
+        output = SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if self.again is not None or not self.stack:
+            return output
+        frame = self.stack[-1]
+        seen = Seen(frame.path, frame.run, frame.calls, self._print(value), drops=dropout_p)
+        frame.calls += 1
+        self.seen.append(seen)
+        frame.made.append(seen)
+        if query.shape[-2] != key.shape[-2]:
+            seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
+        elif self.asked:
+            seen.query, seen.value, seen.output = query, value, output
+            mask, causal = plain(attn_mask, is_causal)
+            seen.first_alone = causal
+            if mask is not None:
+                self._read(mask, seen)
+            frame.waiting.append(seen)
+            if output.ndim == 4 and value.shape[-2] == query.shape[-2]:
+                frame.maps = frame.maps or Combination(frame.path)
+                how = query.shape[-1] ** -0.5 if scale is None else scale
+                call = AttentionCall(0, frame.path, query, key, value, output, mask, causal, how)
+                frame.maps.note_call(call, output)
+        return output
+
+    def _note_maps(self, frame: _Running, maps: Combination) -> None:
+        """The calls of a frame are maps that it adds up, or it does with them what is not understood."""
+        own = [seen for seen in frame.made if seen.path == frame.path]
+        try:
+            maps.combined()
+        except MeasurementError as error:
+            for seen in own:
+                seen.kind, seen.why = EVERYTHING, error.args[0].partition("' ")[2].partition("\n")[0]
+            return
+        for seen in own:
+            seen.adds_up = True
+
+    def _read(self, mask: Tensor, seen: Seen) -> None:
+        """Notes what a mask tells; `Visibility` reads it in full where it is measured."""
+        mask, hidden = (mask, 0.0) if mask.dtype == torch.bool else hiding(mask)
+        shown = mask if mask.dtype == torch.bool else mask > hidden
+        seen.first_alone |= bool(shown.shape[-2] > 1 and not shown[..., 0, 1:].any())
+        if shown.ndim == 4:
+            seen.keys = shown.any(-2).any(1)
+
+    def _print(self, value: Tensor) -> Tensor:
+        place = (value.shape[-1], value.device)
+        if place not in self.directions:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(value.shape[-1], dtype=torch.float64, generator=generator)
+            self.directions[place] = drawn.to(value.device)
+        return value.double() @ self.directions[place]
+
+    def _ask(self, frame: _Running, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The axis test of a module that has just run, on all that waits in it."""
+        again = self._again(frame, module, _with_changed(args, kwargs))
+        if again is None:
+            return
+        for seen, (query, value) in zip(frame.made, again, strict=True):
+            if seen.kind is None and seen.value is not None and seen.value.shape == value.shape:
+                assert seen.query is not None
+                seen.asked = True
+                seen.kind = _kind(seen, seen.query, query, value, direct=seen.path == frame.path)
+                seen.touched = seen.kind is not None
+        own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
+        others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
+        if not others:
+            return
+        # windows in turn, or keys from elsewhere: when all that was read changes, V of windows does
+        again = self._again(frame, module, _with_changed(args, kwargs, everywhere=True))
+        for seen, (_, value) in zip(frame.made, again or (), strict=again is not None):
+            if seen in others and seen.value is not None and len(_followed(seen.value, value)[-2]):
+                seen.kind = OWN
+
+    def _again(self, frame: _Running, module: nn.Module, given: tuple[list, dict] | None) -> list | None:
+        """Queries and values of all calls when a module is run again; None where that does not go."""
+        if given is None:
+            return None
+        self.again = []
+        try:
+            module.forward(*given[0], **given[1])
+        except Exception:  # a module's own code, on what it was not made for: it cannot be asked
+            return None
+        finally:
+            again, self.again = self.again, None
+        return again if len(again) == len(frame.made) else None
+
+
+def _kind(seen: Seen, query: Tensor, query_again: Tensor, value_again: Tensor, *, direct: bool) -> str | None:
+    """What a call is over, from what changed in V and Q; None where V does not tell.
+
+    direct: whether the module that made the call was asked, and not one that runs it, in which tokens may
+    have been mixed before.
+    """
+    assert seen.value is not None
+    places = _followed(seen.value, value_again)
+    tokens, dims = places[-2:]
+    if not len(tokens):
+        return None
+    of_query = _followed(query, query_again)[-2]
+    if len(tokens) == 1:
+        if direct and len(of_query):
+            return OWN if tokens[0] in of_query else ORDER
+        return None if direct else OWN if of_query.tolist() == tokens.tolist() else ELSEWHERE
+    if not direct:
+        return None
+    if len(dims) == 1 and seen.value.shape[-1] > 1:
+        return CHANNELS
+    several = seen.value.ndim == 4 and seen.value.shape[1] > 1
+    if several and len(places[1]) == 1 and len(tokens) == seen.value.shape[-2]:
+        return HEADS
+    return MIXED if len(tokens) <= seen.value.shape[-2] / 2 else EVERYTHING
+
+
+def _followed(x: Tensor, again: Tensor) -> list[Tensor]:
+    """On each axis, where anything changed."""
+    apart = (x.double() - again.double()).abs()
+    changed = apart > 1e-5 * apart.max()
+    axes = range(x.ndim)
+    return [changed.any(tuple(a for a in axes if a != axis)).nonzero()[:, 0] for axis in axes]
+
+
+def _with_changed(
+    args: Sequence[Any], kwargs: Mapping[str, Any], *, everywhere: bool = False
+) -> tuple[list, dict] | None:
+    """Arguments with what a module reads changed in one element: its first tensor, wherever that is given.
+
+    everywhere: in all elements. Caches are left out, or keys would be there twice. None where there is no
+    tensor to change.
+    """
+    given = [*args, *kwargs.values()]
+    tensors = [x for x in given if isinstance(x, Tensor) and x.ndim >= 2 and x.numel()]
+    read = next((x for x in tensors if x.is_floating_point() or _are_ids(x)), None)
+    if read is None:
+        return None
+    changed, place = read.clone(), tuple(size // 2 for size in read.shape)
+    if everywhere:
+        changed = other_than(read)
+    elif read.is_floating_point():
+        changed[place] += 1 + read.abs().max()
+    else:
+        changed[place] = read.min() if read[place] != read.min() else read.max()
+    same = [x for x in tensors if x.data_ptr() == read.data_ptr() and x.shape == read.shape]
+
+    def instead(x: Any) -> Any:
+        if any(x is one for one in same):
+            return changed
+        return None if hasattr(x, "get_seq_length") else x
+
+    return [instead(x) for x in args], {name: instead(x) for name, x in kwargs.items()}
+
+
+def _are_ids(x: Tensor) -> bool:
+    """Whether integers are ids of tokens, and no mask."""
+    return x.dtype in (torch.int32, torch.int64) and bool((x > 1).any())
+
+
+def other_than(x: Tensor, number: int = 1) -> Tensor:
+    """Another tensor of its kind that differs everywhere: noise of its spread, or ids in another order.
+
+    number: which other one.
+    """
+    if not x.is_floating_point():
+        return x.roll(number, -1)
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(number))
+    return (drawn * (1 + x.float().std().nan_to_num().cpu())).to(x.device, x.dtype)

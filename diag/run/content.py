@@ -1,0 +1,36 @@
+"""Whether a finished run is of what lies there now, by the hashes of what it has measured.
+
+Keys know files by names, sizes and times, which a copy with its times kept (`cp -p`, `touch -r`) can have in
+common with another file. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diag.inputs.items import content_digest
+from diag.run.plan import ProbePlan, inputs_of
+
+
+def replaced(plan: ProbePlan, folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """A sentence for each kind of inputs of which other bytes were measured than are there, else nothing.
+
+    Inputs whose samples were not kept have no hashes, nor have those of older runs: of them nothing is said.
+    Reads as many files as were hashed. Raises UserError as `inputs_of` does.
+    """
+    told = manifest.get("inputs", {})
+    found = []
+    for kind, inputs in inputs_of(plan).items():
+        measured = told.get(kind, {}).get("content")
+        if measured is None or inputs.files is None:
+            continue
+        hashed = min(plan.limit, plan.keep_samples, len(inputs))
+        ids = [inputs.items[place].id for place in range(hashed)]
+        if measured != content_digest(inputs.files.content(ids)):
+            found.append(
+                f"'{folder}' is of other {inputs.kind} than lie in '{inputs.source}' now, "
+                "though of the same names, sizes and times"
+            )
+    return found

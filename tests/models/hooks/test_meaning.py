@@ -1,0 +1,563 @@
+"""What calls mean is found by test: on modules whose names lie, and on real architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from attention_modules import Attention, Broken, Cross, Eager, Stack, TorchAttention, assert_untouched
+from surveys import layers_on, meaning_on
+from torch import Tensor, nn
+
+from diag.attention.call import AttentionCall
+from diag.errors import UserError
+from diag.models.hooks.layout import PLAIN, Layout, layout_of
+from diag.models.hooks.meaning import EAGER, INPUTS, OTHERWISE, SEVERAL, WINDOWS, Meaning
+from diag.models.hooks.seam import attention_calls
+from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, REASONS
+
+TEXT = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+SEQ2SEQ = {
+    f"{part}_{name}": value
+    for part in ("encoder", "decoder")
+    for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 16))
+} | {"d_model": 16}
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def images(size: int = 32, inputs: int = 2) -> Tensor:
+    return torch.randn(inputs, 3, size, size)
+
+
+def ids(tokens: int = 9, inputs: int = 2) -> Tensor:
+    return torch.stack([torch.randperm(50)[:tokens] + 3 for _ in range(inputs)])
+
+
+def told(found: Meaning) -> dict[str, dict[int, str]]:
+    """Tower → number of each layer → its name."""
+    return {one.name: {layer.index: layer.name for layer in one.layers} for one in found.towers}
+
+
+# --- axis -------------------------------------------------------------------------------------------
+
+
+class OverChannels(Attention):
+    """XCiT: the softmax is over channels."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part.transpose(-1, -2) for part in self.heads(x))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class OverHeads(Attention):
+    """`[batch, token, head, dim]`, as other libraries want it: PyTorch attends over heads."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in self.heads(x)))
+        return x + self.out(y.flatten(2))
+
+
+class Shifted(Attention):
+    """Keys and values stand elsewhere than their queries."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q, k.roll(1, 2), v.roll(1, 2))
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class OverAll(Attention):
+    """Every value has seen all tokens before."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x + x.cumsum(1).flip(1).cumsum(1), mask)
+
+
+class Nearby(Attention):
+    """Convolutional projections (CvT): values are made of neighbours."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x + x.roll(1, 1), mask)
+
+
+class Learned(Attention):
+    """As many learned queries as tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(torch.ones_like(q), k, v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Positioned(nn.Module):
+    """DETR: queries and keys have positions, values have not, and attention gets them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.places = torch.randn(9, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        placed = x + self.places
+        return x + self.inner(placed, placed, x, need_weights=False)[0]
+
+
+class Handing(nn.Module):
+    """What attends is a module without weights, which is handed queries, keys and values."""
+
+    class Attend(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.inner = Attention(), self.Attend()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.parts.out(self.inner(*self.parts.heads(x)).transpose(1, 2).flatten(2))
+
+
+class Functional(nn.Module):
+    """Three depths in one module's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depths = nn.ModuleList(Attention() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for depth in self.depths:
+            x = x + depth.out(F.scaled_dot_product_attention(*depth.heads(x)).transpose(1, 2).flatten(2))
+        return x
+
+
+class TwoBranches(Attention):
+    """Two maps, each over values of its own."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(-q, k, v.flip(-1))
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Both(Attention):
+    """Its own tokens first, then another sequence of the same length, in one forward."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        own = F.scaled_dot_product_attention(*self.heads(x))
+        q, (_, k, v) = self.heads(x)[0], self.heads(memory)
+        return x + self.out((own + F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (OverChannels, CHANNELS),
+        (OverHeads, HEADS),
+        (Shifted, ORDER),
+        (OverAll, EVERYTHING),
+        (Learned, ELSEWHERE),
+    ],
+)
+def test_what_is_not_over_its_own_tokens_is_named(layer: type[nn.Module], reason: str) -> None:
+    (tower,) = meaning_on(Stack(Attention(), layer()).eval(), torch.randn(2, 9, 16)).towers
+    assert [one.path for one in tower.layers] == ["layers.0"]
+    assert (tower.skipped, tower.depth) == ({"layers.1": REASONS[reason]}, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "path"), [(Positioned, "inner"), (Handing, "inner"), (Attention, ""), (TorchAttention, "mha")]
+)
+def test_own_tokens_are_found_however_they_are_handed_on(layer: type[nn.Module], path: str) -> None:
+    found = layers_on(Stack(layer(), layer()).eval(), torch.randn(2, 9, 16))
+    assert [one.path for one in found] == [f"layers.{i}.{path}".rstrip(".") for i in (0, 1)]
+    assert {one.form.value_from for one in found} == {"own"}
+
+
+def test_values_that_are_made_of_neighbours_are_told() -> None:
+    (first, second) = layers_on(Stack(Attention(), Nearby()).eval(), torch.randn(2, 9, 16))
+    assert (first.form.value_from, second.form.value_from) == ("own", "mixed")
+
+
+@pytest.mark.parametrize("module", [Functional(), TwoBranches()])
+def test_several_calls_of_one_run_are_not_taken_for_windows(module: nn.Module) -> None:
+    with pytest.raises(UserError, match=SEVERAL):
+        meaning_on(module.eval(), torch.randn(2, 9, 16))
+
+
+def test_of_two_calls_the_one_over_its_own_tokens_is_measured() -> None:
+    module, x, calls = Both().eval(), torch.randn(2, 9, 16), list[AttentionCall]()
+    (layer,) = layers_on(module, x, torch.randn(2, 9, 16))
+    assert layer.form.calls == frozenset({0})
+    with attention_calls([layer], calls.append):
+        module(x, torch.randn(2, 9, 16))
+    (call,) = calls
+    assert torch.equal(call.value, module.heads(x)[2])
+
+
+def test_values_of_an_earlier_layer_are_told() -> None:
+    class Sharing(Stack):
+        """Gemma-3n: a layer takes keys and values of the one before."""
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            first, second = self.layers
+            y = first(x)
+            _, k, v = first.heads(x)
+            q = second.heads(y)[0]
+            return y + second.down(second.attend(q, k, v))
+
+    class Second(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = Handing.Attend()
+
+        def down(self, y: Tensor) -> Tensor:
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    first, second = layers_on(Sharing(Attention(), Second()).eval(), torch.randn(2, 9, 16))
+    assert (first.form.value_from, second.form.value_from) == ("own", "layer 0")
+
+
+# --- owner ------------------------------------------------------------------------------------------
+
+
+class Windows(Attention):
+    """Windows of three tokens, in the order that is asked for."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        windows = x.unflatten(1, (3, -1))
+        windows = windows.transpose(0, 1) if self.first else windows
+        y = super().forward(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+        return (y.transpose(0, 1) if self.first else y).flatten(1, 2)
+
+
+class TwoViews(Attention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        both = super().forward(torch.cat([x, x.flip(2)]))
+        return both[: len(x)] + both[len(x) :]
+
+
+class Mixing(Attention):
+    """Inputs see each other."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x - x.mean(0), mask)
+
+
+class Tiled(Attention):
+    """SmolVLM: of each input as many tiles as are not empty."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        tiles = x.unflatten(1, (3, -1))
+        kept = tiles.abs().sum((2, 3)) > 0
+        made = torch.zeros_like(tiles)
+        made[kept] = super().forward(tiles[kept])
+        return made.flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows"),
+    [
+        (Attention(), INPUTS),
+        (Windows(first=False), WINDOWS),
+        (Windows(first=True), OTHERWISE),
+        (TwoViews(), OTHERWISE),
+        (Mixing(), OTHERWISE),
+    ],
+)
+def test_whose_the_rows_are_is_found(layer: nn.Module, rows: str) -> None:
+    found = meaning_on(layer.eval(), torch.randn(2, 9, 16))
+    assert (found.rows, found.random, found.sequence_first) == (rows, False, False)
+
+
+def test_unequal_tiles_are_not_shared_out_evenly() -> None:
+    x = torch.randn(2, 9, 16)
+    x[1, 3:] = 0  # three tiles and one: four rows for two inputs
+    assert meaning_on(Tiled().eval(), x).rows == OTHERWISE
+
+
+def test_sequences_that_come_first_are_found() -> None:
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32), 1, enable_nested_tensor=False
+    ).eval()
+    assert meaning_on(encoder, torch.randn(2, 16, 16)).sequence_first
+
+
+def test_a_model_that_draws_is_found() -> None:
+    class Drawing(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x + torch.randn_like(x), mask)
+
+    assert meaning_on(Drawing().eval(), torch.randn(2, 9, 16)).random
+
+
+# --- content ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "rows"), [(64, 9), (20, 1)])
+def test_what_fills_up_windows_is_padding(size: int, rows: int) -> None:
+    """SAM: windows of 7 × 7 patches over 16 × 16 of them, or over 5 × 5."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "output_channels": 8}
+    config = transformers.SamVisionConfig(
+        **sizes, image_size=size, patch_size=4, window_size=7, global_attn_indexes=[2]
+    )
+    found = layers_on(transformers.SamVisionModel(config).eval(), images(size))
+    side = -(-size // 4 // 7) * 7
+    real = torch.zeros(side, side, dtype=torch.bool)
+    real[: size // 4, : size // 4] = True
+    windows = real.unflatten(0, (-1, 7)).unflatten(2, (-1, 7)).transpose(1, 2).reshape(rows, 49)
+    for layer in found[:2]:
+        (padding,) = layer.form.padding
+        assert padding is not None
+        assert torch.equal(padding, ~windows)
+    assert found[2].form.padding == ()
+
+
+def test_a_beginning_that_is_the_same_in_every_text_is_no_padding() -> None:
+    config = transformers.GPT2Config(**TEXT, n_embd=16, n_layer=3, n_head=2)
+    texts = ids()
+    texts[:, 0] = 1
+    model = transformers.GPT2Model(config).eval()
+    found = layers_on(model, texts.clone())
+    assert all(layer.form.padding == () for layer in found)
+
+
+# --- heads ------------------------------------------------------------------------------------------
+
+
+class Merged(Attention):
+    """Heads in the batch, in front of inputs or behind them."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(heads=4)
+        self.first, self.nhead = first, 4
+        del self.num_heads
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        parts = [part.transpose(0, 1) if self.first else part for part in self.heads(x)]
+        y = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in parts))
+        y = y.unflatten(0, parts[0].shape[:2])
+        y = y.transpose(0, 1) if self.first else y
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class WindowsBeforeHeads(Attention):
+    """Twins: `[batch, window, head, token, dim]`, with as many windows as heads."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.heads(x.unflatten(1, (2, -1))))
+        return x + self.out(y.transpose(-2, -3).flatten(-2)).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layout", "rows", "heads"),
+    [
+        (Merged(first=False), Layout(1, 4), 2, 4),
+        (Merged(first=True), Layout(0, 4), 2, 4),
+        (WindowsBeforeHeads(), Layout(2), 4, 2),
+        (Attention(), PLAIN, 2, 2),
+    ],
+)
+def test_heads_are_where_the_projection_reads_them(
+    layer: nn.Module, layout: Layout, rows: int, heads: int
+) -> None:
+    x, calls = torch.randn(2, 8, 16), list[AttentionCall]()
+    (found,) = layers_on(layer.eval(), x)
+    assert found.form.layout == layout
+    expected = layer(x)
+    with attention_calls([found], lambda call: calls.append(call) or call.output.clone()):
+        assert torch.equal(layer(x), expected)
+    assert calls[0].output.shape == (rows, heads, 16 // rows, 8)
+    value = layer.v(x).unflatten(-1, (heads, 8)).transpose(1, 2)
+    value = value.unflatten(2, (rows // 2, -1)).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(calls[0].value, value)
+
+
+def test_a_layout_splits_and_joins() -> None:
+    for layout, shape in (
+        (Layout(1), (2, 3, 4, 5, 6)),
+        (Layout(2), (2, 3, 4, 5, 6)),
+        (Layout(0, 3), (6, 5, 4)),
+    ):
+        x = torch.randn(shape)
+        assert torch.equal(layout.joined(layout.split(x), x), x)
+        read = layout.split(x).transpose(1, 2).flatten(2)
+        assert layout_of(x, read.flatten(0, 1).flip(0)) == layout  # in any order of tokens
+
+
+# --- towers -----------------------------------------------------------------------------------------
+
+
+def bart() -> nn.Module:
+    return transformers.BartModel(transformers.BartConfig(**TEXT, **SEQ2SEQ))
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    return transformers.T5Model(transformers.T5Config(**TEXT, **sizes))
+
+
+def whisper() -> nn.Module:
+    sizes = {"max_source_positions": 9, "num_mel_bins": 8, "decoder_start_token_id": 1}
+    return transformers.WhisperModel(transformers.WhisperConfig(**TEXT, **SEQ2SEQ, **sizes))
+
+
+def torchs() -> nn.Module:
+    return nn.Transformer(16, 2, 2, 2, 16, batch_first=True)
+
+
+SEQUENCES: dict[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]] = {
+    bart: lambda: {"input_ids": ids()},
+    t5: lambda: {"input_ids": ids(), "decoder_input_ids": ids()},
+    whisper: lambda: {"input_features": torch.randn(2, 8, 18), "decoder_input_ids": ids()},
+    torchs: lambda: {"src": torch.randn(2, 9, 16), "tgt": torch.randn(2, 9, 16)},
+}
+
+
+@pytest.mark.parametrize("build", SEQUENCES)
+def test_encoder_and_decoder_are_two_towers_and_cross_attention_is_neither(
+    build: Callable[[], nn.Module],
+) -> None:
+    found = meaning_on(build().eval(), **SEQUENCES[build]())
+    assert [(one.name, [layer.index for layer in one.layers], one.depth) for one in found.towers] == [
+        ("encoder", [0, 1], 2),
+        ("decoder", [0, 1], 2),
+    ]
+    cross = {path: why for one in found.towers for path, why in one.skipped.items()}
+    assert list(cross.values()) == [REASONS[ELSEWHERE]] * 2
+    assert all("decoder" in path for path in cross)
+
+
+def test_padding_belongs_to_the_tower_whose_masks_hide_it() -> None:
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    found = meaning_on(bart().eval(), input_ids=ids(), attention_mask=mask, real=mask.bool())
+    assert [one.hides_padding for one in found.towers] == [True, False]
+
+
+def test_depth_that_shares_weights_is_numbered_by_run() -> None:
+    config = transformers.AlbertConfig(**TEXT, **NARROW, embedding_size=16, num_hidden_layers=3)
+    model, calls = transformers.AlbertModel(config).eval(), list[AttentionCall]()
+    found = layers_on(model, ids())
+    assert [(layer.index, layer.run, layer.form.runs) for layer in found] == [(0, 0, 3), (1, 1, 3), (2, 2, 3)]
+    with attention_calls(found[1:], calls.append):
+        model(ids())
+    assert [call.layer for call in calls] == [1, 2]
+
+
+def test_a_hybrid_keeps_its_numbers_and_names_its_other_layers() -> None:
+    linear = {"num_value_heads": 2, "num_key_heads": 2, "key_head_dim": 8, "value_head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    config = transformers.Qwen3NextConfig(
+        **TEXT,
+        **NARROW,
+        **experts,
+        **{f"linear_{name}": value for name, value in linear.items()},
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        shared_expert_intermediate_size=8,
+    )
+    (tower,) = meaning_on(transformers.Qwen3NextModel(config).eval(), ids()).towers
+    assert told(Meaning((tower,), INPUTS)) == {"": {3: "layers.3.self_attn"}}
+    reason = "no softmax attention (Qwen3NextGatedDeltaNet)"
+    assert tower.skipped == {f"layers.{i}": reason for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "depth"),
+    [
+        ("pvt_v2_b0", [6, 7], 8),
+        ("nextvit_small", [19], 20),
+        ("swin_tiny_patch4_window7_224", list(range(12)), 12),
+    ],
+)
+def test_stages_are_counted_through(name: str, numbers: list[int], depth: int) -> None:
+    module = timm.create_model(name).eval()
+    for child in module.modules():
+        if hasattr(child, "fused_attn"):
+            child.fused_attn = True
+    size = 224 if "swin" in name else 64
+    (tower,) = meaning_on(module, images(size)).towers
+    assert ([layer.index for layer in tower.layers], tower.depth) == (numbers, depth)
+    assert len(tower.skipped) == depth - len(numbers)
+
+
+def test_class_attention_and_channels_leave_nothing_to_measure() -> None:
+    module = timm.create_model("xcit_nano_12_p16_224", embed_dim=32, depth=2, num_heads=4).eval()
+    for child in module.modules():
+        if hasattr(child, "fused_attn"):
+            child.fused_attn = True
+    with pytest.raises(
+        UserError, match=r"no layer attends to its own tokens \('blocks\.0\.attn': .* channels"
+    ):
+        meaning_on(module, images(64))
+
+
+# --- finding them -----------------------------------------------------------------------------------
+
+
+def test_modules_without_numbers_are_the_layers_of_one_tower_as_they_run() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.later, self.sooner, self.pool = Attention(), TorchAttention(), Eager()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.later(self.sooner(x)))
+
+    module = Mixer().eval()
+    (tower,) = meaning_on(module, torch.randn(2, 9, 16)).towers
+    assert [(layer.index, layer.path) for layer in tower.layers] == [(0, "sooner.mha"), (1, "later")]
+    assert tower.layers[0].module is module.sooner.mha
+    assert tower.skipped == {"pool": EAGER}
+    assert_untouched(module)
+
+
+@pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
+def test_a_module_in_training_mode_is_found_too(context: Callable[[], Any]) -> None:
+    with torch.inference_mode(False), context():
+        found = meaning_on(Stack(Attention(dropout_p=0.5)).train(), torch.randn(2, 5, 16))
+    assert told(found) == {"": {0: "layers.0"}}
+
+
+def test_a_module_that_computes_attention_itself_is_named() -> None:
+    module = Stack(Eager())
+    with pytest.raises(UserError, match=r"computes attention itself, in 'layers\.0': it cannot be seen"):
+        meaning_on(module, torch.randn(2, 5, 16))
+    assert_untouched(module)
+
+
+def test_where_there_is_no_attention_that_is_said() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1))
+    with pytest.raises(UserError, match=r"^Sequential made no self-attention call$"):
+        meaning_on(module, torch.randn(2, 5, 16))
+
+
+def test_everything_is_restored_after_an_exception() -> None:
+    module = Stack(Attention(), Broken())
+    with pytest.raises(RuntimeError, match="inside forward"):
+        meaning_on(module, torch.randn(2, 5, 16))
+    assert_untouched(module)
+
+
+def test_another_number_of_queries_is_named() -> None:
+    (tower,) = meaning_on(Stack(Attention(), Cross()).eval(), torch.randn(2, 9, 16)).towers
+    assert tower.skipped == {"layers.1": "5 queries over 9 keys: cross-attention or pooling"}
