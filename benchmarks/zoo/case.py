@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class NotBuiltError(Exception):
 class Case:
     """A model to be judged.
 
-    batch: of at least two different inputs, one per row. prefix: tokens before the patches that are known of
+    batch: of at least two different inputs, one per row of `axis`. prefix: tokens before the patches that are known of
     the architecture, where content cannot tell (by name only).
     """
 
@@ -29,19 +29,18 @@ class Case:
     batch: Tensor | Mapping[str, Tensor]
     folder: Path | None = None
     prefix: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    axis: int = 0
 
 
-def rows(batch: Tensor | Mapping[str, Tensor]) -> int:
-    """How many inputs a batch holds."""
-    return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
-
-
-def alone(batch: Tensor | Mapping[str, Tensor], row: int) -> Tensor | dict[str, Tensor]:
-    """One input as a batch of its own."""
+def inputs_of(case: Case) -> list[Tensor | dict[str, Tensor]]:
+    """Each input as a batch of its own."""
+    batch, axis = case.batch, case.axis
+    first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
     if isinstance(batch, Tensor):
-        return batch[row : row + 1].clone()
-    return {name: x[row : row + 1].clone() for name, x in batch.items()}
+        return [x.clone() for x in batch.split(1, axis)]
+    return [
+        {name: x.narrow(axis, row, 1).clone() for name, x in batch.items()} for row in range(first.shape[axis])
+    ]
 
 
 def forward(module: nn.Module, batch: Any) -> Any:

@@ -101,8 +101,11 @@ def gathered(
     found = Evidence(root, calls, of_batch, masks=list(masks or [None] * len(each)), prefix=prefix)
     whole, single, again = outputs[0], outputs[1 : 1 + len(each)], outputs[-1]
     found.random = not _alike(single[0], again, 0)
-    if whole.ndim and len(whole) == len(each) and all(len(one) == 1 for one in single if one.ndim):
-        found.coupled = not all(_alike(whole[i], one[0], 1e-3) for i, one in enumerate(single))
+    found.coupled = not any(
+        all(_alike(part, one, 1e-3) for part, one in zip(whole.split(1, axis), single, strict=True))
+        for axis in range(min(2, whole.ndim))
+        if whole.shape[axis] == len(each)
+    )
     for row, of_input in enumerate(calls):
         if len(of_input) == len(of_batch):
             for call, beside in zip(of_input, of_batch, strict=True):

@@ -268,7 +268,9 @@ def counted(
     mask = evidence.masks[number] if number < len(evidence.masks) else None
     if mask is not None and rows.among.shape == (1, len(mask)):
         hidden = ~rows.visible[:, :, mask][..., ~mask].any()
-        if hidden:
+        # causality alone hides what is at the end; padding is hidden from itself, too
+        causal = not ahead and bool(rows.visible.diagonal(dim1=-2, dim2=-1)[..., ~mask].any())
+        if hidden and not causal:
             rows.among &= mask
     if tokens in ("patch", "cls", "registers") and not windows:
         beside = _beside(evidence, rows.among.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -91,8 +92,8 @@ def _starts(root: nn.Module, lists: Sequence[str]) -> dict[str, int]:
 
 
 def _alike(one: str, other: str) -> bool:
-    words = [word for word in one.split(".") if not word.isdigit()]
-    return words == [word for word in other.split(".") if not word.isdigit()]
+    one, other = (re.sub(r"(?<![^.])\d+(?![^.])", "#", path) for path in (one, other))
+    return one == other
 
 
 def unnamed_blocks(root: nn.Module, attending: set[str], known: Iterable[str]) -> Iterator[str]:

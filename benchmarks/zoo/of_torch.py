@@ -99,4 +99,5 @@ def build(name: str, folder: Path | None) -> Case:
     module = lively(MODULES[name]())
     x = torch.randn(4, 12, 32, generator=generator)
     batch = {"source": x, "target": torch.randn(4, 12, 32, generator=generator)}
-    return Case("torch", name, module, batch if isinstance(module, Both) else x)
+    first = 1 if "sequence first" in name else 0  # then there are twelve inputs of four tokens
+    return Case("torch", name, module, batch if isinstance(module, Both) else x, axis=first)

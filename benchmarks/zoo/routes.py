@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zoo.case import Case, alone, forward, rows
+from zoo.case import Case, forward, inputs_of
 from zoo.evidence import Evidence, gathered
 from zoo.judge import FALSE, REFUSED, Answer, Verdict, judged
 
@@ -28,7 +28,7 @@ def as_module(case: Case) -> Verdict:
 
 def module_evidence(case: Case) -> Evidence:
     """What the judge sees of a module and its batch."""
-    each = [alone(case.batch, row) for row in range(rows(case.batch))]
+    each = inputs_of(case)
     mask = case.batch.get("attention_mask") if isinstance(case.batch, Mapping) else None
     masks = list(mask.bool()) if mask is not None and mask.ndim == 2 else None
     return gathered(case.module, lambda batch: forward(case.module, batch), case.batch, each, masks)
