@@ -4,8 +4,8 @@
     python benchmarks/coverage.py --library timm --only 'swin' --route module
     python benchmarks/coverage.py --page docs/coverage.md # the page again, from what is known
 
-Each model is built with random weights and judged in a process of its own, two at a time; one that hangs or dies
-costs its time limit and nothing else. Verdicts are kept by name in a JSON file, which a partial run adds to.
+Each model is built with random weights and judged in one of two processes; one that hangs or dies costs its
+time limit and nothing else. Verdicts are kept by name in a JSON file, which a partial run adds to.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def run(given: argparse.Namespace, known: dict[str, Any]) -> None:
             known |= found
             done += len(found)
             given.kept.write_text(json.dumps(known, indent=1, sort_keys=True))
-            bad = {job: of["verdict"] for job, of in found.items() if of["verdict"] in ("wrong", "silently incomplete")}
+            bad = {
+                job: of["verdict"]
+                for job, of in found.items()
+                if of["verdict"] in ("wrong", "silently incomplete")
+            }
             print(f"{done}/{len(jobs)} {time.time() - began:.0f} s {bad or ''}", flush=True)
 
 
@@ -92,7 +96,9 @@ def judged_apart(jobs: list[str]) -> Iterator[tuple[str, Any]]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")])
+        ),
     }
     while left:
         command = [sys.executable, __file__, "--worker", *left]
@@ -108,7 +114,14 @@ def judged_apart(jobs: list[str]) -> Iterator[tuple[str, Any]]:
                     yield job, found
         if left:  # the first one that is left has ended the process
             job = left.pop(0)
-            yield job, {"verdict": "not built", "reasons": ["its process ended, or took too long"], "seconds": LIMIT}
+            yield (
+                job,
+                {
+                    "verdict": "not built",
+                    "reasons": ["its process ended, or took too long"],
+                    "seconds": LIMIT,
+                },
+            )
 
 
 def work(jobs: list[str]) -> None:

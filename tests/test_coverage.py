@@ -1,4 +1,4 @@
-"""The coverage program: a sample of its models by both routes, and its judge against tables that are wrong."""
+"""The coverage program: a sample of its models by both routes, and its judge on tables that are wrong."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_refusals_are_checked(right: tuple[Evidence, pd.DataFrame]) -> None:
 )
 def test_what_a_call_is_over_is_seen(module: nn.Module, why: str) -> None:
     """A table of a call that is not over its own tokens is wrong, whatever is in it."""
-    case, seen = evidence_of(module)
+    _case, seen = evidence_of(module)
     lines = [
         {"tower": "module", "layer": 0, "module": "layers.0", "tokens": "all", "metric": "self_weight"}
         | {"input": str(i), "input_index": i, "head": h, "value": 0.5}

@@ -19,8 +19,8 @@ class NotBuiltError(Exception):
 class Case:
     """A model to be judged.
 
-    batch: of at least two different inputs, one per row of `axis`. prefix: tokens before the patches that are known of
-    the architecture, where content cannot tell (by name only).
+    batch: of at least two different inputs, one per row of `axis`. prefix: tokens before the patches that are
+    known of the architecture, where content cannot tell (by name only).
     """
 
     library: str
@@ -39,7 +39,8 @@ def inputs_of(case: Case) -> list[Tensor | dict[str, Tensor]]:
     if isinstance(batch, Tensor):
         return [x.clone() for x in batch.split(1, axis)]
     return [
-        {name: x.narrow(axis, row, 1).clone() for name, x in batch.items()} for row in range(first.shape[axis])
+        {name: x.narrow(axis, row, 1).clone() for name, x in batch.items()}
+        for row in range(first.shape[axis])
     ]
 
 

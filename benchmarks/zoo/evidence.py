@@ -1,4 +1,4 @@
-"""What the judge saw of a model by itself: each input's calls, of whose tokens they are, and what is random."""
+"""What the judge saw of a model by itself: each input's calls, whose tokens they are of, what is random."""
 
 from __future__ import annotations
 
@@ -64,14 +64,20 @@ class Evidence:
 
     def kind(self, path: str, run: int) -> set[str]:
         """What the calls of a module's run are over."""
-        return {kind for (of, which, _), kind in self.kinds.items() if (of, which) == (path, run)} or {UNKNOWN}
+        return {kind for (of, which, _), kind in self.kinds.items() if (of, which) == (path, run)} or {
+            UNKNOWN
+        }
 
     def own(self) -> list[str]:
         """Modules whose tokens meet their own values, as far as is known."""
         return [
             path
             for path in self.fused
-            if any(not kind <= {CROSS} for (of, _, _), kind in ((k, {v}) for k, v in self.kinds.items()) if of == path)
+            if any(
+                not kind <= {CROSS}
+                for (of, _, _), kind in ((k, {v}) for k, v in self.kinds.items())
+                if of == path
+            )
         ]
 
 
@@ -165,7 +171,9 @@ def _differentiable(batch: Any) -> Any:
 def _first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output.detach().double() if output.is_floating_point() else output.detach()
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, list | tuple) else ()
+    values = (
+        output.values() if hasattr(output, "values") else output if isinstance(output, list | tuple) else ()
+    )
     for value in values:
         found = _first_tensor(value)
         if found.ndim:
@@ -177,20 +185,26 @@ def _alike(x: Tensor, y: Tensor, tolerance: float) -> bool:
     if x.shape != y.shape:
         return False
     if not x.is_floating_point() or not tolerance:
-        return bool(torch.equal(x.nan_to_num() if x.is_floating_point() else x, y.nan_to_num() if x.is_floating_point() else y))
+        return bool(
+            torch.equal(
+                x.nan_to_num() if x.is_floating_point() else x, y.nan_to_num() if x.is_floating_point() else y
+            )
+        )
     scale = max(1.0, float(x.nan_to_num().abs().max())) if x.numel() else 1.0
     return x.numel() == 0 or float((x - y).nan_to_num().abs().max()) <= tolerance * scale
 
 
 def configured_heads(root: nn.Module, path: str) -> int | None:
-    """How many heads a model says that an attention module has: the module's own word, or its configuration's."""
+    """How many heads an attention module has, in the module's own words or its configuration's."""
     module = root.get_submodule(path)
     for name in HEAD_NAMES:
         count = getattr(module, name, None)
         if isinstance(count, int) and not isinstance(count, bool) and count > 0:
             return count
     config = getattr(module, "config", None)
-    for name in ("encoder_attention_heads",) if re.search(r"encoder\.", path) else ("decoder_attention_heads",):
+    for name in (
+        ("encoder_attention_heads",) if re.search(r"encoder\.", path) else ("decoder_attention_heads",)
+    ):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
     for name in HEAD_NAMES:

@@ -62,7 +62,13 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
         yield {("pixel_values_videos" if "pixel_values_videos" in taken else "pixel_values"): video}
     if "input_features" in taken:
         mel = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
-        for shape in ((ROWS, mel, 256), (ROWS, 64, mel), (ROWS, 1, 64, mel), (ROWS, mel, 3000), (ROWS, 1, 1001, 64)):
+        for shape in (
+            (ROWS, mel, 256),
+            (ROWS, 64, mel),
+            (ROWS, 1, 64, mel),
+            (ROWS, mel, 3000),
+            (ROWS, 1, 1001, 64),
+        ):
             features = torch.randn(shape, generator=generator)
             yield {"input_features": features} | (
                 {"decoder_input_ids": of_text["decoder_input_ids"]} if "decoder_input_ids" in taken else {}
@@ -131,7 +137,9 @@ def saved(module: Any, folder: Path) -> Path:
         side = side if isinstance(side, int) else side[0]
         if hasattr(vision, "spatial_merge_size"):
             processor: Any = transformers.Qwen2VLImageProcessor(
-                patch_size=vision.patch_size, min_pixels=(4 * PATCH) ** 2, max_pixels=(16 * PATCH) ** 2,
+                patch_size=vision.patch_size,
+                min_pixels=(4 * PATCH) ** 2,
+                max_pixels=(16 * PATCH) ** 2,
                 merge_size=vision.spatial_merge_size,
             )
         else:

@@ -1,6 +1,7 @@
 """Decides what a table says of a model: exact, partial, refused, wrong or silently incomplete.
 
-Pure: evidence (`evidence.py`) and what attnbias answered go in, a verdict comes out. Nothing of attnbias is used.
+Pure: evidence (`evidence.py`) and what attnbias answered go in, a verdict comes out. Nothing of attnbias is
+used.
 """
 
 from __future__ import annotations
@@ -202,14 +203,20 @@ def _faults_of_line(
         (a, b)
         for n, a in enumerate(calls[0])
         for b in calls[0][:n]
-        if a.value is not None and b.value is not None and a.value.shape == b.value.shape and torch.equal(a.value, b.value)
+        if a.value is not None
+        and b.value is not None
+        and a.value.shape == b.value.shape
+        and torch.equal(a.value, b.value)
     ]
     if same_values:
         yield f"'{line.path}' calls attention several times on the same values: pooled as if they were windows"
         return
     for tokens, by_metric in line.numbers.items():
         worst = min(
-            (_apart(evidence, calls, layout, by_metric, tokens) for layout in layouts(calls[0][0], heads or shown)),
+            (
+                _apart(evidence, calls, layout, by_metric, tokens)
+                for layout in layouts(calls[0][0], heads or shown)
+            ),
             default=(np.inf, "its heads were not found"),
         )
         if worst[0] > TOLERANCE:
@@ -237,11 +244,16 @@ def _apart(
             if table[number].shape != true.shape:
                 return np.inf, f"{table.shape[1]} heads where {len(true)} are"
             apart = np.abs(table[number] - true) / np.maximum(1, np.abs(true))
-            apart = np.where(np.isnan(true) & np.isnan(table[number]), 0, np.where(np.isnan(apart), np.inf, apart))
+            apart = np.where(
+                np.isnan(true) & np.isnan(table[number]), 0, np.where(np.isnan(apart), np.inf, apart)
+            )
             if apart.max() > worst[0]:
                 head = int(apart.argmax())
                 told, truth = table[number][head], true[head]
-                worst = (float(apart.max()), f"{metric} of input {number}, head {head} is {told:.5f}, not {truth:.5f}")
+                worst = (
+                    float(apart.max()),
+                    f"{metric} of input {number}, head {head} is {told:.5f}, not {truth:.5f}",
+                )
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Which number a layer has within its model, from the places of blocks in their lists; and blocks between them."""
+"""Which number a layer has within its model, from the places of blocks in their lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def place_of(root: nn.Module, path: str) -> list[tuple[str, int]]:
 
 
 def block_of(root: nn.Module, path: str, level: int = 0) -> tuple[str, int] | None:
-    """The list of blocks that a path goes through, and the block's number in it; level 0 is the innermost list."""
+    """A list of blocks that a path goes through, and the block's number in it; level 0 is the innermost."""
     places = place_of(root, path)
     return places[-1 - min(level, len(places) - 1)] if places else None
 
@@ -65,7 +65,9 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
     lists = [
         of for of in dict.fromkeys(of for of, _ in seen.values()) if any(_alike(of, other) for other in mine)
     ]
-    if len(lists) == 1 and not any(block_of(root, line.path, level + 1) != blocks[line.path] for line in of_tower):
+    if len(lists) == 1 and not any(
+        block_of(root, line.path, level + 1) != blocks[line.path] for line in of_tower
+    ):
         return all(line.layer == blocks[line.path][1] for line in of_tower)
     whole = [path for path, _ in root.named_modules() if any(_alike(path, other) for other in mine)]
     attending = [path for path, (container, _) in seen.items() if container in lists]
@@ -97,7 +99,7 @@ def _alike(one: str, other: str) -> bool:
 
 
 def unnamed_blocks(root: nn.Module, attending: set[str], known: Iterable[str]) -> Iterator[str]:
-    """Blocks of a list that call no attention although blocks of the same class in it do, and are not named."""
+    """Blocks without attention in a list where others of their class attend, and that are not named."""
     lists: dict[str, set[int]] = defaultdict(set)
     for path in attending:
         block = block_of(root, path)

@@ -181,9 +181,7 @@ def watching(root: nn.Module, graph: bool = False) -> Iterator[Watch]:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             enter, leave = partial(watch.enter, path), partial(watch.leave, path)
-            undone.callback(
-                module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove
-            )
+            undone.callback(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
             undone.callback(module.register_forward_hook(leave, always_call=True).remove)
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").split(".")[0] in ("diag", "zoo"):

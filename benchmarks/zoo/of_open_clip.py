@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from zoo.case import Case, NotBuiltError, lively
 from zoo.inputs import save_tokenizer
 from zoo.of_timm import SIZE
 
+
 def names() -> list[str]:
     """Every architecture whose config is of another kind than those before it, sizes and tokenizers aside."""
     kinds: dict[str, str] = {}
@@ -28,10 +28,28 @@ def names() -> list[str]:
     return sorted(kinds.values())
 
 
-ASIDE = (
-    "layers width heads head_width patch_size image_size embed_dim context_length vocab_size mlp_ratio size timm_drop "
-    "init_logit_bias init_logit_scale hf_tokenizer_name tokenizer_kwargs bos_id eos_id image_mean image_std"
-).split()
+ASIDE = [
+    "layers",
+    "width",
+    "heads",
+    "head_width",
+    "patch_size",
+    "image_size",
+    "embed_dim",
+    "context_length",
+    "vocab_size",
+    "mlp_ratio",
+    "size",
+    "timm_drop",
+    "init_logit_bias",
+    "init_logit_scale",
+    "hf_tokenizer_name",
+    "tokenizer_kwargs",
+    "bos_id",
+    "eos_id",
+    "image_mean",
+    "image_std",
+]
 
 
 def _kind(config: Any) -> Any:
@@ -63,7 +81,9 @@ def small(name: str, texts: Path) -> dict[str, Any]:
         text.pop("hf_tokenizer_name", None)
         text |= {"width": 32, "heads": 4, "layers": 2, "vocab_size": 49408}
         text |= {"context_length": 16}
-    config["embed_dim"] = 32 if "timm_model_name" not in vision or "proj" in str(vision) else config["embed_dim"]
+    config["embed_dim"] = (
+        32 if "timm_model_name" not in vision or "proj" in str(vision) else config["embed_dim"]
+    )
     if "multimodal_cfg" in config:
         vision |= {"width": 32, "head_width": 8}
         config["multimodal_cfg"] |= {"width": 32, "heads": 4, "layers": 2, "attn_pooler_heads": 4}
@@ -115,7 +135,9 @@ def _built(name: str, folder: Path, by_name: bool) -> Case:
     config = small(name, texts)
     vision, why = config["vision_cfg"], ""
     timm = "timm_model_name" in vision
-    for side in dict.fromkeys((64, 96, 128, 224, vision.get("image_size", 224)) if timm else (vision["image_size"],)):
+    for side in dict.fromkeys(
+        (64, 96, 128, 224, vision.get("image_size", 224)) if timm else (vision["image_size"],)
+    ):
         vision["image_size"] = side
         preprocess = {"size": side, "mean": [0.5] * 3, "std": [0.5] * 3}
         document = {"model_cfg": config, "preprocess_cfg": preprocess}

@@ -1,4 +1,4 @@
-"""timm's architectures, small: several of each model file that computes attention, one of each that does not."""
+"""timm's architectures, small: one of each kind in model files that compute attention, else one a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,29 @@ SIZE = re.compile(
     r"enormous|so\d+m\d?|x+small|x*s|x+t|t|m|b|l|h|g|e|xl|n|\d+[mbk]?|\d+(ts|t|d|px)?|[bstmlxmwdvfpc]\d+|ti|x+tiny|"
     r"patch\d+|window\d+|pm|rw|tf|in21k|ma\d+|sa\d+|mci\d|x+|[a-z]*net[a-z]*\d+[a-z]?)$"
 )
-SMALLEST = "test zepto atto femto pico nano xxt xxtiny xxs xtiny xt ti tiny wee xs xsmall t pwee little s small".split()
+SMALLEST = [
+    "test",
+    "zepto",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxt",
+    "xxtiny",
+    "xxs",
+    "xtiny",
+    "xt",
+    "ti",
+    "tiny",
+    "wee",
+    "xs",
+    "xsmall",
+    "t",
+    "pwee",
+    "little",
+    "s",
+    "small",
+]
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_tiny_patch16_224 (attn_layer=diff)": ("vit_tiny_patch16_224", {"attn_layer": "diff"}),
     "vit_tiny_patch16_224 (class_token=False)": (
@@ -71,7 +93,9 @@ def build(name: str, folder: Path | None) -> Case:
     native = config.input_size[-1] if config else 224
     sides = [side for side in SIDES if side < native] + [native]
     fixed = bool(config and config.fixed_input_size)
-    trials = [less | ({"img_size": side} if fixed else {}) for less in SMALLER for side in (sides if fixed else [0])]
+    trials = [
+        less | ({"img_size": side} if fixed else {}) for less in SMALLER for side in (sides if fixed else [0])
+    ]
     trials += [{}] if fixed else []
     why = "nothing was tried"
     for trial in trials:
@@ -105,7 +129,9 @@ def build(name: str, folder: Path | None) -> Case:
 def saved(module: nn.Module, folder: Path, side: int, arguments: dict[str, Any]) -> Path:
     """The model as timm saves it, with preprocessing to images of `side` pixels."""
     arguments.pop("num_classes", None)
-    plain = {key: value for key, value in arguments.items() if isinstance(value, int | str | bool | float | tuple)}
+    plain = {
+        key: value for key, value in arguments.items() if isinstance(value, int | str | bool | float | tuple)
+    }
     size = {"input_size": (3, side, side)}
     _hub.save_config_for_hf(module, str(folder / "config.json"), model_args=plain, data_config=size)
     state = {key: value.clone().contiguous() for key, value in module.state_dict().items()}
@@ -121,6 +147,9 @@ def prefix_of(module: nn.Module, architecture: str) -> int:
     count = 0
     for path, parameter in parameters.items():
         last = path.rpartition(".")[2]
-        if last in ("cls_token", "dist_token", "reg_token", "register_tokens", "class_token") and path.count(".") < 2:
+        if (
+            last in ("cls_token", "dist_token", "reg_token", "register_tokens", "class_token")
+            and path.count(".") < 2
+        ):
             count += parameter.shape[-2] if parameter.ndim > 1 else 1
     return count

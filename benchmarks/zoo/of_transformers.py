@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -21,36 +18,108 @@ LEFT = {"data2vec-audio": 16000, "default": 4000}
 
 SMALL: dict[str, Any] = (
     dict.fromkeys(
-        "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim hidden_dim encoder_hidden_size "
-        "decoder_hidden_size d_embed emb_dim projection_dim text_embed_dim out_hidden_size attention_hidden_size "
-        "vision_hidden_size hidden_sizes_out qformer_hidden_size lm_hidden_size embed_size".split(),
+        [
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "dim",
+            "embed_dim",
+            "embedding_size",
+            "word_embed_proj_dim",
+            "hidden_dim",
+            "encoder_hidden_size",
+            "decoder_hidden_size",
+            "d_embed",
+            "emb_dim",
+            "projection_dim",
+            "text_embed_dim",
+            "out_hidden_size",
+            "attention_hidden_size",
+            "vision_hidden_size",
+            "hidden_sizes_out",
+            "qformer_hidden_size",
+            "lm_hidden_size",
+            "embed_size",
+        ],
         WIDTH,
     )
     | dict.fromkeys(
-        "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads n_heads "
-        "num_self_attention_heads num_cross_attention_heads attention_heads".split(),
+        [
+            "num_attention_heads",
+            "n_head",
+            "num_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "n_heads",
+            "num_self_attention_heads",
+            "num_cross_attention_heads",
+            "attention_heads",
+        ],
         HEADS,
     )
-    | dict.fromkeys("num_key_value_heads n_kv_heads num_kv_heads multi_query_group_num".split(), 2)
+    | dict.fromkeys(["num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num"], 2)
     | dict.fromkeys(
-        "num_hidden_layers n_layer num_layers encoder_layers decoder_layers n_layers depth num_encoder_layers "
-        "num_decoder_layers num_blocks num_hidden_groups num_self_attends_per_block l_layers x_layers r_layers".split(),
+        [
+            "num_hidden_layers",
+            "n_layer",
+            "num_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "n_layers",
+            "depth",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "num_blocks",
+            "num_hidden_groups",
+            "num_self_attends_per_block",
+            "l_layers",
+            "x_layers",
+            "r_layers",
+        ],
         DEPTH,
     )
     | dict.fromkeys(
-        "intermediate_size d_ff ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim mlp_dim ffn_hidden_size "
-        "inner_dim feed_forward_hidden_size moe_intermediate_size shared_expert_intermediate_size "
-        "encoder_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size filter_size".split(),
+        [
+            "intermediate_size",
+            "d_ff",
+            "ffn_dim",
+            "n_inner",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "mlp_dim",
+            "ffn_hidden_size",
+            "inner_dim",
+            "feed_forward_hidden_size",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "encoder_intermediate_size",
+            "expert_ffn_hidden_size",
+            "moe_ffn_hidden_size",
+            "filter_size",
+        ],
         2 * WIDTH,
     )
     | dict.fromkeys(
-        "vocab_size text_vocab_size src_vocab_size tgt_vocab_size entity_vocab_size vocab_size_per_layer_input".split(),
+        [
+            "vocab_size",
+            "text_vocab_size",
+            "src_vocab_size",
+            "tgt_vocab_size",
+            "entity_vocab_size",
+            "vocab_size_per_layer_input",
+        ],
         VOCABULARY,
     )
-    | dict.fromkeys("head_dim d_kv attention_head_size kv_channels v_head_dim".split(), WIDTH // HEADS)
+    | dict.fromkeys(["head_dim", "d_kv", "attention_head_size", "kv_channels", "v_head_dim"], WIDTH // HEADS)
     | {"max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128, "max_source_positions": 128}
     | {"max_target_positions": 128, "max_seq_len": 128, "seq_length": 128, "max_sequence_length": 128}
-    | {"image_size": SIDE, "patch_size": PATCH, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
+    | {
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "n_routed_experts": 4,
+    }
     | {"num_experts_per_tok": 2, "n_shared_experts": 1, "moe_topk": 2, "num_experts_per_token": 2, "top_k": 2}
     | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
     | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16}
@@ -59,10 +128,26 @@ SMALL: dict[str, Any] = (
     | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "num_queries": 6}
     | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1}
     | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "state_size": 8, "n_groups": 1}
-    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "sep_token_id": 2}
+    | {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    | {
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+        "sep_token_id": 2,
+    }
     | {"dropout": 0.0, "sliding_window": 6, "num_mel_bins": 16}
-    | {"fullatt_block_indexes": [1], "window_size": 4, "deepstack_visual_indexes": [0], "attn_layer_indices": [1]}
+    | {
+        "fullatt_block_indexes": [1],
+        "window_size": 4,
+        "deepstack_visual_indexes": [0],
+        "attn_layer_indices": [1],
+    }
 )
 SPECIAL = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi", "mask", "boa", "eoa")
 """Beginnings of names of tokens whose default ids lie beyond the small vocabulary."""
@@ -94,7 +179,11 @@ def shrunk(values: dict[str, Any], kind: str) -> dict[str, Any]:
     if isinstance(values.get("image_size"), list | tuple):
         small["image_size"] = [SIDE] * len(values["image_size"])
     _of_stages(small)
-    depths = (small[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(small.get(key), int))
+    depths = (
+        small[key]
+        for key in ("num_hidden_layers", "num_layers", "n_layer")
+        if isinstance(small.get(key), int)
+    )
     depth = next(depths, DEPTH)
     for key in PER_LAYER:
         if isinstance(small.get(key), list | tuple):
@@ -109,9 +198,14 @@ def shrunk(values: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 LEFT_OUT = ("out_features", "out_indices", "stage_names", "per_layer_config", "_out_features", "_out_indices")
-PER_LAYER = (
-    "layer_types layers_block_type mlp_layer_types attn_type_list attention_layers activation_sparsity_pattern"
-).split()
+PER_LAYER = [
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "attn_type_list",
+    "attention_layers",
+    "activation_sparsity_pattern",
+]
 
 
 def _of_stages(small: dict[str, Any]) -> None:

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from zoo.observer import Call, watching
 
 OWN, CROSS, CHANNELS, MIXED, ORDER, UNKNOWN = (
-    "own tokens", "other tokens", "channels", "mixed values", "another order", "unknown"
+    "own tokens",
+    "other tokens",
+    "channels",
+    "mixed values",
+    "another order",
+    "unknown",
 )
 MOST_PLACES = 400_000
 """Elements of an argument beyond which it is not looked at."""
@@ -96,5 +101,7 @@ def _places(gradient: Tensor | None) -> frozenset[tuple[int, ...]]:
     if not there.any():
         return frozenset()
     places = [there.any(axis) for axis in range(there.ndim)]
-    fewest = min(range(there.ndim), key=lambda axis: (int(places[axis].sum()), -prod(there.shape[axis:axis + 1])))
+    fewest = min(
+        range(there.ndim), key=lambda axis: (int(places[axis].sum()), -prod(there.shape[axis : axis + 1]))
+    )
     return frozenset((fewest, *map(int, place)) for place in places[fewest].nonzero())

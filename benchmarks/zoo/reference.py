@@ -1,4 +1,4 @@
-"""The dense float64 numbers of one input's attention calls, from formulas alone; nothing of attnbias is used."""
+"""The dense float64 numbers of one input's attention calls, from formulas alone."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class Rows:
 
     @property
     def visible(self) -> Tensor:
+        """Whether each query sees each key."""
         top = self.bias.amax(-1, keepdim=True)
         return (self.bias - top.clamp(min=-1e30) > FAINT) & self.bias.isfinite() & (self.bias > -1e30)
 
     @property
     def pattern(self) -> Tensor:
+        """The attention weights; 0 where a query sees nothing."""
         group = self.query.shape[1] // self.key.shape[1]
         scores = self.scale * self.query @ self.key.repeat_interleave(group, 1).mT + self.bias
         nothing = ~self.visible.any(-1, keepdim=True)
@@ -46,7 +48,7 @@ class Rows:
 
 
 def layouts(call: Call, heads: int | None) -> list[tuple[int, int | None]]:
-    """Ways to find heads among the axes before `[token, dim]`: (axis, size of the part that is heads or None).
+    """Ways to find heads among the axes before `[token, dim]`: (axis, size of the part that is heads).
 
     heads: the configured number. The usual place comes first.
     """

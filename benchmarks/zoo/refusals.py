@@ -49,10 +49,14 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (r"'([^']*)' (?:finished without a call|was never run)", _silent),
     (r"drops attention weights at random", lambda seen, match: any(call.dropout for call in seen.together)),
     (r"same input twice|draws at random|at random|train mode", lambda seen, match: seen.random),
-    (r"(?:one|other|another) input'?s|inputs? (?:are|is) mixed|sequence first|inputs mix|batch_first",
-     lambda seen, match: seen.coupled),
-    (r"takes '(\w+)', neither images nor text",
-     lambda seen, match: match[1] not in ("pixel_values", "input_ids")),
+    (
+        r"(?:one|other|another) input'?s|inputs? (?:are|is) mixed|sequence first|inputs mix|batch_first",
+        lambda seen, match: seen.coupled,
+    ),
+    (
+        r"takes '(\w+)', neither images nor text",
+        lambda seen, match: match[1] not in ("pixel_values", "input_ids"),
+    ),
     (r"fails on its own input", lambda seen, match: bool(seen.failed)),
     (r"is not understood|several maps|differential", lambda seen, match: "report" not in match.string),
 )

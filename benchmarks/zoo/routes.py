@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from zoo.case import Case, forward, inputs_of
 from zoo.evidence import Evidence, gathered
 from zoo.judge import FALSE, REFUSED, Answer, Verdict, judged
 
-TEXTS = ["A cat sat on the warm mat while it rained outside, and slept.", "Zebras graze far from rivers; lions watch them through tall grass."]
+TEXTS = [
+    "A cat sat on the warm mat while it rained outside, and slept.",
+    "Zebras graze far from rivers; lions watch them through tall grass.",
+]
 WORST_FIRST = ("wrong", "silently incomplete", FALSE)
 
 
@@ -53,7 +56,7 @@ def asked(model: Any, inputs: Any, **options: Any) -> Answer:
 
 
 def by_name(case: Case) -> Verdict:
-    """`diag.probe(folder, inputs)` for each tower that attnbias finds in the folder; the worst verdict of them."""
+    """`diag.probe(folder, inputs)` for each tower that attnbias finds in the folder; the worst verdict."""
     from diag import UserError
     from diag.models import load
     from diag.models.names.resolve import parse
@@ -95,12 +98,18 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
         answer = asked(name, [text * 6 for text in given], limit=2, tokens=wanted)
         given = [text * 6 for text in given]
     try:
-        samples = tower_samples(tower, as_inputs(given, tower.input_kind), limit=2, seq_len=length.get("seq_len"))
+        samples = tower_samples(
+            tower, as_inputs(given, tower.input_kind), limit=2, seq_len=length.get("seq_len")
+        )
         with contextlib.redirect_stderr(io.StringIO()):
             each = [tower.encode([sample]) for sample in samples]
             together = tower.encode(samples) if tower.max_batch is None else None
     except Exception as error:
-        return Verdict(FALSE, [answer.error or f"{type(error).__name__}: {error}"]) if answer.samples is None else Verdict("wrong", [str(error)])
+        return (
+            Verdict(FALSE, [answer.error or f"{type(error).__name__}: {error}"])
+            if answer.samples is None
+            else Verdict("wrong", [str(error)])
+        )
     if together is None:
         together = each[0]
     prefix = case.prefix if kind == "vision" else None
