@@ -31,6 +31,7 @@ SAME_ELEMENTS = {
     torch.ops.aten.add.Tensor,
     torch.ops.aten.native_dropout.default,
     torch.ops.aten.masked_fill.Scalar,
+    torch.ops.aten.masked_fill.Tensor,
     torch.ops.aten.where.self,
     torch.ops.aten._unsafe_view.default,
 }
@@ -78,6 +79,14 @@ class Call:
         return self.query.shape[-2], self.key.shape[-2]
 
 
+class Calls(list[Call]):
+    """Calls in order. softmaxes: paths of modules in which a softmax over three axes or more ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmaxes: list[str] = []
+
+
 class Watch(TorchDispatchMode):
     """The calls of all forward passes while it is on, in order, and how often each module ran.
 
@@ -87,7 +96,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, graph: bool) -> None:
         super().__init__()
         self.graph = graph
-        self.calls: list[Call] = []
+        self.calls = Calls()
         self.runs: Counter[str] = Counter()
         self.stack: list[Frame] = []
         self.inside = 0  # attention of PyTorch is running, whose own softmax is no other call
@@ -152,13 +161,18 @@ class Watch(TorchDispatchMode):
         if self.inside:
             return out
         if func in SOFTMAX:
+            if args[0].ndim >= 3:
+                self.calls.softmaxes.append(self.where()[0])
             if args[0].ndim >= 3 and args[1] in (-1, args[0].ndim - 1) and args[0].shape[-1] > 1:
                 call = Call(*self.where(), True, scores=tuple(args[0].shape))
                 self.weights[out.untyped_storage().data_ptr()] = (call, out.shape[-1], out)
         elif func in PRODUCTS and self.weights:
             left = args[PRODUCTS[func]]
             found = self.weights.get(left.untyped_storage().data_ptr())
-            if found is not None and left.shape[-1] != found[1]:  # heads are mixed: these are weights still
+            if found is not None and left.shape[-1] not in (
+                found[1],
+                found[1] - 1,
+            ):  # heads are mixed: these are weights still
                 self.weights[out.untyped_storage().data_ptr()] = (*found[:2], out)
             elif found is not None and not any(call is found[0] for call in self.calls):
                 self.calls.append(found[0])
@@ -197,7 +211,7 @@ def watching(root: nn.Module, graph: bool = False) -> Iterator[Watch]:
             yield watch
 
 
-def observed(root: nn.Module, run: Callable[[], object]) -> list[Call]:
+def observed(root: nn.Module, run: Callable[[], object]) -> Calls:
     """The attention calls of one forward pass, in float64."""
     with watching(root) as watch, torch.no_grad():
         run()

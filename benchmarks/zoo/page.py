@@ -54,20 +54,20 @@ def written(known: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 INTRODUCTION = """
-Which models attnbias measures, which it refuses, and whether what it says of them is right. Every architecture of
-timm, open_clip and transformers that can be built small is built, with random weights; so are torch's own.
-Each is given two different inputs, as a module (`diag.probe(module, batches)`) and by name (from a folder that
-the library saved). A judge that shares no code with attnbias watches the same model: it records every attention
-call and every softmax, runs each input alone, traces by gradients whose tokens and whose values a call is over,
-computes the numbers densely in float64, and compares.
+Which models attnbias measures, which it refuses, and whether what it says of them is right. Every
+architecture of timm, open_clip and transformers that can be built small is built, with random weights;
+so are torch's own. Each is given two different inputs, as a module (`diag.probe(module, batches)`) and
+by name (from a folder that the library saved). A judge that shares no code with attnbias watches the
+same model: it records every attention call and every softmax, runs each input alone, traces by gradients
+whose tokens and whose values a call is over, computes the numbers densely in float64, and compares.
 """
 MEANINGS = {
-    "exact": "Every layer whose tokens meet their own values is in the table, with the numbers of the reference "
-    "(1e-5), heads, layer numbers and inputs of the model; what else attends is named.",
+    "exact": "Every layer whose tokens meet their own values is in the table, with the numbers of "
+    "the reference (1e-5), heads, layer numbers and inputs of the model; what else attends is named.",
     "partial (named)": "As exact, but a layer that could be measured is not; it is named with the reason.",
     "refused (true reason)": "No table; the reason that is given is what the judge saw, too.",
-    "refused (false reason or raw exception)": "No table, and the reason is not what the judge saw, or is not "
-    "one that it knows, or is a bare exception.",
+    "refused (false reason or raw exception)": "No table, and the reason is not what the judge saw, or "
+    "is not one that it knows, or is a bare exception.",
     "wrong": "A number, an input, a head, a layer or a token set is not what it is called.",
     "silently incomplete": "What is in the table is right, but other attention is neither there nor named.",
     "not built": "These cannot be built here, or not small, or not run on generic inputs. They do not count.",

@@ -68,6 +68,8 @@ def kind_of(call: Call) -> str:
             return OWN
         if len(at_v) > 1 and len(at_column) == 1:
             return CHANNELS
+        if v is not None and at_v == at_q and 1 < len(at_v) < v.numel() // max(v.shape):
+            return OWN  # query and value of one token, which is itself made of several places
         if len(at_v) == 1 and len(at_q) == 1:
             found = ORDER
         elif len(at_v) > 1 and len(at_q) >= 1 and found is UNKNOWN and not reads_value:
@@ -94,7 +96,7 @@ def _gradients(of: Tensor, by: list[Tensor]) -> list[Tensor | None]:
 
 
 def _places(gradient: Tensor | None) -> frozenset[tuple[int, ...]]:
-    """Where a gradient is not zero, channels left out: they are the axis without which fewest places remain."""
+    """Where a gradient is not zero, without channels: the axis without which fewest places remain."""
     if gradient is None:
         return frozenset()
     there = gradient.abs() > 1e-9 * gradient.abs().max()

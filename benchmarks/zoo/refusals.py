@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from zoo.evidence import Evidence
+from zoo.observer import Calls
 from zoo.provenance import OWN
 
 Check = Callable[[Evidence, re.Match[str]], bool]
@@ -17,7 +18,9 @@ def _within(path: str, of: str) -> bool:
 
 
 def _eager(seen: Evidence, match: re.Match[str]) -> bool:
-    return bool(seen.eager)
+    named = re.search(r"in '([^']*)'", match.string)
+    softmaxes = seen.together.softmaxes if isinstance(seen.together, Calls) else []
+    return bool(seen.eager) or any(_within(path, named[1]) for path in softmaxes if named)
 
 
 def _none_of_its_own(seen: Evidence, match: re.Match[str]) -> bool:
@@ -39,6 +42,11 @@ def _silent(seen: Evidence, match: re.Match[str]) -> bool:
     return not any(_within(path, match[1]) for path in seen.fused)
 
 
+def _single(seen: Evidence, match: re.Match[str]) -> bool:
+    of_equal = [call.lengths for call in seen.together if not call.eager and len(set(call.lengths)) == 1]
+    return all(queries == 1 for queries, _ in of_equal)
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     (r"comput\w+ (softmax )?attention (by )?itself|softmax itself|eager", _eager),
     (r"made no self-attention call|no self-attention layer|no attention layer", _none_of_its_own),
@@ -47,6 +55,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (r"ran (\d+) rows for (\d+) inputs", _rows),
     (r"layer '([^']*)' ran \d+ times", _runs),
     (r"'([^']*)' (?:finished without a call|was never run)", _silent),
+    (r"none of the metrics has a number", _single),
     (r"drops attention weights at random", lambda seen, match: any(call.dropout for call in seen.together)),
     (r"same input twice|draws at random|at random|train mode", lambda seen, match: seen.random),
     (

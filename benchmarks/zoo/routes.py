@@ -26,6 +26,12 @@ WORST_FIRST = ("wrong", "silently incomplete", FALSE)
 def as_module(case: Case) -> Verdict:
     """`diag.probe(module, batches)`, judged."""
     seen = module_evidence(case)
+    if seen.coupled and isinstance(case.batch, Mapping) and "attention_mask" in case.batch:
+        # the model itself gives an input other outputs where another one is padded
+        whole = torch.ones_like(case.batch["attention_mask"])
+        case.batch = {**case.batch, "attention_mask": whole}
+        seen = module_evidence(case)
+        seen.notes.append("judged without padding, beside which the model itself gives other outputs")
     return judged(seen, asked(case.module, [case.batch]))
 
 
