@@ -251,9 +251,9 @@ def _rows(changed: Iterable[Tensor], inputs: int) -> str:
 def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
     """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
 
-    Where an input has several rows, they are what stays the same; where it has one, only what does so in a
-    later layer as well: prefix tokens are the same in the first one. The first token of a causal text is the
-    same in all of them, and is none.
+    Where an input has several rows, and between others, they are what stays the same; in front of all others
+    and behind them only what does so in a later layer as well: prefix tokens are the same in the first one.
+    The first token of a causal text is the same in all of them, and is none.
     """
     found, before = dict[Seen, Tensor](), dict[int, Seen]()
     for one in calls:
@@ -265,7 +265,8 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
             constant = constant & one.keys[:rows]  # what a mask hides needs no test
         if not constant.any():
             continue
-        if rows > 1:
+        places = own[one][0].nonzero()[:, 0]
+        if rows > 1 or constant[0, places[0] : places[-1]].any():
             found[one] = constant
             continue
         first = before.setdefault(tokens, one)

@@ -330,6 +330,20 @@ def test_what_fills_up_windows_is_padding(size: int, rows: int) -> None:
     assert found[2].form.padding == ()
 
 
+def test_padding_between_tokens_is_found_where_no_later_layer_shows_it() -> None:
+    class Filled(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            filled = torch.zeros(len(x), 4, 4, 16)
+            filled[:, :3, :3] = x.unflatten(1, (3, 3))
+            return super().forward(filled.flatten(1, 2)).unflatten(1, (4, 4))[:, :3, :3].flatten(1, 2)
+
+    first, second = layers_on(Stack(Filled(), Attention()).eval(), torch.randn(2, 9, 16))
+    real = torch.zeros(4, 4, dtype=torch.bool)
+    real[:3, :3] = True
+    assert torch.equal(first.form.padding[0], ~real.flatten()[None])
+    assert second.form.padding == ()
+
+
 def test_a_beginning_that_is_the_same_in_every_text_is_no_padding() -> None:
     config = transformers.GPT2Config(**TEXT, n_embd=16, n_layer=3, n_head=2)
     texts = ids()
