@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from zoo import judge, routes
+from zoo import routes
 from zoo.builders import verdict_of
 from zoo.case import Case
 from zoo.evidence import Evidence
-from zoo.judge import EXACT, FALSE, REFUSED, SILENT, WRONG, Answer, judged
+from zoo.judge import EXACT, FALSE, PARTIAL, REFUSED, SILENT, WRONG, Answer, judged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -110,7 +110,7 @@ def test_a_layer_that_is_neither_there_nor_named(right: tuple[Evidence, pd.DataF
     seen, table = right
     one = table[table["module"] == "layers.0"]
     assert judged(seen, Answer(one)).word == SILENT
-    assert judged(seen, Answer(one, {"layers.1": "why"})).word == judge.PARTIAL
+    assert judged(seen, Answer(one, {"layers.1": "why"})).word == PARTIAL
 
 
 def test_refusals_are_checked(right: tuple[Evidence, pd.DataFrame]) -> None:
@@ -158,27 +158,29 @@ def test_rows_of_another_input_are_seen() -> None:
 
 
 SAMPLE = [
-    ("torch", "module", "Transformer (batch_first)"),
-    ("torch", "module", "TransformerEncoder (sequence first)"),
-    ("torch", "module", "MultiheadAttention (need_weights)"),
-    ("timm", "module", "test_vit"),
-    ("timm", "name", "test_vit"),
-    ("timm", "module", "xcit_nano_12_p16_224 (fused)"),
-    ("timm", "name", "pvt_v2_b0"),
-    ("open_clip", "name", "ViT-M-16-alt"),
-    ("transformers", "module", "bert"),
-    ("transformers", "module", "t5"),
-    ("transformers", "name", "bart"),
-    ("transformers", "module", "llama"),
-    ("transformers", "name", "yolos"),
-    ("transformers", "module", "albert"),
-    ("transformers", "module", "qwen3_next"),
+    ("torch", "module", "Transformer (batch_first)", EXACT),
+    ("torch", "module", "TransformerEncoder (sequence first)", EXACT),
+    ("torch", "module", "MultiheadAttention (need_weights)", REFUSED),
+    ("timm", "module", "test_vit", EXACT),
+    ("timm", "name", "test_vit", EXACT),
+    ("timm", "module", "xcit_nano_12_p16_224 (fused)", REFUSED),
+    ("timm", "name", "pvt_v2_b0", EXACT),
+    ("open_clip", "name", "ViT-M-16-alt", EXACT),
+    ("transformers", "module", "bert", EXACT),
+    ("transformers", "module", "t5", EXACT),
+    ("transformers", "name", "bart", EXACT),
+    ("transformers", "module", "llama", EXACT),
+    ("transformers", "name", "yolos", EXACT),
+    ("transformers", "module", "albert", EXACT),
+    ("transformers", "module", "qwen3_next", EXACT),
 ]
 
 
-@pytest.mark.parametrize(("library", "route", "name"), SAMPLE, ids=["|".join(one) for one in SAMPLE])
-def test_a_sample_is_right(library: str, route: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "route", "name", "word"), SAMPLE, ids=["|".join(one[:3]) for one in SAMPLE]
+)
+def test_a_sample_is_right(library: str, route: str, name: str, word: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = verdict_of(library, route, name)
-    assert found.word in (EXACT, judge.PARTIAL, REFUSED), found.reasons
+    assert found.word == word, found.reasons
