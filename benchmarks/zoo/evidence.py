@@ -1,0 +1,214 @@
+"""What the judge saw of a model by itself: each input's calls, whose tokens they are of, what is random."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.observer import Call, observed
+from zoo.provenance import CROSS, UNKNOWN, kinds_of
+
+HEAD_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "nb_heads")
+
+
+@dataclass
+class Evidence:
+    """What a model does with some inputs.
+
+    calls: of each input alone, in order. together: of all inputs in one batch. kinds: of whose tokens a
+    fused call is, by (path, run, number of the call in that run). masks: which tokens of an input are real,
+    where one came with it. coupled: whether an input gives other outputs beside others. random: whether the
+    same input gives other outputs twice. failed: what the model says of its own inputs. notes: what could
+    not be found out.
+    """
+
+    root: nn.Module
+    calls: list[list[Call]]
+    together: list[Call]
+    kinds: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    masks: list[Tensor | None] = field(default_factory=list)
+    coupled: bool = False
+    random: bool = False
+    failed: str = ""
+    prefix: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> int:
+        """How many."""
+        return len(self.calls)
+
+    def grouped(self, number: int) -> dict[tuple[str, int], list[Call]]:
+        """The fused calls of one input by module and run."""
+        found: dict[tuple[str, int], list[Call]] = defaultdict(list)
+        for call in self.calls[number]:
+            if not call.eager:
+                found[call.path, call.run].append(call)
+        return found
+
+    @property
+    def eager(self) -> list[str]:
+        """Modules that compute softmax attention themselves, in order."""
+        return list(dict.fromkeys(call.path for call in self.together if call.eager))
+
+    @property
+    def fused(self) -> list[str]:
+        """Modules that call PyTorch's attention, in order."""
+        return list(dict.fromkeys(call.path for call in self.together if not call.eager))
+
+    def kind(self, path: str, run: int) -> set[str]:
+        """What the calls of a module's run are over."""
+        return {kind for (of, which, _), kind in self.kinds.items() if (of, which) == (path, run)} or {
+            UNKNOWN
+        }
+
+    def own(self) -> list[str]:
+        """Modules whose tokens meet their own values, as far as is known."""
+        return [
+            path
+            for path in self.fused
+            if any(
+                not kind <= {CROSS}
+                for (of, _, _), kind in ((k, {v}) for k, v in self.kinds.items())
+                if of == path
+            )
+        ]
+
+
+def gathered(
+    root: nn.Module,
+    forward: Callable[[Any], Any],
+    together: Any,
+    each: Sequence[Any],
+    masks: Sequence[Tensor | None] | None = None,
+    prefix: int | None = None,
+) -> Evidence:
+    """Runs a model on a batch and on each of its inputs alone.
+
+    forward: a batch -> the output. Raises nothing: what the model raises is in `failed`.
+    """
+    outputs: list[Tensor] = []
+
+    def run(batch: Any) -> Callable[[], None]:
+        return lambda: outputs.append(_first_tensor(forward(batch)))
+
+    try:
+        of_batch = observed(root, run(together))
+        calls = [observed(root, run(one)) for one in each]
+        observed(root, run(each[0]))
+    except Exception as error:  # a model may say anything of inputs
+        return Evidence(root, [], [], failed=f"{type(error).__name__}: {error}")
+    found = Evidence(root, calls, of_batch, masks=list(masks or [None] * len(each)), prefix=prefix)
+    whole, single, again = outputs[0], outputs[1 : 1 + len(each)], outputs[-1]
+    found.random = not _alike(single[0], again, 0)
+    found.coupled = not any(
+        all(_alike(part, one, 1e-3) for part, one in zip(whole.split(1, axis), single, strict=True))
+        for axis in range(min(2, whole.ndim))
+        if whole.shape[axis] == len(each)
+    )
+    for row, of_input in enumerate(calls):
+        if len(of_input) == len(of_batch):
+            for call, beside in zip(of_input, of_batch, strict=True):
+                _as_in_the_batch(call, beside, row, len(each))
+    try:
+        number: dict[tuple[str, int], int] = defaultdict(int)
+        for call, kind in kinds_of(root, lambda: forward(_differentiable(each[0]))):
+            place = (call.path, call.run)
+            found.kinds[(*place, number[place])] = kind
+            number[place] += 1
+    except Exception as error:  # not every model can be differentiated
+        found.notes.append(f"whose tokens could not be traced: {type(error).__name__}: {str(error)[:80]}")
+    return found
+
+
+def _as_in_the_batch(call: Call, beside: Call, row: int, inputs: int) -> None:
+    """Takes an input's numbers from the batch where they are the same but for rounding.
+
+    A sum over a larger batch is rounded elsewhere; the table is of the batch.
+    """
+    if call.eager or beside.eager or call.query is None or beside.query is None:
+        return
+    size = len(call.query)
+    if len(beside.query) != size * inputs:
+        return
+    parts = {}
+    for name in ("query", "key", "value", "output"):
+        mine, theirs = getattr(call, name), getattr(beside, name)
+        part = theirs[row * size : (row + 1) * size]
+        if part.shape != mine.shape or (name != "output" and not _alike(part, mine, 1e-3)):
+            return
+        parts[name] = part
+    for name, part in parts.items():
+        setattr(call, name, part)
+    # a mask that hides nothing of one input may be left out where it is alone
+    mask = beside.mask
+    if mask is not None and mask.ndim > 2 and mask.shape[0] == size * inputs and mask.shape[0] > 1:
+        mask = mask[row * size : (row + 1) * size]
+    call.mask, call.causal = mask, beside.causal
+
+
+def _differentiable(batch: Any) -> Any:
+    def on(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.detach().clone().requires_grad_()
+        return x
+
+    if hasattr(batch, "data") and hasattr(batch, "ids"):  # a batch of a tower
+        import dataclasses
+
+        return dataclasses.replace(batch, data=_differentiable(batch.data))
+    if isinstance(batch, dict):
+        return {name: on(x) for name, x in batch.items()}
+    return on(batch)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.detach().double() if output.is_floating_point() else output.detach()
+    values = (
+        output.values() if hasattr(output, "values") else output if isinstance(output, list | tuple) else ()
+    )
+    for value in values:
+        found = _first_tensor(value)
+        if found.ndim:
+            return found
+    return torch.zeros(())
+
+
+def _alike(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    if x.shape != y.shape:
+        return False
+    if not x.is_floating_point() or not tolerance:
+        return bool(
+            torch.equal(
+                x.nan_to_num() if x.is_floating_point() else x, y.nan_to_num() if x.is_floating_point() else y
+            )
+        )
+    scale = max(1.0, float(x.nan_to_num().abs().max())) if x.numel() else 1.0
+    return x.numel() == 0 or float((x - y).nan_to_num().abs().max()) <= tolerance * scale
+
+
+def configured_heads(root: nn.Module, path: str) -> int | None:
+    """How many heads an attention module has, in the module's own words or its configuration's."""
+    module = root.get_submodule(path)
+    for name in HEAD_NAMES:
+        count = getattr(module, name, None)
+        if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+            return count
+    config = getattr(module, "config", None)
+    for name in (
+        ("encoder_attention_heads",) if re.search(r"encoder\.", path) else ("decoder_attention_heads",)
+    ):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    for name in HEAD_NAMES:
+        count = getattr(config, name, None)
+        if isinstance(count, int):
+            return count
+    return None

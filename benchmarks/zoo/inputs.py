@@ -1,0 +1,177 @@
+"""Inputs for any model of transformers, from the arguments that its forward takes; and its folder on disk."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from zoo.of_transformers import PATCH, SIDE, TOKENS, VOCABULARY
+
+ROWS = 2
+
+
+def trials(module: Any) -> Iterator[dict[str, Tensor]]:
+    """Batches that a model may take, the fullest first; each row is one input."""
+    generator = torch.Generator().manual_seed(1)
+    taken = inspect.signature(module.forward).parameters
+    config = module.config
+    text = getattr(config, "text_config", config)
+    vocabulary = min(getattr(text, "vocab_size", VOCABULARY) or VOCABULARY, VOCABULARY)
+    ids = torch.randint(5, max(vocabulary - 30, 8), (ROWS, TOKENS), generator=generator)
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    mask[1, TOKENS - 3 :] = 0
+    vision = getattr(config, "vision_config", config)
+    side = getattr(vision, "image_size", None) or SIDE
+    side = side if isinstance(side, int) else side[0]
+    if hasattr(vision, "depths"):  # stages halve an image; the last should have some tokens left
+        side = max(side, 128)
+    channels = getattr(vision, "num_channels", None) or 3
+    pixels = torch.randn(ROWS, channels if isinstance(channels, int) else 3, side, side, generator=generator)
+    main = getattr(module, "main_input_name", "input_ids")
+    of_text: dict[str, Tensor] = {"input_ids": ids}
+    if "attention_mask" in taken:
+        of_text["attention_mask"] = mask
+    if "bbox" in taken:
+        of_text["bbox"] = torch.randint(0, 50, (ROWS, TOKENS, 4), generator=generator).sort(-1).values
+    if "decoder_input_ids" in taken:
+        of_text["decoder_input_ids"] = torch.randint(5, vocabulary - 30, (ROWS, TOKENS), generator=generator)
+    if main == "input_ids" and "pixel_values" in taken and "input_ids" in taken:
+        # an image in the text only where its tokens can be placed; else text and image side by side
+        placed = with_image(module, ids, mask, pixels)
+        if placed:
+            yield placed
+        yield of_text | {"pixel_values": pixels}
+    if main in ("input_ids", "inputs") and "input_ids" in taken:
+        yield of_text
+        yield {k: v for k, v in of_text.items() if k != "decoder_input_ids"}
+        yield {"input_ids": ids}
+    if "pixel_values" in taken:
+        yield {"pixel_values": pixels}
+        yield of_text | {"pixel_values": pixels}
+        for other in (64, 96, 128, 224, 384):
+            yield {"pixel_values": torch.randn(ROWS, 3, other, other, generator=generator)}
+    if "pixel_values_videos" in taken or "pixel_values" in taken:
+        frames = getattr(config, "num_frames", None) or 2
+        video = torch.randn(ROWS, frames, 3, side, side, generator=generator)
+        yield {("pixel_values_videos" if "pixel_values_videos" in taken else "pixel_values"): video}
+    if "input_features" in taken:
+        mel = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
+        for shape in (
+            (ROWS, mel, 256),
+            (ROWS, 64, mel),
+            (ROWS, 1, 64, mel),
+            (ROWS, mel, 3000),
+            (ROWS, 1, 1001, 64),
+        ):
+            features = torch.randn(shape, generator=generator)
+            yield {"input_features": features} | (
+                {"decoder_input_ids": of_text["decoder_input_ids"]} if "decoder_input_ids" in taken else {}
+            )
+    if "input_values" in taken:
+        for shape in ((ROWS, 2000), (ROWS, 64, 16), (ROWS, 1, 2000), (ROWS, 1024, 128)):
+            values = torch.randn(shape, generator=generator)
+            yield {"input_values": values} | (
+                {"decoder_input_ids": of_text["decoder_input_ids"]} if "decoder_input_ids" in taken else {}
+            )
+            if "decoder_input_values" in taken:
+                mel = getattr(config, "num_mel_bins", 80)
+                yield {
+                    "input_values": values,
+                    "decoder_input_values": torch.randn(ROWS, TOKENS, mel, generator=generator),
+                }
+    if "past_values" in taken:
+        channels = getattr(config, "num_input_channels", None) or 1
+        for length in (getattr(config, "context_length", None) or 32, 64, 512):
+            yield {"past_values": torch.randn(ROWS, length, channels, generator=generator)}
+            yield {"past_values": torch.randn(ROWS, length, generator=generator)}
+    if "input_ids" in taken:
+        yield of_text
+        yield {"input_ids": ids}
+    if "inputs" in taken:
+        yield {"inputs": ids, "attention_mask": mask}
+    if "inputs_embeds" in taken:
+        width = getattr(text, "hidden_size", 32)
+        yield {"inputs_embeds": torch.randn(ROWS, TOKENS, width, generator=generator)}
+        yield {"inputs_embeds": torch.randn(ROWS, TOKENS, width, generator=generator), "attention_mask": mask}
+    if "hidden_states" in taken:
+        width = getattr(config, "hidden_size", 32)
+        yield {"hidden_states": torch.randn(ROWS, TOKENS, width, generator=generator)}
+
+
+def with_image(module: Any, ids: Tensor, mask: Tensor, pixels: Tensor) -> dict[str, Tensor] | None:
+    """Text with as many image tokens in front as one image gives; None where that is not simple."""
+    token = getattr(module.config, "image_token_id", None)
+    if token is None or not hasattr(module, "get_image_features"):
+        return None
+    try:
+        with torch.no_grad():
+            found = module.get_image_features(pixel_values=pixels)
+        features = getattr(found, "pooler_output", found)
+        features = features if isinstance(features, Tensor) else torch.stack(list(features))
+        count = features.numel() // features.shape[-1] // len(pixels)
+    except Exception:  # every model wants something else here
+        return None
+    front = torch.full((len(ids), count), token)
+    return {
+        "input_ids": torch.cat([front, ids], 1),
+        "attention_mask": torch.cat([torch.ones_like(front), mask], 1),
+        "pixel_values": pixels,
+    }
+
+
+def saved(module: Any, folder: Path) -> Path:
+    """The model in a folder, with a tokenizer and an image processor as its kind needs."""
+    module.save_pretrained(folder)
+    taken = inspect.signature(module.forward).parameters
+    if "input_ids" in taken:
+        save_tokenizer(folder, around=not _causal(module.config))
+    if "pixel_values" in taken:
+        vision = getattr(module.config, "vision_config", module.config)
+        side = getattr(vision, "image_size", None) or SIDE
+        side = side if isinstance(side, int) else side[0]
+        if hasattr(vision, "spatial_merge_size"):
+            processor: Any = transformers.Qwen2VLImageProcessor(
+                patch_size=vision.patch_size,
+                min_pixels=(4 * PATCH) ** 2,
+                max_pixels=(16 * PATCH) ** 2,
+                merge_size=vision.spatial_merge_size,
+            )
+        else:
+            size = {"height": side, "width": side}
+            processor = transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        processor.save_pretrained(folder)
+    return folder
+
+
+def _causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING as MASKED,
+    )
+
+    return type(config) in CAUSAL and type(config) not in MASKED
+
+
+def save_tokenizer(folder: Path, *, around: bool) -> None:
+    """A byte-level tokenizer of single bytes; around: whether texts get special tokens at both ends."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "<pad>", "</s>", *alphabet]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if around:
+        pairs = [("<s>", 0), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pairs)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)

@@ -1,0 +1,321 @@
+"""Decides what a table says of a model: exact, partial, refused, wrong or silently incomplete.
+
+Pure: evidence (`evidence.py`) and what attnbias answered go in, a verdict comes out. Nothing of attnbias is
+used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from zoo.evidence import Evidence, configured_heads
+from zoo.numbering import numbering_faults, unnamed_blocks
+from zoo.observer import Call
+from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER
+from zoo.reference import METRICS, Rows, layouts, numbers, rows_of
+from zoo.refusals import faults_of_refusal
+
+EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NOT_BUILT = (
+    "exact",
+    "partial (named)",
+    "refused (true reason)",
+    "refused (false reason or raw exception)",
+    "wrong",
+    "silently incomplete",
+    "not built",
+)
+VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NOT_BUILT)
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Answer:
+    """What attnbias said: a table of samples and what it skipped, or an error."""
+
+    samples: pd.DataFrame | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
+    raw: bool = False
+
+
+@dataclass
+class Verdict:
+    """One word, and why."""
+
+    word: str
+    reasons: list[str] = field(default_factory=list)
+
+
+def judged(evidence: Evidence, answer: Answer) -> Verdict:
+    """The verdict on one answer."""
+    if answer.samples is None:
+        faults = [answer.error] if answer.raw else faults_of_refusal(answer.error, evidence)
+        return Verdict(FALSE, faults) if faults else Verdict(REFUSED, [answer.error])
+    if evidence.failed:
+        return Verdict(NOT_BUILT, [f"it fails on one of its inputs alone: {evidence.failed[:100]}"])
+    wrong = list(faults_of_table(evidence, answer))
+    if wrong:
+        return Verdict(WRONG, wrong)
+    silent = list(unnamed(evidence, answer))
+    if silent:
+        return Verdict(SILENT, silent)
+    left = [f"{path}: {why}" for path, why in answer.skipped.items() if _has_own_tokens(evidence, path)]
+    return Verdict(PARTIAL, left) if left else Verdict(EXACT, evidence.notes)
+
+
+def _has_own_tokens(evidence: Evidence, path: str) -> bool:
+    """Whether something at a path could have been measured: its tokens meet their own values."""
+    path = _without_run(path)
+    if any(_within(eager, path) for eager in evidence.eager):
+        return True
+    kinds = {kind for (of, _, _), kind in evidence.kinds.items() if _within(of, path)}
+    return not kinds <= {CROSS, CHANNELS, ORDER}
+
+
+def _within(path: str, of: str) -> bool:
+    return path == of or path.startswith(f"{of}.") or of == ""
+
+
+def _without_run(path: str) -> str:
+    return re.sub(r" \(.*\)$", "", path)
+
+
+# --- what is not there
+
+
+def unnamed(evidence: Evidence, answer: Answer) -> Iterable[str]:
+    """Attention that was seen, and is neither in the table nor named."""
+    assert answer.samples is not None
+    known = {_without_run(str(path)) for path in answer.samples["module"].unique()} | {
+        _without_run(path) for path in answer.skipped
+    }
+    for path in dict.fromkeys([*evidence.fused, *evidence.eager]):
+        if not any(_within(path, of) or (path and _within(of, path)) for of in known):
+            how = "computes softmax attention itself" if path in evidence.eager else "calls attention"
+            yield f"'{path}' {how}: neither measured nor named"
+    for path in unnamed_blocks(evidence.root, set(evidence.fused) | set(evidence.eager), known):
+        yield f"'{path}' mixes tokens without attention between blocks that attend: not named"
+
+
+# --- what is there
+
+
+@dataclass
+class Line:
+    """A layer of the table: `numbers[metric]` is `[input, head]` for each token set."""
+
+    tower: str
+    layer: int
+    path: str
+    run: int | None
+    numbers: dict[str, dict[str, np.ndarray]]
+    facts: str
+    inputs: int
+
+
+def lines_of(samples: pd.DataFrame) -> list[Line]:
+    """The table, layer by layer."""
+    found: list[Line] = []
+    samples = samples[samples["head"] >= 0]
+    names = ["tower", "layer", "module"]
+    for (tower, layer, module), rows in samples.groupby(names, observed=True, sort=False):
+        by_set: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for (tokens, metric), cell in rows.groupby(["tokens", "metric"], observed=True, sort=False):
+            if metric in METRICS:
+                grid = cell.pivot_table(index="input_index", columns="head", values="value", dropna=False)
+                by_set[str(tokens)][str(metric)] = grid.to_numpy(dtype=float)
+        run = re.search(r"\(run (\d+)\)", str(module))
+        columns = rows.columns.difference(["metric", "input", "value", "head", "input_index"])
+        facts = " ".join(f"{column}={rows[column].iloc[0]}" for column in columns) + " "
+        found.append(
+            Line(
+                str(tower),
+                int(layer),
+                _without_run(str(module)),
+                int(run[1]) if run else None,
+                dict(by_set),
+                facts,
+                rows["input_index"].nunique(),
+            )
+        )
+    several: dict[str, int] = defaultdict(int)
+    count = pd.Series([line.path for line in found]).value_counts() if found else {}
+    for line in sorted(found, key=lambda line: line.layer):
+        if line.run is None and count[line.path] > 1:
+            line.run = several[line.path]
+            several[line.path] += 1
+    return found
+
+
+def faults_of_table(evidence: Evidence, answer: Answer) -> Iterable[str]:
+    """All that is wrong with a table."""
+    assert answer.samples is not None
+    if evidence.random:
+        yield "the model gives other outputs for the same input twice: measured without a word"
+    lines = lines_of(answer.samples)
+    groups = [evidence.grouped(number) for number in range(evidence.inputs)]
+    for line in lines:
+        if line.inputs != evidence.inputs:
+            yield f"'{line.path}': {line.inputs} inputs in the table, {evidence.inputs} were given"
+            continue
+        places = [
+            (path, run)
+            for path, run in groups[0]
+            if _within(path, line.path) and (line.run is None or run == line.run)
+        ]
+        if not places:
+            yield f"'{line.path}' is in the table, but calls no attention"
+            continue
+        yield from _faults_of_line(evidence, line, places, groups)
+    yield from numbering_faults(evidence.root, lines, [call.path for call in evidence.calls[0]])
+
+
+def _faults_of_line(
+    evidence: Evidence,
+    line: Line,
+    places: list[tuple[str, int]],
+    groups: list[dict[tuple[str, int], list[Call]]],
+) -> Iterable[str]:
+    kinds = set().union(*(evidence.kind(*place) for place in places))
+    for kind in (CROSS, CHANNELS, ORDER, MIXED):
+        if kind in kinds and not (kind == MIXED and "mixed" in line.facts):
+            yield f"'{line.path}' is in the table, but its values are of {kind}"
+    if kinds & {CROSS, CHANNELS, ORDER}:
+        return
+    calls = [[call for place in places for call in group.get(place, [])] for group in groups]
+    if any(len(of) != len(calls[0]) for of in calls):
+        yield f"'{line.path}' makes other numbers of calls for different inputs"
+        return
+    if re.search(r"row_sum=(?!1\.0 |1 )", line.facts):
+        return  # maps that are added up: they have tests of their own
+    heads = configured_heads(evidence.root, places[0][0])
+    shown = next(iter(next(iter(line.numbers.values())).values())).shape[1]
+    if heads is not None and shown != heads:
+        yield f"'{line.path}' has {shown} heads in the table, {heads} in its configuration"
+        return
+    same_values = [
+        (a, b)
+        for n, a in enumerate(calls[0])
+        for b in calls[0][:n]
+        if a.value is not None
+        and b.value is not None
+        and a.value.shape == b.value.shape
+        and torch.equal(a.value, b.value)
+    ]
+    if same_values:
+        yield f"'{line.path}' calls attention several times on the same values: pooled like windows"
+        return
+    for tokens, by_metric in line.numbers.items():
+        worst = min(
+            (
+                _apart(evidence, calls, layout, by_metric, tokens)
+                for layout in layouts(calls[0][0], heads or shown)
+            ),
+            default=(np.inf, "its heads were not found"),
+        )
+        if worst[0] > TOLERANCE:
+            yield f"'{line.path}' ({tokens}): {worst[1]}"
+
+
+def _apart(
+    evidence: Evidence,
+    calls: list[list[Call]],
+    layout: tuple[int, int | None],
+    by_metric: Mapping[str, np.ndarray],
+    tokens: str,
+) -> tuple[float, str]:
+    """The largest difference between the table and the reference, and where it is."""
+    worst = (0.0, "")
+    for number, of_input in enumerate(calls):
+        other = calls[1 - number if number < 2 else 0]
+        rows = [
+            counted(evidence, call, beside, layout, tokens, number, len(of_input))
+            for call, beside in zip(of_input, other, strict=True)
+        ]
+        right = numbers(rows)
+        for metric, table in by_metric.items():
+            true = right[metric].numpy()
+            if table[number].shape != true.shape:
+                return np.inf, f"{table.shape[1]} heads where {len(true)} are"
+            apart = np.abs(table[number] - true) / np.maximum(1, np.abs(true))
+            apart = np.where(
+                np.isnan(true) & np.isnan(table[number]), 0, np.where(np.isnan(apart), np.inf, apart)
+            )
+            if apart.max() > worst[0]:
+                head = int(apart.argmax())
+                told, truth = table[number][head], true[head]
+                worst = (
+                    float(apart.max()),
+                    f"{metric} of input {number}, head {head} is {told:.5f}, not {truth:.5f}",
+                )
+    return worst
+
+
+def counted(
+    evidence: Evidence,
+    call: Call,
+    other: Call,
+    layout: tuple[int, int | None],
+    tokens: str,
+    number: int,
+    calls: int,
+) -> Rows:
+    """A call with the tokens that count: without padding, and for patches without what stands beside them.
+
+    other: the same call of another input; rows of V that are the same in both stand for nothing of an input.
+    """
+    rows = rows_of(call, layout)
+    constant = _constant(call, other, layout)
+    windows = rows.value.shape[0] > 1 or calls > 1
+    first = _first_like(evidence.calls[number], call) is call  # prefix tokens are the same in the first one
+    ahead = rows.visible.triu(1).any()  # in a causal call, first tokens that are the same stay the same
+    if constant is not None and ahead and not constant.all() and (windows or not first):
+        rows.among &= ~constant
+    mask = evidence.masks[number] if number < len(evidence.masks) else None
+    if mask is not None and rows.among.shape == (1, len(mask)):
+        hidden = ~rows.visible[:, :, mask][..., ~mask].any()
+        # causality alone hides what is at the end; padding is hidden from itself, too
+        causal = not ahead and bool(rows.visible.diagonal(dim1=-2, dim2=-1)[..., ~mask].any())
+        if hidden and not causal:
+            rows.among &= mask
+    if tokens in ("patch", "cls", "registers") and not windows:
+        beside = _beside(evidence, rows.among.shape[1])
+        rows.among &= ~beside if tokens == "patch" else beside
+    return rows
+
+
+def _first_like(calls: list[Call], call: Call) -> Call:
+    """The first call of the same stack of blocks over as many tokens."""
+    stack = re.sub(r"\d+", "#", call.path)
+    return next(
+        one for one in calls if re.sub(r"\d+", "#", one.path) == stack and one.lengths == call.lengths
+    )
+
+
+def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor | None:
+    if call.value is None or other.value is None or other.value.shape != call.value.shape:
+        return None
+    here, there = (rows_of(one, layout).value for one in (call, other))
+    return ((here - there).abs() <= 1e-6 * here.abs().amax().clamp(min=1e-12)).all(-1).all(1)
+
+
+def _beside(evidence: Evidence, tokens: int) -> Tensor:
+    """Which tokens are no patches: those that are the same for all inputs in the first call, or known."""
+    first, other = evidence.calls[0][0], evidence.calls[1][0]
+    found = torch.zeros(tokens, dtype=torch.bool)
+    if not first.eager and not other.eager:
+        layout = layouts(first, None)[0]
+        same = _constant(first, other, layout)
+        if same is not None and same.shape == (1, tokens):
+            found = same[0]
+    if evidence.prefix and not found.any():
+        found[: evidence.prefix] = True
+    return found

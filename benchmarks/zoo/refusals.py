@@ -1,0 +1,82 @@
+"""Whether a refusal gives a true reason: each kind of message is checked against what the judge saw."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+
+from zoo.evidence import Evidence
+from zoo.observer import Calls
+from zoo.provenance import OWN
+
+Check = Callable[[Evidence, re.Match[str]], bool]
+
+
+def _within(path: str, of: str) -> bool:
+    return path == of or path.startswith(f"{of}.") or of.startswith(f"{path}.")
+
+
+def _eager(seen: Evidence, match: re.Match[str]) -> bool:
+    named = re.search(r"in '([^']*)'", match.string)
+    softmaxes = seen.together.softmaxes if isinstance(seen.together, Calls) else []
+    return bool(seen.eager) or any(_within(path, named[1]) for path in softmaxes if named)
+
+
+def _none_of_its_own(seen: Evidence, match: re.Match[str]) -> bool:
+    return OWN not in seen.kinds.values()
+
+
+def _rows(seen: Evidence, match: re.Match[str]) -> bool:
+    rows, inputs = int(match[1]), int(match[2])
+    found = {call.query.shape[0] for call in seen.together if call.query is not None}
+    return inputs == seen.inputs and rows in found and rows % inputs != 0
+
+
+def _runs(seen: Evidence, match: re.Match[str]) -> bool:
+    runs = Counter({call.path: call.run + 1 for call in seen.together})
+    return any(_within(path, match[1]) and count > 1 for path, count in runs.items())
+
+
+def _silent(seen: Evidence, match: re.Match[str]) -> bool:
+    return not any(_within(path, match[1]) for path in seen.fused)
+
+
+def _single(seen: Evidence, match: re.Match[str]) -> bool:
+    of_equal = [call.lengths for call in seen.together if not call.eager and len(set(call.lengths)) == 1]
+    return all(queries == 1 for queries, _ in of_equal)
+
+
+CHECKS: tuple[tuple[str, Check], ...] = (
+    (r"comput\w+ (softmax )?attention (by )?itself|softmax itself|eager", _eager),
+    (r"made no self-attention call|no self-attention layer|no attention layer", _none_of_its_own),
+    (r"no layer attends to its own tokens", _none_of_its_own),
+    (r"over channels|over heads|cross-attention|pooling|of many tokens|not in the order", _none_of_its_own),
+    (r"ran (\d+) rows for (\d+) inputs", _rows),
+    (r"layer '([^']*)' ran \d+ times", _runs),
+    (r"'([^']*)' (?:finished without a call|was never run)", _silent),
+    (r"none of the metrics has a number", _single),
+    (r"drops attention weights at random", lambda seen, match: any(call.dropout for call in seen.together)),
+    (r"same input twice|draws at random|at random|train mode", lambda seen, match: seen.random),
+    (
+        r"(?:one|other|another) input'?s|inputs? (?:are|is) mixed|sequence first|inputs mix|batch_first",
+        lambda seen, match: seen.coupled,
+    ),
+    (
+        r"takes '(\w+)', neither images nor text",
+        lambda seen, match: match[1] not in ("pixel_values", "input_ids"),
+    ),
+    (r"fails on its own input", lambda seen, match: bool(seen.failed)),
+    (r"is not understood|several maps|differential", lambda seen, match: "report" not in match.string),
+)
+
+
+def faults_of_refusal(message: str, seen: Evidence) -> list[str]:
+    """What is false about a refusal; nothing where its reason is true."""
+    if re.search(r"report (this|the) (model|one)", message):
+        return [f"asks to report the model: {message}"]
+    for pattern, true in CHECKS:
+        match = re.search(pattern, message)
+        if match:
+            return [] if true(seen, match) else [f"not true: {message}"]
+    return [f"a reason that the judge does not know: {message}"]

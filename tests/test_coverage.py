@@ -1,0 +1,186 @@
+"""The coverage program: a sample of its models by both routes, and its judge on tables that are wrong."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from zoo import routes
+from zoo.builders import verdict_of
+from zoo.case import Case
+from zoo.evidence import Evidence
+from zoo.judge import EXACT, FALSE, PARTIAL, REFUSED, SILENT, WRONG, Answer, judged
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Attention(nn.Module):
+    """Self-attention over `[input, token, 16]`; `of` says whose values, and over what."""
+
+    num_heads = 2
+
+    def __init__(self, of: str = "tokens") -> None:
+        super().__init__()
+        self.of = of
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        if other is not None:
+            k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(other).chunk(3, -1)[1:])
+        if self.of == "channels":
+            y = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
+        elif self.of == "inputs":  # input 0 gets the rows of input 1
+            y = F.scaled_dot_product_attention(q.flip(0), k.flip(0), v.flip(0)).flip(0)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Crossed(Model):
+    """Each layer reads the values of another sequence of the same length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x.cumsum(1)
+        for layer in self.layers:
+            x = layer(x, other)
+        return x
+
+
+def evidence_of(module: nn.Module) -> tuple[Case, Evidence]:
+    torch.manual_seed(0)
+    case = Case("made", "made", module.eval(), torch.randn(2, 8, 16))
+    return case, routes.module_evidence(case)
+
+
+@pytest.fixture(scope="module")
+def right() -> tuple[Evidence, pd.DataFrame]:
+    """A model of two layers, and its table, which is right."""
+    torch.manual_seed(1)
+    case, seen = evidence_of(Model(Attention(), Attention()))
+    answer = routes.asked(case.module, [case.batch])
+    assert answer.samples is not None
+    assert judged(seen, answer).word == EXACT
+    return seen, answer.samples
+
+
+DOCTORED = {
+    "a number": lambda table: table.assign(value=table["value"] + 2e-5 * (table["metric"] == "cos_y_vself")),
+    "inputs exchanged": lambda table: table.assign(input_index=1 - table["input_index"]),
+    "an input left out": lambda table: table[table["input_index"] == 0],
+    "heads exchanged": lambda table: table.assign(head=1 - table["head"]),
+    "a head left out": lambda table: table[table["head"] == 0],
+    "layers exchanged": lambda table: table.assign(layer=1 - table["layer"]),
+    "layers from one": lambda table: table.assign(layer=table["layer"] + 1),
+    "another module": lambda table: table.assign(
+        module=table["module"].map({"layers.0": "layers.1", "layers.1": "layers.0"})
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DOCTORED)
+def test_a_doctored_table_is_wrong(right: tuple[Evidence, pd.DataFrame], fault: str) -> None:
+    seen, table = right
+    found = judged(seen, Answer(DOCTORED[fault](table)))
+    assert found.word == WRONG
+    assert found.reasons
+
+
+def test_a_layer_that_is_neither_there_nor_named(right: tuple[Evidence, pd.DataFrame]) -> None:
+    seen, table = right
+    one = table[table["module"] == "layers.0"]
+    assert judged(seen, Answer(one)).word == SILENT
+    assert judged(seen, Answer(one, {"layers.1": "why"})).word == PARTIAL
+
+
+def test_refusals_are_checked(right: tuple[Evidence, pd.DataFrame]) -> None:
+    seen, _ = right
+    assert judged(seen, Answer(error="the model computes attention itself")).word == FALSE
+    assert judged(seen, Answer(error="KeyError: 0", raw=True)).word == FALSE
+    _, eager = evidence_of(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    assert judged(eager, Answer(error="X made no self-attention call")).word == FALSE
+    _, none = evidence_of(nn.Linear(16, 16))
+    assert judged(none, Answer(error="Linear made no self-attention call")).word == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (Model(Attention("channels")), "channels"),
+        (Crossed(Attention(), Attention()), "other tokens"),
+    ],
+    ids=["channels", "cross-attention of equal length"],
+)
+def test_what_a_call_is_over_is_seen(module: nn.Module, why: str) -> None:
+    """A table of a call that is not over its own tokens is wrong, whatever is in it."""
+    _case, seen = evidence_of(module)
+    lines = [
+        {"tower": "module", "layer": 0, "module": "layers.0", "tokens": "all", "metric": "self_weight"}
+        | {"input": str(i), "input_index": i, "head": h, "value": 0.5}
+        for i in range(2)
+        for h in range(2)
+    ]
+    found = judged(seen, Answer(pd.DataFrame(lines)))
+    assert found.word == WRONG
+    assert why in " ".join(found.reasons)
+
+
+def test_rows_of_another_input_are_seen() -> None:
+    """Numbers of input 1 under the name of input 0: layers that swap inputs before they attend."""
+    case, seen = evidence_of(Model(Attention("inputs")))
+    plain = Model(Attention()).eval()
+    plain.load_state_dict(case.module.state_dict())
+    right = routes.asked(plain, [case.batch])
+    assert right.samples is not None
+    swapped = right.samples.assign(input_index=1 - right.samples["input_index"])
+    assert judged(seen, right).word == EXACT
+    assert judged(seen, Answer(swapped)).word == WRONG
+
+
+SAMPLE = [
+    ("torch", "module", "Transformer (batch_first)", EXACT),
+    ("torch", "module", "TransformerEncoder (sequence first)", EXACT),
+    ("torch", "module", "MultiheadAttention (need_weights)", REFUSED),
+    ("timm", "module", "test_vit", EXACT),
+    ("timm", "name", "test_vit", EXACT),
+    ("timm", "module", "xcit_nano_12_p16_224 (fused)", REFUSED),
+    ("timm", "name", "pvt_v2_b0", EXACT),
+    ("open_clip", "name", "ViT-M-16-alt", EXACT),
+    ("transformers", "module", "bert", EXACT),
+    ("transformers", "module", "t5", EXACT),
+    ("transformers", "name", "bart", EXACT),
+    ("transformers", "module", "llama", EXACT),
+    ("transformers", "name", "yolos", EXACT),
+    ("transformers", "module", "albert", EXACT),
+    ("transformers", "module", "qwen3_next", EXACT),
+]
+
+
+@pytest.mark.parametrize(
+    ("library", "route", "name", "word"), SAMPLE, ids=["|".join(one[:3]) for one in SAMPLE]
+)
+def test_a_sample_is_right(library: str, route: str, name: str, word: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = verdict_of(library, route, name)
+    assert found.word == word, found.reasons
