@@ -496,7 +496,9 @@ def build_cases() -> dict[str, AttentionCall]:
         "windows of -100 with a bias": make_call(
             mask=additive(both, -100.0) + 4 * random_bias(1, 4, 13, 13), seed=63
         ),
-        "far keys have no weight": make_call(mask=-30.0 * distance(13), causal=True, seed=64),
+        "far keys have no weight": make_call(
+            mask=-30.0 * (distance(13) - 2).clamp(min=0), causal=True, seed=64
+        ),
         "hidden in some heads, far in others": make_call(mask=of_two_kinds(13), seed=65),
         "group of 2": make_call(kv_heads=2, seed=34),
         "group of 4": make_call(kv_heads=1, causal=True, seed=35),

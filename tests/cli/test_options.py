@@ -31,9 +31,11 @@ def test_what_nobody_typed_is_what_a_plan_has_by_itself() -> None:
     own = {"interventions": ("xsa",), "scopes": ("one", "first", "last"), "limit": 32}
     intervene = fields_of(InterveneOptions(model=[*ONE]), IntervenePlan)
     assert IntervenePlan.checked(models=ONE, **intervene) == IntervenePlan(models=ONE, **own)
-    target: Any = {"image": "demo:astronaut", "layer": 1}
-    attend = fields_of(AttendOptions(model=[*ONE], patch="3,4", **target), AttendPlan)
-    assert AttendPlan.checked(models=ONE, **attend) == AttendPlan(models=ONE, patch=(3, 4), **target)
+    image = "demo:astronaut"
+    attend = fields_of(AttendOptions(model=[*ONE], patch="3,4", image=image, layer="1"), AttendPlan)
+    assert AttendPlan.checked(models=ONE, **attend) == AttendPlan(
+        models=ONE, patch=(3, 4), image=image, layer=1
+    )
 
 
 def test_words_become_values() -> None:

@@ -193,7 +193,7 @@ class TestScreen:
 
     def test_random_weights_are_called_so(self, make: Make) -> None:
         text = screen(compare(collect([make("a", entry={"weights": "random"}), make("b", model="demo:b")])))
-        assert text.splitlines()[0] == "A demo:vit-p8 · T = 65 · n = 8 · patch · random weights"
+        assert text.splitlines()[0] == "A demo:vit-p8 · random weights · T = 65 · n = 8 · patch"
         assert "random" not in text.splitlines()[1]
 
     def test_unclear_shapes_have_a_reason(self, make: Make) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from diag.models.families import FAMILIES, family_of
 from diag.models.names.series import listing
 from diag.models.names.spec import HUB
-from diag.results.caveats import RANDOM
+from diag.results.caveats import CAVEATS, RANDOM
 from diag.results.collect import Collection
 from diag.show.words.phrases import listed
 
@@ -67,7 +67,8 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
         yield f"Of patch size, image size, T and weights only {varying[0]} {differs}{windows}."
     yield from _surprised(collection)
     if untrained := random_lines(collection):
-        whose = "all lines" if len(untrained) == len(collection.labels) else listed(untrained)
+        names = [label.replace(f" · {CAVEATS['weights', RANDOM]}", "") for label in untrained]
+        whose = "all lines" if len(untrained) == len(collection.labels) else listed(names)
         yield f"Random weights, nothing was learned: {whose}. Such numbers show the architecture alone."
 
 

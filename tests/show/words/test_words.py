@@ -298,7 +298,7 @@ class TestControl:
         random = {"weights": "random"}
         drawn = make("drawn", model="timm:a", entry=random)
         text = said(collect([drawn, make("learned", model="timm:b", curves=GEOMETRY)]))
-        assert "Strongest mean bias: timm:a (random weights), " in text
+        assert "Strongest mean bias: timm:a · random weights, " in text
         assert text.splitlines()[-1] == (
             "Random weights, nothing was learned: timm:a. Such numbers show the architecture alone."
         )
