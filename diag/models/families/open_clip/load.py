@@ -157,7 +157,8 @@ def _text(spec: ModelSpec, module: Any) -> Tower:
         def tokenise(text: str) -> list[int]:
             return inner(tokenizer.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
 
-    context = getattr(holder, "context_length", tokenizer.context_length)
+    # 0 of an encoder of relative positions (mT5), which takes any length
+    context = getattr(holder, "context_length", 0) or tokenizer.context_length or None
     fixed = separate is None or getattr(separate, "attn_mask", None) is not None
     return Tower(
         name="text",
