@@ -277,7 +277,8 @@ def counted(
     windows = rows.value.shape[0] > 1 or calls > 1
     first = _first_like(evidence.calls[number], call) is call  # prefix tokens are the same in the first one
     ahead = rows.visible.triu(1).any()  # in a causal call, first tokens that are the same stay the same
-    if constant is not None and ahead and not constant.all() and (windows or not first):
+    between = constant is not None and not windows and _between(constant[0])
+    if constant is not None and ahead and not constant.all() and (windows or between or not first):
         rows.among &= ~constant
     mask = evidence.masks[number] if number < len(evidence.masks) else None
     if mask is not None and rows.among.shape == (1, len(mask)):
@@ -305,6 +306,12 @@ def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor
         return None
     here, there = (rows_of(one, layout).value for one in (call, other))
     return ((here - there).abs() <= 1e-6 * here.abs().amax().clamp(min=1e-12)).all(-1).all(1)
+
+
+def _between(constant: Tensor) -> bool:
+    """Whether tokens that stay the same stand between others, as those that fill up a grid do."""
+    places = (~constant).nonzero()[:, 0]
+    return len(places) > 0 and bool(constant[places[0] : places[-1]].any())
 
 
 def _beside(evidence: Evidence, tokens: int) -> Tensor:

@@ -102,7 +102,15 @@ def build(name: str, folder: Path | None) -> Case:
         try:
             torch.manual_seed(0)
             module = timm.create_model(architecture, pretrained=False, num_classes=7, **arguments, **trial)
-        except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
+        except (
+            TypeError,
+            ValueError,
+            AssertionError,
+            RuntimeError,
+            KeyError,
+            AttributeError,
+            StopIteration,
+        ) as error:
             why = f"{type(error).__name__}: {error}"
             continue
         lively(module).requires_grad_(False)
