@@ -74,7 +74,7 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
     ranked = list(dict.fromkeys(seen[path] for path in attending))
     ways = (
         *(
-            {path: starts[container] + number for path, (container, number) in blocks.items()}
+            {path: starts[of] + len(_blocks(root, of, number)) for path, (of, number) in blocks.items()}
             for starts in (_starts(root, lists), _starts(root, whole))
             if mine <= starts.keys()
         ),
@@ -89,8 +89,13 @@ def _starts(root: nn.Module, lists: Sequence[str]) -> dict[str, int]:
     start, first = 0, {}
     for container in lists:
         first[container] = start
-        start += len(list(root.get_submodule(container).children()))
+        start += len(_blocks(root, container))
     return first
+
+
+def _blocks(root: nn.Module, container: str, until: int | None = None) -> list[nn.Module]:
+    """The blocks of a list, up to one of them: what has parts, and is no single layer between them."""
+    return [part for part in list(root.get_submodule(container).children())[:until] if any(part.children())]
 
 
 def _alike(one: str, other: str) -> bool:
