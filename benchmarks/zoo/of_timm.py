@@ -107,6 +107,7 @@ def build(name: str, folder: Path | None) -> Case:
             ValueError,
             AssertionError,
             RuntimeError,
+            IndexError,
             KeyError,
             AttributeError,
             StopIteration,
