@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.models.families.from_module import another
+from diag.models.families.from_module import another, are_ids
 from diag.models.hooks.meaning import Meaning, meaning_of
 from diag.models.hooks.seam import Layer
 
@@ -21,8 +21,15 @@ def meaning_on(
 
     first = (arguments, named)
     other = ([replaced(x) for x in arguments], {name: replaced(x) for name, x in named.items()})
+    everywhere = not any(isinstance(x, Tensor) and are_ids(x) for x in (*arguments, *named.values()))
     return meaning_of(
-        module, lambda given: module(*given[0], **given[1]), first, other, inputs=inputs, real=real
+        module,
+        lambda given: module(*given[0], **given[1]),
+        first,
+        other,
+        inputs=inputs,
+        everywhere=everywhere,
+        real=real,
     )
 
 

@@ -118,7 +118,10 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
         with torch.inference_mode(), told_if_the_model_fails(tower, data):
             tower.forward(data)
 
-    return meaning_of(model.module, run, batch(pairs[0]), batch(pairs[1]), inputs=inputs)
+    first, other = batch(pairs[0]), batch(pairs[1])
+    return meaning_of(
+        model.module, run, first, other, inputs=inputs, everywhere=not isinstance(content, list)
+    )
 
 
 def _itself(content: Any) -> Any:

@@ -131,14 +131,24 @@ def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Ba
     whole = isinstance(given, Mapping)
     mask = _mask_of(first)
     return meaning_of(
-        module, run, first if whole else first[""], other if whole else other[""], inputs=2, real=mask
+        module,
+        run,
+        first if whole else first[""],
+        other if whole else other[""],
+        inputs=2,
+        everywhere=not any(map(are_ids, tensors.values())),
+        real=mask,
     )
 
 
 def another(x: Tensor, number: int = 1) -> Tensor:
     """Another input in the place of one, by number: of its values and ids; masks and flags stay."""
-    flags = not x.is_floating_point() and not bool((x > 1).any())
-    return x if flags else other_than(x, number)
+    return other_than(x, number) if x.is_floating_point() or are_ids(x) else x
+
+
+def are_ids(x: Tensor) -> bool:
+    """Whether a tensor holds ids, and neither numbers nor flags."""
+    return not x.is_floating_point() and bool((x > 1).any())
 
 
 def _mask_of(data: Any) -> Tensor | None:

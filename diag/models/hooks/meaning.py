@@ -79,12 +79,15 @@ def meaning_of(
     other: Any,
     *,
     inputs: int,
+    everywhere: bool = True,
     real: Bool[Tensor, "input token"] | None = None,
 ) -> Meaning:
     """What the attention calls below `root` mean.
 
     run: runs the model on something. first: some inputs. other: the same, the first of them replaced by
-        another of its size. inputs: how many they are. real: which of their tokens are no padding.
+        another of its size. inputs: how many they are. everywhere: whether the other one differs in every
+        element; ids in another order may be the same here and there, and then nothing is taken for padding.
+        real: which of their tokens are no padding.
     Raises UserError where no layer can be measured, saying why, and for compiled modules.
     """
     refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
@@ -109,7 +112,8 @@ def meaning_of(
             sequence_first = ahead is not None and bool(~ahead[:, 1:].any() & ahead[:, 0].all())
     if not calls.measured:
         raise _nothing(root, seen, calls.refused)
-    own = {} if rows == OTHERWISE else {one: x[: len(x) // inputs] for one, x in changed.items()}
+    own = {one: x[: len(x) // inputs] for one, x in changed.items()}
+    own = own if everywhere and rows != OTHERWISE else {}
     untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
     return Meaning(_towers(root, calls, own, real), rows, random, sequence_first, tuple(untested))
 

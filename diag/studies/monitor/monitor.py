@@ -32,7 +32,7 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.families.from_module import TOWER, another
+from diag.models.families.from_module import TOWER, another, are_ids
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.depth import Place
 from diag.models.hooks.meaning import OTHERWISE, meaning_of
@@ -256,7 +256,12 @@ def _layers_of(module: nn.Module, given: Given) -> tuple[tuple[Layer, ...], tupl
     random in evaluation mode, too.
     """
     found = meaning_of(
-        module, lambda data: _run(module, data), given, given.with_first(another), inputs=given.rows
+        module,
+        lambda data: _run(module, data),
+        given,
+        given.with_first(another),
+        inputs=given.rows,
+        everywhere=not given.any(are_ids),
     )
     if found.random:
         name = type(module).__name__

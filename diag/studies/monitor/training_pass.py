@@ -67,6 +67,12 @@ class Given:
         move = partial(Tensor.to, device=device)
         return replace(self, positional=_each(self.positional, move), named=_each(self.named, move))
 
+    def any(self, holds: Callable[[Tensor], bool]) -> bool:
+        """Whether something holds of any of its tensors."""
+        tensors: list[Tensor] = []
+        _each((self.positional, self.named), tensors.append)
+        return any(map(holds, tensors))
+
     def with_first(self, other: Callable[[Tensor], Tensor]) -> Given:
         """The same with another first input, made of that of each tensor."""
 

@@ -353,6 +353,14 @@ def test_a_beginning_that_is_the_same_in_every_text_is_no_padding() -> None:
     assert all(layer.form.padding == () for layer in found)
 
 
+def test_ids_that_are_the_same_in_another_order_are_no_padding() -> None:
+    """`a b a b c`: two places on, every second id is itself again."""
+    config = transformers.BertConfig(**TEXT, **NARROW, num_hidden_layers=2)
+    texts = torch.tensor([[5, 6, 5, 6, 7, 5, 6, 5, 6], [3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    found = layers_on(transformers.BertModel(config).eval(), texts)
+    assert all(layer.form.padding == () for layer in found)
+
+
 # --- heads ------------------------------------------------------------------------------------------
 
 
