@@ -23,7 +23,7 @@ def written(known: Mapping[str, Mapping[str, Any]]) -> str:
         library, route, name = job.split("|")
         cells[library, route][found["verdict"]] += 1
         reasons = "; ".join(found["reasons"]).replace("\n", " ").replace("|", "/")
-        reasons = re.sub(r"[\w:-]*/tmp/\w+", "FOLDER", reasons)
+        reasons = re.sub(r"[\w:-]*(/[\w.-]+){2,}", "FOLDER", reasons)
         lists[found["verdict"], library, route].append((name, reasons[:SHOWN]))
     counted = [word for word in VERDICTS if word != NOT_BUILT]
     lines = ["# Coverage", "", INTRODUCTION.strip(), ""]
