@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.models.families.from_module import another, are_ids
+from diag.models.families.from_module import another
 from diag.models.hooks.meaning import Meaning, meaning_of
 from diag.models.hooks.seam import Layer
+from diag.models.hooks.survey import are_ids
 
 
 def meaning_on(

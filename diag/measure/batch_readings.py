@@ -212,7 +212,7 @@ class BatchStreamReadings:
         on_branch = [edit for edit in edits if edit.where == "attention branch"]
         self.changed = {block.index for block in blocks if any(edit.at(block.index) for edit in on_branch)}
         self.known = {block.index: block for block in blocks}
-        self.readings = StreamReadings(names, of_heads.tower.depth or len(of_heads.tower.layers))
+        self.readings = StreamReadings(names, of_heads.tower.depth)
         self.calls: dict[int, list[tuple[AttentionCall, AttentionCall]]] = {}
 
     def add(self, states: BlockStates) -> None:

@@ -341,7 +341,7 @@ def readable(
         except UnreadableInput as error:
             incidents.failed[sample.id] = str(error)
             continue
-        yield Sample(sample.id, partial(_identity, content))
+        yield Sample.holding(sample.id, content)
 
 
 def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
@@ -363,7 +363,3 @@ def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
                 f"layer '{layer.name}' was never run: something bypassed it",
                 "leave it out with --layers if that is meant",
             )
-
-
-def _identity(content: object) -> object:
-    return content

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diag.errors import MeasurementError, UnreadableInput
+from diag.errors import UnreadableInput
 from diag.measure.batch_size import is_out_of_memory
 from diag.measure.loop import told_if_the_model_fails
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.depth import stacks_of
-from diag.models.hooks.meaning import INPUTS, OTHERWISE, Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.meaning import (
+    INPUTS,
+    OTHERWISE,
+    Meaning,
+    Understood,
+    meaning_of,
+    nothing_of_its_own,
+    refuse_random,
+    told,
+)
 from diag.models.hooks.seam import attention_calls, has_closed
 from diag.models.hooks.survey import other_than
 
@@ -71,7 +79,6 @@ def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_r
     return replace(
         tower,
         layers=chosen.layers,
-        depth=chosen.depth,
         places=chosen.places,
         skipped=chosen.skipped,
         meaning=told(found, chosen),
@@ -111,7 +118,7 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
     pairs = [[content, second], [third, second]]
 
     def batch(contents: Sequence[Any]) -> Batch:
-        given = [Sample(f"test-{i}", partial(_itself, each)) for i, each in enumerate(contents[:inputs])]
+        given = [Sample.holding(f"test-{i}", each) for i, each in enumerate(contents[:inputs])]
         return tower.encode(given)
 
     def run(data: Batch) -> None:
@@ -122,10 +129,6 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
     return meaning_of(
         model.module, run, first, other, inputs=inputs, everywhere=not isinstance(content, list)
     )
-
-
-def _itself(content: Any) -> Any:
-    return content
 
 
 def _other(content: Any, number: int) -> Any:
@@ -158,10 +161,7 @@ def _chosen(tower: Tower, found: Meaning) -> Understood:
         skipped = {path: why for one in found.towers for path, why in one.skipped.items()}
         path = next((path for path in skipped if _within(path, expected)), expected[0])
         why = skipped.get(path, "it makes no attention call that is seen")
-        raise MeasurementError(
-            f"no layer attends to its own tokens ('{path}': {why})",
-            "attnbias measures self-attention over tokens",
-        )
+        raise nothing_of_its_own(path, why)
     return chosen
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ class Sample:
     id: str
     read: Callable[[], Any]
 
+    @staticmethod
+    def holding(id: str, content: Any) -> Sample:
+        """A sample that is in memory."""
+        return Sample(id, partial(_itself, content))
+
+
+def _itself(content: Any) -> Any:
+    return content
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -56,9 +66,8 @@ class Tower:
 
     layers: its attention modules in depth order; those that were found by their names, until
         `diag.measure.meaning.understood` has looked at what they do.
-    depth: how many places its depth axis has, with layers that are not measured. places: all of them, where
-        they are known. skipped: those that are not measured, and what holds no place, by path,
-        and why. meaning: what the tests of meaning found, as a manifest has it.
+    places: all of its depth axis, where they are known. skipped: those that are not measured, and what holds
+        no place, by path, and why. meaning: what the tests of meaning found, as a manifest has it.
     samples: cuts inputs into samples; the second argument is the sequence length (text) or None.
     encode: samples -> Batch on the tower's device, with the model's own preprocessing.
     prepare: the part of that preprocessing that one image goes through on the CPU, and another process may
@@ -96,11 +105,15 @@ class Tower:
     token_text: Callable[[int], str] | None = None
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
-    depth: int | None = None
     places: tuple[Place, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     meaning: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """How many places its depth axis has, with layers that are not measured."""
+        return len(self.places) or len(self.layers)
 
     @property
     def token_sets(self) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from math import isqrt
 from typing import Any
@@ -184,7 +183,7 @@ def first_tokens(tower: Tower, declared: int) -> FirstTokens | None:
     """
     generator = np.random.default_rng(0)
     noise = [Image.fromarray(generator.integers(0, 256, (NOISE, NOISE, 3), dtype=np.uint8)) for _ in range(2)]
-    samples = [Sample(f"noise-{i}", partial(_same, image)) for i, image in enumerate(noise)]
+    samples = [Sample.holding(f"noise-{i}", image) for i, image in enumerate(noise)]
     seen: list[Tensor] = []
     for group in [samples] if tower.max_batch != 1 else [[sample] for sample in samples]:
         batch = tower.encode(group)
@@ -294,7 +293,3 @@ def _ending_at(layers: Sequence[Layer], steps: _Steps) -> Iterator[None]:
             undone.callback(handle.remove)
         with suppress(_Reached), steps:
             yield
-
-
-def _same(image: Image.Image) -> Image.Image:
-    return image

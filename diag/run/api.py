@@ -138,7 +138,7 @@ def probe(
             "give inputs of more tokens, or other tokens= or metrics=; one alone has nothing to measure",
         )
     meaning = {tower.name: tower.meaning for tower in towers}
-    depths = {tower.name: tower.depth or len(tower.layers) for tower in towers}
+    depths = {tower.name: tower.depth for tower in towers}
     return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths)
 
 

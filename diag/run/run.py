@@ -237,7 +237,7 @@ def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) 
         "family": model.family,
         "tower": tower.name,
         "takes": tower.input_kind,
-        "layers": tower.depth or len(tower.layers),
+        "layers": tower.depth,
         "skipped_numbers": {place.path: place.index for place in tower.places if place.why is not None},
         "meaning": dict(tower.meaning),
         "inputs": inputs,

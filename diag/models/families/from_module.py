@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module
 from diag.models.hooks.meaning import INPUTS, Meaning, Understood, meaning_of, refuse_random, told
-from diag.models.hooks.survey import other_than
+from diag.models.hooks.survey import are_ids, other_than
 from diag.models.weights import digest
 
 TOWER = "module"
@@ -67,7 +66,7 @@ def from_module(
     if apart and found.rows != INPUTS:
         ready = [one for batch in ready for one in _apart(batch, inputs_axis)]
     samples = [
-        Sample(batch.ids[0] if len(batch.ids) == 1 else f"batch-{number:05d}", partial(_itself, batch))
+        Sample.holding(batch.ids[0] if len(batch.ids) == 1 else f"batch-{number:05d}", batch)
         for number, batch in enumerate(ready)
     ]
     towers = tuple(_tower(one, found, forward, samples, device) for one in found.towers)
@@ -101,15 +100,10 @@ def _tower(
         encode,
         forward,
         max_batch=1,
-        depth=one.depth,
         places=one.places,
         skipped=one.skipped,
         meaning=told(found, one),
     )
-
-
-def _itself(batch: Batch) -> Batch:
-    return batch
 
 
 def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Batch], axis: int) -> Meaning:
@@ -144,11 +138,6 @@ def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Ba
 def another(x: Tensor, number: int = 1) -> Tensor:
     """Another input in the place of one, by number: of its values and ids; masks and flags stay."""
     return other_than(x, number) if x.is_floating_point() or are_ids(x) else x
-
-
-def are_ids(x: Tensor) -> bool:
-    """Whether a tensor holds ids, and neither numbers nor flags."""
-    return not x.is_floating_point() and bool((x > 1).any())
 
 
 def _mask_of(data: Any) -> Tensor | None:

@@ -42,18 +42,22 @@ class Understood:
     """One tower of a model: what is measured of it, and what is not.
 
     name: that of the tower among several; empty where there is one.
-    layers: in depth order, with the model's own numbers. depth: how many places its depth axis has.
-    places: these, with why one is not measured.
+    layers: in depth order, with the model's own numbers. places: all of its depth axis, with why one is not
+        measured.
     skipped: layers that are not measured, by path, and why.
     hides_padding: whether its masks hide what is padding in the inputs that were looked at.
     """
 
     name: str
     layers: tuple[Layer, ...]
-    depth: int
+    places: tuple[Place, ...]
     skipped: Mapping[str, str]
     hides_padding: bool = False
-    places: tuple[Place, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many places its depth axis has."""
+        return len(self.places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,14 +204,19 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     return frozenset(one.number for one in own), None
 
 
+def nothing_of_its_own(path: str, why: str) -> MeasurementError:
+    """That no layer is over its own tokens, with one that is not as the reason."""
+    return MeasurementError(
+        f"no layer attends to its own tokens ('{path}': {why})",
+        "attnbias measures self-attention over tokens",
+    )
+
+
 def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) -> UserError:
     """Why a model has nothing to measure."""
     if why:
         (path, _), reason = next(iter(why.items()))
-        return MeasurementError(
-            f"no layer attends to its own tokens ('{path}': {reason})",
-            "attnbias measures self-attention over tokens",
-        )
+        return nothing_of_its_own(path, reason)
     if seen.eager:
         where = max(seen.eager, key=lambda path: seen.eager[path].numel()) or type(root).__name__
         return UserError(
@@ -317,7 +326,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
         hides = real is not None and any(_shows(one, real) for one in of_stack)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
-        towers.append(Understood(stack.name, padded, len(stack.places), skipped, hides, places))
+        towers.append(Understood(stack.name, padded, places, skipped, hides))
     # stacks of which nothing is measured are told with the first one
     return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +194,28 @@ def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[No
             yield
 
 
+class Arguments(NamedTuple):
+    """What PyTorch's attention is called with."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def run(self) -> Tensor:
+        """What it returns."""
+        return SDPA(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
+
+    @property
+    def scaling(self) -> float:
+        """What scores are multiplied with."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
 class AttentionMode(TorchFunctionMode):
     """Hands on every call of PyTorch's attention, and what may be a softmax or a projection of one.
 
@@ -213,17 +235,7 @@ class AttentionMode(TorchFunctionMode):
         """A hooked module has run; its output is None if it raised."""
         raise NotImplementedError
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def attention(self, given: Arguments) -> Tensor:
         """What a call of attention returns."""
         raise NotImplementedError
 
@@ -241,12 +253,13 @@ class AttentionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
-            if self.stack and (args[0] if args else kwargs["query"]).is_nested:
+            given = Arguments(*args, **kwargs)
+            if self.stack and given.query.is_nested:
                 raise MeasurementError(
                     f"layer '{self.stack[-1].path}' attends over nested tensors, of several lengths",
                     "give batches that are padded to one length, with a mask",
                 )
-            return self.attention(*args, **kwargs)
+            return self.attention(given)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
         if not self.stack:
@@ -326,22 +339,11 @@ class _Seam(AttentionMode):
     def softmax(self, scores: torch.Size) -> None:
         self.eager.add(self.stack[-1].path)
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def attention(self, given: Arguments) -> Tensor:
         frame = self.stack[-1] if self.stack else None
         if frame is None or frame.layer is None:
-            return SDPA(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return given.run()
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
         layer, number = frame.layer, frame.calls
         frame.calls += 1
         if dropout_p:
@@ -365,23 +367,22 @@ class _Seam(AttentionMode):
                 f"layer '{layer.name}' attends over {output.ndim} axes, and where its heads are is not known",
                 "measure the model by name, or as a module: the layout is found there",
             )
+        keys, values, outputs = (layout.split(x) for x in (key, value, output))
         seen = self.visibility_of(
-            None if mask is None else layout.split_mask(mask, query.shape),
-            causal,
-            layout.split(output),
+            None if mask is None else layout.split_mask(mask, query.shape), causal, outputs
         )
         call = AttentionCall(
             layer=layer.index,
             module=layer.name,
             query=layout.split(query),
-            key=_of_heads(layout.split(key), layout.split(value)),
-            value=_of_heads(layout.split(value), layout.split(key)),
-            output=layout.split(output),
+            key=_of_heads(keys, values),
+            value=_of_heads(values, keys),
+            output=outputs,
             mask=seen.mask,
             causal=seen.causal,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            scale=given.scaling,
             log_normaliser=normaliser,
-            padding=padding_of(layer, number, layout.split(output)),
+            padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
         if layer.form.adds_up:

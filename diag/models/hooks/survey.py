@@ -23,7 +23,7 @@ from diag.attention.visibility import hiding, plain
 from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
-from diag.models.hooks.seam import SDPA, AttentionMode, Frame, hooked, not_its_own
+from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
 
 ABOVE = 3
 """How many modules, from the one that called attention upwards, are asked: a block runs its attention, which
@@ -49,7 +49,7 @@ class Seen:
     print: of V, a number per token, `[…, token]`, in which two passes differ where V does.
     kind: what the axis test found; None where it could not be asked. why: it is not measured, if so.
     asked: whether it was. touched: whether the one changed element reached it.
-    drops: with which probability weights are dropped. adds_up: whether it is one of several maps of a sum.
+    adds_up: whether it is one of several maps of a sum.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
     open: how many more modules may be asked.
     """
@@ -63,7 +63,6 @@ class Seen:
     asked: bool = False
     touched: bool = False
     layout: Layout | None = None
-    drops: float = 0.0
     adds_up: bool = False
     keys: Tensor | None = None
     first_alone: bool = False
@@ -173,24 +172,15 @@ class Survey(AttentionMode):
                     seen.layout = layout_of(seen.output, read)
                     seen.widths.append(read.shape[-1])
 
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def attention(self, given: Arguments) -> Tensor:
+        query, key, value, attn_mask, *_ = given
         if self.again is not None:
             self.again.append((query.clone(), value.clone()))
-        output = SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        output = given.run()
         if self.again is not None or not self.stack:
             return output
         frame = self.stack[-1]
-        seen = Seen(frame.path, frame.run, frame.calls, self._print(value), drops=dropout_p)
+        seen = Seen(frame.path, frame.run, frame.calls, self._print(value))
         frame.calls += 1
         self.seen.append(seen)
         frame.made.append(seen)
@@ -198,15 +188,14 @@ class Survey(AttentionMode):
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
         elif self.asked:
             seen.query, seen.value, seen.output = query, value, output
-            mask, causal = plain(attn_mask, is_causal)
+            mask, causal = plain(attn_mask, given.is_causal)
             seen.first_alone = causal
             if mask is not None:
                 self._read(mask, seen)
             frame.waiting.append(seen)
             if output.ndim == 4 and value.shape[-2] == query.shape[-2]:
                 frame.maps = frame.maps or Combination(frame.path)
-                how = query.shape[-1] ** -0.5 if scale is None else scale
-                call = AttentionCall(0, frame.path, query, key, value, output, mask, causal, how)
+                call = AttentionCall(0, frame.path, query, key, value, output, mask, causal, given.scaling)
                 frame.maps.note_call(call, output)
         return output
 
@@ -317,7 +306,7 @@ def _with_changed(
     """
     given = [*args, *kwargs.values()]
     tensors = [x for x in given if isinstance(x, Tensor) and x.ndim >= 2 and x.numel()]
-    read = next((x for x in tensors if x.is_floating_point() or _are_ids(x)), None)
+    read = next((x for x in tensors if x.is_floating_point() or are_ids(x)), None)
     if read is None:
         return None
     changed, place = read.clone(), tuple(size // 2 for size in read.shape)
@@ -337,9 +326,9 @@ def _with_changed(
     return [instead(x) for x in args], {name: instead(x) for name, x in kwargs.items()}
 
 
-def _are_ids(x: Tensor) -> bool:
-    """Whether integers are ids of tokens, and no mask."""
-    return x.dtype in (torch.int32, torch.int64) and bool((x > 1).any())
+def are_ids(x: Tensor) -> bool:
+    """Whether a tensor holds ids, and neither numbers nor flags."""
+    return not x.is_floating_point() and not x.is_complex() and bool((x > 1).any())
 
 
 def other_than(x: Tensor, number: int = 1) -> Tensor:

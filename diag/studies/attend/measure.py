@@ -122,7 +122,7 @@ def _view(
         "family": model.family,
         **same,
         "module": layer.path,
-        "n_layers": tower.depth or len(tower.layers),
+        "n_layers": tower.depth,
         "heads": call.heads,
         "kv_heads": call.kv_heads,
         "n_tokens": call.tokens,

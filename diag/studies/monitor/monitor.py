@@ -32,11 +32,12 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.families.from_module import TOWER, another, are_ids
+from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.depth import Place
 from diag.models.hooks.meaning import OTHERWISE, meaning_of
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
+from diag.models.hooks.survey import are_ids
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (
     Given,
@@ -224,7 +225,6 @@ class Monitor:
                 lambda batch: _run(self.module, batch.data),
                 prefix=leading,
                 max_batch=1,
-                depth=len(places),
                 places=places,
                 capture=_captured,
             )
