@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from attention_modules import Attention, Broken, Cross, Eager, Stack, TorchAttention, assert_untouched
+from attention_modules import Attention, Broken, Cross, Stack, TorchAttention, assert_untouched
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 
@@ -540,7 +540,7 @@ def test_modules_without_numbers_are_the_layers_of_one_tower_as_they_run() -> No
     class Mixer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.later, self.sooner, self.pool = Attention(), TorchAttention(), Eager()
+            self.later, self.sooner, self.pool = Attention(), TorchAttention(), Handmade()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.pool(self.later(self.sooner(x)))
@@ -560,9 +560,17 @@ def test_a_module_in_training_mode_is_found_too(context: Callable[[], Any]) -> N
     assert told(found) == {"": {0: "layers.0"}}
 
 
-def test_a_module_that_computes_attention_itself_is_named() -> None:
-    module = Stack(Eager())
-    with pytest.raises(UserError, match=r"computes attention itself, in 'layers\.0': it cannot be seen"):
+class Handmade(nn.Module):
+    """Weights and values are multiplied element by element: no product of theirs is seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.transpose(1, 2)).softmax(-1)
+        return (weights[..., None] * x[:, None]).sum(2)
+
+
+def test_a_module_whose_weights_are_lost_is_named() -> None:
+    module = nn.Sequential(Handmade())
+    with pytest.raises(UserError, match=r"computes attention itself, in '0', and what it weighs is not seen"):
         meaning_on(module, torch.randn(2, 5, 16))
     assert_untouched(module)
 
