@@ -39,7 +39,7 @@ INSIDE_MULTI_HEAD = (
     (torch, "bmm"),
 )
 """What `multi_head_attention_forward` calls, by where it looks for it."""
-BUILT_IN = {F.softmax: torch.softmax, F.dropout: partial(torch.dropout, train=True)}
+BUILT_IN: dict[Callable, Callable] = {F.softmax: torch.softmax, F.dropout: partial(torch.dropout, train=True)}
 """Instead of functions written in Python, which hand a mode what stands in their own place."""
 
 NAMES = re.compile(r"attention|attn|(?-i:(MLA|MHSA|GPSA)$)", re.IGNORECASE)

@@ -591,3 +591,13 @@ def test_everything_is_restored_after_an_exception() -> None:
 def test_another_number_of_queries_is_named() -> None:
     (tower,) = meaning_on(Stack(Attention(), Cross()).eval(), torch.randn(2, 9, 16)).towers
     assert tower.skipped == {"layers.1": "5 queries over 9 keys: cross-attention or pooling"}
+
+
+def test_prefix_tokens_of_attention_side_by_side_are_no_padding() -> None:
+    """Two attentions of one block read the same states: the class token is the same in both, and is a token."""
+    module = timm.create_model(
+        "vit_small_patch16_18x2_224", img_size=32, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+    (tower,) = meaning_on(module, images(32)).towers
+    assert len(tower.layers) == 4
+    assert all(not layer.form.padding or layer.form.padding[0] is None for layer in tower.layers)
