@@ -66,7 +66,32 @@ def with_dense_output(call: AttentionCall) -> AttentionCall:
     """The call with `output` recomputed from its queries (or pattern), keys and values, in its own format."""
     pattern = torch.from_numpy(dense_pattern(call)).float()
     value = call.value.float().repeat_interleave(call.group, 1)
-    return replace(call, output=(pattern @ value).to(call.output.dtype))
+    outside = 0.0 if call.outside is None else call.outside.float()
+    return replace(call, output=(pattern @ value + outside).to(call.output.dtype))
+
+
+def with_other_keys(call: AttentionCall, number: int = 2, *, valued: bool = True) -> AttentionCall:
+    """The call with keys in its softmax that are no tokens; sinks, which have no value, unless `valued`."""
+    assert call.query is not None
+    generator = torch.Generator().manual_seed(17)
+    keys = torch.randn(1, call.heads, number, call.query.shape[-1], generator=generator).double()
+    values = torch.randn(1, call.heads, number, call.value.shape[-1], generator=generator).double()
+    others = float64(call.query.double() @ keys.transpose(-1, -2)) * call.scale + 1
+    scores = np.concatenate([dense_scores(call), others], -1)
+    top = scores.max(-1, keepdims=True)
+    lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
+    outside = torch.from_numpy(np.exp(others - lse)) @ values if valued else torch.zeros(1, 1, 1, 1)
+    lse = torch.from_numpy(lse[..., 0]).float()
+    return with_dense_output(replace(call, log_normaliser=lse, outside=outside.float()))
+
+
+def with_mixed_heads(call: AttentionCall, least: float = 0.1) -> AttentionCall:
+    """The call of talking heads: each head's weights are a sum of those of all heads. Coefficients are drawn
+    from `least` to 1.
+    """
+    drawn = torch.rand(call.heads, call.heads, generator=torch.Generator().manual_seed(18)).double()
+    mixed = torch.einsum("gh,bhij->bgij", least + (1 - least) * drawn, torch.from_numpy(dense_pattern(call)))
+    return with_dense_output(replace(call, query=None, key=None, pattern=mixed.float()))
 
 
 def with_pattern(call: AttentionCall) -> AttentionCall:
@@ -172,6 +197,9 @@ def dense_pattern(call: AttentionCall) -> Array:
             found += float64(one.coefficient)[..., None] * dense_pattern(alone)
         return found
     scores = dense_scores(call)
+    if call.outside is not None:
+        assert call.log_normaliser is not None
+        return np.exp(scores - float64(call.log_normaliser)[..., None])
     pattern = np.zeros(scores.shape)
     for b, h, i in np.ndindex(*scores.shape[:3]):
         if np.isfinite(scores[b, h, i]).any():
@@ -529,6 +557,12 @@ def build_cases() -> dict[str, AttentionCall]:
     for dtype in (torch.bfloat16, torch.float16):
         mask = additive(causal_left, torch.finfo(dtype).min, dtype)
         cases[f"additive lowest {dtype}"] = make_call(dtype=dtype, mask=mask, seed=56)
+    for name in ("full", "causal left padding", "random mask", "mask per head, grouped", "group of 2, bias"):
+        cases[f"{name}; sinks"] = with_other_keys(cases[name], valued=False)
+        cases[f"{name}; other keys"] = with_other_keys(cases[name])
+        cases[f"{name}; other keys, pattern given"] = with_pattern(cases[f"{name}; other keys"])
+        if "per head" not in name:
+            cases[f"{name}; mixed heads"] = with_mixed_heads(cases[name])
     for name in ("full", "causal left padding", "mask per head, unseen keys", "group of 2", "bias and -inf"):
         cases[f"{name}; log-normaliser given"] = with_log_normaliser(cases[name])
         cases[f"{name}; pattern given"] = with_pattern(cases[name])

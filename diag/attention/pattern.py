@@ -36,7 +36,8 @@ def pattern_rows(
 ) -> Float[Tensor, "batch head row token"]:
     """The attention weights of the chosen query rows (all rows if None), float32.
 
-    A row that sees no key is all zero. Where a layer adds up several maps, weights may be negative.
+    A row that sees no key is all zero. Weights of added maps and of a given pattern may be negative, and
+    where keys are no tokens, rows sum to less than 1.
     """
     device = call.output.device
     rows = torch.arange(call.tokens, device=device) if rows is None else torch.as_tensor(rows, device=device)
@@ -48,7 +49,11 @@ def pattern_rows(
             chosen = one.coefficient.expand(-1, -1, call.tokens)[:, :, rows, None]
             found += chosen.float() * pattern_rows(call.of_map(one), rows)
         return found
-    return torch.nan_to_num(score_rows(call, rows).softmax(-1), nan=0.0).float()
+    scores = score_rows(call, rows)
+    if call.outside is None:
+        return torch.nan_to_num(scores.softmax(-1), nan=0.0).float()
+    assert call.log_normaliser is not None
+    return torch.nan_to_num((scores - call.log_normaliser[:, :, rows, None]).exp(), nan=0.0).float()
 
 
 def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
@@ -73,14 +78,15 @@ def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
 
 
 def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row value_dim"]:
-    """`y = A V` for the chosen rows, rebuilt from the call."""
-    return weighted_values(call, pattern_rows(call, rows))
+    """`y = A V + o` for the chosen rows, rebuilt from the call."""
+    outside = call.outside_at(slice(None) if rows is None else rows)
+    return weighted_values(call, pattern_rows(call, rows)) + outside
 
 
 def weighted_values(
     call: AttentionCall, weights: Float[Tensor, "batch head row token"]
 ) -> Float[Tensor, "batch head row value_dim"]:
-    """`A V` of some rows of A: what the reconstruction gate compares."""
+    """`A V` of some rows of A: with what comes of no token, what the reconstruction gate compares."""
     grouped = weights.unflatten(1, (call.kv_heads, call.group))
     return (grouped @ call.value.float()[:, :, None]).flatten(1, 2)
 
@@ -107,6 +113,29 @@ def log2_pattern_blocks(
         for _ in _all_blocks(call, lse, known):
             pass
     yield from _sampled_blocks(call, call.sample, lse)
+
+
+def given_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """Yields a given pattern in blocks `[batch, head, row, key]` with their place, float32.
+
+    Where the pattern is float32 blocks are parts of it, not copies: they are read only.
+    """
+    assert call.pattern is not None
+    device = call.output.device
+    budget = min(of_threads(SEVERAL_HEADS_ELEMENTS, device), BLOCK_ELEMENTS[device.type])
+    heads, rows, keys = call.pattern.shape[1:]
+    rows_at_once = max(1, min(rows, budget // max(1, keys)))
+    number = max(1, budget // (rows_at_once * max(1, keys)))
+    heads_at_once, batch_at_once = min(heads, number), max(1, number // heads)
+    for b in range(0, call.batch, batch_at_once):
+        for h in range(0, heads, heads_at_once):
+            for r in range(0, rows, rows_at_once):
+                where = (
+                    slice(b, min(b + batch_at_once, call.batch)),
+                    slice(h, min(h + heads_at_once, heads)),
+                    slice(r, min(r + rows_at_once, rows)),
+                )
+                yield where, call.pattern[where].float()
 
 
 def positions(call: AttentionCall, where: tuple[slice, slice, slice]) -> Int[Tensor, " row"]:

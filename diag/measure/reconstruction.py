@@ -41,7 +41,8 @@ class ReconstructionCheck:
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
         weights = pattern_rows(call, rows)
-        rebuilt = torch.where(visible[..., None], weighted_values(call, weights), 0.0)
+        whole = weighted_values(call, weights) + call.outside_at(rows)
+        rebuilt = torch.where(visible[..., None], whole, 0.0)
         non_finite = ~used.isfinite().flatten(1).all(1)
         if non_finite.any():
             raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))

@@ -26,8 +26,9 @@ from reference import (
 from torch import Tensor
 
 from diag.attention import pattern
-from diag.attention.call import AttentionCall, without_constant
+from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
+from diag.attention.row_sums import row_sums, without_constant
 from diag.attention.softmax_statistics import softmax_statistics
 from diag.attention.visibility import Visibility
 
@@ -46,6 +47,7 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
         "sum_of_squares": (pattern**2).sum(-1),
         "self_weight": np.diagonal(pattern, axis1=-2, axis2=-1),
         "first_weight": first,
+        "row_sum": pattern.sum(-1),
     }
 
 
@@ -59,7 +61,8 @@ def assert_statistics_match(call: AttentionCall) -> None:
     expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)
     assert meaningful.any()
     found = softmax_statistics(call)
-    for name in STATISTICS:
+    assert (found.row_sum is None) == call.is_softmax
+    for name in STATISTICS if call.is_softmax else (*STATISTICS, "row_sum"):
         measured = getattr(found, name)
         assert measured.dtype == torch.float32, name
         assert measured.shape == call.output.shape[:3], name
@@ -80,6 +83,9 @@ def test_log_normaliser_matches_the_dense_reference(case: str) -> None:
     if call.pattern is not None:
         assert found is None
         return
+    if call.outside is not None:  # other keys are in it
+        assert found is call.log_normaliser
+        return
     scores, meaningful = dense_scores(call), dense_visible(call).any(-1)
     expected = np.log(np.exp(scores[meaningful]).sum(-1))
     assert found is not None
@@ -99,7 +105,7 @@ def test_pattern_rows_match_the_dense_reference(case: str) -> None:
 def test_attend_rebuilds_the_output(case: str) -> None:
     call = CASES[case]
     value = call.value.double().repeat_interleave(call.group, 1).numpy()
-    expected = dense_pattern(call) @ value
+    expected = dense_pattern(call) @ value + (0.0 if call.outside is None else call.outside.double().numpy())
     np.testing.assert_allclose(attend(call).numpy(), expected, rtol=1e-5, atol=1e-5)
     rows = torch.tensor([call.tokens - 1, 0])
     np.testing.assert_allclose(attend(call, rows).numpy(), expected[:, :, rows.numpy()], rtol=1e-5, atol=1e-5)
@@ -113,11 +119,40 @@ def test_added_maps_have_the_pattern_of_their_sum(case: str) -> None:
     np.testing.assert_allclose(pattern_rows(call, rows).numpy(), expected[:, :, rows.numpy()], atol=1e-5)
     value = call.value.double().repeat_interleave(call.group, 1).numpy()
     np.testing.assert_allclose(attend(call).numpy(), expected @ value, rtol=1e-5, atol=1e-5)
-    # a constant leaves by the sum of each row
-    constant = torch.randn(call.kv_heads * call.value.shape[-1])
-    without = without_constant(call, constant)
-    free = expected @ without.value.double().repeat_interleave(call.group, 1).numpy()
-    np.testing.assert_allclose(without.output.numpy(), free, rtol=1e-4, atol=2e-5)
+
+
+WITHOUT_SUM_1 = [name for name, call in CASES.items() if not call.is_softmax]
+
+
+@pytest.mark.parametrize("case", ["full", "causal left padding", *WITHOUT_SUM_1, "maps"])
+def test_a_constant_leaves_by_the_sum_of_each_row(case: str) -> None:
+    """A (V - 1 cᵀ) and what comes of no token, from the whole float64 pattern."""
+    call = with_maps(CASES["random mask"], -0.4, 0.3) if case == "maps" else CASES[case]
+    expected, seen = dense_pattern(call), dense_visible(call).any(-1)
+    sums = row_sums(call).expand(call.output.shape[:3]).numpy()
+    np.testing.assert_allclose(sums, expected.sum(-1) * seen, rtol=1e-5, atol=1e-6)
+    constant = torch.randn(call.kv_heads * call.value.shape[-1], generator=torch.Generator().manual_seed(2))
+    free = without_constant(call, constant)
+    rebuilt = expected @ free.value.double().repeat_interleave(call.group, 1).numpy()
+    rebuilt += 0.0 if call.outside is None else call.outside.double().numpy()
+    np.testing.assert_allclose(free.output.numpy()[seen], rebuilt[seen], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("valued", [False, True])
+def test_keys_that_are_no_tokens_are_in_the_softmax(valued: bool) -> None:
+    """Told apart from one softmax over all keys, of which those of the tokens are kept."""
+    call = make_call(seed=66)
+    other = torch.randn(1, 4, 2, 16, generator=torch.Generator().manual_seed(67))
+    assert call.query is not None
+    assert call.key is not None
+    key, value = (torch.cat([x, other.expand(2, -1, -1, -1)], 2).double() for x in (call.key, call.value))
+    scores = call.query.double() @ key.transpose(-1, -2) * call.scale
+    whole = scores.softmax(-1)
+    outside = whole[..., 13:] @ value[:, :, 13:] if valued else torch.zeros(1, 1, 1, 1)
+    call = replace(call, log_normaliser=scores.logsumexp(-1).float(), outside=outside.float())
+    np.testing.assert_allclose(pattern_rows(call), whole[..., :13], atol=1e-6)
+    np.testing.assert_allclose(row_sums(call), whole[..., :13].sum(-1), atol=1e-6)
+    np.testing.assert_allclose(attend(call), whole[..., :13] @ value[:, :, :13] + outside, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -338,10 +373,12 @@ def test_a_pattern_call_needs_no_queries() -> None:
 
 
 def test_entropy_is_bounded_by_the_visible_keys() -> None:
+    """By that of a uniform row of the same keys and the same sum s, s ln(n/s)."""
     for call in CASES.values():
         visible = dense_visible(call).sum(-1)
         entropy, rows = softmax_statistics(call).entropy.numpy(), visible > 0
-        assert (entropy[rows] <= np.log(visible[rows]) + 1e-5).all()
+        total = dense_pattern(call).sum(-1)[rows]
+        assert (entropy[rows] <= total * np.log(visible[rows] / total) + 1e-5).all()
 
 
 def test_equal_scores_give_the_uniform_pattern() -> None:

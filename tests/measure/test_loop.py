@@ -34,7 +34,8 @@ from tiny_towers import (
 from torch import Tensor
 
 from diag.attention import softmax_statistics as softmax
-from diag.attention.call import AttentionCall, without_constant
+from diag.attention.call import AttentionCall
+from diag.attention.row_sums import without_constant
 from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs import images as inputs

@@ -53,7 +53,30 @@ def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
         return None
     from diag.attention.kernels import triton_scores, triton_statistics
 
-    return triton_statistics.softmax_statistics(call) if triton_scores.supports(call) else None
+    if not triton_scores.supports(call):
+        return None
+    found = triton_statistics.softmax_statistics(call)
+    return found if call.outside is None else _beside_other_keys(call, found)
+
+
+def _beside_other_keys(call: AttentionCall, found: SoftmaxStatistics) -> SoftmaxStatistics:
+    """Statistics of a softmax over tokens as those of one over other keys as well: every weight times s.
+
+    s = exp(lse over tokens - lse over all keys), what the weights on tokens sum to.
+    """
+    assert call.log_normaliser is not None
+    assert found.log_normaliser is not None
+    lse = call.log_normaliser.float()
+    share = (found.log_normaliser - lse).exp()
+    drawn = share if call.sample is None else call.sample.at(share)
+    return SoftmaxStatistics(
+        log_normaliser=lse,
+        entropy=drawn * found.entropy - torch.xlogy(drawn, drawn),
+        sum_of_squares=drawn.square() * found.sum_of_squares,
+        self_weight=share * found.self_weight,
+        first_weight=share * found.first_weight,
+        row_sum=share,
+    )
 
 
 def fused_values(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics | None:
@@ -104,6 +127,8 @@ def fused_quantities(
         rows = triton_statistics.row_statistics(call, none, distances=True, places=places, prefix=prefix)
         for name in ("distance", "distance_square", "placed"):
             found[name] = getattr(rows, name)
+        if (share := softmax().row_sum if call.outside is not None else None) is not None:
+            found["placed"] = found["placed"] * share
     return found
 
 
