@@ -281,6 +281,7 @@ def reference(
     """
     pattern, visible = dense_pattern(call), dense_visible(call)
     value, output = float64(call.value), float64(call.output)
+    outside = np.zeros(output.shape) if call.outside is None else float64(call.outside) + 0 * output
     batch, heads, length, _ = output.shape
     group = heads // value.shape[1]
     chosen = np.ones((batch, length), dtype=bool) if tokens is None else tokens.cpu().numpy()
@@ -291,7 +292,8 @@ def reference(
         counted = [t for t in range(length) if real[t] and chosen[b, t]]
         for h in range(heads):
             row_numbers = rows_of_one_head(
-                pattern[b, h], visible[b, h], value[b, h // group], output[b, h], counted, real, least
+                *(pattern[b, h], visible[b, h], value[b, h // group], output[b, h], outside[b, h]),
+                *(counted, real, least),
             )
             value_numbers = values_of_one_head(
                 value[b, h // group], counted, counted if anchors is None else anchors[b]
@@ -323,12 +325,14 @@ def rows_of_one_head(
     visible: Array,
     values: Array,
     outputs: Array,
+    outside: Array,
     counted: list[int],
     real: Array,
     least: float,
 ) -> dict[str, float]:
     """What is averaged over query rows: those that see at least two keys."""
     rows = [i for i in counted if visible[i].sum() >= 2]
+    negative = bool((pattern[visible.any(-1)] < 0).any())
     first = int(np.flatnonzero(real)[0]) if real.any() else 0
     names = (
         "cos_y_vself self_part context_part cos_y_vpartner cos_y_vuniform excess removed_energy self_weight "
@@ -349,16 +353,21 @@ def rows_of_one_head(
         if partners:
             numbers["cos_y_vpartner"].append(mean(partners))
             numbers["excess"].append(alignment - mean(partners))
-        if visible_in_set:
-            numbers["cos_y_vuniform"].append(cosine(values[visible_in_set].mean(0), v))
-
+        total = weights.sum()
         numbers["self_weight"].append(weights[i])
-        numbers["self_weight_ratio"].append(weights[i] * seen)
+        numbers["first_weight"].append(weights[first])
+        if negative:
+            continue
+        # a uniform row has the same visible keys and the same sum
+        if visible_in_set:
+            numbers["cos_y_vuniform"].append(cosine(total * values[visible_in_set].mean(0) + outside[i], v))
+        numbers["self_weight_ratio"].append(weights[i] / (total / seen))
         entropy = -sum(float(w * np.log(w)) for w in weights if w > 0)
         numbers["entropy"].append(entropy)
-        numbers["entropy_normalized"].append(entropy / np.log(seen))
-        numbers["effective_keys"].append(1 / (weights**2).sum())
-        numbers["first_weight"].append(weights[first])
+        of_uniform = -sum([total / seen * np.log(total / seen)] * seen)
+        if of_uniform > 0:
+            numbers["entropy_normalized"].append(entropy / of_uniform)
+        numbers["effective_keys"].append(total**2 / (weights**2).sum())
 
     exclusive = np.array([without(outputs[i], values[i], least) for i in rows])
     entropies = numbers["entropy"]
@@ -557,12 +566,13 @@ def build_cases() -> dict[str, AttentionCall]:
     for dtype in (torch.bfloat16, torch.float16):
         mask = additive(causal_left, torch.finfo(dtype).min, dtype)
         cases[f"additive lowest {dtype}"] = make_call(dtype=dtype, mask=mask, seed=56)
-    for name in ("full", "causal left padding", "random mask", "mask per head, grouped", "group of 2, bias"):
+    for name in ("full", "causal left padding"):
         cases[f"{name}; sinks"] = with_other_keys(cases[name], valued=False)
+        cases[f"{name}; mixed heads"] = with_mixed_heads(cases[name])
+    for name in ("group of 2, bias", "mask per head, grouped"):
         cases[f"{name}; other keys"] = with_other_keys(cases[name])
-        cases[f"{name}; other keys, pattern given"] = with_pattern(cases[f"{name}; other keys"])
-        if "per head" not in name:
-            cases[f"{name}; mixed heads"] = with_mixed_heads(cases[name])
+    cases["full; other keys, pattern given"] = with_pattern(with_other_keys(cases["full"]))
+    cases["random mask; mixed heads of both signs"] = with_mixed_heads(cases["random mask"], -0.3)
     for name in ("full", "causal left padding", "mask per head, unseen keys", "group of 2", "bias and -inf"):
         cases[f"{name}; log-normaliser given"] = with_log_normaliser(cases[name])
         cases[f"{name}; pattern given"] = with_pattern(cases[name])

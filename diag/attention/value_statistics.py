@@ -33,6 +33,31 @@ def value_statistics(
     return _in_blocks(call, among, rows, least) if fused is None else fused
 
 
+def uniform_outputs(
+    call: AttentionCall,
+    among: Bool[Tensor, "#batch token"],
+    sums: Float[Tensor, "batch head token"],
+) -> tuple[Float[Tensor, "batch head token"], Float[Tensor, "batch head token"]]:
+    """`v_i·ȳ_i` and `‖ȳ_i‖` of ȳ_i = s_i u_i/n_i + o_i, what uniform rows of the same sums would give.
+
+    u_i sums up the n_i visible values of S, and o_i comes of keys that are no tokens. sums: s_i.
+    """
+    assert call.outside is not None
+    inner, norm = torch.empty(2, *call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    count = call.visibility.count_among(among).clamp(min=1)  # [batch or 1, head or 1, token or 1]
+    share = (sums / count)[..., None]
+    for (in_batch, in_head), value in value_blocks(call):
+        own_heads = call.query_heads(in_head)
+        where = (in_batch, own_heads)
+        plain = call.visibility.part(*where).sum(value, of_inputs(among, in_batch)[:, None].float())
+        if plain.shape[1] != own_heads.stop - own_heads.start:
+            plain = plain.repeat_interleave(call.group, 1)
+        output = torch.addcmul(part_of(call.outside, *where).float(), share[where], plain)
+        inner[where] = vecdot(output.unflatten(1, (-1, call.group)), value[:, :, None]).flatten(1, 2)
+        norm[where] = vector_norm(output, dim=-1)
+    return inner, norm
+
+
 def value_blocks(
     call: AttentionCall,
 ) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "some_batch some_kv_head token value_dim"]]]:

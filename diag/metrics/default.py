@@ -11,13 +11,15 @@ cosine with a zero vector is 0. Which tokens count:
   token sees only itself, y = v and A_ii = 1 whatever the model learned. For a causal model this
   leaves out exactly the first token; it also leaves out rows that see nothing.
 
-Where a layer adds up several maps (differential attention), weights may be negative: what takes a row for
-shares of its attention (`of_shares`) is undefined there.
+Rows of A sum to s_i, which is 1 of a softmax over tokens: it is in the formulas, and nothing is renormalised
+without being written there. Where weights are negative, what takes a row for shares of its attention
+(`of_shares`) is undefined: in layers that add up several maps (differential attention), and in the heads of a
+given pattern that have a negative weight in any row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -28,10 +30,10 @@ from torch.linalg import vecdot, vector_norm
 from diag.attention.call import AttentionCall
 from diag.attention.containers import SoftmaxStatistics, ValueStatistics
 from diag.attention.softmax_statistics import CallStatistics
-from diag.attention.value_statistics import reciprocal, value_blocks, value_statistics
+from diag.attention.value_statistics import reciprocal, uniform_outputs, value_blocks, value_statistics
 from diag.attention.visibility import of_inputs
 from diag.metrics.readings import Controls, Reading, reduce
-from diag.metrics.registry import metric, registered
+from diag.metrics.registry import Metric, metric, registered
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
@@ -111,6 +113,11 @@ class Selection:
         partners = self.grouped(self.call.visibility.count_among(self.among)) - own.long()
         cosines = self.of_heads(self.values.partner) * self.per_output_norm - own * self.cosine
         return cosines / partners.clamp(min=1), partners > 0
+
+    @property
+    def row_sum(self) -> Float[Tensor, "batch head token"] | None:
+        """s_i; None where it is 1 by the way A is made."""
+        return None if self.call.is_softmax else self.softmax.row_sum
 
     @cached_property
     def count(self) -> Tensor:
@@ -215,7 +222,12 @@ def excess(on: Selection) -> Reading:
 
 @metric("call", of_shares=True)
 def cos_y_vuniform(on: Selection) -> Reading:
-    inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
+    outside = on.call.outside
+    if outside is None or not outside.any():  # the cosine is that of the mean, whatever the sum
+        inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
+    else:
+        assert on.row_sum is not None
+        inner, norm = map(on.grouped, uniform_outputs(on.call, on.among, on.row_sum))
     cosine = inner * on.per_value_norm * reciprocal(norm)
     return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
 
@@ -310,7 +322,8 @@ def self_weight(on: Selection) -> Reading:
 
 @metric("call", of_shares=True)
 def self_weight_ratio(on: Selection) -> Reading:
-    return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
+    ratio, total = on.softmax.self_weight * on.call.visibility.count, on.row_sum
+    return Reading(ratio, on.rows) if total is None else Reading(ratio / total, on.rows & (total > 0))
 
 
 @metric("call", of_shares=True)
@@ -321,12 +334,22 @@ def entropy(on: Selection) -> Reading:
 
 @metric("call", of_shares=True)
 def entropy_normalized(on: Selection) -> Reading:
-    return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).float().log())
+    bound, total = on.at(on.call.visibility.count).clamp(min=2).float().log(), on.row_sum
+    if total is None:
+        return on.of_pattern(on.softmax.entropy / bound)
+    total = on.at(total)
+    bound = total * bound - torch.xlogy(total, total)  # s ln(n/s), that of a uniform row
+    reading = on.of_pattern(on.softmax.entropy / bound)
+    return reading._replace(weights=reading.weights * (bound > 0))
 
 
 @metric("call", of_shares=True)
 def effective_keys(on: Selection) -> Reading:
-    return on.of_pattern(1 / on.softmax.sum_of_squares)
+    squares, total = on.softmax.sum_of_squares, on.row_sum
+    if total is None:
+        return on.of_pattern(1 / squares)
+    reading = on.of_pattern(on.at(total).square() / squares)
+    return reading._replace(weights=reading.weights * (squares > 0))
 
 
 @metric("call")
@@ -342,7 +365,30 @@ def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
     """The named metrics of one call seen through one token set."""
     defined = [name for name in names if not (on.call.maps and METRICS[name].of_shares)]
     computed = {function: function(on) for function in {METRICS[name].compute: None for name in defined}}
-    return {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
+    found = {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
+    return without_negative(on, found, METRICS)
+
+
+def without_negative(
+    on: Selection, readings: Mapping[str, Reading], metrics: Mapping[str, Metric]
+) -> dict[str, Reading]:
+    """The readings where a pattern is given: what takes rows for shares is undefined in heads with negative
+    weights.
+
+    metrics: those of the readings, by name.
+    """
+    shares = [name for name in readings if metrics[name].of_shares]
+    if on.call.pattern is None or not shares:
+        return dict(readings)
+    negative = on.softmax.negative
+    assert negative is not None
+    if not negative.any():
+        return dict(readings)
+    undefined = {
+        name: readings[name]._replace(weights=readings[name].weights * ~negative[..., None])
+        for name in shares
+    }
+    return dict(readings) | undefined
 
 
 def per_input(

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from diag.attention.positions import TEXT, Geometry
 from diag.metrics import names as known
-from diag.metrics.default import Selection
+from diag.metrics.default import Selection, without_negative
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
@@ -177,13 +177,23 @@ def attention_distance_ratio(view: View) -> Reading:
 @metric("pattern", needs=("received", "entropy"), of_shares=True)
 def attention_nmi(view: View) -> Reading:
     of_row = torch.where(view.on.rows, view.found["entropy"], 0.0).double()
-    given_query = of_row.sum(-1) / view.count.clamp(min=1)
-    share = view.found["received"].double() / view.count[..., None].clamp(min=1)
-    of_keys = -torch.xlogy(share, share).sum(-1)
-    scale = (view.count.clamp(min=2).float().log() * of_keys).sqrt()
+    sums, count = view.on.row_sum, view.count
+    total, of_queries = count, count.clamp(min=2).log()  # Σ A and H(q) where every row sums to 1
+    if sums is not None:
+        sums = torch.where(view.on.rows, sums, 0.0).double()
+        total = sums.sum(-1)
+        of_queries = _entropy(sums / total[..., None].where(total[..., None] > 0, 1.0))
+    some = total.where(total > 0, 1.0)
+    of_keys = _entropy(view.found["received"].double() / some[..., None])
+    of_both = of_row.sum(-1) / some + some.log()
+    scale = (of_queries * of_keys).sqrt()
     # one key takes all: every query sees the same map, and 0/0 is 0. What is left below is rounding
-    found = torch.where(of_keys <= 1e-6, of_keys * 0, (of_keys - given_query) / scale)
-    return view.per_head(found.clamp(min=0), view.count > 1)
+    found = torch.where(of_keys <= 1e-6, of_keys * 0, (of_queries + of_keys - of_both) / scale)
+    return view.per_head(found.clamp(min=0), (count > 1) & (total > 0))
+
+
+def _entropy(shares: Float64[Tensor, "batch head token"]) -> Float64[Tensor, "batch head"]:
+    return -torch.xlogy(shares, shares).sum(-1)
 
 
 # --- neighbouring layers
@@ -226,7 +236,8 @@ def near_share(view: View) -> Reading:
 
 @metric("pattern", needs=("uniform near",), of_shares=True)
 def near_share_uniform(view: View) -> Reading:
-    return view.per_row(view.uniform.get("near"), view.placed)
+    near, sums = view.uniform.get("near"), view.on.row_sum
+    return view.per_row(near if near is None or sums is None else near * view.on.at(sums), view.placed)
 
 
 @metric("pattern", needs=("prefix",))
@@ -336,7 +347,8 @@ def shape_readings(
     for number, on in enumerate(selections):
         own = {name: x[number] if name == "received" else x for name, x in found.items()}
         view = View(on, geometry, own, of_uniform, norms, before)
-        results.append({name: SHAPE_METRICS[name].compute(view) for name in names})
+        readings = {name: SHAPE_METRICS[name].compute(view) for name in names}
+        results.append(without_negative(on, readings, SHAPE_METRICS))
     return results
 
 

@@ -31,8 +31,8 @@ class Metric:
 
     compute: gives a `Reading`. reduce: "mean" or "percentile", how tokens become one number per input.
     needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
-    of_shares: whether it takes the weights of a row for shares, not negative and of sum 1. It is undefined
-        where a layer adds up several maps.
+    of_shares: whether it takes the weights of a row for shares of it, none of them negative. It is undefined
+        where a layer adds up several maps, or a head's weights are negative.
     """
 
     name: str
