@@ -27,6 +27,11 @@ def output(text: str, call: AttentionCall) -> Tensor:
     return parse(text).output(call)
 
 
+def outside(call: AttentionCall) -> np.ndarray:
+    none = np.zeros(call.output.shape)
+    return none if call.outside is None else none + float64(call.outside)
+
+
 def close(found: Tensor, expected: np.ndarray, call: AttentionCall) -> None:
     tolerance = 2e-5 if call.output.dtype == torch.float32 else 4e-2
     assert found.shape == call.output.shape
@@ -77,13 +82,19 @@ def test_gates_of_nothing_and_of_all(case: str) -> None:
 
 @every_case
 def test_mask_self_is_the_renormalised_pattern(case: str) -> None:
+    """To the sum that they had; what comes of no token stays."""
     call = CASES[case]
     pattern, v, expected = dense_pattern(call), values(call), float64(call.output).copy()
+    if (pattern < 0).any():
+        with pytest.raises(MeasurementError, match=r"layer 'layer' has weights that are negative"):
+            output("mask_self", call)
+        return
     for b, h, i in np.ndindex(*pattern.shape[:3]):
         others = pattern[b, h, i].copy()
         others[i] = 0
         if others.sum() > 0:
-            expected[b, h, i] = (others / others.sum()) @ v[b, h]
+            attended = (others * pattern[b, h, i].sum() / others.sum()) @ v[b, h]
+            expected[b, h, i] = attended + outside(call)[b, h, i]
     close(output("mask_self", call), expected, call)
 
 
@@ -116,11 +127,11 @@ def test_uniform_is_the_mean_of_the_visible_values(case: str) -> None:
     pattern, v, expected = dense_pattern(call), values(call), float64(call.output).copy()
     for b, h, i in np.ndindex(*pattern.shape[:3]):
         visible = call.visibility.visible_rows
-        seen = pattern[b, h, i] > 0
+        seen = pattern[b, h, i] != 0
         if visible is not None:
             seen = visible.expand(call.batch, call.heads, -1, -1)[b, h, i].numpy()
         if seen.any():
-            expected[b, h, i] = v[b, h][seen].mean(0)
+            expected[b, h, i] = pattern[b, h, i].sum() * v[b, h][seen].mean(0) + outside(call)[b, h, i]
     close(output("uniform", call), expected, call)
 
 
