@@ -28,6 +28,7 @@ def make_call(
     heads: int = 4,
     kv_heads: int | None = None,
     tokens: int = 13,
+    keys: int | None = None,
     dim: int = 16,
     value_dim: int | None = None,
     mask: Tensor | None = None,
@@ -37,17 +38,20 @@ def make_call(
 ) -> AttentionCall:
     """A random call whose output is computed densely in float32 and rounded to `dtype`.
 
+    keys: how many, where they are not the tokens' own.
+
     Values share a direction and keys resemble values, so that no statistic is trivially near zero.
     """
     generator = torch.Generator().manual_seed(seed)
     kv_heads = heads if kv_heads is None else kv_heads
     value_dim = dim if value_dim is None else value_dim
     query = torch.randn(batch, heads, tokens, dim, generator=generator)
-    key = torch.randn(batch, kv_heads, tokens, dim, generator=generator)
+    width = tokens if keys is None else keys
+    key = torch.randn(batch, kv_heads, width, dim, generator=generator)
     shared = torch.randn(batch, kv_heads, 1, value_dim, generator=generator)
-    value = torch.randn(batch, kv_heads, tokens, value_dim, generator=generator) + 0.7 * shared
-    # Some attention to oneself: queries lean towards their own key.
-    query = query + 0.2 * key.repeat_interleave(heads // kv_heads, 1)
+    value = torch.randn(batch, kv_heads, width, value_dim, generator=generator) + 0.7 * shared
+    if keys is None:  # Some attention to oneself: queries lean towards their own key.
+        query = query + 0.2 * key.repeat_interleave(heads // kv_heads, 1)
     call = AttentionCall(
         layer=0,
         module="layer",
@@ -58,6 +62,7 @@ def make_call(
         mask=mask,
         causal=causal,
         scale=1.5 / math.sqrt(dim),
+        own_keys=keys is None,
     )
     return with_dense_output(call)
 
@@ -141,11 +146,12 @@ def float64(x: Tensor) -> Array:
 def dense_visible(call: AttentionCall) -> Array:
     """Whether query i sees key j, `[batch, head, token, token]` of bool."""
     batch, heads, tokens, _ = call.output.shape
-    visible = np.ones((batch, heads, tokens, tokens), dtype=bool)
+    keys = call.value.shape[2]
+    visible = np.ones((batch, heads, tokens, keys), dtype=bool)
     if call.mask is not None:
         visible &= call.mask.cpu().numpy() if call.mask.dtype == torch.bool else dense_shown(call.mask)
     if call.causal:
-        visible &= np.tri(tokens, dtype=bool)
+        visible &= np.tri(tokens, keys, dtype=bool)
     return visible
 
 
@@ -285,6 +291,8 @@ def reference(
     batch, heads, length, _ = output.shape
     group = heads // value.shape[1]
     chosen = np.ones((batch, length), dtype=bool) if tokens is None else tokens.cpu().numpy()
+    if not call.own_keys:
+        return of_other_keys(call, chosen)
     least = max(4e-6, 4 * torch.finfo(call.output.dtype).eps)
     result: dict[str, Array] = {}
     for b in range(batch):
@@ -300,6 +308,39 @@ def reference(
             )
             for name, number in (row_numbers | value_numbers).items():
                 result.setdefault(name, np.full((batch, heads), np.nan))[b, h] = number
+    return {name: torch.from_numpy(numbers) for name, numbers in result.items()}
+
+
+def of_other_keys(call: AttentionCall, chosen: Array) -> dict[str, Float64[Tensor, "batch head"]]:
+    """The statistics where keys are not the tokens' own: of weights and outputs, the others are undefined."""
+    pattern, visible, output = dense_pattern(call), dense_visible(call), float64(call.output)
+    nothing = np.full(output.shape[:2], np.nan)
+    values = ("value_similarity_partial_reference", "value_participation_ratio")
+    names = (
+        *ROW_NAMES,
+        "value_similarity",
+        "value_similarity_partial",
+        *values,
+        "exclusive_output_similarity",
+    )
+    result = {name: nothing.copy() for name in (*names, "entropy_p15", "output_similarity")}
+    for b, h in np.ndindex(*output.shape[:2]):
+        rows = [i for i in range(output.shape[2]) if chosen[b, i] and visible[b, h, i].sum() >= 2]
+        first = int(np.flatnonzero(visible[b].any(axis=(0, 1)))[0])
+        weights = [pattern[b, h, i] for i in rows]
+        entropies = [-sum(float(w * np.log(w)) for w in row if w > 0) for row in weights]
+        even = [row.sum() / visible[b, h, i].sum() for i, row in zip(rows, weights, strict=True)]
+        most = [-row.sum() * np.log(w) for row, w in zip(weights, even, strict=True)]
+        found = {
+            "entropy": mean(entropies),
+            "entropy_normalized": mean([one / bound for one, bound in zip(entropies, most, strict=True)]),
+            "entropy_p15": float(np.percentile(entropies, 15)) if rows else math.nan,
+            "effective_keys": mean([row.sum() ** 2 / (row**2).sum() for row in weights]),
+            "first_weight": mean([row[first] for row in weights]),
+            "output_similarity": pairwise(output[b, h, rows]),
+        }
+        for name, number in found.items():
+            result[name][b, h] = number
     return {name: torch.from_numpy(numbers) for name, numbers in result.items()}
 
 
@@ -580,3 +621,21 @@ def build_cases() -> dict[str, AttentionCall]:
 
 
 CASES = build_cases()
+
+_RAGGED = key_padding([range(5), range(3)], 5)
+OTHER_TOKENS = {
+    "pooled keys": make_call(keys=5, seed=70),
+    "more keys, grouped": make_call(keys=20, kv_heads=2, seed=71),
+    "as many keys": make_call(keys=13, seed=72),
+    "padded keys": make_call(keys=5, mask=_RAGGED, seed=73),
+    "bias of pooled keys": make_call(keys=5, mask=random_bias(1, 4, 13, 5), seed=74),
+    "masked per head": make_call(keys=5, mask=random_mask(2, 4, 13, 5, seed=75), seed=75),
+    "causal": make_call(keys=5, causal=True, seed=76),
+    "causal, more keys": make_call(keys=20, causal=True, seed=77),
+    "bfloat16": make_call(keys=5, dtype=torch.bfloat16, seed=78),
+}
+"""Calls whose keys are not those of the queries' own tokens."""
+OTHER_TOKENS["pooled keys; pattern given"] = with_pattern(OTHER_TOKENS["pooled keys"])
+OTHER_TOKENS["padded keys; sinks"] = with_other_keys(OTHER_TOKENS["padded keys"], valued=False)
+OTHER_TOKENS["pooled keys; other keys"] = with_other_keys(OTHER_TOKENS["pooled keys"])
+OTHER_TOKENS["pooled keys; log-normaliser given"] = with_log_normaliser(OTHER_TOKENS["pooled keys"])

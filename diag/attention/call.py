@@ -33,7 +33,7 @@ class WeightMap:
     """
 
     query: Float[Tensor, "batch head token dim"]
-    key: Float[Tensor, "batch kv_head token dim"]
+    key: Float[Tensor, "batch kv_head key dim"]
     scale: float
     coefficient: Float[Tensor, "#batch #head #token"]
     log_normaliser: Float[Tensor, "batch head token"] | None = None
@@ -52,13 +52,17 @@ class AttentionCall:
     Keys that are no tokens (sinks, memory, bias and zero keys) are in the softmax and nowhere in the call:
     not in `key`, `value`, `mask` or `pattern`, whose rows then sum to less than 1. `outside` tells of them.
 
+    Where keys are not those of the queries' own tokens (cross-attention; keys that were pooled or strided),
+    `own_keys` is False, and there may be more or fewer of them. No token has a value v_i of this layer then.
+
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
-        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it. What hides a key
+        `[batch, head, token, key]`; None for no mask. `causal` is in addition to it. What hides a key
         is decided by its weight (`diag.attention.visibility.hiding`).
     log_normaliser: `lse_i`, where the attention kernel returned it. It counts keys that are no tokens, too:
         where there are such, it has to be given beside `query` and `key`, or for each of the `maps`.
     outside: `o_i = Σ_e A_ie v_e` over the keys e that are no tokens, broadcastable to the output; None where
         all keys are tokens. Sinks have no value: theirs is a zero, `output.new_zeros(1, 1, 1, 1)`.
+    own_keys: whether key i is that of the token of query i.
     padding: tokens that stand for nothing, such as those that fill up windows; they are in the softmax, and
         no number is of them. None for none.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
@@ -70,24 +74,25 @@ class AttentionCall:
     layer: int
     module: str
     query: Float[Tensor, "batch head token dim"] | None
-    key: Float[Tensor, "batch kv_head token dim"] | None
-    value: Float[Tensor, "batch kv_head token value_dim"]
+    key: Float[Tensor, "batch kv_head key dim"] | None
+    value: Float[Tensor, "batch kv_head key value_dim"]
     output: Float[Tensor, "batch head token value_dim"]
     mask: Tensor | None
     causal: bool
     scale: float
     log_normaliser: Float[Tensor, "batch head token"] | None = None
-    pattern: Float[Tensor, "batch head token token"] | None = None
+    pattern: Float[Tensor, "batch head token key"] | None = None
     maps: tuple[WeightMap, ...] = ()
     outside: Float[Tensor, "#batch #head #token #value_dim"] | None = None
+    own_keys: bool = True
     padding: Bool[Tensor, "batch token"] | None = None
     sample: RowSample | None = None
     visibility: Visibility = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         given = self.visibility
-        if given is None or not given.is_of(self.mask, self.causal, self.output):
-            read = Visibility.of(self.mask, self.causal, self.output)
+        if given is None or not given.is_of(self.mask, self.causal, self.output, self.keys):
+            read = Visibility.of(self.mask, self.causal, self.output, self.keys)
             for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
                 object.__setattr__(self, name, value)
 
@@ -108,8 +113,13 @@ class AttentionCall:
 
     @property
     def tokens(self) -> int:
-        """Tokens, as queries and as keys."""
+        """Tokens: queries, and as a rule keys as well."""
         return self.output.shape[2]
+
+    @property
+    def keys(self) -> int:
+        """Keys; as many as tokens wherever they are the tokens' own."""
+        return self.value.shape[2]
 
     @property
     def kv_heads(self) -> int:
@@ -154,7 +164,7 @@ def head_chunks(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]
 
     width: numbers per token and query head.
     """
-    number = max(1, of_threads(TENSOR_ELEMENTS, call.output.device) // (call.group * call.tokens * width))
+    number = max(1, of_threads(TENSOR_ELEMENTS, call.output.device) // (call.group * call.keys * width))
     heads_at_once = -(-call.kv_heads // -(-call.kv_heads // number))  # parts of about one size
     batch_at_once = max(1, number // call.kv_heads)
     for b in range(0, call.batch, batch_at_once):

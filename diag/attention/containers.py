@@ -36,10 +36,11 @@ class SoftmaxStatistics:
 class ValueStatistics:
     """Norms, products and sums of one call's values and outputs, float32.
 
-    A token that no query sees has a value of 0, a row that sees no key an output of 0.
+    A token that no query sees has a value of 0, a row that sees no key an output of 0. Where keys are not the
+    tokens' own, what needs v_i is NaN.
     """
 
-    value_norm: Float[Tensor, "batch kv_head token"]
+    value_norm: Float[Tensor, "batch kv_head key"]
     """‖v_i‖"""
     uniform: Float[Tensor, "batch some_head token"]
     """v_i·u_i, u_i = Σ_j v_j over the visible j in S; of query heads where the mask differs between these"""

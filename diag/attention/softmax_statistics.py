@@ -114,11 +114,18 @@ def _of_pattern(call: AttentionCall) -> SoftmaxStatistics:
         log_normaliser=None,
         entropy=entropy,
         sum_of_squares=squares,
-        self_weight=call.pattern.diagonal(dim1=-2, dim2=-1).float(),
+        self_weight=_of_oneself(call, call.pattern),
         first_weight=call.pattern.gather(-1, index)[..., 0].float(),
         row_sum=torch.where(seen, sums, 0.0),
         negative=((least < 0) & seen).any(-1),
     )
+
+
+def _of_oneself(call: AttentionCall, weights: Float[Tensor, "batch head token key"]) -> Tensor:
+    """The weights on the queries' own keys; NaN where there are none."""
+    if call.own_keys:
+        return weights.diagonal(dim1=-2, dim2=-1).float()
+    return torch.full(call.output.shape[:3], torch.nan, dtype=torch.float32, device=weights.device)
 
 
 def _of_maps(call: AttentionCall) -> SoftmaxStatistics:
@@ -194,22 +201,27 @@ def row_controls(
 
 
 def _scores_of_single_keys(call: AttentionCall, key: Tensor) -> tuple[Tensor, Tensor]:
-    """`s_ii` and `s_ij`, j = `key[batch]`, of every query i, `[batch, head, token]`; -inf where hidden."""
+    """`s_ii` and `s_ij`, j = `key[batch]`, of every query i, `[batch, head, token]`; -inf where hidden.
+
+    Where queries have no keys of their own, s_ii is NaN.
+    """
     assert call.query is not None
     assert call.key is not None
-    own = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    own = torch.full(call.output.shape[:3], torch.nan, dtype=torch.float32, device=call.output.device)
     other = torch.empty_like(own)
     for in_batch, in_kv_head in head_chunks(call, call.query.shape[-1]):
         in_head = call.query_heads(in_kv_head)
         query = call.query[in_batch, in_head].float().unflatten(1, (-1, call.group))
         keys = call.key[in_batch, in_kv_head].float()
         chosen = keys.take_along_dim(key[in_batch, None, None, None], 2)  # [batch, kv_head, 1, dim]
-        own[in_batch, in_head] = vecdot(query, keys[:, :, None]).flatten(1, 2)
+        if call.own_keys:
+            own[in_batch, in_head] = vecdot(query, keys[:, :, None]).flatten(1, 2)
         other[in_batch, in_head] = vecdot(query, chosen[:, :, None]).flatten(1, 2)
     own, other = own.mul_(call.scale), other.mul_(call.scale)
     if call.mask is not None:
-        mask = four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.tokens)
-        own = masked(own, mask.diagonal(dim1=-2, dim2=-1), call.hidden, float("-inf"))
+        mask = four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.keys)
+        if call.own_keys:
+            own = masked(own, mask.diagonal(dim1=-2, dim2=-1), call.hidden, float("-inf"))
         batch = torch.arange(call.batch, device=key.device)
         other = masked(other, mask[batch, :, :, key], call.hidden, float("-inf"))
     if call.causal:

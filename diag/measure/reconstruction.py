@@ -48,7 +48,7 @@ class ReconstructionCheck:
             raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))
         error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
-        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
+        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.keys))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
         total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))

@@ -15,6 +15,9 @@ Rows of A sum to s_i, which is 1 of a softmax over tokens: it is in the formulas
 without being written there. Where weights are negative, what takes a row for shares of its attention
 (`of_shares`) is undefined: in layers that add up several maps (differential attention), and in the heads of a
 given pattern that have a negative weight in any row.
+
+Where keys are not the tokens' own (cross-attention, pooled keys), no token has a v_i: what needs one
+(`of_own_keys`) is undefined, and the rows that see two keys or more count.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class Selection:
         device = call.output.device
         among = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if tokens is None else tokens
         keys = call.visibility.keys
-        self.among = among if keys is None else among & keys
+        self.among = among if keys is None or not call.own_keys else among & keys
         """partners, and the tokens of the value statistics: `[batch or 1, token]`"""
         self.rows = self.among[:, None, :] & (call.visibility.count > 1)
         """rows that count: `[batch or 1, head or 1, token]`"""
@@ -123,6 +126,14 @@ class Selection:
     def count(self) -> Tensor:
         """Number of tokens of S, `[batch or 1]`."""
         return self.among.sum(-1)
+
+    @cached_property
+    def keys(self) -> Bool[Tensor, "#batch key"]:
+        """Keys that are in S; where they are not the tokens' own, all that any query sees."""
+        if self.call.own_keys:
+            return self.among
+        seen = self.call.visibility.keys
+        return self.among.new_ones(1, self.call.keys) if seen is None else seen
 
     @property
     def softmax(self) -> SoftmaxStatistics:
@@ -194,33 +205,33 @@ def selections_of(
     return [Selection(call, tokens, statistics) for tokens in token_sets]
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def cos_y_vself(on: Selection) -> Reading:
     return on.per_row(on.cosine)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def self_part(on: Selection) -> Reading:
     return on.per_row(on.self_part)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def context_part(on: Selection) -> Reading:
     return on.per_row(on.cosine - on.self_part)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def cos_y_vpartner(on: Selection) -> Reading:
     return on.per_row(*on.partner)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def excess(on: Selection) -> Reading:
     null, defined = on.partner
     return on.per_row(on.cosine - null, defined)
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_own_keys=True)
 def cos_y_vuniform(on: Selection) -> Reading:
     outside = on.call.outside
     if outside is None or not outside.any():  # the cosine is that of the mean, whatever the sum
@@ -232,17 +243,17 @@ def cos_y_vuniform(on: Selection) -> Reading:
     return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def removed_energy(on: Selection) -> Reading:
     return on.per_row(on.cosine.square())
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_similarity(on: Selection) -> Reading:
     return on.per_kv_head(on.value_similarity)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_similarity_partial(on: Selection) -> Reading:
     ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
     place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
@@ -279,7 +290,7 @@ def _partial_cosines(
     return _mean_pairwise(total, units, chosen.sum(-1))
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_similarity_partial_reference(on: Selection) -> Reading:
     return on.per_kv_head(on.value_similarity / (1 + on.value_similarity))
 
@@ -289,7 +300,7 @@ def output_similarity(on: Selection) -> Reading:
     return _pairwise_rows(on, on.values.output_total, on.values.output_norm > 0)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def exclusive_output_similarity(on: Selection) -> Reading:
     found = on.values
     return _pairwise_rows(
@@ -297,7 +308,7 @@ def exclusive_output_similarity(on: Selection) -> Reading:
     )
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_participation_ratio(on: Selection) -> Reading:
     ratio = torch.empty(on.call.batch, on.call.kv_heads, dtype=torch.float32, device=on.among.device)
     some = torch.empty_like(ratio, dtype=torch.bool)
@@ -315,12 +326,12 @@ def value_participation_ratio(on: Selection) -> Reading:
     return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def self_weight(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight, on.rows)
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_own_keys=True)
 def self_weight_ratio(on: Selection) -> Reading:
     ratio, total = on.softmax.self_weight * on.call.visibility.count, on.row_sum
     return Reading(ratio, on.rows) if total is None else Reading(ratio / total, on.rows & (total > 0))
@@ -363,7 +374,7 @@ METRICS = registered("call")
 
 def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
     """The named metrics of one call seen through one token set."""
-    defined = [name for name in names if not (on.call.maps and METRICS[name].of_shares)]
+    defined = [name for name in names if METRICS[name].defined_for(on.call)]
     computed = {function: function(on) for function in {METRICS[name].compute: None for name in defined}}
     found = {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
     return without_negative(on, found, METRICS)

@@ -39,7 +39,7 @@ def pattern_pass(
     live: Bool[Tensor, "#batch #head row"],
     *,
     geometry: Geometry,
-    norms: Float[Tensor, "batch head token"] | None = None,
+    norms: Float[Tensor, "batch head key"] | None = None,
     top: int = 1,
 ) -> dict[str, Tensor]:
     """The wanted quantities of every live query row, in one pass; other rows hold zeros.
@@ -57,7 +57,7 @@ def pattern_pass(
     with `placed`, the weight on all places; `norms`: `norm_total` Σ A n and `norm_entropy` of the shares
     A n / Σ A n, n = `norms`; `top`: the keys of largest weight, `[…, top]`, largest first, -1 where
     there are fewer.
-    Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, token]`.
+    Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, key]`.
     """
     assert set(wanted) <= set(QUANTITIES), wanted
     call = statistics.call
@@ -83,7 +83,7 @@ def pattern_pass(
     givers = None
     if "received" in wanted:
         givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]
-        found["received"] = torch.zeros(len(rows), *shape, dtype=torch.float32, device=device)
+        found["received"] = torch.zeros(len(rows), *shape[:2], call.keys, dtype=torch.float32, device=device)
     if "top" in wanted:
         found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
     of_keys = None
@@ -216,9 +216,10 @@ def uniform(
 
 def norms_of(
     call: AttentionCall, projection: Float[Tensor, "head value_dim width"] | None = None
-) -> Float[Tensor, "batch head token"]:
+) -> Float[Tensor, "batch head key"]:
     """‖f(v_j)‖ for every query head: f(v) = v W_O with that head's `projection`, or v without one."""
-    norms = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    shape = (call.batch, call.heads, call.keys)
+    norms = torch.empty(shape, dtype=torch.float32, device=call.output.device)
     gram = None
     if projection is not None:
         projection = projection.float().unflatten(0, (call.kv_heads, call.group))
@@ -245,8 +246,8 @@ class Neighbour:
     """Top keys of the layer before, in one forward pass; O(token · top) memory.
 
     Layers are neighbours if their depth indices follow each other and each attends once, over the
-    same tokens and, where rows are sampled, the same rows. A layer split over windows has none: its rows
-    are not the next layer's rows.
+    same tokens, which are its keys, and, where rows are sampled, the same rows. A layer split over windows
+    has none: its rows are not the next layer's rows.
 
     inputs: how many inputs the batch holds.
     """
@@ -262,7 +263,7 @@ class Neighbour:
         last, last_layer, last_rows = self.top, self.layer, self.rows
         again = call.layer == last_layer
         self.layer, self.rows = call.layer, None if call.sample is None else call.sample.index
-        self.top = None if again or call.batch != self.inputs else top
+        self.top = None if again or call.batch != self.inputs or not call.own_keys else top
         if last is None or self.top is None or last_layer is None or call.layer != last_layer + 1:
             return None
         if last.shape != top.shape:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import (
     CASES,
+    OTHER_TOKENS,
     additive,
     dense_pattern,
     dense_scores,
@@ -42,10 +43,11 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
     logarithm = np.log(pattern, out=np.zeros_like(pattern), where=pattern > 0)
     real = visible.any(axis=(1, 2))  # [batch, key]
     first = np.stack([pattern[b, :, :, real[b].argmax()] for b in range(call.batch)])
+    of_oneself = np.diagonal(pattern, axis1=-2, axis2=-1)
     return {
         "entropy": -(pattern * logarithm).sum(-1),
         "sum_of_squares": (pattern**2).sum(-1),
-        "self_weight": np.diagonal(pattern, axis1=-2, axis2=-1),
+        "self_weight": of_oneself if call.own_keys else np.full(call.output.shape[:3], np.nan),
         "first_weight": first,
         "row_sum": pattern.sum(-1),
     }
@@ -78,6 +80,20 @@ def assert_statistics_match(call: AttentionCall) -> None:
 @every_case
 def test_statistics_match_the_dense_reference(case: str) -> None:
     assert_statistics_match(CASES[case])
+
+
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_keys_of_other_tokens(case: str) -> None:
+    """Their statistics, chosen rows, sums and outputs; nobody has a weight on itself."""
+    call = OTHER_TOKENS[case]
+    assert_statistics_match(call)
+    expected, rows = dense_pattern(call), torch.tensor([12, 0])
+    np.testing.assert_allclose(pattern_rows(call, rows), expected[:, :, rows.numpy()], atol=1e-5)
+    np.testing.assert_allclose(
+        row_sums(call).expand(2, 4, 13), expected.sum(-1), rtol=1e-5, atol=1e-6, err_msg=case
+    )
+    tolerance = 1e-5 if call.output.dtype == torch.float32 else 0.05
+    np.testing.assert_allclose(attend(call), call.output.float(), rtol=tolerance, atol=tolerance)
 
 
 @every_case

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import CASES, dense_pattern, make_call, reference, with_dense_output, with_other_keys
+from reference import (
+    CASES,
+    OTHER_TOKENS,
+    dense_pattern,
+    make_call,
+    reference,
+    with_dense_output,
+    with_other_keys,
+)
 from safetensors.torch import load_file
 from tiny_towers import (
     IMAGES,
@@ -433,6 +441,15 @@ def tampering(change: Callable[[AttentionCall], AttentionCall], layer: int = 1) 
         )
 
     return capture
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENS)
+def test_keys_of_other_tokens_pass_the_gate(name: str) -> None:
+    call, gate = OTHER_TOKENS[name], ReconstructionCheck()
+    gate.check(call, ["a", "b"])
+    assert gate.facts(0, "as captured").n_tokens == call.tokens
+    with pytest.raises(MeasurementError, match="A V rebuilt from the call differs"):
+        gate.check(replace(call, value=call.value.flip(2)), ["a", "b"])
 
 
 def test_saved_calls_hold_what_their_pattern_takes_where_keys_are_no_tokens(tmp_path: Path) -> None:

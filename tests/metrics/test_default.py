@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import (
     CASES,
+    OTHER_TOKENS,
     dense_pattern,
     key_padding,
     make_call,
@@ -70,6 +71,26 @@ def assert_matches_reference(call: AttentionCall, tokens: Tensor | None = None) 
 @every_case
 def test_metrics_match_the_reference(case: str) -> None:
     assert_matches_reference(CASES[case])
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_metrics_of_other_tokens_keys_match_the_reference(case: str, some: bool) -> None:
+    """Weights and outputs are measured; what needs a value of one's own is undefined."""
+    call = OTHER_TOKENS[case]
+    tokens = random_mask(2, 13, seed=3) if some else None
+    expected = reference(call, tokens)
+    measured = per_input(call, tokens=tokens)
+    assert set(measured) == set(expected)
+    for name, numbers in measured.items():
+        np.testing.assert_allclose(
+            numbers.numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    defined = {name for name, numbers in measured.items() if not numbers.isnan().all()}
+    assert defined == {
+        *("entropy", "entropy_p15", "entropy_normalized", "effective_keys", "first_weight"),
+        "output_similarity",
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ its import takes a second, and it comes with PyTorch's builds for CUDA on Linux 
 
 What they see. Queries, keys, values, outputs and mask of one call, read in place whatever their strides, and
 what the call's `Visibility` says. No pattern: a call that comes with one goes through plain PyTorch, as do
-float64, heads wider than 256, anything a gradient is asked of (there is no backward), AMD devices, compute
-capabilities below 8.0, and tensors whose offsets within a head need more than 31 bits.
+keys that are not the tokens' own, float64, heads wider than 256, anything a gradient is asked of (there is no
+backward), AMD devices, compute capabilities below 8.0, and tensors whose offsets within a head need more than
+31 bits.
 
 What they trust. That the mask at hand is the one the model used, and that an entry at or below `call.hidden`
 hides its key; whether A V so rebuilt is the model's output is for the reconstruction gate to say. Not that

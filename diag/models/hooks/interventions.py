@@ -37,7 +37,7 @@ def xsa(call: AttentionCall, strength: Strength) -> Tensor:
 
 def gated_xsa(call: AttentionCall, strength: Strength) -> Tensor:
     """y − α(y·v̂)v̂, α per head: 0 changes nothing, 1 is `xsa`."""
-    output, value = _grouped(call)
+    output, value = _with_own_value(call)
     return _less(output, _unit(value), _per_head(call, strength))
 
 
@@ -58,7 +58,7 @@ def _less(output: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
 
 def identity(call: AttentionCall, strength: Strength) -> Tensor:
     """A → (1−λ)A + λI: y → (1−λ)y + λv (the perturbation of SoftPAG)."""
-    output, value = _grouped(call)
+    output, value = _with_own_value(call)
     weight = _per_head(call, strength)[..., None]
     return torch.lerp(output, value.expand_as(output), weight.expand_as(output)).flatten(1, 2)
 
@@ -70,7 +70,7 @@ def uniform(call: AttentionCall, strength: Strength) -> Tensor:
     """
     output, value = _grouped(call)
     seen = call.visibility
-    one = torch.ones(1, 1, call.tokens, dtype=output.dtype, device=output.device)
+    one = torch.ones(1, 1, call.keys, dtype=output.dtype, device=output.device)
     total = seen.sum(value[:, :, 0], one)  # [batch, head or kv_head, token or 1, dim]
     count = seen.count[..., None]
     if total.shape[1] != call.heads:
@@ -89,7 +89,7 @@ def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
 
     Raises MeasurementError, naming the layer, where weights may be negative.
     """
-    output, value = _grouped(call)
+    output, value = _with_own_value(call)
     rows_at_once = max(16, BLOCK_ELEMENTS["cpu"] // (call.tokens * call.heads * call.batch))
     changed = []
     for rows in torch.arange(call.tokens, device=output.device).split(rows_at_once):
@@ -121,6 +121,16 @@ def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
     alone = (scores == float("-inf")).all(-1, keepdim=True)
     # the softmax of a row of -inf would put NaN into the gradient
     return scores.masked_fill(alone, 0.0).softmax(-1) * sums, alone
+
+
+def _with_own_value(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`_grouped`; raises MeasurementError, naming the layer, where tokens have no value of their own."""
+    if not call.own_keys:
+        raise MeasurementError(
+            f"layer '{call.module}' attends to keys that are not its tokens' own: no token has a value v_i",
+            "choose uniform or random_direction, or leave the layer out with --intervene NAME:LAYERS",
+        )
+    return _grouped(call)
 
 
 def _grouped(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -42,10 +42,15 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Toke
     """Reads one row off a call whose batch is one.
 
     among: the tokens that are partners of the two nulls, as a token set selects them.
-    Raises UserError where the row is not finite or sees nothing, and MeasurementError, naming the
-    layer, where its weights do not rebuild its output.
+    Raises UserError where the row is not finite, sees nothing or has no value of its own, and
+    MeasurementError, naming the layer, where its weights do not rebuild its output.
     """
     here = torch.tensor([row], device=call.output.device)
+    if not call.own_keys:
+        raise UserError(
+            f"layer '{call.module}' attends to keys that are not its tokens' own: no token has a value there",
+            "choose another layer with --layer",
+        )
     visible = call.visibility.of_rows(here)[0, :, 0].expand(call.heads, -1)  # [head, token]
     if not bool(visible.any()):
         raise UserError(f"token {row} of layer '{call.module}' sees no token", "choose another token")

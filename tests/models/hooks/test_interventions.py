@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import CASES, dense_pattern, float64, make_call, with_maps, with_pattern
+from reference import CASES, OTHER_TOKENS, dense_pattern, float64, make_call, with_maps, with_pattern
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
@@ -107,6 +107,16 @@ def test_mask_self_of_added_maps_is_refused_and_what_needs_y_and_v_alone_is_not(
     unit = value / value.norm(dim=-1, keepdim=True)
     y = call.output.double()
     close(output("xsa", call), float64(y - (y * unit).sum(-1, keepdim=True) * unit), call)
+
+
+@pytest.mark.parametrize("name", ["xsa", "gated_xsa", "identity", "mask_self"])
+def test_what_needs_a_value_of_its_own_is_refused_where_keys_are_of_other_tokens(name: str) -> None:
+    call = OTHER_TOKENS["pooled keys"]
+    with pytest.raises(MeasurementError, match=r"layer 'layer' attends to keys that are not its tokens' own"):
+        output(name, call)
+    expected = float64(call.value).mean(2, keepdims=True) + np.zeros(call.output.shape)
+    close(output("uniform", call), expected, call)
+    assert output("random_direction", call).shape == call.output.shape
 
 
 def test_mask_self_is_exact_where_a_token_attends_to_itself_almost_alone() -> None:

@@ -19,7 +19,7 @@ import torch
 from checkpoints import save_language_model, save_vision_model
 from commands import Ended
 from PIL import Image
-from reference import CASES, dense_pattern, dense_visible, float64, make_call, with_maps
+from reference import CASES, OTHER_TOKENS, dense_pattern, dense_visible, float64, make_call, with_maps
 from torch import nn
 
 from diag.attention.call import AttentionCall
@@ -184,6 +184,12 @@ def test_a_row_of_added_maps_has_no_uniform_null_and_all_else() -> None:
     for name in NUMBERS:
         expected = np.full(call.heads, np.nan) if name == "cos_y_vuniform" else dense[name]
         np.testing.assert_allclose(found.numbers[name], expected, atol=3e-6, err_msg=name)
+
+
+def test_a_row_of_other_tokens_keys_is_refused() -> None:
+    call = replace(OTHER_TOKENS["as many keys"], layer=3)
+    with pytest.raises(UserError, match=r"^layer 'layer' attends to keys that are not its tokens' own"):
+        row_of(call, 5, torch.ones(13, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
