@@ -59,6 +59,14 @@ def save_language_model(folder: Path, kind: str) -> Path:
         sizes = text | linear | {"num_key_value_heads": 2, "num_hidden_layers": 3, "layer_types": kinds}
         config = transformers.Qwen3NextConfig(**sizes, mlp_only_layers=[0, 1, 2])
         model = transformers.Qwen3NextForCausalLM(config)
+    elif kind == "gemma2":  # large weights: the cap on scores of this size is far from a line
+        sizes = text | {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+        config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=0.5, initializer_range=0.4)
+        model = transformers.Gemma2ForCausalLM(config)
+    elif kind == "gpt-oss":
+        sizes = text | {"num_key_value_heads": 2, "head_dim": 8}
+        config = transformers.GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+        model = transformers.GptOssForCausalLM(config)
     elif kind == "bert":
         model = transformers.BertForMaskedLM(transformers.BertConfig(**text))
     elif kind == "t5":

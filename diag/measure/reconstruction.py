@@ -41,13 +41,14 @@ class ReconstructionCheck:
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
         weights = pattern_rows(call, rows)
-        rebuilt = torch.where(visible[..., None], weighted_values(call, weights), 0.0)
+        whole = weighted_values(call, weights) + call.outside_at(rows)
+        rebuilt = torch.where(visible[..., None], whole, 0.0)
         non_finite = ~used.isfinite().flatten(1).all(1)
         if non_finite.any():
             raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))
         error = rebuilt_error(call, rebuilt, used)
         seen = call.visibility
-        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
+        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.keys))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
         total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))

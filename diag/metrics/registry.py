@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from diag.metrics.catalogue import CATALOGUE
+
+if TYPE_CHECKING:
+    from diag.attention.call import AttentionCall
 
 Reads = Literal["call", "pattern", "neutral", "block", "depth"]
 """What a metric is computed from, and so which arguments its function takes.
@@ -31,8 +34,10 @@ class Metric:
 
     compute: gives a `Reading`. reduce: "mean" or "percentile", how tokens become one number per input.
     needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
-    of_shares: whether it takes the weights of a row for shares, not negative and of sum 1. It is undefined
-        where a layer adds up several maps.
+    of_shares: whether it takes the weights of a row for shares of it, none of them negative. It is undefined
+        where a layer adds up several maps, or a head's weights are negative.
+    of_own_keys: whether it needs v_i, A_ii or where keys lie. It is undefined where the keys of a call are
+        not the tokens' own.
     """
 
     name: str
@@ -41,6 +46,11 @@ class Metric:
     reduce: str = "mean"
     needs: tuple[str, ...] = ()
     of_shares: bool = False
+    of_own_keys: bool = False
+
+    def defined_for(self, call: AttentionCall) -> bool:
+        """Whether it can be read off a call, by the kind that the call is of."""
+        return (call.own_keys or not self.of_own_keys) and not (call.maps and self.of_shares)
 
 
 REGISTRY: dict[str, Metric] = {}
@@ -54,6 +64,7 @@ def metric(
     reduce: str = "mean",
     needs: tuple[str, ...] = (),
     of_shares: bool = False,
+    of_own_keys: bool = False,
 ) -> Callable[[Compute], Compute]:
     """Registers a function as the metric of its name, or of `name`, with the catalogue's definition.
 
@@ -65,7 +76,7 @@ def metric(
         if known not in CATALOGUE:
             raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
         compute.__doc__ = CATALOGUE[known].definition
-        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares)
+        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares, of_own_keys)
         return compute
 
     return register
