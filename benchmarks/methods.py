@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 HEADS, HEAD_DIM = 12, 64
 VOCABULARY = 50257
+WRITTEN_OUT = {
+    "gptj": ("GPTJConfig", "GPTJForCausalLM"),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+    "gptoss": ("GptOssConfig", "GptOssForCausalLM"),
+}
+"""Models that compute their softmax themselves: classes of configuration and model."""
 
 Run = Callable[[], object]
 
@@ -96,6 +102,8 @@ def build(shape: Shape, *, eager: bool) -> nn.Module:
         for block in model.blocks:
             block.attn.fused_attn = not eager
         return model.eval()
+    if shape.family in WRITTEN_OUT:
+        return _written_out(shape)
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     implementation = "eager" if eager else "sdpa"
@@ -115,6 +123,25 @@ def build(shape: Shape, *, eager: bool) -> nn.Module:
     )
     config._attn_implementation = implementation
     return LlamaForCausalLM(config).eval()
+
+
+def _written_out(shape: Shape) -> nn.Module:
+    """A model of the size of GPT-2 small that computes its softmax itself.
+
+    gptj: as it was written. gemma2: scores are capped. gptoss: a sink in every softmax.
+    """
+    import transformers
+
+    config_of, model_of = WRITTEN_OUT[shape.family]
+    sizes = {"vocab_size": VOCABULARY, "use_cache": False, "max_position_embeddings": shape.tokens}
+    if shape.family == "gptj":
+        sizes |= {"n_embd": 768, "n_layer": 12, "n_head": HEADS, "rotary_dim": 64}
+    else:
+        sizes |= {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": HEADS}
+        sizes |= {"num_key_value_heads": 4, "head_dim": HEAD_DIM, "intermediate_size": 2048}
+    if shape.family == "gptoss":
+        sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128}
+    return getattr(transformers, model_of)(getattr(transformers, config_of)(**sizes)).eval()
 
 
 def model_input(shape: Shape, model: nn.Module) -> Tensor:

@@ -35,6 +35,9 @@ CASES = {
     "gpt2-4096": "GPT-2 small, 4,096 tokens, batch 1",
     "gpt2-16384": "GPT-2 small, 16,384 tokens, batch 1",
     "llama-4096": "Llama-shaped, 1.1 B weights, 4,096 tokens, batch 1",
+    "gptj-1024": "GPT-J-shaped, 12 layers of 768, its own softmax, 1,024 tokens, batch 1",
+    "gemma2-1024": "Gemma-2-shaped, 12 layers of 768, soft cap, 1,024 tokens, batch 1",
+    "gptoss-1024": "gpt-oss-shaped, 12 layers of 768, sinks, 1,024 tokens, batch 1",
 }
 LONG = ("vit-16384", "gpt2-16384", "llama-4096")
 METHODS = {
@@ -45,7 +48,11 @@ METHODS = {
     "lens": "TransformerLens run_with_cache, then the same 4 statistics",
     "nnsight": "nnsight trace of the eager model, then the same 4 statistics",
 }
-MODELS_OF = {"dense": ("vit", "gpt2"), "lens": ("gpt2",), "nnsight": ("vit", "gpt2")}
+MODELS_OF = {
+    "dense": ("vit", "gpt2"),
+    "lens": ("gpt2", "gptj", "gemma2", "gptoss"),
+    "nnsight": ("vit", "gpt2"),
+}
 GROWTH = (1024, 2048, 4096, 8192, 16384)
 MEBIBYTE = 1 << 20
 
@@ -186,7 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         default=",".join(METHODS),
-        help="any of %(default)s (lens: GPT-2 only, and not Llama: dense, lens, nnsight)",
+        help="any of %(default)s (each where it can; dense and nnsight: ViT and GPT-2)",
     )
     parser.add_argument(
         "--growth", action="store_true", help="one layer at growing lengths, instead of models"
