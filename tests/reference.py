@@ -62,7 +62,7 @@ def make_call(
         mask=mask,
         causal=causal,
         scale=1.5 / math.sqrt(dim),
-        own_keys=keys is None,
+        keys_of="own" if keys is None else "others",
     )
     return with_dense_output(call)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from diag.attention.sampling import RowSample
 from diag.attention.visibility import Visibility
+
+KeysOf = Literal["own", "pooled", "others"]
 
 TENSOR_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """How many numbers per thread some heads' queries or values may be where they are read head by head."""
@@ -52,8 +55,8 @@ class AttentionCall:
     Keys that are no tokens (sinks, memory, bias and zero keys) are in the softmax and nowhere in the call:
     not in `key`, `value`, `mask` or `pattern`, whose rows then sum to less than 1. `outside` tells of them.
 
-    Where keys are not those of the queries' own tokens (cross-attention; keys that were pooled or strided),
-    `own_keys` is False, and there may be more or fewer of them. No token has a value v_i of this layer then.
+    Where keys are not those of the queries' own tokens, there may be more or fewer of them, and no token has
+    a value v_i of this layer: `keys_of` says whose they are.
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
         `[batch, head, token, key]`; None for no mask. `causal` is in addition to it. What hides a key
@@ -62,7 +65,8 @@ class AttentionCall:
         where there are such, it has to be given beside `query` and `key`, or for each of the `maps`.
     outside: `o_i = Σ_e A_ie v_e` over the keys e that are no tokens, broadcastable to the output; None where
         all keys are tokens. Sinks have no value: theirs is a zero, `output.new_zeros(1, 1, 1, 1)`.
-    own_keys: whether key i is that of the token of query i.
+    keys_of: "own" (key i is that of the token of query i), "pooled" (keys of the same tokens, pooled or
+        strided in equal squares, in their order) or "others" (cross-attention, and whatever else).
     padding: tokens that stand for nothing, such as those that fill up windows; they are in the softmax, and
         no number is of them. None for none.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
@@ -84,7 +88,7 @@ class AttentionCall:
     pattern: Float[Tensor, "batch head token key"] | None = None
     maps: tuple[WeightMap, ...] = ()
     outside: Float[Tensor, "#batch #head #token #value_dim"] | None = None
-    own_keys: bool = True
+    keys_of: KeysOf = "own"
     padding: Bool[Tensor, "batch token"] | None = None
     sample: RowSample | None = None
     visibility: Visibility = None  # type: ignore[assignment]  # filled in below
@@ -100,6 +104,11 @@ class AttentionCall:
     def hidden(self) -> float:
         """An entry of an additive mask at or below this hides its key."""
         return self.visibility.hidden
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether key i is that of the token of query i."""
+        return self.keys_of == "own"
 
     @property
     def batch(self) -> int:

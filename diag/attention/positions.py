@@ -12,6 +12,9 @@ from torch import Tensor
 
 from diag.attention.pattern import BLOCK_ELEMENTS
 
+EXACT = "donot_use_mm_for_euclid_dist"
+"""How PyTorch computes distances of few places without rounding them away."""
+
 NEAR_TOKENS = 16
 """How far apart two tokens of a text may be and still be near each other."""
 
@@ -67,6 +70,22 @@ class Geometry:
         fits = self.rows > 0 and cols > 0 and self.prefix + self.rows * cols == tokens
         return (self.rows, cols) if fits else None
 
+    def of_keys(self, tokens: int, keys: int) -> Geometry:
+        """Where keys lie that so many tokens were pooled or strided to; unknown where these are no squares.
+
+        The prefix may have been left out.
+        """
+        rows, cols = self.grid(tokens) or (0, 0)
+        for prefix in (self.prefix, 0):
+            places = keys - prefix
+            if places < 1 or rows * cols % places:
+                continue
+            stride = rows * cols // places if rows == 1 else math.isqrt(rows * cols // places)
+            fewer = (1 if rows == 1 else rows // stride, cols // stride)
+            if math.prod(fewer) == places and cols % stride == 0 and (rows == 1 or rows % stride == 0):
+                return Geometry(prefix, *fewer, self.patch_size * stride)
+        return Geometry.unknown()
+
     def steps(self, tokens: int) -> Float[Tensor, "rows cols rows cols"]:
         """Euclidean distance of all pairs of places as a view of O(token) numbers.
 
@@ -106,9 +125,26 @@ TEXT = Geometry()
 
 
 class Distances:
-    """Blocks of the distances from query rows to all places; kept where all of them are small."""
+    """Blocks of the distances from query rows to all places of keys; kept where all of them are small."""
 
-    def __init__(self, geometry: Geometry, tokens: int, device: torch.device, *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        tokens: int,
+        device: torch.device,
+        *,
+        keep: bool = True,
+        of_keys: tuple[Geometry, int] | None = None,
+    ) -> None:
+        """of_keys: where keys lie that are not the tokens' own, and how many there are."""
+        self.places = None
+        if of_keys is not None:
+            coarse, keys = of_keys
+            each = (geometry.places(tokens), coarse.places(keys)[coarse.prefix :])
+            # a key lies in the middle of the tokens that it was made of
+            middle = (coarse.patch_size - geometry.patch_size) / 2
+            middles = torch.tensor([0.0 if coarse.rows == 1 and geometry.rows == 1 else middle, middle])
+            self.places = (each[0].to(device), (each[1] + middles).to(device))
         self.prefix = geometry.prefix
         self.cols = (geometry.grid(tokens) or (1, 1))[1]
         self.steps = geometry.steps(tokens).to(device)
@@ -122,6 +158,8 @@ class Distances:
         """
         if start in self.kept:
             return self.kept[start]
+        if self.places is not None:
+            return torch.cdist(self.places[0][rows], self.places[1], compute_mode=EXACT)
         place = (rows - self.prefix).clamp(min=0)
         down, sideways = place // self.cols, place % self.cols
         height, width = self.steps.shape[:2]

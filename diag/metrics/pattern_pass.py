@@ -65,7 +65,8 @@ def pattern_pass(
         return _of_maps(statistics, wanted, rows, live, geometry)
     assert call.sample is None or "received" not in wanted
     tokens, device = call.tokens, call.output.device
-    wanted = set(wanted) - (set() if geometry.grid(tokens) else {"distance", "near"})
+    of_keys = key_places(call, geometry)
+    wanted = set(wanted) - (set() if of_keys.grid(call.keys) else {"distance", "near"})
     fused = _fused(statistics, wanted, rows, live, geometry)
     wanted -= fused.keys()  # what is left needs the blocks
     if not wanted:
@@ -78,7 +79,7 @@ def pattern_pass(
         names += ["norm_total", "norm_entropy"]
     found = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in names}
     keep = call.sample is None
-    distances = Distances(geometry, tokens, device, keep=keep) if "distance" in names else None
+    distances = _distances(call, geometry, keep=keep) if "distance" in names else None
     first = first_key(call)
     givers = None
     if "received" in wanted:
@@ -86,10 +87,10 @@ def pattern_pass(
         found["received"] = torch.zeros(len(rows), *shape[:2], call.keys, dtype=torch.float32, device=device)
     if "top" in wanted:
         found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
-    of_keys = None
+    lengths_of = None
     if "norms" in wanted:
         assert norms is not None
-        of_keys = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
+        lengths_of = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
     given = call.pattern is not None
     for where, block in _live_blocks(statistics, live):
         in_batch, in_head, in_row = where
@@ -118,24 +119,24 @@ def pattern_pass(
         if "near" in found:
             found["near"][where] = _on_near_places(pattern, at, geometry, tokens)
         if distances is not None:
-            on_places = pattern[..., geometry.prefix :]
+            on_places = pattern[..., of_keys.prefix :]
             lengths = distances.block(at, in_row.start)[:, : on_places.shape[-1]]
             found["placed"][where] = mass = on_places.sum(-1)
             mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
             travelled = on_places * lengths
             found["distance"][where] = travelled.sum(-1) / mass
             found["distance_square"][where] = travelled.mul_(lengths).sum(-1) / mass
-        if of_keys is not None:
-            sums = pattern @ of_keys[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
-        if "entropy" in found or of_keys is not None:
+        if lengths_of is not None:
+            sums = pattern @ lengths_of[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
+        if "entropy" in found or lengths_of is not None:
             # of 0 log 0 is made 0
             logs = block.clamp(min=torch.finfo(block.dtype).tiny).log2_() if given else block
             products = logs.mul_(pattern).mul_(LN2)  # A ln A
         if "entropy" in found:
             found["entropy"][where] = products.sum(-1).neg_()
-        if of_keys is not None:
+        if lengths_of is not None:
             total = sums[..., 0].clamp(min=torch.finfo(sums.dtype).tiny)
-            weighted = (products @ of_keys[in_batch, in_head, :seen, :1])[..., 0]
+            weighted = (products @ lengths_of[in_batch, in_head, :seen, :1])[..., 0]
             found["norm_total"][where] = sums[..., 0]
             found["norm_entropy"][where] = total.log() - (weighted + sums[..., 1]) / total
     return fused | found
@@ -186,9 +187,10 @@ def uniform(
     shared by all heads where the mask is. Zeros where no place is seen.
     """
     tokens, device, seen, sample = call.tokens, call.output.device, call.visibility, call.sample
-    if not wanted or geometry.grid(tokens) is None:
+    of_keys = key_places(call, geometry)
+    if not wanted or of_keys.grid(call.keys) is None:
         return {}
-    distances = Distances(geometry, tokens, device, keep=sample is None) if "distance" in wanted else None
+    distances = _distances(call, geometry, keep=sample is None) if "distance" in wanted else None
     count = seen.count if sample is None else sample.at(seen.count)
     # filled in place: small results kept between large temporary blocks would hold the heap open
     found = {
@@ -196,7 +198,7 @@ def uniform(
         for name in ("distance", "near")
         if name in wanted
     }
-    rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * count.shape[0] * count.shape[1] * tokens))
+    rows_at_once = max(1, BLOCK_ELEMENTS[device.type] // (2 * count.shape[0] * count.shape[1] * call.keys))
     for b in [slice(None)] if sample is None else [slice(b, b + 1) for b in range(call.batch)]:
         for start in range(0, count.shape[2], rows_at_once):
             in_row = slice(start, min(start + rows_at_once, count.shape[2]))
@@ -205,13 +207,25 @@ def uniform(
                 at = sample.index[b.start, in_row]
             visible = seen.of_rows(at, b)  # [.., row or 1, key]
             if distances is not None:
-                places = visible[..., geometry.prefix :].float()
+                places = visible[..., of_keys.prefix :].float()
                 far = (places * distances.block(at, start)).sum(-1)
                 found["distance"][b, :, in_row] = far / places.sum(-1).clamp(min=1)
             if "near" in found:
                 near = _on_near_places(visible, at, geometry, tokens)
                 found["near"][b, :, in_row] = near / count[b, :, in_row].clamp(min=1)
     return found
+
+
+def key_places(call: AttentionCall, geometry: Geometry) -> Geometry:
+    """Where the keys of a call lie whose tokens have this geometry."""
+    if call.own_keys:
+        return geometry
+    return geometry.of_keys(call.tokens, call.keys) if call.keys_of == "pooled" else Geometry.unknown()
+
+
+def _distances(call: AttentionCall, geometry: Geometry, *, keep: bool) -> Distances:
+    of_keys = None if call.own_keys else (key_places(call, geometry), call.keys)
+    return Distances(geometry, call.tokens, call.output.device, keep=keep, of_keys=of_keys)
 
 
 def norms_of(

@@ -21,7 +21,7 @@ from torch import Tensor
 from diag.attention.positions import TEXT, Geometry
 from diag.metrics import names as known
 from diag.metrics.default import Selection, without_negative
-from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
+from diag.metrics.pattern_pass import Neighbour, key_places, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
 
@@ -59,8 +59,10 @@ class View:
     @property
     def placed(self) -> Bool[Tensor, "#batch #head token"]:
         """Rows that count, have a place and see a key that has one."""
-        place = torch.arange(self.on.call.tokens, device=self.on.among.device) >= self.geometry.prefix
-        return self.on.rows & place & (self.on.call.visibility.count_among(place[None]) > 0)
+        call, device = self.on.call, self.on.among.device
+        place = torch.arange(call.tokens, device=device) >= self.geometry.prefix
+        of_keys = torch.arange(call.keys, device=device) >= key_places(call, self.geometry).prefix
+        return self.on.rows & place & (call.visibility.count_among(of_keys[None]) > 0)
 
     def per_row(
         self, values: Tensor | None, rows: Tensor | None = None, also: Tensor | None = None
@@ -146,23 +148,23 @@ def sink_value_norm(view: View) -> Reading:
 # --- distance
 
 
-@metric("pattern", needs=("distance",), of_shares=True, of_own_keys=True)
+@metric("pattern", needs=("distance",), of_shares=True)
 def attention_distance(view: View) -> Reading:
     return view.per_row(view.found.get("distance"), view.placed, _mass(view))
 
 
-@metric("pattern", needs=("distance",), of_shares=True, of_own_keys=True)
+@metric("pattern", needs=("distance",), of_shares=True)
 def attention_distance_rms(view: View) -> Reading:
     squares = view.found.get("distance_square")
     return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
 
 
-@metric("pattern", needs=("uniform distance",), of_shares=True, of_own_keys=True)
+@metric("pattern", needs=("uniform distance",), of_shares=True)
 def attention_distance_uniform(view: View) -> Reading:
     return view.per_row(view.uniform.get("distance"), view.placed)
 
 
-@metric("pattern", needs=("distance", "uniform distance"), of_shares=True, of_own_keys=True)
+@metric("pattern", needs=("distance", "uniform distance"), of_shares=True)
 def attention_distance_ratio(view: View) -> Reading:
     if "distance" not in view.found:
         return view.per_row(None)

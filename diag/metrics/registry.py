@@ -36,8 +36,8 @@ class Metric:
     needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
     of_shares: whether it takes the weights of a row for shares of it, none of them negative. It is undefined
         where a layer adds up several maps, or a head's weights are negative.
-    of_own_keys: whether it needs v_i, A_ii or where keys lie. It is undefined where the keys of a call are
-        not the tokens' own.
+    of_own_keys: whether it needs v_i, A_ii or another key by its place. It is undefined where the keys of a
+        call are not the tokens' own.
     """
 
     name: str

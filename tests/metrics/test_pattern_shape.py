@@ -242,6 +242,62 @@ def test_metrics_of_other_tokens_keys_match_the_reference(case: str) -> None:
     assert defined == {*OF_OTHER_TOKENS}
 
 
+GRID = Geometry(prefix=1, rows=4, cols=6, patch_size=16.0)
+LINE = Geometry(cols=24)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "keys", "stride", "prefix"),
+    [(GRID, 7, 2, 1), (GRID, 6, 2, 0), (replace(GRID, prefix=0), 6, 2, 0), (LINE, 6, 4, 0), (LINE, 24, 1, 0)],
+    ids=["class token", "class token left out", "patches", "line", "as many"],
+)
+def test_distances_to_pooled_keys_are_those_to_their_middles(
+    geometry: Geometry, keys: int, stride: int, prefix: int
+) -> None:
+    tokens, cols = geometry.prefix + 24, geometry.cols or 24
+    call = make_call(tokens=tokens, keys=keys, mask=random_mask(2, 1, tokens, keys, seed=4), seed=5)
+    pattern, visible = dense_pattern(call), dense_visible(call)
+    offset = (stride - 1) / 2
+    middles = np.array(
+        [
+            (stride * r + (0.0 if geometry.rows == 1 else offset), stride * c + offset)
+            for r, c in (divmod(key, cols // stride) for key in range(keys - prefix))
+        ]
+    )
+    rows: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in GROUPS["distance"]}
+    for b, h, i in np.ndindex(2, 4, tokens):
+        weights, seen = pattern[b, h, i, prefix:], visible[b, h, i, prefix:]
+        if i < geometry.prefix or visible[b, h, i].sum() < 2 or not seen.any():
+            continue
+        place = np.array(divmod(i - geometry.prefix, cols))
+        far = np.linalg.norm(middles - place, axis=-1) * geometry.patch_size
+        mean_far, even = (weights * far).sum() / weights.sum(), far[seen].mean()
+        numbers = {
+            "attention_distance": mean_far,
+            "attention_distance_rms": math.sqrt((weights * far**2).sum() / weights.sum()),
+            "attention_distance_uniform": even,
+            "attention_distance_ratio": mean_far / even,
+        }
+        for name, number in numbers.items():
+            if even > 0 or name != "attention_distance_ratio":
+                rows[name].setdefault((b, h), []).append(number)
+    found = measured(replace(call, keys_of="pooled"), geometry=geometry)
+    unknown = measured(replace(call, keys_of="others"), geometry=geometry)
+    for name, of_heads in rows.items():
+        expected = [[mean(of_heads[b, h]) for h in range(4)] for b in range(2)]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, err_msg=name)
+        assert np.isnan(unknown[name]).all(), name
+    others = [name for name in NAMES if name not in rows]
+    for name in others:
+        np.testing.assert_array_equal(found[name], unknown[name], err_msg=name)
+
+
+@pytest.mark.parametrize("keys", [1, 5, 8, 12, 25])
+def test_keys_that_no_squares_of_patches_make_have_no_place(keys: int) -> None:
+    """24 patches, 4 x 6, pooled in squares: 6 keys, or 7 with the class token."""
+    assert GRID.of_keys(25, keys).grid(keys) == ((4, 6) if keys == 25 else None)
+
+
 @pytest.mark.parametrize("subset", ["patches", "every other", "random", "two", "one", "none"])
 @pytest.mark.parametrize(
     "case",
