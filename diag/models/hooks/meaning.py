@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.depth import Place, stacks_of, with_reasons
+from diag.models.hooks.in_python import WHAT_TO_TYPE
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
@@ -216,6 +217,8 @@ def nothing_of_its_own(path: str, why: str) -> MeasurementError:
 
 def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) -> UserError:
     """Why a model has nothing to measure."""
+    for path, reason in seen.not_read.items():
+        return MeasurementError(f"layer '{path}' cannot be read: {reason}", WHAT_TO_TYPE)
     if why:
         (path, _), reason = next(iter(why.items()))
         return nothing_of_its_own(path, reason)
@@ -300,6 +303,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
     for key, numbers in calls.numbers.items():
         if found.get(key[0], "") is not None:
             found[key[0]] = None if numbers else calls.refused[key]
+    found = {**calls.seen.not_read, **found}
     for path, scores in calls.seen.eager.items():
         square = not scores or scores[-1] == scores[-2]
         found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)

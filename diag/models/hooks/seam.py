@@ -29,6 +29,7 @@ from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Followed, Product
+from diag.models.hooks.in_python import WHAT_TO_TYPE, Reader, attends_out_of_sight, in_python
 from diag.models.hooks.layout import PLAIN, Layout, plain_layout
 
 SDPA = F.scaled_dot_product_attention
@@ -163,15 +164,14 @@ def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sighti
 
 
 def refuse_compiled(layers: Sequence[Layer]) -> None:
-    """Raises UserError for traced, scripted, compiled or exported modules: no call of theirs is visible."""
+    """Raises UserError for scripted and traced modules that attend: no call of theirs is visible."""
     for layer in layers:
-        kind = type(layer.module).__name__
-        opaque = isinstance(layer.module, torch.jit.ScriptModule | torch.fx.GraphModule)
-        if opaque or kind == "OptimizedModule" or layer.module._compiled_call_impl is not None:
+        if attends_out_of_sight(layer.module):
             name = f"layer '{layer.path}'" if layer.path else "the model"
             raise UserError(
-                f"{name} is a compiled {kind}: its attention calls are not visible from Python",
-                "pass the original nn.Module, before torch.compile, torch.jit or torch.export",
+                f"{name} is a compiled {type(layer.module).__name__}: its attention calls are not visible "
+                "from Python",
+                "pass the original nn.Module, before torch.jit",
             )
 
 
@@ -196,7 +196,10 @@ def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[No
     """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens."""
     with ExitStack() as undone:
         undone.callback(mode.stack.clear)
+        mode.readers = undone.enter_context(in_python())
         for path, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks
             entered, left = partial(mode.entered, path), partial(mode.left, path)
             undone.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
             kept = module.register_forward_hook(left, always_call=True, with_kwargs=True)
@@ -227,6 +230,16 @@ class Arguments(NamedTuple):
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
+class Ran(Arguments):
+    """Those of another function, which has run. output: what it gave, in PyTorch's axes."""
+
+    output: Tensor
+
+    def run(self) -> Tensor:
+        """What it gave."""
+        return self.output
+
+
 class AttentionMode(TorchFunctionMode):
     """Hands on every call of PyTorch's attention, every product of weights with values, and what may be a
     projection of one.
@@ -239,6 +252,7 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self.stack: list[Frame] = []
         self.followed = Followed()
+        self.readers: Mapping[Any, Reader] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
         """A hooked module begins to run."""
@@ -258,6 +272,10 @@ class AttentionMode(TorchFunctionMode):
 
     def softmax(self, start: int, scores: torch.Size) -> None:
         """Told of a softmax over what may be scores, and its number (`Weights.start`)."""
+
+    def unread(self, why: str) -> None:
+        """Told why a call of attention cannot be read."""
+        raise NotImplementedError
 
     def projection(self, read: Tensor) -> None:
         """Told what a linear map reads, `[…, channel]`."""
@@ -280,6 +298,8 @@ class AttentionMode(TorchFunctionMode):
             return self.multi_head(args, kwargs)
         if not self.stack:
             return func(*args, **kwargs)
+        if func in self.readers:
+            return self.of_others(func, args, kwargs)
         frame = self.stack[-1]
         if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
             self.added_up(frame)
@@ -296,6 +316,22 @@ class AttentionMode(TorchFunctionMode):
         if self.followed.seen(func, args, kwargs, result):
             self.softmax(self.followed.starts - 1, args[0].shape)
         return result
+
+    def of_others(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an attention function that is not PyTorch's, and sees its call as one of that."""
+        read = self.readers[func](*args, **kwargs)
+        if isinstance(read, str):
+            self.unread(read)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        output = result[0] if isinstance(result, tuple) else result
+        given = Ran(*read.arguments)
+        given.output = read.in_torch_axes(output)
+        returned = self.attention(given)
+        if returned is given.output:
+            return result
+        replaced = read.in_own_axes(returned, output)
+        return (replaced, *result[1:]) if isinstance(result, tuple) else replaced
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
         """Runs the one function inside which every mode is off, and sees what it does all the same."""
@@ -344,6 +380,10 @@ class _Seam(AttentionMode):
             )
         self.sightings.projection.setdefault(name, "unknown")
 
+    def unread(self, why: str) -> None:
+        if (layer := self.stack[-1].layer) is not None:
+            raise MeasurementError(f"layer '{layer.name}' cannot be read: {why}", WHAT_TO_TYPE)
+
     def attention(self, given: Arguments) -> Tensor:
         frame = self.stack[-1] if self.stack else None
         if frame is None or frame.layer is None:
@@ -354,9 +394,12 @@ class _Seam(AttentionMode):
         _refuse_dropout(layer, dropout_p)
         # a mask beside is_causal is an error, which is for the function itself to raise
         mask, causal = (attn_mask, True) if is_causal else plain(attn_mask, False)
-        output, normaliser = attention_with_normaliser(
-            query, key, value, mask, dropout_p, causal, scale, enable_gqa
-        )
+        if isinstance(given, Ran):
+            output, normaliser = given.output, None
+        else:
+            output, normaliser = attention_with_normaliser(
+                query, key, value, mask, dropout_p, causal, scale, enable_gqa
+            )
         if not self._is_its_own(layer, number, query, key, mask):
             return output
         layout, outside = _layout_of(layer, output), None

@@ -137,7 +137,8 @@ class Survey(AttentionMode):
     """The calls of one pass.
 
     seen: in order. softmaxes: those that modules made themselves of scores, and of which it was not seen what
-    is weighed with them: path and shape, by their number. runs: how often each module ran.
+    is weighed with them: path and shape, by their number. not_read: modules that called attention
+    that cannot be read, and why. runs: how often each module ran.
     """
 
     stack: list[_Running]  # type: ignore[assignment]
@@ -147,6 +148,7 @@ class Survey(AttentionMode):
         self.asked = asked
         self.seen: list[Seen] = []
         self.softmaxes: dict[int, tuple[str, torch.Size]] = {}
+        self.not_read: dict[str, str] = {}
         self.runs: Counter[str] = Counter()
         self.again: list[tuple[Tensor | None, Tensor]] | None = None  # of calls of a module that is run again
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
@@ -185,6 +187,9 @@ class Survey(AttentionMode):
     def softmax(self, start: int, scores: torch.Size) -> None:
         if self.again is None:
             self.softmaxes[start] = (self.stack[-1].path, scores)
+
+    def unread(self, why: str) -> None:
+        self.not_read[self.stack[-1].path] = why
 
     def projection(self, read: Tensor) -> None:
         if self.again is not None:
