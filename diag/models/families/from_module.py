@@ -48,6 +48,7 @@ def from_module(
         raise UserError(
             f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
         )
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     device = device_of_module(module)
 
     def forward(batch: Batch) -> Any:
@@ -158,14 +159,33 @@ def _apart(batch: Batch, axis: int) -> Iterator[Batch]:
 def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None, axis: int) -> Iterator[Batch]:
     """The batches where they lie, with inputs numbered from one to the next. axis: along which they lie."""
     first = 0
-    for data in batches:
+    for number, data in enumerate(batches):
         left = None if limit is None else limit - first
         if left is not None and left <= 0:
             return
+        _check(data, number, axis)
         cut = _first_inputs(data, left, axis)
         count = (cut if isinstance(cut, Tensor) else next(iter(cut.values()))).shape[axis]
         yield Batch(tuple(f"{first + row:06d}" for row in range(count)), cut)
         first += count
+
+
+def _check(data: Any, number: int, axis: int) -> None:
+    """Raises UserError for a batch that is nested, or in which there is nothing."""
+    for name, x in (data if isinstance(data, Mapping) else {"": data}).items():
+        if not isinstance(x, Tensor):
+            continue
+        what = f"'{name}' of batch {number}" if name else f"batch {number}"
+        if x.is_nested:
+            raise UserError(
+                f"{what} is a nested tensor, of inputs of several lengths",
+                "give batches that are padded to one length (torch.nested.to_padded_tensor), with a mask",
+            )
+        if x.ndim > axis and (not x.shape[axis] or (not name and not x.numel())):
+            raise UserError(
+                f"{what} holds no {'tokens' if x.shape[axis] else 'inputs'}: its shape is {list(x.shape)}",
+                "give batches of at least one input, of at least one token",
+            )
 
 
 def _first_inputs(

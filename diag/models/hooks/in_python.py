@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
+
+from diag.errors import MeasurementError
 
 WHAT_TO_TYPE = (
     "call F.scaled_dot_product_attention there; a model of transformers: "
@@ -63,16 +66,17 @@ def in_python() -> Iterator[dict[Any, Reader]]:
             undone.enter_context(torch.compiler.set_stance("force_eager"))
         script = torch.jit.ScriptFunction
         undone.callback(setattr, script, "__call__", script.__call__)
-        script.__call__ = _as_written(script.__call__)
+        script.__call__ = _as_written(script.__call__)  # type: ignore[method-assign]
         readers = dict[Any, Reader]()
         aten = torch.ops.aten.scaled_dot_product_attention  # what exported modules call
         readers |= dict.fromkeys((aten, aten.default), _read_exported)
         if FLEX in sys.modules:
+            undone.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             readers[sys.modules[FLEX].flex_attention] = _FlexReader().read
-        for function, reader in _of_others().items():
-            undone.enter_context(_overridable(function))
-            readers[function] = reader
-        yield readers
+        if others := _of_others():
+            undone.enter_context(_overridable(others))
+        yield readers | others
 
 
 def _as_written(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,32 +97,51 @@ def attends_out_of_sight(module: nn.Module) -> bool:
     return any(f"aten::{name}" in graph for name in ("scaled_dot_product", "softmax", "_native_multi_head"))
 
 
+def refuse_no_rows(x: Tensor, path: str) -> None:
+    """Raises MeasurementError for tensors that cannot be looked at row by row. path: of the module."""
+    if x.is_nested:
+        raise MeasurementError(
+            f"layer '{path}' attends over nested tensors, of several lengths",
+            "give batches that are padded to one length, with a mask",
+        )
+    if torch._C._functorch.is_batchedtensor(x):
+        raise MeasurementError(
+            f"layer '{path}' runs under torch.vmap, where an attention call cannot be looked at",
+            "measure the module that vmap maps, without it: it takes whole batches itself",
+        )
+
+
 # --- functions of other libraries
 
 
 @contextmanager
-def _overridable(function: Callable[..., Any]) -> Iterator[None]:
-    """Has a function ask function modes first, as PyTorch's own do, wherever a module refers to it."""
+def _overridable(functions: Collection[Callable[..., Any]]) -> Iterator[None]:
+    """Has functions ask function modes first, as PyTorch's own do, wherever a module refers to them."""
+    asking = {id(function): _asking(function) for function in functions}
+    places = [
+        (module, name, value)
+        for module in list(sys.modules.values())
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if id(value) in asking
+    ]
+    for module, name, value in places:
+        setattr(module, name, asking[id(value)])
+    try:
+        yield
+    finally:
+        for module, name, value in places:
+            setattr(module, name, value)
 
+
+def _asking(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
     def asking(*args: Any, **kwargs: Any) -> Any:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if has_torch_function(given):
             return handle_torch_function(function, given, *args, **kwargs)
         return function(*args, **kwargs)
 
-    places = [
-        (module, name)
-        for module in list(sys.modules.values())
-        for name, value in list(getattr(module, "__dict__", {}).items())
-        if value is function
-    ]
-    for module, name in places:
-        setattr(module, name, asking)
-    try:
-        yield
-    finally:
-        for module, name in places:
-            setattr(module, name, function)
+    return asking
 
 
 def _of_others() -> dict[Callable[..., Any], Reader]:
@@ -144,9 +167,7 @@ def _read_exported(*args: Any, **kwargs: Any) -> Reading:
     return Reading(tuple(given[name] for name in names), (0, 1, 2, 3))
 
 
-def _read_xformers(
-    called: str, signature: inspect.Signature, *args: Any, **kwargs: Any
-) -> Reading | str:
+def _read_xformers(called: str, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Reading | str:
     """`memory_efficient_attention`: `[batch, token, head, dim]`, of one head `[batch, token, dim]`."""
     given = _given(signature, args, kwargs)
     query, key, value = (_of_tokens(given[name]) for name in ("query", "key", "value"))
@@ -155,7 +176,7 @@ def _read_xformers(
         bias, causal = None, True
     elif bias is not None and not isinstance(bias, Tensor):
         if not hasattr(bias, "materialize"):
-            return f"{called} with a {type(bias).__name__}"
+            return f"{called} with {type(bias).__name__}"
         shape = (query.shape[-2], key.shape[-2])
         bias = bias.materialize(shape, dtype=query.dtype, device=query.device)
     elif bias is not None and bias.ndim == 3:  # [batch · head, token, token]
@@ -295,7 +316,9 @@ def _in_blocks(block_mask: tuple[Any, ...], shape: tuple[int, ...], like: Tensor
     for counts, places in ((partial_counts, partial_places), (full_counts, full_places)):
         if counts is not None:
             listed = torch.arange(places.shape[-1], device=like.device) < counts[..., None]
-            blocks |= torch.zeros_like(blocks, dtype=torch.int).scatter_add(-1, places.long(), listed.int()) > 0
+            blocks |= (
+                torch.zeros_like(blocks, dtype=torch.int).scatter_add(-1, places.long(), listed.int()) > 0
+            )
     of_query, of_key = (
         torch.arange(size, device=like.device) // length
         for size, length in zip(shape[2:], block_mask[-3:-1], strict=True)

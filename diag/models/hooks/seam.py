@@ -29,7 +29,13 @@ from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Followed, Product
-from diag.models.hooks.in_python import WHAT_TO_TYPE, Reader, attends_out_of_sight, in_python
+from diag.models.hooks.in_python import (
+    WHAT_TO_TYPE,
+    Reader,
+    attends_out_of_sight,
+    in_python,
+    refuse_no_rows,
+)
 from diag.models.hooks.layout import PLAIN, Layout, plain_layout
 
 SDPA = F.scaled_dot_product_attention
@@ -288,11 +294,8 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is SDPA:
             given = Arguments(*args, **kwargs)
-            if self.stack and given.query.is_nested:
-                raise MeasurementError(
-                    f"layer '{self.stack[-1].path}' attends over nested tensors, of several lengths",
-                    "give batches that are padded to one length, with a mask",
-                )
+            if self.stack:
+                refuse_no_rows(given.query, self.stack[-1].path)
             return self.attention(given)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
@@ -310,6 +313,7 @@ class AttentionMode(TorchFunctionMode):
         weighed = self.followed.product_of(func, args, kwargs)
         result = func(*args, **kwargs)
         if weighed is not None:
+            refuse_no_rows(weighed.value, frame.path)
             return self.product(weighed, result)
         if frame.maps is not None:
             frame.maps.seen(func, args, kwargs, result)
@@ -323,6 +327,7 @@ class AttentionMode(TorchFunctionMode):
         if isinstance(read, str):
             self.unread(read)
             return func(*args, **kwargs)
+        refuse_no_rows(read.arguments[0], self.stack[-1].path)
         result = func(*args, **kwargs)
         output = result[0] if isinstance(result, tuple) else result
         given = Ran(*read.arguments)
