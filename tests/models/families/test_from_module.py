@@ -72,6 +72,13 @@ def test_batches_are_read_once_and_cut_at_the_limit() -> None:
     assert len(drawn) <= 3
 
 
+with warnings.catch_warnings(action="ignore"):  # strided ones are on their way out
+    STRIDED, JAGGED = (
+        torch.nested.nested_tensor([torch.ones(5, 16), torch.ones(3, 16)], layout=layout)
+        for layout in (torch.strided, torch.jagged)
+    )
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
@@ -79,6 +86,18 @@ def test_batches_are_read_once_and_cut_at_the_limit() -> None:
         (["text"], "a batch is a str"),
         ([{"x": 3}], "a batch is a dict"),
         ([{"x": torch.ones(2, 3), "y": torch.ones(3)}], "differ in rows"),
+        ([torch.ones(0, 5, 16)], r"^batch 0 holds no inputs: its shape is \[0, 5, 16\]"),
+        (
+            [torch.ones(2, 5, 16), torch.ones(0, 5, 16)],
+            r"^batch 1 holds no inputs: its shape is \[0, 5, 16\]",
+        ),
+        ([{"x": torch.ones(0, 5, 16)}], r"^'x' of batch 0 holds no inputs: its shape is \[0, 5, 16\]"),
+        ([torch.ones(2, 0, 16)], r"^batch 0 holds no tokens: its shape is \[2, 0, 16\]"),
+        ([STRIDED], "^batch 0 is a nested tensor, of inputs of several lengths"),
+        (
+            [{"x": JAGGED}],
+            "^'x' of batch 0 is a nested tensor",
+        ),
     ],
 )
 def test_batches_that_are_none(batches: list, message: str) -> None:

@@ -283,7 +283,7 @@ memory_efficient_attention: Any = None
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """`[batch, token, head, dim]`, as both libraries have it; calls PyTorch's own, as stand-ins for them do."""
+    """`[batch, token, head, dim]`, as both have it; calls PyTorch's own, as stand-ins for them do."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=True)
     return y.transpose(1, 2)
