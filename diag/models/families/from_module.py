@@ -108,31 +108,47 @@ def _tower(
 
 
 def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Batch], axis: int) -> Meaning:
-    """The tests on two inputs of the batch with most padding; where it has one, a second one is made."""
+    """The tests on two inputs of the batch with most padding; where it has one, a second one is made.
+
+    A module that does not take two inputs, such as one that was exported, is given the whole batch.
+    """
     masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
     place = min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)
-    given = ready[place].data
-    tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     one = int(masks[place].sum(1).argmin()) if masks else 0
+    try:
+        return _tested(module, run, ready[place].data, axis, one, 2)
+    except UserError:
+        raise
+    except Exception:  # a module's own code, on what it may not have been made for
+        count = len(ready[place].ids)
+        if count <= 2:
+            raise
+        return _tested(module, run, ready[place].data, axis, one, count)
+
+
+def _tested(
+    module: nn.Module, run: Callable[[Any], object], given: Any, axis: int, one: int, inputs: int
+) -> Meaning:
+    """The tests on some inputs of a batch, `one` in front and then those that follow it."""
+    tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
     first, other = dict[str, Tensor](), dict[str, Tensor]()
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
-        alone = x.shape[axis] == 1
-        beside = another(chosen) if alone else x.narrow(axis, (one + 1) % x.shape[axis], 1)
-        first[name] = torch.cat([chosen, beside], axis)
+        beside = [x.narrow(axis, (one + i) % x.shape[axis], 1) for i in range(1, inputs)]
+        beside = [another(chosen)] if x.shape[axis] == 1 else beside
+        first[name] = torch.cat([chosen, *beside], axis)
         content = x.is_floating_point() or name.endswith("ids") or not of_ids
-        other[name] = torch.cat([another(chosen, 2) if content else chosen, beside], axis)
+        other[name] = torch.cat([another(chosen, 2) if content else chosen, *beside], axis)
     whole = isinstance(given, Mapping)
-    mask = _mask_of(first)
     return meaning_of(
         module,
         run,
         first if whole else first[""],
         other if whole else other[""],
-        inputs=2,
+        inputs=inputs,
         everywhere=not any(map(are_ids, tensors.values())),
-        real=mask,
+        real=_mask_of(first),
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from diag.errors import MeasurementError
+from diag.models.hooks.eager import Product, Weights
 
 WHAT_TO_TYPE = (
     "call F.scaled_dot_product_attention there; a model of transformers: "
@@ -51,8 +52,8 @@ class Reading(NamedTuple):
         return output.permute(self.axes).reshape(like.shape)  # either order is its own inverse
 
 
-Reader = Callable[..., "Reading | str"]
-"""Given the arguments of a call, what they mean; or why they cannot be read, after "it "."""
+Reader = Callable[..., "Reading | Product | str"]
+"""Given the arguments of a call, what they mean; or why they cannot be read."""
 
 
 @contextmanager
@@ -258,44 +259,57 @@ class _FlexReader:
         scale: float,
         *others: Any,
         **kwargs: Any,
-    ) -> Reading | str:
+    ) -> Reading | Product | str:
         """As `torch.ops.higher_order.flex_attention` is called.
 
-        A score_mod that adds something to each score is a mask; any other one cannot be read.
+        A score_mod that adds something to each score is a mask; with any other one, such as a soft cap, the
+        weights are computed, all of them, as flex_attention itself does where it is not compiled.
         """
         shape = (*query.shape[:-1], key.shape[-2])
         place, score = (torch.zeros((), dtype=x, device=query.device) for x in (torch.int64, torch.float64))
         added = None if score_mod(score, place, place, place, place) is score else score_mod
         what = (added, block_mask[-1], shape)
         if self.kept is None or self.kept[0] != what:
-            mask = _flex_mask(added, block_mask, shape, query)
-            if isinstance(mask, str):
-                return mask
+            shown = _at_all(block_mask[-1], (*block_mask[2].shape[:2], *shape[2:]), query)
+            if bool((shown & ~_in_blocks(block_mask, shape, query)).any()):
+                return "it calls flex_attention with a BlockMask whose blocks hide what its mask_mod shows"
+            mask = None if bool(shown.all()) else shown
+            bias = None if added is None else _added(added, shape, query)
+            if added is not None and bias is None:
+                return _weighed(query, key, value, added, mask, scale)
+            if bias is not None:
+                mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
             self.kept = what, mask
         arguments = (query, key, value, self.kept[1], 0.0, False, scale, query.shape[1] != key.shape[1])
         return Reading(arguments, (0, 1, 2, 3))
 
 
-def _flex_mask(
-    score_mod: Callable[..., Tensor] | None, block_mask: tuple[Any, ...], shape: tuple[int, ...], like: Tensor
-) -> Tensor | str | None:
-    """What a call adds to its scores, or which keys it shows, `[batch or 1, head or 1, token, token]`.
-
-    shape: of the scores. A reason where a mask cannot say it.
-    """
-    shown = _at_all(block_mask[-1], (*block_mask[2].shape[:2], *shape[2:]), like)
-    if bool((shown & ~_in_blocks(block_mask, shape, like)).any()):
-        return "it calls flex_attention with a BlockMask whose blocks hide what its mask_mod shows"
-    mask = None if bool(shown.all()) else shown
-    if score_mod is None:
-        return mask
+def _added(score_mod: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """What a score_mod adds to scores, `[batch or 1, head, token, token]`; None if it does something else."""
     zero = torch.zeros(shape, dtype=torch.float64, device=like.device)
     added, again = (_at_all(score_mod, shape, like, x) for x in (zero, zero + 1))
     if not torch.allclose(again.where(added.isfinite(), 0), (added + 1).where(added.isfinite(), 0)):
-        return "it calls flex_attention with a score_mod that does more than add to scores"
+        return None
     added = added[:1] if bool((added == added[:1]).all()) else added
-    added = added if mask is None else added.masked_fill(~mask, -torch.inf)
     return added.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _weighed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor],
+    mask: Tensor | None,
+    scale: float,
+) -> Product:
+    """The weights of a call, softmax(score_mod(scale QKᵀ)), with its values."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    full = torch.promote_types(query.dtype, torch.float32)
+    scores = scale * (query.to(full) @ key.to(full).mT)
+    scores = _at_all(score_mod, tuple(scores.shape), query, scores)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    pattern = scores.softmax(-1).nan_to_num(0.0)  # of a query that sees nothing the output is zero
+    return Product(pattern.to(query.dtype), value, scores, Weights(-1, -1, scores), (0, 1, 2, 3))
 
 
 def _at_all(function: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor, *first: Tensor) -> Tensor:

@@ -327,16 +327,17 @@ class AttentionMode(TorchFunctionMode):
         if isinstance(read, str):
             self.unread(read)
             return func(*args, **kwargs)
-        refuse_no_rows(read.arguments[0], self.stack[-1].path)
+        refuse_no_rows(read.value if isinstance(read, Product) else read.arguments[2], self.stack[-1].path)
         result = func(*args, **kwargs)
-        output = result[0] if isinstance(result, tuple) else result
-        given = Ran(*read.arguments)
-        given.output = read.in_torch_axes(output)
-        returned = self.attention(given)
-        if returned is given.output:
-            return result
-        replaced = read.in_own_axes(returned, output)
-        return (replaced, *result[1:]) if isinstance(result, tuple) else replaced
+        output, *more = result if isinstance(result, tuple) else (result,)
+        if isinstance(read, Product):
+            replaced = self.product(read, output)
+        else:
+            given = Ran(*read.arguments)
+            given.output = read.in_torch_axes(output)
+            returned = self.attention(given)
+            replaced = output if returned is given.output else read.in_own_axes(returned, output)
+        return (replaced, *more) if isinstance(result, tuple) else replaced
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
         """Runs the one function inside which every mode is off, and sees what it does all the same."""

@@ -105,6 +105,21 @@ def test_batches_that_are_none(batches: list, message: str) -> None:
         from_module(Mixer(), batches)
 
 
+def test_a_module_that_takes_whole_batches_only_is_given_them() -> None:
+    class OfThree(Mixer):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            if len(x) != 3:
+                raise RuntimeError(f"made for 3 inputs, not {len(x)}")
+            return super().forward(x, attention_mask)
+
+    _, (tower,), samples = from_module(OfThree().eval(), [torch.randn(3, 5, 16)])
+    assert [layer.path for layer in tower.layers] == ["sooner", "later"]
+    assert len(tower.encode(samples).ids) == 3
+    for rows in (2, 4):
+        with pytest.raises(RuntimeError, match=f"made for 3 inputs, not {rows}"):
+            from_module(OfThree().eval(), [torch.randn(rows, 5, 16)])
+
+
 def test_modules_that_cannot_be_seen_are_refused() -> None:
     with pytest.raises(UserError, match="made no self-attention call"):
         from_module(nn.Linear(4, 4).eval(), [torch.ones(2, 4)])

@@ -127,48 +127,51 @@ def test_layers_share_a_flex_mask() -> None:
     assert first.mask is second.mask
 
 
-def capped(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return 2 * torch.tanh(s / 2)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_weights_of_a_soft_cap_are_those_of_its_formula(masked: bool, kv_heads: int) -> None:
+    def capped(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return 0.2 * torch.tanh(s / 0.2)
+
+    mask_mod = (lambda b, h, i, j: i >= j) if masked else None
+    module = flexed(capped, mask_mod, enable_gqa=True) if kv_heads == 1 else flexed(capped, mask_mod)
+    first, second = calls_of(module.eval())
+    assert first.visibility.rule == ("causal" if masked else "full")
+    q, k = (float64(x) for x in module.layers[0].heads(X)[:2])
+    scores = 0.2 * np.tanh(q @ k.swapaxes(-1, -2) * 8**-0.5 / 0.2)
+    weights = np.exp(scores + (float64(hidden(BEFORE)) if masked else 0))
+    weights /= weights.sum(-1, keepdims=True)
+    assert first.pattern is not None
+    np.testing.assert_allclose(float64(first.pattern), weights, atol=1e-6)
+    for call in (first, second):
+        used = float64(call.pattern) @ float64(call.value)
+        np.testing.assert_allclose(float64(call.output), used, atol=1e-6)
 
 
 def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-    """Blocks of 128 that leave out the keys behind: what is run without a compiler sees these, too."""
+    """Blocks of 128 that leave keys out: what is run without a compiler sees these, too."""
     blocks = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.int32)[None]
     short = BlockMask.from_kv_blocks(torch.ones(1, 1, 2, dtype=torch.int32), blocks, seq_lengths=(200, 200))
     return flex_attention(q, k, v, block_mask=short)
 
 
-@pytest.mark.parametrize(
-    ("module", "x", "reason"),
-    [
-        (flexed(capped), X, "it calls flex_attention with a score_mod that does more than add to scores"),
-        (
-            Stack(Attention(call=in_blocks)),
-            torch.randn(2, 200, 16),
-            "it calls flex_attention with a BlockMask whose blocks hide what its mask_mod shows",
-        ),
-    ],
-)
-def test_flex_attention_that_is_no_mask_is_named(module: nn.Module, x: Tensor, reason: str) -> None:
+def test_flex_attention_that_is_told_by_blocks_alone_is_named() -> None:
+    reason = "it calls flex_attention with a BlockMask whose blocks hide what its mask_mod shows"
+    x = torch.randn(2, 200, 16)
     with pytest.raises(MeasurementError) as error:
-        meaning_on(module.eval(), x)
+        meaning_on(Stack(Attention(call=in_blocks)).eval(), x)
     assert str(error.value) == f"layer 'layers.0' cannot be read: {reason}"
     assert error.value.tip == WHAT_TO_TYPE
-
-
-def test_layers_beside_one_that_cannot_be_read_are_measured() -> None:
-    module = Stack(Attention(), Attention(call=lambda q, k, v, mask: flex_attention(q, k, v, capped))).eval()
-    (tower,) = meaning_on(module, X).towers
+    module = Stack(Attention(), Attention(call=in_blocks)).eval()
+    (tower,) = meaning_on(module, x).towers
     assert [layer.index for layer in tower.layers] == [0]
-    assert tower.skipped == {
-        "layers.1": "it calls flex_attention with a score_mod that does more than add to scores"
-    }
+    assert tower.skipped == {"layers.1": reason}
     listed = [Layer(i, f"layers.{i}", layer) for i, layer in enumerate(module.layers)]
     with (
         pytest.raises(MeasurementError, match=r"^layer 'layers\.1' cannot be read: it calls flex_attention"),
         attention_calls(listed, lambda call: None),
     ):
-        module(X)
+        module(x)
 
 
 # --- compiled and scripted ----------------------------------------------------------------------------
