@@ -461,7 +461,11 @@ def test_layers_have_the_models_own_numbers_as_in_a_probe() -> None:
         with pytest.raises(UserError, match=f"there is no layer {text[-1]} whose") as error:
             apply(model, parse(text))
         assert error.value.tip == "layers are 1, 3"
-    for model in (hybrid(), built(vit), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3)):
+    for model in (
+        hybrid(),
+        built(vit),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3),
+    ):
         layers = attention_layers(model)
         (stack,) = stacks_of(model, dict.fromkeys(layers))
         places = {place.path: place.index for place in stack.places}
