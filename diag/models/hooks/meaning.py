@@ -24,7 +24,10 @@ from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
-SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
+SEVERAL = (
+    "it calls attention several times in one run, and these are neither windows of its tokens nor layers that "
+    "follow each other"
+)
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
 )
@@ -208,10 +211,15 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
 
 
 def nothing_of_its_own(path: str, why: str) -> MeasurementError:
-    """That no layer is over its own tokens, with one that is not as the reason."""
+    """That no layer is over its own tokens, or can be told to be, with one that is not as the reason."""
+    reason = f"'{path}': {why}" if path else why
+    if why == SEVERAL:
+        return MeasurementError(
+            f"no layer can be measured ({reason})",
+            "give each of its layers a module of its own to call it in",
+        )
     return MeasurementError(
-        f"no layer attends to its own tokens ('{path}': {why})",
-        "attnbias measures self-attention over tokens",
+        f"no layer attends to its own tokens ({reason})", "attnbias measures self-attention over tokens"
     )
 
 
@@ -323,6 +331,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
                 adds_up=mine[0].adds_up,
                 extra=mine[0].extra,
                 value_from=_values_of(mine, of_stack),
+                in_turn=place.path in calls.seen.in_turn,
             )
             of_stack |= dict.fromkeys(mine, place.index)
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))

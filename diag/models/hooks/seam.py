@@ -68,6 +68,7 @@ class Form:
     adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
     extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
+    in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
     """
 
     runs: int = 1
@@ -77,6 +78,7 @@ class Form:
     adds_up: bool = False
     value_from: str = "own"
     extra: tuple[int, int] = (0, 0)
+    in_turn: bool = False
 
 
 USUAL = Form()
@@ -99,7 +101,9 @@ class Layer:
     @property
     def name(self) -> str:
         """The path, and which run where there are several."""
-        return self.path if self.form.runs == 1 else f"{self.path} (run {self.run})"
+        if self.form.runs == 1:
+            return self.path
+        return f"{self.path} ({'call' if self.form.in_turn else 'run'} {self.run})".lstrip()
 
 
 OnCall = Callable[[AttentionCall], Tensor | None]
@@ -186,7 +190,8 @@ class Frame:
     """One module whose forward is running.
 
     layer: what is listed of this run of it. calls: how many it has made. unread: the output of the last
-    call, until the projection that should read it is seen. maps: calls that may be added up.
+    call, until the projection that should read it is seen. maps: calls that may be added up. turns: how many
+    layers have made theirs, where each call is one.
     """
 
     path: str
@@ -195,6 +200,7 @@ class Frame:
     calls: int = 0
     unread: Tensor | None = None
     maps: Combination | None = None
+    turns: int = 0
 
 
 @contextmanager
@@ -360,6 +366,7 @@ class _Seam(AttentionMode):
         super().__init__()
         self.on_call = on_call
         self.listed = {(layer.path, layer.run): layer for layer in layers}
+        self.in_turn = {layer.path for layer in layers if layer.form.in_turn}
         self.unshared = {layer.path: layer for layer in layers if layer.form.runs == 1}
         self.sightings = Sightings()
         self.visibilities: dict[tuple, tuple[Tensor, Visibility]] = {}
@@ -374,7 +381,12 @@ class _Seam(AttentionMode):
     def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         frame = self.stack.pop()
         # None: the forward raised, and its own error is the one to show
-        if output is None or frame.layer is None:
+        if output is not None:
+            self._close(frame)
+
+    def _close(self, frame: Frame) -> None:
+        """Ends a layer. Raises MeasurementError if it made no call."""
+        if frame.layer is None:
             return
         name = frame.layer.name
         if frame.maps is not None:
@@ -391,7 +403,7 @@ class _Seam(AttentionMode):
             raise MeasurementError(f"layer '{layer.name}' cannot be read: {why}", WHAT_TO_TYPE)
 
     def attention(self, given: Arguments) -> Tensor:
-        frame = self.stack[-1] if self.stack else None
+        frame = self._frame() if self.stack else None
         if frame is None or frame.layer is None:
             return given.run()
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
@@ -438,7 +450,7 @@ class _Seam(AttentionMode):
         return self._handed_on(frame, layer, call, layout, output)
 
     def product(self, given: Product, result: Tensor) -> Tensor:
-        frame = self.stack[-1]
+        frame = self._frame()
         if frame.layer is None:
             return result
         layer, number = frame.layer, frame.calls
@@ -479,6 +491,17 @@ class _Seam(AttentionMode):
             visibility=seen,
         )
         return given.result(self._handed_on(frame, layer, call, layout, output))
+
+    def _frame(self) -> Frame:
+        """The module that makes a call, and the layer that it is of."""
+        frame = self.stack[-1]
+        if frame.path in self.in_turn:
+            if frame.turns:
+                self._close(frame)
+                self.sightings.runs[frame.path] += 1
+            frame.layer, frame.calls = self.listed.get((frame.path, frame.run + frame.turns)), 0
+            frame.turns += 1
+        return frame
 
     def _is_its_own(
         self, layer: Layer, number: int, query: Tensor, key: Tensor, mask: Tensor | None = None
