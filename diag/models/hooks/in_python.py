@@ -30,8 +30,15 @@ WHAT_TO_TYPE = (
 """What makes attention visible that is not."""
 
 FLEX = "torch._higher_order_ops.flex_attention"
-OTHERS = ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers.ops")
-"""Modules of other libraries with attention functions, all of which take `[batch, token, head, dim]`."""
+OTHERS = (
+    "flash_attn",
+    "flash_attn_interface",
+    "flash_attn.cute",
+    "sageattention",
+    "torch.nn.attention.varlen",
+    "xformers.ops",
+)
+"""Modules with attention functions. Those that are read take `[batch, token, head, dim]`."""
 
 
 class Reading(NamedTuple):
@@ -216,8 +223,8 @@ def _read_flash(called: str, signature: inspect.Signature, *args: Any, **kwargs:
     return Reading((query, key, value, None, dropout, causal, scale, shared), (0, 2, 1, 3))
 
 
-ATTENTION = ("flash_attn_", "memory_efficient_attention")
-"""How names of attention functions of these libraries begin."""
+ATTENTION = ("flash_attn_", "memory_efficient_attention", "sageattn", "varlen_attn")
+"""How names of attention functions in them begin."""
 
 READERS: Mapping[str, Callable[..., Reading | str]] = {
     "memory_efficient_attention": _read_xformers,

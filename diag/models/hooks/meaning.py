@@ -25,8 +25,8 @@ from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS,
 
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = (
-    "it calls attention several times in one run, and these are neither windows of its tokens nor layers that "
-    "follow each other"
+    "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
+    "that follow each other"
 )
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"

@@ -283,6 +283,7 @@ flash_attn_qkvpacked_func: Any = None
 flash_attn_kvpacked_func: Any = None
 flash_attn_varlen_func: Any = None
 memory_efficient_attention: Any = None
+sageattn: Any = None
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -352,12 +353,17 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         "flash_attn_kvpacked_func": kvpacked,
         "flash_attn_varlen_func": varlen,
     }
-    flash, ops = ModuleType("flash_attn"), ModuleType("xformers.ops")
+
+    def sage(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND") -> Tensor:
+        return dense(q, k, v, None, False, None)
+
+    flash, ops, sages = (ModuleType(name) for name in ("flash_attn", "xformers.ops", "sageattention"))
+    vars(sages).update(sageattn=sage)
     vars(flash).update(functions)
     vars(ops).update(memory_efficient_attention=efficient, LowerTriangularMask=LowerTriangularMask)
-    for module in (flash, ops):
+    for module in (flash, ops, sages):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name, function in {**functions, "memory_efficient_attention": efficient}.items():
+    for name, function in {**functions, "memory_efficient_attention": efficient, "sageattn": sage}.items():
         monkeypatch.setattr(sys.modules[__name__], name, function)
 
 
@@ -450,6 +456,7 @@ def test_what_is_put_in_the_place_of_an_output_flows_on() -> None:
             lambda q, k, v: memory_efficient_attention(q, k, v, Odd()),
             "memory_efficient_attention of xformers.ops with Odd",
         ),
+        (lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"), "sageattn of sageattention"),
     ],
 )
 def test_what_of_them_cannot_be_read_is_named(call: Callable[..., Any], reason: str) -> None:
