@@ -316,7 +316,8 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
         square = not scores or scores[-1] == scores[-2]
         found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)
     towers, unmeasured = list[Understood](), dict[str, str]()
-    for stack in stacks_of(root, found, ran=calls.of_run):
+    keys = {one.path: one.print.shape[-1] for one in calls.seen.seen}
+    for stack in stacks_of(root, found, ran=calls.of_run, keys=keys):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
             key = (place.path, place.run)

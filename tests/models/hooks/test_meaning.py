@@ -634,6 +634,33 @@ def test_modules_without_numbers_are_the_layers_of_one_tower_as_they_run() -> No
     assert_untouched(module)
 
 
+class Asking(Attention):
+    """Cross-attention."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        (q, _, _), (_, k, v) = self.heads(x), self.heads(memory)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SideBySide(nn.Module):
+    """Encoder and decoder, whose layers stand under names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.thinks, self.writes, self.tells = (Attention() for _ in range(4))
+        self.asks = Asking()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        memory = self.thinks(self.reads(memory))
+        return self.tells(self.asks(self.writes(x), memory))
+
+
+def test_encoder_and_decoder_side_by_side_are_two_towers() -> None:
+    found = meaning_on(SideBySide().eval(), torch.randn(2, 5, 16), torch.randn(2, 9, 16))
+    assert told(found) == {"reads": {0: "reads", 1: "thinks"}, "writes": {0: "writes", 1: "tells"}}
+    assert found.towers[1].skipped == {"asks": "5 queries over 9 keys: cross-attention or pooling"}
+
+
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
 def test_a_module_in_training_mode_is_found_too(context: Callable[[], Any]) -> None:
     with torch.inference_mode(False), context():
