@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,12 +54,15 @@ def apply(model: nn.Module, variant: Variant, *, seed: int = 0) -> tuple[str, ..
     layers = attention_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no attention that could be changed", CHANGEABLE)
-    for layer in variant.layers or ():
-        if layer >= len(layers):
+    numbers = layer_numbers(model, layers)
+    for layer in sorted(variant.layers or ()):
+        if layer not in numbers.values():
+            known = ", ".join(map(str, sorted(set(numbers.values()))))
             raise UserError(
-                f"variant {variant.name}: there is no layer {layer}", f"layers are 0 to {len(layers) - 1}"
+                f"variant {variant.name}: there is no layer {layer} whose attention can be changed",
+                f"layers are {known}",
             )
-    chosen = [path for index, path in enumerate(layers) if variant.layers is None or index in variant.layers]
+    chosen = [path for path in layers if variant.layers is None or numbers[path] in variant.layers]
     paths = [branch.mlp_beside(model, path) for path in chosen] if variant.name in BROADCASTS else chosen
     for path in paths:
         _change(model, path, variant.kind, seed)
@@ -94,13 +97,12 @@ def described(model: nn.Module) -> tuple[str, ...]:
 
 
 def alphas(model: nn.Module) -> dict[int, torch.Tensor]:
-    """The learned α of each layer, `[head]`, by depth index; of layers that have one."""
-    layers = list(attention_layers(model))
-    found = {}
+    """The learned α of each layer, `[head]`, by the model's own number; of layers that have one."""
+    numbers, found = layer_numbers(model, attention_layers(model)), {}
     for path, module in model.named_modules():
         change = getattr(module, "change", None)
         if isinstance(change, GatedExclusive):
-            found[layers.index(path)] = change.alpha.detach().float().cpu()
+            found[numbers[path]] = change.alpha.detach().float().cpu()
     return found
 
 
@@ -112,6 +114,30 @@ def attention_layers(model: nn.Module) -> tuple[str, ...]:
         if "pool" not in path
         and ((_is_changed(module) and isinstance(module.change, Change)) or attention.can_be_changed(module))
     )
+
+
+def layer_numbers(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
+    """The model's own number of each attention module, as a probe counts them.
+
+    Blocks of one kind have one each, whatever mixes tokens there; several towers are numbered through.
+    """
+    block_of = {path: _block(path, paths) for path in paths}
+    kinds = {_unnumbered(block) for block in block_of.values()}
+    blocks = [path for path, _ in model.named_modules() if _unnumbered(path) in kinds]
+    return {path: blocks.index(block) for path, block in block_of.items()}
+
+
+def _block(path: str, others: Sequence[str]) -> str:
+    """It ends in the last number that differs among its like; without a number it is the path."""
+    parts = path.split(".")
+    like = [other.split(".") for other in others if _unnumbered(other) == _unnumbered(path)]
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    varying = [place for place in numbers if len({other[place] for other in like}) > 1]
+    return ".".join(parts[: (varying or numbers[:1] or [len(parts)])[-1] + 1])
+
+
+def _unnumbered(path: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in path.split("."))
 
 
 def _is_changed(module: nn.Module) -> Any:

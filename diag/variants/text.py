@@ -16,7 +16,8 @@ NAMES = (BASELINE, *CHANGES, *BROADCASTS)
 class Variant:
     """A variant of attention, or of the MLP branch, on some layers.
 
-    form: the parameterisation, empty where there is none to choose. layers: depth indices, None for all.
+    form: the parameterisation, empty where there is none to choose. layers: the model's own numbers, None
+        for all.
     """
 
     name: str

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.weights import digest, fit, refuse_non_finite
@@ -46,6 +48,40 @@ def test_the_digest_sees_every_bit_name_and_type(linear: nn.Module) -> None:
     linear.bias.data[0] = torch.nextafter(linear.bias.data[0], torch.tensor(9.0))
     changed = digest(linear)
     assert len({before, changed, digest(linear.to(torch.bfloat16)), digest(nn.Sequential(linear))}) == 4
+
+
+class Quantised(Tensor):
+    """Whole numbers and a scale, in the place of weights; it does not do all that tensors do."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def test_the_digest_of_quantised_weights_is_that_of_what_they_are_made_of(linear: nn.Module) -> None:
+    def with_codes(codes: Tensor, scale: float) -> str:
+        weight = Quantised(codes, torch.tensor(scale))
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return digest(linear)
+
+    codes = torch.arange(6, dtype=torch.int8).view(2, 3)
+    before = with_codes(codes, 0.5)
+    assert with_codes(codes.clone(), 0.5) == before
+    assert len({before, with_codes(codes + 1, 0.5), with_codes(codes, 0.25)}) == 3
 
 
 def test_whole_numbers_are_no_weights(linear: nn.Module) -> None:

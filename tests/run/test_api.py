@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3NextConfig, Qwen3NextModel
 
 import diag
@@ -431,6 +434,70 @@ def test_nested_tensors_are_refused_by_name() -> None:
     module = nn.Sequential(Attention()).eval()
     with pytest.raises(UserError, match="layer '0' attends over nested tensors, of several lengths"):
         diag.probe(module, batches(2), metrics=FAST)
+
+
+class Checkpointed(nn.Module):
+    """Forgets in between what a backward pass computes again."""
+
+    def __init__(self, mixer: Mixer, reentrant: bool) -> None:
+        super().__init__()
+        self.mixer, self.reentrant = mixer, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.mixer, x, use_reentrant=self.reentrant)
+
+
+class WithParameters(nn.Module):
+    """Runs a module with parameters that it is given."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.mixer, dict(self.mixer.named_parameters()), (x,))
+
+
+class InPlace(nn.Module):
+    def __init__(self, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer = copy.deepcopy(mixer)
+        self.mixer.compile(backend="eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    "around",
+    [
+        partial(Checkpointed, reentrant=False),
+        partial(Checkpointed, reentrant=True),
+        WithParameters,
+        InPlace,
+        partial(torch.compile, backend="eager"),
+    ],
+)
+def test_a_module_is_the_same_however_it_is_run(
+    mixer: Mixer, around: Callable[[nn.Module], nn.Module]
+) -> None:
+    expected = diag.probe(mixer, batches(2), metrics=FAST)
+    found = diag.probe(around(mixer).eval(), batches(2), metrics=FAST)
+    apart = ["module", "model"]
+    pd.testing.assert_frame_equal(found.layers.drop(columns=apart), expected.layers.drop(columns=apart))
+    given = [name.removeprefix("mixer.") for name in found.layers["module"]]
+    assert given == expected.layers["module"].tolist()
+
+
+def test_vmap_is_named() -> None:
+    class Mapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda one: super(Mapped, self).forward(one[None])[0])(x)
+
+    with pytest.raises(UserError, match=r"^layer '0' runs under torch\.vmap") as error:
+        diag.probe(Mapped(Block()).eval(), batches(2), metrics=FAST)
+    assert "without it" in error.value.tip
 
 
 def test_a_module_is_left_as_it_was(mixer: Mixer) -> None:

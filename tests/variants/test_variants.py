@@ -13,13 +13,23 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2Model, LlamaConfig, LlamaForCausalLM
 
 from diag.errors import UserError
 from diag.models.families.demo import build_vit
+from diag.models.hooks.depth import stacks_of
 from diag.models.hooks.interventions import parse as parse_edit
 from diag.models.hooks.seam import attention_calls, attention_modules
-from diag.variants import METADATA, alphas, apply, parse, restore, variants_in
+from diag.variants import (
+    METADATA,
+    alphas,
+    apply,
+    attention_layers,
+    layer_numbers,
+    parse,
+    restore,
+    variants_in,
+)
 from diag.variants.formulas import CHANGES, Broadcast, Sizes
 
 OPEN_CLIP = {
@@ -426,6 +436,40 @@ def test_spelling_mistakes(text: str, message: str, tip: str) -> None:
 def test_a_default_form_is_not_written() -> None:
     assert parse("gated_xsa=tanh").kind == "gated_xsa"
     assert parse("gated-xsa=sigmoid:0-2").kind == "gated_xsa=sigmoid"
+
+
+def hybrid() -> Lfm2Model:
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    config = Lfm2Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,
+        vocab_size=64,
+    )
+    return Lfm2Model(config).eval()
+
+
+def test_layers_have_the_models_own_numbers_as_in_a_probe() -> None:
+    model = hybrid()
+    assert layer_numbers(model, attention_layers(model)) == {"layers.1.self_attn": 1, "layers.3.self_attn": 3}
+    assert apply(model, parse("gated_xsa:3")) == ("layers.3.self_attn",)
+    assert list(alphas(model)) == [3]
+    for text in ("xsa:0", "xsa:1,2"):
+        with pytest.raises(UserError, match=f"there is no layer {text[-1]} whose") as error:
+            apply(model, parse(text))
+        assert error.value.tip == "layers are 1, 3"
+    for model in (
+        hybrid(),
+        built(vit),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3),
+    ):
+        layers = attention_layers(model)
+        (stack,) = stacks_of(model, dict.fromkeys(layers))
+        places = {place.path: place.index for place in stack.places}
+        assert layer_numbers(model, layers) == {path: places[path] for path in layers}
 
 
 def test_refusals() -> None:

@@ -48,6 +48,7 @@ def from_module(
         raise UserError(
             f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
         )
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     device = device_of_module(module)
 
     def forward(batch: Batch) -> Any:
@@ -107,31 +108,47 @@ def _tower(
 
 
 def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Batch], axis: int) -> Meaning:
-    """The tests on two inputs of the batch with most padding; where it has one, a second one is made."""
+    """The tests on two inputs of the batch with most padding; where it has one, a second one is made.
+
+    A module that does not take two inputs, such as one that was exported, is given the whole batch.
+    """
     masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
     place = min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)
-    given = ready[place].data
-    tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     one = int(masks[place].sum(1).argmin()) if masks else 0
+    try:
+        return _tested(module, run, ready[place].data, axis, one, 2)
+    except UserError:
+        raise
+    except Exception:  # a module's own code, on what it may not have been made for
+        count = len(ready[place].ids)
+        if count <= 2:
+            raise
+        return _tested(module, run, ready[place].data, axis, one, count)
+
+
+def _tested(
+    module: nn.Module, run: Callable[[Any], object], given: Any, axis: int, one: int, inputs: int
+) -> Meaning:
+    """The tests on some inputs of a batch, `one` in front and then those that follow it."""
+    tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
     first, other = dict[str, Tensor](), dict[str, Tensor]()
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
-        alone = x.shape[axis] == 1
-        beside = another(chosen) if alone else x.narrow(axis, (one + 1) % x.shape[axis], 1)
-        first[name] = torch.cat([chosen, beside], axis)
+        beside = [x.narrow(axis, (one + i) % x.shape[axis], 1) for i in range(1, inputs)]
+        beside = [another(chosen)] if x.shape[axis] == 1 else beside
+        first[name] = torch.cat([chosen, *beside], axis)
         content = x.is_floating_point() or name.endswith("ids") or not of_ids
-        other[name] = torch.cat([another(chosen, 2) if content else chosen, beside], axis)
+        other[name] = torch.cat([another(chosen, 2) if content else chosen, *beside], axis)
     whole = isinstance(given, Mapping)
-    mask = _mask_of(first)
     return meaning_of(
         module,
         run,
         first if whole else first[""],
         other if whole else other[""],
-        inputs=2,
+        inputs=inputs,
         everywhere=not any(map(are_ids, tensors.values())),
-        real=mask,
+        real=_mask_of(first),
     )
 
 
@@ -158,14 +175,33 @@ def _apart(batch: Batch, axis: int) -> Iterator[Batch]:
 def _ready(batches: Iterable[Tensor | Mapping[str, Tensor]], limit: int | None, axis: int) -> Iterator[Batch]:
     """The batches where they lie, with inputs numbered from one to the next. axis: along which they lie."""
     first = 0
-    for data in batches:
+    for number, data in enumerate(batches):
         left = None if limit is None else limit - first
         if left is not None and left <= 0:
             return
+        _check(data, number, axis)
         cut = _first_inputs(data, left, axis)
         count = (cut if isinstance(cut, Tensor) else next(iter(cut.values()))).shape[axis]
         yield Batch(tuple(f"{first + row:06d}" for row in range(count)), cut)
         first += count
+
+
+def _check(data: Any, number: int, axis: int) -> None:
+    """Raises UserError for a batch that is nested, or in which there is nothing."""
+    for name, x in (data if isinstance(data, Mapping) else {"": data}).items():
+        if not isinstance(x, Tensor):
+            continue
+        what = f"'{name}' of batch {number}" if name else f"batch {number}"
+        if x.is_nested:
+            raise UserError(
+                f"{what} is a nested tensor, of inputs of several lengths",
+                "give batches that are padded to one length (torch.nested.to_padded_tensor), with a mask",
+            )
+        if x.ndim > axis and (not x.shape[axis] or (not name and not x.numel())):
+            raise UserError(
+                f"{what} holds no {'tokens' if x.shape[axis] else 'inputs'}: its shape is {list(x.shape)}",
+                "give batches of at least one input, of at least one token",
+            )
 
 
 def _first_inputs(

@@ -21,10 +21,12 @@ What it checks. On the first batch `diag.measure.reconstruction` rebuilds A V fr
 `residual.check_states` the block from its updates and `residual.projection_error` the attention update from
 the heads; `Sightings.projection` says whether the output projection read Y as it was captured. A listed layer
 that finishes without a call is an error that names it, and so is a block whose branch never ran: a blind
-probe must not look like a result. Traced, scripted and compiled modules are refused.
+probe must not look like a result. Traced and scripted modules that attend are refused.
 
 What is left behind: nothing. Everything attached is a context manager that takes itself off, also after an
 exception; but for hooks only one attribute of `torch.nn.functional` is replaced, for the length of one call.
+While a model runs, compiled code is written code (`in_python`), and references to attention functions of
+xformers and flash-attn, where these are loaded, go through one that a function mode sees.
 
 What bit people:
 

@@ -49,7 +49,13 @@ class Stack:
     beside: Mapping[str, str] = field(default_factory=dict)
 
 
-def stacks_of(root: nn.Module, found: Found, *, ran: Iterable[tuple[str, int]] = ()) -> tuple[Stack, ...]:
+def stacks_of(
+    root: nn.Module,
+    found: Found,
+    *,
+    ran: Iterable[tuple[str, int]] = (),
+    keys: Mapping[str, int] | None = None,
+) -> tuple[Stack, ...]:
     """The stacks below `root` in the order of its modules, each with all of its places.
 
     ran: which attention modules ran, and for which time, in order: `("layers.0.attn", 0)`. Those that are
@@ -57,7 +63,7 @@ def stacks_of(root: nn.Module, found: Found, *, ran: Iterable[tuple[str, int]] =
     """
     tree = _Tree(root)
     when = {key: place for place, key in enumerate(ran)}
-    stacks = _grouped(tree, found)
+    stacks = _grouped(tree, found, keys or {})
     measured = [stem for stem, paths in stacks.items() if any(found[path] is None for path in paths)]
     names = {stem: ".".join(stem) for stem in stacks} | _names(measured)
     return tuple(Stack(names[stem], *_places(tree, paths, found, when)) for stem, paths in stacks.items())
@@ -120,11 +126,12 @@ def _crosses(why: str | None) -> bool:
     return why is not None and CROSS in why
 
 
-def _grouped(tree: _Tree, found: Found) -> dict[tuple[str, ...], list[str]]:
+def _grouped(tree: _Tree, found: Found, keys: Mapping[str, int]) -> dict[tuple[str, ...], list[str]]:
     """The paths of each stack, by its stem.
 
     A module without a number is of the stack that it stands beside; where there is none, all of them are of
-    one stack, unless some stand together with cross-attention, as in a decoder, and others do not.
+    one stack, unless some stand together with cross-attention, as in a decoder, and others do not; or, where
+    all stand side by side, some have as many keys as cross-attention has, as an encoder's, and others do not.
     """
     stacks, alone = dict[tuple[str, ...], list[str]](), list[str]()
     for path in sorted(found, key=tree.order.__getitem__):
@@ -148,6 +155,15 @@ def _grouped(tree: _Tree, found: Found) -> dict[tuple[str, ...], list[str]]:
     for path, parts in zip(apart, cut, strict=True):
         units.setdefault(parts[shared], []).append(path)
     crossed = {name for name, paths in units.items() if len({_crosses(found[path]) for path in paths}) > 1}
+    if not crossed:
+        memory = {keys[path] for path in apart if _crosses(found[path]) and path in keys}
+        others = {
+            name
+            for name, paths in units.items()
+            if all(_crosses(found[path]) or keys.get(path) not in memory for path in paths)
+        }
+        own = {name for name in others if not all(_crosses(found[path]) for path in units[name])}
+        crossed = others if memory and own else set()
     for name, paths in units.items():
         first = next(other for other in units if (other in crossed) == (name in crossed))
         stacks.setdefault((*cut[0][:shared], first), []).extend(paths)

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.depth import Place, stacks_of, with_reasons
+from diag.models.hooks.in_python import WHAT_TO_TYPE
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
-SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
+SEVERAL = (
+    "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
+    "that follow each other"
+)
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
 )
@@ -207,15 +211,22 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
 
 
 def nothing_of_its_own(path: str, why: str) -> MeasurementError:
-    """That no layer is over its own tokens, with one that is not as the reason."""
+    """That no layer is over its own tokens, or can be told to be, with one that is not as the reason."""
+    reason = f"'{path}': {why}" if path else why
+    if why == SEVERAL:
+        return MeasurementError(
+            f"no layer can be measured ({reason})",
+            "give each of its layers a module of its own to call it in",
+        )
     return MeasurementError(
-        f"no layer attends to its own tokens ('{path}': {why})",
-        "attnbias measures self-attention over tokens",
+        f"no layer attends to its own tokens ({reason})", "attnbias measures self-attention over tokens"
     )
 
 
 def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) -> UserError:
     """Why a model has nothing to measure."""
+    for path, reason in seen.not_read.items():
+        return MeasurementError(f"layer '{path}' cannot be read: {reason}", WHAT_TO_TYPE)
     if why:
         (path, _), reason = next(iter(why.items()))
         return nothing_of_its_own(path, reason)
@@ -300,11 +311,13 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
     for key, numbers in calls.numbers.items():
         if found.get(key[0], "") is not None:
             found[key[0]] = None if numbers else calls.refused[key]
+    found = {**calls.seen.not_read, **found}
     for path, scores in calls.seen.eager.items():
         square = not scores or scores[-1] == scores[-2]
         found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)
     towers, unmeasured = list[Understood](), dict[str, str]()
-    for stack in stacks_of(root, found, ran=calls.of_run):
+    keys = {one.path: one.print.shape[-1] for one in calls.seen.seen}
+    for stack in stacks_of(root, found, ran=calls.of_run, keys=keys):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
             key = (place.path, place.run)
@@ -319,6 +332,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
                 adds_up=mine[0].adds_up,
                 extra=mine[0].extra,
                 value_from=_values_of(mine, of_stack),
+                in_turn=place.path in calls.seen.in_turn,
             )
             of_stack |= dict.fromkeys(mine, place.index)
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))

@@ -29,6 +29,13 @@ from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Followed, Product
+from diag.models.hooks.in_python import (
+    WHAT_TO_TYPE,
+    Reader,
+    attends_out_of_sight,
+    in_python,
+    refuse_no_rows,
+)
 from diag.models.hooks.layout import PLAIN, Layout, plain_layout
 
 SDPA = F.scaled_dot_product_attention
@@ -61,6 +68,7 @@ class Form:
     adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
     extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
+    in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
     """
 
     runs: int = 1
@@ -70,6 +78,7 @@ class Form:
     adds_up: bool = False
     value_from: str = "own"
     extra: tuple[int, int] = (0, 0)
+    in_turn: bool = False
 
 
 USUAL = Form()
@@ -92,7 +101,9 @@ class Layer:
     @property
     def name(self) -> str:
         """The path, and which run where there are several."""
-        return self.path if self.form.runs == 1 else f"{self.path} (run {self.run})"
+        if self.form.runs == 1:
+            return self.path
+        return f"{self.path} ({'call' if self.form.in_turn else 'run'} {self.run})".lstrip()
 
 
 OnCall = Callable[[AttentionCall], Tensor | None]
@@ -163,15 +174,14 @@ def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sighti
 
 
 def refuse_compiled(layers: Sequence[Layer]) -> None:
-    """Raises UserError for traced, scripted, compiled or exported modules: no call of theirs is visible."""
+    """Raises UserError for scripted and traced modules that attend: no call of theirs is visible."""
     for layer in layers:
-        kind = type(layer.module).__name__
-        opaque = isinstance(layer.module, torch.jit.ScriptModule | torch.fx.GraphModule)
-        if opaque or kind == "OptimizedModule" or layer.module._compiled_call_impl is not None:
+        if attends_out_of_sight(layer.module):
             name = f"layer '{layer.path}'" if layer.path else "the model"
             raise UserError(
-                f"{name} is a compiled {kind}: its attention calls are not visible from Python",
-                "pass the original nn.Module, before torch.compile, torch.jit or torch.export",
+                f"{name} is a compiled {type(layer.module).__name__}: its attention calls are not visible "
+                "from Python",
+                "pass the original nn.Module, before torch.jit",
             )
 
 
@@ -180,7 +190,8 @@ class Frame:
     """One module whose forward is running.
 
     layer: what is listed of this run of it. calls: how many it has made. unread: the output of the last
-    call, until the projection that should read it is seen. maps: calls that may be added up.
+    call, until the projection that should read it is seen. maps: calls that may be added up. turns: how many
+    layers have made theirs, where each call is one.
     """
 
     path: str
@@ -189,6 +200,7 @@ class Frame:
     calls: int = 0
     unread: Tensor | None = None
     maps: Combination | None = None
+    turns: int = 0
 
 
 @contextmanager
@@ -196,7 +208,10 @@ def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[No
     """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens."""
     with ExitStack() as undone:
         undone.callback(mode.stack.clear)
+        mode.readers = undone.enter_context(in_python())
         for path, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks
             entered, left = partial(mode.entered, path), partial(mode.left, path)
             undone.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
             kept = module.register_forward_hook(left, always_call=True, with_kwargs=True)
@@ -227,6 +242,16 @@ class Arguments(NamedTuple):
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
+class Ran(Arguments):
+    """Those of another function, which has run. output: what it gave, in PyTorch's axes."""
+
+    output: Tensor
+
+    def run(self) -> Tensor:
+        """What it gave."""
+        return self.output
+
+
 class AttentionMode(TorchFunctionMode):
     """Hands on every call of PyTorch's attention, every product of weights with values, and what may be a
     projection of one.
@@ -239,6 +264,7 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self.stack: list[Frame] = []
         self.followed = Followed()
+        self.readers: Mapping[Any, Reader] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
         """A hooked module begins to run."""
@@ -259,6 +285,10 @@ class AttentionMode(TorchFunctionMode):
     def softmax(self, start: int, scores: torch.Size) -> None:
         """Told of a softmax over what may be scores, and its number (`Weights.start`)."""
 
+    def unread(self, why: str) -> None:
+        """Told why a call of attention cannot be read."""
+        raise NotImplementedError
+
     def projection(self, read: Tensor) -> None:
         """Told what a linear map reads, `[…, channel]`."""
         raise NotImplementedError
@@ -270,16 +300,15 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is SDPA:
             given = Arguments(*args, **kwargs)
-            if self.stack and given.query.is_nested:
-                raise MeasurementError(
-                    f"layer '{self.stack[-1].path}' attends over nested tensors, of several lengths",
-                    "give batches that are padded to one length, with a mask",
-                )
+            if self.stack:
+                refuse_no_rows(given.query, self.stack[-1].path)
             return self.attention(given)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
         if not self.stack:
             return func(*args, **kwargs)
+        if func in self.readers:
+            return self.of_others(func, args, kwargs)
         frame = self.stack[-1]
         if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
             self.added_up(frame)
@@ -290,12 +319,31 @@ class AttentionMode(TorchFunctionMode):
         weighed = self.followed.product_of(func, args, kwargs)
         result = func(*args, **kwargs)
         if weighed is not None:
+            refuse_no_rows(weighed.value, frame.path)
             return self.product(weighed, result)
         if frame.maps is not None:
             frame.maps.seen(func, args, kwargs, result)
         if self.followed.seen(func, args, kwargs, result):
             self.softmax(self.followed.starts - 1, args[0].shape)
         return result
+
+    def of_others(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an attention function that is not PyTorch's, and sees its call as one of that."""
+        read = self.readers[func](*args, **kwargs)
+        if isinstance(read, str):
+            self.unread(read)
+            return func(*args, **kwargs)
+        refuse_no_rows(read.value if isinstance(read, Product) else read.arguments[2], self.stack[-1].path)
+        result = func(*args, **kwargs)
+        output, *more = result if isinstance(result, tuple) else (result,)
+        if isinstance(read, Product):
+            replaced = self.product(read, output)
+        else:
+            given = Ran(*read.arguments)
+            given.output = read.in_torch_axes(output)
+            returned = self.attention(given)
+            replaced = output if returned is given.output else read.in_own_axes(returned, output)
+        return (replaced, *more) if isinstance(result, tuple) else replaced
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
         """Runs the one function inside which every mode is off, and sees what it does all the same."""
@@ -318,6 +366,7 @@ class _Seam(AttentionMode):
         super().__init__()
         self.on_call = on_call
         self.listed = {(layer.path, layer.run): layer for layer in layers}
+        self.in_turn = {layer.path for layer in layers if layer.form.in_turn}
         self.unshared = {layer.path: layer for layer in layers if layer.form.runs == 1}
         self.sightings = Sightings()
         self.visibilities: dict[tuple, tuple[Tensor, Visibility]] = {}
@@ -332,7 +381,12 @@ class _Seam(AttentionMode):
     def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         frame = self.stack.pop()
         # None: the forward raised, and its own error is the one to show
-        if output is None or frame.layer is None:
+        if output is not None:
+            self._close(frame)
+
+    def _close(self, frame: Frame) -> None:
+        """Ends a layer. Raises MeasurementError if it made no call."""
+        if frame.layer is None:
             return
         name = frame.layer.name
         if frame.maps is not None:
@@ -344,8 +398,12 @@ class _Seam(AttentionMode):
             )
         self.sightings.projection.setdefault(name, "unknown")
 
+    def unread(self, why: str) -> None:
+        if (layer := self.stack[-1].layer) is not None:
+            raise MeasurementError(f"layer '{layer.name}' cannot be read: {why}", WHAT_TO_TYPE)
+
     def attention(self, given: Arguments) -> Tensor:
-        frame = self.stack[-1] if self.stack else None
+        frame = self._frame() if self.stack else None
         if frame is None or frame.layer is None:
             return given.run()
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
@@ -354,9 +412,12 @@ class _Seam(AttentionMode):
         _refuse_dropout(layer, dropout_p)
         # a mask beside is_causal is an error, which is for the function itself to raise
         mask, causal = (attn_mask, True) if is_causal else plain(attn_mask, False)
-        output, normaliser = attention_with_normaliser(
-            query, key, value, mask, dropout_p, causal, scale, enable_gqa
-        )
+        if isinstance(given, Ran):
+            output, normaliser = given.output, None
+        else:
+            output, normaliser = attention_with_normaliser(
+                query, key, value, mask, dropout_p, causal, scale, enable_gqa
+            )
         if not self._is_its_own(layer, number, query, key, mask):
             return output
         layout, outside = _layout_of(layer, output), None
@@ -389,7 +450,7 @@ class _Seam(AttentionMode):
         return self._handed_on(frame, layer, call, layout, output)
 
     def product(self, given: Product, result: Tensor) -> Tensor:
-        frame = self.stack[-1]
+        frame = self._frame()
         if frame.layer is None:
             return result
         layer, number = frame.layer, frame.calls
@@ -430,6 +491,17 @@ class _Seam(AttentionMode):
             visibility=seen,
         )
         return given.result(self._handed_on(frame, layer, call, layout, output))
+
+    def _frame(self) -> Frame:
+        """The module that makes a call, and the layer that it is of."""
+        frame = self.stack[-1]
+        if frame.path in self.in_turn:
+            if frame.turns:
+                self._close(frame)
+                self.sightings.runs[frame.path] += 1
+            frame.layer, frame.calls = self.listed.get((frame.path, frame.run + frame.turns)), 0
+            frame.turns += 1
+        return frame
 
     def _is_its_own(
         self, layer: Layer, number: int, query: Tensor, key: Tensor, mask: Tensor | None = None

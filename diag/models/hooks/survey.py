@@ -137,7 +137,9 @@ class Survey(AttentionMode):
     """The calls of one pass.
 
     seen: in order. softmaxes: those that modules made themselves of scores, and of which it was not seen what
-    is weighed with them: path and shape, by their number. runs: how often each module ran.
+    is weighed with them: path and shape, by their number. not_read: modules that called attention
+    that cannot be read, and why. runs: how often each module ran; of a module that makes the calls of several
+    layers in turn, which are `in_turn`, how many these were.
     """
 
     stack: list[_Running]  # type: ignore[assignment]
@@ -147,7 +149,12 @@ class Survey(AttentionMode):
         self.asked = asked
         self.seen: list[Seen] = []
         self.softmaxes: dict[int, tuple[str, torch.Size]] = {}
+        self.not_read: dict[str, str] = {}
         self.runs: Counter[str] = Counter()
+        self.in_turn: set[str] = set()
+        self.disturbed: int | None = (
+            None  # of the calls of a module that is run again, whose output is changed
+        )
         self.again: list[tuple[Tensor | None, Tensor]] | None = None  # of calls of a module that is run again
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -164,6 +171,8 @@ class Survey(AttentionMode):
             self._ask(frame, module, args, kwargs)
         if output is not None and frame.maps is not None and frame.maps.adds_up:
             self._note_maps(frame, frame.maps)
+        elif output is not None and sum(seen.touched for seen in frame.made if seen.path == frame.path) > 1:
+            self._ask_in_turn(frame, module, args, kwargs)
         for seen in frame.waiting:
             seen.open -= 1
         left = [seen for seen in frame.waiting if seen.open and (seen.kind is None or seen.layout is None)]
@@ -186,6 +195,9 @@ class Survey(AttentionMode):
         if self.again is None:
             self.softmaxes[start] = (self.stack[-1].path, scores)
 
+    def unread(self, why: str) -> None:
+        self.not_read[self.stack[-1].path] = why
+
     def projection(self, read: Tensor) -> None:
         if self.again is not None:
             return
@@ -201,7 +213,7 @@ class Survey(AttentionMode):
             self.again.append((query.clone(), value.clone()))
         output = given.run()
         if self.again is not None or not self.stack:
-            return output
+            return self._disturb(output)
         seen = self._noted(value)
         if query.shape[-2] != key.shape[-2]:
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
@@ -223,7 +235,7 @@ class Survey(AttentionMode):
     def product(self, given: Product, result: Tensor) -> Tensor:
         if self.again is not None:
             self.again.append((given.scores, given.value.clone()))
-            return result
+            return given.result(self._disturb(given.output(result)))
         self.softmaxes.pop(given.weights.start, None)
         seen, pattern = self._noted(given.value), given.pattern
         if pattern.shape[-2] != pattern.shape[-1]:
@@ -237,6 +249,14 @@ class Survey(AttentionMode):
                 seen.keys = (pattern != 0).any(-2).any(1)
             self.stack[-1].waiting.append(seen)
         return result
+
+    def _disturb(self, output: Tensor) -> Tensor:
+        """The output of a call, or, where that is asked for, changed at one token."""
+        if self.again is None or self.disturbed != len(self.again) - 1:
+            return output
+        changed = output.clone()
+        changed[..., output.shape[-2] // 2, :] += 1 + output.abs().max()
+        return changed
 
     def _noted(self, value: Tensor) -> Seen:
         frame = self.stack[-1]
@@ -296,6 +316,30 @@ class Survey(AttentionMode):
                 seen.kind = OWN
             elif seen in unequal and seen.path == frame.path:
                 _ask_for_extra_keys(seen, query, value, everywhere)
+
+    def _ask_in_turn(self, frame: _Running, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Whether the calls of one run are layers that follow each other, as in a model that is one function.
+
+        They are where each one's values follow the output of the one before it, token by token.
+        """
+        calls = frame.made
+        if calls[0].kind != OWN or any(
+            seen.path != frame.path or seen.value is None or seen.unequal for seen in calls
+        ):
+            return
+        for number, seen in enumerate(calls[1:]):
+            self.disturbed = number
+            again = self._again(frame, module, _with_changed(args, kwargs, nothing=True))
+            self.disturbed = None
+            assert seen.value is not None
+            if again is None or again[number + 1][1].shape != seen.value.shape:
+                return
+            if _kind(seen, *again[number + 1], direct=True) != OWN:
+                return
+        for number, seen in enumerate(calls):
+            seen.kind, seen.run, seen.number = OWN, frame.run + number, 0
+        self.runs[frame.path] = frame.run + len(calls)
+        self.in_turn.add(frame.path)
 
     def _again(self, frame: _Running, module: nn.Module, given: tuple[list, dict] | None) -> list | None:
         """Queries and values of all calls when a module is run again; None where that does not go."""
@@ -406,12 +450,12 @@ def _followed(x: Tensor, again: Tensor) -> list[Tensor]:
 
 
 def _with_changed(
-    args: Sequence[Any], kwargs: Mapping[str, Any], *, everywhere: bool = False
+    args: Sequence[Any], kwargs: Mapping[str, Any], *, everywhere: bool = False, nothing: bool = False
 ) -> tuple[list, dict] | None:
     """Arguments with what a module reads changed in one element: its first tensor, wherever that is given.
 
-    everywhere: in all elements. Caches are left out, or keys would be there twice. None where there is no
-    tensor to change.
+    everywhere: in all elements. nothing: in none. Caches are left out, or keys would be there twice. None
+    where there is no tensor to change.
     """
     given = [*args, *kwargs.values()]
     tensors = [x for x in given if isinstance(x, Tensor) and x.ndim >= 2 and x.numel()]
@@ -420,7 +464,9 @@ def _with_changed(
         return None
     # of an odd number: in the windows of outlook attention, two apart, one of an even number stands once
     changed, place = read.clone(), tuple(min(size - 1, size // 2 | 1) for size in read.shape)
-    if everywhere:
+    if nothing:
+        changed = read
+    elif everywhere:
         changed = other_than(read)
     elif read.is_floating_point():
         changed[place] += 1 + read.abs().max()

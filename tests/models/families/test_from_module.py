@@ -72,6 +72,13 @@ def test_batches_are_read_once_and_cut_at_the_limit() -> None:
     assert len(drawn) <= 3
 
 
+with warnings.catch_warnings(action="ignore"):  # strided ones are on their way out
+    STRIDED, JAGGED = (
+        torch.nested.nested_tensor([torch.ones(5, 16), torch.ones(3, 16)], layout=layout)
+        for layout in (torch.strided, torch.jagged)
+    )
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
@@ -79,6 +86,18 @@ def test_batches_are_read_once_and_cut_at_the_limit() -> None:
         (["text"], "a batch is a str"),
         ([{"x": 3}], "a batch is a dict"),
         ([{"x": torch.ones(2, 3), "y": torch.ones(3)}], "differ in rows"),
+        ([torch.ones(0, 5, 16)], r"^batch 0 holds no inputs: its shape is \[0, 5, 16\]"),
+        (
+            [torch.ones(2, 5, 16), torch.ones(0, 5, 16)],
+            r"^batch 1 holds no inputs: its shape is \[0, 5, 16\]",
+        ),
+        ([{"x": torch.ones(0, 5, 16)}], r"^'x' of batch 0 holds no inputs: its shape is \[0, 5, 16\]"),
+        ([torch.ones(2, 0, 16)], r"^batch 0 holds no tokens: its shape is \[2, 0, 16\]"),
+        ([STRIDED], "^batch 0 is a nested tensor, of inputs of several lengths"),
+        (
+            [{"x": JAGGED}],
+            "^'x' of batch 0 is a nested tensor",
+        ),
     ],
 )
 def test_batches_that_are_none(batches: list, message: str) -> None:
@@ -86,12 +105,24 @@ def test_batches_that_are_none(batches: list, message: str) -> None:
         from_module(Mixer(), batches)
 
 
+def test_a_module_that_takes_whole_batches_only_is_given_them() -> None:
+    class OfThree(Mixer):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            if len(x) != 3:
+                raise RuntimeError(f"made for 3 inputs, not {len(x)}")
+            return super().forward(x, attention_mask)
+
+    _, (tower,), samples = from_module(OfThree().eval(), [torch.randn(3, 5, 16)])
+    assert [layer.path for layer in tower.layers] == ["sooner", "later"]
+    assert len(tower.encode(samples).ids) == 3
+    for rows in (2, 4):
+        with pytest.raises(RuntimeError, match=f"made for 3 inputs, not {rows}"):
+            from_module(OfThree().eval(), [torch.randn(rows, 5, 16)])
+
+
 def test_modules_that_cannot_be_seen_are_refused() -> None:
     with pytest.raises(UserError, match="made no self-attention call"):
         from_module(nn.Linear(4, 4).eval(), [torch.ones(2, 4)])
-    compiled = torch.compile(Mixer().eval())
-    with pytest.raises(UserError, match="OptimizedModule"):
-        from_module(compiled, [torch.ones(2, 5, 16)])
     with warnings.catch_warnings(action="ignore"):  # torch.jit is on its way out
         traced = torch.jit.trace(Mixer().eval(), torch.ones(2, 5, 16))
     with pytest.raises(UserError, match="not visible from Python"):

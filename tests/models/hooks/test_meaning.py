@@ -15,6 +15,7 @@ from attention_modules import Attention, Broken, Cross, Stack, TorchAttention, a
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 
+import diag
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
@@ -193,10 +194,89 @@ def test_values_that_are_made_of_neighbours_are_told() -> None:
     assert (first.form.value_from, second.form.value_from) == ("own", "mixed")
 
 
-@pytest.mark.parametrize("module", [Functional(), TwoBranches()])
+class WrittenOut(Functional):
+    """The same, its softmax its own, and causal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for depth in self.depths:
+            q, k, v = depth.heads(x)
+            later = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+            weights = (q @ k.mT * 8**-0.5).masked_fill(later, -torch.inf).softmax(-1)
+            x = x + depth.out((weights @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+class AcrossAxes(Attention):
+    """Rows of a grid of three by three, then its columns, in one forward."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for _ in range(2):
+            rows = x.unflatten(1, (3, 3)).flatten(0, 1)
+            rows = rows + self.out(
+                F.scaled_dot_product_attention(*self.heads(rows)).transpose(1, 2).flatten(2)
+            )
+            x = rows.unflatten(0, (-1, 3)).transpose(1, 2).flatten(1, 2)
+        return x
+
+
+@pytest.mark.parametrize("module", [TwoBranches(), AcrossAxes()])
 def test_several_calls_of_one_run_are_not_taken_for_windows(module: nn.Module) -> None:
     with pytest.raises(UserError, match=SEVERAL):
         meaning_on(module.eval(), torch.randn(2, 9, 16))
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Functional, {}), (WrittenOut, {"is_causal": True})])
+@pytest.mark.parametrize("within", [False, True])
+def test_calls_that_follow_each_other_are_layers_of_their_own(
+    kind: type[Functional], options: dict, within: bool
+) -> None:
+    torch.manual_seed(0)
+    module, x = kind().eval(), torch.randn(2, 9, 16)
+    apart = Stack(*module.depths).eval()
+    for layer in module.depths:
+        layer.options = options
+    around = nn.Sequential(nn.Linear(16, 16), module) if within else module
+    given = around[0](x) if within else x
+    (tower,) = meaning_on(around, x).towers
+    assert [layer.index for layer in tower.layers] == [0, 1, 2]
+    names = [f"{'1' * within} (call {i})".strip() for i in range(3)]
+    assert [layer.name for layer in tower.layers] == names
+    calls, expected, last = list[AttentionCall](), list[AttentionCall](), list[AttentionCall]()
+    with attention_calls(tower.layers, calls.append) as sightings:
+        output = around(x)
+    with attention_calls(layers_on(apart, x), expected.append):
+        torch.testing.assert_close(apart(given), output)
+    assert [(call.layer, call.module) for call in calls] == list(enumerate(names))
+    assert sightings.projection == dict.fromkeys(names, "as captured")
+    for call, other in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call.value, other.value)
+        torch.testing.assert_close(call.output, other.output)
+        assert call.visibility.rule == other.visibility.rule
+    with attention_calls(tower.layers[2:], last.append):
+        around(x)
+    assert [call.module for call in last] == names[2:]
+    assert torch.equal(last[0].value, calls[2].value)
+    with attention_calls(tower.layers[:1], lambda call: torch.zeros_like(call.output)):
+        silenced = around(x)
+    with attention_calls(layers_on(apart, x)[:1], lambda call: torch.zeros_like(call.output)):
+        torch.testing.assert_close(silenced, apart(given))
+
+
+def test_the_numbers_of_a_model_that_is_one_function_are_those_of_its_layers() -> None:
+    module = Functional().eval()
+    x = [torch.randn(2, 9, 16)]
+    one, apart = (diag.probe(each, x).layers for each in (module, Stack(*module.depths).eval()))
+    torch.testing.assert_close(
+        torch.tensor(one["mean"].to_numpy()), torch.tensor(apart["mean"].to_numpy()), equal_nan=True
+    )
+    assert one["layer"].tolist() == apart["layer"].tolist()
+    chosen = diag.probe(module, x, layers=[1]).layers
+    assert set(chosen["layer"]) == {1}
+    torch.testing.assert_close(
+        torch.tensor(chosen["mean"].to_numpy()),
+        torch.tensor(one.loc[one["layer"] == 1, "mean"].to_numpy()),
+        equal_nan=True,
+    )
 
 
 def test_of_two_calls_the_one_over_its_own_tokens_is_measured() -> None:
@@ -552,6 +632,33 @@ def test_modules_without_numbers_are_the_layers_of_one_tower_as_they_run() -> No
     assert tower.layers[0].module is module.sooner.mha
     assert tower.skipped == {"pool": EAGER}
     assert_untouched(module)
+
+
+class Asking(Attention):
+    """Cross-attention."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        (q, _, _), (_, k, v) = self.heads(x), self.heads(memory)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SideBySide(nn.Module):
+    """Encoder and decoder, whose layers stand under names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.thinks, self.writes, self.tells = (Attention() for _ in range(4))
+        self.asks = Asking()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        memory = self.thinks(self.reads(memory))
+        return self.tells(self.asks(self.writes(x), memory))
+
+
+def test_encoder_and_decoder_side_by_side_are_two_towers() -> None:
+    found = meaning_on(SideBySide().eval(), torch.randn(2, 5, 16), torch.randn(2, 9, 16))
+    assert told(found) == {"reads": {0: "reads", 1: "thinks"}, "writes": {0: "writes", 1: "tells"}}
+    assert found.towers[1].skipped == {"asks": "5 queries over 9 keys: cross-attention or pooling"}
 
 
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad])

@@ -392,6 +392,23 @@ def test_a_compiled_model_is_measured_unwrapped_and_not_compiled_again() -> None
     assert_numbers(numbers, expected(model, batch))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_changes_no_number_and_goes_on() -> None:
+    model, batch = made("gpt2")
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    monitor, gradients = Monitor(model, every=1, rows=5), list[Tensor]()
+    for watched in (False, True):
+        torch.manual_seed(0)  # of dropout
+        loss = model(**batch).logits.square().mean()
+        if watched:  # what was forgotten is computed again after this
+            assert_numbers(monitor.step(0), expected(model, batch))
+        model.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([x.grad.flatten() for x in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
 def test_a_model_that_is_compiled_in_place_needs_a_fixed_batch() -> None:
     model, batch = made("encoder")
     plain = copy.deepcopy(model)
