@@ -1,0 +1,81 @@
+"""Diffusion transformers: folders and hub repositories of pipelines of diffusers, or a transformer's folder.
+
+What a name means is told here without diffusers; `load.py` loads it, `feeding.py` says how each class is
+run, and `streams.py` which of its tokens are of the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diag.errors import UserError
+from diag.inputs.outside import mapping_in
+from diag.models.families.hf import folder_or_repository
+from diag.models.family import Family, loaded_by
+from diag.models.names.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from diag.models.base import Model
+
+PIPELINE, TRANSFORMER = "model_index.json", "config.json"
+"""What lies in the folder of a pipeline, and in that of a transformer alone."""
+
+CLASSES = {
+    "SD3Transformer2DModel": "Stable Diffusion 3",
+    "FluxTransformer2DModel": "Flux",
+    "PixArtTransformer2DModel": "PixArt",
+    "SanaTransformer2DModel": "Sana",
+}
+"""Classes of diffusers that can be run here -> what people call them."""
+
+
+@dataclass(frozen=True)
+class TimeStep:
+    """The argument that says how far an input is noised.
+
+    name: of the argument, behind a model's name. most: all noise; 0 is none. usual: where none is given.
+    """
+
+    name: str = "t"
+    most: int = 1000
+    usual: int = 500
+
+
+TIME = TimeStep()
+
+
+def class_in(folder: Path) -> str | None:
+    """The class of the transformer that a folder of diffusers holds, as its documents name it."""
+    index = mapping_in(folder / PIPELINE)
+    named = index["transformer"][-1:] if isinstance(index.get("transformer"), list) else []
+    found = named or [mapping_in(folder / TRANSFORMER).get("_class_name")]
+    return found[0] if isinstance(found[0], str) else None
+
+
+def _in_folder(folder: Path, given: str) -> str | None:
+    return str(folder) if class_in(folder) in CLASSES else None
+
+
+def _load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
+    if find_spec("diffusers") is None:
+        raise UserError(
+            f"'{spec.resolved}' needs the package diffusers, which is not installed",
+            "pip install 'attnbias[diffusers]'",
+        )
+    return loaded_by("diag.models.families.diffusers.load")(spec, device=device, dtype=dtype)
+
+
+FAMILY = Family(
+    "diffusers",
+    load=_load,
+    named=folder_or_repository,
+    in_folder=_in_folder,
+    form="ORG/NAME",
+    folders=True,
+    packages=("diffusers",),
+)
