@@ -6,7 +6,6 @@ run, and `streams.py` which of its tokens are of the image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,20 +32,8 @@ CLASSES = {
 }
 """Classes of diffusers that can be run here -> what people call them."""
 
-
-@dataclass(frozen=True)
-class TimeStep:
-    """The argument that says how far an input is noised.
-
-    name: of the argument, behind a model's name. most: all noise; 0 is none. usual: where none is given.
-    """
-
-    name: str = "t"
-    most: int = 1000
-    usual: int = 500
-
-
-TIME = TimeStep()
+TIME, MOST, USUAL = "t", 1000, 500
+"""The argument behind a name that says how far an image is noised; all of it; and where none is given."""
 
 
 def class_in(folder: Path) -> str | None:

@@ -50,7 +50,8 @@ class Feeding:
 
     arguments: of its forward. prompt: what its pipeline makes of a prompt. tokens: of a prompt, where nothing
         encodes one. packed: how many latents side by side make one token's channels. side: pixels of a
-        latent, where no VAE says it. linear: whether its self-attention has no softmax. flows: whether image and noise are mixed in proportion to the time step.
+        latent, where no VAE says it. flows: whether image and noise are mixed in proportion to
+        the time step. linear: whether its self-attention has no softmax.
     """
 
     arguments: Arguments

@@ -23,7 +23,7 @@ from diag.errors import UserError, one_of
 from diag.inputs.outside import json_of
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.encoding import each, image_samples, preparation
-from diag.models.families.diffusers import CLASSES, PIPELINE, TIME, TRANSFORMER
+from diag.models.families.diffusers import CLASSES, MOST, PIPELINE, TIME, TRANSFORMER, USUAL
 from diag.models.families.diffusers.feeding import FEEDINGS, Feeding, Text
 from diag.models.families.diffusers.streams import in_depth
 from diag.models.families.hf.files import silenced as transformers_silenced
@@ -65,7 +65,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         "prompt": None if text is None else prompt,
         "instead": instead or None,
     }
-    notes = [f"time step {t:g} of {TIME.most}: 0 is the image, {TIME.most} is noise"]
+    notes = [f"time step {t:g} of {MOST}: 0 is the image, {MOST} is noise"]
     if vae is None:
         notes.append("no VAE in the folder: latents are noise, as at t=1000, and show nothing of an image")
     if text is None:
@@ -98,15 +98,15 @@ def _asked(spec: ModelSpec) -> tuple[float, str]:
             f"--checkpoint does not go with '{spec.base}'",
             "put the weights into the folder and give the folder: -m diffusers:FOLDER",
         )
-    known = (TIME.name, PROMPT, IMAGE)
+    known = (TIME, PROMPT, IMAGE)
     for key in spec.model_args:
         if key not in known:
             raise unknown_argument(key, known, spec.base)
-    t = spec.model_args.get(TIME.name, TIME.usual)
-    if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= TIME.most:
+    t = spec.model_args.get(TIME, USUAL)
+    if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= MOST:
         raise UserError(
-            f"{spec.base}: {TIME.name} is {t!r}, not a time step",
-            f"it can be from 0 (the image) to {TIME.most} (noise), for example {TIME.name}={TIME.usual}",
+            f"{spec.base}: {TIME} is {t!r}, not a time step",
+            f"it can be from 0 (the image) to {MOST} (noise), for example {TIME}={USUAL}",
         )
     return t, str(spec.model_args.get(PROMPT, USUAL_PROMPT))
 
@@ -139,7 +139,7 @@ def _read(spec: ModelSpec, dtype: torch.dtype) -> _Found:
         what = f"a {named}" if named else f"a {document.get('_class_name')} without a transformer"
         raise UserError(
             f"'{spec.name}' holds {what}, which is not measured",
-            f"measured are {one_of(CLASSES.values())} ({', '.join(CLASSES)})",
+            f"measured are {one_of(CLASSES.values())}",
         )
     module = _transformer(
         spec, getattr(diffusers, named), {} if alone else {"subfolder": "transformer"}, where, dtype
