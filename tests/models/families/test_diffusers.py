@@ -298,6 +298,8 @@ def test_what_cannot_be_read_or_run_is_told(
     assert "lack 'proj_out.bias': they would be random" in str(told(folder))
     file.write_bytes(b"no weights")
     assert "the transformer of" in str(told(folder))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    assert "the transformer of" in str(told(folder))
     random = loaded(folder, random_init=True)
     assert random.facts["weights"] == "random"
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))

@@ -6,9 +6,10 @@ run, and `streams.py` which of its tokens are of the image.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diag.errors import UserError
 from diag.inputs.outside import mapping_in
@@ -36,16 +37,16 @@ TIME, MOST, USUAL = "t", 1000, 500
 """The argument behind a name that says how far an image is noised; all of it; and where none is given."""
 
 
-def class_in(folder: Path) -> str | None:
-    """The class of the transformer that a folder of diffusers holds, as its documents name it."""
-    index = mapping_in(folder / PIPELINE)
-    named = index["transformer"][-1:] if isinstance(index.get("transformer"), list) else []
-    found = named or [mapping_in(folder / TRANSFORMER).get("_class_name")]
-    return found[0] if isinstance(found[0], str) else None
+def class_in(document: Mapping[str, Any]) -> str | None:
+    """The class of the transformer that the document of a pipeline, or of a transformer alone, names."""
+    part = document.get("transformer")
+    named = part[-1] if isinstance(part, list) and part else document.get("_class_name")
+    return named if isinstance(named, str) else None
 
 
 def _in_folder(folder: Path, given: str) -> str | None:
-    return str(folder) if class_in(folder) in CLASSES else None
+    document = mapping_in(folder / PIPELINE) or mapping_in(folder / TRANSFORMER)
+    return str(folder) if class_in(document) in CLASSES else None
 
 
 def _load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:

@@ -7,7 +7,7 @@ noise and text embeddings zeros, and that is a caveat of every number.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
@@ -23,7 +24,7 @@ from diag.errors import UserError, one_of
 from diag.inputs.outside import json_of
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.encoding import each, image_samples, preparation
-from diag.models.families.diffusers import CLASSES, MOST, PIPELINE, TIME, TRANSFORMER, USUAL
+from diag.models.families.diffusers import CLASSES, MOST, PIPELINE, TIME, TRANSFORMER, USUAL, class_in
 from diag.models.families.diffusers.feeding import FEEDINGS, Feeding, Text
 from diag.models.families.diffusers.streams import in_depth
 from diag.models.families.hf.files import silenced as transformers_silenced
@@ -124,59 +125,53 @@ class _Found:
 
 
 def _read(spec: ModelSpec, dtype: torch.dtype) -> _Found:
-    folder = Path(spec.name)
-    alone = folder.is_dir() and not (folder / PIPELINE).exists()
-    where: dict[str, Any] = {} if spec.revision is None else {"revision": spec.revision}
-    file = TRANSFORMER if alone else PIPELINE
-    tip = "diffusers: takes a folder that a pipeline or its transformer saved"
-    with silenced(), hub(spec.name, file, revision=spec.revision), theirs(f"cannot read '{spec.name}'", tip):
-        if folder.is_dir():
-            document = json_of(folder / file, "config", tip=tip)
-        else:
-            document = diffusers.DiffusionPipeline.load_config(spec.name, **where)
-    named = document.get("_class_name") if alone else (document.get("transformer") or [None])[-1]
+    """Raises UserError for what holds no transformer that can be run, and for files that cannot be read."""
+    folder, tip = Path(spec.name), "diffusers: takes a folder that a pipeline or its transformer saved"
+    local = folder.is_dir()
+    alone = local and not (folder / PIPELINE).exists()
+    file = folder / (TRANSFORMER if alone else PIPELINE)
+    if not local:
+        with _reading(spec, PIPELINE, tip):
+            file = Path(hf_hub_download(spec.name, PIPELINE, revision=spec.revision))
+    document = json_of(file, "config", tip=tip)
+    named = class_in(document)
     if named not in CLASSES:
-        what = f"a {named}" if named else f"a {document.get('_class_name')} without a transformer"
         raise UserError(
-            f"'{spec.name}' holds {what}, which is not measured",
+            f"'{spec.name}' holds a {named}, which is not measured",
             f"measured are {one_of(CLASSES.values())}",
         )
-    module = _transformer(
-        spec, getattr(diffusers, named), {} if alone else {"subfolder": "transformer"}, where, dtype
-    )
+    if not local:
+        with _reading(spec, PIPELINE, tip):
+            folder = Path(diffusers.DiffusionPipeline.download(spec.name, revision=spec.revision))
+    module = _transformer(spec, getattr(diffusers, named), folder / ("" if alone else "transformer"), dtype)
     if alone or spec.random_init:
         return _Found(module)
-    # what a pipeline names and a folder lacks is left out: it is told as a caveat
-    parts = {name: part for name, part in document.items() if isinstance(part, list) and len(part) == 2}
-    there = {name: part[0] is not None for name, part in parts.items()}
-    if folder.is_dir():
-        there = {name: known and (folder / name).is_dir() for name, known in there.items()}
-    left_out = dict.fromkeys(name for name, known in there.items() if not known)
-    with (
-        silenced(),
-        hub(spec.name, file, revision=spec.revision),
-        theirs(f"cannot read '{spec.name}'", WEIGHTS_TIP),
-    ):
+    parts = [name for name, part in document.items() if isinstance(part, list) and name != "transformer"]
+    # what a pipeline names and its folder lacks is left out: it is told as a caveat
+    lacking = [name for name in parts if document[name][:1] in ([], [None]) or not (folder / name).is_dir()]
+    with _reading(spec, PIPELINE, WEIGHTS_TIP):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            spec.name, transformer=module, dtype=dtype, **left_out, **where
+            folder, transformer=module, dtype=dtype, **dict.fromkeys(lacking)
         )
     return _Found(module, pipeline, pipeline.vae)
 
 
-def _transformer(
-    spec: ModelSpec, kind: Any, inside: Mapping[str, str], where: Mapping[str, Any], dtype: torch.dtype
-) -> nn.Module:
-    what = f"the transformer of '{spec.name}' cannot be read"
-    with silenced(), hub(spec.name, TRANSFORMER, revision=spec.revision), theirs(what, WEIGHTS_TIP):
-        config = kind.load_config(spec.name, **inside, **where)
-    refuse_unreasonable(config, f"'{spec.name}'")
-    with silenced(), hub(spec.name, TRANSFORMER, revision=spec.revision), theirs(what, WEIGHTS_TIP):
+@contextmanager
+def _reading(spec: ModelSpec, file: str, tip: str) -> Iterator[None]:
+    """Turns what goes wrong in diffusers, or on the hub, into two lines."""
+    what = f"{file} of '{spec.name}' cannot be read"
+    with silenced(), theirs(what, tip), hub(spec.name, file, revision=spec.revision):
+        yield
+
+
+def _transformer(spec: ModelSpec, kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    with _reading(spec, "the transformer", WEIGHTS_TIP):
+        config = kind.load_config(folder)
+    refuse_unreasonable(config, f"'{folder / TRANSFORMER}'")
+    with _reading(spec, "the transformer", WEIGHTS_TIP):
         if spec.random_init:
             return kind.from_config(config)
-        # without accelerate's short cut a lack of weights is told, and not an error of its own
-        module, report = kind.from_pretrained(
-            spec.name, dtype=dtype, output_loading_info=True, **inside, **where
-        )
+        module, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         names = up_to_three([f"'{name}'" for name in sorted(report["missing_keys"])])
         raise UserError(f"the weights of '{spec.name}' lack {names}: they would be random", WEIGHTS_TIP)
