@@ -18,11 +18,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.depth import Place, stacks_of, with_reasons
+from diag.models.hooks.depth import EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
-EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
