@@ -53,6 +53,7 @@ class Case:
     number -> whose they are, where they are not the layer's own. heads, kv_heads, value_dim: of every call;
     kv_heads are told by what they hold. gated: whether the output projection reads something else than Y.
     sinks: numbers of layers whose rows sum to less than 1. windows: of those that do not see all tokens.
+    padded: of those whose windows are filled up. towers: of the module; the first is looked at.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Case:
     gated: bool = False
     sinks: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
+    padded: tuple[int, ...] = ()
+    towers: tuple[str, ...] = ("module",)
     inputs: Callable[[], Any] | None = None
 
 
@@ -340,6 +343,7 @@ IMAGES = [
             frames_per_clip=4,
         ),
         numbered("encoder.layer.{}.attention", 0, 1),
+        towers=("encoder", "predictor"),
         inputs=lambda: {"pixel_values_videos": torch.randn(2, 4, 3, 32, 32)},
         **TWO,
     ),
@@ -348,6 +352,7 @@ IMAGES = [
         config("SamVision", VISION, WINDOWED, mlp_dim=16, output_channels=8, num_pos_feats=8),
         numbered("vision_encoder.layers.{}.attn", 0, 1),
         windows=(0,),
+        padded=(0,),
         inputs=pixels(64),
         **TWO,
     ),
@@ -371,6 +376,7 @@ IMAGES = [
         ),
         numbered("backbone.layers.{}.attention", 0, 1),
         windows=(0,),
+        padded=(0,),
         inputs=pixels(64),
         **TWO,
     ),
@@ -413,10 +419,12 @@ def test_what_the_calls_of_a_family_mean(case: Case) -> None:
     given = case.inputs or (ids if is_text else pixels())
     _, towers, samples = from_module(built(case), [given(), given()])
     tower = towers[0]
+    assert tuple(one.name for one in towers) == case.towers
     assert {layer.index: layer.path for layer in tower.layers} == dict(case.layers)
     assert tower.skipped.keys() == case.skipped.keys()
     assert all(why in tower.skipped[path] for path, why in case.skipped.items())
     assert not tower.meaning["random"]
+    assert tower.meaning["padded_windows"] == [case.layers[number] for number in case.padded]
     for call in calls_of(tower, samples[:1]):
         assert call.heads == of_layer(case.heads, call)
         # under a mask transformers repeats heads of values
