@@ -317,3 +317,16 @@ def test_what_cannot_be_read_or_run_is_told(
 def test_linear_attention_is_told(folder_of: Folders) -> None:
     error = told(folder_of("sana"))
     assert "is linear, without a softmax: it is not measured" in str(error)
+
+
+def test_two_time_steps_of_one_model_are_a_controlled_comparison(
+    pipelines: Folders, attnbias: Callable[..., Ended]
+) -> None:
+    name = f"{pipelines('pixart')},img_size=16"
+    given = ("--images", "demo", "--limit", "2", "--metrics", "cos_y_vself", "-o", "run")
+    probed = attnbias("probe", "-m", f"{name},t=100", "-m", f"{name},t=900", *given)
+    assert probed.code == 0, probed.err
+    compared = attnbias("compare", "run", "-o", "compared")
+    assert compared.code == 0, compared.err
+    said = " ".join(compared.out.split())
+    assert "Of patch size, image size, T, weights and time step only time step differs." in said
