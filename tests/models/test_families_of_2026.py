@@ -6,7 +6,7 @@ Models as their libraries build them; what a tower by name adds, kinds of tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,21 @@ SINGLE = "1 queries over"
 class Case:
     """One family.
 
-    build: the model, or its config. layers: number -> path; skipped: path -> part of the reason. values:
-    number -> whose they are, where they are not the layer's own. heads, kv_heads, value_dim: of every call;
-    kv_heads are told by what they hold. gated: whether the output projection reads something else than Y.
-    sinks: numbers of layers whose rows sum to less than 1. windows: of those that do not see all tokens.
-    padded: of those whose windows are filled up. towers: of the module; the first is looked at.
+    build: the model, or its config. layers: with softmax, number -> path. others: number -> class of what
+    mixes tokens without one: it is measured as such, or named. skipped: what is no attention of its own
+    tokens, path -> part of the reason. unmeasured: how many of these hold a place. values: number -> whose
+    they are, where they are not the layer's own. heads, kv_heads, value_dim: of every call; kv_heads are
+    told by what they hold. gated: whether the output projection reads something else than Y. sinks: numbers
+    of layers whose rows sum to less than 1. windows: of those that do not see all tokens. padded: of those
+    whose windows are filled up. towers: of the module; the first is looked at.
     """
 
     name: str
     build: Callable[[], Any]
     layers: Mapping[int, str]
+    others: Mapping[int, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    unmeasured: int = 0
     values: Mapping[int, str] = field(default_factory=dict)
     heads: int | Mapping[int, int] = 4
     kv_heads: int | Mapping[int, int] = 2
@@ -79,10 +83,6 @@ def config(name: str, *sizes: Mapping[str, Any], **more: Any) -> Callable[[], An
 
 def numbered(path: str, *numbers: int) -> dict[int, str]:
     return {number: path.format(number) for number in numbers}
-
-
-def no_softmax(mixer: str, *numbers: int) -> dict[str, str]:
-    return dict.fromkeys((f"layers.{n}" for n in numbers), f"no softmax attention ({mixer})")
 
 
 SHARING = {
@@ -120,21 +120,21 @@ TEXTS = [
         "qwen3-next",
         config("Qwen3Next", TEXT, DELTA, HYBRID, EXPERTS, shared_expert_intermediate_size=16),
         numbered(ATTENTION, 1),
-        no_softmax("Qwen3NextGatedDeltaNet", 0, 2),
+        dict.fromkeys((0, 2), "Qwen3NextGatedDeltaNet"),
         gated=True,
     ),
     Case(
         "qwen3.5",
         config("Qwen3_5Text", TEXT, DELTA, HYBRID),
         numbered(ATTENTION, 1),
-        no_softmax("Qwen3_5GatedDeltaNet", 0, 2),
+        dict.fromkeys((0, 2), "Qwen3_5GatedDeltaNet"),
         gated=True,
     ),
     Case(
         "qwen3.5-moe",
         config("Qwen3_5MoeText", TEXT, DELTA, HYBRID, EXPERTS, shared_expert_intermediate_size=16),
         numbered(ATTENTION, 1),
-        no_softmax("Qwen3_5MoeGatedDeltaNet", 0, 2),
+        dict.fromkeys((0, 2), "Qwen3_5MoeGatedDeltaNet"),
         gated=True,
     ),
     Case(
@@ -166,7 +166,7 @@ TEXTS = [
             layer_types=[SLIDING] * 3,
         ),
         numbered(ATTENTION, 0, 1, 2),
-        {f"layers.{n}.{part}_hc": HYPER for n in range(3) for part in ("attn", "ffn")},
+        skipped={f"layers.{n}.{part}_hc": HYPER for n in range(3) for part in ("attn", "ffn")},
         kv_heads=1,
         gated=True,  # values carry positions, which are turned back before the projection
         sinks=(0, 1, 2),
@@ -191,8 +191,8 @@ TEXTS = [
             linear_num_heads=2,
         ),
         numbered(ATTENTION, 1),
-        no_softmax("Glm5NextTextLinearAttention", 0, 2)
-        | {f"layers.{n}.{part}_hc": HYPER for n in range(3) for part in ("attn", "ffn")}
+        dict.fromkeys((0, 2), "Glm5NextTextLinearAttention"),
+        {f"layers.{n}.{part}_hc": HYPER for n in range(3) for part in ("attn", "ffn")}
         | {"layers.1.self_attn.indexer": HYPER},
         kv_heads=4,
         value_dim=6,
@@ -219,7 +219,7 @@ TEXTS = [
             linear_num_heads=2,
         ),
         numbered(ATTENTION, 1),
-        no_softmax("KimiLinearDeltaAttention", 0, 2),
+        dict.fromkeys((0, 2), "KimiLinearDeltaAttention"),
         kv_heads=4,
         value_dim=6,
     ),
@@ -264,13 +264,13 @@ TEXTS = [
             chunk_size=4,
         ),
         {2: "layers.2.mixer"},
-        no_softmax("NemotronHMamba2Mixer", 0, 3) | no_softmax("NemotronHMLP", 1),
+        {0: "NemotronHMamba2Mixer", 1: "NemotronHMLP", 3: "NemotronHMamba2Mixer"},
     ),
     Case(
         "lfm2",
         config("Lfm2", TEXT, num_hidden_layers=3, layer_types=["conv", FULL, "conv"]),
         numbered(ATTENTION, 1),
-        no_softmax("Lfm2ShortConv", 0, 2),
+        dict.fromkeys((0, 2), "Lfm2ShortConv"),
     ),
 ]
 
@@ -311,7 +311,7 @@ IMAGES = [
         "siglip-2",
         config("Siglip2Vision", {k: x for k, x in VISION.items() if k != "image_size"}, num_patches=16),
         numbered("encoder.layers.{}.self_attn", 0, 1),
-        {"head.attention": SINGLE},
+        skipped={"head.attention": SINGLE},
         inputs=packed,
         **TWO,
     ),
@@ -321,14 +321,14 @@ IMAGES = [
             "vit_pe_core_tiny_patch16_384", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2
         ),
         numbered("blocks.{}.attn", 0, 1),
-        {"attn_pool": SINGLE},
+        skipped={"attn_pool": SINGLE},
         **TWO,
     ),
     Case(
         "aimv2",
         config("Aimv2Vision", VISION),
         numbered("encoder.layers.{}.attention", 0, 1),
-        {"head": SINGLE},
+        skipped={"head": SINGLE},
         **TWO,
     ),
     Case("radio", config("Radio", VISION), numbered("encoder.layer.{}.attention", 0, 1), **TWO),
@@ -360,7 +360,8 @@ IMAGES = [
         "sam-2",
         hiera,
         numbered("backbone.blocks.{}.attn", 0, 3),
-        {f"backbone.blocks.{n}.attn": "queries over" for n in (1, 2, 4)},
+        skipped={f"backbone.blocks.{n}.attn": "queries over" for n in (1, 2, 4)},
+        unmeasured=3,
         windows=(0,),
         heads={0: 1, 3: 4},
         kv_heads={0: 1, 3: 4},
@@ -420,18 +421,25 @@ def test_what_the_calls_of_a_family_mean(case: Case) -> None:
     _, towers, samples = from_module(built(case), [given(), given()])
     tower = towers[0]
     assert tuple(one.name for one in towers) == case.towers
-    assert {layer.index: layer.path for layer in tower.layers} == dict(case.layers)
-    assert tower.skipped.keys() == case.skipped.keys()
-    assert all(why in tower.skipped[path] for path, why in case.skipped.items())
+    found = {layer.index: layer.path for layer in tower.layers}
+    assert {number: path for number, path in found.items() if number not in case.others} == case.layers
+    assert tower.depth == len(case.layers) + len(case.others) + case.unmeasured
+    skipped = dict(tower.skipped)
+    for number, kind in case.others.items():
+        told = skipped.pop(f"layers.{number}", None)
+        assert (told == f"no softmax attention ({kind})") != (number in found)
+    assert skipped.keys() == case.skipped.keys()
+    assert all(why in skipped[path] for path, why in case.skipped.items())
     assert not tower.meaning["random"]
     assert tower.meaning["padded_windows"] == [case.layers[number] for number in case.padded]
-    for call in calls_of(tower, samples[:1]):
+    with_softmax = replace(tower, layers=[layer for layer in tower.layers if layer.index in case.layers])
+    for call in calls_of(with_softmax, samples[:1]):
         assert call.heads == of_layer(case.heads, call)
         # under a mask transformers repeats heads of values
         assert call.value[0].unique(dim=0).shape[0] == of_layer(case.kv_heads, call)
         assert call.value.shape[-1] == case.value_dim
         assert not is_text or (call.visibility.count <= torch.arange(1, call.tokens + 1)).all()
-    (measured,) = measure(tower, samples[:1], metrics=["cos_y_vself"], token_sets=["all"])
+    (measured,) = measure(with_softmax, samples[:1], metrics=["cos_y_vself"], token_sets=["all"])
     assert [values.layer for values in measured] == list(case.layers)
     for values in measured:
         facts = values.facts

@@ -452,4 +452,5 @@ def other_than(x: Tensor, number: int = 1) -> Tensor:
     if not x.is_floating_point():
         return x.roll(number, -1)
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(number))
-    return (drawn * (1 + x.float().std().nan_to_num().cpu())).to(x.device, x.dtype)
+    spread = x.float().std().nan_to_num().cpu() if x.numel() > 1 else 0.0
+    return (drawn * (1 + spread)).to(x.device, x.dtype)
