@@ -275,7 +275,7 @@ def save_diffusion_model(folder: Path, kind: str) -> Path:
 
 
 def save_pipeline(folder: Path, kind: str) -> Path:
-    """A whole pipeline of diffusers, "flux" or "pixart", with a VAE that halves sides and text encoders."""
+    """A pipeline of diffusers, "sd3", "flux" or "pixart": its VAE halves sides, and it has text encoders."""
     import diffusers
 
     name, sizes = DIFFUSION[kind]
@@ -283,24 +283,29 @@ def save_pipeline(folder: Path, kind: str) -> Path:
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     vae = {"block_out_channels": [8, 8], "latent_channels": 4, "norm_num_groups": 4, "shift_factor": 0.1}
     text = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    pooled = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 77}
+
+    def pooling(kind: type, width: int) -> transformers.PreTrainedModel:
+        size = TEXT_SIZES | pooled | {"hidden_size": width, "projection_dim": width}
+        return kind(transformers.CLIPTextConfig(**size))
+
     save_tokenizer(folder / "words", special=("<s>", "</s>"))
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "words")
     reader = transformers.T5EncoderModel(transformers.T5Config(**text))
-    parts = {
-        "transformer": getattr(diffusers, name)(**sizes),
-        "vae": diffusers.AutoencoderKL(**blocks, **vae),
-    }
+    module = getattr(diffusers, name)(**sizes)
+    parts = {"transformer": module, "vae": diffusers.AutoencoderKL(**blocks, **vae), "tokenizer": tokenizer}
     if kind == "pixart":
-        parts |= {"scheduler": diffusers.DDPMScheduler(), "text_encoder": reader, "tokenizer": tokenizer}
-        pipeline = diffusers.PixArtSigmaPipeline(**parts)
+        parts |= {"scheduler": diffusers.DDPMScheduler(), "text_encoder": reader}
+        diffusers.PixArtSigmaPipeline(**parts).save_pretrained(folder)
+        return folder
+    tokenizer.model_max_length = 77
+    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "tokenizer_2": tokenizer}
+    if kind == "flux":
+        parts |= {"text_encoder": pooling(transformers.CLIPTextModel, 16), "text_encoder_2": reader}
+        diffusers.FluxPipeline(**parts).save_pretrained(folder)
     else:
-        sizes = TEXT_SIZES | {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": 77}
-        pooling = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1)
-        )
-        tokenizer.model_max_length = 77
-        parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "text_encoder": pooling}
-        parts |= {"tokenizer": tokenizer, "text_encoder_2": reader, "tokenizer_2": tokenizer}
-        pipeline = diffusers.FluxPipeline(**parts)
-    pipeline.save_pretrained(folder)
+        halves = (pooling(transformers.CLIPTextModelWithProjection, 8) for _ in range(2))
+        parts |= dict(zip(("text_encoder", "text_encoder_2"), halves, strict=True))
+        parts |= {"text_encoder_3": reader, "tokenizer_3": tokenizer}
+        diffusers.StableDiffusion3Pipeline(**parts).save_pretrained(folder)
     return folder

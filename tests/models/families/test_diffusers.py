@@ -206,14 +206,17 @@ def test_noise_belongs_to_its_image_and_not_to_its_batch(folder_of: Folders) -> 
     assert not torch.equal(*alone)
 
 
-def test_the_prompt_is_told_to_the_text_alone(pipelines: Folders) -> None:
-    folder = pipelines("flux")
+@pytest.mark.parametrize(("kind", "tokens"), [("flux", 512), ("sd3", 77 + 256)])
+def test_the_prompt_is_told_to_the_text_alone(pipelines: Folders, kind: str, tokens: int) -> None:
+    folder = pipelines(kind)
     towers = [loaded(f"{folder},img_size=16{more}").tower("vision") for more in ("", ",prompt=a dog")]
     usual, other = (batch_of(tower, IMAGES[0]).data for tower in towers)
     assert [tower.facts["prompt"] for tower in towers] == ["a photograph", "a dog"]
     assert torch.equal(usual["hidden_states"], other["hidden_states"])
-    assert not torch.equal(usual["encoder_hidden_states"], other["encoder_hidden_states"])
-    assert usual["encoder_hidden_states"].shape == (1, 512, 32)
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        assert not torch.equal(usual[name], other[name])
+    assert usual["encoder_hidden_states"].shape == (1, tokens, 32)
+    assert usual["pooled_projections"].shape == (1, 16)
 
 
 def test_half_precision_is_measured(pipelines: Folders) -> None:
@@ -258,6 +261,15 @@ def test_what_a_pipeline_lacks_is_a_caveat(
     assert entry["resolved"] == f"diffusers:{folder},img_size={size},t=100"
     assert (entry["t"], entry["prompt"]) == (100, None if NO_PROMPT in said else "a photograph")
     assert ("no VAE" in " ".join(entry["notes"])) == (NOISE in said)
+
+
+def test_stable_diffusion_3_goes_without_its_largest_encoder(pipelines: Folders, tmp_path: Path) -> None:
+    shutil.copytree(pipelines("sd3"), tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder" / "text_encoder_3")
+    tower = loaded(f"{tmp_path / 'folder'},img_size=16").tower("vision")
+    states = batch_of(tower, IMAGES[0]).data["encoder_hidden_states"][0]
+    assert (tower.facts["prompt"], tower.facts["instead"]) == ("a photograph", None)
+    assert (states != 0).any(1).tolist() == [True] * 77 + [False] * 256
 
 
 def told(name: object, **options: Any) -> UserError:
