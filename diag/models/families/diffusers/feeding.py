@@ -77,6 +77,7 @@ class Feeding:
 
 
 def _steps(latents: Tensor, t: float) -> Tensor:
+    """One number for each input."""
     return torch.full((len(latents),), t, device=latents.device)
 
 
@@ -91,7 +92,7 @@ def _sd3(module: Any, latents: Tensor, text: Text, t: float) -> dict[str, Any]:
 
 def _flux(module: Any, latents: Tensor, text: Text, t: float) -> dict[str, Any]:
     batch, channels, height, width = latents.shape
-    strength = torch.full((batch,), GUIDANCE[type(module).__name__], device=latents.device)
+    strength = _steps(latents, GUIDANCE[type(module).__name__])
     return {
         "hidden_states": FluxPipeline._pack_latents(latents, batch, channels, height, width),
         "encoder_hidden_states": text.states,
@@ -127,7 +128,7 @@ def _sana(module: Any, latents: Tensor, text: Text, t: float) -> dict[str, Any]:
         "encoder_hidden_states": text.states,
         "encoder_attention_mask": text.mask,
         "timestep": _steps(latents, t * config.timestep_scale),
-        "guidance": torch.full((len(latents),), strength) if config.guidance_embeds else None,
+        "guidance": _steps(latents, strength) if config.guidance_embeds else None,
     }
 
 

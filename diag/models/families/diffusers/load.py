@@ -201,7 +201,9 @@ def _text(
             encoder = getattr(pipeline, name)
             if encoder is not None:
                 encoder.eval().to(device)
-        return feeding.prompt(pipeline, prompt).to(device, dtype)
+        text = feeding.prompt(pipeline, prompt).to(device, dtype)
+    pipeline.register_modules(**dict.fromkeys(encoders))  # the largest part, and done with
+    return text
 
 
 # --- inputs
