@@ -224,3 +224,88 @@ def save_open_clip(folder: Path) -> Path:
     file = folder / "epoch_1.pt"
     torch.save({"epoch": 1, "name": "tiny", "state_dict": state, "optimizer": {"state": {}}}, file)
     return file
+
+
+LATENTS = {"in_channels": 4, "sample_size": 8, "patch_size": 2}
+DIFFUSION = {
+    # of Stable Diffusion 3.5: its first block attends once more, over the image alone
+    "sd3": (
+        "SD3Transformer2DModel",
+        LATENTS
+        | {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32}
+        | {"caption_projection_dim": 16, "pooled_projection_dim": 16, "out_channels": 4}
+        | {"pos_embed_max_size": 8, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16}
+        | {"num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 16}
+        | {"axes_dims_rope": (4, 6, 6), "guidance_embeds": True},
+    ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        LATENTS
+        | {"num_attention_heads": 2, "attention_head_dim": 8, "out_channels": 8, "num_layers": 2}
+        | {"cross_attention_dim": 16, "caption_channels": 32},
+    ),
+    "sana": (
+        "SanaTransformer2DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+        }
+        | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+        | {"caption_channels": 32, "sample_size": 2},
+    ),
+}
+"""Kind -> class of diffusers and its sizes."""
+
+
+def save_diffusion_model(folder: Path, kind: str) -> Path:
+    """A diffusion transformer alone, in a folder of diffusers."""
+    import diffusers
+
+    name, sizes = DIFFUSION[kind]
+    torch.manual_seed(0)
+    getattr(diffusers, name)(**sizes).save_pretrained(folder)
+    return folder
+
+
+def save_pipeline(folder: Path, kind: str) -> Path:
+    """A pipeline of diffusers, "sd3", "flux" or "pixart": its VAE halves sides, and it has text encoders."""
+    import diffusers
+
+    name, sizes = DIFFUSION[kind]
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = {"block_out_channels": [8, 8], "latent_channels": 4, "norm_num_groups": 4, "shift_factor": 0.1}
+    text = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    pooled = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 77}
+
+    def pooling(kind: type, width: int) -> transformers.PreTrainedModel:
+        size = TEXT_SIZES | pooled | {"hidden_size": width, "projection_dim": width}
+        return kind(transformers.CLIPTextConfig(**size))
+
+    save_tokenizer(folder / "words", special=("<s>", "</s>"))
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "words")
+    reader = transformers.T5EncoderModel(transformers.T5Config(**text))
+    module = getattr(diffusers, name)(**sizes)
+    parts = {"transformer": module, "vae": diffusers.AutoencoderKL(**blocks, **vae), "tokenizer": tokenizer}
+    if kind == "pixart":
+        parts |= {"scheduler": diffusers.DDPMScheduler(), "text_encoder": reader}
+        diffusers.PixArtSigmaPipeline(**parts).save_pretrained(folder)
+        return folder
+    tokenizer.model_max_length = 77
+    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "tokenizer_2": tokenizer}
+    if kind == "flux":
+        parts |= {"text_encoder": pooling(transformers.CLIPTextModel, 16), "text_encoder_2": reader}
+        diffusers.FluxPipeline(**parts).save_pretrained(folder)
+    else:
+        halves = (pooling(transformers.CLIPTextModelWithProjection, 8) for _ in range(2))
+        parts |= dict(zip(("text_encoder", "text_encoder_2"), halves, strict=True))
+        parts |= {"text_encoder_3": reader, "tokenizer_3": tokenizer}
+        diffusers.StableDiffusion3Pipeline(**parts).save_pretrained(folder)
+    return folder

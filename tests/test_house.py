@@ -57,6 +57,10 @@ LIBRARIES = {
         "studies/monitor/hf_trainer.py",
         "variants/in_transformers.py",
     },
+    "diffusers": {
+        "models/families/diffusers/feeding.py",
+        "models/families/diffusers/load.py",
+    },
     "transformer_lens": {"models/families/transformer_lens.py"},
 }
 """Library of a model family -> the files that import it on top, or, among models, anywhere."""

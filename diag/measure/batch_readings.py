@@ -132,7 +132,7 @@ class BatchReadings:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
         if self.tower.name != "vision":
             return TEXT
-        if self.tower.suffix:  # a grid has no places for what is behind it
+        if self.tower.suffix or len(self.tower.marks) > 1:  # a grid has no places for what is beside it
             return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)
         size = self.tower.facts.get("image_size")

@@ -39,6 +39,9 @@ KINDS = (
 """Kinds of tokens that are no patches, in the order in which models put them together, and what parameters
 that hold them are called. A distillation token (DeiT) is a second class token."""
 
+TOGETHER = re.compile(r"(cls|class)_reg(ister)?_tokens?")
+"""A parameter with class tokens, as many as the model's config says, and registers behind them (RADIO)."""
+
 UNKNOWN = "registers"
 """The kind of such tokens whose parameters are not known by name."""
 
@@ -83,6 +86,10 @@ def declared_kinds(module: nn.Module) -> list[str]:
         for path, parameter in module.named_parameters():
             if pattern.fullmatch(path.rpartition(".")[2]) and parameter.numel():
                 found += [kind] * (parameter.numel() // parameter.shape[-1])
+    for path, parameter in module.named_parameters():
+        if TOGETHER.fullmatch(path.rpartition(".")[2]):
+            classes = getattr(getattr(module, "config", None), "num_cls_tokens", 1)
+            found = ["cls"] * classes + found + ["registers"] * (len(parameter) - classes)
     return found
 
 

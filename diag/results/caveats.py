@@ -11,12 +11,17 @@ RANDOM, WITHOUT_ADAPTER, BY_DEFAULT = "random", "without adapter", "demo, by def
 """Of the column `weights`: nothing was learned, or an adapter beside them was not loaded. Of `inputs`: nobody
 named any."""
 
+NOISE, NO_PROMPT = "noise latents", "no prompt"
+"""Of the column `inputs`, for diffusion models: what stands in place of an image, or of a text, that nothing
+in the model's folder encodes."""
+
 CAVEATS: Mapping[tuple[str, str], str] = {
     ("weights", RANDOM): "random weights",
     ("weights", WITHOUT_ADAPTER): "adapter not loaded",
     ("positions", "interpolated"): "interpolated positions",
     ("patch_embedding", "resampled"): "resampled patches",
     ("inputs", BY_DEFAULT): "demo inputs",
+    **{("inputs", words): words for words in (NOISE, NO_PROMPT, f"{NOISE}, {NO_PROMPT}")},
 }
 """Column and value -> the words."""
 

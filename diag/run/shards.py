@@ -50,7 +50,8 @@ class TowerJob:
         token_sets: Sequence[str] | None = None,
         inputs: str = "given",
     ) -> TowerJob:
-        """token_sets: the plan's if None, or the tower's defaults. inputs: as the column of that name says.
+        """token_sets: the plan's if None, or the tower's defaults. inputs: as the column of that name says,
+        where the tower is given them.
 
         Raises UserError, naming the layer, where the plan asks for what this model does not allow.
         """
@@ -61,7 +62,7 @@ class TowerJob:
             tower,
             measurement,
             token_sets or plan.tokens or tower.default_sets,
-            {**_constants_of(model, tower, plan), "inputs": inputs},
+            {**_constants_of(model, tower, plan), "inputs": tower.facts.get("instead") or inputs},
             removed,
             _blocks_of(model, tower, measurement),
             BatchSize.of(plan.batch_size, model.module),

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import (
+    DIFFUSION,
     TEXT,
+    save_diffusion_model,
     save_language_model,
     save_tokenizer,
     save_vision_language_model,
@@ -31,6 +33,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if kind not in made:
             text = kind in ("gpt2", "neox", "llama", "qwen3", "gemma2", "gpt-oss", "bert", "t5")
             save = save_language_model if text else save_vision_model
+            save = save_diffusion_model if kind in DIFFUSION else save
             if kind in ("llava", "qwen2_5_vl_whole"):
                 save = save_vision_language_model
             made[kind] = save(tmp_path_factory.mktemp(kind), kind)

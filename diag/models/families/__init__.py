@@ -11,6 +11,7 @@ FAMILIES = {
     "open_clip": "diag.models.families.open_clip",
     "hf": "diag.models.families.hf",
     "tl": "diag.models.families.transformer_lens",
+    "diffusers": "diag.models.families.diffusers",
     "demo": "diag.models.families.demo",
 }
 """Prefix -> the module that holds the family's `FAMILY`, and imports its library only to load a model."""

@@ -16,6 +16,8 @@ from torch import nn
 
 CROSS = "cross-attention"
 """What stands in the reason of a module whose keys are not the tokens of its queries."""
+EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
+"""That of a module of which no more is known."""
 NUMBER = "#"
 
 Found = Mapping[str, str | None]
@@ -218,7 +220,8 @@ def _places(
         for block, own in inside.items()
         for key in own
     ]
-    for block, path, why in _plain(tree, inside, paths):
+    others = [path for path in paths if beside.get(path) != EAGER]  # a block with no more has no attention
+    for block, path, why in _plain(tree, inside, others):
         later = [
             when.get(key, inf)
             for b, own in inside.items()
@@ -251,17 +254,23 @@ def _blocks(tree: _Tree, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _beside(tree: _Tree, inside: Mapping[str, Sequence[tuple[str, int]]], found: Found) -> dict[str, str]:
-    """Cross-attention that holds no place: in a block beside other attention, or in blocks of its own kind.
+    """What holds no place: cross-attention in a block beside other attention, or in blocks of its own kind.
 
     Where blocks of one kind have either, as in a language model whose every fifth layer reads an image, and
-    where a stack has nothing else, it holds one.
+    where a stack has nothing else, it holds one. A softmax of which nothing more was seen holds none where
+    its like stands beside attention: it may be of anything, such as DeepSeek-V4's hyper-connections.
     """
-    with_own = [block for block, own in inside.items() if any(not _crosses(found[path]) for path, _ in own)]
+    paths = {block: [path for path, _ in own] for block, own in inside.items()}
+    attending = (own for own in paths.values() if any(found[path] != EAGER for path in own))
+    kinds = {tree.open[path] for own in attending for path in own if found[path] == EAGER}
+    unsure = {p: EAGER for own in paths.values() for p in own if found[p] == EAGER and tree.open[p] in kinds}
+    paths = {block: [path for path in own if path not in unsure] for block, own in paths.items()}
+    with_own = [block for block, own in paths.items() if any(not _crosses(found[path]) for path in own)]
     kinds = {tree.open[block] for block in with_own if tree.is_numbered(block)}
-    return {
+    return unsure | {
         path: found[path] or ""
-        for block, own in inside.items()
-        for path, _ in own
+        for block, own in paths.items()
+        for path in own
         if with_own and _crosses(found[path]) and (block in with_own or tree.open[block] not in kinds)
     }
 

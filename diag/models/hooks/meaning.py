@@ -18,12 +18,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.depth import Place, stacks_of, with_reasons
+from diag.models.hooks.depth import EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.in_python import WHAT_TO_TYPE
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
 from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
 
-EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
     "that follow each other"

@@ -11,7 +11,8 @@ What a pass leaves is small: of V a fingerprint per token, by which two passes a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -477,6 +478,8 @@ def _with_changed(
     def instead(x: Any) -> Any:
         if any(x is one for one in same):
             return changed
+        if isinstance(x, MutableMapping | list):  # what layers hand on in it stays as this pass has left it
+            return copy(x)
         return None if hasattr(x, "get_seq_length") else x
 
     return [instead(x) for x in args], {name: instead(x) for name, x in kwargs.items()}
@@ -495,4 +498,5 @@ def other_than(x: Tensor, number: int = 1) -> Tensor:
     if not x.is_floating_point():
         return x.roll(number, -1)
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(number))
-    return (drawn * (1 + x.float().std().nan_to_num().cpu())).to(x.device, x.dtype)
+    spread = x.float().std().nan_to_num().cpu() if x.numel() > 1 else 0.0
+    return (drawn * (1 + spread)).to(x.device, x.dtype)

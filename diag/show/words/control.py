@@ -16,7 +16,8 @@ from diag.results.collect import Collection
 from diag.show.words.phrases import listed
 
 FACTORS = {"patch_size": "patch size", "image_size": "image size", "n_tokens": "T", "weights": "weights"}
-"""What a controlled comparison may vary, one at a time."""
+STEP = {"t": "time step"}
+"""What a controlled comparison may vary, one at a time; diffusion models also their time step."""
 CONDITIONS = {
     "tower": "towers",
     "tokens": "token sets",
@@ -27,8 +28,9 @@ CONDITIONS = {
 }
 """What no series varies: how and on what was measured."""
 
-SIZES = r",(?:img_size|patch_size)=[^,]*"
-"""Arguments of a name that fit weights to another size: the hash changes, the checkpoint does not."""
+SIZES = r",(?:img_size|patch_size|t)=[^,]*"
+"""Arguments of a name that fit weights to another size or say at which time step they are looked at: the hash
+may change, the checkpoint does not."""
 
 
 def series_control(collection: Collection) -> str | None:
@@ -61,10 +63,11 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
         yield f"Not a controlled comparison: {'; '.join(reasons)}."
     elif control is not None:
         yield f"Controlled series: {control}"
-    elif varying := _varying(_facts(collection), FACTORS):
+    elif varying := _varying(facts := _facts(collection), FACTORS | STEP):
+        may_vary = FACTORS | (STEP if facts["t"].any() else {})
         differs = "differ" if varying == ["weights"] else "differs"
         windows = "; windows of another length are other stretches of the text" if varying == ["T"] else ""
-        yield f"Of patch size, image size, T and weights only {varying[0]} {differs}{windows}."
+        yield f"Of {listed([*may_vary.values()])} only {varying[0]} {differs}{windows}."
     yield from _surprised(collection)
     if untrained := random_lines(collection):
         names = [label.replace(f" · {CAVEATS['weights', RANDOM]}", "") for label in untrained]
@@ -112,7 +115,7 @@ def uncontrolled(collection: Collection, *, in_series: bool = False) -> list[str
     ):
         if len(shown) > 1:
             reasons.append(f"{name} differ ({', '.join(shown[:3])}{', …' if len(shown) > 3 else ''})")
-    varying = _varying(facts, FACTORS)
+    varying = _varying(facts, FACTORS | STEP)
     if len(varying) > 1:
         reasons.append(f"{listed(varying)} differ at once")
     return reasons
@@ -137,6 +140,7 @@ def _facts(collection: Collection) -> pd.DataFrame:
         facts = {"n_tokens": str(part["n_tokens"].max())} if "n_tokens" in part else {}
         facts |= {name: str(first[name]) for name in same} | {
             "weights": f"{re.sub(SIZES, '', resolved)} {entry.get('checkpoint')}",
+            "t": str(entry.get("t", "")),
             "resolved": resolved,
             "hash": f"{resolved} {entry.get('weights_sha256')}",
             "family": str(entry.get("family", resolved.split(":")[0])),
