@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from diag.errors import UserError, one_of
@@ -27,6 +28,9 @@ SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", 
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Either may hold the settings of an image processor."""
+
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+PROCESSOR_TIP = "save it there with image_processor.save_pretrained(FOLDER)"
 
 MOST_TOKENIZER = 256 * MEGABYTE
 """Bytes of a document beside the weights; the largest are tokenizers of 250,000 words, some 35 MB."""
@@ -181,10 +185,23 @@ def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
 
 def load_image_processor(spec: ModelSpec) -> Any:
     """The image processor that lies beside the weights. Raises UserError if there is none."""
-    tip, folder = "save it there with image_processor.save_pretrained(FOLDER)", Path(spec.name)
+    tip, folder = PROCESSOR_TIP, Path(spec.name)
     if folder.is_dir() and not any((folder / name).is_file() for name in PROCESSORS):
         raise UserError(f"folder '{folder}' has no {PROCESSORS[0]}", tip)
     return _beside(spec, transformers.AutoImageProcessor, "preprocessor_config.json", tip)
+
+
+def load_video_processor(spec: ModelSpec, config: transformers.PretrainedConfig) -> Any:
+    """What makes a clip of frames: the video or image processor that the model was saved with.
+
+    One in place of the other may give other pixels: ViViT's two scale them differently.
+    Raises UserError where neither is there.
+    """
+    folder = Path(spec.name)
+    saved = (folder / VIDEO_PROCESSOR).is_file()
+    if saved or not (folder.is_dir() or type(config) in IMAGE_PROCESSOR_MAPPING):
+        return _beside(spec, transformers.AutoVideoProcessor, VIDEO_PROCESSOR, PROCESSOR_TIP)
+    return load_image_processor(spec)
 
 
 def load_processor(spec: ModelSpec) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from diag.models.families.hf.files import (
     load_image_processor,
     load_processor,
     load_tokenizer,
+    load_video_processor,
     reading,
 )
 from diag.models.families.hf.head import load_language_head
+from diag.models.families.hf.video import PIXELS, clip_tower, frames_of
 from diag.models.families.hf.vision import seen
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
@@ -57,6 +60,8 @@ HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_tok
 
 TOKENIZER_TIP = "save the one that belongs to the model: tokenizer.save_pretrained(FOLDER)"
 
+WEIGHTS_TIP = "check the folder, or download it again: the weights must be those of its config.json"
+
 Build = Callable[[], Tower]
 
 
@@ -72,13 +77,13 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         )
     config = load_config(spec)
     spread = device == SPREAD
-    module = _load_module(spec, config, dtype, placement() if spread else {})
+    module, lacks = _load_module(spec, config, dtype, placement() if spread else {})
     refuse_offloaded(module, spec.resolved)
     # not the format: rotary frequencies, and what a model keeps in float32, would be rounded with the rest
     ready(module, spec.resolved, device=None if spread else device, dtype=None)
     notes: list[str] = []
     sized = "vision" if IMAGE in spec.model_args else None  # the size was asked for by name
-    towers = build_towers(_builders(spec, module, notes, dtype=dtype), notes, needed=sized)
+    towers = build_towers(_builders(spec, module, lacks, notes, dtype=dtype), notes, needed=sized)
     notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
     if not spec.random_init and (Path(spec.name) / "adapter_config.json").is_file():
@@ -87,7 +92,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         notes.append(
             f"the adapter in the folder was {'loaded' if loaded else 'not loaded: peft is not installed'}"
         )
-    scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
+    scores = {"vision", "text"} <= towers.keys() and is_contrastive(module) and not lacks.names
     classes = (lambda names: zero_shot(module, load_tokenizer(spec), names)) if scores else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
 
@@ -111,32 +116,45 @@ def refuse_eager(spec: ModelSpec, module: nn.Module, layers: Sequence[Layer]) ->
             raise eager_refusal(spec, type(around[-1]).__name__)
 
 
+@dataclass(frozen=True)
+class Lacking:
+    """Weights that a model's files lack, by name; they are zeros. source: the model."""
+
+    source: str
+    names: tuple[str, ...] = ()
+
+    def refuse(self, prefix: str) -> None:
+        """Raises UserError where some of them are below a part, or anywhere for an empty prefix."""
+        missing = [name for name in self.names if name.startswith(prefix)]
+        if missing:
+            names = up_to_three([f"'{name}'" for name in missing])
+            raise UserError(f"the weights of '{self.source}' lack {names}: they would be random", WEIGHTS_TIP)
+
+
 def _load_module(
     spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
-) -> nn.Module:
+) -> tuple[nn.Module, Lacking]:
     """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
     auto = transformers.AutoModelForTextEncoding if _is_encoder(config) else transformers.AutoModel
-    tip = "check the folder, or download it again: the weights must be those of its config.json"
     if spec.random_init and placing:
         raise UserError("--device spread does not go with --random-init", "give a model with weights")
     if not spec.random_init and Path(spec.name).is_dir():
         check_weights(Path(spec.name))
-    with reading(spec, "config.json" if spec.random_init else "model.safetensors", tip=tip):
+    with reading(spec, "config.json" if spec.random_init else "model.safetensors", tip=WEIGHTS_TIP):
         how = {"trust_remote_code": spec.trust_remote_code, "dtype": dtype}
         if spec.random_init:
             with torch.device("meta"):
                 refuse_too_large(auto.from_config(deepcopy(config)), spec.resolved)
-            return _through_sdpa(auto.from_config, config, **how)
+            return _through_sdpa(auto.from_config, config, **how), Lacking(spec.name)
         load_it = partial(auto.from_pretrained, spec.name, revision=spec.revision, output_loading_info=True)
         module, report = _through_sdpa(
             lambda own, **more: load_it(config=own, **more), config, **how, **placing
         )
     missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
-    if missing:
-        names = up_to_three([f"'{name}'" for name in missing])
-        raise UserError(f"the weights of '{spec.name}' lack {names}: they would be random", tip)
+    for name in missing:  # which values they got is chance
+        module.state_dict()[name].zero_()
     _restore_variants(module, Path(spec.name))
-    return module
+    return module, Lacking(spec.name, tuple(missing))
 
 
 def _is_encoder(config: transformers.PretrainedConfig) -> bool:
@@ -193,19 +211,28 @@ def _restore_variants(module: Any, folder: Path) -> None:
 # --- towers
 
 
-def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dtype) -> dict[str, Build]:
-    """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes."""
+def _builders(
+    spec: ModelSpec, module: Any, lacks: Lacking, notes: list[str], *, dtype: torch.dtype
+) -> dict[str, Build]:
+    """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes.
+
+    Of weights that are not there each tower minds its own, and a language model all of them.
+    """
     config = module.config
-    vision = next((part for part in VISION_PARTS if hasattr(module, part)), None)
-    text = next((part for part in TEXT_PARTS if hasattr(module, part)), None)
+    # a part may be None: of Gemma 4 without images, for one
+    vision = next((part for part in VISION_PARTS if isinstance(getattr(module, part, None), nn.Module)), None)
+    text = next((part for part in TEXT_PARTS if isinstance(getattr(module, part, None), nn.Module)), None)
     builders: dict[str, Build] = {}
 
     def see(part: Any, prefix: str) -> Tower:
         layers = layers_of(part, spec.resolved, "vision", prefix=prefix)
-        # DETR's decoder attends among the objects that it looks for, which are no pieces of the image
-        ahead = tuple(layer for layer in layers if not layer.path.startswith(f"{prefix}decoder."))
+        # DETR's decoder attends among the objects that it looks for, V-JEPA's predictor among hidden places
+        beside = (f"{prefix}decoder.", f"{prefix}predictor.")
+        ahead = tuple(layer for layer in layers if not layer.path.startswith(beside))
         layers = ahead if hasattr(part, "encoder") else layers
         refuse_eager(spec, module, layers)
+        if frames_of(getattr(part, "config", None)) is not None:
+            return clip_tower(spec, module, part, layers, load_video_processor(spec, config), dtype)
         return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
 
     def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
@@ -214,29 +241,37 @@ def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dt
         tokenizer = load_tokenizer(spec)
         return text_tower(part, tokenizer, layers, source=spec.name, causal=causal, head=head)
 
+    def answer(token: int) -> Tower:
+        return language_tower(spec, module, f"{text}.", load_processor(spec), token, dtype)
+
+    def whole(build: Build, prefix: str = "") -> Build:
+        def checked() -> Tower:
+            lacks.refuse(prefix)
+            return build()
+
+        return checked
+
     if vision:
-        builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
+        builders["vision"] = whole(lambda: see(getattr(module, vision), f"{vision}."), f"{vision}.")
     if text:
         inner = getattr(module, text)
         causal = text == "language_model" or is_causal(inner.config)
-        builders["text"] = lambda: read(inner, f"{text}.", causal)
+        builders["text"] = whole(lambda: read(inner, f"{text}.", causal), f"{text}.")
     if vision and text and (token := image_token(config)) is not None:
-        builders["language"] = lambda: language_tower(
-            spec, module, f"{text}.", load_processor(spec), token, dtype
-        )
+        builders["language"] = whole(lambda: answer(token))
     if builders:
         return builders
     takes = inspect.signature(module.forward).parameters
-    if "input_ids" not in takes and not {"pixel_values", "grid_thw"}.isdisjoint(takes):
-        return {"vision": lambda: see(module, "")}
+    if "input_ids" not in takes and not {*PIXELS, "grid_thw"}.isdisjoint(takes):
+        return {"vision": whole(lambda: see(module, ""))}
     if module.main_input_name == "pixel_values":
-        return {"vision": lambda: see(module, "")}
+        return {"vision": whole(lambda: see(module, ""))}
     if module.main_input_name == "input_ids" in takes:
         encoder = module.get_encoder() if config.is_encoder_decoder else module
         prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
         causal = is_causal(config)
         head = partial(load_language_head, spec, module, dtype=dtype) if causal else None
-        return {"text": lambda: read(encoder, prefix, causal, head)}
+        return {"text": whole(lambda: read(encoder, prefix, causal, head))}
     first = module.main_input_name if module.main_input_name in takes else next(iter(takes), "nothing")
     raise UserError(
         f"'{spec.resolved}' takes '{first}', neither images nor text",

@@ -29,9 +29,6 @@ from diag.models.weights import up_to_three
 LEARNED_POSITIONS = ("position_embedding", "pos_embed", "relative_position_bias")
 """Parts of parameter names; a relative bias within windows (Swin) does not depend on the image size."""
 
-OF_VIDEOS = ("num_frames", "tubelet_size")
-"""Settings of towers that take several frames."""
-
 MASKS = ("pixel_mask", "pixel_attention_mask", "attention_mask")
 """What an image processor says of padded pixels; an image alone has none."""
 
@@ -55,14 +52,9 @@ def seen(
 
     whole: the model. part: its vision tower, which is all of it where it has no other.
     What was done to its sizes is added to `notes`.
-    Raises UserError for a tower of videos, for one that needs what the image processor does not give, and
-    for an image size that one of them does not take.
+    Raises UserError for a tower that needs what the image processor does not give, and for an image size that
+    one of them does not take.
     """
-    if any(hasattr(part.config, name) for name in OF_VIDEOS):
-        raise UserError(
-            f"'{spec.resolved}' ({type(part).__name__}) takes videos, neither images nor text",
-            "attnbias measures text and vision models",
-        )
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         trial = _processed(processor, Image.new("RGB", TRIALS[0]))
     pixels = trial.get("pixel_values")
@@ -95,7 +87,7 @@ def vision_tower(
 
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         pixels = [transform(Image.new("RGB", trial)) for trial in TRIALS]
-        preprocessing = _preprocessing(processor, sizes)
+        preprocessing = preprocessing_of(processor, sizes)
     shapes = [(image.shape[-2], image.shape[-1]) for image in pixels]
     alike, (height, width) = shapes[0] == shapes[1], shapes[0]
     if size is not None and set(shapes) != {(size, size)}:
@@ -166,7 +158,7 @@ def native_tower(
 
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         pack(Image.new("RGB", TRIALS[1]))
-        preprocessing = _preprocessing(processor, {})
+        preprocessing = preprocessing_of(processor, {})
     prepare, device = preparation(pack), device_of_module(part)
 
     def encode(samples: Sequence[Sample]) -> Batch:
@@ -284,7 +276,9 @@ def _refusal(spec: ModelSpec, why: str) -> UserError:
     return UserError(f"'{spec.base}' does not take {IMAGE}: {why}", f"leave {IMAGE} out")
 
 
-def _preprocessing(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing_of(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image processor does, as a tower's facts have it. sizes: what it is told besides."""
+
     def told(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: side for key, side in value.items() if side is not None}

@@ -173,10 +173,6 @@ def test_the_vision_tower_of_a_larger_model_saved_alone(
             "no self-attention layer found in its text tower",
         ),
         (
-            transformers.VideoMAEConfig(**VISION_SIZES),
-            "(VideoMAEModel) takes videos, neither images nor text",
-        ),
-        (
             transformers.Blip2QFormerConfig(**TEXT_SIZES, vocab_size=VOCABULARY),
             "takes 'query_embeds', neither images nor text",
         ),
