@@ -41,7 +41,7 @@ from diag.models.families.hf.files import (
 )
 from diag.models.families.hf.head import load_language_head
 from diag.models.families.hf.video import PIXELS, clip_tower, frames_of
-from diag.models.families.hf.vision import seen
+from diag.models.families.hf.vision import config_around, seen
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
@@ -231,7 +231,7 @@ def _builders(
         ahead = tuple(layer for layer in layers if not layer.path.startswith(beside))
         layers = ahead if hasattr(part, "encoder") else layers
         refuse_eager(spec, module, layers)
-        if frames_of(getattr(part, "config", None)) is not None:
+        if frames_of(config_around(part, module)) is not None:
             return clip_tower(spec, module, part, layers, load_video_processor(spec, config), dtype)
         return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
 
@@ -255,7 +255,7 @@ def _builders(
         builders["vision"] = whole(lambda: see(getattr(module, vision), f"{vision}."), f"{vision}.")
     if text:
         inner = getattr(module, text)
-        causal = text == "language_model" or is_causal(inner.config)
+        causal = text == "language_model" or is_causal(config_around(inner, module))
         builders["text"] = whole(lambda: read(inner, f"{text}.", causal), f"{text}.")
     if vision and text and (token := image_token(config)) is not None:
         builders["language"] = whole(lambda: answer(token))

@@ -22,7 +22,7 @@ from diag.inputs.images import rgb
 from diag.inputs.items import Inputs
 from diag.models.base import Sample, Tower, device_of_module
 from diag.models.encoding import image_encoder
-from diag.models.families.hf.vision import FLAG, PROCESSOR_TIP, TRIALS, preprocessing_of
+from diag.models.families.hf.vision import FLAG, PROCESSOR_TIP, TRIALS, config_around, preprocessing_of
 from diag.models.first_layer import placed
 from diag.models.hooks.seam import Layer
 from diag.models.loading import first_line, theirs
@@ -51,7 +51,8 @@ def clip_tower(
     """
     if IMAGE in spec.model_args:
         raise UserError(f"'{spec.base}' does not take {IMAGE}: it takes clips", f"leave {IMAGE} out")
-    count = frames_of(part.config)
+    config = config_around(part, whole)
+    count = frames_of(config)
     assert count is not None
     call = part.forward if part is whole else getattr(whole, "get_video_features", part.forward)
     takes = inspect.signature(call).parameters
@@ -93,7 +94,7 @@ def clip_tower(
             yield Sample(clip.id, partial(clip.read, count))
 
     flags = {"skip_predictor": True} if "skip_predictor" in takes else {}
-    resized = FLAG in takes and sides(getattr(part.config, "image_size", None)) != shape[-2:]
+    resized = FLAG in takes and sides(getattr(config, "image_size", None)) != shape[-2:]
     flags |= {FLAG: True} if resized else {}
     tower = Tower(
         name="vision",
@@ -113,7 +114,7 @@ def clip_tower(
             "preprocessing": preprocessing,
         },
     )
-    tower = placed(tower, part, getattr(part.config, "patch_size", None))
+    tower = placed(tower, part, getattr(config, "patch_size", None))
     if not _joint(tower):
         # what is no patch stands in some of its layers only: their sets of tokens are not told apart
         return replace(tower, prefix=(), suffix=(), patches=False)

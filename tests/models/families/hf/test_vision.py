@@ -248,5 +248,5 @@ def test_a_layer_is_known_by_what_stands_behind_the_models_name(tmp_path: Path) 
 def test_the_pixels_behind_an_image_token(pixels: tuple[int, ...], tokens: int, expected: int) -> None:
     packed = {"pixel_values": torch.zeros(pixels), "input_ids": torch.tensor([[7] * tokens + [3] * 5])}
     config = transformers.CLIPVisionConfig(patch_size=8)
-    assert _side(packed, 7, config) == expected
-    assert _side(packed, 7, transformers.PretrainedConfig()) in (expected, None)
+    assert _side(packed, "pixel_values", 7, config) == expected
+    assert _side(packed, "pixel_values", 7, transformers.PretrainedConfig()) in (expected, None)
