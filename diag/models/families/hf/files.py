@@ -23,9 +23,6 @@ from diag.models.weights import up_to_three
 
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
 
-SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", "Mpt")
-"""Beginnings of classes whose attention transformer-lens computes as transformers does; it drops sinks."""
-
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Either may hold the settings of an image processor."""
 
@@ -78,8 +75,6 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
                 f"'{spec.name}' has no {file}, or it is not on this machine yet",
                 f"where there is a network: hf download {spec.name} {FILES}{revision}",
             ) from error
-        if "scaled_dot_product_attention" in text:
-            raise eager_refusal(spec, text.split(" ", 1)[0]) from None
         why = first_line(error)
         if "ignore_mismatched_sizes" in why:
             why = "its tensors are of other sizes than its config.json says"
@@ -171,16 +166,6 @@ def is_causal(config: transformers.PretrainedConfig) -> bool:
     """Whether a text model reads from left to right: a language model that is not a masked one."""
     kind = type(config)
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
-
-
-def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
-    """What is told of a model that computes attention itself."""
-    return UserError(
-        f"'{spec.resolved}' ({architecture}) computes attention itself: its calls cannot be seen",
-        f"transformer-lens may show it, at short lengths: -m tl:{spec.name}"
-        if architecture.startswith(SHOWN_BY_LENS)
-        else "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
-    )
 
 
 def load_image_processor(spec: ModelSpec) -> Any:

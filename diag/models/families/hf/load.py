@@ -1,15 +1,14 @@
 """Hugging Face models from a folder or the hub: text, vision, both towers of contrastive models, and the
 vision tower and language model of vision-language models.
 
-Only models whose attention goes through `scaled_dot_product_attention` are loaded; the others are
-refused by name, because a model that computes softmax itself cannot be seen. `img_size=` makes the image
+Attention goes through `scaled_dot_product_attention` where a model can do that. `img_size=` makes the image
 processor give that size, and the model interpolate its position embeddings if it has any.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from diag.errors import UserError
@@ -30,7 +28,6 @@ from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
     check_weights,
     commit_of,
-    eager_refusal,
     is_causal,
     load_config,
     load_image_processor,
@@ -51,7 +48,6 @@ from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, refuse_too_large
 from diag.models.weights import fit, up_to_three
 from diag.variants import METADATA, described, restore
-from diag.variants.in_transformers import HF_NAME
 
 VISION_PARTS = ("vision_model", "visual", "vision_tower", "vision_encoder")
 TEXT_PARTS = ("text_model", "language_model", "text_encoder")
@@ -98,22 +94,6 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
 
 
 # --- loading
-
-
-def refuse_eager(spec: ModelSpec, module: nn.Module, layers: Sequence[Layer]) -> None:
-    """Raises UserError for a tower with a layer that ended up computing attention by itself.
-
-    A part of a model that has no attention, such as a convolutional backbone, may be as it likes.
-    """
-    models = {path: part for path, part in module.named_modules() if isinstance(part, PreTrainedModel)}
-    for layer in layers:
-        around = [part for path, part in models.items() if not path or layer.path.startswith(f"{path}.")]
-        config = getattr(layer.module, "config", None)
-        if not isinstance(config, transformers.PretrainedConfig):
-            config = around[-1].config
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
-        if config._attn_implementation not in (None, "sdpa", HF_NAME) or capped:
-            raise eager_refusal(spec, type(around[-1]).__name__)
 
 
 @dataclass(frozen=True)
@@ -176,16 +156,24 @@ def _is_encoder(config: transformers.PretrainedConfig) -> bool:
 
 
 def _through_sdpa(build: Callable[..., Any], config: transformers.PretrainedConfig, **arguments: Any) -> Any:
-    """What `build` makes of a config with SDPA, or with SDPA in those parts that do not refuse it.
+    """What `build` makes of a config with SDPA, or else with SDPA in those parts that do not refuse it.
 
-    A part that refuses it may be without any attention, such as a convolutional backbone.
+    Scores that are capped are what SDPA leaves out without a word: such a model computes attention itself.
     """
+    if _caps_scores(config.to_dict()):
+        return build(config, attn_implementation="eager", **arguments)
     try:
         return build(deepcopy(config), attn_implementation="sdpa", **arguments)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
     return build(config, **arguments)
+
+
+def _caps_scores(settings: Mapping[str, Any]) -> bool:
+    """Whether a config, or one within it, caps the scores of attention."""
+    inner = (value for value in settings.values() if isinstance(value, Mapping))
+    return settings.get("attn_logit_softcapping") is not None or any(map(_caps_scores, inner))
 
 
 def _restore_variants(module: Any, folder: Path) -> None:
@@ -230,14 +218,12 @@ def _builders(
         beside = (f"{prefix}decoder.", f"{prefix}predictor.")
         ahead = tuple(layer for layer in layers if not layer.path.startswith(beside))
         layers = ahead if hasattr(part, "encoder") else layers
-        refuse_eager(spec, module, layers)
         if frames_of(config_around(part, module)) is not None:
             return clip_tower(spec, module, part, layers, load_video_processor(spec, config), dtype)
         return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
 
     def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
         layers = layers_of(part, spec.resolved, "text", prefix=prefix)
-        refuse_eager(spec, module, layers)
         tokenizer = load_tokenizer(spec)
         return text_tower(part, tokenizer, layers, source=spec.name, causal=causal, head=head)
 

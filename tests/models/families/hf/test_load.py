@@ -12,8 +12,11 @@ import torch
 import transformers
 from checkpoints import TEXT_SIZES, VOCABULARY, save_tokenizer
 
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import pattern_rows
 from diag.errors import UserError
 from diag.inputs.items import Inputs
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model
 from diag.models.families.hf.files import is_causal
@@ -75,41 +78,57 @@ def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(folder_of: Folde
     assert half.facts["weights_sha256"] != load_folder(folder_of("gpt2")).facts["weights_sha256"]
 
 
+GROUPED = TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY}
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.BloomConfig(n_layer=1, hidden_size=32, n_head=4, vocab_size=60),
+        transformers.BloomConfig(n_layer=2, hidden_size=32, n_head=4, vocab_size=VOCABULARY),
         transformers.GPTJConfig(
-            n_layer=1, n_embd=32, n_head=4, vocab_size=60, rotary_dim=4, bos_token_id=0, eos_token_id=1
+            n_layer=2,
+            n_embd=32,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            rotary_dim=4,
+            bos_token_id=0,
+            eos_token_id=1,
         ),
-        transformers.Gemma2Config(**TEXT_SIZES, num_key_value_heads=2, head_dim=8, vocab_size=60),
+        transformers.Gemma2Config(**GROUPED, attn_logit_softcapping=0.1, initializer_range=0.3),
         transformers.T5GemmaConfig(
-            encoder=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60},
-            decoder=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60},
-            vocab_size=60,
+            encoder=GROUPED | {"attn_logit_softcapping": 0.1, "initializer_range": 0.3},
+            decoder=GROUPED,
+            vocab_size=VOCABULARY,
         ),
         transformers.GptOssConfig(
-            **TEXT_SIZES,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=60,
-            num_local_experts=2,
-            eos_token_id=1,
+            **GROUPED, num_local_experts=2, num_experts_per_tok=1, eos_token_id=1, initializer_range=0.3
         ),
     ],
     ids=lambda config: config.model_type,
 )
-def test_models_that_compute_softmax_themselves_are_refused_by_name(
-    tmp_path: Path, config: transformers.PretrainedConfig
+def test_models_that_compute_softmax_themselves_are_measured(
+    tmp_path: Path, texts: Inputs, config: transformers.PretrainedConfig
 ) -> None:
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="computes attention itself") as error:
-        load_folder(tmp_path, random_init=True)
-    assert type(config).__name__.removesuffix("Config") in str(error.value)
-    shown = config.model_type not in ("gpt_oss", "t5gemma")  # sinks and encoders are not shown
-    tip = f"transformer-lens may show it, at short lengths: -m tl:{tmp_path}"
-    assert (error.value.tip == tip) == shown
-    assert shown or "scaled_dot_product_attention" in (error.value.tip or "")
+    """Their patterns are those that the library hands out: capped, and with the share of sinks left out."""
+    kinds = {"t5gemma": transformers.T5GemmaModel}
+    torch.manual_seed(0)
+    kinds.get(config.model_type, transformers.AutoModel.from_config)(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model = load_folder(tmp_path)
+    samples = list(model.tower("text").samples(texts, 12))[:2]
+    tower = understood(model, model.tower("text"), samples)
+    assert tower.skipped == {}
+    calls: list[AttentionCall] = []
+    batch = tower.encode(samples)
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(batch)
+    whole = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = whole.get_encoder() if config.is_encoder_decoder else whole
+        patterns = expected(input_ids=batch.data, output_attentions=True).attentions
+    assert len(calls) == len(patterns) == 2
+    for call, pattern in zip(calls, patterns, strict=True):
+        torch.testing.assert_close(pattern_rows(call).float(), pattern.float(), atol=1e-6, rtol=1e-5)
 
 
 def test_a_hub_miss_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
