@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def refuse_non_finite(module: nn.Module, source: str) -> None:
     Buffers are left out: masks hold infinities by design.
     """
     for name, parameter in module.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not all(bool(plain.isfinite().all()) for _, plain in _plain(name, parameter)):
             raise UserError(f"{source}: the weights '{name}' hold NaN or infinity", "check the training run")
 
 
@@ -61,10 +61,20 @@ def digest(module: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, Tensor):
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            data = tensor.detach().to("cpu").contiguous().reshape(-1)
-            total.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+            for part, plain in _plain(name, tensor):
+                total.update(f"{part} {plain.dtype} {tuple(plain.shape)}\n".encode())
+                data = plain.detach().to("cpu").contiguous().reshape(-1)
+                total.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
     return total.hexdigest()
+
+
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor by name; of one that is made of others, as quantised weights are, these."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{part}", getattr(tensor, part))
 
 
 def up_to_three(items: Sequence[str], separator: str = ", ") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from diag.errors import UserError, one_of
 from diag.inputs.outside import MEGABYTE, json_of, regular
 from diag.models.families.hf import config_of
+from diag.models.families.hf.formats import adapted, gguf_in
 from diag.models.families.hf.vlm import PROMPT, image_token
 from diag.models.loading import first_line, hub, quiet, unknown_argument
-from diag.models.names.spec import ModelSpec
+from diag.models.names.spec import ModelSpec, folder_named
 from diag.models.sizes import IMAGE, PATCH, refuse_unreasonable
 from diag.models.weights import up_to_three
 
@@ -55,8 +57,8 @@ def silenced() -> Iterator[None]:
 
 
 @contextmanager
-def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
-    """Turns what goes wrong while a file of a model is read into two lines."""
+def reading(spec: ModelSpec, file: str, *, tip: str, what: str = "") -> Iterator[None]:
+    """Turns what goes wrong while a file of a model is read into two lines. what: it, in other words."""
     try:
         with silenced(), hub(spec.name, file, download=FILES, revision=spec.revision):
             yield
@@ -78,7 +80,8 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
         why = first_line(error)
         if "ignore_mismatched_sizes" in why:
             why = "its tensors are of other sizes than its config.json says"
-        raise UserError(f"{file} of '{spec.name}' cannot be read: {why}", tip) from error
+        what = what or f"{file} of '{spec.name}'"
+        raise UserError(f"{what} cannot be read: {why}", tip) from error
 
 
 def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
@@ -87,8 +90,23 @@ def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
         regular(document, "model file", tip, most=MOST_TOKENIZER)
     with reading(spec, file, tip=tip):
         return kind.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **in_gguf(spec)
         )
+
+
+def in_gguf(spec: ModelSpec) -> dict[str, str]:
+    """What `from_pretrained` is told of a folder that holds a model in GGUF; nothing of any other."""
+    file = gguf_in(Path(spec.name))
+    return {} if file is None else {"gguf_file": file}
+
+
+def around(spec: ModelSpec, *files: str) -> ModelSpec:
+    """Of an adapter alone the model that it names, where none of the files lies beside it; else the spec."""
+    folder = Path(spec.name)
+    base = adapted(folder)
+    if base is None or any((folder / file).exists() for file in files):
+        return spec
+    return replace(spec, name=str(folder_named(base) or base), revision=None)
 
 
 def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
@@ -98,10 +116,11 @@ def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
     to the language tower of a vision-language model.
     """
     tip = "save the model again with model.save_pretrained(FOLDER)"
-    folder = Path(spec.name)
-    if folder.is_dir():
+    whole = around(spec)
+    folder = Path(whole.name)
+    if folder.is_dir() and not in_gguf(whole):
         refuse_unreasonable(config_of(folder), f"'{folder / 'config.json'}'")
-    config: transformers.PretrainedConfig = _beside(spec, transformers.AutoConfig, "config.json", tip)
+    config: transformers.PretrainedConfig = _beside(whole, transformers.AutoConfig, "config.json", tip)
     sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
     asked = {IMAGE: sees, PROMPT: image_token(config) is not None}
     for key, value in spec.model_args.items():
@@ -121,6 +140,8 @@ def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
 
 def check_weights(folder: Path) -> None:
     """Raises UserError for a folder without the weights that transformers looks for, or with part of them."""
+    if gguf_in(folder) is not None:
+        return
     found = next((name for name in WEIGHTS if (folder / name).exists()), None)
     if found is None:
         others = sorted(
@@ -153,6 +174,7 @@ def commit_of(spec: ModelSpec) -> str | None:
 
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The tokenizer that lies beside the weights. Raises UserError if there is none."""
+    spec = around(spec, "tokenizer.json", "tokenizer_config.json")
     tip = "save it there with tokenizer.save_pretrained(FOLDER)"
     if not Path(spec.name).is_dir():
         tip = f"where there is a network: hf download {spec.name} {FILES}"
@@ -170,6 +192,7 @@ def is_causal(config: transformers.PretrainedConfig) -> bool:
 
 def load_image_processor(spec: ModelSpec) -> Any:
     """The image processor that lies beside the weights. Raises UserError if there is none."""
+    spec = around(spec, *PROCESSORS)
     tip, folder = PROCESSOR_TIP, Path(spec.name)
     if folder.is_dir() and not any((folder / name).is_file() for name in PROCESSORS):
         raise UserError(f"folder '{folder}' has no {PROCESSORS[0]}", tip)
@@ -192,4 +215,4 @@ def load_video_processor(spec: ModelSpec, config: transformers.PretrainedConfig)
 def load_processor(spec: ModelSpec) -> Any:
     """What makes one input of an image and a prompt. Raises UserError if there is none."""
     tip = "save it there with processor.save_pretrained(FOLDER)"
-    return _beside(spec, transformers.AutoProcessor, "processor_config.json", tip)
+    return _beside(around(spec, *PROCESSORS), transformers.AutoProcessor, "processor_config.json", tip)

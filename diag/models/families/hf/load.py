@@ -26,8 +26,10 @@ from diag.models.checkpoint import checked_variants, read_checkpoint
 from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
 from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
+    around,
     check_weights,
     commit_of,
+    in_gguf,
     is_causal,
     load_config,
     load_image_processor,
@@ -36,6 +38,7 @@ from diag.models.families.hf.files import (
     load_video_processor,
     reading,
 )
+from diag.models.families.hf.formats import quantisation
 from diag.models.families.hf.head import load_language_head
 from diag.models.families.hf.video import PIXELS, clip_tower, frames_of
 from diag.models.families.hf.vision import config_around, seen
@@ -115,12 +118,22 @@ def _load_module(
     spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
 ) -> tuple[nn.Module, Lacking]:
     """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
-    auto = transformers.AutoModelForTextEncoding if _is_encoder(config) else transformers.AutoModel
+    auto: Any = transformers.AutoModelForTextEncoding if _is_encoder(config) else transformers.AutoModel
+    method = quantisation(config)
+    if method == "torchao" and is_causal(
+        config
+    ):  # its weights are known by the names that they were saved with
+        auto = transformers.AutoModelForCausalLM
     if spec.random_init and placing:
         raise UserError("--device spread does not go with --random-init", "give a model with weights")
-    if not spec.random_init and Path(spec.name).is_dir():
-        check_weights(Path(spec.name))
-    with reading(spec, "config.json" if spec.random_init else "model.safetensors", tip=WEIGHTS_TIP):
+    if not spec.random_init and Path(around(spec).name).is_dir():
+        check_weights(Path(around(spec).name))
+    file = "config.json" if spec.random_init else in_gguf(spec).get("gguf_file", "model.safetensors")
+    what, tip = "", WEIGHTS_TIP
+    if method is not None:
+        what = f"'{spec.name}', quantised with {method},"
+        tip = "install what that names, or give the model that it was made from, not quantised"
+    with reading(spec, file, tip=tip, what=what):
         how = {"trust_remote_code": spec.trust_remote_code, "dtype": dtype}
         if spec.random_init:
             with torch.device("meta"):
@@ -128,8 +141,9 @@ def _load_module(
             return _through_sdpa(auto.from_config, config, **how), Lacking(spec.name)
         load_it = partial(auto.from_pretrained, spec.name, revision=spec.revision, output_loading_info=True)
         module, report = _through_sdpa(
-            lambda own, **more: load_it(config=own, **more), config, **how, **placing
+            lambda own, **more: load_it(config=own, **more), config, **how, **placing, **in_gguf(spec)
         )
+        module = module.base_model if auto is transformers.AutoModelForCausalLM else module
     missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
     for name in missing:  # which values they got is chance
         module.state_dict()[name].zero_()
