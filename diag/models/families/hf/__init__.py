@@ -45,6 +45,25 @@ def _in_folder(folder: Path, given: str) -> str:
     return str(folder)
 
 
+def commit_of(spec: ModelSpec) -> str | None:
+    """The commit of the hub repository that a spec names; None for a folder, and where it cannot be told.
+
+    Where the cache knows none, the repository is asked for its config, as loading it would do: a first run
+    has the key of the next one.
+    """
+    if folder_named(spec.name):
+        return None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
+        if file is None:
+            file = hf_hub_download(spec.name, "config.json", revision=spec.revision)
+    except Exception:  # of a name, a network or a licence; loading it tells which
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def config_of(folder: Path, given: str | None = None) -> dict[str, Any]:
     """What the config of a folder says, which names its model type.
 
@@ -91,4 +110,5 @@ FAMILY = Family(
     folders=True,
     spreads=True,
     packages=("transformers",),
+    commit=commit_of,
 )

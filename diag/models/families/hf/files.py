@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -162,14 +161,6 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"'{file}' names a file elsewhere, {name!r}: not read", "its files lie beside it")
         if not (folder / name).is_file():
             raise UserError(f"'{name}' is not there, which '{file}' names", tip)
-
-
-def commit_of(spec: ModelSpec) -> str | None:
-    """The commit of the hub repository that was loaded; None for a folder."""
-    if Path(spec.name).is_dir():
-        return None
-    file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
-    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:

@@ -24,11 +24,11 @@ from diag.errors import UserError
 from diag.models.base import Model, Tower, device_of_module
 from diag.models.checkpoint import checked_variants, read_checkpoint
 from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
+from diag.models.families.hf import commit_of
 from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
     around,
     check_weights,
-    commit_of,
     in_gguf,
     is_causal,
     load_config,
