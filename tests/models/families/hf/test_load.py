@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import TEXT_SIZES, VOCABULARY, save_tokenizer
+from safetensors.torch import load_file, save_file
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
@@ -209,6 +210,52 @@ def test_missing_companions(folder_of: Folders, tmp_path: Path) -> None:
     model = load_folder(folder)
     assert list(model.towers) == ["vision"]
     assert "no text tower" in model.notes[0]
+
+
+def without(folder: Path, *parts: str) -> None:
+    """Takes tensors out of a folder's weights, by how their names begin."""
+    file = folder / "model.safetensors"
+    save_file({k: x for k, x in load_file(file).items() if not k.startswith(parts)}, file, {"format": "pt"})
+
+
+def test_weights_that_are_not_there_leave_out_their_own_tower(folder_of: Folders, tmp_path: Path) -> None:
+    folder = broken(folder_of, "clip", tmp_path / "clip")
+    without(folder, "text_model.encoder", "text_projection")
+    models = [load_folder(folder) for _ in range(2)]
+    assert [list(model.towers) for model in models] == [["vision"]] * 2
+    (note,) = models[0].notes
+    assert note.startswith(
+        f"no text tower: the weights of '{folder}' lack 'text_model.encoder.layers.0.layer_norm1"
+    )
+    assert note.endswith("they would be random")
+    # what is not there is the same each time
+    assert models[0].facts["weights_sha256"] == models[1].facts["weights_sha256"]
+    without(folder, "vision_model.encoder.layers.1.self_attn")
+    with pytest.raises(UserError, match=r"lack 'vision_model\.encoder\.layers\.1\.self_attn"):
+        load_folder(folder)
+
+
+def test_a_projection_that_is_not_there_takes_no_tower_but_its_classes(
+    folder_of: Folders, tmp_path: Path
+) -> None:
+    folder = broken(folder_of, "clip", tmp_path / "clip")
+    assert load_folder(folder).zero_shot is not None
+    without(folder, "visual_projection")
+    model = load_folder(folder)
+    assert list(model.towers) == ["vision", "text"]
+    assert model.zero_shot is None
+
+
+def test_a_part_that_a_model_is_without(tmp_path: Path) -> None:
+    """Gemma 4 without images and sound holds None where their towers would be."""
+    text = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size": VOCABULARY}
+    text |= {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+    text |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
+    config = transformers.Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+    transformers.Gemma4Model(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert list(load_folder(tmp_path).towers) == ["text"]
 
 
 def test_code_in_a_repository_does_not_run(tmp_path: Path) -> None:
