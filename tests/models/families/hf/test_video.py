@@ -48,6 +48,9 @@ def model_of(kind: str) -> tuple[transformers.PreTrainedModel, object]:
         return transformers.VivitModel(transformers.VivitConfig(**sizes)), transformers.VivitImageProcessor(
             **SQUARE
         )
+    if kind == "timesformer":
+        config = transformers.TimesformerConfig(**VISION_SIZES, num_frames=4)
+        return transformers.TimesformerModel(config), transformers.VideoMAEImageProcessor(**SQUARE)
     if kind == "xclip":
         temporal = {f"mit_{name}": size for name, size in TEXT_SIZES.items()}
         vision = VISION_SIZES | temporal | {"num_frames": 4}
@@ -112,18 +115,22 @@ def test_a_clip_is_one_input(
     assert numbers["attention_distance"].isna().all()  # tokens lie in time as well
 
 
+@pytest.mark.parametrize(
+    ("kind", "in_time", "in_space", "tokens"),
+    [("xclip", "message", "self_attn", 4 * 4 + 2), ("timesformer", "temporal", "r.0.attention.", 4 * 4 + 1)],
+)
 def test_frames_in_layers_of_their_own_have_no_patches_told_apart(
-    saved: Callable[[str], Path], clips: Path
+    saved: Callable[[str], Path], clips: Path, kind: str, in_time: str, in_space: str, tokens: int
 ) -> None:
-    """X-CLIP attends within each frame, and among messages of the frames."""
-    model = loaded(saved("xclip"))
+    """X-CLIP attends within each frame and among their messages, TimeSformer within each place first."""
+    model = loaded(saved(kind))
     tower = model.tower("vision")
-    assert "text" in model.towers
+    assert ("text" in model.towers) == (kind == "xclip")
     assert (tower.token_sets, tower.prefix) == (("all",), ())
-    found = probe(f"hf:{saved('xclip')}", str(clips), metrics=["entropy", "attention_distance"], limit=1)
-    tokens = found.samples.groupby("module", observed=True)["n_tokens"].first()
-    assert {int(tokens[path]) for path in tokens.index if "message" in path} == {4}
-    assert {int(tokens[path]) for path in tokens.index if "self_attn" in path} == {4 * 4 + 2}
+    found = probe(f"hf:{saved(kind)}", str(clips), metrics=["entropy", "attention_distance"], limit=1)
+    several = found.samples.groupby("module", observed=True)["n_tokens"].first()
+    assert {int(several[path]) for path in several.index if in_time in path} == {4}
+    assert {int(several[path]) for path in several.index if in_space in path} == {tokens}
     assert found.layers.set_index("metric")["mean"]["attention_distance"].isna().all()
 
 
