@@ -336,5 +336,5 @@ def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
         return limit if isinstance(limit, int) and limit < 1_000_000 else None
     for path, child in module.named_modules():
         if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
-            return child.num_embeddings - child.padding_idx - 1
+            return len(child.weight) - child.padding_idx - 1
     return context

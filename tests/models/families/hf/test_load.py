@@ -60,10 +60,11 @@ def test_which_models_are_causal() -> None:
     assert not any(is_causal(config) for config in both_ways)
 
 
-def test_positions_behind_the_padding_index_do_not_count(tmp_path: Path, texts: Inputs) -> None:
+@pytest.mark.parametrize("kind", ["Roberta", "IBert"])  # whose embeddings are a class of its own
+def test_positions_behind_the_padding_index_do_not_count(tmp_path: Path, texts: Inputs, kind: str) -> None:
     sizes = TEXT_SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 34, "pad_token_id": 1}
-    config = transformers.RobertaConfig(**sizes, bos_token_id=0, eos_token_id=1)
-    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=0, eos_token_id=1)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     tower = load_folder(tmp_path).tower("text")
     assert tower.facts["context"] == 32
