@@ -74,7 +74,10 @@ def listed(words: list[str] | None) -> tuple[str, ...]:
     return tuple(words or ())
 
 
-Images = Annotated[str | None, Option(help="Image folder or file, hf:NAME, or 'demo'.")]
+Images = Annotated[
+    str | None,
+    Option(help="Image folder or file, hf:NAME, or 'demo'; for video models a folder of frames per clip."),
+]
 Texts = Annotated[str | None, Option(help="Text file or folder, hf:NAME, or 'demo'.")]
 Limit = Annotated[int, Option(help="At most so many inputs (images, or windows of text).")]
 Length = Annotated[int | None, Option(help="Tokens per window of text [default: 128, or the context].")]

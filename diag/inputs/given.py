@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from diag.inputs.texts import documents, texts
 def as_inputs(given: object, tower: str) -> Inputs:
     """What Python users pass: `Inputs`, a source as on the command line, or a list of images or texts.
 
-    given: images are PIL images or paths (`pathlib`), texts are strings.
+    given: images are PIL images or paths (`pathlib`), texts are strings; a clip is a list of PIL images.
     """
     if isinstance(given, Inputs):
         return given
@@ -29,7 +29,10 @@ def as_inputs(given: object, tower: str) -> Inputs:
     if listed and all(isinstance(x, Path) for x in listed):
         return listed_images(listed)
     if listed and all(isinstance(x, Image.Image) for x in listed):
-        return _opened(listed)
+        return _opened({str(place): image for place, image in enumerate(listed)})
+    if listed and all(_is_clip(x) for x in listed):
+        places = ((clip, place) for clip, frames in enumerate(listed) for place in range(len(frames)))
+        return _opened({f"{clip}/{place}": listed[clip][place] for clip, place in places})
     if listed and all(isinstance(x, str) for x in listed):
         for i, x in enumerate(listed):
             if HALVES.search(x):
@@ -41,18 +44,22 @@ def as_inputs(given: object, tower: str) -> Inputs:
     )
 
 
-def _opened(given: Sequence[Image.Image]) -> Inputs:
-    """Images that are open, called by their places. One that cannot be read is told where it is read."""
+def _is_clip(given: object) -> bool:
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(x, Image.Image) for x in given)
+
+
+def _opened(given: Mapping[str, Image.Image]) -> Inputs:
+    """Images that are open, by their names. One that cannot be read is told where it is read."""
     content, items = hashlib.sha256(), list[Item]()
-    for place, image in enumerate(given):
+    for name, image in given.items():
         found: Image.Image | str = image
         try:
             pixels = rgb(image)
             content.update(f"{pixels.size}".encode() + pixels.tobytes())
         except Exception as error:  # somebody else may have opened a damaged file: Pillow raises what breaks
             # it is not asked again: the second time it may hand out what was read till then
-            found = f"cannot read image {place}: {reason(error)}"
-        items.append(Item(str(place), partial(_image, found)))
+            found = f"cannot read image {name}: {reason(error)}"
+        items.append(Item(name, partial(_image, found)))
     return Inputs("images", "python", items, content.hexdigest())
 
 

@@ -284,7 +284,8 @@ def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionC
 
 
 def _neutral(sample: Sample) -> object:
-    return neutral_image(sample.read())
+    content = sample.read()
+    return [neutral_image(x) for x in content] if isinstance(content, list) else neutral_image(content)
 
 
 def capture(tower: Tower, batch: Batch, layers: Sequence[int] | None = None) -> list[AttentionCall]:

@@ -126,9 +126,9 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
             tower.forward(data)
 
     first, other = batch(pairs[0]), batch(pairs[1])
-    return meaning_of(
-        model.module, run, first, other, inputs=inputs, everywhere=not isinstance(content, list)
-    )
+    # the prompt beside an image is the same beside another one, and no padding
+    everywhere = not isinstance(content, list) and not tower.marks
+    return meaning_of(model.module, run, first, other, inputs=inputs, everywhere=everywhere)
 
 
 def _other(content: Any, number: int) -> Any:

@@ -77,9 +77,11 @@ class Tower:
     takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
     prefix, suffix: kinds of the tokens before and behind the patches, in order: "cls", "registers",
         "prompt" or "detection".
+    patches: whether its tokens are patches, in all of its layers and but for those beside them.
     marks: token sets whose positions each batch brings with it. together: those that are measured where
         none is named; the first one if there are none.
     max_batch: the most samples that one forward may hold.
+    frames: how many images one input is, of a tower of clips; None where it is a single one.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
     decode: token ids -> their text; None for images.
     token_text: token id -> the text of that token alone, with the space before it; None for images.
@@ -97,9 +99,11 @@ class Tower:
     prepare: Callable[[Any], Any] | None = None
     prefix: tuple[str, ...] = ()
     suffix: tuple[str, ...] = ()
+    patches: bool = True
     marks: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
     max_batch: int | None = None
+    frames: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
     decode: Callable[[Sequence[int]], str] | None = None
     token_text: Callable[[int], str] | None = None
@@ -120,7 +124,7 @@ class Tower:
         """The token sets that this tower has; the first one is the default."""
         if self.marks:
             return (*self.marks, "all")
-        if self.name != "vision":
+        if self.name != "vision" or not self.patches:
             return ("all",)
         return ("patch", "all", *dict.fromkeys(self.prefix + self.suffix))
 

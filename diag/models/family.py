@@ -64,6 +64,7 @@ class Family:
     tagged: a comma in a name belongs to it (ARCHITECTURE,TAG) and is no mistyped argument.
     spreads: its models can lie on several devices.
     packages: what it is loaded with, for the record of versions.
+    commit: of a name on the hub the commit that would be loaded; None where that is not known.
     """
 
     prefix: str
@@ -82,6 +83,7 @@ class Family:
     tagged: bool = False
     spreads: bool = False
     packages: tuple[str, ...] = ()
+    commit: Callable[[ModelSpec], str | None] = lambda spec: None
 
 
 def loaded_by(module: str) -> Callable[..., Model]:

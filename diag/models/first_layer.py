@@ -272,7 +272,7 @@ def _moved(place: Place, func: Any, args: Any, kwargs: Any, output: Tensor) -> P
             stride = args[otherwise] if len(args) > otherwise else kwargs["kernel_size"]
         steps = [stride] * 2 if isinstance(stride, int) else [*(stride or (1,))][-2:] * 2
         if func is not F.unfold:
-            grid = output.shape[-2], output.shape[-1]
+            grid = output.shape[2:-1].numel(), output.shape[-1]  # of a clip one time step below the other
         return (down * steps[0], across * steps[1]), grid
     if func in RESIZES and args and output.ndim == args[0].ndim == 4:
         before, now = args[0].shape[-2:], output.shape[-2:]

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,9 @@ def ready(
     device, dtype: None for a model that has them already.
     """
     module.requires_grad_(False).eval()
-    module.to(device=device, dtype=dtype)
+    kept: dict[str, Any] = {"device": device, "dtype": dtype}
+    # what is None is not named at all: quantised models refuse any format
+    module.to(**{name: value for name, value in kept.items() if value is not None})
     refuse_non_finite(module, source)
     return module
 

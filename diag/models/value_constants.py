@@ -130,7 +130,8 @@ def _linear(linear: Any) -> Projection:
     """A plain linear layer as `[out, in]`. GPT-2's Conv1D is one that is stored `[in, out]`."""
     transposed = type(linear).__name__ == "Conv1D"
     plain = transposed or isinstance(linear, nn.Linear)  # an adapter wraps one, and adds to it
-    if not plain or linear.weight.dtype not in FORMATS:
+    # quantised weights are made of other tensors, whatever format they pretend to have
+    if not plain or linear.weight.dtype not in FORMATS or hasattr(linear.weight, "__tensor_flatten__"):
         raise _UnknownError(f"its value projection, {type(linear).__name__}, is not a plain linear layer")
     return Projection(linear.weight.T if transposed else linear.weight, linear.bias)
 

@@ -52,7 +52,7 @@ def refuse_non_finite(module: nn.Module, source: str) -> None:
     Buffers are left out: masks hold infinities by design.
     """
     for name, parameter in module.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not all(bool(plain.isfinite().all()) for _, plain in _plain(name, parameter)):
             raise UserError(f"{source}: the weights '{name}' hold NaN or infinity", "check the training run")
 
 

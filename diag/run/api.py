@@ -84,7 +84,8 @@ def probe(
 
     model: a name as on the command line, or an `nn.Module` that uses PyTorch attention.
     inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
-        images, of paths of images (`pathlib`), or of strings. For a module, an iterable of batches, each a
+        images, of paths of images (`pathlib`), or of strings; for a model of videos, a folder of frames for
+        each clip, or a list of lists of PIL images. For a module, an iterable of batches, each a
         tensor or a dict of tensors that the module takes; every row of a batch is one input. A module runs
         where it is, as it is.
     metrics, tokens, layers: names, token sets, and the model's own numbers of layers, where -1 or "last" is

@@ -16,10 +16,11 @@ from diag.errors import LARGEST, UserError, ranges
 from diag.inputs.images import images
 from diag.inputs.items import Inputs, sha256
 from diag.inputs.texts import texts
+from diag.models.families import family_of
 from diag.models.names.arguments import local_files, read
 from diag.models.names.changes import strengths_file
 from diag.models.names.resolve import parse
-from diag.models.names.spec import CHECKPOINT, ModelSpec
+from diag.models.names.spec import CHECKPOINT, ModelSpec, folder_named
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.hashes import sha256_of
 from diag.results.writing import file_stem
@@ -182,12 +183,15 @@ class ProbePlan(Plan):
     def key(self, inputs: dict[str, str]) -> str:
         """Identifies the result: the plan without its `how`, the inputs' stamps, and the files that it names.
 
-        Of models and checkpoints, sizes and times are in it; of tables of strengths, the content.
+        Of models and checkpoints, sizes and times are in it; of tables of strengths, the content; of models
+        on the hub, the commit.
         inputs: kind -> stamp.
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
         what |= {kind: _given(what[kind]) for kind in ("images", "texts")}
+        commits = {name: commit for name in self.models if (commit := _commit(name))}
         local = [path for name in self.models for path in local_files(name)]
+        local += [base for path in local if (base := _base_of(path))]
         common = (self.checkpoint, read(self.model_args).get(CHECKPOINT))
         local += [path for path in common if path is not None and os.path.exists(path)]
         files: dict[str, Any] = {str(path): _stamp(path) for path in local}
@@ -195,6 +199,8 @@ class ProbePlan(Plan):
         document: dict[str, Any] = {"plan": what, "inputs": inputs, "files": files, "version": version()}
         if any(os.path.exists(path / ADAPTER) for path in local):
             document["peft"] = _peft()  # without it, such a folder is loaded as another model
+        if commits:
+            document["commits"] = commits
         return sha256(json.dumps(document, sort_keys=True))
 
     @property
@@ -279,6 +285,26 @@ def _stamp(path: Path) -> list[list[str | int]]:
     """Names, sizes and times of a file, or of what a model can be loaded from in a folder."""
     files = sorted(_model_files(path)) if path.is_dir() else [path]
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _commit(name: str) -> str | None:
+    """The commit that a name on the hub stands for now, where it names none itself."""
+    try:
+        spec = parse(name)
+    except UserError:  # which is told where the plan's names are resolved
+        return None
+    commit = family_of(spec.family).commit(spec)
+    return None if commit == spec.revision else commit
+
+
+def _base_of(folder: Path) -> Path | None:
+    """The folder of the model that an adapter is put onto, where that lies on this disk."""
+    file = folder / ADAPTER
+    try:
+        named = json.loads(file.read_bytes()).get("base_model_name_or_path") if file.is_file() else None
+    except (OSError, ValueError, AttributeError):  # which is told where it is loaded
+        return None
+    return folder_named(named) if isinstance(named, str) else None
 
 
 def _content(file: Path) -> str:

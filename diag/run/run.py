@@ -226,7 +226,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
             "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
         }
         write_json(note, part.note)
-        _run_tower(job, part, model, tower, shards, given.files)
+        _run_tower(job, part, model, tower, shards, given.files if tower.frames is None else None)
 
 
 def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:

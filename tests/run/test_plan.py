@@ -162,6 +162,37 @@ def test_the_key_changes_with_a_model_file_edited_in_place(tmp_path: Path, name:
     assert mine.key(DIGESTS) != before
 
 
+def test_the_key_of_a_name_on_the_hub_has_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch moves; a commit in the name, and a cache that knows none, are as they were."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--org--tiny"
+    named = {name: plan(models=(name,)) for name in ("hf:org/tiny", "tl:org/tiny", f"hf:org/tiny@{'a' * 40}")}
+
+    def keys() -> list[str]:
+        return [mine.key(DIGESTS) for mine in named.values()]
+
+    found = [keys()]
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / "main").write_text(commit)
+        found.append(keys())
+    moving, lens, pinned = zip(*found, strict=True)
+    assert [len(set(keys)) for keys in (moving, lens, pinned)] == [3, 3, 1]
+
+
+def test_the_key_of_an_adapter_knows_the_files_of_its_model(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = plan(models=(f"hf:{adapter}",)).key(DIGESTS)
+    (base / "model.safetensors").write_bytes(b"1")
+    assert plan(models=(f"hf:{adapter}",)).key(DIGESTS) != before
+
+
 def test_the_key_of_a_folder_with_an_adapter_knows_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

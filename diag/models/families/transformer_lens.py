@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diag.errors import MeasurementError, UserError
-from diag.models.families.hf import folder_or_repository
+from diag.models.families.hf import commit_of, folder_or_repository
 from diag.models.family import Family
 from diag.models.names.spec import ModelSpec
 
@@ -36,7 +36,6 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     from diag.models.base import Model
     from diag.models.families.hf.files import (
         check_weights,
-        commit_of,
         is_causal,
         load_config,
         load_tokenizer,
@@ -151,4 +150,11 @@ def _layers(bridge: TransformerBridge, spec: ModelSpec) -> tuple[Layer, ...]:
     return tuple(Layer(i, f"blocks.{number}.attn", module) for i, (number, module) in enumerate(attention))
 
 
-FAMILY = Family("tl", load=load, named=folder_or_repository, folders=True, packages=("transformer-lens",))
+FAMILY = Family(
+    "tl",
+    load=load,
+    named=folder_or_repository,
+    folders=True,
+    packages=("transformer-lens",),
+    commit=commit_of,
+)

@@ -221,6 +221,10 @@ def _in_memory(given: Inputs) -> Inputs:
 
 def _tower(model: Model, kind: str) -> Tower:
     if kind in model.towers:
+        if model.towers[kind].frames is not None:
+            raise UserError(
+                f"model '{model.name}' takes clips, of which no map is drawn", "attnbias probe measures it"
+            )
         return model.towers[kind]
     flag = "--text 'STRING' --token I" if "text" in model.towers else "--image FILE --patch ROW,COLUMN"
     raise UserError(f"model '{model.name}' has no {kind} tower", f"it takes {flag}")

@@ -141,7 +141,7 @@ def _carry_out(
         advance=listener.advance,
     )
     inputs = {"source": given[kind].source, "sha256": given[kind].digest, "n": len(samples)}
-    if (files := given[kind].files) is not None:
+    if (files := given[kind].files) is not None and tower.frames is None:
         inputs["content"] = content_digest(files.content([sample.id for sample in samples]))
         for number in range(len(samples)):
             files.check(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.measure.loop import measure
 from diag.models import load
+from diag.models.families.hf.files import load_config, load_tokenizer
 from diag.models.names.resolve import parse
 from diag.models.sizes import refuse_too_large, refuse_unreasonable
 
@@ -207,7 +209,11 @@ def test_an_index_of_several_files(
 @pytest.mark.parametrize(
     ("files", "told", "tip"),
     [
-        ({"adapter_config.json": "{}"}, "holds an adapter, not a model", "merge_and_unload()"),
+        (
+            {"adapter_config.json": "{}"},
+            "holds an adapter, not a model, and peft, which reads it, is not installed",
+            "pip install peft, or merge it into its model: merge_and_unload()",
+        ),
         ({"model_index.json": "{}"}, "holds a pipeline of diffusers", "a text or vision transformer"),
         (
             {"model_index.json": "{}", "text_encoder/config.json": "{}"},
@@ -216,14 +222,22 @@ def test_an_index_of_several_files(
         ),
         (
             {"model-q4.gguf": ""},
-            "holds a model in GGUF, which is not read",
-            "with config.json and safetensors",
+            "holds a model in GGUF, and gguf, which reads it, is not installed",
+            "pip install gguf, or give the model that it was made from, with config.json and safetensors",
+        ),
+        (
+            {"config.json": '{"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35"}'},
+            "holds FluxTransformer2DModel of diffusers, not a model of transformers",
+            "encoder of its pipeline",
         ),
         ({"config.json": "{}"}, "names no model_type", "save_pretrained or timm wrote"),
         ({"notes.txt": ""}, "has no config.json", "save_pretrained"),
     ],
 )
-def test_folders_that_are_something_else(tmp_path: Path, files: dict[str, str], told: str, tip: str) -> None:
+def test_folders_that_are_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], told: str, tip: str
+) -> None:
+    monkeypatch.setattr("diag.models.families.hf.formats.find_spec", lambda name: None)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -231,6 +245,83 @@ def test_folders_that_are_something_else(tmp_path: Path, files: dict[str, str], 
         error = refusal(f"{prefix}{tmp_path}")
         assert told in str(error)
         assert tip in (error.tip or "")
+
+
+@pytest.mark.parametrize(
+    ("files", "told", "tip"),
+    [
+        (
+            {"adapter_config.json": "{}"},
+            "holds an adapter, not a model, and does not say of which",
+            "merge it",
+        ),
+        (
+            {"a.gguf": "", "b.gguf": ""},
+            "holds several models in GGUF: 'a.gguf' or 'b.gguf'",
+            "leave one there",
+        ),
+        ({"a.gguf": "no"}, "of '.*' cannot be read", "save the model again"),
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "org/base"}'},
+            "'config.json' of 'org/base' is not on this machine",
+            "hf download org/base",
+        ),
+    ],
+)
+def test_what_an_installed_library_could_not_read_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], told: str, tip: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("diag.models.families.hf.formats.find_spec", lambda name: name)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    error = refusal(f"hf:{tmp_path}")
+    assert re.search(told, str(error))
+    assert tip in (error.tip or "")
+
+
+def test_an_adapter_has_the_config_and_the_tokenizer_of_its_model(
+    folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diag.models.families.hf.formats.find_spec", lambda name: name)
+    base = folder_of("llama")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    spec = parse(f"hf:{tmp_path}")
+    assert load_config(spec).hidden_size == 32
+    assert load_tokenizer(spec).get_vocab() == load_tokenizer(parse(f"hf:{base}")).get_vocab()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers what is on its way out
+def test_an_adapter_alone_is_put_onto_its_model(folder_of: Folders, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder_of("llama"))
+    asked = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(whole, asked).eval()
+    adapted.save_pretrained(tmp_path)
+    loaded = load(parse(f"hf:{tmp_path}"), **CPU)
+    assert loaded.facts["weights"] == "with adapter"
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        merged = adapted.merge_and_unload().model(ids).last_hidden_state
+        torch.testing.assert_close(loaded.module(ids).last_hidden_state, merged, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+def test_quantised_weights_without_their_library(folder_of: Folders, tmp_path: Path, method: str) -> None:
+    of_method = {"quant_method": method, "bits": 4, "group_size": 32, "load_in_4bit": True}
+    if method == "torchao":
+        of_method["quant_type"] = {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}
+    folder = changed(folder_of("llama"), tmp_path / "m", "config.json", quantization_config=of_method)
+    error = refusal(folder)
+    assert f"'{folder}', quantised with {method}, cannot be read: " in str(error)
+    assert error.tip == "install what that names, or give the model that it was made from, not quantised"
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_text("")
+    with pytest.raises(UserError, match=r"a\.gguf' is a file") as error:
+        parse(f"hf:{tmp_path / 'a.gguf'}")
+    assert error.value.tip == "hf: takes the folder around it, or ORG/NAME"
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from typing import Any
 
 from diag.errors import UserError, one_of
 from diag.inputs.outside import json_of
+from diag.models.families.hf.formats import adapted, gguf_in, refuse_part_of_pipeline
 from diag.models.family import Family, loaded_by
 from diag.models.names.aliases import aliases
-from diag.models.names.spec import ModelSpec, folder_named, looks_like_path
+from diag.models.names.spec import ModelSpec, expanded, folder_named, looks_like_path
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -30,15 +31,37 @@ def folder_or_repository(spec: ModelSpec) -> ModelSpec:
     alias = aliases().get(spec.name.lower(), {}).get("model", "")
     if alias.startswith("hf:"):
         return replace(spec, name=alias.removeprefix("hf:"))
+    if expanded(spec.name).is_file():
+        raise UserError(f"'{spec.name}' is a file", f"{spec.family}: takes the folder around it, or ORG/NAME")
     if looks_like_path(spec.name):
         raise UserError(f"folder '{spec.name}' does not exist", f"{spec.family}: takes a folder or ORG/NAME")
     return spec
 
 
 def _in_folder(folder: Path, given: str) -> str:
-    """Any folder with a config. Raises UserError as `config_of` does."""
-    config_of(folder, given)
+    """Any folder with a config, or what else is read. Raises UserError as `config_of` and `adapted` do."""
+    if adapted(folder) is None and gguf_in(folder) is None:
+        config_of(folder, given)
     return str(folder)
+
+
+def commit_of(spec: ModelSpec) -> str | None:
+    """The commit of the hub repository that a spec names; None for a folder, and where it cannot be told.
+
+    Where the cache knows none, the repository is asked for its config, as loading it would do: a first run
+    has the key of the next one.
+    """
+    if folder_named(spec.name):
+        return None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
+        if file is None:
+            file = hf_hub_download(spec.name, "config.json", revision=spec.revision)
+    except Exception:  # of a name, a network or a licence; loading it tells which
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def config_of(folder: Path, given: str | None = None) -> dict[str, Any]:
@@ -51,6 +74,7 @@ def config_of(folder: Path, given: str | None = None) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise _no_model(folder, given)
     config = json_of(file, "config", tip="save the model again with save_pretrained")
+    refuse_part_of_pipeline(folder, config)
     if not isinstance(config.get("model_type"), str):
         raise UserError(
             f"'{file}' names no model_type",
@@ -61,11 +85,6 @@ def config_of(folder: Path, given: str | None = None) -> dict[str, Any]:
 
 def _no_model(folder: Path, given: str) -> UserError:
     """What a folder without a config is, and what to type instead."""
-    if (folder / "adapter_config.json").exists():
-        return UserError(
-            f"folder '{given}' holds an adapter, not a model",
-            "merge it into its model with peft: merge_and_unload(), then save_pretrained(FOLDER)",
-        )
     if (folder / "model_index.json").exists():
         parts = [part.parent.name for part in sorted(folder.glob("*encoder*/config.json"))]
         return UserError(
@@ -73,11 +92,6 @@ def _no_model(folder: Path, given: str) -> UserError:
             f"give one of its encoders: -m {one_of(str(folder / part) for part in parts)}"
             if parts
             else "give the folder of a text or vision transformer",
-        )
-    if any(folder.glob("*.gguf")):
-        return UserError(
-            f"folder '{given}' holds a model in GGUF, which is not read",
-            "give the model that it was made from, with config.json and safetensors",
         )
     return UserError(
         f"folder '{given}' has no config.json",
@@ -96,4 +110,5 @@ FAMILY = Family(
     folders=True,
     spreads=True,
     packages=("transformers",),
+    commit=commit_of,
 )

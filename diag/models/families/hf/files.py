@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from diag.errors import UserError, one_of
 from diag.inputs.outside import MEGABYTE, json_of, regular
 from diag.models.families.hf import config_of
+from diag.models.families.hf.formats import adapted, gguf_in
 from diag.models.families.hf.vlm import PROMPT, image_token
 from diag.models.loading import first_line, hub, quiet, unknown_argument
-from diag.models.names.spec import ModelSpec
+from diag.models.names.spec import ModelSpec, folder_named
 from diag.models.sizes import IMAGE, PATCH, refuse_unreasonable
 from diag.models.weights import up_to_three
 
 FILES = "--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model'"
 
-SHOWN_BY_LENS = ("Bloom", "GPTJ", "GPTNeoModel", "GPTNeoForCausalLM", "Gemma2", "Mpt")
-"""Beginnings of classes whose attention transformer-lens computes as transformers does; it drops sinks."""
-
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Either may hold the settings of an image processor."""
+
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+PROCESSOR_TIP = "save it there with image_processor.save_pretrained(FOLDER)"
 
 MOST_TOKENIZER = 256 * MEGABYTE
 """Bytes of a document beside the weights; the largest are tokenizers of 250,000 words, some 35 MB."""
@@ -54,8 +56,8 @@ def silenced() -> Iterator[None]:
 
 
 @contextmanager
-def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
-    """Turns what goes wrong while a file of a model is read into two lines."""
+def reading(spec: ModelSpec, file: str, *, tip: str, what: str = "") -> Iterator[None]:
+    """Turns what goes wrong while a file of a model is read into two lines. what: it, in other words."""
     try:
         with silenced(), hub(spec.name, file, download=FILES, revision=spec.revision):
             yield
@@ -74,12 +76,11 @@ def reading(spec: ModelSpec, file: str, *, tip: str) -> Iterator[None]:
                 f"'{spec.name}' has no {file}, or it is not on this machine yet",
                 f"where there is a network: hf download {spec.name} {FILES}{revision}",
             ) from error
-        if "scaled_dot_product_attention" in text:
-            raise eager_refusal(spec, text.split(" ", 1)[0]) from None
         why = first_line(error)
         if "ignore_mismatched_sizes" in why:
             why = "its tensors are of other sizes than its config.json says"
-        raise UserError(f"{file} of '{spec.name}' cannot be read: {why}", tip) from error
+        what = what or f"{file} of '{spec.name}'"
+        raise UserError(f"{what} cannot be read: {why}", tip) from error
 
 
 def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
@@ -88,8 +89,23 @@ def _beside(spec: ModelSpec, kind: Any, file: str, tip: str) -> Any:
         regular(document, "model file", tip, most=MOST_TOKENIZER)
     with reading(spec, file, tip=tip):
         return kind.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **in_gguf(spec)
         )
+
+
+def in_gguf(spec: ModelSpec) -> dict[str, str]:
+    """What `from_pretrained` is told of a folder that holds a model in GGUF; nothing of any other."""
+    file = gguf_in(Path(spec.name))
+    return {} if file is None else {"gguf_file": file}
+
+
+def around(spec: ModelSpec, *files: str) -> ModelSpec:
+    """Of an adapter alone the model that it names, where none of the files lies beside it; else the spec."""
+    folder = Path(spec.name)
+    base = adapted(folder)
+    if base is None or any((folder / file).exists() for file in files):
+        return spec
+    return replace(spec, name=str(folder_named(base) or base), revision=None)
 
 
 def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
@@ -99,10 +115,11 @@ def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
     to the language tower of a vision-language model.
     """
     tip = "save the model again with model.save_pretrained(FOLDER)"
-    folder = Path(spec.name)
-    if folder.is_dir():
+    whole = around(spec)
+    folder = Path(whole.name)
+    if folder.is_dir() and not in_gguf(whole):
         refuse_unreasonable(config_of(folder), f"'{folder / 'config.json'}'")
-    config: transformers.PretrainedConfig = _beside(spec, transformers.AutoConfig, "config.json", tip)
+    config: transformers.PretrainedConfig = _beside(whole, transformers.AutoConfig, "config.json", tip)
     sees = hasattr(config, "vision_config") or hasattr(config, "image_size")
     asked = {IMAGE: sees, PROMPT: image_token(config) is not None}
     for key, value in spec.model_args.items():
@@ -122,6 +139,8 @@ def load_config(spec: ModelSpec) -> transformers.PretrainedConfig:
 
 def check_weights(folder: Path) -> None:
     """Raises UserError for a folder without the weights that transformers looks for, or with part of them."""
+    if gguf_in(folder) is not None:
+        return
     found = next((name for name in WEIGHTS if (folder / name).exists()), None)
     if found is None:
         others = sorted(
@@ -144,16 +163,9 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"'{name}' is not there, which '{file}' names", tip)
 
 
-def commit_of(spec: ModelSpec) -> str | None:
-    """The commit of the hub repository that was loaded; None for a folder."""
-    if Path(spec.name).is_dir():
-        return None
-    file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The tokenizer that lies beside the weights. Raises UserError if there is none."""
+    spec = around(spec, "tokenizer.json", "tokenizer_config.json")
     tip = "save it there with tokenizer.save_pretrained(FOLDER)"
     if not Path(spec.name).is_dir():
         tip = f"where there is a network: hf download {spec.name} {FILES}"
@@ -169,25 +181,29 @@ def is_causal(config: transformers.PretrainedConfig) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def eager_refusal(spec: ModelSpec, architecture: str) -> UserError:
-    """What is told of a model that computes attention itself."""
-    return UserError(
-        f"'{spec.resolved}' ({architecture}) computes attention itself: its calls cannot be seen",
-        f"transformer-lens may show it, at short lengths: -m tl:{spec.name}"
-        if architecture.startswith(SHOWN_BY_LENS)
-        else "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
-    )
-
-
 def load_image_processor(spec: ModelSpec) -> Any:
     """The image processor that lies beside the weights. Raises UserError if there is none."""
-    tip, folder = "save it there with image_processor.save_pretrained(FOLDER)", Path(spec.name)
+    spec = around(spec, *PROCESSORS)
+    tip, folder = PROCESSOR_TIP, Path(spec.name)
     if folder.is_dir() and not any((folder / name).is_file() for name in PROCESSORS):
         raise UserError(f"folder '{folder}' has no {PROCESSORS[0]}", tip)
     return _beside(spec, transformers.AutoImageProcessor, "preprocessor_config.json", tip)
 
 
+def load_video_processor(spec: ModelSpec, config: transformers.PretrainedConfig) -> Any:
+    """What makes a clip of frames: the video or image processor that the model was saved with.
+
+    One in place of the other may give other pixels: ViViT's two scale them differently.
+    Raises UserError where neither is there.
+    """
+    folder = Path(spec.name)
+    saved = (folder / VIDEO_PROCESSOR).is_file()
+    if saved or not (folder.is_dir() or type(config) in IMAGE_PROCESSOR_MAPPING):
+        return _beside(spec, transformers.AutoVideoProcessor, VIDEO_PROCESSOR, PROCESSOR_TIP)
+    return load_image_processor(spec)
+
+
 def load_processor(spec: ModelSpec) -> Any:
     """What makes one input of an image and a prompt. Raises UserError if there is none."""
     tip = "save it there with processor.save_pretrained(FOLDER)"
-    return _beside(spec, transformers.AutoProcessor, "processor_config.json", tip)
+    return _beside(around(spec, *PROCESSORS), transformers.AutoProcessor, "processor_config.json", tip)

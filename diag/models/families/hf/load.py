@@ -1,16 +1,16 @@
 """Hugging Face models from a folder or the hub: text, vision, both towers of contrastive models, and the
 vision tower and language model of vision-language models.
 
-Only models whose attention goes through `scaled_dot_product_attention` are loaded; the others are
-refused by name, because a model that computes softmax itself cannot be seen. `img_size=` makes the image
+Attention goes through `scaled_dot_product_attention` where a model can do that. `img_size=` makes the image
 processor give that size, and the model interpolate its position embeddings if it has any.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,30 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from diag.errors import UserError
 from diag.models.base import Model, Tower, device_of_module
 from diag.models.checkpoint import checked_variants, read_checkpoint
 from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
+from diag.models.families.hf import commit_of
 from diag.models.families.hf.device_map import placement, refuse_offloaded
 from diag.models.families.hf.files import (
+    around,
     check_weights,
-    commit_of,
-    eager_refusal,
+    in_gguf,
     is_causal,
     load_config,
     load_image_processor,
     load_processor,
     load_tokenizer,
+    load_video_processor,
     reading,
 )
+from diag.models.families.hf.formats import quantisation
 from diag.models.families.hf.head import load_language_head
-from diag.models.families.hf.vision import seen
+from diag.models.families.hf.video import PIXELS, clip_tower, frames_of
+from diag.models.families.hf.vision import config_around, seen
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
@@ -48,7 +51,6 @@ from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, refuse_too_large
 from diag.models.weights import fit, up_to_three
 from diag.variants import METADATA, described, restore
-from diag.variants.in_transformers import HF_NAME
 
 VISION_PARTS = ("vision_model", "visual", "vision_tower", "vision_encoder")
 TEXT_PARTS = ("text_model", "language_model", "text_encoder")
@@ -56,6 +58,8 @@ HARMLESS_IF_MISSING = ("pooler", "head", "classifier", "position_ids", "mask_tok
 """Weights that no attention layer reads: a checkpoint may lack them."""
 
 TOKENIZER_TIP = "save the one that belongs to the model: tokenizer.save_pretrained(FOLDER)"
+
+WEIGHTS_TIP = "check the folder, or download it again: the weights must be those of its config.json"
 
 Build = Callable[[], Tower]
 
@@ -72,13 +76,13 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         )
     config = load_config(spec)
     spread = device == SPREAD
-    module = _load_module(spec, config, dtype, placement() if spread else {})
+    module, lacks = _load_module(spec, config, dtype, placement() if spread else {})
     refuse_offloaded(module, spec.resolved)
     # not the format: rotary frequencies, and what a model keeps in float32, would be rounded with the rest
     ready(module, spec.resolved, device=None if spread else device, dtype=None)
     notes: list[str] = []
     sized = "vision" if IMAGE in spec.model_args else None  # the size was asked for by name
-    towers = build_towers(_builders(spec, module, notes, dtype=dtype), notes, needed=sized)
+    towers = build_towers(_builders(spec, module, lacks, notes, dtype=dtype), notes, needed=sized)
     notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
     if not spec.random_init and (Path(spec.name) / "adapter_config.json").is_file():
@@ -87,7 +91,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         notes.append(
             f"the adapter in the folder was {'loaded' if loaded else 'not loaded: peft is not installed'}"
         )
-    scores = {"vision", "text"} <= towers.keys() and is_contrastive(module)
+    scores = {"vision", "text"} <= towers.keys() and is_contrastive(module) and not lacks.names
     classes = (lambda names: zero_shot(module, load_tokenizer(spec), names)) if scores else None
     return Model(spec.given, spec.family, spec.resolved, module, towers, tuple(notes), facts, classes)
 
@@ -95,48 +99,56 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
 # --- loading
 
 
-def refuse_eager(spec: ModelSpec, module: nn.Module, layers: Sequence[Layer]) -> None:
-    """Raises UserError for a tower with a layer that ended up computing attention by itself.
+@dataclass(frozen=True)
+class Lacking:
+    """Weights that a model's files lack, by name; they are zeros. source: the model."""
 
-    A part of a model that has no attention, such as a convolutional backbone, may be as it likes.
-    """
-    models = {path: part for path, part in module.named_modules() if isinstance(part, PreTrainedModel)}
-    for layer in layers:
-        around = [part for path, part in models.items() if not path or layer.path.startswith(f"{path}.")]
-        config = getattr(layer.module, "config", None)
-        if not isinstance(config, transformers.PretrainedConfig):
-            config = around[-1].config
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
-        if config._attn_implementation not in (None, "sdpa", HF_NAME) or capped:
-            raise eager_refusal(spec, type(around[-1]).__name__)
+    source: str
+    names: tuple[str, ...] = ()
+
+    def refuse(self, prefix: str) -> None:
+        """Raises UserError where some of them are below a part, or anywhere for an empty prefix."""
+        missing = [name for name in self.names if name.startswith(prefix)]
+        if missing:
+            names = up_to_three([f"'{name}'" for name in missing])
+            raise UserError(f"the weights of '{self.source}' lack {names}: they would be random", WEIGHTS_TIP)
 
 
 def _load_module(
     spec: ModelSpec, config: transformers.PretrainedConfig, dtype: torch.dtype, placing: Mapping[str, Any]
-) -> nn.Module:
+) -> tuple[nn.Module, Lacking]:
     """placing: what `from_pretrained` is told of devices; nothing for the CPU."""
-    auto = transformers.AutoModelForTextEncoding if _is_encoder(config) else transformers.AutoModel
-    tip = "check the folder, or download it again: the weights must be those of its config.json"
+    auto: Any = transformers.AutoModelForTextEncoding if _is_encoder(config) else transformers.AutoModel
+    method = quantisation(config)
+    if method == "torchao" and is_causal(
+        config
+    ):  # its weights are known by the names that they were saved with
+        auto = transformers.AutoModelForCausalLM
     if spec.random_init and placing:
         raise UserError("--device spread does not go with --random-init", "give a model with weights")
-    if not spec.random_init and Path(spec.name).is_dir():
-        check_weights(Path(spec.name))
-    with reading(spec, "config.json" if spec.random_init else "model.safetensors", tip=tip):
+    if not spec.random_init and Path(around(spec).name).is_dir():
+        check_weights(Path(around(spec).name))
+    file = "config.json" if spec.random_init else in_gguf(spec).get("gguf_file", "model.safetensors")
+    what, tip = "", WEIGHTS_TIP
+    if method is not None:
+        what = f"'{spec.name}', quantised with {method},"
+        tip = "install what that names, or give the model that it was made from, not quantised"
+    with reading(spec, file, tip=tip, what=what):
         how = {"trust_remote_code": spec.trust_remote_code, "dtype": dtype}
         if spec.random_init:
             with torch.device("meta"):
                 refuse_too_large(auto.from_config(deepcopy(config)), spec.resolved)
-            return _through_sdpa(auto.from_config, config, **how)
+            return _through_sdpa(auto.from_config, config, **how), Lacking(spec.name)
         load_it = partial(auto.from_pretrained, spec.name, revision=spec.revision, output_loading_info=True)
         module, report = _through_sdpa(
-            lambda own, **more: load_it(config=own, **more), config, **how, **placing
+            lambda own, **more: load_it(config=own, **more), config, **how, **placing, **in_gguf(spec)
         )
+        module = module.base_model if auto is transformers.AutoModelForCausalLM else module
     missing = sorted(k for k in report["missing_keys"] if not any(part in k for part in HARMLESS_IF_MISSING))
-    if missing:
-        names = up_to_three([f"'{name}'" for name in missing])
-        raise UserError(f"the weights of '{spec.name}' lack {names}: they would be random", tip)
+    for name in missing:  # which values they got is chance
+        module.state_dict()[name].zero_()
     _restore_variants(module, Path(spec.name))
-    return module
+    return module, Lacking(spec.name, tuple(missing))
 
 
 def _is_encoder(config: transformers.PretrainedConfig) -> bool:
@@ -158,16 +170,24 @@ def _is_encoder(config: transformers.PretrainedConfig) -> bool:
 
 
 def _through_sdpa(build: Callable[..., Any], config: transformers.PretrainedConfig, **arguments: Any) -> Any:
-    """What `build` makes of a config with SDPA, or with SDPA in those parts that do not refuse it.
+    """What `build` makes of a config with SDPA, or else with SDPA in those parts that do not refuse it.
 
-    A part that refuses it may be without any attention, such as a convolutional backbone.
+    Scores that are capped are what SDPA leaves out without a word: such a model computes attention itself.
     """
+    if _caps_scores(config.to_dict()):
+        return build(config, attn_implementation="eager", **arguments)
     try:
         return build(deepcopy(config), attn_implementation="sdpa", **arguments)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
     return build(config, **arguments)
+
+
+def _caps_scores(settings: Mapping[str, Any]) -> bool:
+    """Whether a config, or one within it, caps the scores of attention."""
+    inner = (value for value in settings.values() if isinstance(value, Mapping))
+    return settings.get("attn_logit_softcapping") is not None or any(map(_caps_scores, inner))
 
 
 def _restore_variants(module: Any, folder: Path) -> None:
@@ -193,50 +213,65 @@ def _restore_variants(module: Any, folder: Path) -> None:
 # --- towers
 
 
-def _builders(spec: ModelSpec, module: Any, notes: list[str], *, dtype: torch.dtype) -> dict[str, Build]:
-    """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes."""
+def _builders(
+    spec: ModelSpec, module: Any, lacks: Lacking, notes: list[str], *, dtype: torch.dtype
+) -> dict[str, Build]:
+    """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes.
+
+    Of weights that are not there each tower minds its own, and a language model all of them.
+    """
     config = module.config
-    vision = next((part for part in VISION_PARTS if hasattr(module, part)), None)
-    text = next((part for part in TEXT_PARTS if hasattr(module, part)), None)
+    # a part may be None: of Gemma 4 without images, for one
+    vision = next((part for part in VISION_PARTS if isinstance(getattr(module, part, None), nn.Module)), None)
+    text = next((part for part in TEXT_PARTS if isinstance(getattr(module, part, None), nn.Module)), None)
     builders: dict[str, Build] = {}
 
     def see(part: Any, prefix: str) -> Tower:
         layers = layers_of(part, spec.resolved, "vision", prefix=prefix)
-        # DETR's decoder attends among the objects that it looks for, which are no pieces of the image
-        ahead = tuple(layer for layer in layers if not layer.path.startswith(f"{prefix}decoder."))
+        # DETR's decoder attends among the objects that it looks for, V-JEPA's predictor among hidden places
+        beside = (f"{prefix}decoder.", f"{prefix}predictor.")
+        ahead = tuple(layer for layer in layers if not layer.path.startswith(beside))
         layers = ahead if hasattr(part, "encoder") else layers
-        refuse_eager(spec, module, layers)
+        if frames_of(config_around(part, module)) is not None:
+            return clip_tower(spec, module, part, layers, load_video_processor(spec, config), dtype)
         return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
 
     def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
         layers = layers_of(part, spec.resolved, "text", prefix=prefix)
-        refuse_eager(spec, module, layers)
         tokenizer = load_tokenizer(spec)
         return text_tower(part, tokenizer, layers, source=spec.name, causal=causal, head=head)
 
+    def answer(token: int) -> Tower:
+        return language_tower(spec, module, f"{text}.", load_processor(spec), token, dtype)
+
+    def whole(build: Build, prefix: str = "") -> Build:
+        def checked() -> Tower:
+            lacks.refuse(prefix)
+            return build()
+
+        return checked
+
     if vision:
-        builders["vision"] = lambda: see(getattr(module, vision), f"{vision}.")
+        builders["vision"] = whole(lambda: see(getattr(module, vision), f"{vision}."), f"{vision}.")
     if text:
         inner = getattr(module, text)
-        causal = text == "language_model" or is_causal(inner.config)
-        builders["text"] = lambda: read(inner, f"{text}.", causal)
+        causal = text == "language_model" or is_causal(config_around(inner, module))
+        builders["text"] = whole(lambda: read(inner, f"{text}.", causal), f"{text}.")
     if vision and text and (token := image_token(config)) is not None:
-        builders["language"] = lambda: language_tower(
-            spec, module, f"{text}.", load_processor(spec), token, dtype
-        )
+        builders["language"] = whole(lambda: answer(token))
     if builders:
         return builders
     takes = inspect.signature(module.forward).parameters
-    if "input_ids" not in takes and not {"pixel_values", "grid_thw"}.isdisjoint(takes):
-        return {"vision": lambda: see(module, "")}
+    if "input_ids" not in takes and not {*PIXELS, "grid_thw"}.isdisjoint(takes):
+        return {"vision": whole(lambda: see(module, ""))}
     if module.main_input_name == "pixel_values":
-        return {"vision": lambda: see(module, "")}
+        return {"vision": whole(lambda: see(module, ""))}
     if module.main_input_name == "input_ids" in takes:
         encoder = module.get_encoder() if config.is_encoder_decoder else module
         prefix = next((f"{path}." for path, child in module.named_modules() if child is encoder and path), "")
         causal = is_causal(config)
         head = partial(load_language_head, spec, module, dtype=dtype) if causal else None
-        return {"text": lambda: read(encoder, prefix, causal, head)}
+        return {"text": whole(lambda: read(encoder, prefix, causal, head))}
     first = module.main_input_name if module.main_input_name in takes else next(iter(takes), "nothing")
     raise UserError(
         f"'{spec.resolved}' takes '{first}', neither images nor text",
@@ -301,5 +336,5 @@ def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
         return limit if isinstance(limit, int) and limit < 1_000_000 else None
     for path, child in module.named_modules():
         if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
-            return child.num_embeddings - child.padding_idx - 1
+            return len(child.weight) - child.padding_idx - 1
     return context

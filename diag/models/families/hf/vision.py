@@ -29,9 +29,6 @@ from diag.models.weights import up_to_three
 LEARNED_POSITIONS = ("position_embedding", "pos_embed", "relative_position_bias")
 """Parts of parameter names; a relative bias within windows (Swin) does not depend on the image size."""
 
-OF_VIDEOS = ("num_frames", "tubelet_size")
-"""Settings of towers that take several frames."""
-
 MASKS = ("pixel_mask", "pixel_attention_mask", "attention_mask")
 """What an image processor says of padded pixels; an image alone has none."""
 
@@ -55,14 +52,9 @@ def seen(
 
     whole: the model. part: its vision tower, which is all of it where it has no other.
     What was done to its sizes is added to `notes`.
-    Raises UserError for a tower of videos, for one that needs what the image processor does not give, and
-    for an image size that one of them does not take.
+    Raises UserError for a tower that needs what the image processor does not give, and for an image size that
+    one of them does not take.
     """
-    if any(hasattr(part.config, name) for name in OF_VIDEOS):
-        raise UserError(
-            f"'{spec.resolved}' ({type(part).__name__}) takes videos, neither images nor text",
-            "attnbias measures text and vision models",
-        )
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         trial = _processed(processor, Image.new("RGB", TRIALS[0]))
     pixels = trial.get("pixel_values")
@@ -70,13 +62,14 @@ def seen(
     alone = len(_required(getattr(whole, "get_image_features", part.forward)) | _required(part.forward)) < 2
     others = trial.keys() & takes.keys() - {"pixel_values", *MASKS}
     if pixels is not None and pixels.ndim == 4 and len(pixels) == 1 and alone and not others:
-        return vision_tower(spec, part, layers, processor, notes, dtype)
+        return vision_tower(spec, part, config_around(part, whole), layers, processor, notes, dtype)
     return native_tower(spec, whole, part, layers, processor, trial, dtype)
 
 
 def vision_tower(
     spec: ModelSpec,
     module: Any,
+    config: Any,
     layers: tuple[Layer, ...],
     processor: Any,
     notes: list[str],
@@ -84,7 +77,7 @@ def vision_tower(
 ) -> Tower:
     """The tower of a vision transformer that takes pixels `[batch, 3, height, width]`.
 
-    A batch holds one image where the image processor gives images of different sizes.
+    config: the module's. A batch holds one image where the image processor gives images of different sizes.
     Raises UserError for an image size that the processor or the model does not take.
     """
     size = square(spec.model_args, spec.base)
@@ -95,12 +88,12 @@ def vision_tower(
 
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         pixels = [transform(Image.new("RGB", trial)) for trial in TRIALS]
-        preprocessing = _preprocessing(processor, sizes)
+        preprocessing = preprocessing_of(processor, sizes)
     shapes = [(image.shape[-2], image.shape[-1]) for image in pixels]
     alike, (height, width) = shapes[0] == shapes[1], shapes[0]
     if size is not None and set(shapes) != {(size, size)}:
         raise _refusal(spec, f"its image processor gives {height}×{width}")
-    fits = [_fit(spec, module, shape, alike) for shape in dict.fromkeys(shapes)]
+    fits = [_fit(spec, module, config, shape, alike) for shape in dict.fromkeys(shapes)]
     fit_to, flags = next((fit for fit in fits if fit[0] is not NATIVE), fits[0])
     notes += fit_to.notes
     prepare = image_preparation(transform, dtype)
@@ -121,7 +114,7 @@ def vision_tower(
             "preprocessing": preprocessing,
         },
     )
-    return placed(tower, module, getattr(module.config, "patch_size", None))
+    return placed(tower, module, getattr(config, "patch_size", None))
 
 
 def native_tower(
@@ -143,14 +136,15 @@ def native_tower(
     """
     if IMAGE in spec.model_args:
         raise _refusal(spec, "it takes every image at the image's own size")
-    packed = "grid_thw" in inspect.signature(part.forward).parameters
-    qwen = packed and len(_required(part.forward)) == 2 and hasattr(part.config, "spatial_merge_size")
+    packed, config = "grid_thw" in inspect.signature(part.forward).parameters, config_around(part, whole)
+    qwen = packed and len(_required(part.forward)) == 2 and hasattr(config, "spatial_merge_size")
     call = part.forward if qwen else getattr(whole, "get_image_features", part.forward)
     takes = inspect.signature(call).parameters
     names = {name: other for name in trial if (other := _argument(name, list(takes))) is not None}
     missing = _required(call) - set(names.values())
-    if missing:
-        named = up_to_three([f"'{name}'" for name in sorted(missing)])
+    pixels = next((name for name in names if trial[name].is_floating_point()), "")
+    if missing or not pixels:
+        named = up_to_three([f"'{name}'" for name in sorted(missing or {"pixel_values"})])
         raise UserError(
             f"the vision tower of '{spec.name}' needs {named}, which its image processor does not give",
             "give the folder of an image encoder",
@@ -158,26 +152,27 @@ def native_tower(
 
     def pack(image: Image.Image) -> dict[str, Tensor]:
         made = _processed(processor, image)
-        if call == part.forward and made["pixel_values"].ndim == 5:  # of one input, tile by tile
-            made["pixel_values"] = made["pixel_values"].flatten(0, 1)
+        if call == part.forward and made[pixels].ndim == 5:  # of one input, tile by tile
+            made[pixels] = made[pixels].flatten(0, 1)
         return {
             name: made[name].to(dtype) if made[name].is_floating_point() else made[name] for name in names
         }
 
     with theirs(f"the image processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         pack(Image.new("RGB", TRIALS[1]))
-        preprocessing = _preprocessing(processor, {})
+        preprocessing = preprocessing_of(processor, {})
     prepare, device = preparation(pack), device_of_module(part)
 
     def encode(samples: Sequence[Sample]) -> Batch:
         (made,) = each(samples, lambda sample: prepare(sample.read()))
         data = {names[name]: value.to(device) for name, value in made.items()}
         mask = data.get("pixel_attention_mask")
-        real = mask.bool() if mask is not None and mask.ndim == 2 else None  # of patches, not of pixels
+        of_patches = mask is not None and made[pixels].ndim == 3 and mask.shape == made[pixels].shape[:2]
+        real = mask.bool() if mask is not None and of_patches else None  # and neither of pixels nor of tiles
         return Batch((samples[0].id,), data, real)
 
-    full = getattr(part.config, "fullatt_block_indexes", None)
-    sized = sides(getattr(part.config, "image_size", None)) == tuple(trial["pixel_values"].shape[-2:])
+    full = getattr(config, "fullatt_block_indexes", None)
+    sized = sides(getattr(config, "image_size", None)) == tuple(trial[pixels].shape[-2:])
     learned = any(kind in name for name, _ in part.named_parameters() for kind in LEARNED_POSITIONS[:2])
     tower = Tower(
         name="vision",
@@ -195,14 +190,33 @@ def native_tower(
             **({"full_attention_layers": "all" if full is None else list(full)} if packed else {}),
         },
     )
-    return placed(tower, part, getattr(part.config, "patch_size", None))
+    return placed(tower, part, getattr(config, "patch_size", None))
+
+
+def config_around(part: Any, whole: Any) -> Any:
+    """The configuration of a part of a model, or of the model where the part has none of its own."""
+    return getattr(part, "config", whole.config)
 
 
 def _processed(processor: Any, image: Image.Image, **sizes: Any) -> dict[str, Tensor]:
     """The tensors that an image processor makes of one image."""
     found = processor(images=image, return_tensors="pt", **sizes)
     found = {"pixel_values": found} if isinstance(found, Tensor) else found
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {name: _as_tensor(value) for name, value in found.items()}
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """Tensors and numbers, also in lists, as one tensor; None for anything else, and for tensors unlike."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, int | float):
+        return torch.tensor(value)
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    parts = [_as_tensor(part) for part in value]
+    alike = {None if part is None else part.shape for part in parts}
+    return torch.stack([x for x in parts if x is not None]) if len(alike) == 1 and None not in alike else None
 
 
 def _argument(name: str, takes: Sequence[str]) -> str | None:
@@ -240,13 +254,15 @@ def _sizes_of_processor(processor: Any, size: int, spec: ModelSpec) -> dict[str,
     return {"size": scaled} | ({"crop_size": {"height": size, "width": size}} if crop else {})
 
 
-def _fit(spec: ModelSpec, module: Any, image: tuple[int, int], alike: bool) -> tuple[Fitted, dict[str, bool]]:
+def _fit(
+    spec: ModelSpec, module: Any, config: Any, image: tuple[int, int], alike: bool
+) -> tuple[Fitted, dict[str, bool]]:
     """What an image size does to the model's positions, and what its forward pass must be told.
 
     alike: whether every image has it.
     """
-    patch = sides(getattr(module.config, "patch_size", None))
-    stored = sides(getattr(module.config, "image_size", None))
+    patch = sides(getattr(config, "patch_size", None))
+    stored = sides(getattr(config, "image_size", None))
     asked = IMAGE in spec.model_args
     if patch is None or stored is None:
         if asked:
@@ -254,12 +270,12 @@ def _fit(spec: ModelSpec, module: Any, image: tuple[int, int], alike: bool) -> t
         return NATIVE, {}
     if asked and image != stored:
         refuse_remainder(image, patch, spec.base)
-    kinds = LEARNED_POSITIONS[:2] if hasattr(module.config, "window_size") else LEARNED_POSITIONS
+    kinds = LEARNED_POSITIONS[:2] if hasattr(config, "window_size") else LEARNED_POSITIONS
     learned = any(part in name for name, _ in module.named_parameters() for part in kinds)
     before, now = grid(stored, patch), grid(image, patch)
     if before == now or not learned:
         return NATIVE, {}
-    done = fitted(str(module.config.model_type), image, positions=(before, now))
+    done = fitted(str(config.model_type), image, positions=(before, now))
     if not alike:
         words = f"position embeddings interpolated from {before[0]}×{before[1]} to the grid of each image"
         done = replace(done, notes=(words,))
@@ -284,7 +300,9 @@ def _refusal(spec: ModelSpec, why: str) -> UserError:
     return UserError(f"'{spec.base}' does not take {IMAGE}: {why}", f"leave {IMAGE} out")
 
 
-def _preprocessing(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing_of(processor: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image processor does, as a tower's facts have it. sizes: what it is told besides."""
+
     def told(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: side for key, side in value.items() if side is not None}

@@ -7,7 +7,8 @@ model is an ordinary one (`vision.py`) and runs in a pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from math import isqrt
 from typing import Any
 
@@ -19,12 +20,17 @@ from diag.errors import UserError
 from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.encoding import each, image_samples, preparation, vocabulary_digest
-from diag.models.loading import layers_of
+from diag.models.loading import layers_of, theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
 
 PROMPT = "prompt"
 """The model argument that names the text beside the image."""
+
+TRIALS = ((96, 64), (256, 128))
+"""Width and height of images by which a processor is tried."""
+
+PROCESSOR_TIP = "save the processor that belongs to the model: processor.save_pretrained(FOLDER)"
 
 DEFAULT_PROMPT = "Describe this image."
 
@@ -49,34 +55,43 @@ def language_tower(
             f"leave {IMAGE} out to measure its language model",
         )
     asked = str(spec.model_args.get(PROMPT, DEFAULT_PROMPT))
-    lacking = UserError(
-        f"the processor of '{spec.name}' puts no image tokens into a prompt",
-        "save the processor that belongs to the model: processor.save_pretrained(FOLDER)",
-    )
-    try:
+    lacking = UserError(f"the processor of '{spec.name}' puts no image tokens into a prompt", PROCESSOR_TIP)
+    if not hasattr(processor, "tokenizer"):  # a tokenizer or an image processor alone
+        raise lacking
+    with theirs(f"the processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
         text, templated = _written(processor, asked)
-        tokenizer = processor.tokenizer
-    except AttributeError as error:  # a tokenizer or an image processor alone
-        raise lacking from error
-    device = device_of_module(module)
+    tokenizer, device = processor.tokenizer, device_of_module(module)
     # a template that writes the first special token itself would have it twice
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 
-    def packed(images: Sequence[Image.Image]) -> Mapping[str, Tensor]:
-        return processor(
-            images=list(images), text=[text] * len(images), add_special_tokens=not begins, return_tensors="pt"
+    def packed(images: Sequence[Image.Image], *, nested: bool = False) -> dict[str, Tensor]:
+        found = processor(
+            images=[[image] for image in images] if nested else list(images),
+            text=[text] * len(images),
+            add_special_tokens=not begins,
+            return_tensors="pt",
         )
+        return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
+    with theirs(f"the processor of '{spec.name}' cannot be used", PROCESSOR_TIP):
+        trials = [packed([Image.new("RGB", size)]) for size in TRIALS]
+    pixels = next((name for name, x in trials[0].items() if x.is_floating_point()), None)
+    if pixels is None or not bool((trials[0]["input_ids"] == token).any()):
+        raise lacking
+    in_grid = trials[0][pixels].ndim > 3
+    # several images in a flat list are those of one text to some processors
+    alike = all(trials[0][name].shape == trials[1][name].shape for name in (pixels, "input_ids"))
+    nested = _nested(packed) if alike else None
     alone = preparation(lambda image: packed([image]))
 
     def encode(samples: Sequence[Sample]) -> Batch:
         try:
-            found = packed([rgb(sample.read()) for sample in samples])
+            found = packed([rgb(sample.read()) for sample in samples], nested=bool(nested))
         except Exception:  # the processor refuses an odd image with whatever breaks first: which one is it?
             each(samples, lambda sample: alone(sample.read()))
             raise
         ids = found["input_ids"]
-        if not found["attention_mask"].bool().all():
+        if "attention_mask" in found and not found["attention_mask"].bool().all():
             raise UserError(f"'{spec.base}' pads images of different sizes", "try --batch-size 1")
         of_image = ids == token
         last = torch.zeros_like(of_image)
@@ -88,14 +103,6 @@ def language_tower(
         sets = {"image": of_image, "text": ~of_image, "last": last}
         return Batch(tuple(sample.id for sample in samples), data, sets=sets)
 
-    try:
-        trials = [packed([Image.new("RGB", size)]) for size in ((96, 64), (256, 128))]
-        marked = bool((trials[0]["input_ids"] == token).any())
-    except (TypeError, ValueError, KeyError, AttributeError):  # such as a processor without its patch size
-        marked = False
-    if not marked:
-        raise lacking
-    alike = trials[0]["pixel_values"].shape == trials[1]["pixel_values"].shape
     return Tower(
         name="language",
         takes="vision",
@@ -105,16 +112,26 @@ def language_tower(
         forward=lambda batch: module(**batch.data, use_cache=False),
         marks=("image", "text", "last"),
         together=("image", "text"),
-        max_batch=None if alike else 1,
+        max_batch=1 if nested is None else None,
         facts={
-            "patch_size": _side(trials[0], token, module.config.vision_config),
-            "image_size": tuple(trials[0]["pixel_values"].shape[-2:]) if alike else "native",
+            "patch_size": _side(trials[0], pixels, token, getattr(module.config, "vision_config", None)),
+            "image_size": tuple(trials[0][pixels].shape[-2:]) if in_grid and alike else "native",
             "prompt": asked,
             "prompt_format": "chat template" if templated else "bare",
             "vision_feature_layer": getattr(module.config, "vision_feature_layer", None),
             "tokenizer": vocabulary_digest(tokenizer),
         },
     )
+
+
+def _nested(packed: Callable[..., Mapping[str, Tensor]]) -> bool | None:
+    """Whether a processor wants images of several texts in lists of their own; None where it takes one."""
+    images = [Image.new("RGB", size) for size in TRIALS]
+    for nested in (False, True):
+        with suppress(Exception):  # a processor says whatever breaks first
+            if len(packed(images, nested=nested)["input_ids"]) == len(images):
+                return nested
+    return None
 
 
 def _written(processor: Any, prompt: str) -> tuple[str, bool]:
@@ -127,15 +144,18 @@ def _written(processor: Any, prompt: str) -> tuple[str, bool]:
     return f"{processor.image_token}\n{prompt}", False
 
 
-def _side(packed: Mapping[str, Tensor], token: int, vision: Any) -> int | None:
+def _side(packed: Mapping[str, Tensor], named: str, token: int, vision: Any) -> int | None:
     """Side of the square of pixels that one image token stands for: patches may be merged.
 
     It follows from the pixels and tokens of one input; where that is no whole number, as with tokens between
-    rows of patches, from the config of the vision tower. None where neither says.
+    rows of patches, from the config of the vision tower. None where neither says. named: the pixels.
     """
-    pixels, patch = packed["pixel_values"], getattr(vision, "patch_size", None)
+    pixels, patch = packed[named], getattr(vision, "patch_size", None)
     if pixels.ndim < 4:  # patches in a row, of whose places in time and colours nothing follows
-        area = len(pixels.flatten(0, -2)) * patch**2 if isinstance(patch, int) else 0
+        mask = packed.get("pixel_attention_mask")
+        padded = mask is not None and mask.shape == pixels.shape[:-1]
+        patches = int(mask.sum()) if mask is not None and padded else pixels.shape[:-1].numel()
+        area = patches * patch**2 if isinstance(patch, int) else 0
     else:
         area = pixels.numel() // pixels.shape[-3]
     tokens = int((packed["input_ids"] == token).sum())

@@ -11,9 +11,13 @@ import pytest
 import torch
 import transformers
 from checkpoints import TEXT_SIZES, VOCABULARY, save_tokenizer
+from safetensors.torch import load_file, save_file
 
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import pattern_rows
 from diag.errors import UserError
 from diag.inputs.items import Inputs
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model
 from diag.models.families.hf.files import is_causal
@@ -56,10 +60,11 @@ def test_which_models_are_causal() -> None:
     assert not any(is_causal(config) for config in both_ways)
 
 
-def test_positions_behind_the_padding_index_do_not_count(tmp_path: Path, texts: Inputs) -> None:
+@pytest.mark.parametrize("kind", ["Roberta", "IBert"])  # whose embeddings are a class of its own
+def test_positions_behind_the_padding_index_do_not_count(tmp_path: Path, texts: Inputs, kind: str) -> None:
     sizes = TEXT_SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 34, "pad_token_id": 1}
-    config = transformers.RobertaConfig(**sizes, bos_token_id=0, eos_token_id=1)
-    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=0, eos_token_id=1)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     tower = load_folder(tmp_path).tower("text")
     assert tower.facts["context"] == 32
@@ -75,41 +80,57 @@ def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(folder_of: Folde
     assert half.facts["weights_sha256"] != load_folder(folder_of("gpt2")).facts["weights_sha256"]
 
 
+GROUPED = TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY}
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.BloomConfig(n_layer=1, hidden_size=32, n_head=4, vocab_size=60),
+        transformers.BloomConfig(n_layer=2, hidden_size=32, n_head=4, vocab_size=VOCABULARY),
         transformers.GPTJConfig(
-            n_layer=1, n_embd=32, n_head=4, vocab_size=60, rotary_dim=4, bos_token_id=0, eos_token_id=1
+            n_layer=2,
+            n_embd=32,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            rotary_dim=4,
+            bos_token_id=0,
+            eos_token_id=1,
         ),
-        transformers.Gemma2Config(**TEXT_SIZES, num_key_value_heads=2, head_dim=8, vocab_size=60),
+        transformers.Gemma2Config(**GROUPED, attn_logit_softcapping=0.1, initializer_range=0.3),
         transformers.T5GemmaConfig(
-            encoder=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60},
-            decoder=TEXT_SIZES | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60},
-            vocab_size=60,
+            encoder=GROUPED | {"attn_logit_softcapping": 0.1, "initializer_range": 0.3},
+            decoder=GROUPED,
+            vocab_size=VOCABULARY,
         ),
         transformers.GptOssConfig(
-            **TEXT_SIZES,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=60,
-            num_local_experts=2,
-            eos_token_id=1,
+            **GROUPED, num_local_experts=2, num_experts_per_tok=1, eos_token_id=1, initializer_range=0.3
         ),
     ],
     ids=lambda config: config.model_type,
 )
-def test_models_that_compute_softmax_themselves_are_refused_by_name(
-    tmp_path: Path, config: transformers.PretrainedConfig
+def test_models_that_compute_softmax_themselves_are_measured(
+    tmp_path: Path, texts: Inputs, config: transformers.PretrainedConfig
 ) -> None:
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="computes attention itself") as error:
-        load_folder(tmp_path, random_init=True)
-    assert type(config).__name__.removesuffix("Config") in str(error.value)
-    shown = config.model_type not in ("gpt_oss", "t5gemma")  # sinks and encoders are not shown
-    tip = f"transformer-lens may show it, at short lengths: -m tl:{tmp_path}"
-    assert (error.value.tip == tip) == shown
-    assert shown or "scaled_dot_product_attention" in (error.value.tip or "")
+    """Their patterns are those that the library hands out: capped, and with the share of sinks left out."""
+    kinds = {"t5gemma": transformers.T5GemmaModel}
+    torch.manual_seed(0)
+    kinds.get(config.model_type, transformers.AutoModel.from_config)(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model = load_folder(tmp_path)
+    samples = list(model.tower("text").samples(texts, 12))[:2]
+    tower = understood(model, model.tower("text"), samples)
+    assert tower.skipped == {}
+    calls: list[AttentionCall] = []
+    batch = tower.encode(samples)
+    with torch.inference_mode(), tower.capture(tower.layers, calls.append):
+        tower.forward(batch)
+    whole = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = whole.get_encoder() if config.is_encoder_decoder else whole
+        patterns = expected(input_ids=batch.data, output_attentions=True).attentions
+    assert len(calls) == len(patterns) == 2
+    for call, pattern in zip(calls, patterns, strict=True):
+        torch.testing.assert_close(pattern_rows(call).float(), pattern.float(), atol=1e-6, rtol=1e-5)
 
 
 def test_a_hub_miss_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +211,52 @@ def test_missing_companions(folder_of: Folders, tmp_path: Path) -> None:
     model = load_folder(folder)
     assert list(model.towers) == ["vision"]
     assert "no text tower" in model.notes[0]
+
+
+def without(folder: Path, *parts: str) -> None:
+    """Takes tensors out of a folder's weights, by how their names begin."""
+    file = folder / "model.safetensors"
+    save_file({k: x for k, x in load_file(file).items() if not k.startswith(parts)}, file, {"format": "pt"})
+
+
+def test_weights_that_are_not_there_leave_out_their_own_tower(folder_of: Folders, tmp_path: Path) -> None:
+    folder = broken(folder_of, "clip", tmp_path / "clip")
+    without(folder, "text_model.encoder", "text_projection")
+    models = [load_folder(folder) for _ in range(2)]
+    assert [list(model.towers) for model in models] == [["vision"]] * 2
+    (note,) = models[0].notes
+    assert note.startswith(
+        f"no text tower: the weights of '{folder}' lack 'text_model.encoder.layers.0.layer_norm1"
+    )
+    assert note.endswith("they would be random")
+    # what is not there is the same each time
+    assert models[0].facts["weights_sha256"] == models[1].facts["weights_sha256"]
+    without(folder, "vision_model.encoder.layers.1.self_attn")
+    with pytest.raises(UserError, match=r"lack 'vision_model\.encoder\.layers\.1\.self_attn"):
+        load_folder(folder)
+
+
+def test_a_projection_that_is_not_there_takes_no_tower_but_its_classes(
+    folder_of: Folders, tmp_path: Path
+) -> None:
+    folder = broken(folder_of, "clip", tmp_path / "clip")
+    assert load_folder(folder).zero_shot is not None
+    without(folder, "visual_projection")
+    model = load_folder(folder)
+    assert list(model.towers) == ["vision", "text"]
+    assert model.zero_shot is None
+
+
+def test_a_part_that_a_model_is_without(tmp_path: Path) -> None:
+    """Gemma 4 without images and sound holds None where their towers would be."""
+    text = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size": VOCABULARY}
+    text |= {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+    text |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
+    config = transformers.Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+    transformers.Gemma4Model(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert list(load_folder(tmp_path).towers) == ["text"]
 
 
 def test_code_in_a_repository_does_not_run(tmp_path: Path) -> None:

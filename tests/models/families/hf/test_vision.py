@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import TEXT_SIZES, VISION_SIZES, VOCABULARY, save_tokenizer
+from PIL import Image
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
@@ -18,6 +19,7 @@ from diag.measure.loop import measure
 from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Tower
+from diag.models.families.hf.vision import _processed
 from diag.models.families.hf.vlm import _side
 from diag.models.names.resolve import parse
 from diag.studies.attend.measure import Grid, _patches
@@ -136,6 +138,41 @@ def test_tiles_of_one_image_are_the_windows_of_one_input(tmp_path: Path, photogr
     assert (facts["patch_size"], facts["image_size"], facts["positions"]) == (8, "native", "native")
 
 
+class InLists:
+    """An image processor of which every tensor lies in lists."""
+
+    def __init__(self, inner: transformers.ViTImageProcessor) -> None:
+        self.inner = inner
+
+    def __call__(self, **given: object) -> dict[str, object]:
+        pixels = self.inner(**given)["pixel_values"]
+        return {
+            "pixel_values": [[pixels[0]]],
+            "num_tiles": [[1]],
+            "words": ["a"],
+            "unlike": [pixels, pixels[0]],
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        return self.inner.to_dict()
+
+
+def test_lists_of_tensors_are_tensors(
+    folder_of: Callable[[str], Path], photographs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = first_of(load(parse(f"hf:{folder_of('vit')}"), **CPU).tower("vision"), photographs)
+    inner = transformers.AutoImageProcessor.from_pretrained(folder_of("vit"))
+    made = _processed(InLists(inner), Image.new("RGB", (40, 40)))
+    assert {name: value.shape for name, value in made.items()} == {
+        "pixel_values": (1, 1, 3, 32, 32),
+        "num_tiles": (1, 1),
+    }
+    monkeypatch.setattr("diag.models.families.hf.load.load_image_processor", lambda spec: InLists(inner))
+    tower = load(parse(f"hf:{folder_of('vit')}"), **CPU).tower("vision")
+    (pixels,) = first_of(tower, photographs).data.values()
+    assert torch.equal(pixels, expected.data)
+
+
 def test_padded_patches_are_not_real(tmp_path: Path, photographs: Inputs) -> None:
     config = transformers.Siglip2VisionConfig(**TEXT_SIZES, patch_size=8, num_patches=16)
     torch.manual_seed(0)
@@ -171,10 +208,6 @@ def test_the_vision_tower_of_a_larger_model_saved_alone(
         (
             transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=VOCABULARY),
             "no self-attention layer found in its text tower",
-        ),
-        (
-            transformers.VideoMAEConfig(**VISION_SIZES),
-            "(VideoMAEModel) takes videos, neither images nor text",
         ),
         (
             transformers.Blip2QFormerConfig(**TEXT_SIZES, vocab_size=VOCABULARY),
@@ -252,5 +285,5 @@ def test_a_layer_is_known_by_what_stands_behind_the_models_name(tmp_path: Path) 
 def test_the_pixels_behind_an_image_token(pixels: tuple[int, ...], tokens: int, expected: int) -> None:
     packed = {"pixel_values": torch.zeros(pixels), "input_ids": torch.tensor([[7] * tokens + [3] * 5])}
     config = transformers.CLIPVisionConfig(patch_size=8)
-    assert _side(packed, 7, config) == expected
-    assert _side(packed, 7, transformers.PretrainedConfig()) in (expected, None)
+    assert _side(packed, "pixel_values", 7, config) == expected
+    assert _side(packed, "pixel_values", 7, transformers.PretrainedConfig()) in (expected, None)

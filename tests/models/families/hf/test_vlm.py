@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import TEXT_SIZES, VISION_SIZES, save_tokenizer
 from commands import Ended
 from PIL import Image
 
@@ -20,6 +21,7 @@ from diag.errors import MeasurementError, UserError
 from diag.inputs.items import Inputs
 from diag.measure.batch_readings import Incidents
 from diag.measure.loop import measure
+from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.resolve import parse
@@ -54,6 +56,99 @@ def test_a_processor_that_is_a_tokenizer_alone_leaves_the_language_tower_out(
     model = loaded(folder_of("llava"))
     assert list(model.towers) == ["vision", "text"]
     assert "puts no image tokens into a prompt" in model.notes[0]
+
+
+class Particular:
+    """LLaVA's processor, which takes images as others do: `images_of` says what it reads of them."""
+
+    def __init__(self, folder: Path, images_of: Callable[[list[Any], int], list[Any]]) -> None:
+        self.whole, self.images_of = transformers.AutoProcessor.from_pretrained(folder), images_of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def __call__(self, *, images: list[Any], text: list[str], **options: Any) -> Any:
+        found = dict(self.whole(images=self.images_of(images, len(text)), text=text, **options))
+        return found | {"num_tiles": [[1]] * len(text)}  # some say in lists what no model reads
+
+
+def in_lists_of_their_own(images: list[Any], texts: int) -> list[Any]:
+    """Gemma 3, Llama 3.2 and LFM2-VL: several images in a flat list are those of the first text."""
+    if texts > 1 and not isinstance(images[0], list):
+        raise ValueError(f"found [1, 1] tokens and [{texts}] images per sample")
+    return [image for one in images for image in (one if isinstance(one, list) else [one])]
+
+
+def one_alone(images: list[Any], texts: int) -> list[Any]:
+    if texts > 1:
+        raise IndexError("list index out of range")
+    return images
+
+
+def broken(images: list[Any], texts: int) -> list[Any]:
+    raise IndexError("list index out of range")
+
+
+@pytest.mark.parametrize(("images_of", "most"), [(in_lists_of_their_own, None), (one_alone, 1)])
+def test_processors_take_several_images_each_in_its_way(
+    folder_of: Folders,
+    photographs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    images_of: Callable[[list[Any], int], list[Any]],
+    most: int | None,
+) -> None:
+    folder = folder_of("llava")
+    expected = numbers(loaded(folder).towers["language"], photographs, ["cos_y_vself", "entropy"])
+    processor = Particular(folder, images_of)
+    monkeypatch.setattr("diag.models.families.hf.load.load_processor", lambda spec: processor)
+    tower = loaded(folder).towers["language"]
+    assert tower.max_batch == most
+    torch.testing.assert_close(numbers(tower, photographs, ["cos_y_vself", "entropy"]), expected)
+
+
+def test_a_processor_that_breaks_leaves_the_other_towers(
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = Particular(folder_of("llava"), broken)
+    monkeypatch.setattr("diag.models.families.hf.load.load_processor", lambda spec: processor)
+    model = loaded(folder_of("llava"))
+    assert list(model.towers) == ["vision", "text"]
+    (note,) = model.notes
+    assert note.startswith("no language tower: the processor of ")
+    assert note.endswith("cannot be used: list index out of range")
+
+
+def test_what_stands_between_pieces_of_an_image_is_no_padding(tmp_path: Path, photographs: Inputs) -> None:
+    """LLaVA-NeXT ends each row of patches with a token that is the same in every image."""
+    torch.manual_seed(0)
+    save_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tiles = [[32, 64], [64, 32], [64, 64]]
+    text = TEXT_SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION_SIZES),
+        text_config=transformers.LlamaConfig(**text, initializer_range=0.3),
+        image_token_id=len(tokenizer) - 1,
+        image_grid_pinpoints=tiles,
+    )
+    transformers.LlavaNextModel(config).save_pretrained(tmp_path)
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = transformers.LlavaNextImageProcessor(**sides, image_grid_pinpoints=tiles)
+    transformers.LlavaNextProcessor(
+        processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(tmp_path)
+    model = loaded(tmp_path)
+    samples = list(model.towers["language"].samples(photographs, None))[:3]
+    tower = understood(model, model.towers["language"], samples)
+    assert all(padding is None for layer in tower.layers for padding in layer.form.padding)
+    found = list(measure(tower, samples, metrics=["cos_y_vself"]))
+    assert len({batch[0].facts.n_tokens for batch in found}) > 1  # images of several sizes
+    assert all(np.isfinite(layer.values).all() for batch in found for layer in batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
