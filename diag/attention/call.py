@@ -46,7 +46,8 @@ class AttentionCall:
     With grouped heads (`kv_head < head`) query head `h` reads KV head `h // (head // kv_head)`.
     Either `query` and `key` are given, or the `pattern` itself (the route of libraries that
     materialise it), or the `maps` that a layer adds up, over the same values and under the same mask. The
-    weights of added maps may be negative, and their rows need not sum to 1.
+    weights of added maps may be negative, and their rows need not sum to 1. Where none of them is given, the
+    layer has no softmax and its weights are nowhere: values and outputs are all that is known of it.
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
         `[batch, head, token, token]`; None for no mask. `causal` is in addition to it. What hides a key
@@ -82,6 +83,11 @@ class AttentionCall:
             read = Visibility.of(self.mask, self.causal, self.output)
             for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
                 object.__setattr__(self, name, value)
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether weights are known, or can be made; not of a layer without softmax."""
+        return self.query is not None or self.pattern is not None or bool(self.maps)
 
     @property
     def hidden(self) -> float:

@@ -198,6 +198,7 @@ class _BatchWork:
                 layer.index: replace(
                     gate.facts(layer.index, projection.get(layer.name, "unknown")),
                     value_from=layer.form.value_from,
+                    mixer=layer.form.mixer,
                 )
                 for layer in layers
             }

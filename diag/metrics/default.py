@@ -12,7 +12,8 @@ cosine with a zero vector is 0. Which tokens count:
   leaves out exactly the first token; it also leaves out rows that see nothing.
 
 Where a layer adds up several maps (differential attention), weights may be negative: what takes a row for
-shares of its attention (`of_shares`) is undefined there.
+shares of its attention (`of_shares`) is undefined there. Where a layer has no softmax, whatever needs weights
+(`of_weights`) is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from diag.attention.softmax_statistics import CallStatistics
 from diag.attention.value_statistics import reciprocal, value_blocks, value_statistics
 from diag.attention.visibility import of_inputs
 from diag.metrics.readings import Controls, Reading, reduce
-from diag.metrics.registry import metric, registered
+from diag.metrics.registry import Metric, metric, registered
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
@@ -192,12 +193,12 @@ def cos_y_vself(on: Selection) -> Reading:
     return on.per_row(on.cosine)
 
 
-@metric("call")
+@metric("call", of_weights=True)
 def self_part(on: Selection) -> Reading:
     return on.per_row(on.self_part)
 
 
-@metric("call")
+@metric("call", of_weights=True)
 def context_part(on: Selection) -> Reading:
     return on.per_row(on.cosine - on.self_part)
 
@@ -303,33 +304,33 @@ def value_participation_ratio(on: Selection) -> Reading:
     return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
 
 
-@metric("call")
+@metric("call", of_weights=True)
 def self_weight(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight, on.rows)
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
 def self_weight_ratio(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
 
 
-@metric("call", of_shares=True)
-@metric("call", name="entropy_p15", reduce="percentile", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
+@metric("call", name="entropy_p15", reduce="percentile", of_shares=True, of_weights=True)
 def entropy(on: Selection) -> Reading:
     return on.of_pattern(on.softmax.entropy)
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
 def entropy_normalized(on: Selection) -> Reading:
     return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).float().log())
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
 def effective_keys(on: Selection) -> Reading:
     return on.of_pattern(1 / on.softmax.sum_of_squares)
 
 
-@metric("call")
+@metric("call", of_weights=True)
 def first_weight(on: Selection) -> Reading:
     return Reading(on.softmax.first_weight, on.rows)
 
@@ -339,10 +340,15 @@ METRICS = registered("call")
 
 
 def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
-    """The named metrics of one call seen through one token set."""
-    defined = [name for name in names if not (on.call.maps and METRICS[name].of_shares)]
+    """The named metrics of one call seen through one token set; nothing counts in those that it has not."""
+    defined = [name for name in names if is_defined(METRICS[name], on.call)]
     computed = {function: function(on) for function in {METRICS[name].compute: None for name in defined}}
     return {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
+
+
+def is_defined(of: Metric, call: AttentionCall) -> bool:
+    """Whether a call has a metric: weights need not be shares, and need not be there."""
+    return not (call.maps and of.of_shares) and (call.has_pattern or not of.of_weights)
 
 
 def per_input(

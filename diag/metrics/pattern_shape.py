@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diag.attention.positions import TEXT, Geometry
 from diag.metrics import names as known
-from diag.metrics.default import Selection
+from diag.metrics.default import Selection, is_defined
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
@@ -295,10 +295,14 @@ def shape_readings(
     receives is a sum over all rows, and is summed up over all of them.
     """
     call, statistics = selections[0].call, selections[0].statistics
-    if call.maps and (shares := [name for name in names if SHAPE_METRICS[name].of_shares]):
-        defined = [name for name in names if name not in shares]
-        found_of = shape_readings(selections, defined, geometry=geometry)
-        return [dict.fromkeys(shares, on.nothing) | one for on, one in zip(selections, found_of, strict=True)]
+    if undefined := [name for name in names if not is_defined(SHAPE_METRICS[name], call)]:
+        defined = [name for name in names if name not in undefined]
+        found_of = [{} for _ in selections]
+        if defined:
+            found_of = shape_readings(selections, defined, geometry=geometry)
+        return [
+            dict.fromkeys(undefined, on.nothing) | one for on, one in zip(selections, found_of, strict=True)
+        ]
     summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
     if call.sample is not None and summed:
         of_all = statistics.of_all_rows()

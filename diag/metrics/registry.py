@@ -33,6 +33,7 @@ class Metric:
     needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
     of_shares: whether it takes the weights of a row for shares, not negative and of sum 1. It is undefined
         where a layer adds up several maps.
+    of_weights: whether it needs the weights themselves. It is undefined where a layer has no softmax.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Metric:
     reduce: str = "mean"
     needs: tuple[str, ...] = ()
     of_shares: bool = False
+    of_weights: bool = False
 
 
 REGISTRY: dict[str, Metric] = {}
@@ -54,6 +56,7 @@ def metric(
     reduce: str = "mean",
     needs: tuple[str, ...] = (),
     of_shares: bool = False,
+    of_weights: bool = False,
 ) -> Callable[[Compute], Compute]:
     """Registers a function as the metric of its name, or of `name`, with the catalogue's definition.
 
@@ -65,7 +68,8 @@ def metric(
         if known not in CATALOGUE:
             raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
         compute.__doc__ = CATALOGUE[known].definition
-        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares)
+        weighed = of_weights or reads == "pattern"
+        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares, weighed)
         return compute
 
     return register

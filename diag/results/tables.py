@@ -43,6 +43,7 @@ CONSTANTS = [
     "projection",
     "value_from",
     "row_sum",
+    "mixer",
     "values",
     "intervention",
     "dtype",

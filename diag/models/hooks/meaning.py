@@ -189,7 +189,11 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
 
 def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     """Which calls of one run of a module are the layer's, by number; and why, if none is."""
-    own = [one for one in calls if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked)]
+    own = [
+        one
+        for one in calls
+        if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked or one.recurrence)
+    ]
     if not own:
         first = calls[0]
         return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
@@ -315,6 +319,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
                 layout=mine[0].layout,
                 adds_up=mine[0].adds_up,
                 value_from=_values_of(mine, of_stack),
+                recurrence=mine[0].recurrence,
             )
             of_stack |= dict.fromkeys(mine, place.index)
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))

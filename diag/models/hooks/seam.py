@@ -26,7 +26,8 @@ from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.combined import Combination
-from diag.models.hooks.layout import Layout, plain_layout
+from diag.models.hooks.layout import PLAIN, Layout, plain_layout
+from diag.models.hooks.linear import Mixing, Recurrence, mixers_told
 
 SDPA = F.scaled_dot_product_attention
 MULTI_HEAD = F.multi_head_attention_forward
@@ -51,6 +52,7 @@ class Form:
     padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
     adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
+    recurrence: how a layer without softmax mixes its tokens; None of attention.
     """
 
     runs: int = 1
@@ -59,6 +61,12 @@ class Form:
     padding: tuple[Tensor | None, ...] = ()
     adds_up: bool = False
     value_from: str = "own"
+    recurrence: Recurrence | None = None
+
+    @property
+    def mixer(self) -> str:
+        """What makes a layer's outputs: "softmax" or "linear"."""
+        return "softmax" if self.recurrence is None else "linear"
 
 
 USUAL = Form()
@@ -147,7 +155,8 @@ def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sighti
     """
     refuse_compiled(layers)
     seam = _Seam(layers, on_call)
-    with hooked(seam, {layer.path: layer.module for layer in layers}):
+    recurrent = any(layer.form.recurrence is not None for layer in layers)
+    with hooked(seam, {layer.path: layer.module for layer in layers}, without_softmax=recurrent):
         yield seam.sightings
 
 
@@ -181,8 +190,13 @@ class Frame:
 
 
 @contextmanager
-def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens."""
+def hooked(
+    mode: AttentionMode, modules: Mapping[str, nn.Module], *, without_softmax: bool
+) -> Iterator[None]:
+    """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens.
+
+    without_softmax: whether it is told of their mixers without softmax, too.
+    """
     with ExitStack() as undone:
         undone.callback(mode.stack.clear)
         for path, module in modules.items():
@@ -190,6 +204,8 @@ def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[No
             undone.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
             kept = module.register_forward_hook(left, always_call=True, with_kwargs=True)
             undone.callback(kept.remove)
+        if without_softmax:
+            undone.enter_context(mixers_told(modules.values(), mode.mixing))
         with mode:
             yield
 
@@ -237,6 +253,10 @@ class AttentionMode(TorchFunctionMode):
 
     def attention(self, given: Arguments) -> Tensor:
         """What a call of attention returns."""
+        raise NotImplementedError
+
+    def mixing(self, given: Mixing) -> Any:
+        """What a mixer without softmax returns."""
         raise NotImplementedError
 
     def softmax(self, scores: torch.Size) -> None:
@@ -396,6 +416,39 @@ class _Seam(AttentionMode):
         if layer.name not in self.sightings.projection:
             frame.unread = output
         return output
+
+    def mixing(self, given: Mixing) -> Any:
+        frame = self.stack[-1] if self.stack else None
+        layer = None if frame is None else frame.layer
+        result, output = given.run()
+        if frame is None or layer is None or output is None:
+            return result
+        form = layer.form.recurrence
+        if form is None or form.called != given.called:
+            return result
+        number = frame.calls
+        frame.calls += 1
+        layout = layer.form.layout or PLAIN
+        call = AttentionCall(
+            layer=layer.index,
+            module=layer.name,
+            query=None,
+            key=None,
+            value=layout.split(given.value),
+            output=layout.split(output),
+            mask=None,
+            causal=form.causal,
+            scale=1.0,
+            padding=padding_of(layer, number, layout.split(output)),
+        )
+        self.sightings.calls[layer.name] += 1
+        replaced = self.on_call(call)
+        if replaced is not None:
+            output = layout.joined(replaced.to(output.dtype), output)
+            result = given.with_output(result, output)
+        if layer.name not in self.sightings.projection:
+            frame.unread = layout.split(output)
+        return result
 
     def added_up(self, frame: Frame) -> None:
         """Hands on the sum of a layer's maps, before the module goes on with it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,11 @@ from diag.attention.visibility import hiding, plain
 from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
+from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
 from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
+
+NEIGHBOURS = 8
+"""From how many tokens before it a value may be made in front of a recurrence; its convolutions are as wide as 4."""
 
 ABOVE = 3
 """How many modules, from the one that called attention upwards, are asked: a block runs its attention, which
@@ -31,12 +35,14 @@ may run another one that is handed queries, keys and values."""
 
 OWN, MIXED, SHARED, ELSEWHERE = "own tokens", "mixed values", "an earlier layer's values", "other tokens"
 CHANNELS, HEADS, EVERYTHING, ORDER = "channels", "heads", "everything", "another order"
+NOT_LINEAR = "not linear"
 REASONS = {
     CHANNELS: "it attends over channels, not over tokens",
     HEADS: "it attends over heads, not over tokens",
     EVERYTHING: "each of its values is made of many tokens",
     ORDER: "its keys are not in the order of its queries",
     ELSEWHERE: "its keys are not the tokens of its queries (cross-attention)",
+    NOT_LINEAR: "what it makes of its values is not linear in them",
 }
 """What the axis test found -> why such a call is not measured."""
 
@@ -50,6 +56,7 @@ class Seen:
     kind: what the axis test found; None where it could not be asked. why: it is not measured, if so.
     asked: whether it was. touched: whether the one changed element reached it.
     adds_up: whether it is one of several maps of a sum.
+    recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
     open: how many more modules may be asked.
     """
@@ -64,6 +71,7 @@ class Seen:
     touched: bool = False
     layout: Layout | None = None
     adds_up: bool = False
+    recurrence: Recurrence | None = None
     keys: Tensor | None = None
     first_alone: bool = False
     open: int = ABOVE
@@ -97,7 +105,7 @@ def watched(root: nn.Module, run: Callable[[], object], *, asked: bool = True) -
     """
     modules = {path: module for path, module in root.named_modules() if not _is_leaf(module)}
     survey = Survey(asked)
-    with hooked(survey, modules):
+    with hooked(survey, modules, without_softmax=True):
         run()
     for seen in survey.seen:
         seen.close()
@@ -199,6 +207,27 @@ class Survey(AttentionMode):
                 frame.maps.note_call(call, output)
         return output
 
+    def mixing(self, given: Mixing) -> Any:
+        with Inside() as inside:
+            result, output = given.run()
+        if output is None or not is_without_softmax(given, inside):
+            return result
+        if self.again is not None:
+            self.again.append((output.clone(), given.value.clone()))
+        elif self.stack:
+            frame = self.stack[-1]
+            seen = Seen(frame.path, frame.run, frame.calls, self._print(given.value), layout=given.usual)
+            seen.recurrence = Recurrence(given.called)
+            frame.calls += 1
+            self.seen.append(seen)
+            frame.made.append(seen)
+            if self.asked and not is_linear(given, output):
+                seen.kind, seen.why = NOT_LINEAR, REASONS[NOT_LINEAR]
+            elif self.asked:
+                seen.query, seen.value, seen.output = output, given.value, output
+                frame.waiting.append(seen)
+        return result
+
     def _note_maps(self, frame: _Running, maps: Combination) -> None:
         """The calls of a frame are maps that it adds up, or it does with them what is not understood."""
         own = [seen for seen in frame.made if seen.path == frame.path]
@@ -236,7 +265,10 @@ class Survey(AttentionMode):
             if seen.kind is None and seen.value is not None and seen.value.shape == value.shape:
                 assert seen.query is not None
                 seen.asked = True
-                seen.kind = _kind(seen, seen.query, query, value, direct=seen.path == frame.path)
+                if seen.recurrence is not None:
+                    _ask_recurrence(seen, query, value)
+                else:
+                    seen.kind = _kind(seen, seen.query, query, value, direct=seen.path == frame.path)
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
@@ -286,6 +318,39 @@ def _kind(seen: Seen, query: Tensor, query_again: Tensor, value_again: Tensor, *
     if several and len(places[1]) == 1 and len(tokens) == seen.value.shape[-2]:
         return HEADS
     return MIXED if len(tokens) <= seen.value.shape[-2] / 2 else EVERYTHING
+
+
+def _ask_recurrence(seen: Seen, output_again: Tensor, value_again: Tensor) -> None:
+    """What a mixer without softmax is over, where its tokens are, and whether it is causal.
+
+    Which axis holds tokens is the one that is not followed as a whole. Its values may be made of a few tokens
+    each, by a convolution over neighbours.
+    """
+    assert seen.value is not None
+    assert seen.query is not None
+    assert seen.recurrence is not None
+    for layout in (seen.layout or PLAIN, PLAIN, TOKENS_FIRST):
+        value, again, output = (layout.split(x) for x in (seen.value, value_again, seen.query))
+        tokens, dims = _followed(value, again)[-2:]
+        of_output = _followed(output, layout.split(output_again))[-2]
+        size = value.shape[-2]
+        if not len(tokens) or not len(of_output):
+            continue
+        if len(dims) == 1 and value.shape[-1] > 1 and len(tokens) > 1:
+            seen.kind = CHANNELS
+            continue
+        alone = len(tokens) == 1
+        if len(tokens) == size and not alone or (alone and tokens[0] not in of_output):
+            seen.kind = ORDER if alone else EVERYTHING
+            continue
+        causal = bool(of_output[0] == tokens[0]) and (bool(tokens[0] > 0) or size == 1)
+        if causal and size - int(tokens[0]) == len(tokens) > NEIGHBOURS:
+            seen.kind = EVERYTHING
+            continue
+        seen.kind, seen.layout = OWN if alone else MIXED, layout
+        seen.recurrence = replace(seen.recurrence, causal=causal)
+        seen.first_alone = causal
+        return
 
 
 def _followed(x: Tensor, again: Tensor) -> list[Tensor]:
