@@ -101,7 +101,7 @@ class FunctionMixing(Mixing):
 
     def __init__(self, function: Callable, role: Role, bound: inspect.BoundArguments, usual: Layout) -> None:
         self.function, self.role, self.bound = function, role, bound
-        super().__init__(function.__name__, self._in_heads(bound.arguments[role.value]), usual)
+        super().__init__(function.__qualname__, self._in_heads(bound.arguments[role.value]), usual)
 
     def run(self) -> tuple[Any, Tensor | None]:
         result = self._called()

@@ -27,6 +27,7 @@ SEVERAL = "it calls attention several times in one run, and these are not window
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
 )
+UNTOLD = "whose values its mixer without softmax is handed could not be told"
 NO_HEADS = "which axis holds its heads could not be told"
 
 INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
@@ -196,7 +197,8 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     ]
     if not own:
         first = calls[0]
-        return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
+        unknown = UNTOLD if first.recurrence is not None else REASONS[ELSEWHERE]
+        return frozenset(), first.why or REASONS.get(first.kind or "", unknown)
     if all(one.adds_up for one in calls):
         return frozenset(one.number for one in calls), None
     if len(calls) > 1 and any(one.kind == EVERYTHING for one in calls):
@@ -305,7 +307,8 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
         square = not scores or scores[-1] == scores[-2]
         found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)
     towers, unmeasured = list[Understood](), dict[str, str]()
-    for stack in stacks_of(root, found, ran=calls.of_run):
+    linear = {one.path for one in calls.seen.seen if one.recurrence is not None}
+    for stack in stacks_of(root, found, ran=calls.of_run, linear=linear):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
             key = (place.path, place.run)

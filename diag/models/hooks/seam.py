@@ -242,6 +242,16 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[Frame] = []
+        self.off = False
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What runs under this is no attention, whatever it looks like: the inside of a recurrence."""
+        before, self.off = self.off, True
+        try:
+            yield
+        finally:
+            self.off = before
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
         """A hooked module begins to run."""
@@ -272,6 +282,8 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.off:
+            return func(*args, **kwargs)
         if func is SDPA:
             given = Arguments(*args, **kwargs)
             if self.stack and given.query.is_nested:
@@ -420,11 +432,12 @@ class _Seam(AttentionMode):
     def mixing(self, given: Mixing) -> Any:
         frame = self.stack[-1] if self.stack else None
         layer = None if frame is None else frame.layer
-        result, output = given.run()
-        if frame is None or layer is None or output is None:
-            return result
-        form = layer.form.recurrence
-        if form is None or form.called != given.called:
+        form = None if layer is None else layer.form.recurrence
+        if frame is None or layer is None or form is None or form.called != given.called:
+            return given.run()[0]
+        with self.unseen():
+            result, output = given.run()
+        if output is None:
             return result
         number = frame.calls
         frame.calls += 1

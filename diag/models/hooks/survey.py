@@ -144,12 +144,12 @@ class Survey(AttentionMode):
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
-        if self.again is None:
+        if self.again is None and not self.off:
             self.stack.append(_Running(path, self.runs[path]))
             self.runs[path] += 1
 
     def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.again is not None:
+        if self.again is not None or self.off:
             return
         frame = self.stack.pop()
         if output is not None and self.asked and any(seen.kind is None for seen in frame.waiting):
@@ -208,10 +208,10 @@ class Survey(AttentionMode):
         return output
 
     def mixing(self, given: Mixing) -> Any:
-        with Inside() as inside:
+        with self.unseen(), Inside() as inside:
             result, output = given.run()
         if output is None or not is_without_softmax(given, inside):
-            return result
+            return given.run()[0]  # seen this time
         if self.again is not None:
             self.again.append((output.clone(), given.value.clone()))
         elif self.stack:
@@ -221,12 +221,16 @@ class Survey(AttentionMode):
             frame.calls += 1
             self.seen.append(seen)
             frame.made.append(seen)
-            if self.asked and not is_linear(given, output):
+            if self.asked and not self._is_linear(given, output):
                 seen.kind, seen.why = NOT_LINEAR, REASONS[NOT_LINEAR]
             elif self.asked:
                 seen.query, seen.value, seen.output = output, given.value, output
                 frame.waiting.append(seen)
         return result
+
+    def _is_linear(self, given: Mixing, output: Tensor) -> bool:
+        with self.unseen():
+            return is_linear(given, output)
 
     def _note_maps(self, frame: _Running, maps: Combination) -> None:
         """The calls of a frame are maps that it adds up, or it does with them what is not understood."""
