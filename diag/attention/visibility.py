@@ -93,6 +93,13 @@ class Visibility:
                     return Visibility(rule, kept, count, None, *read_off)
         return Visibility("general", visible.any(2).any(1), count, visible, *read_off)
 
+    @staticmethod
+    def of_keys(keys: Bool[Tensor, "batch token"], causal: bool) -> Visibility:
+        """That of a call in which nothing is hidden but some keys from everyone; O(token) memory."""
+        rule, mask = ("causal" if causal else "full"), keys[:, None, None, :]
+        count = keys.cumsum(-1) if causal else keys.sum(-1, keepdim=True).expand_as(keys)
+        return Visibility(rule, keys, count[:, None], None, mask, causal, HIDDEN)
+
     def is_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> bool:
         """Whether this was read off these very ones; a copy of a mask is another mask."""
         same = self.mask is mask and self.causal == causal

@@ -91,6 +91,11 @@ def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
 def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the pattern without the own key, renormalised, and which of them see nothing else."""
     own = torch.arange(call.tokens, device=rows.device) == rows[:, None]
+    if not call.has_pattern:
+        raise MeasurementError(
+            f"layer '{call.module}' has no softmax: there is no A_ii",
+            "choose another intervention than mask_self, or name its layers: mask_self:LAYERS",
+        )
     if call.maps:
         raise MeasurementError(
             f"layer '{call.module}' adds up {len(call.maps)} maps: weights may be negative, and cannot be "

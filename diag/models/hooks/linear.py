@@ -101,7 +101,9 @@ class FunctionMixing(Mixing):
 
     def __init__(self, function: Callable, role: Role, bound: inspect.BoundArguments, usual: Layout) -> None:
         self.function, self.role, self.bound = function, role, bound
-        super().__init__(function.__qualname__, self._in_heads(bound.arguments[role.value]), usual)
+        value = bound.arguments[role.value]
+        usual = usual if value.ndim == 4 else TOKENS_FIRST
+        super().__init__(function.__qualname__, self._in_heads(value), usual)
 
     def run(self) -> tuple[Any, Tensor | None]:
         result = self._called()
@@ -199,6 +201,8 @@ def role_of(function: Callable) -> Role | None:
         names = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
+    if names.keys() >= {"hidden_states", "recurrent_gate"}:  # a gated recurrence of each channel (Griffin)
+        return Role("hidden_states")
     if names.keys() >= {"A", "B", "C"}:
         value = next((one for one in ("hidden_states", "x", "u") if one in names), None)
         if value is None or names.keys().isdisjoint({"dt", "delta"}):
@@ -241,8 +245,7 @@ def mixers_told(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
             for name, function in _functions(space):
                 undone.enter_context(_placed(space, name, function, TOKENS_FIRST))
         for kind, alike in by_class.items():
-            written = (above for above in kind.__mro__ if above.__module__.partition(".")[0] != "torch")
-            names = {name for above in written for name, _ in _functions(vars(above))}
+            names = _names_in(kind)
             parts = WRITTEN_OUT.get(kind.__name__)
             for module in alike:
                 own = names | {name for name, _ in _functions(vars(module))}
@@ -257,6 +260,28 @@ def mixers_told(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
             yield
         finally:
             _HANDLERS.stack.pop()
+
+
+def _names_in(kind: type[nn.Module]) -> set[str]:
+    """The methods of a class that are recurrences."""
+    written = (above for above in kind.__mro__ if above.__module__.partition(".")[0] != "torch")
+    return {name for above in written for name, _ in _functions(vars(above))}
+
+
+def recurrent_modules(root: nn.Module) -> list[str]:
+    """Paths of the modules whose forward calls a recurrence; nothing is run."""
+    found = []
+    for path, module in root.named_modules():
+        kind = type(module)
+        space = _namespace(kind)
+        if space is None or kind.__module__.partition(".")[0] == "torch":
+            continue
+        called = set(inspect.unwrap(kind.forward).__code__.co_names)
+        names = {name for name, _ in _functions(space)} | _names_in(kind)
+        own = "forward" in names and next(module.parameters(), None) is None
+        if own or called & (names - {"forward"}) or kind.__name__ in WRITTEN_OUT:
+            found.append(path)
+    return found
 
 
 def _namespace(kind: type[nn.Module]) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS,
 
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
+SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, such as once for some of its heads"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
 )
@@ -201,6 +202,8 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
         return frozenset(), first.why or REASONS.get(first.kind or "", unknown)
     if all(one.adds_up for one in calls):
         return frozenset(one.number for one in calls), None
+    if len(own) > 1 and any(one.recurrence is not None for one in own):
+        return frozenset(), SEVERAL_MIXERS
     if len(calls) > 1 and any(one.kind == EVERYTHING for one in calls):
         return frozenset(), SEVERAL
     if sum(one.touched for one in own) > 1:

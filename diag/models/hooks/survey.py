@@ -80,6 +80,11 @@ class Seen:
     output: Tensor | None = None
     widths: list[int] = field(default_factory=list)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether another module may tell more: what runs a recurrence may have mixed its values before."""
+        return self.kind is None or (self.kind == OWN and self.recurrence is not None)
+
     def forget(self) -> None:
         """Takes back what the axis test found."""
         if self.why is None:
@@ -152,13 +157,13 @@ class Survey(AttentionMode):
         if self.again is not None or self.off:
             return
         frame = self.stack.pop()
-        if output is not None and self.asked and any(seen.kind is None for seen in frame.waiting):
+        if output is not None and self.asked and any(seen.is_open for seen in frame.waiting):
             self._ask(frame, module, args, kwargs)
         if output is not None and frame.maps is not None and frame.maps.adds_up:
             self._note_maps(frame, frame.maps)
         for seen in frame.waiting:
             seen.open -= 1
-        left = [seen for seen in frame.waiting if seen.open and (seen.kind is None or seen.layout is None)]
+        left = [seen for seen in frame.waiting if seen.open and (seen.is_open or seen.layout is None)]
         for seen in frame.waiting:
             if seen not in left:
                 seen.close()
@@ -266,7 +271,7 @@ class Survey(AttentionMode):
         if again is None:
             return
         for seen, (query, value) in zip(frame.made, again, strict=True):
-            if seen.kind is None and seen.value is not None and seen.value.shape == value.shape:
+            if seen.is_open and seen.value is not None and seen.value.shape == value.shape:
                 assert seen.query is not None
                 seen.asked = True
                 if seen.recurrence is not None:
@@ -333,23 +338,25 @@ def _ask_recurrence(seen: Seen, output_again: Tensor, value_again: Tensor) -> No
     assert seen.value is not None
     assert seen.query is not None
     assert seen.recurrence is not None
-    for layout in (seen.layout or PLAIN, PLAIN, TOKENS_FIRST):
+    known = seen.kind
+    layouts = sorted((PLAIN, TOKENS_FIRST), key=lambda layout: layout != seen.layout)
+    if (seen.layout or PLAIN).split(seen.value).shape[-2] == 1:  # a single head looks like a single token
+        layouts.reverse()
+    for layout in layouts:
         value, again, output = (layout.split(x) for x in (seen.value, value_again, seen.query))
         tokens, dims = _followed(value, again)[-2:]
         of_output = _followed(output, layout.split(output_again))[-2]
         size = value.shape[-2]
         if not len(tokens) or not len(of_output):
             continue
-        if len(dims) == 1 and value.shape[-1] > 1 and len(tokens) > 1:
-            seen.kind = CHANNELS
-            continue
         alone = len(tokens) == 1
-        if len(tokens) == size and not alone or (alone and tokens[0] not in of_output):
-            seen.kind = ORDER if alone else EVERYTHING
-            continue
         causal = bool(of_output[0] == tokens[0]) and (bool(tokens[0] > 0) or size == 1)
-        if causal and size - int(tokens[0]) == len(tokens) > NEIGHBOURS:
-            seen.kind = EVERYTHING
+        whole = len(tokens) == size or (causal and size - int(tokens[0]) == len(tokens) > NEIGHBOURS)
+        if alone and tokens[0] not in of_output:
+            seen.kind = known or ORDER
+            continue
+        if whole and not alone:
+            seen.kind = known or (CHANNELS if len(dims) == 1 and value.shape[-1] > 1 else EVERYTHING)
             continue
         seen.kind, seen.layout = OWN if alone else MIXED, layout
         seen.recurrence = replace(seen.recurrence, causal=causal)
