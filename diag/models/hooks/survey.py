@@ -80,10 +80,9 @@ class Seen:
     output: Tensor | None = None
     widths: list[int] = field(default_factory=list)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether another module may tell more: what runs a recurrence may have mixed its values before."""
-        return self.kind is None or (self.kind == OWN and self.recurrence is not None)
+    def is_open(self, frame: _Running) -> bool:
+        """Whether a module may tell more: one that runs a recurrence alone may have mixed its values before."""
+        return self.kind is None or (self.kind == OWN and self.recurrence is not None and len(frame.made) == 1)
 
     def forget(self) -> None:
         """Takes back what the axis test found."""
@@ -157,13 +156,13 @@ class Survey(AttentionMode):
         if self.again is not None or self.off:
             return
         frame = self.stack.pop()
-        if output is not None and self.asked and any(seen.is_open for seen in frame.waiting):
+        if output is not None and self.asked and any(seen.is_open(frame) for seen in frame.waiting):
             self._ask(frame, module, args, kwargs)
         if output is not None and frame.maps is not None and frame.maps.adds_up:
             self._note_maps(frame, frame.maps)
         for seen in frame.waiting:
             seen.open -= 1
-        left = [seen for seen in frame.waiting if seen.open and (seen.is_open or seen.layout is None)]
+        left = [seen for seen in frame.waiting if seen.open and (seen.is_open(frame) or seen.layout is None)]
         for seen in frame.waiting:
             if seen not in left:
                 seen.close()
@@ -271,7 +270,7 @@ class Survey(AttentionMode):
         if again is None:
             return
         for seen, (query, value) in zip(frame.made, again, strict=True):
-            if seen.is_open and seen.value is not None and seen.value.shape == value.shape:
+            if seen.is_open(frame) and seen.value is not None and seen.value.shape == value.shape:
                 assert seen.query is not None
                 seen.asked = True
                 if seen.recurrence is not None:
