@@ -297,7 +297,7 @@ def shape_readings(
     call, statistics = selections[0].call, selections[0].statistics
     if undefined := [name for name in names if not is_defined(SHAPE_METRICS[name], call)]:
         defined = [name for name in names if name not in undefined]
-        found_of = [{} for _ in selections]
+        found_of: list[dict[str, Reading]] = [{} for _ in selections]
         if defined:
             found_of = shape_readings(selections, defined, geometry=geometry)
         return [

@@ -67,8 +67,8 @@ def layers_of(
     prefix: str = "",
     run: Callable[[], object] | None = None,
 ) -> tuple[Layer, ...]:
-    """The self-attention layers below `root`, by their names, or else mixers without softmax, or else those that
-    call attention.
+    """The self-attention layers below `root`, by their names; or else mixers without softmax, or what calls
+    attention.
 
     run: runs `root` once; None where names alone are to tell.
     Raises UserError for a tower without any.

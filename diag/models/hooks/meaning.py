@@ -24,7 +24,7 @@ from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS,
 
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 SEVERAL = "it calls attention several times in one run, and these are not windows of its tokens"
-SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, such as once for some of its heads"
+SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
 )

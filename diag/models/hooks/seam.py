@@ -190,9 +190,7 @@ class Frame:
 
 
 @contextmanager
-def hooked(
-    mode: AttentionMode, modules: Mapping[str, nn.Module], *, without_softmax: bool
-) -> Iterator[None]:
+def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module], *, without_softmax: bool) -> Iterator[None]:
     """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens.
 
     without_softmax: whether it is told of their mixers without softmax, too.

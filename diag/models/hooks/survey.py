@@ -27,7 +27,7 @@ from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, i
 from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
 
 NEIGHBOURS = 8
-"""From how many tokens before it a value may be made in front of a recurrence; its convolutions are as wide as 4."""
+"""Of how many tokens up to its own a value in front of a recurrence may be made; convolutions are 4 wide."""
 
 ABOVE = 3
 """How many modules, from the one that called attention upwards, are asked: a block runs its attention, which
@@ -81,8 +81,9 @@ class Seen:
     widths: list[int] = field(default_factory=list)
 
     def is_open(self, frame: _Running) -> bool:
-        """Whether a module may tell more: one that runs a recurrence alone may have mixed its values before."""
-        return self.kind is None or (self.kind == OWN and self.recurrence is not None and len(frame.made) == 1)
+        """Whether a module may tell more: one that runs a recurrence only may have mixed values before it."""
+        alone = self.recurrence is not None and len(frame.made) == 1
+        return self.kind is None or (self.kind == OWN and alone)
 
     def forget(self) -> None:
         """Takes back what the axis test found."""

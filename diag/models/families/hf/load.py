@@ -42,6 +42,7 @@ from diag.models.families.hf.vision import seen
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
+from diag.models.hooks.linear import is_recurrent
 from diag.models.hooks.seam import Layer
 from diag.models.loading import build_towers, layers_of, ready, theirs
 from diag.models.names.spec import ModelSpec
@@ -102,6 +103,8 @@ def refuse_eager(spec: ModelSpec, module: nn.Module, layers: Sequence[Layer]) ->
     """
     models = {path: part for path, part in module.named_modules() if isinstance(part, PreTrainedModel)}
     for layer in layers:
+        if is_recurrent(layer.module):
+            continue
         around = [part for path, part in models.items() if not path or layer.path.startswith(f"{path}.")]
         config = getattr(layer.module, "config", None)
         if not isinstance(config, transformers.PretrainedConfig):
