@@ -39,7 +39,7 @@ KEYS = ["model", "tower", "layer", "module", "tokens", "metric"]
 STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
 CONSTANTS = ["n_tokens", "patch_size", "image_size", "positions", "patch_embedding", "weights", "inputs"]
 CONSTANTS += ["attn_scope", "first_token"]
-CONSTANTS += ["projection", "value_from", "row_sum"]
+CONSTANTS += ["projection", "value_from", "row_sum", "mixer"]
 CONSTANTS += ["values", "intervention", "dtype", "seed"]
 
 

@@ -111,6 +111,7 @@ DELTA |= {"linear_value_head_dim": 12} | KINDS
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+EACH = {"num_key_value_heads": 4}
 ALONE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
 
 MODELS: dict[str, tuple[dict[str, Any], Dense]] = {
@@ -121,7 +122,12 @@ MODELS: dict[str, tuple[dict[str, Any], Dense]] = {
     "Qwen3_5Text": (SMALL | DELTA | {"head_dim": 8}, delta_rule),
     "OlmoHybrid": (SMALL | DELTA | {"linear_num_key_heads": 4}, delta_rule),
     "KimiLinear": (
-        SMALL | LATENT | EXPERTS | KINDS | {"linear_num_heads": 4, "linear_head_dim": 8, "q_lora_rank": None},
+        SMALL
+        | LATENT
+        | EXPERTS
+        | KINDS
+        | {"linear_num_heads": 4, "linear_head_dim": 8, "q_lora_rank": None}
+        | EACH,
         delta_rule,
     ),
     "Bamba": (SMALL | MAMBA2 | {"attn_layer_indices": [1]}, state_space),
@@ -159,12 +165,12 @@ def ids(tokens: int = TOKENS) -> Tensor:
 def model_of(name: str) -> nn.Module:
     """Random weights that are not at their start, at which all of a channel's decays are alike."""
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model", None) or getattr(
-        transformers, f"{name.removesuffix('Text')}TextModel"
-    )
-    module = model(getattr(transformers, f"{name}Config")(**MODELS[name][0])).eval()
+    config = getattr(transformers, f"{name}Config")(**MODELS[name][0])
+    module = transformers.AutoModel.from_config(config).eval()
     for path, parameter in module.named_parameters():
-        if path.endswith(("A_log", "dt_bias", ".D", "time_decay", "time_first", "recurrent_param")):
+        if path.endswith(".D"):  # y is not so near to D v that nothing but rounding is left beside it
+            nn.init.normal_(parameter, std=0.01)
+        elif path.endswith(("A_log", "dt_bias", "time_decay", "time_first", "recurrent_param")):
             nn.init.normal_(parameter, std=0.3)
         elif parameter.ndim == 2:
             parameter.data.mul_(4)
@@ -212,7 +218,7 @@ def test_outputs_are_the_recurrence_of_the_values(name: str) -> None:
     weights = dense(mixing.bound.arguments)
     assert not weights.triu(1).any()
     torch.testing.assert_close(call.output.double(), weighed(weights, call.value), rtol=1e-4, atol=1e-6)
-    assert value_from == ("mixed")  # a convolution, or the token before, is in front of the values
+    assert value_from == "mixed"  # a convolution, or the token before, is in front of the values
     if weights.shape[1] == call.heads:
         assert_metrics_are_those_of(call, weights)
 
@@ -225,7 +231,9 @@ def assert_metrics_are_those_of(call: AttentionCall, weights: Tensor) -> None:
         if METRICS[name].of_weights:
             assert numbers.isnan().all(), name
         elif call.tokens <= ANCHORS or "partial" not in name:
-            np.testing.assert_allclose(numbers, expected[name], rtol=1e-4, atol=2e-5, err_msg=name)
+            # where y is nearly parallel to v, what is left of it is known to fewer digits
+            atol = 2e-4 if "exclusive" in name else 2e-5
+            np.testing.assert_allclose(numbers, expected[name], rtol=1e-4, atol=atol, err_msg=name)
     assert {name for name in measured if METRICS[name].of_weights} == {
         *("self_part", "context_part", "self_weight", "self_weight_ratio", "first_weight"),
         *("entropy", "entropy_p15", "entropy_normalized", "effective_keys"),
@@ -288,7 +296,7 @@ def chunk_gla(
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Softmax attention that cannot be looked into, but by its name."""
-    return chunk_gla(q, k, v, g)[0]
+    return torch.einsum("bihd,bjhd,bjhe->bihe", q, k, v)
 
 
 def unnamed(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -407,11 +415,15 @@ def test_functions_are_put_back_also_by_threads_that_overlap_and_after_an_error(
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with pytest.raises(RuntimeError, match="on the way"):
+
+    def fails() -> None:
         with mixers_told([Mixer("chunk_gla")], lambda mixing: mixing.run()[0]):
             thread.start()
             inside.wait(10)
             raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fails()
     assert space["chunk_gla"] is not before  # another thread is still watching
     q = torch.randn(1, 4, 2, 3)
     assert torch.equal(space["chunk_gla"](q, q, q, q[..., 0])[0], before(q, q, q, q[..., 0])[0])
