@@ -100,6 +100,22 @@ class Visibility:
         count = keys.cumsum(-1) if causal else keys.sum(-1, keepdim=True).expand_as(keys)
         return Visibility(rule, keys, count[:, None], None, mask, causal, HIDDEN)
 
+    @staticmethod
+    def of_scores(
+        scores: Float[Tensor, "#batch #head token token"],
+        output: Float[Tensor, "batch head token dim"],
+        weights: Float[Tensor, "batch head token token"] | None = None,
+    ) -> Visibility:
+        """Reads the structure off the scores of a softmax, to which a mask has been added already.
+
+        weights: those that came of it, where zeros among them hide keys as well.
+        """
+        shown = shown_by(scores)
+        if weights is not None:
+            shown = weights != 0 if shown is None else shown & (weights != 0)
+        read = Visibility.of(shown, False, output)
+        return replace(read, mask=None, causal=read.rule == "causal")
+
     def is_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> bool:
         """Whether this was read off these very ones; a copy of a mask is another mask."""
         same = self.mask is mask and self.causal == causal
@@ -221,6 +237,40 @@ def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]
         return mask, (away.amax().item() + seen.amin().item()) / 2
     apart = four_dimensional(mask) <= (away + seen)[:, None, None] / 2
     return mask.masked_fill(apart.reshape(mask.shape), -torch.inf), -torch.inf
+
+
+def shown_by(
+    scores: Float[Tensor, "#batch #head token token"],
+) -> Bool[Tensor, "#batch #head token token"] | None:
+    """Which keys have weight after a softmax over the last axis, by the rule of `hiding`; None where all do.
+
+    Scores of one row are compared with its largest. Block by block: no copy of the scores is made.
+    """
+    top, low = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
+    nothing = top <= HIDDEN
+    if not bool(((low - top < NO_WEIGHT) | nothing).any()):
+        return None
+    shown = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    rows = max(1, BLOCK_ELEMENTS["cuda" if scores.is_cuda else "cpu"] // max(1, scores[:, :, 0].numel()))
+    least, close = NO_WEIGHT, list[Tensor]()
+    for part, highest in zip(scores.split(rows, 2), top.split(rows, 2), strict=True):
+        below = (part - highest).float()
+        close.append(below[(below <= NO_WEIGHT) & (below > NO_WEIGHT - STEP)])
+    if any(x.numel() for x in close):  # are they steps of what is seen, or a mask?
+        least = _steps_down(scores, top)
+    for start in range(0, scores.shape[2], rows):
+        at = slice(start, start + rows)
+        torch.gt((scores[:, :, at] - top[:, :, at]).float(), least, out=shown[:, :, at])
+    return shown & ~nothing
+
+
+def _steps_down(scores: Tensor, top: Tensor) -> float:
+    """Below which difference from the largest score of a row a step is too long for a bias. Sorts them."""
+    below = (scores - top).float()
+    levels = below[below > HIDDEN].sort(descending=True).values
+    apart = levels[:-1] - levels[1:] >= STEP
+    apart &= levels[1:] <= NO_WEIGHT
+    return (levels[:-1][apart][0] - STEP / 2).item() if bool(apart.any()) else HIDDEN
 
 
 def _levels(entries: Float[Tensor, "batch head row key"]) -> tuple[Tensor, Tensor]:

@@ -81,16 +81,16 @@ class Combination:
 
     def is_read_by(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a function is about to read the sum of all maps: now it can be handed on, and changed."""
-        if self.last is None or _name(func) == "get":  # an attribute
+        if self.last is None or name_of(func) == "get":  # an attribute
             return False
-        return self._is_whole(self.last) and any(x is self.last.tensor for x in _tensors(args, kwargs))
+        return self._is_whole(self.last) and any(x is self.last.tensor for x in tensors_in(args, kwargs))
 
     def seen(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """A function has run; what it returned is followed, if it is of a kind that can be."""
-        if not any(self._of(x) for x in _tensors(args, kwargs)):
+        if not any(self._of(x) for x in tensors_in(args, kwargs)):
             return
         found = self._results(func, args, kwargs, result) if self._is_followed(func, args) else []
-        if _in_place(func) and args and isinstance(args[0], Tensor):
+        if in_place(func) and args and isinstance(args[0], Tensor):
             memory = args[0].untyped_storage().data_ptr()  # what else lies there has changed as well
             self.known = {
                 key: one
@@ -99,7 +99,7 @@ class Combination:
             }
         for one in found:
             self.known[id(one.tensor)] = one
-            if one.added and _name(func) in JOINED | ADDED.keys() | SUMMED and self._is_whole(one):
+            if one.added and name_of(func) in JOINED | ADDED.keys() | SUMMED and self._is_whole(one):
                 self.last = one
 
     @property
@@ -140,7 +140,7 @@ class Combination:
         return len(torch.cat(atoms).unique()) == self.atoms
 
     def _is_followed(self, func: Callable, args: Sequence[Any]) -> bool:
-        name = _name(func)
+        name = name_of(func)
         if not args:
             return False
         if name in JOINED:
@@ -157,7 +157,7 @@ class Combination:
     def _results(
         self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> list[_Followed]:
-        name = _name(func)
+        name = name_of(func)
         if name in JOINED:
             return self._joined(name, args, kwargs, result)
         if name in ADDED:
@@ -356,18 +356,19 @@ class Combination:
 _OF_MAPS = ("query", "key", "log_normaliser")
 
 
-def _name(func: Callable) -> str:
+def name_of(func: Callable) -> str:
     """What a function is called, whether it is a method, an operator or works in place."""
     return getattr(func, "__name__", "").strip("_")
 
 
-def _in_place(func: Callable) -> bool:
+def in_place(func: Callable) -> bool:
     """Whether it writes to its first argument: `add_`, `+=`, an assignment to a part."""
     name = getattr(func, "__name__", "")
     return name in WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists included."""
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             yield x

@@ -87,9 +87,14 @@ def layout_of(output: Tensor, read: Tensor) -> Layout | None:
 
 
 def sized_layout(output: Tensor, width: int) -> Layout | None:
-    """The only layout in which a token has `width` channels; None where that does not tell it."""
+    """The only layout in which a token has `width` channels; None where that does not tell it.
+
+    Where merged heads may stand on either side of the rows, they are taken to stand behind them: were it the
+    other way, rows would be those of other inputs, which the owner test tells.
+    """
     possible = list(_candidates(output, width))
-    return possible[0] if len(possible) == 1 else None
+    heads = {layout.merged for layout in possible}
+    return possible[0] if len(possible) == 1 or (len(heads) == 1 and 0 not in heads) else None
 
 
 def _candidates(output: Tensor, width: int) -> Iterator[Layout]:

@@ -229,12 +229,13 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
     if seen.eager:
         where = max(seen.eager, key=lambda path: seen.eager[path].numel()) or type(root).__name__
         return UserError(
-            f"the model computes attention itself, in '{where}': it cannot be seen",
-            "call F.scaled_dot_product_attention there, or nn.MultiheadAttention with need_weights=False",
+            f"the model computes attention itself, in '{where}', and what it weighs is not seen",
+            "call F.scaled_dot_product_attention there, or multiply weights and values: weights @ values",
         )
     return UserError(
         f"{type(root).__name__} made no self-attention call",
-        "attnbias measures models that use torch.nn.functional.scaled_dot_product_attention",
+        "attnbias measures models that call F.scaled_dot_product_attention, or multiply what a softmax gives "
+        "with values",
     )
 
 

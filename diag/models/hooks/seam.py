@@ -1,8 +1,9 @@
 """The seam: a context manager under which a model's attention calls become `AttentionCall`s.
 
-Every supported family ends in `scaled_dot_product_attention`. A function mode sees those calls,
-wherever the function was imported from; `multi_head_attention_forward` is overridable itself, so
-the mode is off inside it, and for the time of that one call the attribute switches it on again.
+A function mode sees the calls of `scaled_dot_product_attention`, wherever the function was imported from,
+and the products of values with weights that a model made itself (`diag.models.hooks.eager`).
+`multi_head_attention_forward` is overridable itself, so the mode is off inside it; for the time of that one
+call the functions that it uses are handed to the mode.
 Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. Captures nest.
 """
 
@@ -26,14 +27,19 @@ from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.combined import Combination
+from diag.models.hooks.eager import Followed, Product
 from diag.models.hooks.layout import PLAIN, Layout, plain_layout
 from diag.models.hooks.linear import Mixing, Recurrence, mixers_told
 
 SDPA = F.scaled_dot_product_attention
 MULTI_HEAD = F.multi_head_attention_forward
-SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PROJECTIONS = {F.linear: 0, torch.addmm: 1, Tensor.addmm: 1}  # function -> which argument is its input
 CONVOLUTIONS = {F.conv1d, F.conv2d}
+INSIDE_MULTI_HEAD = (
+    *((F, name) for name in ("scaled_dot_product_attention", "softmax", "dropout", "linear")),
+    (torch, "bmm"),
+)
+"""What `multi_head_attention_forward` calls, by where it looks for it."""
 
 NAMES = re.compile(r"attention|attn|(?-i:(MLA|MHSA|GPSA)$)", re.IGNORECASE)
 CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
@@ -231,15 +237,16 @@ class Arguments(NamedTuple):
 
 
 class AttentionMode(TorchFunctionMode):
-    """Hands on every call of PyTorch's attention, and what may be a softmax or a projection of one.
+    """Hands on every call of PyTorch's attention, every product of weights with values, and what may be a
+    projection of one.
 
-    A function mode is off inside `multi_head_attention_forward`, which is therefore run with it on for the
-    length of its attention call.
+    A function mode is off inside `multi_head_attention_forward`: what matters there is handed to it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[Frame] = []
+        self.followed = Followed()
         self.off = False
 
     @contextmanager
@@ -267,9 +274,12 @@ class AttentionMode(TorchFunctionMode):
         """What a mixer without softmax returns."""
         raise NotImplementedError
 
-    def softmax(self, scores: torch.Size) -> None:
-        """Told of a softmax over what may be scores; without a shape, of attention that is out of sight."""
+    def product(self, given: Product, result: Tensor) -> Tensor:
+        """What a product of weights with values returns, which has made `result`."""
         raise NotImplementedError
+
+    def softmax(self, start: int, scores: torch.Size) -> None:
+        """Told of a softmax over what may be scores, and its number (`Weights.start`)."""
 
     def projection(self, read: Tensor) -> None:
         """Told what a linear map reads, `[…, channel]`."""
@@ -297,38 +307,31 @@ class AttentionMode(TorchFunctionMode):
         frame = self.stack[-1]
         if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
             self.added_up(frame)
-        if func in SOFTMAX:
-            if args and _may_be_scores(args[0], args[1] if len(args) > 1 else kwargs.get("dim")):
-                self.softmax(args[0].shape)
-        elif func in PROJECTIONS and len(args) > PROJECTIONS[func]:
+        if func in PROJECTIONS and len(args) > PROJECTIONS[func]:
             self.projection(args[PROJECTIONS[func]])
         elif func in CONVOLUTIONS and args:
             self.projection(args[0].movedim(1, -1))
+        weighed = self.followed.product_of(func, args, kwargs)
         result = func(*args, **kwargs)
+        if weighed is not None:
+            return self.product(weighed, result)
         if frame.maps is not None:
             frame.maps.seen(func, args, kwargs, result)
+        if self.followed.seen(func, args, kwargs, result):
+            self.softmax(self.followed.starts - 1, args[0].shape)
         return result
 
     def multi_head(self, args: Any, kwargs: Any) -> Any:
-        """Runs the one function inside which every mode is off, and sees its attention call all the same."""
-        public = F.scaled_dot_product_attention
+        """Runs the one function inside which every mode is off, and sees what it does all the same."""
+        with ExitStack() as undone:
+            for where, name in INSIDE_MULTI_HEAD:
+                public = getattr(where, name)
+                undone.callback(setattr, where, name, public)
+                setattr(where, name, partial(self._seen, public))
+            return MULTI_HEAD(*args, **kwargs)
 
-        def seen(*args: Any, **kwargs: Any) -> Tensor:
-            with self:
-                return public(*args, **kwargs)
-
-        frame = self.stack[-1] if self.stack else None
-        before = frame.calls if frame else 0
-        F.scaled_dot_product_attention = seen  # type: ignore[assignment]
-        try:
-            result = MULTI_HEAD(*args, **kwargs)
-        finally:
-            F.scaled_dot_product_attention = public
-        if frame is not None:
-            frame.unread = None  # the output projection was applied out of sight
-            if frame.calls == before:  # need_weights=True
-                self.softmax(torch.Size())
-        return result
+    def _seen(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(func, (), args, kwargs)
 
 
 class _Seam(AttentionMode):
@@ -340,7 +343,6 @@ class _Seam(AttentionMode):
         self.listed = {(layer.path, layer.run): layer for layer in layers}
         self.unshared = {layer.path: layer for layer in layers if layer.form.runs == 1}
         self.sightings = Sightings()
-        self.eager: set[str] = set()
         self.visibilities: dict[tuple, tuple[Tensor, Visibility]] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
@@ -359,15 +361,11 @@ class _Seam(AttentionMode):
         if frame.maps is not None:
             self.added_up(frame)
         if frame.calls == 0:
-            why = "it computes softmax attention itself (eager)" if path in self.eager else "nothing was seen"
             raise MeasurementError(
-                f"layer '{name}' finished without a call of scaled_dot_product_attention: {why}",
-                "load the model with its 'sdpa' implementation, or leave the layer out with --layers",
+                f"layer '{name}' finished without a call of attention that is seen",
+                "leave the layer out with --layers",
             )
         self.sightings.projection.setdefault(name, "unknown")
-
-    def softmax(self, scores: torch.Size) -> None:
-        self.eager.add(self.stack[-1].path)
 
     def attention(self, given: Arguments) -> Tensor:
         frame = self.stack[-1] if self.stack else None
@@ -376,27 +374,15 @@ class _Seam(AttentionMode):
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
         layer, number = frame.layer, frame.calls
         frame.calls += 1
-        if dropout_p:
-            raise MeasurementError(
-                f"layer '{layer.name}' drops attention weights at random (p = {dropout_p})",
-                "put the model in evaluation mode: model.eval()",
-            )
+        _refuse_dropout(layer, dropout_p)
         # a mask beside is_causal is an error, which is for the function itself to raise
         mask, causal = (attn_mask, True) if is_causal else plain(attn_mask, False)
         output, normaliser = attention_with_normaliser(
             query, key, value, mask, dropout_p, causal, scale, enable_gqa
         )
-        if layer.form.calls is not None and number not in layer.form.calls:
+        if not self._is_its_own(layer, number, query, key, mask):
             return output
-        if query.shape[-2] != key.shape[-2]:
-            self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
-            return output
-        layout = layer.form.layout or plain_layout(output)
-        if layout is None:
-            raise MeasurementError(
-                f"layer '{layer.name}' attends over {output.ndim} axes, and where its heads are is not known",
-                "measure the model by name, or as a module: the layout is found there",
-            )
+        layout = _layout_of(layer, output)
         keys, values, outputs = (layout.split(x) for x in (key, value, output))
         seen = self.visibility_of(
             None if mask is None else layout.split_mask(mask, query.shape), causal, outputs
@@ -419,12 +405,63 @@ class _Seam(AttentionMode):
             frame.maps = frame.maps or Combination(layer.name)
             frame.maps.note_call(call, output)
             return output
+        return self._handed_on(frame, layer, call, layout, output)
+
+    def product(self, given: Product, result: Tensor) -> Tensor:
+        frame = self.stack[-1]
+        if frame.layer is None:
+            return result
+        layer, number = frame.layer, frame.calls
+        frame.calls += 1
+        _refuse_dropout(layer, given.weights.dropout)
+        # the pattern's rows are queries as those of a query are, and the values' rows are keys
+        if not self._is_its_own(layer, number, given.pattern, given.value):
+            return result
+        output = given.output(result)
+        layout = _layout_of(layer, output)
+        pattern, values, outputs = (layout.split(x) for x in (given.pattern, given.value, output))
+        if given.scores is None or given.scores.shape != given.pattern.shape:
+            scores, masked = torch.zeros_like(pattern[:1, :1]), True
+        else:
+            scores, masked = layout.split(given.scores), given.weights.masked
+        seen = Visibility.of_scores(scores, outputs, pattern if masked else None)
+        call = AttentionCall(
+            layer=layer.index,
+            module=layer.name,
+            query=None,
+            key=None,
+            value=values,
+            output=outputs,
+            mask=seen.mask,
+            causal=seen.causal,
+            scale=1.0,
+            pattern=pattern,
+            padding=padding_of(layer, number, outputs),
+            visibility=seen,
+        )
+        return given.result(self._handed_on(frame, layer, call, layout, output))
+
+    def _is_its_own(
+        self, layer: Layer, number: int, query: Tensor, key: Tensor, mask: Tensor | None = None
+    ) -> bool:
+        """Whether a call is one of those that are the layer's; notes why it is not."""
+        if layer.form.calls is not None and number not in layer.form.calls:
+            return False
+        if query.shape[-2] != key.shape[-2]:
+            self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
+            return False
+        return True
+
+    def _handed_on(
+        self, frame: Frame, layer: Layer, call: AttentionCall, layout: Layout, output: Tensor
+    ) -> Tensor:
+        """What the model goes on with."""
         self.sightings.calls[layer.name] += 1
         replaced = self.on_call(call)
         if replaced is not None:
             output = layout.joined(replaced.to(output.dtype), output)
         if layer.name not in self.sightings.projection:
-            frame.unread = output
+            frame.unread = layout.split(output)
         return output
 
     def mixing(self, given: Mixing) -> Any:
@@ -490,18 +527,36 @@ class _Seam(AttentionMode):
         """Compares what the output projection reads with the output that was captured."""
         frame = self.stack[-1]
         output, frame.unread = frame.unread, None
-        if output is None or frame.layer is None or output.ndim != 4:
+        if output is None or frame.layer is None:
             return
-        same = read.numel() == output.numel() and torch.equal(
-            read.reshape(-1), output.transpose(1, 2).reshape(-1)
+        orders = (0, 2, 1, 3), (2, 0, 1, 3)  # inputs first, or tokens
+        same = read.numel() == output.numel() and any(
+            torch.equal(read.reshape(-1), output.permute(order).reshape(-1)) for order in orders
         )
-        self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
+        form = frame.layer.form
+        if (
+            same or form.layout in (None, PLAIN) or form.recurrence
+        ):  # rows of others may be read in another order
+            self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
 
 
-def _may_be_scores(x: Tensor, dim: int | None) -> bool:
-    """Whether a softmax may be one over keys: over the last axis, of queries and keys at the least."""
-    square = x.ndim == 3 and x.shape[-1] == x.shape[-2]
-    return (x.ndim >= 4 or square) and dim in (-1, x.ndim - 1)
+def _refuse_dropout(layer: Layer, dropped: float) -> None:
+    if dropped:
+        raise MeasurementError(
+            f"layer '{layer.name}' drops attention weights at random (p = {dropped})",
+            "put the model in evaluation mode: model.eval()",
+        )
+
+
+def _layout_of(layer: Layer, output: Tensor) -> Layout:
+    """Where the heads of a layer's calls are. Raises MeasurementError, naming the layer, if nothing tells."""
+    layout = layer.form.layout or plain_layout(output)
+    if layout is None:
+        raise MeasurementError(
+            f"layer '{layer.name}' attends over {output.ndim} axes, and where its heads are is not known",
+            "measure the model by name, or as a module: the layout is found there",
+        )
+    return layout
 
 
 def _of_heads(x: Tensor, other: Tensor) -> Tensor:

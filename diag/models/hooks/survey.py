@@ -22,6 +22,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.visibility import hiding, plain
 from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
+from diag.models.hooks.eager import Product
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
 from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
 from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
@@ -58,7 +59,7 @@ class Seen:
     adds_up: whether it is one of several maps of a sum.
     recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
-    open: how many more modules may be asked.
+    open: how many more modules may be asked. query, or scores and weights where the model makes them itself.
     """
 
     path: str
@@ -76,6 +77,7 @@ class Seen:
     first_alone: bool = False
     open: int = ABOVE
     query: Tensor | None = None
+    scores: Tensor | None = None
     value: Tensor | None = None
     output: Tensor | None = None
     widths: list[int] = field(default_factory=list)
@@ -93,9 +95,9 @@ class Seen:
     def close(self) -> None:
         """Lets go of what the tests needed."""
         if self.layout is None and self.output is not None:
-            sized = {sized_layout(self.output, width) for width in self.widths} - {None}
-            self.layout = plain_layout(self.output) or (sized.pop() if len(sized) == 1 else None)
-        self.open, self.query, self.value, self.output = 0, None, None, None
+            sized = (sized_layout(self.output, width) for width in self.widths)
+            self.layout = plain_layout(self.output) or next((one for one in sized if one), None)
+        self.open, self.query, self.scores, self.value, self.output = 0, None, None, None, None
 
     def rows(self, x: Tensor) -> Tensor:
         """What was told of each token, `[…, token]`, by rows of the call: `[row, token]`, of any head."""
@@ -133,8 +135,8 @@ class _Running(Frame):
 class Survey(AttentionMode):
     """The calls of one pass.
 
-    seen: in order. eager: modules that made a softmax of scores themselves, and the shape of the largest.
-    runs: how often each module ran.
+    seen: in order. softmaxes: those that modules made themselves of scores, and of which it was not seen what
+    is weighed with them: path and shape, by their number. runs: how often each module ran.
     """
 
     stack: list[_Running]  # type: ignore[assignment]
@@ -143,9 +145,9 @@ class Survey(AttentionMode):
         super().__init__()
         self.asked = asked
         self.seen: list[Seen] = []
-        self.eager: dict[str, torch.Size] = {}
+        self.softmaxes: dict[int, tuple[str, torch.Size]] = {}
         self.runs: Counter[str] = Counter()
-        self.again: list[tuple[Tensor, Tensor]] | None = None  # of the calls of a module that is run again
+        self.again: list[tuple[Tensor | None, Tensor]] | None = None  # of calls of a module that is run again
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
@@ -171,10 +173,17 @@ class Survey(AttentionMode):
             self.stack[-1].made += frame.made
             self.stack[-1].waiting += left
 
-    def softmax(self, scores: torch.Size) -> None:
-        if self.again is None and self.stack:
-            path = self.stack[-1].path
-            self.eager[path] = max(scores, self.eager.get(path, scores), key=torch.Size.numel)
+    @property
+    def eager(self) -> dict[str, torch.Size]:
+        """Modules that made a softmax of scores, and what it weighs is not seen; the shape of the largest."""
+        found = dict[str, torch.Size]()
+        for path, scores in self.softmaxes.values():
+            found[path] = max(scores, found.get(path, scores), key=torch.Size.numel)
+        return found
+
+    def softmax(self, start: int, scores: torch.Size) -> None:
+        if self.again is None:
+            self.softmaxes[start] = (self.stack[-1].path, scores)
 
     def projection(self, read: Tensor) -> None:
         if self.again is not None:
@@ -192,11 +201,7 @@ class Survey(AttentionMode):
         output = given.run()
         if self.again is not None or not self.stack:
             return output
-        frame = self.stack[-1]
-        seen = Seen(frame.path, frame.run, frame.calls, self._print(value))
-        frame.calls += 1
-        self.seen.append(seen)
-        frame.made.append(seen)
+        seen = self._noted(value)
         if query.shape[-2] != key.shape[-2]:
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
         elif self.asked:
@@ -205,6 +210,7 @@ class Survey(AttentionMode):
             seen.first_alone = causal
             if mask is not None:
                 self._read(mask, seen)
+            frame = self.stack[-1]
             frame.waiting.append(seen)
             if output.ndim == 4 and value.shape[-2] == query.shape[-2]:
                 frame.maps = frame.maps or Combination(frame.path)
@@ -220,22 +226,43 @@ class Survey(AttentionMode):
         if self.again is not None:
             self.again.append((output.clone(), given.value.clone()))
         elif self.stack:
-            frame = self.stack[-1]
-            seen = Seen(frame.path, frame.run, frame.calls, self._print(given.value), layout=given.usual)
-            seen.recurrence = Recurrence(given.called)
-            frame.calls += 1
-            self.seen.append(seen)
-            frame.made.append(seen)
+            seen = self._noted(given.value)
+            seen.layout, seen.recurrence = given.usual, Recurrence(given.called)
             if self.asked and not self._is_linear(given, output):
                 seen.kind, seen.why = NOT_LINEAR, REASONS[NOT_LINEAR]
             elif self.asked:
                 seen.query, seen.value, seen.output = output, given.value, output
-                frame.waiting.append(seen)
+                self.stack[-1].waiting.append(seen)
         return result
 
     def _is_linear(self, given: Mixing, output: Tensor) -> bool:
         with self.unseen():
             return is_linear(given, output)
+
+    def product(self, given: Product, result: Tensor) -> Tensor:
+        if self.again is not None:
+            self.again.append((given.scores, given.value.clone()))
+            return result
+        self.softmaxes.pop(given.weights.start, None)
+        seen, pattern = self._noted(given.value), given.pattern
+        if pattern.shape[-2] != pattern.shape[-1]:
+            seen.kind, seen.why = ELSEWHERE, not_its_own(pattern, given.value)
+        elif self.asked:
+            seen.scores, seen.value, seen.output = given.scores, given.value, given.output(result)
+            shown = (pattern != 0).flatten(0, -3).any(0) if pattern.ndim > 2 else pattern != 0
+            seen.first_alone = bool(shown.shape[-1] > 1 and not shown[0, 1:].any())
+            if pattern.ndim == 4:
+                seen.keys = (pattern != 0).any(-2).any(1)
+            self.stack[-1].waiting.append(seen)
+        return result
+
+    def _noted(self, value: Tensor) -> Seen:
+        frame = self.stack[-1]
+        seen = Seen(frame.path, frame.run, frame.calls, self._print(value))
+        frame.calls += 1
+        self.seen.append(seen)
+        frame.made.append(seen)
+        return seen
 
     def _note_maps(self, frame: _Running, maps: Combination) -> None:
         """The calls of a frame are maps that it adds up, or it does with them what is not understood."""
@@ -272,12 +299,11 @@ class Survey(AttentionMode):
             return
         for seen, (query, value) in zip(frame.made, again, strict=True):
             if seen.is_open(frame) and seen.value is not None and seen.value.shape == value.shape:
-                assert seen.query is not None
                 seen.asked = True
                 if seen.recurrence is not None:
                     _ask_recurrence(seen, query, value)
                 else:
-                    seen.kind = _kind(seen, seen.query, query, value, direct=seen.path == frame.path)
+                    seen.kind = _kind(seen, query, value, direct=seen.path == frame.path)
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
@@ -294,27 +320,29 @@ class Survey(AttentionMode):
         if given is None:
             return None
         self.again = []
+        self.stack.append(_Running(frame.path, frame.run))
         try:
             module.forward(*given[0], **given[1])
         except Exception:  # a module's own code, on what it was not made for: it cannot be asked
             return None
         finally:
+            self.stack.pop()
             again, self.again = self.again, None
         return again if len(again) == len(frame.made) else None
 
 
-def _kind(seen: Seen, query: Tensor, query_again: Tensor, value_again: Tensor, *, direct: bool) -> str | None:
+def _kind(seen: Seen, again: Tensor | None, value_again: Tensor, *, direct: bool) -> str | None:
     """What a call is over, from what changed in V and Q; None where V does not tell.
 
-    direct: whether the module that made the call was asked, and not one that runs it, in which tokens may
-    have been mixed before.
+    again: its query, or its scores, when the module ran again. direct: whether the module that made the call
+    was asked, and not one that runs it, in which tokens may have been mixed before.
     """
     assert seen.value is not None
     places = _followed(seen.value, value_again)
     tokens, dims = places[-2:]
     if not len(tokens):
         return None
-    of_query = _followed(query, query_again)[-2]
+    of_query = _queries(seen, again, tokens)
     if len(tokens) == 1:
         if direct and len(of_query):
             return OWN if tokens[0] in of_query else ORDER
@@ -362,6 +390,22 @@ def _ask_recurrence(seen: Seen, output_again: Tensor, value_again: Tensor) -> No
         seen.recurrence = replace(seen.recurrence, causal=causal)
         seen.first_alone = causal
         return
+
+
+def _queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor:
+    """Which queries changed, where some keys did: what a row of scores is elsewhere tells it.
+
+    Where scores are not known, those of the keys.
+    """
+    if seen.query is not None and again is not None:
+        return _followed(seen.query, again)[-2]
+    if seen.scores is None or again is None or seen.scores.shape != again.shape:
+        return keys
+    others = torch.ones(again.shape[-1], dtype=torch.bool, device=again.device)
+    others[keys] = False
+    if not others.any():
+        return keys
+    return _followed(*(x[..., others].nan_to_num(0.0, 0.0, 0.0) for x in (seen.scores, again)))[-2]
 
 
 def _followed(x: Tensor, again: Tensor) -> list[Tensor]:

@@ -169,10 +169,6 @@ def test_the_vision_tower_of_a_larger_model_saved_alone(
             "no self-attention layer found in its vision tower",
         ),
         (
-            transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=VOCABULARY),
-            "no self-attention layer found in its text tower",
-        ),
-        (
             transformers.VideoMAEConfig(**VISION_SIZES),
             "(VideoMAEModel) takes videos, neither images nor text",
         ),
