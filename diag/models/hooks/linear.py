@@ -293,7 +293,7 @@ def is_recurrent(module: nn.Module) -> bool:
 def _namespace(kind: type[nn.Module]) -> dict[str, Any] | None:
     """Where the forward of a class finds functions; None of PyTorch's own."""
     found = getattr(inspect.unwrap(kind.forward), "__globals__", None)
-    return None if found is None or found["__name__"].partition(".")[0] == "torch" else found
+    return None if found is None or found.get("__name__", "").partition(".")[0] == "torch" else found
 
 
 def _functions(space: Mapping[str, Any]) -> list[tuple[str, Callable]]:

@@ -354,7 +354,6 @@ def test_a_function_is_known_by_its_arguments(heads: int) -> None:
     ("function", "why"),
     [
         ("flash_attn_func", "Mixer made no self-attention call"),
-        ("unnamed", "the model computes attention itself"),
         ("squared_scan", f"no layer attends to its own tokens ('': {REASONS[NOT_LINEAR]})"),
         ("mixed_scan", f"no layer attends to its own tokens ('': {REASONS[EVERYTHING]})"),
     ],
@@ -363,6 +362,11 @@ def test_what_is_no_recurrence_over_own_values_is_refused(function: str, why: st
     with pytest.raises(UserError) as told:
         layers_on(Mixer(function).eval(), torch.randn(2, 21, 24))
     assert str(told.value).startswith(why)
+
+
+def test_a_softmax_inside_is_a_softmax_whatever_it_is_called() -> None:
+    (layer,) = layers_on(Mixer("unnamed").eval(), torch.randn(2, 21, 24))
+    assert (layer.form.mixer, layer.form.value_from) == ("softmax", "own")
 
 
 def test_roles_are_read_off_arguments() -> None:
