@@ -32,7 +32,7 @@ from diag.attention.softmax_statistics import CallStatistics
 from diag.attention.value_statistics import reciprocal, value_blocks, value_statistics
 from diag.attention.visibility import of_inputs
 from diag.metrics.readings import Controls, Reading, reduce
-from diag.metrics.registry import Metric, metric, registered
+from diag.metrics.registry import metric, registered
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
@@ -340,15 +340,10 @@ METRICS = registered("call")
 
 
 def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
-    """The named metrics of one call seen through one token set; nothing counts in those that it has not."""
-    defined = [name for name in names if is_defined(METRICS[name], on.call)]
+    """The named metrics of one call seen through one token set."""
+    defined = [name for name in names if METRICS[name].defined_for(on.call)]
     computed = {function: function(on) for function in {METRICS[name].compute: None for name in defined}}
     return {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
-
-
-def is_defined(of: Metric, call: AttentionCall) -> bool:
-    """Whether a call has a metric: weights need not be shares, and need not be there."""
-    return not (call.maps and of.of_shares) and (call.has_pattern or not of.of_weights)
 
 
 def per_input(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diag.attention.positions import TEXT, Geometry
 from diag.metrics import names as known
-from diag.metrics.default import Selection, is_defined
+from diag.metrics.default import Selection
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
@@ -295,14 +295,23 @@ def shape_readings(
     receives is a sum over all rows, and is summed up over all of them.
     """
     call, statistics = selections[0].call, selections[0].statistics
-    if undefined := [name for name in names if not is_defined(SHAPE_METRICS[name], call)]:
-        defined = [name for name in names if name not in undefined]
-        found_of: list[dict[str, Reading]] = [{} for _ in selections]
-        if defined:
-            found_of = shape_readings(selections, defined, geometry=geometry)
+    defined = [name for name in names if SHAPE_METRICS[name].defined_for(call)]
+    if len(defined) < len(names):
+        neighbour = neighbour if any("top" in SHAPE_METRICS[name].needs for name in defined) else None
+        found_of = shape_readings(
+            selections,
+            defined,
+            geometry=geometry,
+            neighbour=neighbour,
+            projection=projection,
+            top_keys=top_keys,
+        )
         return [
-            dict.fromkeys(undefined, on.nothing) | one for on, one in zip(selections, found_of, strict=True)
+            {name: one.get(name, on.nothing) for name in names}
+            for on, one in zip(selections, found_of, strict=True)
         ]
+    if not call.has_pattern:
+        return [{} for _ in selections]
     summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
     if call.sample is not None and summed:
         of_all = statistics.of_all_rows()

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from diag.metrics.catalogue import CATALOGUE
+
+if TYPE_CHECKING:
+    from diag.attention.call import AttentionCall
 
 Reads = Literal["call", "pattern", "neutral", "block", "depth"]
 """What a metric is computed from, and so which arguments its function takes.
@@ -43,6 +46,10 @@ class Metric:
     needs: tuple[str, ...] = ()
     of_shares: bool = False
     of_weights: bool = False
+
+    def defined_for(self, call: AttentionCall) -> bool:
+        """Whether it can be read off a call, by the kind that the call is of."""
+        return (call.has_pattern or not self.of_weights) and not (call.maps and self.of_shares)
 
 
 REGISTRY: dict[str, Metric] = {}

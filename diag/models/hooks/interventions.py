@@ -177,12 +177,14 @@ class Intervention:
     change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
         output gate, for branches `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
+    of_softmax: whether it needs a softmax layer; then it is of these alone, where no layers are named.
     """
 
     where: str
     change: Callable[..., Tensor]
     source: str
     strength: float | None = None
+    of_softmax: bool = False
 
     @property
     def definition(self) -> str:
@@ -194,10 +196,10 @@ INTERVENTIONS: dict[str, Intervention] = {
     "xsa": Intervention("attention", xsa, "Zhai 2026"),
     "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5),
     "random_direction": Intervention("attention", random_direction, "public controls study", 1.0),
-    "mask_self": Intervention("attention", mask_self, "-"),
+    "mask_self": Intervention("attention", mask_self, "-", of_softmax=True),
     "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
     "identity": Intervention("attention", identity, "SoftPAG", 1.0),
-    "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)"),
+    "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)", of_softmax=True),
     "skip": Intervention("attention branch", without_branch, "LayerBoost"),
     "cb": Intervention("mlp branch", context_broadcasting, "Context Broadcasting 2210.08457"),
     "cb_s": Intervention("mlp branch", scaled_context_broadcasting, "Context Broadcasting 2210.08457", 1.0),

@@ -409,6 +409,22 @@ def test_an_intervention_changes_what_the_model_goes_on_with(name: str) -> None:
     assert not read["x"].any()
 
 
+def test_what_needs_a_softmax_changes_the_layers_that_have_one() -> None:
+    """Where no layers are named; a layer without softmax that is named is refused."""
+    model, given = model_of("Qwen3Next"), [{"input_ids": ids()}]
+    plain, *changed = (
+        probe(model, given, metrics=["cos_y_vself"], intervene=edit).layers.set_index("layer")["mean"]
+        for edit in ([], ["gated"], ["mask_self"], ["uniform"], ["xsa"])
+    )
+    for gone in changed[:2]:
+        assert gone[0] == plain[0]
+    assert changed[1][1] != plain[1]
+    assert (changed[2] != plain).all()
+    np.testing.assert_allclose(changed[3], 0, atol=1e-6)
+    with pytest.raises(MeasurementError, match=r"'layers.0.linear_attn' has no softmax: there is no A_ii"):
+        probe(model, given, metrics=["cos_y_vself"], intervene=["mask_self:0"])
+
+
 def test_functions_are_put_back_also_by_threads_that_overlap_and_after_an_error() -> None:
     space, before = globals(), chunk_gla
     inside, leave = threading.Event(), threading.Event()
