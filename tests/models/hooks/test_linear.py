@@ -103,6 +103,17 @@ def relu_attention(given: Given) -> Tensor:
     return weights / (weights.sum(-1, keepdim=True) + 1e-5)
 
 
+def mlstm(given: Given) -> Tensor:
+    """q·k/√d e^{F_i - F_j + i_j - m_i} over its sum, or over e^{-m_i} if that is more."""
+    query, key, gain, forget = double(given, "query", "key", "igate", "fgate")
+    passed = F.logsigmoid(forget).cumsum(-1)
+    exponent = passed[..., :, None] - passed[..., None, :] + gain[..., None, :]
+    exponent = exponent.masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -torch.inf)
+    most = torch.maximum(exponent.amax(-1, keepdim=True), passed[..., None])
+    weights = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5 * (exponent - most).exp()
+    return weights / (torch.maximum(weights.sum(-1, keepdim=True).abs(), (-most).exp()) + 1e-6)
+
+
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
 KINDS = {"layer_types": ["linear_attention", "full_attention"]}
@@ -131,6 +142,13 @@ MODELS: dict[str, tuple[dict[str, Any], Dense]] = {
         delta_rule,
     ),
     "Bamba": (SMALL | MAMBA2 | {"attn_layer_indices": [1]}, state_space),
+    "Zamba2": (
+        SMALL
+        | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"]}
+        | {"hybrid_layer_ids": [2], "num_mem_blocks": 1, "adapter_rank": 4}
+        | {"n_mamba_heads": 4, "mamba_d_state": 8, "mamba_ngroups": 2},
+        state_space,
+    ),
     "GraniteMoeHybrid": (
         SMALL | MAMBA2 | {"layer_types": ["mamba", "attention"], "num_local_experts": 0},
         state_space,
@@ -151,6 +169,7 @@ MODELS: dict[str, tuple[dict[str, Any], Dense]] = {
         state_space_of_channels,
     ),
     "Rwkv": (ALONE | {"context_length": 64}, rwkv),
+    "xLSTM": (ALONE | {"num_heads": 2, "mode": "inference"}, mlstm),
     "RecurrentGemma": (
         SMALL | {"lru_width": 32, "head_dim": 8, "block_types": ["recurrent", "attention"]},
         gated_recurrence,
@@ -218,7 +237,8 @@ def test_outputs_are_the_recurrence_of_the_values(name: str) -> None:
     weights = dense(mixing.bound.arguments)
     assert not weights.triu(1).any()
     torch.testing.assert_close(call.output.double(), weighed(weights, call.value), rtol=1e-4, atol=1e-6)
-    assert value_from == "mixed"  # a convolution, or the token before, is in front of the values
+    # a convolution, or the token before, is in front of the values
+    assert value_from == ("own" if name == "xLSTM" else "mixed")
     if weights.shape[1] == call.heads:
         assert_metrics_are_those_of(call, weights)
 
