@@ -79,11 +79,6 @@ class TorchAttention(nn.Module):
         return x + self.mha(x, x, x, attn_mask=mask, need_weights=False)[0]
 
 
-class Eager(nn.Module):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return (x @ x.transpose(1, 2)).softmax(-1) @ x
-
-
 class Stack(nn.Module):
     """Layers one after the other; `layers` of modules that take `(x, mask)`."""
 

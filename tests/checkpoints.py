@@ -67,6 +67,14 @@ def save_language_model(folder: Path, kind: str) -> Path:
         sizes = tokens | {"hidden_size": 32, "num_hidden_layers": 2}
         config = {"mamba": transformers.MambaConfig, "rwkv": transformers.RwkvConfig}[kind](**sizes)
         model = transformers.AutoModelForCausalLM.from_config(config)
+    elif kind == "gemma2":  # large weights: the cap on scores of this size is far from a line
+        sizes = text | {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+        config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=0.5, initializer_range=0.4)
+        model = transformers.Gemma2ForCausalLM(config)
+    elif kind == "gpt-oss":
+        sizes = text | {"num_key_value_heads": 2, "head_dim": 8}
+        config = transformers.GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+        model = transformers.GptOssForCausalLM(config)
     elif kind == "bert":
         model = transformers.BertForMaskedLM(transformers.BertConfig(**text))
     elif kind == "t5":

@@ -28,6 +28,7 @@ def make_call(
     heads: int = 4,
     kv_heads: int | None = None,
     tokens: int = 13,
+    keys: int | None = None,
     dim: int = 16,
     value_dim: int | None = None,
     mask: Tensor | None = None,
@@ -37,17 +38,20 @@ def make_call(
 ) -> AttentionCall:
     """A random call whose output is computed densely in float32 and rounded to `dtype`.
 
+    keys: how many, where they are not the tokens' own.
+
     Values share a direction and keys resemble values, so that no statistic is trivially near zero.
     """
     generator = torch.Generator().manual_seed(seed)
     kv_heads = heads if kv_heads is None else kv_heads
     value_dim = dim if value_dim is None else value_dim
     query = torch.randn(batch, heads, tokens, dim, generator=generator)
-    key = torch.randn(batch, kv_heads, tokens, dim, generator=generator)
+    width = tokens if keys is None else keys
+    key = torch.randn(batch, kv_heads, width, dim, generator=generator)
     shared = torch.randn(batch, kv_heads, 1, value_dim, generator=generator)
-    value = torch.randn(batch, kv_heads, tokens, value_dim, generator=generator) + 0.7 * shared
-    # Some attention to oneself: queries lean towards their own key.
-    query = query + 0.2 * key.repeat_interleave(heads // kv_heads, 1)
+    value = torch.randn(batch, kv_heads, width, value_dim, generator=generator) + 0.7 * shared
+    if keys is None:  # Some attention to oneself: queries lean towards their own key.
+        query = query + 0.2 * key.repeat_interleave(heads // kv_heads, 1)
     call = AttentionCall(
         layer=0,
         module="layer",
@@ -58,6 +62,7 @@ def make_call(
         mask=mask,
         causal=causal,
         scale=1.5 / math.sqrt(dim),
+        own_keys=keys is None,
     )
     return with_dense_output(call)
 
@@ -66,7 +71,32 @@ def with_dense_output(call: AttentionCall) -> AttentionCall:
     """The call with `output` recomputed from its queries (or pattern), keys and values, in its own format."""
     pattern = torch.from_numpy(dense_pattern(call)).float()
     value = call.value.float().repeat_interleave(call.group, 1)
-    return replace(call, output=(pattern @ value).to(call.output.dtype))
+    outside = 0.0 if call.outside is None else call.outside.float()
+    return replace(call, output=(pattern @ value + outside).to(call.output.dtype))
+
+
+def with_other_keys(call: AttentionCall, number: int = 2, *, valued: bool = True) -> AttentionCall:
+    """The call with keys in its softmax that are no tokens; sinks, which have no value, unless `valued`."""
+    assert call.query is not None
+    generator = torch.Generator().manual_seed(17)
+    keys = torch.randn(1, call.heads, number, call.query.shape[-1], generator=generator).double()
+    values = torch.randn(1, call.heads, number, call.value.shape[-1], generator=generator).double()
+    others = float64(call.query.double() @ keys.transpose(-1, -2)) * call.scale + 1
+    scores = np.concatenate([dense_scores(call), others], -1)
+    top = scores.max(-1, keepdims=True)
+    lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
+    outside = torch.from_numpy(np.exp(others - lse)) @ values if valued else torch.zeros(1, 1, 1, 1)
+    lse = torch.from_numpy(lse[..., 0]).float()
+    return with_dense_output(replace(call, log_normaliser=lse, outside=outside.float()))
+
+
+def with_mixed_heads(call: AttentionCall, least: float = 0.1) -> AttentionCall:
+    """The call of talking heads: each head's weights are a sum of those of all heads. Coefficients are drawn
+    from `least` to 1.
+    """
+    drawn = torch.rand(call.heads, call.heads, generator=torch.Generator().manual_seed(18)).double()
+    mixed = torch.einsum("gh,bhij->bgij", least + (1 - least) * drawn, torch.from_numpy(dense_pattern(call)))
+    return with_dense_output(replace(call, query=None, key=None, pattern=mixed.float()))
 
 
 def with_pattern(call: AttentionCall) -> AttentionCall:
@@ -116,11 +146,12 @@ def float64(x: Tensor) -> Array:
 def dense_visible(call: AttentionCall) -> Array:
     """Whether query i sees key j, `[batch, head, token, token]` of bool."""
     batch, heads, tokens, _ = call.output.shape
-    visible = np.ones((batch, heads, tokens, tokens), dtype=bool)
+    keys = call.value.shape[2]
+    visible = np.ones((batch, heads, tokens, keys), dtype=bool)
     if call.mask is not None:
         visible &= call.mask.cpu().numpy() if call.mask.dtype == torch.bool else dense_shown(call.mask)
     if call.causal:
-        visible &= np.tri(tokens, dtype=bool)
+        visible &= np.tri(tokens, keys, dtype=bool)
     return visible
 
 
@@ -172,6 +203,9 @@ def dense_pattern(call: AttentionCall) -> Array:
             found += float64(one.coefficient)[..., None] * dense_pattern(alone)
         return found
     scores = dense_scores(call)
+    if call.outside is not None:
+        assert call.log_normaliser is not None
+        return np.exp(scores - float64(call.log_normaliser)[..., None])
     pattern = np.zeros(scores.shape)
     for b, h, i in np.ndindex(*scores.shape[:3]):
         if np.isfinite(scores[b, h, i]).any():
@@ -253,9 +287,12 @@ def reference(
     """
     pattern, visible = dense_pattern(call), dense_visible(call)
     value, output = float64(call.value), float64(call.output)
+    outside = np.zeros(output.shape) if call.outside is None else float64(call.outside) + 0 * output
     batch, heads, length, _ = output.shape
     group = heads // value.shape[1]
     chosen = np.ones((batch, length), dtype=bool) if tokens is None else tokens.cpu().numpy()
+    if not call.own_keys:
+        return of_other_keys(call, chosen)
     least = max(4e-6, 4 * torch.finfo(call.output.dtype).eps)
     result: dict[str, Array] = {}
     for b in range(batch):
@@ -263,13 +300,47 @@ def reference(
         counted = [t for t in range(length) if real[t] and chosen[b, t]]
         for h in range(heads):
             row_numbers = rows_of_one_head(
-                pattern[b, h], visible[b, h], value[b, h // group], output[b, h], counted, real, least
+                *(pattern[b, h], visible[b, h], value[b, h // group], output[b, h], outside[b, h]),
+                *(counted, real, least),
             )
             value_numbers = values_of_one_head(
                 value[b, h // group], counted, counted if anchors is None else anchors[b]
             )
             for name, number in (row_numbers | value_numbers).items():
                 result.setdefault(name, np.full((batch, heads), np.nan))[b, h] = number
+    return {name: torch.from_numpy(numbers) for name, numbers in result.items()}
+
+
+def of_other_keys(call: AttentionCall, chosen: Array) -> dict[str, Float64[Tensor, "batch head"]]:
+    """The statistics where keys are not the tokens' own: of weights and outputs, the others are undefined."""
+    pattern, visible, output = dense_pattern(call), dense_visible(call), float64(call.output)
+    nothing = np.full(output.shape[:2], np.nan)
+    values = ("value_similarity_partial_reference", "value_participation_ratio")
+    names = (
+        *ROW_NAMES,
+        "value_similarity",
+        "value_similarity_partial",
+        *values,
+        "exclusive_output_similarity",
+    )
+    result = {name: nothing.copy() for name in (*names, "entropy_p15", "output_similarity")}
+    for b, h in np.ndindex(*output.shape[:2]):
+        rows = [i for i in range(output.shape[2]) if chosen[b, i] and visible[b, h, i].sum() >= 2]
+        first = int(np.flatnonzero(visible[b].any(axis=(0, 1)))[0])
+        weights = [pattern[b, h, i] for i in rows]
+        entropies = [-sum(float(w * np.log(w)) for w in row if w > 0) for row in weights]
+        even = [row.sum() / visible[b, h, i].sum() for i, row in zip(rows, weights, strict=True)]
+        most = [-row.sum() * np.log(w) for row, w in zip(weights, even, strict=True)]
+        found = {
+            "entropy": mean(entropies),
+            "entropy_normalized": mean([one / bound for one, bound in zip(entropies, most, strict=True)]),
+            "entropy_p15": float(np.percentile(entropies, 15)) if rows else math.nan,
+            "effective_keys": mean([row.sum() ** 2 / (row**2).sum() for row in weights]),
+            "first_weight": mean([row[first] for row in weights]),
+            "output_similarity": pairwise(output[b, h, rows]),
+        }
+        for name, number in found.items():
+            result[name][b, h] = number
     return {name: torch.from_numpy(numbers) for name, numbers in result.items()}
 
 
@@ -295,12 +366,14 @@ def rows_of_one_head(
     visible: Array,
     values: Array,
     outputs: Array,
+    outside: Array,
     counted: list[int],
     real: Array,
     least: float,
 ) -> dict[str, float]:
     """What is averaged over query rows: those that see at least two keys."""
     rows = [i for i in counted if visible[i].sum() >= 2]
+    negative = bool((pattern[visible.any(-1)] < 0).any())
     first = int(np.flatnonzero(real)[0]) if real.any() else 0
     names = (
         "cos_y_vself self_part context_part cos_y_vpartner cos_y_vuniform excess removed_energy self_weight "
@@ -321,16 +394,21 @@ def rows_of_one_head(
         if partners:
             numbers["cos_y_vpartner"].append(mean(partners))
             numbers["excess"].append(alignment - mean(partners))
-        if visible_in_set:
-            numbers["cos_y_vuniform"].append(cosine(values[visible_in_set].mean(0), v))
-
+        total = weights.sum()
         numbers["self_weight"].append(weights[i])
-        numbers["self_weight_ratio"].append(weights[i] * seen)
+        numbers["first_weight"].append(weights[first])
+        if negative:
+            continue
+        # a uniform row has the same visible keys and the same sum
+        if visible_in_set:
+            numbers["cos_y_vuniform"].append(cosine(total * values[visible_in_set].mean(0) + outside[i], v))
+        numbers["self_weight_ratio"].append(weights[i] / (total / seen))
         entropy = -sum(float(w * np.log(w)) for w in weights if w > 0)
         numbers["entropy"].append(entropy)
-        numbers["entropy_normalized"].append(entropy / np.log(seen))
-        numbers["effective_keys"].append(1 / (weights**2).sum())
-        numbers["first_weight"].append(weights[first])
+        of_uniform = -sum([total / seen * np.log(total / seen)] * seen)
+        if of_uniform > 0:
+            numbers["entropy_normalized"].append(entropy / of_uniform)
+        numbers["effective_keys"].append(total**2 / (weights**2).sum())
 
     exclusive = np.array([without(outputs[i], values[i], least) for i in rows])
     entropies = numbers["entropy"]
@@ -529,6 +607,13 @@ def build_cases() -> dict[str, AttentionCall]:
     for dtype in (torch.bfloat16, torch.float16):
         mask = additive(causal_left, torch.finfo(dtype).min, dtype)
         cases[f"additive lowest {dtype}"] = make_call(dtype=dtype, mask=mask, seed=56)
+    for name in ("full", "causal left padding"):
+        cases[f"{name}; sinks"] = with_other_keys(cases[name], valued=False)
+        cases[f"{name}; mixed heads"] = with_mixed_heads(cases[name])
+    for name in ("group of 2, bias", "mask per head, grouped"):
+        cases[f"{name}; other keys"] = with_other_keys(cases[name])
+    cases["full; other keys, pattern given"] = with_pattern(with_other_keys(cases["full"]))
+    cases["random mask; mixed heads of both signs"] = with_mixed_heads(cases["random mask"], -0.3)
     for name in ("full", "causal left padding", "mask per head, unseen keys", "group of 2", "bias and -inf"):
         cases[f"{name}; log-normaliser given"] = with_log_normaliser(cases[name])
         cases[f"{name}; pattern given"] = with_pattern(cases[name])
@@ -536,3 +621,21 @@ def build_cases() -> dict[str, AttentionCall]:
 
 
 CASES = build_cases()
+
+_RAGGED = key_padding([range(5), range(3)], 5)
+OTHER_TOKENS = {
+    "pooled keys": make_call(keys=5, seed=70),
+    "more keys, grouped": make_call(keys=20, kv_heads=2, seed=71),
+    "as many keys": make_call(keys=13, seed=72),
+    "padded keys": make_call(keys=5, mask=_RAGGED, seed=73),
+    "bias of pooled keys": make_call(keys=5, mask=random_bias(1, 4, 13, 5), seed=74),
+    "masked per head": make_call(keys=5, mask=random_mask(2, 4, 13, 5, seed=75), seed=75),
+    "causal": make_call(keys=5, causal=True, seed=76),
+    "causal, more keys": make_call(keys=20, causal=True, seed=77),
+    "bfloat16": make_call(keys=5, dtype=torch.bfloat16, seed=78),
+}
+"""Calls whose keys are not those of the queries' own tokens."""
+OTHER_TOKENS["pooled keys; pattern given"] = with_pattern(OTHER_TOKENS["pooled keys"])
+OTHER_TOKENS["padded keys; sinks"] = with_other_keys(OTHER_TOKENS["padded keys"], valued=False)
+OTHER_TOKENS["pooled keys; other keys"] = with_other_keys(OTHER_TOKENS["pooled keys"])
+OTHER_TOKENS["pooled keys; log-normaliser given"] = with_log_normaliser(OTHER_TOKENS["pooled keys"])

@@ -5,7 +5,8 @@ whoever measures (`CallStatistics`, `diag.attention.softmax_statistics`). No fun
 token matrix.
 
 Notation of the formulas: `s_ij = scale · q_i·k_j + mask_ij`, `lse_i = log Σ_j exp s_ij`,
-`A_ij = exp(s_ij - lse_i)`, `y_i = Σ_j A_ij v_j`.
+`A_ij = exp(s_ij - lse_i)`, `y_i = Σ_j A_ij v_j + o_i`; i and j are tokens, and o_i is what comes of keys
+that are none (`outside`), as a rule nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from diag.attention.sampling import RowSample
 from diag.attention.visibility import Visibility
-from diag.errors import MeasurementError
 
 TENSOR_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """How many numbers per thread some heads' queries or values may be where they are read head by head."""
@@ -33,7 +33,7 @@ class WeightMap:
     """
 
     query: Float[Tensor, "batch head token dim"]
-    key: Float[Tensor, "batch kv_head token dim"]
+    key: Float[Tensor, "batch kv_head key dim"]
     scale: float
     coefficient: Float[Tensor, "#batch #head #token"]
     log_normaliser: Float[Tensor, "batch head token"] | None = None
@@ -46,13 +46,26 @@ class AttentionCall:
     With grouped heads (`kv_head < head`) query head `h` reads KV head `h // (head // kv_head)`.
     Either `query` and `key` are given, or the `pattern` itself (the route of libraries that
     materialise it), or the `maps` that a layer adds up, over the same values and under the same mask. The
-    weights of added maps may be negative, and their rows need not sum to 1. Where none of them is given, the
-    layer has no softmax and its weights are nowhere: values and outputs are all that is known of it.
+    weights of added maps, and of a pattern that was changed before it met the values, may be negative, and
+    their rows need not sum to 1.
+
+    Keys that are no tokens (sinks, memory, bias and zero keys) are in the softmax and nowhere in the call:
+    not in `key`, `value`, `mask` or `pattern`, whose rows then sum to less than 1. `outside` tells of them.
+
+    Where none of query and key, pattern and maps is given, the layer has no softmax and its weights are
+    nowhere: values and outputs are all that is known of it.
+
+    Where keys are not those of the queries' own tokens (cross-attention; keys that were pooled or strided),
+    `own_keys` is False, and there may be more or fewer of them. No token has a value v_i of this layer then.
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
-        `[batch, head, token, token]`; None for no mask. `causal` is in addition to it. What hides a key
+        `[batch, head, token, key]`; None for no mask. `causal` is in addition to it. What hides a key
         is decided by its weight (`diag.attention.visibility.hiding`).
-    log_normaliser: `lse_i`, where the attention kernel returned it.
+    log_normaliser: `lse_i`, where the attention kernel returned it. It counts keys that are no tokens, too:
+        where there are such, it has to be given beside `query` and `key`, or for each of the `maps`.
+    outside: `o_i = Σ_e A_ie v_e` over the keys e that are no tokens, broadcastable to the output; None where
+        all keys are tokens. Sinks have no value: theirs is a zero, `output.new_zeros(1, 1, 1, 1)`.
+    own_keys: whether key i is that of the token of query i.
     padding: tokens that stand for nothing, such as those that fill up windows; they are in the softmax, and
         no number is of them. None for none.
     sample: the query rows on which what needs whole rows of the pattern is computed; None for all.
@@ -64,23 +77,25 @@ class AttentionCall:
     layer: int
     module: str
     query: Float[Tensor, "batch head token dim"] | None
-    key: Float[Tensor, "batch kv_head token dim"] | None
-    value: Float[Tensor, "batch kv_head token value_dim"]
+    key: Float[Tensor, "batch kv_head key dim"] | None
+    value: Float[Tensor, "batch kv_head key value_dim"]
     output: Float[Tensor, "batch head token value_dim"]
     mask: Tensor | None
     causal: bool
     scale: float
     log_normaliser: Float[Tensor, "batch head token"] | None = None
-    pattern: Float[Tensor, "batch head token token"] | None = None
+    pattern: Float[Tensor, "batch head token key"] | None = None
     maps: tuple[WeightMap, ...] = ()
+    outside: Float[Tensor, "#batch #head #token #value_dim"] | None = None
+    own_keys: bool = True
     padding: Bool[Tensor, "batch token"] | None = None
     sample: RowSample | None = None
     visibility: Visibility = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         given = self.visibility
-        if given is None or not given.is_of(self.mask, self.causal, self.output):
-            read = Visibility.of(self.mask, self.causal, self.output)
+        if given is None or not given.is_of(self.mask, self.causal, self.output, self.keys):
+            read = Visibility.of(self.mask, self.causal, self.output, self.keys)
             for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
                 object.__setattr__(self, name, value)
 
@@ -106,8 +121,13 @@ class AttentionCall:
 
     @property
     def tokens(self) -> int:
-        """Tokens, as queries and as keys."""
+        """Tokens: queries, and as a rule keys as well."""
         return self.output.shape[2]
+
+    @property
+    def keys(self) -> int:
+        """Keys; as many as tokens wherever they are the tokens' own."""
+        return self.value.shape[2]
 
     @property
     def kv_heads(self) -> int:
@@ -131,38 +151,21 @@ class AttentionCall:
         )
 
     @property
-    def combined_sum(self) -> Tensor | float:
-        """What the rows of A that see a key sum to by the way A is made: Σ_k c_k, or 1 of a softmax."""
-        return sum((one.coefficient for one in self.maps[1:]), self.maps[0].coefficient) if self.maps else 1.0
+    def is_softmax(self) -> bool:
+        """Whether A is a softmax over tokens alone: rows that see a key sum to 1 by the way they are made."""
+        plain = self.pattern is None and self.outside is None and not self.maps
+        return plain and self.has_pattern
+
+    def outside_at(self, rows: Tensor | slice) -> Float[Tensor, "#batch #head #row #value_dim"] | float:
+        """What the outputs of the query rows hold that comes of no token, at least float32."""
+        if self.outside is None:
+            return 0.0
+        part = self.outside if self.outside.shape[2] == 1 else self.outside[:, :, rows]
+        return part.to(torch.promote_types(part.dtype, torch.float32))
 
     def query_heads(self, kv_heads: slice) -> slice:
         """The query heads that read some KV heads."""
         return slice(kv_heads.start * self.group, kv_heads.stop * self.group)
-
-
-def without_constant(call: AttentionCall, constant: Float[Tensor, " channel"]) -> AttentionCall:
-    """The call with a constant c taken out of every value, and so out of every output.
-
-    Rows of A sum to 1, so A (V - 1 cᵀ) = Y - 1 cᵀ exactly; where maps are added up, to s = Σ_k c_k, and s cᵀ
-    is taken out. A row that sees no key sums to 0 and keeps its output. Queries, keys, mask and pattern stay.
-
-    constant: c of each of the model's KV heads, one after the other. The model may have repeated
-        them in the call.
-
-    Raises MeasurementError if the call's heads cannot be those of the constant.
-    """
-    heads, rest = divmod(constant.numel(), call.value.shape[-1])
-    if rest or heads == 0 or call.kv_heads % heads:
-        raise MeasurementError(
-            f"layer '{call.module}': a constant of {constant.numel()} numbers does not fit "
-            f"{call.kv_heads} value heads of {call.value.shape[-1]}",
-            "its values are not those of its projection, head for head: leave out --values bias-free",
-        )
-    each = constant.to(call.value.device).float().view(heads, 1, -1)
-    each = each.repeat_interleave(call.kv_heads // heads, 0)  # [kv_head, 1, dim]
-    of_rows = ((call.visibility.count > 0) * call.combined_sum)[..., None]  # what each row of A sums to
-    output = call.output - of_rows * each.repeat_interleave(call.group, 0)
-    return replace(call, value=(call.value - each).to(call.value.dtype), output=output.to(call.output.dtype))
 
 
 def head_chunks(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]]:
@@ -170,7 +173,7 @@ def head_chunks(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]
 
     width: numbers per token and query head.
     """
-    number = max(1, of_threads(TENSOR_ELEMENTS, call.output.device) // (call.group * call.tokens * width))
+    number = max(1, of_threads(TENSOR_ELEMENTS, call.output.device) // (call.group * call.keys * width))
     heads_at_once = -(-call.kv_heads // -(-call.kv_heads // number))  # parts of about one size
     batch_at_once = max(1, number // call.kv_heads)
     for b in range(0, call.batch, batch_at_once):

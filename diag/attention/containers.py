@@ -18,23 +18,29 @@ class SoftmaxStatistics:
     log_normaliser: Tensor | None
     """lse_i; None where only the pattern is known, or several maps are added up"""
     entropy: Tensor
-    """-Σ_j A_ij ln A_ij, in nats; NaN where several maps are added up: weights may be negative"""
+    """-Σ_j A_ij ln A_ij, in nats; NaN where several maps are added up, anything where weights are negative"""
     sum_of_squares: Tensor
     """Σ_j A_ij²; NaN where several maps are added up"""
     self_weight: Tensor
     """A_ii"""
     first_weight: Tensor
     """A_i0, the weight on the first key that anyone sees"""
+    row_sum: Tensor | None = None
+    """Σ_j A_ij over tokens, of all rows; None of a softmax over tokens, where it is 1"""
+    negative: Tensor | None = None
+    """whether a row that sees a key has a negative weight, `[batch, head]`; None where none can have one, or
+    where several maps are added up"""
 
 
 @dataclass(frozen=True, eq=False)
 class ValueStatistics:
     """Norms, products and sums of one call's values and outputs, float32.
 
-    A token that no query sees has a value of 0, a row that sees no key an output of 0.
+    A token that no query sees has a value of 0, a row that sees no key an output of 0. Where keys are not the
+    tokens' own, what needs v_i is NaN.
     """
 
-    value_norm: Float[Tensor, "batch kv_head token"]
+    value_norm: Float[Tensor, "batch kv_head key"]
     """‖v_i‖"""
     uniform: Float[Tensor, "batch some_head token"]
     """v_i·u_i, u_i = Σ_j v_j over the visible j in S; of query heads where the mask differs between these"""

@@ -34,26 +34,31 @@ LEAST_BLOCKS = 16
 
 def pattern_rows(
     call: AttentionCall, rows: Tensor | Sequence[int] | None = None
-) -> Float[Tensor, "batch head row token"]:
+) -> Float[Tensor, "batch head row key"]:
     """The attention weights of the chosen query rows (all rows if None), float32.
 
-    A row that sees no key is all zero. Where a layer adds up several maps, weights may be negative.
+    A row that sees no key is all zero. Weights of added maps and of a given pattern may be negative, and
+    where keys are no tokens, rows sum to less than 1.
     """
     device = call.output.device
     rows = torch.arange(call.tokens, device=device) if rows is None else torch.as_tensor(rows, device=device)
     if call.pattern is not None:
         return call.pattern[:, :, rows].float()
     if call.maps:
-        found = torch.zeros(*call.output.shape[:2], len(rows), call.tokens, device=device)
+        found = torch.zeros(*call.output.shape[:2], len(rows), call.keys, device=device)
         for one in call.maps:
             chosen = one.coefficient.expand(-1, -1, call.tokens)[:, :, rows, None]
             found += chosen.float() * pattern_rows(call.of_map(one), rows)
         return found
-    return torch.nan_to_num(score_rows(call, rows).softmax(-1), nan=0.0).float()
+    scores = score_rows(call, rows)
+    if call.outside is None:
+        return torch.nan_to_num(scores.softmax(-1), nan=0.0).float()
+    assert call.log_normaliser is not None
+    return torch.nan_to_num((scores - call.log_normaliser[:, :, rows, None]).exp(), nan=0.0).float()
 
 
 def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
-    """Masked scores of the chosen query rows, `[batch, head, row, token]`; -inf where a key is hidden.
+    """Masked scores of the chosen query rows, `[batch, head, row, key]`; -inf where a key is hidden.
 
     In the format of the queries, at least float32. Differentiable. Raises MeasurementError of a layer without
     softmax.
@@ -74,20 +79,21 @@ def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
         block = mask if mask.shape[2] == 1 else mask[:, :, rows]
         scores = masked(scores, block, call.hidden, float("-inf"))
     if call.causal:
-        position = torch.arange(call.tokens, device=scores.device)
+        position = torch.arange(call.keys, device=scores.device)
         scores = scores.masked_fill(position > rows[:, None], float("-inf"))
     return scores
 
 
 def attend(call: AttentionCall, rows: Tensor | None = None) -> Float[Tensor, "batch head row value_dim"]:
-    """`y = A V` for the chosen rows, rebuilt from the call."""
-    return weighted_values(call, pattern_rows(call, rows))
+    """`y = A V + o` for the chosen rows, rebuilt from the call."""
+    outside = call.outside_at(slice(None) if rows is None else rows)
+    return weighted_values(call, pattern_rows(call, rows)) + outside
 
 
 def weighted_values(
-    call: AttentionCall, weights: Float[Tensor, "batch head row token"]
+    call: AttentionCall, weights: Float[Tensor, "batch head row key"]
 ) -> Float[Tensor, "batch head row value_dim"]:
-    """`A V` of some rows of A: what the reconstruction gate compares."""
+    """`A V` of some rows of A: with what comes of no token, what the reconstruction gate compares."""
     grouped = weights.unflatten(1, (call.kv_heads, call.group))
     return (grouped @ call.value.float()[:, :, None]).flatten(1, 2)
 
@@ -114,6 +120,29 @@ def log2_pattern_blocks(
         for _ in _all_blocks(call, lse, known):
             pass
     yield from _sampled_blocks(call, call.sample, lse)
+
+
+def given_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """Yields a given pattern in blocks `[batch, head, row, key]` with their place, float32.
+
+    Where the pattern is float32 blocks are parts of it, not copies: they are read only.
+    """
+    assert call.pattern is not None
+    device = call.output.device
+    budget = min(of_threads(SEVERAL_HEADS_ELEMENTS, device), BLOCK_ELEMENTS[device.type])
+    heads, rows, keys = call.pattern.shape[1:]
+    rows_at_once = max(1, min(rows, budget // max(1, keys)))
+    number = max(1, budget // (rows_at_once * max(1, keys)))
+    heads_at_once, batch_at_once = min(heads, number), max(1, number // heads)
+    for b in range(0, call.batch, batch_at_once):
+        for h in range(0, heads, heads_at_once):
+            for r in range(0, rows, rows_at_once):
+                where = (
+                    slice(b, min(b + batch_at_once, call.batch)),
+                    slice(h, min(h + heads_at_once, heads)),
+                    slice(r, min(r + rows_at_once, rows)),
+                )
+                yield where, call.pattern[where].float()
 
 
 def positions(call: AttentionCall, where: tuple[slice, slice, slice]) -> Int[Tensor, " row"]:
@@ -144,8 +173,8 @@ def _sampled_blocks(
     assert call.query is not None
     device = "cuda" if call.output.is_cuda else "cpu"
     budget = BLOCK_ELEMENTS[device]
-    rows_at_once = max(1, min(sample.rows, SAMPLED_BLOCK_ROWS[device], max(budget // call.tokens, 16)))
-    heads_at_once = max(1, budget // (2 * rows_at_once * call.tokens)) if device == "cuda" else 1
+    rows_at_once = max(1, min(sample.rows, SAMPLED_BLOCK_ROWS[device], max(budget // call.keys, 16)))
+    heads_at_once = max(1, budget // (2 * rows_at_once * call.keys)) if device == "cuda" else 1
     mask = None if call.mask is None else four_dimensional(call.mask)
     scratch = Scratch(call.output.device)
     ends = sample.index.tolist() if call.causal else None
@@ -158,9 +187,9 @@ def _sampled_blocks(
                 in_row = slice(r, min(r + rows_at_once, sample.rows))
                 rows = sample.index[b, in_row]
                 # every row of a block sees the keys up to its first row, none those after its last
-                common, seen = call.tokens, call.tokens
+                common, seen = call.keys, call.keys
                 if ends is not None:
-                    common, seen = ends[b][in_row.start] + 1, ends[b][in_row.stop - 1] + 1
+                    common, seen = (min(ends[b][at] + 1, seen) for at in (in_row.start, in_row.stop - 1))
                 query = call.query[b, in_head][:, rows].float()
                 offset = lse[b, in_head][:, rows, None] / LN2
                 into = scratch(*query.shape[:2], seen)
@@ -186,9 +215,9 @@ def _all_blocks(
     rows_at_once = min(BLOCK_ROWS[device], max(128, call.tokens // LEAST_BLOCKS), call.tokens)
     if call.tokens <= 2 * rows_at_once:
         rows_at_once = call.tokens
-    rows_at_once = max(1, min(rows_at_once, max(budget // call.tokens, 16)))
+    rows_at_once = max(1, min(rows_at_once, max(budget // call.keys, 16)))
     of_several = min(of_threads(SEVERAL_HEADS_ELEMENTS, call.output.device), budget)
-    number = max(1, of_several // (rows_at_once * call.tokens))
+    number = max(1, of_several // (rows_at_once * call.keys))
     heads_at_once = min(call.heads, number)
     batch_at_once = max(1, number // call.heads)
     upper = torch.ones(rows_at_once, rows_at_once, dtype=torch.bool, device=call.output.device).triu(1)
@@ -207,7 +236,7 @@ def _all_blocks(
             for r in range(0, call.tokens, rows_at_once):
                 stop = min(r + rows_at_once, call.tokens)
                 in_row = slice(r, stop)
-                seen = stop if call.causal else call.tokens
+                seen = min(stop, call.keys) if call.causal else call.keys
                 offset = lse[in_batch, in_head, in_row].flatten(0, 1)[..., None] / LN2
                 block = torch.baddbmm(
                     offset,
@@ -221,8 +250,8 @@ def _all_blocks(
                 if mask is not None:
                     part = _mask_part(mask, in_batch, in_head, in_row, seen)
                     block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)
-                if call.causal:
-                    block[..., r:].masked_fill_(upper[: stop - r, : stop - r], -1e30)
+                if call.causal and r < seen:
+                    block[..., r:].masked_fill_(upper[: stop - r, : seen - r], -1e30)
                 if not known:
                     top = block.amax(-1, keepdim=True)
                     normaliser = top + (block - top).exp2_().sum(-1, keepdim=True).log2_()

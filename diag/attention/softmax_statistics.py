@@ -16,7 +16,8 @@ from torch.linalg import vecdot, vector_norm
 from diag.attention.call import AttentionCall, first_key, head_chunks
 from diag.attention.containers import SoftmaxStatistics
 from diag.attention.kernels import fused_statistics
-from diag.attention.pattern import LN2, Scratch, log2_pattern_blocks, masked
+from diag.attention.pattern import LN2, Scratch, given_blocks, log2_pattern_blocks, masked
+from diag.attention.row_sums import row_sums
 from diag.attention.visibility import four_dimensional
 
 
@@ -67,17 +68,9 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
         return _of_maps(call)
     if (fused := fused_statistics(call)) is not None:
         return fused
-    first = first_key(call)
     if call.pattern is not None:
-        pattern = call.pattern.float()
-        index = first[:, None, None, None].expand(pattern.shape[0], call.heads, call.tokens, 1)
-        return SoftmaxStatistics(
-            log_normaliser=None,
-            entropy=-torch.xlogy(pattern, pattern).sum(-1),
-            sum_of_squares=pattern.square().sum(-1),
-            self_weight=pattern.diagonal(dim1=-2, dim2=-1),
-            first_weight=pattern.gather(-1, index)[..., 0],
-        )
+        return _of_pattern(call)
+    first = first_key(call)
     batch, heads, tokens = call.output.shape[:3]
     known = call.log_normaliser is not None
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=call.output.device)
@@ -88,14 +81,51 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
         device=lse.device,
     )
     squares = torch.empty_like(entropy)
+    sums = None if call.outside is None else torch.empty_like(lse)
     scratch = Scratch(call.output.device)
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
         pattern = torch.exp2(logs, out=scratch(*logs.shape))
         squares[where] = vector_norm(pattern, dim=-1).square_()
+        if sums is not None and call.sample is None:
+            sums[where] = pattern.sum(-1)
         entropy[where] = pattern.mul_(logs).sum(-1).mul_(-LN2)
     own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))
-    return SoftmaxStatistics(lse, entropy, squares, own, leading)
+    if sums is not None:
+        sums = row_sums(call) if call.sample is not None else sums.where(call.visibility.count > 0, 0.0)
+    return SoftmaxStatistics(lse, entropy, squares, own, leading, sums)
+
+
+def _of_pattern(call: AttentionCall) -> SoftmaxStatistics:
+    """Of a given pattern, block by block: nothing of its size is made."""
+    assert call.pattern is not None
+    device, shape = call.output.device, call.output.shape[:3]
+    entropy, squares, sums, least = torch.empty(4, *shape, dtype=torch.float32, device=device)
+    scratch, tiny = Scratch(device), torch.finfo(torch.float32).tiny
+    for where, block in given_blocks(call):
+        squares[where] = vector_norm(block, dim=-1).square_()
+        sums[where] = block.sum(-1)
+        least[where] = block.amin(-1)
+        logs = torch.clamp(block, min=tiny, out=scratch(*block.shape)).log2_()  # 0 log 0 is 0
+        entropy[where] = logs.mul_(block).sum(-1).mul_(-LN2)
+    seen = call.visibility.count > 0
+    index = first_key(call)[:, None, None, None].expand(*shape, 1)
+    return SoftmaxStatistics(
+        log_normaliser=None,
+        entropy=entropy,
+        sum_of_squares=squares,
+        self_weight=_of_oneself(call, call.pattern),
+        first_weight=call.pattern.gather(-1, index)[..., 0].float(),
+        row_sum=torch.where(seen, sums, 0.0),
+        negative=((least < 0) & seen).any(-1),
+    )
+
+
+def _of_oneself(call: AttentionCall, weights: Float[Tensor, "batch head token key"]) -> Tensor:
+    """The weights on the queries' own keys; NaN where there are none."""
+    if call.own_keys:
+        return weights.diagonal(dim1=-2, dim2=-1).float()
+    return torch.full(call.output.shape[:3], torch.nan, dtype=torch.float32, device=weights.device)
 
 
 def _of_maps(call: AttentionCall) -> SoftmaxStatistics:
@@ -115,7 +145,7 @@ def _of_maps(call: AttentionCall) -> SoftmaxStatistics:
         own += one.coefficient * weights[0]
         leading += one.coefficient * weights[1]
     nothing = torch.full_like(own, torch.nan)
-    return SoftmaxStatistics(None, nothing, nothing, own, leading)
+    return SoftmaxStatistics(None, nothing, nothing, own, leading, row_sums(call))
 
 
 def row_controls(
@@ -171,22 +201,27 @@ def row_controls(
 
 
 def _scores_of_single_keys(call: AttentionCall, key: Tensor) -> tuple[Tensor, Tensor]:
-    """`s_ii` and `s_ij`, j = `key[batch]`, of every query i, `[batch, head, token]`; -inf where hidden."""
+    """`s_ii` and `s_ij`, j = `key[batch]`, of every query i, `[batch, head, token]`; -inf where hidden.
+
+    Where queries have no keys of their own, s_ii is NaN.
+    """
     assert call.query is not None
     assert call.key is not None
-    own = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    own = torch.full(call.output.shape[:3], torch.nan, dtype=torch.float32, device=call.output.device)
     other = torch.empty_like(own)
     for in_batch, in_kv_head in head_chunks(call, call.query.shape[-1]):
         in_head = call.query_heads(in_kv_head)
         query = call.query[in_batch, in_head].float().unflatten(1, (-1, call.group))
         keys = call.key[in_batch, in_kv_head].float()
         chosen = keys.take_along_dim(key[in_batch, None, None, None], 2)  # [batch, kv_head, 1, dim]
-        own[in_batch, in_head] = vecdot(query, keys[:, :, None]).flatten(1, 2)
+        if call.own_keys:
+            own[in_batch, in_head] = vecdot(query, keys[:, :, None]).flatten(1, 2)
         other[in_batch, in_head] = vecdot(query, chosen[:, :, None]).flatten(1, 2)
     own, other = own.mul_(call.scale), other.mul_(call.scale)
     if call.mask is not None:
-        mask = four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.tokens)
-        own = masked(own, mask.diagonal(dim1=-2, dim2=-1), call.hidden, float("-inf"))
+        mask = four_dimensional(call.mask).expand(call.batch, -1, call.tokens, call.keys)
+        if call.own_keys:
+            own = masked(own, mask.diagonal(dim1=-2, dim2=-1), call.hidden, float("-inf"))
         batch = torch.arange(call.batch, device=key.device)
         other = masked(other, mask[batch, :, :, key], call.hidden, float("-inf"))
     if call.causal:

@@ -29,8 +29,35 @@ def value_statistics(
     among: the tokens of S that are keys. rows: the rows that count.
     least: how much of ‖y_i‖ has to be left in z_i for it to be a direction.
     """
+    if not call.own_keys:
+        return _of_outputs(call, rows)
     fused = fused_values(call, among, rows, least)
     return _in_blocks(call, among, rows, least) if fused is None else fused
+
+
+def uniform_outputs(
+    call: AttentionCall,
+    among: Bool[Tensor, "#batch token"],
+    sums: Float[Tensor, "batch head token"],
+) -> tuple[Float[Tensor, "batch head token"], Float[Tensor, "batch head token"]]:
+    """`v_i·ȳ_i` and `‖ȳ_i‖` of ȳ_i = s_i u_i/n_i + o_i, what uniform rows of the same sums would give.
+
+    u_i sums up the n_i visible values of S, and o_i comes of keys that are no tokens. sums: s_i.
+    """
+    assert call.outside is not None
+    inner, norm = torch.empty(2, *call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    count = call.visibility.count_among(among).clamp(min=1)  # [batch or 1, head or 1, token or 1]
+    share = (sums / count)[..., None]
+    for (in_batch, in_head), value in value_blocks(call):
+        own_heads = call.query_heads(in_head)
+        where = (in_batch, own_heads)
+        plain = call.visibility.part(*where).sum(value, of_inputs(among, in_batch)[:, None].float())
+        if plain.shape[1] != own_heads.stop - own_heads.start:
+            plain = plain.repeat_interleave(call.group, 1)
+        output = torch.addcmul(part_of(call.outside, *where).float(), share[where], plain)
+        inner[where] = vecdot(output.unflatten(1, (-1, call.group)), value[:, :, None]).flatten(1, 2)
+        norm[where] = vector_norm(output, dim=-1)
+    return inner, norm
 
 
 def value_blocks(
@@ -120,6 +147,31 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
         ):
             into[of_outputs] = x.flatten(1, 2)
     return found
+
+
+def _of_outputs(call: AttentionCall, rows: Tensor) -> ValueStatistics:
+    """Those of outputs alone, and the norms of the keys' values: where no token has a value of its own."""
+    batch, heads, _, dim = call.output.shape
+    norm = torch.empty(batch, call.kv_heads, call.keys, dtype=torch.float32, device=call.output.device)
+    for where, value in value_blocks(call):
+        norm[where] = vector_norm(value, dim=-1)
+    output = call.output.float().masked_fill((call.visibility.count == 0)[..., None], 0.0)
+    length = vector_norm(output, dim=-1)
+    per_length = torch.where(rows, reciprocal(length), 0.0)
+    none = torch.full_like(length, torch.nan)
+    of_values, of_rest = none[:, : call.kv_heads], none.new_full((batch, heads, dim), torch.nan)
+    return ValueStatistics(
+        value_norm=norm,
+        uniform=of_values,
+        uniform_norm=of_values,
+        output_norm=length,
+        product=none,
+        partner=none,
+        exclusive_norm=none,
+        value_total=of_rest[:, : call.kv_heads],
+        output_total=(per_length[..., None, :] @ output)[..., 0, :],
+        exclusive_total=of_rest,
+    )
 
 
 def _inner(x: Tensor, total: Tensor) -> Tensor:

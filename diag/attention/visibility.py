@@ -37,61 +37,76 @@ class Visibility:
     """Which keys each query sees, kept as structure wherever the mask has one.
 
     rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`visible_rows`).
-    keys: keys that any query sees, `[batch or 1, token]`; None if all of them.
+    keys: keys that any query sees, `[batch or 1, key]`; None if all of them. width: how many keys there are.
     count: visible keys of each query, `[batch or 1, head or 1, token]`.
-    visible_rows: whether each query sees each key, `[batch or 1, head or 1, token, token]`; of a general
+    visible_rows: whether each query sees each key, `[batch or 1, head or 1, token, key]`; of a general
         rule only.
     mask, causal: what it was read off, in the form that calls use: a plain tensor, or None.
     hidden: an additive entry at or below it hides its key (`hiding`).
     """
 
     rule: str
-    keys: Bool[Tensor, "#batch token"] | None
+    keys: Bool[Tensor, "#batch key"] | None
+    width: int
     count: Int[Tensor, "#batch #head token"]
-    visible_rows: Bool[Tensor, "#batch #head token token"] | None
+    visible_rows: Bool[Tensor, "#batch #head token key"] | None
     mask: Tensor | None
     causal: bool
     hidden: float
 
     @staticmethod
-    def of(mask: Tensor | None, causal: bool, output: Float[Tensor, "batch head token dim"]) -> Visibility:
+    def of(
+        mask: Tensor | None,
+        causal: bool,
+        output: Float[Tensor, "batch head token dim"],
+        keys: int | None = None,
+    ) -> Visibility:
         """Reads the structure off the mask of a call; O(rows · token) memory beside the mask itself.
 
-        mask, causal, output: as in `AttentionCall`.
+        mask, causal, output: as in `AttentionCall`. keys: how many there are; one for each token if None.
 
         Raises MeasurementError for a mask of other queries or keys.
         """
         mask, causal = plain(mask, causal)
         device, tokens = output.device, output.shape[2]
+        width = tokens if keys is None else keys
         position = torch.arange(1, tokens + 1, device=device)
-        if mask is None:
-            count = position if causal else torch.full_like(position, tokens)
+        square = width == tokens
+        if mask is None and (square or not causal):
+            count = position if causal else torch.full_like(position, width)
             rule = "causal" if causal else "full"
-            return Visibility(rule, None, count[None, None], None, mask, causal, HIDDEN)
-        if not {*mask.shape[-2:]} <= {1, tokens}:
+            return Visibility(rule, None, width, count[None, None], None, mask, causal, HIDDEN)
+        if mask is not None and any(
+            size not in (1, most) for size, most in zip(mask.shape[-2:], (tokens, width), strict=True)
+        ):
             sizes = " x ".join(map(str, mask.shape[-2:]))
             raise MeasurementError(
-                f"a mask of {sizes} queries and keys is not of {tokens} tokens",
-                "give one that broadcasts to [batch, head, token, token]",
+                f"a mask of {sizes} queries and keys is not of "
+                + (f"{tokens} tokens" if square else f"{tokens} queries and {width} keys"),
+                f"give one that broadcasts to [batch, head, token, {'token' if square else 'key'}]",
             )
-        mask, hidden = (mask, HIDDEN) if mask.dtype == torch.bool else hiding(mask)
+        hidden = HIDDEN
+        if mask is not None and mask.dtype != torch.bool:
+            mask, hidden = hiding(mask)
         read_off = (mask, causal, hidden)
-        whole = four_dimensional(mask)
+        whole = position.new_ones(1, 1, 1, 1).bool() if mask is None else four_dimensional(mask)
         visible = whole if whole.dtype == torch.bool else whole > hidden
         if visible.shape[1] > 1 and bool((visible == visible[:, :1]).all()):
             visible = visible[:, :1]
-        visible = visible.expand(-1, -1, tokens, tokens)
-        lower = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        visible = visible.expand(-1, -1, tokens, width)
+        lower = torch.ones(tokens, width, dtype=torch.bool, device=device).tril()
         if causal:
             visible = visible & lower
         count = visible.sum(-1)
-        if visible.shape[1] == 1:
-            keys = visible[:, 0].any(1)  # [batch, key]
-            kept = None if bool(keys.all()) else keys
-            for rule, shape in (("full", keys[:, None, :]), ("causal", keys[:, None, :] & lower)):
+        if visible.shape[1] == 1 and (square or not causal):
+            seen = visible[:, 0].any(1)  # [batch, key]
+            kept = None if bool(seen.all()) else seen
+            for rule, shape in (("full", seen[:, None, :]), ("causal", seen[:, None, :] & lower)):
+                if rule == "causal" and not square:
+                    continue
                 if bool((visible[:, 0] == shape).all()):
-                    return Visibility(rule, kept, count, None, *read_off)
-        return Visibility("general", visible.any(2).any(1), count, visible, *read_off)
+                    return Visibility(rule, kept, width, count, None, *read_off)
+        return Visibility("general", visible.any(2).any(1), width, count, visible, *read_off)
 
     @staticmethod
     def of_keys(keys: Bool[Tensor, "batch token"], causal: bool) -> Visibility:
@@ -102,9 +117,9 @@ class Visibility:
 
     @staticmethod
     def of_scores(
-        scores: Float[Tensor, "#batch #head token token"],
+        scores: Float[Tensor, "#batch #head token key"],
         output: Float[Tensor, "batch head token dim"],
-        weights: Float[Tensor, "batch head token token"] | None = None,
+        weights: Float[Tensor, "batch head token key"] | None = None,
     ) -> Visibility:
         """Reads the structure off the scores of a softmax, to which a mask has been added already.
 
@@ -113,12 +128,12 @@ class Visibility:
         shown = shown_by(scores)
         if weights is not None:
             shown = weights != 0 if shown is None else shown & (weights != 0)
-        read = Visibility.of(shown, False, output)
+        read = Visibility.of(shown, False, output, scores.shape[-1])
         return replace(read, mask=None, causal=read.rule == "causal")
 
-    def is_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> bool:
+    def is_of(self, mask: Tensor | None, causal: bool, output: Tensor, keys: int) -> bool:
         """Whether this was read off these very ones; a copy of a mask is another mask."""
-        same = self.mask is mask and self.causal == causal
+        same = self.mask is mask and self.causal == causal and self.width == keys
         return same and self.count.shape[2] == output.shape[2] and self.count.device == output.device
 
     def part(self, in_batch: slice, in_head: slice) -> Visibility:
@@ -130,17 +145,17 @@ class Visibility:
 
     def of_rows(
         self, rows: Int[Tensor, " row"], in_batch: slice = slice(None)
-    ) -> Bool[Tensor, "#batch #head #row token"]:
+    ) -> Bool[Tensor, "#batch #head #row key"]:
         """Whether the query rows see each key; what inputs, heads or rows share keeps an axis of 1."""
         if self.visible_rows is not None:
             return of_inputs(self.visible_rows, in_batch)[:, :, rows]
-        position = torch.arange(self.count.shape[2], device=self.count.device)
+        position = torch.arange(self.width, device=self.count.device)
         every = torch.ones_like(position, dtype=torch.bool)[None]
         keys = (every if self.keys is None else of_inputs(self.keys, in_batch))[:, None, None, :]
         return keys if self.rule == "full" else keys & (position <= rows[:, None])
 
     def sum(
-        self, x: Float[Tensor, "batch kv_head token dim"], weights: Float[Tensor, "#batch #kv_head token"]
+        self, x: Float[Tensor, "batch kv_head key dim"], weights: Float[Tensor, "#batch #kv_head key"]
     ) -> Float[Tensor, "batch some_head some_token dim"]:
         """`Σ_j visible_ij · w_j · x_j` for every query i, O(token · dim) memory.
 
@@ -161,7 +176,7 @@ class Visibility:
         blocks = self.visible_rows.split(256, dim=2)  # each [batch or 1, head or 1, row, key]
         return torch.cat([block.to(x.dtype) @ x for block in blocks], 2)
 
-    def count_among(self, among: Bool[Tensor, "#batch token"]) -> Tensor:
+    def count_among(self, among: Bool[Tensor, "#batch key"]) -> Tensor:
         """How many of the keys in `among` each query sees, `[batch or 1, head or 1, token or 1]`."""
         if self.keys is not None:
             among = among & self.keys
@@ -175,7 +190,7 @@ class Visibility:
 
     @property
     def sees_itself(self) -> Tensor:
-        """Whether each query sees its own key, broadcastable to `[batch, head, token]`."""
+        """Whether each query sees its own key, where it has one, broadcastable to `[batch, head, token]`."""
         if self.rule == "general":
             assert self.visible_rows is not None
             return self.visible_rows.diagonal(dim1=-2, dim2=-1)

@@ -40,6 +40,8 @@ def save_activations(
             while f"{name}.value" in tensors:
                 name = f"{stem}.{next(again)}"
             found = {part: getattr(call, part) for part in ("query", "key", "value", "output", "mask")}
+            if call.outside is not None:  # without these the pattern is not to be had from queries and keys
+                found |= {"outside": call.outside, "log_normaliser": call.log_normaliser}
             if call.has_pattern and call.tokens <= PATTERN_TOKENS:
                 found["pattern"] = pattern_rows(call)
             there = {f"{name}.{part}": x for part, x in found.items() if x is not None}

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diag.attention.call import AttentionCall, without_constant
+from diag.attention.call import AttentionCall
+from diag.attention.row_sums import without_constant
 from diag.attention.sampling import RowSampling
 from diag.attention.visibility import Visibility
 from diag.errors import BadInputs, MeasurementError, NotFinite, UnreadableInput, UserError

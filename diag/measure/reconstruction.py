@@ -47,11 +47,12 @@ class ReconstructionCheck:
         error = total = math.nan  # of a layer without softmax there are no weights to rebuild it from
         if call.has_pattern:
             weights = pattern_rows(call, rows)
-            rebuilt = torch.where(visible[..., None], weighted_values(call, weights), 0.0)
+            whole = weighted_values(call, weights) + call.outside_at(rows)
+            rebuilt = torch.where(visible[..., None], whole, 0.0)
             error = rebuilt_error(call, rebuilt, used)
             total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))
         seen = call.visibility
-        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.tokens))
+        windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.keys))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
         self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error, total))

@@ -218,7 +218,7 @@ _TABLE = (
     ),
     MetricEntry(
         "self_weight_ratio", WHERE, "A_ii·T", "weight on oneself over uniform",
-        "self weight / uniform weight", "Aᵢᵢ × number of visible keys",
+        "self weight / uniform weight", "Aᵢᵢ × number of visible keys / Σⱼ Aᵢⱼ",
         "Self weight relative to uniform attention, whatever the number of tokens.",
         _UNIFORM, axis="Aᵢᵢ × visible keys",
     ),
@@ -236,14 +236,14 @@ _TABLE = (
     ),
     MetricEntry(
         "entropy_normalized", WHERE, "H/max", "entropy over its bound",
-        "entropy normalized", "entropy / ln(number of visible keys)",
+        "entropy normalized", "entropy / (s ln(n/s)), n visible keys, s = Σⱼ Aᵢⱼ: ln n of a softmax",
         "How near attention is to uniform, which is its maximum.",
         _UNIFORM, rank=0, drawn="entropy / maximum", axis="share", unit_interval=True,
         line=DrawnAs("entropy / maximum", "black", "--", "D"),
     ),
     MetricEntry(
         "effective_keys", WHERE, "keys", "how many share the attention",
-        "effective keys", "1 / Σ Aᵢⱼ²", "How many keys share the attention.", "keys",
+        "effective keys", "(Σⱼ Aᵢⱼ)² / Σⱼ Aᵢⱼ²", "How many keys share the attention.", "keys",
     ),
     MetricEntry(
         "first_weight", WHERE, "A_i0", "weight on the first token",
@@ -392,7 +392,7 @@ _TABLE = (
     ),
     MetricEntry(
         "attention_nmi", NMI, "NMI", "0 where all queries see the same map",
-        "attention NMI", "I(q;k) / √(H(q)H(k)), p(q) = 1/N, p(q,k) = A_qk/N",
+        "attention NMI", "I(q;k) / √(H(q)H(k)), p(q,k) = A_qk / ΣA, ΣA = N of a softmax",
         "How much a query tells of where it attends; 0 where all queries see the same map.",
         "0 to 1", "Park 2023 (2305.00729)",
     ),
@@ -418,7 +418,8 @@ _TABLE = (
     ),
     MetricEntry(
         "near_share_uniform", POSITION, "near u", "that share of uniform attention",
-        "near share, uniform", "near visible keys / visible keys", "The near share of uniform attention.",
+        "near share, uniform", "Σⱼ Aᵢⱼ × near visible keys / visible keys",
+        "The near share of uniform attention.",
         _SHARE, "reference",
     ),
     MetricEntry(
@@ -429,7 +430,8 @@ _TABLE = (
     MetricEntry(
         "row_sum", SUM, "ΣA", "what the weights of a row sum to",
         "row sum", "Σⱼ Aᵢⱼ",
-        "What a token's weights sum to: 1 of a softmax, 1 − λ where a layer subtracts λ of a second map.",
+        "What a token's weights sum to: 1 of a softmax over tokens, less beside sinks and keys that are "
+        "no tokens, 1 − λ where a layer subtracts λ of a second map.",
         "1 = a softmax",
     ),
     MetricEntry(

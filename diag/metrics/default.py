@@ -11,14 +11,20 @@ cosine with a zero vector is 0. Which tokens count:
   token sees only itself, y = v and A_ii = 1 whatever the model learned. For a causal model this
   leaves out exactly the first token; it also leaves out rows that see nothing.
 
-Where a layer adds up several maps (differential attention), weights may be negative: what takes a row for
-shares of its attention (`of_shares`) is undefined there. Where a layer has no softmax, whatever needs weights
-(`of_weights`) is.
+Rows of A sum to s_i, which is 1 of a softmax over tokens: it is in the formulas, and nothing is renormalised
+without being written there. Where weights are negative, what takes a row for shares of its attention
+(`of_shares`) is undefined: in layers that add up several maps (differential attention), and in the heads of a
+given pattern that have a negative weight in any row.
+
+Where keys are not the tokens' own (cross-attention, pooled keys), no token has a v_i: what needs one
+(`of_own_keys`) is undefined, and the rows that see two keys or more count.
+
+Where a layer has no softmax, whatever needs weights (`of_weights`) is undefined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -29,10 +35,10 @@ from torch.linalg import vecdot, vector_norm
 from diag.attention.call import AttentionCall
 from diag.attention.containers import SoftmaxStatistics, ValueStatistics
 from diag.attention.softmax_statistics import CallStatistics
-from diag.attention.value_statistics import reciprocal, value_blocks, value_statistics
+from diag.attention.value_statistics import reciprocal, uniform_outputs, value_blocks, value_statistics
 from diag.attention.visibility import of_inputs
 from diag.metrics.readings import Controls, Reading, reduce
-from diag.metrics.registry import metric, registered
+from diag.metrics.registry import Metric, metric, registered
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
@@ -60,7 +66,7 @@ class Selection:
         device = call.output.device
         among = torch.ones(1, call.tokens, dtype=torch.bool, device=device) if tokens is None else tokens
         keys = call.visibility.keys
-        self.among = among if keys is None else among & keys
+        self.among = among if keys is None or not call.own_keys else among & keys
         """partners, and the tokens of the value statistics: `[batch or 1, token]`"""
         self.rows = self.among[:, None, :] & (call.visibility.count > 1)
         """rows that count: `[batch or 1, head or 1, token]`"""
@@ -113,10 +119,23 @@ class Selection:
         cosines = self.of_heads(self.values.partner) * self.per_output_norm - own * self.cosine
         return cosines / partners.clamp(min=1), partners > 0
 
+    @property
+    def row_sum(self) -> Float[Tensor, "batch head token"] | None:
+        """s_i; None where it is 1 by the way A is made."""
+        return None if self.call.is_softmax else self.softmax.row_sum
+
     @cached_property
     def count(self) -> Tensor:
         """Number of tokens of S, `[batch or 1]`."""
         return self.among.sum(-1)
+
+    @cached_property
+    def keys(self) -> Bool[Tensor, "#batch key"]:
+        """Keys that are in S; where they are not the tokens' own, all that any query sees."""
+        if self.call.own_keys:
+            return self.among
+        seen = self.call.visibility.keys
+        return self.among.new_ones(1, self.call.keys) if seen is None else seen
 
     @property
     def softmax(self) -> SoftmaxStatistics:
@@ -188,50 +207,55 @@ def selections_of(
     return [Selection(call, tokens, statistics) for tokens in token_sets]
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def cos_y_vself(on: Selection) -> Reading:
     return on.per_row(on.cosine)
 
 
-@metric("call", of_weights=True)
+@metric("call", of_own_keys=True, of_weights=True)
 def self_part(on: Selection) -> Reading:
     return on.per_row(on.self_part)
 
 
-@metric("call", of_weights=True)
+@metric("call", of_own_keys=True, of_weights=True)
 def context_part(on: Selection) -> Reading:
     return on.per_row(on.cosine - on.self_part)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def cos_y_vpartner(on: Selection) -> Reading:
     return on.per_row(*on.partner)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def excess(on: Selection) -> Reading:
     null, defined = on.partner
     return on.per_row(on.cosine - null, defined)
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_own_keys=True)
 def cos_y_vuniform(on: Selection) -> Reading:
-    inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
+    outside = on.call.outside
+    if outside is None or not outside.any():  # the cosine is that of the mean, whatever the sum
+        inner, norm = on.grouped(on.values.uniform), on.grouped(on.values.uniform_norm)
+    else:
+        assert on.row_sum is not None
+        inner, norm = map(on.grouped, uniform_outputs(on.call, on.among, on.row_sum))
     cosine = inner * on.per_value_norm * reciprocal(norm)
     return on.per_row(cosine, on.grouped(on.call.visibility.count_among(on.among)) > 0)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def removed_energy(on: Selection) -> Reading:
     return on.per_row(on.cosine.square())
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_similarity(on: Selection) -> Reading:
     return on.per_kv_head(on.value_similarity)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_similarity_partial(on: Selection) -> Reading:
     ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
     place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
@@ -268,7 +292,7 @@ def _partial_cosines(
     return _mean_pairwise(total, units, chosen.sum(-1))
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_similarity_partial_reference(on: Selection) -> Reading:
     return on.per_kv_head(on.value_similarity / (1 + on.value_similarity))
 
@@ -278,7 +302,7 @@ def output_similarity(on: Selection) -> Reading:
     return _pairwise_rows(on, on.values.output_total, on.values.output_norm > 0)
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def exclusive_output_similarity(on: Selection) -> Reading:
     found = on.values
     return _pairwise_rows(
@@ -286,7 +310,7 @@ def exclusive_output_similarity(on: Selection) -> Reading:
     )
 
 
-@metric("call")
+@metric("call", of_own_keys=True)
 def value_participation_ratio(on: Selection) -> Reading:
     ratio = torch.empty(on.call.batch, on.call.kv_heads, dtype=torch.float32, device=on.among.device)
     some = torch.empty_like(ratio, dtype=torch.bool)
@@ -304,14 +328,15 @@ def value_participation_ratio(on: Selection) -> Reading:
     return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
 
 
-@metric("call", of_weights=True)
+@metric("call", of_own_keys=True, of_weights=True)
 def self_weight(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight, on.rows)
 
 
-@metric("call", of_shares=True, of_weights=True)
+@metric("call", of_shares=True, of_own_keys=True, of_weights=True)
 def self_weight_ratio(on: Selection) -> Reading:
-    return Reading(on.softmax.self_weight * on.call.visibility.count, on.rows)
+    ratio, total = on.softmax.self_weight * on.call.visibility.count, on.row_sum
+    return Reading(ratio, on.rows) if total is None else Reading(ratio / total, on.rows & (total > 0))
 
 
 @metric("call", of_shares=True, of_weights=True)
@@ -322,12 +347,22 @@ def entropy(on: Selection) -> Reading:
 
 @metric("call", of_shares=True, of_weights=True)
 def entropy_normalized(on: Selection) -> Reading:
-    return on.of_pattern(on.softmax.entropy / on.at(on.call.visibility.count).clamp(min=2).float().log())
+    bound, total = on.at(on.call.visibility.count).clamp(min=2).float().log(), on.row_sum
+    if total is None:
+        return on.of_pattern(on.softmax.entropy / bound)
+    total = on.at(total)
+    bound = total * bound - torch.xlogy(total, total)  # s ln(n/s), that of a uniform row
+    reading = on.of_pattern(on.softmax.entropy / bound)
+    return reading._replace(weights=reading.weights * (bound > 0))
 
 
 @metric("call", of_shares=True, of_weights=True)
 def effective_keys(on: Selection) -> Reading:
-    return on.of_pattern(1 / on.softmax.sum_of_squares)
+    squares, total = on.softmax.sum_of_squares, on.row_sum
+    if total is None:
+        return on.of_pattern(1 / squares)
+    reading = on.of_pattern(on.at(total).square() / squares)
+    return reading._replace(weights=reading.weights * (squares > 0))
 
 
 @metric("call", of_weights=True)
@@ -343,7 +378,30 @@ def readings_of(on: Selection, names: Sequence[str]) -> dict[str, Reading]:
     """The named metrics of one call seen through one token set."""
     defined = [name for name in names if METRICS[name].defined_for(on.call)]
     computed = {function: function(on) for function in {METRICS[name].compute: None for name in defined}}
-    return {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
+    found = {name: computed[METRICS[name].compute] if name in defined else on.nothing for name in names}
+    return without_negative(on, found, METRICS)
+
+
+def without_negative(
+    on: Selection, readings: Mapping[str, Reading], metrics: Mapping[str, Metric]
+) -> dict[str, Reading]:
+    """The readings where a pattern is given: what takes rows for shares is undefined in heads with negative
+    weights.
+
+    metrics: those of the readings, by name.
+    """
+    shares = [name for name in readings if metrics[name].of_shares]
+    if on.call.pattern is None or not shares:
+        return dict(readings)
+    negative = on.softmax.negative
+    assert negative is not None
+    if not negative.any():
+        return dict(readings)
+    undefined = {
+        name: readings[name]._replace(weights=readings[name].weights * ~negative[..., None])
+        for name in shares
+    }
+    return dict(readings) | undefined
 
 
 def per_input(

@@ -16,7 +16,7 @@ from torch.linalg import vecdot
 
 from diag.attention.call import AttentionCall, first_key
 from diag.attention.kernels import fused_quantities
-from diag.attention.pattern import BLOCK_ELEMENTS, LN2, log2_pattern_blocks, positions
+from diag.attention.pattern import BLOCK_ELEMENTS, LN2, given_blocks, log2_pattern_blocks, positions
 from diag.attention.positions import Distances, Geometry
 from diag.attention.softmax_statistics import CallStatistics
 from diag.attention.value_statistics import value_blocks
@@ -28,7 +28,8 @@ ADDING = ("own", "first", "previous", "prefix", "near", "sum")
 """What is a sum of weights: that of several maps is the sum of those of each."""
 
 QUANTITIES = (*ADDING, "entropy", "received", "distance", "norms", "top")
-"""What `pattern_pass` can be asked for; where a layer adds up several maps, only what is in `ADDING`."""
+"""What `pattern_pass` can be asked for; where a layer adds up several maps, only what is in `ADDING`. The
+others are no numbers of a given pattern with negative weights."""
 
 
 def pattern_pass(
@@ -38,7 +39,7 @@ def pattern_pass(
     live: Bool[Tensor, "#batch #head row"],
     *,
     geometry: Geometry,
-    norms: Float[Tensor, "batch head token"] | None = None,
+    norms: Float[Tensor, "batch head key"] | None = None,
     top: int = 1,
 ) -> dict[str, Tensor]:
     """The wanted quantities of every live query row, in one pass; other rows hold zeros.
@@ -56,7 +57,7 @@ def pattern_pass(
     with `placed`, the weight on all places; `norms`: `norm_total` Σ A n and `norm_entropy` of the shares
     A n / Σ A n, n = `norms`; `top`: the keys of largest weight, `[…, top]`, largest first, -1 where
     there are fewer.
-    Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, token]`.
+    Per key: `received` Σ_i A_ij over the rows of each set, `[set, batch, head, key]`.
     """
     assert set(wanted) <= set(QUANTITIES), wanted
     call = statistics.call
@@ -82,22 +83,23 @@ def pattern_pass(
     givers = None
     if "received" in wanted:
         givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]
-        found["received"] = torch.zeros(len(rows), *shape, dtype=torch.float32, device=device)
+        found["received"] = torch.zeros(len(rows), *shape[:2], call.keys, dtype=torch.float32, device=device)
     if "top" in wanted:
         found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
     of_keys = None
     if "norms" in wanted:
         assert norms is not None
         of_keys = torch.stack([norms, torch.xlogy(norms, norms)], -1)  # [batch, head, token, 2]
-    for where, logs, seen in _live_blocks(statistics, live):
+    given = call.pattern is not None
+    for where, block in _live_blocks(statistics, live):
         in_batch, in_head, in_row = where
-        at = positions(call, where)
+        at, seen = positions(call, where), block.shape[-1]
         if "top" in found:
             number = min(top, seen)
-            found["top"][where][..., :number] = logs.topk(number, -1).indices.int()
+            found["top"][where][..., :number] = block.topk(number, -1).indices.int()
             if len(found) == 1:
                 continue
-        pattern = logs.exp2()
+        pattern = block if given else block.exp2()
         if givers is not None:
             found["received"][:, in_batch, in_head, :seen] += (
                 givers[in_batch, in_head, :, in_row] @ pattern
@@ -126,7 +128,9 @@ def pattern_pass(
         if of_keys is not None:
             sums = pattern @ of_keys[in_batch, in_head, :seen]  # [.., row, 2]: Σ A n, Σ A n ln n
         if "entropy" in found or of_keys is not None:
-            products = pattern.mul_(logs).mul_(LN2)  # A ln A
+            # of 0 log 0 is made 0
+            logs = block.clamp(min=torch.finfo(block.dtype).tiny).log2_() if given else block
+            products = logs.mul_(pattern).mul_(LN2)  # A ln A
         if "entropy" in found:
             found["entropy"][where] = products.sum(-1).neg_()
         if of_keys is not None:
@@ -212,9 +216,10 @@ def uniform(
 
 def norms_of(
     call: AttentionCall, projection: Float[Tensor, "head value_dim width"] | None = None
-) -> Float[Tensor, "batch head token"]:
+) -> Float[Tensor, "batch head key"]:
     """‖f(v_j)‖ for every query head: f(v) = v W_O with that head's `projection`, or v without one."""
-    norms = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    shape = (call.batch, call.heads, call.keys)
+    norms = torch.empty(shape, dtype=torch.float32, device=call.output.device)
     gram = None
     if projection is not None:
         projection = projection.float().unflatten(0, (call.kv_heads, call.group))
@@ -241,8 +246,8 @@ class Neighbour:
     """Top keys of the layer before, in one forward pass; O(token · top) memory.
 
     Layers are neighbours if their depth indices follow each other and each attends once, over the
-    same tokens and, where rows are sampled, the same rows. A layer split over windows has none: its rows
-    are not the next layer's rows.
+    same tokens, which are its keys, and, where rows are sampled, the same rows. A layer split over windows
+    has none: its rows are not the next layer's rows.
 
     inputs: how many inputs the batch holds.
     """
@@ -258,7 +263,7 @@ class Neighbour:
         last, last_layer, last_rows = self.top, self.layer, self.rows
         again = call.layer == last_layer
         self.layer, self.rows = call.layer, None if call.sample is None else call.sample.index
-        self.top = None if again or call.batch != self.inputs else top
+        self.top = None if again or call.batch != self.inputs or not call.own_keys else top
         if last is None or self.top is None or last_layer is None or call.layer != last_layer + 1:
             return None
         if last.shape != top.shape:
@@ -273,40 +278,26 @@ class Neighbour:
 
 def _live_blocks(
     statistics: CallStatistics, live: Tensor
-) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, int]]:
-    """Blocks of `log₂ A` with their place and number of keys; rows that are not live hold `NOTHING`."""
-    live = live.expand(statistics.call.batch, statistics.call.heads, -1)
-    some_dead = (~live).flatten(0, 1).any(0).tolist()
-    for where, logs in _pattern_blocks(statistics):
-        if any(some_dead[where[2]]):
-            logs = logs.masked_fill(~live[where][..., None], NOTHING)
-        yield where, logs, logs.shape[-1]
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """Blocks of A where it is given, which are read only, or else of `log₂ A`, with their place.
 
-
-def _pattern_blocks(statistics: CallStatistics) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    Rows that are not live have no weight.
+    """
     call = statistics.call
-    if call.pattern is None:
-        lse = statistics.known_log_normaliser
-        known = lse is not None
-        if lse is None:
-            lse = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
-        lse = lse.float()
-        yield from log2_pattern_blocks(call, lse, known)
+    live = live.expand(call.batch, call.heads, -1)
+    some_dead = (~live).flatten(0, 1).any(0).tolist()
+    if call.pattern is not None:
+        for where, pattern in given_blocks(call):
+            dead = any(some_dead[where[2]])
+            yield where, pattern.masked_fill(~live[where][..., None], 0.0) if dead else pattern
         return
-    budget = BLOCK_ELEMENTS[call.output.device.type]
-    rows_at_once = max(1, min(call.tokens, budget // call.tokens))
-    number = max(1, budget // (rows_at_once * call.tokens))
-    heads = min(call.heads, number)
-    batch = max(1, number // call.heads)
-    for b in range(0, call.batch, batch):
-        for h in range(0, call.heads, heads):
-            for r in range(0, call.tokens, rows_at_once):
-                where = (
-                    slice(b, min(b + batch, call.batch)),
-                    slice(h, min(h + heads, call.heads)),
-                    slice(r, min(r + rows_at_once, call.tokens)),
-                )
-                yield where, call.pattern[where].float().log2().clamp(min=NOTHING)
+    lse = statistics.known_log_normaliser
+    known = lse is not None
+    if lse is None:
+        lse = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    for where, logs in log2_pattern_blocks(call, lse.float(), known):
+        dead = any(some_dead[where[2]])
+        yield where, logs.masked_fill(~live[where][..., None], NOTHING) if dead else logs
 
 
 def _of_keys(pattern: Tensor, keys: Int[Tensor, " row"]) -> Float[Tensor, "batch head row"]:

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from diag.attention.positions import TEXT, Geometry
 from diag.metrics import names as known
-from diag.metrics.default import Selection
+from diag.metrics.default import Selection, without_negative
 from diag.metrics.pattern_pass import Neighbour, norms_of, overlap, pattern_pass, uniform
 from diag.metrics.readings import Reading
 from diag.metrics.registry import metric, registered
@@ -83,12 +83,12 @@ class View:
     def received(self) -> Float[Tensor, "batch head token"]:
         """Share of all attention of the rows that each key of S receives; sorts as float64."""
         share = self.found["received"].double() / self.count[..., None].clamp(min=1)
-        return share * self.on.among[:, None, :]
+        return share * self.on.keys[:, None, :]
 
     @property
     def several(self) -> Bool[Tensor, "batch head"]:
         """Whether there are rows to receive from and at least two keys in S."""
-        return (self.count > 0) & (self.on.count > 1)[:, None]
+        return (self.count > 0) & (self.on.keys.sum(-1) > 1)[:, None]
 
 
 # --- sinks
@@ -119,14 +119,14 @@ def sink_share(view: View) -> Reading:
 def sink_strength(view: View) -> Reading:
     received = view.received
     largest = received.amax(-1)
-    median = torch.maximum(_median(received, view.on.among[:, None]), largest * 10**-DECADES)
+    median = torch.maximum(_median(received, view.on.keys[:, None]), largest * 10**-DECADES)
     return view.per_head((largest / median).log10(), view.several & (largest != 0))
 
 
 @metric("pattern", needs=("received",), of_shares=True)
 def received_gini(view: View) -> Reading:
     ordered = view.received.sort(-1).values
-    tokens, keys = ordered.shape[-1], view.on.count[:, None]
+    tokens, keys = ordered.shape[-1], view.on.keys.sum(-1)[:, None]
     # keys outside S hold zeros and come first: ranks are counted from the end
     rank = torch.arange(1, tokens + 1, device=ordered.device, dtype=ordered.dtype) - tokens + keys[..., None]
     total = ordered.sum(-1)
@@ -139,30 +139,30 @@ def sink_value_norm(view: View) -> Reading:
     norms = view.on.value_norm[:, :, 0].repeat_interleave(view.on.call.group, 1).double()
     largest, place = view.received.max(-1, keepdim=True)
     sink = norms.gather(-1, place)[..., 0]
-    median = _median(norms, view.on.among[:, None])
+    median = _median(norms, view.on.keys[:, None])
     return view.per_head(sink / median, view.several & (median != 0) & (largest[..., 0] != 0))
 
 
 # --- distance
 
 
-@metric("pattern", needs=("distance",), of_shares=True)
+@metric("pattern", needs=("distance",), of_shares=True, of_own_keys=True)
 def attention_distance(view: View) -> Reading:
     return view.per_row(view.found.get("distance"), view.placed, _mass(view))
 
 
-@metric("pattern", needs=("distance",), of_shares=True)
+@metric("pattern", needs=("distance",), of_shares=True, of_own_keys=True)
 def attention_distance_rms(view: View) -> Reading:
     squares = view.found.get("distance_square")
     return view.per_row(None if squares is None else squares.sqrt(), view.placed, _mass(view))
 
 
-@metric("pattern", needs=("uniform distance",), of_shares=True)
+@metric("pattern", needs=("uniform distance",), of_shares=True, of_own_keys=True)
 def attention_distance_uniform(view: View) -> Reading:
     return view.per_row(view.uniform.get("distance"), view.placed)
 
 
-@metric("pattern", needs=("distance", "uniform distance"), of_shares=True)
+@metric("pattern", needs=("distance", "uniform distance"), of_shares=True, of_own_keys=True)
 def attention_distance_ratio(view: View) -> Reading:
     if "distance" not in view.found:
         return view.per_row(None)
@@ -177,13 +177,23 @@ def attention_distance_ratio(view: View) -> Reading:
 @metric("pattern", needs=("received", "entropy"), of_shares=True)
 def attention_nmi(view: View) -> Reading:
     of_row = torch.where(view.on.rows, view.found["entropy"], 0.0).double()
-    given_query = of_row.sum(-1) / view.count.clamp(min=1)
-    share = view.found["received"].double() / view.count[..., None].clamp(min=1)
-    of_keys = -torch.xlogy(share, share).sum(-1)
-    scale = (view.count.clamp(min=2).float().log() * of_keys).sqrt()
+    sums, count = view.on.row_sum, view.count
+    total, of_queries = count, count.clamp(min=2).log()  # Σ A and H(q) where every row sums to 1
+    if sums is not None:
+        sums = torch.where(view.on.rows, sums, 0.0).double()
+        total = sums.sum(-1)
+        of_queries = _entropy(sums / total[..., None].where(total[..., None] > 0, 1.0))
+    some = total.where(total > 0, 1.0)
+    of_keys = _entropy(view.found["received"].double() / some[..., None])
+    of_both = of_row.sum(-1) / some + some.log()
+    scale = (of_queries * of_keys).sqrt()
     # one key takes all: every query sees the same map, and 0/0 is 0. What is left below is rounding
-    found = torch.where(of_keys <= 1e-6, of_keys * 0, (of_keys - given_query) / scale)
-    return view.per_head(found.clamp(min=0), view.count > 1)
+    found = torch.where(of_keys <= 1e-6, of_keys * 0, (of_queries + of_keys - of_both) / scale)
+    return view.per_head(found.clamp(min=0), (count > 1) & (total > 0))
+
+
+def _entropy(shares: Float64[Tensor, "batch head token"]) -> Float64[Tensor, "batch head"]:
+    return -torch.xlogy(shares, shares).sum(-1)
 
 
 # --- neighbouring layers
@@ -208,7 +218,7 @@ def top_key_overlap_chance(view: View) -> Reading:
 # --- relative position
 
 
-@metric("pattern", needs=("previous",))
+@metric("pattern", needs=("previous",), of_own_keys=True)
 def previous_weight(view: View) -> Reading:
     line = view.geometry.grid(view.on.call.tokens)
     if line is None or line[0] != 1:
@@ -219,17 +229,18 @@ def previous_weight(view: View) -> Reading:
     return view.per_row(view.found["previous"], view.on.rows & (before & after)[:, None])
 
 
-@metric("pattern", needs=("near",))
+@metric("pattern", needs=("near",), of_own_keys=True)
 def near_share(view: View) -> Reading:
     return view.per_row(view.found.get("near"), view.placed)
 
 
-@metric("pattern", needs=("uniform near",), of_shares=True)
+@metric("pattern", needs=("uniform near",), of_shares=True, of_own_keys=True)
 def near_share_uniform(view: View) -> Reading:
-    return view.per_row(view.uniform.get("near"), view.placed)
+    near, sums = view.uniform.get("near"), view.on.row_sum
+    return view.per_row(near if near is None or sums is None else near * view.on.at(sums), view.placed)
 
 
-@metric("pattern", needs=("prefix",))
+@metric("pattern", needs=("prefix",), of_own_keys=True)
 def prefix_share(view: View) -> Reading:
     return view.per_row(view.found["prefix"] if view.geometry.prefix else None)
 
@@ -245,7 +256,7 @@ def row_sum(view: View) -> Reading:
 # --- norm-weighted attention
 
 
-@metric("pattern", needs=("own", "norms"), of_shares=True)
+@metric("pattern", needs=("own", "norms"), of_shares=True, of_own_keys=True)
 def norm_weighted_self(view: View) -> Reading:
     assert view.norms is not None
     return _norm_share(view, view.on.at(view.found["own"] * view.norms))
@@ -349,7 +360,8 @@ def shape_readings(
     for number, on in enumerate(selections):
         own = {name: x[number] if name == "received" else x for name, x in found.items()}
         view = View(on, geometry, own, of_uniform, norms, before)
-        results.append({name: SHAPE_METRICS[name].compute(view) for name in names})
+        readings = {name: SHAPE_METRICS[name].compute(view) for name in names}
+        results.append(without_negative(on, readings, SHAPE_METRICS))
     return results
 
 

@@ -34,8 +34,10 @@ class Metric:
 
     compute: gives a `Reading`. reduce: "mean" or "percentile", how tokens become one number per input.
     needs: what it reads of the pass over the pattern (`pattern_pass.QUANTITIES`).
-    of_shares: whether it takes the weights of a row for shares, not negative and of sum 1. It is undefined
-        where a layer adds up several maps.
+    of_shares: whether it takes the weights of a row for shares of it, none of them negative. It is undefined
+        where a layer adds up several maps, or a head's weights are negative.
+    of_own_keys: whether it needs v_i, A_ii or where keys lie. It is undefined where the keys of a call are
+        not the tokens' own.
     of_weights: whether it needs the weights themselves. It is undefined where a layer has no softmax.
     """
 
@@ -45,11 +47,13 @@ class Metric:
     reduce: str = "mean"
     needs: tuple[str, ...] = ()
     of_shares: bool = False
+    of_own_keys: bool = False
     of_weights: bool = False
 
     def defined_for(self, call: AttentionCall) -> bool:
         """Whether it can be read off a call, by the kind that the call is of."""
-        return (call.has_pattern or not self.of_weights) and not (call.maps and self.of_shares)
+        there = (call.own_keys or not self.of_own_keys) and (call.has_pattern or not self.of_weights)
+        return there and not (call.maps and self.of_shares)
 
 
 REGISTRY: dict[str, Metric] = {}
@@ -63,6 +67,7 @@ def metric(
     reduce: str = "mean",
     needs: tuple[str, ...] = (),
     of_shares: bool = False,
+    of_own_keys: bool = False,
     of_weights: bool = False,
 ) -> Callable[[Compute], Compute]:
     """Registers a function as the metric of its name, or of `name`, with the catalogue's definition.
@@ -76,7 +81,7 @@ def metric(
             raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
         compute.__doc__ = CATALOGUE[known].definition
         weighed = of_weights or reads == "pattern"
-        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares, weighed)
+        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares, of_own_keys, weighed)
         return compute
 
     return register

@@ -50,9 +50,11 @@ class Stream:
 
     @property
     def same_tokens(self) -> bool:
-        """Whether the attention call runs over the tokens of the stream, all at once."""
-        call = self.states.call
-        return call is not None and (call.batch, call.tokens) == (self.states.batch, self.states.tokens)
+        """Whether the attention call runs over the tokens of the stream, all at once, as queries and keys."""
+        states, call = self.states, self.states.call
+        if call is None or not call.own_keys:
+            return False
+        return (call.batch, call.tokens) == (states.batch, states.tokens)
 
     @cached_property
     def before(self) -> Float[Tensor, "batch token dim"]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import (
     CASES,
+    OTHER_TOKENS,
     additive,
     dense_pattern,
     dense_scores,
@@ -26,8 +27,9 @@ from reference import (
 from torch import Tensor
 
 from diag.attention import pattern
-from diag.attention.call import AttentionCall, without_constant
+from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
+from diag.attention.row_sums import row_sums, without_constant
 from diag.attention.softmax_statistics import softmax_statistics
 from diag.attention.visibility import Visibility
 
@@ -41,11 +43,13 @@ def dense_statistics(call: AttentionCall) -> dict[str, np.ndarray]:
     logarithm = np.log(pattern, out=np.zeros_like(pattern), where=pattern > 0)
     real = visible.any(axis=(1, 2))  # [batch, key]
     first = np.stack([pattern[b, :, :, real[b].argmax()] for b in range(call.batch)])
+    of_oneself = np.diagonal(pattern, axis1=-2, axis2=-1)
     return {
         "entropy": -(pattern * logarithm).sum(-1),
         "sum_of_squares": (pattern**2).sum(-1),
-        "self_weight": np.diagonal(pattern, axis1=-2, axis2=-1),
+        "self_weight": of_oneself if call.own_keys else np.full(call.output.shape[:3], np.nan),
         "first_weight": first,
+        "row_sum": pattern.sum(-1),
     }
 
 
@@ -59,7 +63,12 @@ def assert_statistics_match(call: AttentionCall) -> None:
     expected, meaningful = dense_statistics(call), dense_visible(call).any(-1)
     assert meaningful.any()
     found = softmax_statistics(call)
-    for name in STATISTICS:
+    assert (found.row_sum is None) == call.is_softmax
+    if call.pattern is not None:
+        negative = ((dense_pattern(call) < 0).any(-1) & meaningful).any(-1)
+        np.testing.assert_array_equal(found.negative, negative)
+        expected["entropy"][negative] = found.entropy[found.negative]  # not defined
+    for name in STATISTICS if call.is_softmax else (*STATISTICS, "row_sum"):
         measured = getattr(found, name)
         assert measured.dtype == torch.float32, name
         assert measured.shape == call.output.shape[:3], name
@@ -73,12 +82,29 @@ def test_statistics_match_the_dense_reference(case: str) -> None:
     assert_statistics_match(CASES[case])
 
 
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_keys_of_other_tokens(case: str) -> None:
+    """Their statistics, chosen rows, sums and outputs; nobody has a weight on itself."""
+    call = OTHER_TOKENS[case]
+    assert_statistics_match(call)
+    expected, rows = dense_pattern(call), torch.tensor([12, 0])
+    np.testing.assert_allclose(pattern_rows(call, rows), expected[:, :, rows.numpy()], atol=1e-5)
+    np.testing.assert_allclose(
+        row_sums(call).expand(2, 4, 13), expected.sum(-1), rtol=1e-5, atol=1e-6, err_msg=case
+    )
+    tolerance = 1e-5 if call.output.dtype == torch.float32 else 0.05
+    np.testing.assert_allclose(attend(call), call.output.float(), rtol=tolerance, atol=tolerance)
+
+
 @every_case
 def test_log_normaliser_matches_the_dense_reference(case: str) -> None:
     call = CASES[case]
     found = softmax_statistics(call).log_normaliser
     if call.pattern is not None:
         assert found is None
+        return
+    if call.outside is not None:  # other keys are in it
+        assert found is call.log_normaliser
         return
     scores, meaningful = dense_scores(call), dense_visible(call).any(-1)
     expected = np.log(np.exp(scores[meaningful]).sum(-1))
@@ -99,7 +125,7 @@ def test_pattern_rows_match_the_dense_reference(case: str) -> None:
 def test_attend_rebuilds_the_output(case: str) -> None:
     call = CASES[case]
     value = call.value.double().repeat_interleave(call.group, 1).numpy()
-    expected = dense_pattern(call) @ value
+    expected = dense_pattern(call) @ value + (0.0 if call.outside is None else call.outside.double().numpy())
     np.testing.assert_allclose(attend(call).numpy(), expected, rtol=1e-5, atol=1e-5)
     rows = torch.tensor([call.tokens - 1, 0])
     np.testing.assert_allclose(attend(call, rows).numpy(), expected[:, :, rows.numpy()], rtol=1e-5, atol=1e-5)
@@ -113,11 +139,40 @@ def test_added_maps_have_the_pattern_of_their_sum(case: str) -> None:
     np.testing.assert_allclose(pattern_rows(call, rows).numpy(), expected[:, :, rows.numpy()], atol=1e-5)
     value = call.value.double().repeat_interleave(call.group, 1).numpy()
     np.testing.assert_allclose(attend(call).numpy(), expected @ value, rtol=1e-5, atol=1e-5)
-    # a constant leaves by the sum of each row
-    constant = torch.randn(call.kv_heads * call.value.shape[-1])
-    without = without_constant(call, constant)
-    free = expected @ without.value.double().repeat_interleave(call.group, 1).numpy()
-    np.testing.assert_allclose(without.output.numpy(), free, rtol=1e-4, atol=2e-5)
+
+
+WITHOUT_SUM_1 = [name for name, call in CASES.items() if not call.is_softmax]
+
+
+@pytest.mark.parametrize("case", ["full", "causal left padding", *WITHOUT_SUM_1, "maps"])
+def test_a_constant_leaves_by_the_sum_of_each_row(case: str) -> None:
+    """A (V - 1 cᵀ) and what comes of no token, from the whole float64 pattern."""
+    call = with_maps(CASES["random mask"], -0.4, 0.3) if case == "maps" else CASES[case]
+    expected, seen = dense_pattern(call), dense_visible(call).any(-1)
+    sums = row_sums(call).expand(call.output.shape[:3]).numpy()
+    np.testing.assert_allclose(sums, expected.sum(-1) * seen, rtol=1e-5, atol=1e-6)
+    constant = torch.randn(call.kv_heads * call.value.shape[-1], generator=torch.Generator().manual_seed(2))
+    free = without_constant(call, constant)
+    rebuilt = expected @ free.value.double().repeat_interleave(call.group, 1).numpy()
+    rebuilt += 0.0 if call.outside is None else call.outside.double().numpy()
+    np.testing.assert_allclose(free.output.numpy()[seen], rebuilt[seen], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("valued", [False, True])
+def test_keys_that_are_no_tokens_are_in_the_softmax(valued: bool) -> None:
+    """Told apart from one softmax over all keys, of which those of the tokens are kept."""
+    call = make_call(seed=66)
+    other = torch.randn(1, 4, 2, 16, generator=torch.Generator().manual_seed(67))
+    assert call.query is not None
+    assert call.key is not None
+    key, value = (torch.cat([x, other.expand(2, -1, -1, -1)], 2).double() for x in (call.key, call.value))
+    scores = call.query.double() @ key.transpose(-1, -2) * call.scale
+    whole = scores.softmax(-1)
+    outside = whole[..., 13:] @ value[:, :, 13:] if valued else torch.zeros(1, 1, 1, 1)
+    call = replace(call, log_normaliser=scores.logsumexp(-1).float(), outside=outside.float())
+    np.testing.assert_allclose(pattern_rows(call), whole[..., :13], atol=1e-6)
+    np.testing.assert_allclose(row_sums(call), whole[..., :13].sum(-1), atol=1e-6)
+    np.testing.assert_allclose(attend(call), whole[..., :13] @ value[:, :, :13] + outside, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -338,10 +393,12 @@ def test_a_pattern_call_needs_no_queries() -> None:
 
 
 def test_entropy_is_bounded_by_the_visible_keys() -> None:
+    """By that of a uniform row of the same keys and the same sum s, s ln(n/s)."""
     for call in CASES.values():
         visible = dense_visible(call).sum(-1)
         entropy, rows = softmax_statistics(call).entropy.numpy(), visible > 0
-        assert (entropy[rows] <= np.log(visible[rows]) + 1e-5).all()
+        total = dense_pattern(call).sum(-1)[rows]
+        assert (entropy[rows] <= total * np.log(visible[rows] / total) + 1e-5).all()
 
 
 def test_equal_scores_give_the_uniform_pattern() -> None:

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import key_padding, make_call, window, with_log_normaliser, with_pattern
+from reference import (
+    key_padding,
+    make_call,
+    window,
+    with_log_normaliser,
+    with_other_keys,
+    with_pattern,
+)
 from tiny_towers import Attention, Stack, tower_of
 from torch import Tensor, nn
 
@@ -121,6 +128,7 @@ CALLS: dict[str, AttentionCall] = {
     "grouped": make_call(tokens=TOKENS, heads=4, kv_heads=2, batch=1, causal=True),
     "padding": make_call(tokens=TOKENS, heads=2, batch=1, mask=key_padding([range(TOKENS - 60)], TOKENS)),
     "window": make_call(tokens=TOKENS, heads=2, batch=1, mask=window(TOKENS, 90, 0)),
+    "other keys": with_other_keys(make_call(tokens=TOKENS, heads=2, batch=1, causal=True), 3),
 }
 
 
@@ -134,7 +142,7 @@ def sampled(call: AttentionCall, seed: int = 0, tokens: Tensor | None = None) ->
 
 def repeated(call: AttentionCall, times: int) -> AttentionCall:
     """A batch of one input over and over: each has rows of its own."""
-    names = ("query", "key", "value", "output", "log_normaliser")
+    names = ("query", "key", "value", "output", "log_normaliser", "outside")
     parts = {name: part for name in names if (part := getattr(call, name)) is not None}
     return replace(call, **{name: part.expand(times, *part.shape[1:]) for name, part in parts.items()})
 
@@ -160,14 +168,16 @@ def test_drawn_rows_are_the_rows_of_the_whole(case: str) -> None:
         assert found.shape == (1, whole.heads, call.sample.rows)
         torch.testing.assert_close(found * rows, expected * rows, rtol=1e-5, atol=1e-5)
     # what needs the log-normaliser only is of all rows
-    for name in ("self_weight", "first_weight", "log_normaliser"):
+    assert (drawn.row_sum is None) == whole.is_softmax
+    for name in ("self_weight", "first_weight", "log_normaliser", "row_sum")[: 3 + (not whole.is_softmax)]:
         torch.testing.assert_close(getattr(drawn, name), getattr(of_all, name))
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_estimates_have_no_bias_and_an_honest_error(case: str) -> None:
     whole, times = CALLS[case], 200
-    softmax = {name: part.expand(times, -1, -1) for name, part in vars(softmax_statistics(whole)).items()}
+    known = {name: part for name, part in vars(softmax_statistics(whole)).items() if part is not None}
+    softmax = {name: part.expand(times, -1, -1) for name, part in known.items()}
     drawn = of_rows(sampled(repeated(whole, times)), SoftmaxStatistics(**softmax))
     for name, reading in readings_of(Selection(whole), OF_PATTERN).items():
         how = METRICS[name].reduce

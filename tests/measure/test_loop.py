@@ -7,12 +7,22 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from reference import CASES, dense_pattern, make_call, reference, with_dense_output
+from reference import (
+    CASES,
+    OTHER_TOKENS,
+    dense_pattern,
+    make_call,
+    reference,
+    with_dense_output,
+    with_other_keys,
+)
+from safetensors.torch import load_file
 from tiny_towers import (
     IMAGES,
     INPUTS,
@@ -34,13 +44,16 @@ from tiny_towers import (
 from torch import Tensor
 
 from diag.attention import softmax_statistics as softmax
-from diag.attention.call import AttentionCall, without_constant
+from diag.attention.call import AttentionCall
+from diag.attention.row_sums import row_sums, without_constant
 from diag.attention.sampling import RowSampling
 from diag.errors import MeasurementError, UnreadableInput, UserError
 from diag.inputs import images as inputs
 from diag.inputs.texts import texts
+from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
 from diag.measure.loop import capture, measure
+from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics import default as default_metrics
 from diag.metrics.default import METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
@@ -406,6 +419,19 @@ def test_a_constant_of_another_size_is_refused(numbers: int) -> None:
 # --- the reconstruction gate ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "name", ["full; sinks", "group of 2, bias; other keys", "full; other keys, pattern given"]
+)
+def test_what_comes_of_no_token_is_part_of_what_is_rebuilt(name: str) -> None:
+    call, gate = CASES[name], ReconstructionCheck()
+    gate.check(call, ["a", "b"])
+    total = float(row_sums(call)[:, :, torch.linspace(0, 12, 13).long()].mean())
+    assert gate.facts(0, "as captured").row_sum == round(total, 3) < 0.95
+    for wrong in (None, call.output.new_ones(1, 1, 1, 1) / 9):  # negative control
+        with pytest.raises(MeasurementError, match="A V rebuilt from the call differs"):
+            ReconstructionCheck().check(replace(call, outside=wrong), ["a", "b"])
+
+
 def tampering(change: Callable[[AttentionCall], AttentionCall], layer: int = 1) -> Callable[..., Any]:
     """A `capture` that lies about one layer."""
 
@@ -415,6 +441,29 @@ def tampering(change: Callable[[AttentionCall], AttentionCall], layer: int = 1) 
         )
 
     return capture
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENS)
+def test_keys_of_other_tokens_pass_the_gate(name: str) -> None:
+    call, gate = OTHER_TOKENS[name], ReconstructionCheck()
+    gate.check(call, ["a", "b"])
+    assert gate.facts(0, "as captured").n_tokens == call.tokens
+    with pytest.raises(MeasurementError, match="A V rebuilt from the call differs"):
+        gate.check(replace(call, value=call.value.flip(2)), ["a", "b"])
+
+
+def test_saved_calls_hold_what_their_pattern_takes_where_keys_are_no_tokens(tmp_path: Path) -> None:
+    tower = replace(vision_tower(), capture=tampering(with_other_keys))
+    save_activations(tower, IMAGES[:1], tmp_path)
+    saved = load_file(tmp_path / "00000.safetensors")
+    assert "layer.00.outside" not in saved
+    q, k, v, y, lse, outside, pattern = (
+        saved[f"layer.01.{part}"]
+        for part in ("query", "key", "value", "output", "log_normaliser", "outside", "pattern")
+    )
+    weights = (q @ k.mT * q.shape[-1] ** -0.5 - lse[..., None]).exp()
+    torch.testing.assert_close(weights, pattern, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights @ v + outside, y, rtol=1e-5, atol=1e-5)
 
 
 LIES: dict[str, Callable[[AttentionCall], AttentionCall]] = {

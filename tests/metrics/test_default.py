@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import (
     CASES,
+    OTHER_TOKENS,
     dense_pattern,
     key_padding,
     make_call,
@@ -19,12 +20,14 @@ from reference import (
     with_dense_output,
     with_log_normaliser,
     with_maps,
+    with_mixed_heads,
     without,
 )
 from torch import Tensor
 
 from diag.attention import pattern
 from diag.attention.call import AttentionCall
+from diag.attention.row_sums import row_sums
 from diag.attention.softmax_statistics import softmax_statistics
 from diag.errors import UserError
 from diag.metrics import default as metrics
@@ -68,6 +71,26 @@ def assert_matches_reference(call: AttentionCall, tokens: Tensor | None = None) 
 @every_case
 def test_metrics_match_the_reference(case: str) -> None:
     assert_matches_reference(CASES[case])
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_metrics_of_other_tokens_keys_match_the_reference(case: str, some: bool) -> None:
+    """Weights and outputs are measured; what needs a value of one's own is undefined."""
+    call = OTHER_TOKENS[case]
+    tokens = random_mask(2, 13, seed=3) if some else None
+    expected = reference(call, tokens)
+    measured = per_input(call, tokens=tokens)
+    assert set(measured) == set(expected)
+    for name, numbers in measured.items():
+        np.testing.assert_allclose(
+            numbers.numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    defined = {name for name, numbers in measured.items() if not numbers.isnan().all()}
+    assert defined == {
+        *("entropy", "entropy_p15", "entropy_normalized", "effective_keys", "first_weight"),
+        "output_similarity",
+    }
 
 
 @pytest.mark.parametrize(
@@ -198,6 +221,33 @@ def test_of_added_maps_the_metrics_are_those_of_the_sum(case: str, known: bool) 
     (one, *_) = call.maps  # negative control: one map alone has other numbers
     alone = per_input(call.of_map(one), ["self_weight"])["self_weight"]
     assert (measured["self_weight"] - alone).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("least", [-0.3, 0.1], ids=["both signs", "positive"])
+def test_of_mixed_heads_the_rule_is_that_of_added_maps(least: float) -> None:
+    """One head of one input with a negative weight: it alone is undefined where weights are shares."""
+    call = with_mixed_heads(make_call(), least)
+    negative = (dense_pattern(call) < 0).any((2, 3))
+    assert negative.any() == (least < 0)
+    assert not negative.all()
+    for name, numbers in per_input(call).items():
+        undefined = negative if METRICS[name].of_shares else np.zeros_like(negative)
+        np.testing.assert_array_equal(numbers.isnan(), undefined, err_msg=name)
+
+
+def test_a_uniform_row_of_any_sum_is_the_reference_of_rows_of_that_sum() -> None:
+    """Half of each row on keys that are no tokens, the other half spread evenly: all references are met."""
+    call = replace(make_call(), query=None, key=None, pattern=torch.full((2, 4, 13, 13), 0.5 / 13))
+    call = with_dense_output(replace(call, outside=0.3 * torch.randn(2, 4, 13, 16)))
+    measured = per_input(call)
+    for name in ("self_weight_ratio", "entropy_normalized"):
+        np.testing.assert_allclose(measured[name], 1, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(measured["effective_keys"], 13, rtol=1e-5)
+    np.testing.assert_allclose(measured["entropy"], 0.5 * math.log(13 / 0.5), rtol=1e-5)
+    np.testing.assert_allclose(measured["cos_y_vuniform"], measured["cos_y_vself"], atol=1e-6)
+    # negative control: of the values alone the uniform null is another
+    alone = per_input(replace(call, outside=None), ["cos_y_vuniform"])["cos_y_vuniform"]
+    assert (alone - measured["cos_y_vuniform"]).abs().min() > 1e-4
 
 
 READS = {
@@ -437,9 +487,10 @@ def test_entropy_is_bounded() -> None:
     for call in CASES.values():
         measured = per_input(call, ["entropy", "entropy_p15", "entropy_normalized", "effective_keys"])
         defined = ~measured["entropy"].isnan()
-        assert (measured["entropy"][defined] <= math.log(call.tokens) + 1e-6).all()
-        assert (measured["entropy_p15"][defined] <= math.log(call.tokens) + 1e-6).all()
-        assert (measured["entropy_normalized"][defined] <= 1 + 1e-6).all()
+        if not (row_sums(call) > 1).any():
+            assert (measured["entropy"][defined] <= math.log(call.tokens) + 1e-6).all()
+            assert (measured["entropy_p15"][defined] <= math.log(call.tokens) + 1e-6).all()
+        assert (measured["entropy_normalized"].nan_to_num() <= 1 + 1e-6).all()
         assert (measured["effective_keys"][defined] <= call.tokens * (1 + 1e-6)).all()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference import (
     CASES,
+    OTHER_TOKENS,
     Array,
     dense_pattern,
     dense_visible,
@@ -46,6 +47,13 @@ every_case = pytest.mark.parametrize("case", CASES)
 NAMES = list(SHAPE_METRICS)
 OVERLAP = list(GROUPS["overlap"])
 IMAGE = Geometry(prefix=1, rows=3, cols=4, patch_size=16.0)  # of the 13 tokens of most cases
+OF_OTHER_TOKENS = (
+    *("first_key_received", "sink_rate", "sink_share", "sink_strength", "received_gini", "sink_value_norm"),
+    *("attention_nmi", "row_sum", "norm_weighted_first", "norm_weighted_entropy"),
+)
+"""Metrics that are defined where keys are not the tokens' own."""
+SUMS = ("first_key_received", "previous_weight", "near_share", "prefix_share", "row_sum")
+"""Metrics that are sums of weights, whatever their signs."""
 SQRT2 = math.sqrt(2)
 
 
@@ -100,11 +108,13 @@ def reference(
     """All metrics but the overlap, from the definitions, one number after the other."""
     pattern, visible, value = dense_pattern(call), dense_visible(call), float64(call.value)
     batch, heads, length, _ = call.output.shape
+    others = [name for name in NAMES if name not in OF_OTHER_TOKENS] if not call.own_keys else []
     chosen = np.ones((batch, length), dtype=bool) if tokens is None else tokens.expand(batch, -1).numpy()
     result = {name: np.full((batch, heads), np.nan) for name in NAMES}
     for b, h in np.ndindex(batch, heads):
         real: Array = np.any(visible[b], axis=(0, 1))
-        keys = [t for t in range(length) if real[t] and chosen[b, t]]
+        keys = [t for t in range(length) if chosen[b, t] and (real[t] if call.own_keys else True)]
+        receivers = keys if call.own_keys else list(np.flatnonzero(real))
         f = value[b, h // call.group] * real[:, None]
         f = f if projection is None else f @ float64(projection)[h]
         for name, number in of_one_head(
@@ -113,10 +123,11 @@ def reference(
             np.linalg.norm(value[b, h // call.group], axis=-1),
             np.linalg.norm(f, axis=-1),
             keys,
+            receivers,
             real,
             geometry,
         ).items():
-            result[name][b, h] = number
+            result[name][b, h] = math.nan if name in others else number
     return result
 
 
@@ -126,10 +137,11 @@ def of_one_head(
     lengths: Array,
     norms: Array,
     keys: list[int],
+    receivers: list[int],
     real: Array,
     geometry: Geometry,
 ) -> dict[str, float]:
-    tokens = len(pattern)
+    tokens, square = len(pattern), pattern.shape[0] == pattern.shape[1]
     rows = [i for i in keys if visible[i].sum() >= 2]
     first = int(np.flatnonzero(real)[0]) if real.any() else 0
     to_first = [pattern[i, first] for i in keys if visible[i].any()]
@@ -137,18 +149,19 @@ def of_one_head(
         "first_key_received": mean(to_first),
         "sink_rate": float(mean(to_first) > 0.3) if to_first else math.nan,
     }
-    if rows and len(keys) > 1:
-        received = pattern[np.ix_(rows, keys)].sum(0)
+    if rows and len(receivers) > 1:
+        received = pattern[np.ix_(rows, receivers)].sum(0)
         found["sink_share"] = received.max() / len(rows)
         if received.max() > 0:
             found["sink_strength"] = math.log10(
                 received.max() / max(np.median(received), received.max() / 1e6)
             )
             found["received_gini"] = gini(received)
-        if received.max() > 0 and np.median(lengths[keys]) > 0:
-            found["sink_value_norm"] = lengths[keys][received.argmax()] / np.median(lengths[keys])
+        if received.max() > 0 and np.median(lengths[receivers]) > 0:
+            longest = lengths[receivers][received.argmax()]
+            found["sink_value_norm"] = longest / np.median(lengths[receivers])
     if len(rows) > 1:
-        joint = pattern[rows] / len(rows)
+        joint = pattern[rows] / pattern[rows].sum()
         of_query, of_key = entropy(joint.sum(1)), entropy(joint.sum(0))
         information = of_query + of_key - entropy(joint)
         found["attention_nmi"] = information / math.sqrt(of_query * of_key) if of_key > 1e-6 else 0.0
@@ -163,14 +176,14 @@ def of_one_head(
         add("row_sum", a.sum())
         if geometry.prefix:
             add("prefix_share", a[: geometry.prefix].sum())
-        if geometry.cols is None and i > geometry.prefix and real[i - 1]:
+        if square and geometry.cols is None and i > geometry.prefix and real[i - 1]:
             add("previous_weight", a[i - 1])
-        if i >= geometry.prefix and any(seen[j] for j in places):
+        if square and i >= geometry.prefix and any(seen[j] for j in places):
             to = np.array([distance(i, j, geometry) for j in places])
             near = np.array([is_near(i, j, geometry) for j in places])
             weights, there = a[geometry.prefix :], seen[geometry.prefix :]
             add("near_share", weights[near].sum())
-            add("near_share_uniform", (there & near).sum() / seen.sum())
+            add("near_share_uniform", a.sum() * (there & near).sum() / seen.sum())
             add("attention_distance_uniform", to[there].mean())
             if weights.sum() > 0 and (weights >= 0).all():
                 if to[there].any():
@@ -179,10 +192,13 @@ def of_one_head(
                 add("attention_distance_rms", math.sqrt((weights * to**2).sum() / weights.sum()))
         shares = a * norms
         if shares.sum() > 0:
-            add("norm_weighted_self", shares[i] / shares.sum())
+            add("norm_weighted_self", shares[i] / shares.sum() if square else math.nan)
             add("norm_weighted_first", shares[first] / shares.sum())
             add("norm_weighted_entropy", entropy(shares / shares.sum()))
-    return found | {name: mean(column) for name, column in columns.items()}
+    found |= {name: mean(column) for name, column in columns.items()}
+    if (pattern[visible.any(-1)] < 0).any():  # rows are no shares of anything
+        found = {name: number for name, number in found.items() if name in SUMS}
+    return found
 
 
 def assert_matches(
@@ -214,6 +230,16 @@ def test_metrics_of_an_image_match_the_reference(case: str) -> None:
     """A class token and a grid of 3 × 4 patches, whatever the mask."""
     if CASES[case].tokens == 13:
         assert_matches(CASES[case], geometry=IMAGE)
+
+
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_metrics_of_other_tokens_keys_match_the_reference(case: str) -> None:
+    call = OTHER_TOKENS[case]
+    assert_matches(call)
+    assert_matches(call, random_mask(2, 13, seed=3), geometry=IMAGE)
+    found = measured(call)
+    defined = {name for name in NAMES if not np.isnan(found[name]).all()}
+    assert defined == {*OF_OTHER_TOKENS}
 
 
 @pytest.mark.parametrize("subset", ["patches", "every other", "random", "two", "one", "none"])
@@ -316,7 +342,7 @@ def test_the_order_of_inputs_does_not_matter(case: str) -> None:
     order = list(reversed(range(call.batch)))
     turned = {
         name: x[order] for name, x in vars(call).items()
-        if isinstance(x, Tensor) and not (name == "mask" and (x.ndim < 4 or x.shape[0] == 1))
+        if isinstance(x, Tensor) and not (name in ("mask", "outside") and (x.ndim < 4 or x.shape[0] == 1))
     }  # fmt: skip
     before, after = measured(call), measured(replace(call, **turned))  # type: ignore[arg-type]
     for name in NAMES:
@@ -671,7 +697,7 @@ def test_of_added_maps_sums_of_weights_are_measured_and_nothing_that_takes_them_
             else:
                 np.testing.assert_allclose(numbers, expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
     sums = {name for name in NAMES if not SHAPE_METRICS[name].of_shares}
-    assert sums == {"first_key_received", "previous_weight", "near_share", "prefix_share", "row_sum"}
+    assert sums == {*SUMS}
     assert np.abs(found["row_sum"] - 1).max() > 0.1  # the last map's coefficient differs from row to row
 
 

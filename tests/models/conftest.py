@@ -29,7 +29,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def folder(kind: str) -> Path:
         if kind not in made:
-            text = kind in ("gpt2", "neox", "llama", "qwen3", "bert", "t5")
+            text = kind in ("gpt2", "neox", "llama", "qwen3", "gemma2", "gpt-oss", "bert", "t5")
             save = save_language_model if text else save_vision_model
             if kind in ("llava", "qwen2_5_vl_whole"):
                 save = save_vision_language_model

@@ -22,7 +22,8 @@ from checkpoints import OPEN_CLIP_SIZES, TEXT_SIZES, VISION_SIZES, VOCABULARY
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from diag.attention.call import AttentionCall, without_constant
+from diag.attention.call import AttentionCall
+from diag.attention.row_sums import without_constant
 from diag.errors import UserError
 from diag.models import load
 from diag.models.base import Tower

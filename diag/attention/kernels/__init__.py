@@ -9,8 +9,9 @@ its import takes a second, and it comes with PyTorch's builds for CUDA on Linux 
 
 What they see. Queries, keys, values, outputs and mask of one call, read in place whatever their strides, and
 what the call's `Visibility` says. No pattern: a call that comes with one goes through plain PyTorch, as do
-float64, heads wider than 256, anything a gradient is asked of (there is no backward), AMD devices, compute
-capabilities below 8.0, and tensors whose offsets within a head need more than 31 bits.
+keys that are not the tokens' own, float64, heads wider than 256, anything a gradient is asked of (there is no
+backward), AMD devices, compute capabilities below 8.0, and tensors whose offsets within a head need more than
+31 bits.
 
 What they trust. That the mask at hand is the one the model used, and that an entry at or below `call.hidden`
 hides its key; whether A V so rebuilt is the model's output is for the reconstruction gate to say. Not that
@@ -53,7 +54,30 @@ def fused_statistics(call: AttentionCall) -> SoftmaxStatistics | None:
         return None
     from diag.attention.kernels import triton_scores, triton_statistics
 
-    return triton_statistics.softmax_statistics(call) if triton_scores.supports(call) else None
+    if not triton_scores.supports(call):
+        return None
+    found = triton_statistics.softmax_statistics(call)
+    return found if call.outside is None else _beside_other_keys(call, found)
+
+
+def _beside_other_keys(call: AttentionCall, found: SoftmaxStatistics) -> SoftmaxStatistics:
+    """Statistics of a softmax over tokens as those of one over other keys as well: every weight times s.
+
+    s = exp(lse over tokens - lse over all keys), what the weights on tokens sum to.
+    """
+    assert call.log_normaliser is not None
+    assert found.log_normaliser is not None
+    lse = call.log_normaliser.float()
+    share = (found.log_normaliser - lse).exp()
+    drawn = share if call.sample is None else call.sample.at(share)
+    return SoftmaxStatistics(
+        log_normaliser=lse,
+        entropy=drawn * found.entropy - torch.xlogy(drawn, drawn),
+        sum_of_squares=drawn.square() * found.sum_of_squares,
+        self_weight=share * found.self_weight,
+        first_weight=share * found.first_weight,
+        row_sum=share,
+    )
 
 
 def fused_values(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics | None:
@@ -104,6 +128,8 @@ def fused_quantities(
         rows = triton_statistics.row_statistics(call, none, distances=True, places=places, prefix=prefix)
         for name in ("distance", "distance_square", "placed"):
             found[name] = getattr(rows, name)
+        if (share := softmax().row_sum if call.outside is not None else None) is not None:
+            found["placed"] = found["placed"] * share
     return found
 
 

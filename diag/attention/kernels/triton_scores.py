@@ -63,11 +63,13 @@ def blocks(itemsize: int, padded: int, under_mask: bool) -> Blocks:
 def supports(call: AttentionCall) -> bool:
     """Whether the kernels take this call: queries and keys of a format and head size they know, on CUDA.
 
-    The rest (a given pattern, float64, calls that need gradients, AMD devices, offsets beyond 32 bits)
-    goes through plain PyTorch. In Triton's interpreter tensors on the CPU are taken too.
+    The rest (a given pattern, keys of other tokens, float64, calls that need gradients, AMD devices, offsets
+    beyond 32 bits) goes through plain PyTorch. In Triton's interpreter tensors on the CPU are taken too.
     """
     query, key = call.query, call.key
     if query is None or key is None or call.pattern is not None or not on_device(query, key):
+        return False
+    if not call.own_keys:
         return False
     trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     far = max(reach(query), reach(key)) >= 2**31

@@ -36,7 +36,8 @@ def supports_values(call: AttentionCall) -> bool:
     value, output = call.value, call.output
     trained = torch.is_grad_enabled() and (value.requires_grad or output.requires_grad)
     fits = max(reach(value), reach(output)) < 2**31 and value.shape[-1] <= 256
-    return on_device(value, output) and fits and not trained and call.visibility.rule != "general"
+    known = call.own_keys and call.visibility.rule != "general"
+    return on_device(value, output) and fits and not trained and known
 
 
 def value_statistics(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics:

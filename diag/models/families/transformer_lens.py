@@ -2,7 +2,8 @@
 
 Its bridge computes attention itself and shows values, pattern and output at hook points. It keeps
 whole patterns, so it is for short lengths. Nothing is folded into the weights: the values are those
-of the checkpoint, and the table is that of `hf:`.
+of the checkpoint, and the table is that of `hf:`, soft caps and sinks included: what is shown is what
+multiplies the values.
 """
 
 from __future__ import annotations

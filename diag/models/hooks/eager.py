@@ -139,7 +139,7 @@ class Followed:
         state = WEIGHTS if name == SOFTMAX else LOGARITHMS
         self.known[result] = Weights(self.starts, dim % scores.ndim, scores, state)
         self.starts += 1
-        return name == SOFTMAX
+        return name == SOFTMAX and (scores.ndim > 3 or scores.shape[-1] == scores.shape[-2])
 
     def _exponential(self, args: Sequence[Any], result: Any) -> bool:
         before = self._of(args[0]) if args else None
@@ -309,7 +309,7 @@ def _product(
 ) -> Product | None:
     """The product in the order of attention; None where it does not weigh values along the axis of keys."""
     key = own[known.axis]
-    if key not in others or key in of_result or known.state == LOGARITHMS:
+    if key not in others or key in of_result or known.state != WEIGHTS:
         return None
     if any(x in others and x not in of_result for x in own if x != key):  # it is summed over more than keys
         return None

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from diag.attention.call import AttentionCall
-from diag.attention.pattern import BLOCK_ELEMENTS, score_rows
+from diag.attention.pattern import BLOCK_ELEMENTS, pattern_rows, score_rows
+from diag.attention.row_sums import row_sums
 from diag.errors import MeasurementError, UserError, did_you_mean, ranges
 from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
 from diag.models.names.changes import WRITTEN, strengths_file
@@ -36,7 +37,7 @@ def xsa(call: AttentionCall, strength: Strength) -> Tensor:
 
 def gated_xsa(call: AttentionCall, strength: Strength) -> Tensor:
     """y − α(y·v̂)v̂, α per head: 0 changes nothing, 1 is `xsa`."""
-    output, value = _grouped(call)
+    output, value = _with_own_value(call)
     return _less(output, _unit(value), _per_head(call, strength))
 
 
@@ -57,34 +58,45 @@ def _less(output: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
 
 def identity(call: AttentionCall, strength: Strength) -> Tensor:
     """A → (1−λ)A + λI: y → (1−λ)y + λv (the perturbation of SoftPAG)."""
-    output, value = _grouped(call)
+    output, value = _with_own_value(call)
     weight = _per_head(call, strength)[..., None]
     return torch.lerp(output, value.expand_as(output), weight.expand_as(output)).flatten(1, 2)
 
 
 def uniform(call: AttentionCall, strength: Strength) -> Tensor:
-    """A → uniform over the visible keys: y → the plain mean of the visible values. O(token · dim)."""
+    """A → uniform over the visible keys: y → the plain mean of the visible values. O(token · dim).
+
+    Rows keep their sum, and what comes of keys that are no tokens stays.
+    """
     output, value = _grouped(call)
     seen = call.visibility
-    one = torch.ones(1, 1, call.tokens, dtype=output.dtype, device=output.device)
+    one = torch.ones(1, 1, call.keys, dtype=output.dtype, device=output.device)
     total = seen.sum(value[:, :, 0], one)  # [batch, head or kv_head, token or 1, dim]
     count = seen.count[..., None]
     if total.shape[1] != call.heads:
         total = total.repeat_interleave(call.group, 1)
-    return torch.where(count > 0, total / count.clamp(min=1), output.flatten(1, 2))
+    mean = total / count.clamp(min=1)
+    if call.has_pattern and not call.is_softmax:
+        mean = mean * row_sums(call)[..., None].to(mean.dtype) + call.outside_at(slice(None))
+    return torch.where(count > 0, mean.to(output.dtype), output.flatten(1, 2))
 
 
 def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
     """A_ii → 0, rows renormalised; a row that sees only itself (t = 0 of a causal model) stays as it is.
 
-    Recomputed in blocks of query rows, which is exact also where A_ii is nearly 1.
+    Recomputed in blocks of query rows, which is exact also where A_ii is nearly 1. Rows keep their sum, and
+    what comes of keys that are no tokens stays.
+
+    Raises MeasurementError, naming the layer, where weights may be negative.
     """
-    output, value = _grouped(call)
+    output, value = _with_own_value(call)
     rows_at_once = max(16, BLOCK_ELEMENTS["cpu"] // (call.tokens * call.heads * call.batch))
     changed = []
     for rows in torch.arange(call.tokens, device=output.device).split(rows_at_once):
         pattern, alone = (part.unflatten(1, (call.kv_heads, call.group)) for part in _without_own(call, rows))
-        changed.append(torch.where(alone, output[:, :, :, rows], pattern.to(output.dtype) @ value))
+        attended = (pattern.to(output.dtype) @ value).flatten(1, 2) + call.outside_at(rows)
+        attended = attended.to(output.dtype).unflatten(1, (call.kv_heads, call.group))
+        changed.append(torch.where(alone, output[:, :, :, rows], attended))
     return torch.cat(changed, 3).flatten(1, 2)
 
 
@@ -96,20 +108,34 @@ def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
             f"layer '{call.module}' has no softmax: there is no A_ii",
             "choose another intervention than mask_self, or name its layers: mask_self:LAYERS",
         )
-    if call.maps:
+    whole = None if call.is_softmax or call.maps else pattern_rows(call, rows)
+    negative = call.pattern is not None and whole is not None and bool((whole < 0).any())
+    if call.maps or negative:
+        why = f"adds up {len(call.maps)} maps: weights may be" if call.maps else "has weights that are"
         raise MeasurementError(
-            f"layer '{call.module}' adds up {len(call.maps)} maps: weights may be negative, and cannot be "
-            "renormalised without A_ii",
+            f"layer '{call.module}' {why} negative, and cannot be renormalised without A_ii",
             "choose another intervention than mask_self, or leave the layer out with --layers",
         )
+    sums = 1.0 if whole is None else whole.sum(-1, keepdim=True)
     if call.pattern is not None:
-        others = call.pattern[:, :, rows].masked_fill(own, 0.0)
+        assert whole is not None
+        others = whole.masked_fill(own, 0.0)
         total = others.sum(-1, keepdim=True)
-        return others / total.where(total > 0, torch.ones_like(total)), total == 0
+        return others * (sums / total.where(total > 0, torch.ones_like(total))), total == 0
     scores = score_rows(call, rows).masked_fill(own, float("-inf"))
     alone = (scores == float("-inf")).all(-1, keepdim=True)
     # the softmax of a row of -inf would put NaN into the gradient
-    return scores.masked_fill(alone, 0.0).softmax(-1), alone
+    return scores.masked_fill(alone, 0.0).softmax(-1) * sums, alone
+
+
+def _with_own_value(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`_grouped`; raises MeasurementError, naming the layer, where tokens have no value of their own."""
+    if not call.own_keys:
+        raise MeasurementError(
+            f"layer '{call.module}' attends to keys that are not its tokens' own: no token has a value v_i",
+            "choose uniform or random_direction, or leave the layer out with --intervene NAME:LAYERS",
+        )
+    return _grouped(call)
 
 
 def _grouped(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,23 @@ def sized_layout(output: Tensor, width: int) -> Layout | None:
     return possible[0] if len(possible) == 1 or (len(heads) == 1 and 0 not in heads) else None
 
 
+def merged_layout(output: Tensor, changed: Tensor) -> Layout | None:
+    """Where heads are in `[row, token, dim]`, by the rows that changed with one element of what was read.
+
+    changed: their numbers; each head of that input is among them. None where they are not evenly apart.
+    """
+    rows, heads = output.shape[0], len(changed)
+    if output.ndim != 3 or not heads or rows % heads:
+        return None
+    if (
+        torch.equal(changed, torch.arange(heads, device=changed.device) + changed[0])
+        and not changed[0] % heads
+    ):
+        return Layout(1, heads)
+    apart = torch.equal(changed.diff(), torch.full_like(changed[1:], rows // heads))
+    return Layout(0, heads) if apart else None
+
+
 def _candidates(output: Tensor, width: int) -> Iterator[Layout]:
     """Layouts in which each token has so many channels, the usual ones first."""
     *lead, _, dim = output.shape

@@ -275,10 +275,11 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
     """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
 
     Where an input has several rows, and between others, they are what stays the same; in front of all others
-    and behind them only what does so in a later layer as well: prefix tokens are the same in the first one.
-    The first token of a causal text is the same in all of them, and is none.
+    and behind them only what does so in the last layer as well: prefix tokens are the same in the first one,
+    or in several that stand side by side there. The first token of a causal text is the same in all of them,
+    and is none.
     """
-    found, before = dict[Seen, Tensor](), dict[int, Seen]()
+    found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
     for one in calls:
         if one not in own or not own[one].any():
             continue
@@ -286,16 +287,15 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
         constant = ~own[one]
         if one.keys is not None and one.keys.shape[-1] == tokens:
             constant = constant & one.keys[:rows]  # what a mask hides needs no test
-        if not constant.any():
-            continue
         places = own[one][0].nonzero()[:, 0]
-        if rows > 1 or constant[0, places[0] : places[-1]].any():
+        if constant.any() and (rows > 1 or constant[0, places[0] : places[-1]].any()):
             found[one] = constant
-            continue
-        first = before.setdefault(tokens, one)
-        if not one.first_alone and (first.path, first.run) != (one.path, one.run):
-            found[one] = constant
-            found |= {first: constant} if torch.equal(own[first], own[one]) else {}
+        elif not one.first_alone:
+            at_ends.setdefault(tokens, {})[one] = constant
+    for alike in at_ends.values():
+        *_, last = alike.values()
+        if last.any() and len({(one.path, one.run) for one in alike}) > 1:
+            found |= {one: last for one, constant in alike.items() if torch.equal(constant, last)}
     return found
 
 

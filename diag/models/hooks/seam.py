@@ -3,7 +3,7 @@
 A function mode sees the calls of `scaled_dot_product_attention`, wherever the function was imported from,
 and the products of values with weights that a model made itself (`diag.models.hooks.eager`).
 `multi_head_attention_forward` is overridable itself, so the mode is off inside it; for the time of that one
-call the functions that it uses are handed to the mode.
+call the functions that it uses switch it on again.
 Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. Captures nest.
 """
 
@@ -40,6 +40,8 @@ INSIDE_MULTI_HEAD = (
     (torch, "bmm"),
 )
 """What `multi_head_attention_forward` calls, by where it looks for it."""
+BUILT_IN: dict[Callable, Callable] = {F.softmax: torch.softmax, F.dropout: partial(torch.dropout, train=True)}
+"""Instead of functions written in Python, which hand a mode what stands in their own place."""
 
 NAMES = re.compile(r"attention|attn|(?-i:(MLA|MHSA|GPSA)$)", re.IGNORECASE)
 CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
@@ -240,7 +242,8 @@ class AttentionMode(TorchFunctionMode):
     """Hands on every call of PyTorch's attention, every product of weights with values, and what may be a
     projection of one.
 
-    A function mode is off inside `multi_head_attention_forward`: what matters there is handed to it.
+    A function mode is off inside `multi_head_attention_forward`, which is therefore run with it on for the
+    length of the calls that matter.
     """
 
     def __init__(self) -> None:
@@ -327,11 +330,12 @@ class AttentionMode(TorchFunctionMode):
             for where, name in INSIDE_MULTI_HEAD:
                 public = getattr(where, name)
                 undone.callback(setattr, where, name, public)
-                setattr(where, name, partial(self._seen, public))
+                setattr(where, name, partial(self._seen, BUILT_IN.get(public, public)))
             return MULTI_HEAD(*args, **kwargs)
 
     def _seen(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
-        return self.__torch_function__(func, (), args, kwargs)
+        with self:
+            return func(*args, **kwargs)
 
 
 class _Seam(AttentionMode):

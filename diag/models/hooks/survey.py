@@ -23,7 +23,7 @@ from diag.attention.visibility import hiding, plain
 from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Product
-from diag.models.hooks.layout import PLAIN, Layout, layout_of, plain_layout, sized_layout
+from diag.models.hooks.layout import PLAIN, Layout, layout_of, merged_layout, plain_layout, sized_layout
 from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
 from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
 
@@ -59,7 +59,8 @@ class Seen:
     adds_up: whether it is one of several maps of a sum.
     recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
-    open: how many more modules may be asked. query, or scores and weights where the model makes them itself.
+    changed: along the first axis, where V did. open: how many more modules may be asked. query: or `scores`,
+    where the model multiplies its weights itself.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Seen:
     scores: Tensor | None = None
     value: Tensor | None = None
     output: Tensor | None = None
+    changed: Tensor | None = None
     widths: list[int] = field(default_factory=list)
 
     def is_open(self, frame: _Running) -> bool:
@@ -97,6 +99,8 @@ class Seen:
         if self.layout is None and self.output is not None:
             sized = (sized_layout(self.output, width) for width in self.widths)
             self.layout = plain_layout(self.output) or next((one for one in sized if one), None)
+            if self.layout is None and self.changed is not None:
+                self.layout = merged_layout(self.output, self.changed)
         self.open, self.query, self.scores, self.value, self.output = 0, None, None, None, None
 
     def rows(self, x: Tensor) -> Tensor:
@@ -342,6 +346,7 @@ def _kind(seen: Seen, again: Tensor | None, value_again: Tensor, *, direct: bool
     tokens, dims = places[-2:]
     if not len(tokens):
         return None
+    seen.changed = places[0]
     of_query = _queries(seen, again, tokens)
     if len(tokens) == 1:
         if direct and len(of_query):

@@ -42,10 +42,15 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Toke
     """Reads one row off a call whose batch is one.
 
     among: the tokens that are partners of the two nulls, as a token set selects them.
-    Raises UserError where the row is not finite or sees nothing, and MeasurementError, naming the
-    layer, where its weights do not rebuild its output.
+    Raises UserError where the row is not finite, sees nothing or has no value of its own, and
+    MeasurementError, naming the layer, where its weights do not rebuild its output.
     """
     here = torch.tensor([row], device=call.output.device)
+    if not call.own_keys:
+        raise UserError(
+            f"layer '{call.module}' attends to keys that are not its tokens' own: no token has a value there",
+            "choose another layer with --layer",
+        )
     visible = call.visibility.of_rows(here)[0, :, 0].expand(call.heads, -1)  # [head, token]
     if not bool(visible.any()):
         raise UserError(f"token {row} of layer '{call.module}' sees no token", "choose another token")
@@ -60,7 +65,10 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Toke
             f"layer '{call.module}' gives values that are not finite",
             "the weights or activations hold NaN or infinity; try --dtype float32",
         )
-    error = rebuilt_error(call, weight @ value, output)
+    outside = torch.zeros_like(output)
+    if call.outside is not None:
+        outside += call.outside.expand_as(call.output)[0, :, row].double().unflatten(0, grouped)
+    error = rebuilt_error(call, weight @ value + outside, output)
 
     norm = vector_norm(value, dim=-1)  # [kv_head, token]
     unit = value * reciprocal(norm)[..., None]
@@ -73,8 +81,11 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Toke
     self_part = weight[..., row] * own_norm * per_output
 
     partners = seen & among.to(seen.device)
-    total = partners.double() @ value  # Σ v_j, [kv_head, group, dim]
+    # a uniform row has the same sum; what comes of no token stays
+    total = partners.double() @ value / partners.sum(-1, keepdim=True).clamp(min=1)  # [kv_head, group, dim]
+    total = total * weight.sum(-1, keepdim=True) + outside
     uniform = vecdot(total, own[:, None]) * reciprocal(vector_norm(total, dim=-1))
+    signed = (weight < 0).any(-1) | bool(call.maps)
     others = partners.clone()
     others[..., row] = False
     count = others.sum(-1)
@@ -84,8 +95,8 @@ def row_of(call: AttentionCall, row: int, among: Bool[Tensor, " token"]) -> Toke
         "self_part": self_part,
         "context_part": bias - self_part,
         "cos_y_vpartner": partner.masked_fill(count == 0, torch.nan),
-        # of maps that are added up no uniform attention is known: their rows need not sum to 1
-        "cos_y_vuniform": uniform.masked_fill((partners.sum(-1) == 0) | bool(call.maps), torch.nan),
+        # of weights that may be negative no uniform attention is the reference
+        "cos_y_vuniform": uniform.masked_fill((partners.sum(-1) == 0) | signed, torch.nan),
         "excess": (bias - partner).masked_fill(count == 0, torch.nan),
         "removed_energy": bias.square(),
         "self_weight": weight[..., row],

@@ -39,8 +39,9 @@ def numbers(call: AttentionCall, names: list[str], geometry: Geometry) -> dict[s
 @pytest.mark.parametrize("geometry", [TEXT, IMAGE, STRIP, Geometry.unknown(1)], ids=str)
 @pytest.mark.parametrize(
     "case",
-    ["full", "causal", "causal left padding", "mask per head, unseen keys", "group of 2", "bias and -inf"],
-)
+    ["full", "causal", "causal left padding", "mask per head, unseen keys", "group of 2", "bias and -inf",
+     "causal left padding; sinks", "group of 2, bias; other keys"],
+)  # fmt: skip
 def test_kernels_give_what_blocks_give(
     case: str, geometry: Geometry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

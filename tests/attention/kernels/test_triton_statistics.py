@@ -23,6 +23,7 @@ from reference import (
     random_bias,
     random_mask,
     window,
+    with_other_keys,
 )
 from torch import Tensor
 
@@ -135,6 +136,23 @@ def assert_statistics_match(call: AttentionCall) -> None:
         assert values.shape == call.output.shape[:3], name
         np.testing.assert_allclose(values[sees], expected[name][sees], TOLERANCE, TOLERANCE, err_msg=name)
         assert (values[~sees] == (np.float32(-1e30) if name == "log_normaliser" else 0)).all(), name
+
+
+@pytest.mark.parametrize("valued", [False, True])
+def test_keys_that_are_no_tokens_take_their_part(
+    valued: bool, tiles: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = make_call(kv_heads=2, mask=key_padding([range(13), range(4, 13)], 13))
+    call = with_other_keys(padded, valued=valued)
+    monkeypatch.setattr(kernels, "_has_triton", lambda call: True)
+    found, sees = kernels.fused_statistics(on_device(call)), dense_visible(call).any(-1)
+    assert found is not None
+    assert found.log_normaliser is not None
+    np.testing.assert_array_equal(found.log_normaliser.cpu(), call.log_normaliser)
+    expected = dense_statistics(call) | {"row_sum": dense_pattern(call).sum(-1)}
+    for name in (*NAMES[:4], "row_sum"):
+        values = getattr(found, name).cpu().numpy()
+        np.testing.assert_allclose(values[sees], expected[name][sees], TOLERANCE, TOLERANCE, err_msg=name)
 
 
 @pytest.mark.parametrize("name", LONG)

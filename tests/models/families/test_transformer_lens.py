@@ -7,14 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
 from diag.attention.softmax_statistics import softmax_statistics
 from diag.errors import MeasurementError, UserError
 from diag.inputs.items import Inputs
+from diag.measure.loop import capture
+from diag.metrics.default import per_input, selections_of
+from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
+from diag.metrics.readings import reduce
 from diag.models import load
 from diag.models.base import Tower
+from diag.models.families.from_module import from_module
 from diag.models.names.resolve import parse
 from diag.models.names.spec import ModelSpec
 
@@ -46,6 +53,39 @@ def test_both_routes_see_the_same_attention(kind: str, folder_of: Folders, texts
         torch.testing.assert_close(one.self_weight, other.self_weight, rtol=1e-4, atol=1e-5)
         assert torch.equal(a.visibility.count, b.visibility.count)
         assert a.output.abs().mean() > 1e-3  # not all zeros on both sides
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"])
+def test_soft_caps_and_sinks_give_the_numbers_of_the_model_as_a_module(
+    kind: str, folder_of: Folders, texts: Inputs
+) -> None:
+    tower = load(parse(f"tl:{folder_of(kind)}"), **CPU).tower("text")
+    theirs = calls_of(tower, texts)
+    ids = tower.encode([sample for sample, _ in zip(tower.samples(texts, 14), range(3), strict=False)]).data
+
+    def of_module(**config: object) -> list[AttentionCall]:
+        model = AutoModelForCausalLM.from_pretrained(folder_of(kind), attn_implementation="eager", **config)
+        _, (own,), samples = from_module(model.eval(), [{"input_ids": ids}])
+        return capture(own, own.encode(samples))
+
+    ours = of_module()
+    assert len(ours) == len(theirs) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(pattern_rows(a), pattern_rows(b), rtol=1e-5, atol=1e-6)
+        measured, other = (both_kinds(call) for call in (a, b))
+        for name, numbers in measured.items():
+            torch.testing.assert_close(numbers, other[name], rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
+        sums = measured["row_sum"]
+        assert (sums < 0.97).all() if kind == "gpt-oss" else (sums - 1).abs().max() < 1e-5
+    if kind == "gemma2":  # negative control: without its cap the model attends to other tokens
+        without = pattern_rows(of_module(attn_logit_softcapping=None)[0])
+        assert (without - pattern_rows(ours[0])).abs().max() > 0.05
+
+
+def both_kinds(call: AttentionCall) -> dict[str, Tensor]:
+    """The default metrics and those of the shape of attention, but for the layer before."""
+    (found,) = shape_readings(selections_of(call, [None]), [n for n in SHAPE_METRICS if "top" not in n])
+    return per_input(call) | {name: reduce([one], call.batch, "mean") for name, one in found.items()}
 
 
 def test_no_hook_outlives_the_capture(folder_of: Folders, texts: Inputs) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import CASES, dense_pattern, float64, make_call, with_maps, with_pattern
+from reference import CASES, OTHER_TOKENS, dense_pattern, float64, make_call, with_maps, with_pattern
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
@@ -25,6 +25,11 @@ def values(call: AttentionCall) -> np.ndarray:
 
 def output(text: str, call: AttentionCall) -> Tensor:
     return parse(text).output(call)
+
+
+def outside(call: AttentionCall) -> np.ndarray:
+    none = np.zeros(call.output.shape)
+    return none if call.outside is None else none + float64(call.outside)
 
 
 def close(found: Tensor, expected: np.ndarray, call: AttentionCall) -> None:
@@ -77,13 +82,19 @@ def test_gates_of_nothing_and_of_all(case: str) -> None:
 
 @every_case
 def test_mask_self_is_the_renormalised_pattern(case: str) -> None:
+    """To the sum that they had; what comes of no token stays."""
     call = CASES[case]
     pattern, v, expected = dense_pattern(call), values(call), float64(call.output).copy()
+    if (pattern < 0).any():
+        with pytest.raises(MeasurementError, match=r"layer 'layer' has weights that are negative"):
+            output("mask_self", call)
+        return
     for b, h, i in np.ndindex(*pattern.shape[:3]):
         others = pattern[b, h, i].copy()
         others[i] = 0
         if others.sum() > 0:
-            expected[b, h, i] = (others / others.sum()) @ v[b, h]
+            attended = (others * pattern[b, h, i].sum() / others.sum()) @ v[b, h]
+            expected[b, h, i] = attended + outside(call)[b, h, i]
     close(output("mask_self", call), expected, call)
 
 
@@ -96,6 +107,16 @@ def test_mask_self_of_added_maps_is_refused_and_what_needs_y_and_v_alone_is_not(
     unit = value / value.norm(dim=-1, keepdim=True)
     y = call.output.double()
     close(output("xsa", call), float64(y - (y * unit).sum(-1, keepdim=True) * unit), call)
+
+
+@pytest.mark.parametrize("name", ["xsa", "gated_xsa", "identity", "mask_self"])
+def test_what_needs_a_value_of_its_own_is_refused_where_keys_are_of_other_tokens(name: str) -> None:
+    call = OTHER_TOKENS["pooled keys"]
+    with pytest.raises(MeasurementError, match=r"layer 'layer' attends to keys that are not its tokens' own"):
+        output(name, call)
+    expected = float64(call.value).mean(2, keepdims=True) + np.zeros(call.output.shape)
+    close(output("uniform", call), expected, call)
+    assert output("random_direction", call).shape == call.output.shape
 
 
 def test_mask_self_is_exact_where_a_token_attends_to_itself_almost_alone() -> None:
@@ -116,11 +137,11 @@ def test_uniform_is_the_mean_of_the_visible_values(case: str) -> None:
     pattern, v, expected = dense_pattern(call), values(call), float64(call.output).copy()
     for b, h, i in np.ndindex(*pattern.shape[:3]):
         visible = call.visibility.visible_rows
-        seen = pattern[b, h, i] > 0
+        seen = pattern[b, h, i] != 0
         if visible is not None:
             seen = visible.expand(call.batch, call.heads, -1, -1)[b, h, i].numpy()
         if seen.any():
-            expected[b, h, i] = v[b, h][seen].mean(0)
+            expected[b, h, i] = pattern[b, h, i].sum() * v[b, h][seen].mean(0) + outside(call)[b, h, i]
     close(output("uniform", call), expected, call)
 
 

@@ -247,6 +247,10 @@ def assert_metrics_are_those_of(call: AttentionCall, weights: Tensor) -> None:
     everything = [list(range(call.tokens))] * call.batch
     measured = per_input(call)
     expected = reference(replace(call, pattern=weights), anchors=everything)
+    # the uniform null is of the values and of which of them are seen, whatever the weights are
+    seen = torch.ones_like(weights).tril() if call.causal else torch.ones_like(weights)
+    uniform = replace(call, pattern=seen / seen.sum(-1, keepdim=True))
+    expected["cos_y_vuniform"] = reference(uniform, anchors=everything)["cos_y_vuniform"]
     for name, numbers in measured.items():
         if METRICS[name].of_weights:
             assert numbers.isnan().all(), name

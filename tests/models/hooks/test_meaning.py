@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from attention_modules import Attention, Broken, Cross, Eager, Stack, TorchAttention, assert_untouched
+from attention_modules import Attention, Broken, Cross, Stack, TorchAttention, assert_untouched
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 
@@ -541,7 +541,7 @@ def test_modules_without_numbers_are_the_layers_of_one_tower_as_they_run() -> No
     class Mixer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.later, self.sooner, self.pool = Attention(), TorchAttention(), Eager()
+            self.later, self.sooner, self.pool = Attention(), TorchAttention(), Handmade()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.pool(self.later(self.sooner(x)))
@@ -561,9 +561,17 @@ def test_a_module_in_training_mode_is_found_too(context: Callable[[], Any]) -> N
     assert told(found) == {"": {0: "layers.0"}}
 
 
-def test_a_module_that_computes_attention_itself_is_named() -> None:
-    module = Stack(Eager())
-    with pytest.raises(UserError, match=r"computes attention itself, in 'layers\.0': it cannot be seen"):
+class Handmade(nn.Module):
+    """Weights and values are multiplied element by element: no product of theirs is seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.transpose(1, 2)).softmax(-1)
+        return (weights[..., None] * x[:, None]).sum(2)
+
+
+def test_a_module_whose_weights_are_lost_is_named() -> None:
+    module = nn.Sequential(Handmade())
+    with pytest.raises(UserError, match=r"computes attention itself, in '0', and what it weighs is not seen"):
         meaning_on(module, torch.randn(2, 5, 16))
     assert_untouched(module)
 
@@ -584,3 +592,13 @@ def test_everything_is_restored_after_an_exception() -> None:
 def test_another_number_of_queries_is_named() -> None:
     (tower,) = meaning_on(Stack(Attention(), Cross()).eval(), torch.randn(2, 9, 16)).towers
     assert tower.skipped == {"layers.1": "5 queries over 9 keys: cross-attention or pooling"}
+
+
+def test_prefix_tokens_of_attention_side_by_side_are_no_padding() -> None:
+    """Two attentions of one block read the same states: the class token is the same in both, and is a token."""
+    module = timm.create_model(
+        "vit_small_patch16_18x2_224", img_size=32, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+    (tower,) = meaning_on(module, images(32)).towers
+    assert len(tower.layers) == 4
+    assert all(not layer.form.padding or layer.form.padding[0] is None for layer in tower.layers)

@@ -19,7 +19,7 @@ import torch
 from checkpoints import save_language_model, save_vision_model
 from commands import Ended
 from PIL import Image
-from reference import CASES, dense_pattern, dense_visible, float64, make_call, with_maps
+from reference import CASES, OTHER_TOKENS, dense_pattern, dense_visible, float64, make_call, with_maps
 from torch import nn
 
 from diag.attention.call import AttentionCall
@@ -53,7 +53,12 @@ def dense_row(call: AttentionCall, row: int, among: np.ndarray) -> dict[str, np.
     for head in range(call.heads):
         v = float64(call.value)[0, head // call.group]
         a, seen = pattern[head, row], visible[head, row]
-        y = a[seen] @ v[seen]
+        outside = (
+            np.zeros(v.shape)
+            if call.outside is None
+            else float64(call.outside.expand_as(call.output))[0, head]
+        )
+        y = a[seen] @ v[seen] + outside[row]
         cosine = np.array([np.dot(x, v[row]) / norms(x, v[row]) for x in v])
         own = v[row] / np.linalg.norm(v[row])
         z = y - np.dot(y, own) * own
@@ -61,8 +66,9 @@ def dense_row(call: AttentionCall, row: int, among: np.ndarray) -> dict[str, np.
         with_own = v[np.flatnonzero(seen & among)]
         null = np.mean([np.dot(y, v[j]) / norms(y, v[j]) for j in partners]) if partners else np.nan
         bias, part = np.dot(y, own) / np.linalg.norm(y), a[row] * np.linalg.norm(v[row]) / np.linalg.norm(y)
-        context = sum(a[j] * np.dot(v[j], own) for j in np.flatnonzero(seen) if j != row) / np.linalg.norm(y)
-        uniform = with_own.mean(0)
+        others = sum(a[j] * v[j] for j in np.flatnonzero(seen) if j != row) + outside[row]
+        context = np.dot(others, own) / np.linalg.norm(y)
+        uniform = a[seen].sum() * with_own.mean(0) + outside[row]
         numbers = {
             "weight": np.where(seen, a, np.nan),
             "value_cosine": np.where(seen, cosine, np.nan),
@@ -95,7 +101,7 @@ def of_one_input(call: AttentionCall) -> AttentionCall:
     def first(x: torch.Tensor | None) -> torch.Tensor | None:
         return x if x is None or x.ndim < 4 or x.shape[0] == 1 else x[:1]
 
-    names = ("query", "key", "value", "output", "mask", "pattern")
+    names = ("query", "key", "value", "output", "mask", "pattern", "outside")
     cut = {name: first(getattr(call, name)) for name in names}
     lse = call.log_normaliser
     return replace(call, **cut, log_normaliser=None if lse is None else lse[:1])
@@ -150,6 +156,9 @@ def assert_is_dense(found: Attended, call: AttentionCall, among: np.ndarray, mod
         "mask per head, unseen keys; pattern given",
         "causal left padding; log-normaliser given",
         "wider values",
+        "full; sinks",
+        "group of 2, bias; other keys",
+        "causal left padding; mixed heads",
     ],
 )
 def test_a_row_is_what_dense_attention_says(case: str) -> None:
@@ -177,7 +186,15 @@ def test_a_row_of_added_maps_has_no_uniform_null_and_all_else() -> None:
         np.testing.assert_allclose(found.numbers[name], expected, atol=3e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["full", "causal", "group of 2", "group of 2, bias"])
+def test_a_row_of_other_tokens_keys_is_refused() -> None:
+    call = replace(OTHER_TOKENS["as many keys"], layer=3)
+    with pytest.raises(UserError, match=r"^layer 'layer' attends to keys that are not its tokens' own"):
+        row_of(call, 5, torch.ones(13, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "case", ["full", "causal", "group of 2", "group of 2, bias", "group of 2, bias; other keys"]
+)
 def test_a_row_agrees_with_the_metrics_of_a_probe(case: str) -> None:
     call = of_one_input(CASES[case])
     among = torch.arange(call.tokens) % 3 != 1

@@ -475,16 +475,16 @@ def test_mistakes_are_told_at_construction(options: dict[str, Any], message: str
         Monitor(Block(), **options)
 
 
-class Eager(nn.Module):
+class Handmade(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return (x @ x.transpose(1, 2)).softmax(-1) @ x
+        return ((x @ x.transpose(1, 2)).softmax(-1)[..., None] * x[:, None]).sum(2)
 
 
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
         (nn.Linear(4, 4), torch.ones(2, 4), "made no self-attention call"),
-        (nn.Sequential(Eager()), torch.ones(2, 5, 4), "computes attention itself, in '0'"),
+        (nn.Sequential(Handmade()), torch.ones(2, 5, 4), "computes attention itself, in '0'"),
         (nn.TransformerEncoderLayer(16, 2), torch.ones(5, 3, 16), "are not those of its inputs"),
     ],
 )
