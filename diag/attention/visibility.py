@@ -113,7 +113,7 @@ class Visibility:
         """That of a call in which nothing is hidden but some keys from everyone; O(token) memory."""
         rule, mask = ("causal" if causal else "full"), keys[:, None, None, :]
         count = keys.cumsum(-1) if causal else keys.sum(-1, keepdim=True).expand_as(keys)
-        return Visibility(rule, keys, count[:, None], None, mask, causal, HIDDEN)
+        return Visibility(rule, keys, keys.shape[1], count[:, None], None, mask, causal, HIDDEN)
 
     @staticmethod
     def of_scores(
