@@ -178,6 +178,7 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
     """The verdict of the tests on one tower, as a manifest has it."""
     padded = [layer.name for layer in chosen.layers if any(x is not None for x in layer.form.padding)]
     others = {layer.name: layer.form.value_from for layer in chosen.layers if layer.form.value_from != "own"}
+    extra = {layer.name: list(layer.form.extra) for layer in chosen.layers if any(layer.form.extra)}
     paths = {layer.path for layer in chosen.layers}
     return {
         "tested": True,
@@ -185,6 +186,7 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
         "random": found.random,
         "padded_windows": padded,
         "values_from": others,
+        "extra_keys": extra,
         "axis_untested": [path for path in found.untested if path in paths],
     }
 
@@ -244,14 +246,14 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
 
 def _changed(seen: Survey, again: Survey) -> dict[Seen, Tensor]:
     """The tokens of each call that are others in a second pass; nothing where the passes differ in calls."""
-    both = list(zip(seen.seen, again.seen, strict=False))
+    both = [(one, two, one.tokens_of(two.print)) for one, two in zip(seen.seen, again.seen, strict=False)]
     if len(seen.seen) != len(again.seen) or any(
-        (one.path, one.print.shape) != (two.path, two.print.shape) for one, two in both
+        (one.path, one.print.shape) != (two.path, of_two.shape) for one, two, of_two in both
     ):
         return {}
     return {
-        one: one.rows((one.print - two.print).abs() > 1e-6 * one.print.abs().max())
-        for one, two in both
+        one: one.rows((one.print - of_two).abs() > 1e-6 * one.print.abs().max())
+        for one, _, of_two in both
         if one.layout is not None
     }
 
@@ -325,6 +327,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
                 calls=None if len(mine) == len(calls.of_run[key]) else calls.numbers[key],
                 layout=mine[0].layout,
                 adds_up=mine[0].adds_up,
+                extra=mine[0].extra,
                 value_from=_values_of(mine, of_stack),
                 recurrence=mine[0].recurrence,
             )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diag.attention.call import AttentionCall
+from diag.attention.extra_keys import without_extra_keys
 from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
@@ -60,6 +61,7 @@ class Form:
     padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
     adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
+    extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
     recurrence: how a layer without softmax mixes its tokens; None of attention.
     """
 
@@ -69,6 +71,7 @@ class Form:
     padding: tuple[Tensor | None, ...] = ()
     adds_up: bool = False
     value_from: str = "own"
+    extra: tuple[int, int] = (0, 0)
     recurrence: Recurrence | None = None
 
     @property
@@ -386,15 +389,18 @@ class _Seam(AttentionMode):
         )
         if not self._is_its_own(layer, number, query, key, mask):
             return output
-        layout = _layout_of(layer, output)
-        keys, values, outputs = (layout.split(x) for x in (key, value, output))
-        seen = self.visibility_of(
-            None if mask is None else layout.split_mask(mask, query.shape), causal, outputs
-        )
+        layout, outside = _layout_of(layer, output), None
+        queries, keys, values, outputs = (layout.split(x) for x in (query, key, value, output))
+        mask = None if mask is None else layout.split_mask(mask, query.shape)
+        if any(layer.form.extra):
+            keys, values, mask, outside, normaliser = without_extra_keys(
+                queries, keys, values, mask, given.scaling, layer.form.extra
+            )
+        seen = self.visibility_of(mask, causal, outputs)
         call = AttentionCall(
             layer=layer.index,
             module=layer.name,
-            query=layout.split(query),
+            query=queries,
             key=_of_heads(keys, values),
             value=_of_heads(values, keys),
             output=outputs,
@@ -402,6 +408,7 @@ class _Seam(AttentionMode):
             causal=seen.causal,
             scale=given.scaling,
             log_normaliser=normaliser,
+            outside=outside,
             padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
@@ -428,6 +435,14 @@ class _Seam(AttentionMode):
             scores, masked = torch.zeros_like(pattern[:1, :1]), True
         else:
             scores, masked = layout.split(given.scores), given.weights.masked
+        outside = None
+        if any(layer.form.extra):
+            before, tokens = layer.form.extra[0], outputs.shape[2]
+            parts = (before, tokens, pattern.shape[-1] - before - tokens)
+            first, pattern, last = pattern.split(parts, -1)
+            others, values, behind = values.split(parts, -2)
+            scores = scores.narrow(-1, before, tokens)
+            outside = first @ others + last @ behind
         seen = Visibility.of_scores(scores, outputs, pattern if masked else None)
         call = AttentionCall(
             layer=layer.index,
@@ -440,6 +455,7 @@ class _Seam(AttentionMode):
             causal=seen.causal,
             scale=1.0,
             pattern=pattern,
+            outside=outside,
             padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
@@ -451,7 +467,7 @@ class _Seam(AttentionMode):
         """Whether a call is one of those that are the layer's; notes why it is not."""
         if layer.form.calls is not None and number not in layer.form.calls:
             return False
-        if query.shape[-2] != key.shape[-2]:
+        if key.shape[-2] - sum(layer.form.extra) != query.shape[-2]:
             self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
             return False
         return True

@@ -37,10 +37,12 @@ may run another one that is handed queries, keys and values."""
 OWN, MIXED, SHARED, ELSEWHERE = "own tokens", "mixed values", "an earlier layer's values", "other tokens"
 CHANNELS, HEADS, EVERYTHING, ORDER = "channels", "heads", "everything", "another order"
 NOT_LINEAR = "not linear"
+OVERLAP = "overlapping windows"
 REASONS = {
     CHANNELS: "it attends over channels, not over tokens",
     HEADS: "it attends over heads, not over tokens",
     EVERYTHING: "each of its values is made of many tokens",
+    OVERLAP: "its windows overlap: a token is a key of several of them",
     ORDER: "its keys are not in the order of its queries",
     ELSEWHERE: "its keys are not the tokens of its queries (cross-attention)",
     NOT_LINEAR: "what it makes of its values is not linear in them",
@@ -59,6 +61,7 @@ class Seen:
     adds_up: whether it is one of several maps of a sum.
     recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
+    extra: how many keys in front of its tokens and behind them are none; `unequal`: there may be such.
     changed: along the first axis, where V did. open: how many more modules may be asked. query: or `scores`,
     where the model multiplies its weights itself.
     """
@@ -71,6 +74,8 @@ class Seen:
     why: str | None = None
     asked: bool = False
     touched: bool = False
+    unequal: bool = False
+    extra: tuple[int, int] = (0, 0)
     layout: Layout | None = None
     adds_up: bool = False
     recurrence: Recurrence | None = None
@@ -102,6 +107,11 @@ class Seen:
             if self.layout is None and self.changed is not None:
                 self.layout = merged_layout(self.output, self.changed)
         self.open, self.query, self.scores, self.value, self.output = 0, None, None, None, None
+
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """What is known of each key, `[…, key]`, of those that are tokens."""
+        before, after = self.extra
+        return x[..., before : x.shape[-1] - after]
 
     def rows(self, x: Tensor) -> Tensor:
         """What was told of each token, `[…, token]`, by rows of the call: `[row, token]`, of any head."""
@@ -163,7 +173,7 @@ class Survey(AttentionMode):
         if self.again is not None or self.off:
             return
         frame = self.stack.pop()
-        if output is not None and self.asked and any(seen.is_open(frame) for seen in frame.waiting):
+        if output is not None and self.asked and any(x.is_open(frame) or x.unequal for x in frame.waiting):
             self._ask(frame, module, args, kwargs)
         if output is not None and frame.maps is not None and frame.maps.adds_up:
             self._note_maps(frame, frame.maps)
@@ -208,7 +218,8 @@ class Survey(AttentionMode):
         seen = self._noted(value)
         if query.shape[-2] != key.shape[-2]:
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
-        elif self.asked:
+            seen.unequal = query.shape[-2] < key.shape[-2] and not given.is_causal
+        if self.asked and (seen.kind is None or seen.unequal):
             seen.query, seen.value, seen.output = query, value, output
             mask, causal = plain(attn_mask, given.is_causal)
             seen.first_alone = causal
@@ -216,7 +227,7 @@ class Survey(AttentionMode):
                 self._read(mask, seen)
             frame = self.stack[-1]
             frame.waiting.append(seen)
-            if output.ndim == 4 and value.shape[-2] == query.shape[-2]:
+            if output.ndim == 4 and not seen.unequal:
                 frame.maps = frame.maps or Combination(frame.path)
                 call = AttentionCall(0, frame.path, query, key, value, output, mask, causal, given.scaling)
                 frame.maps.note_call(call, output)
@@ -251,7 +262,8 @@ class Survey(AttentionMode):
         seen, pattern = self._noted(given.value), given.pattern
         if pattern.shape[-2] != pattern.shape[-1]:
             seen.kind, seen.why = ELSEWHERE, not_its_own(pattern, given.value)
-        elif self.asked:
+            seen.unequal = pattern.shape[-2] < pattern.shape[-1]
+        if self.asked and (seen.kind is None or seen.unequal):
             seen.scores, seen.value, seen.output = given.scores, given.value, given.output(result)
             shown = (pattern != 0).flatten(0, -3).any(0) if pattern.ndim > 2 else pattern != 0
             seen.first_alone = bool(shown.shape[-1] > 1 and not shown[0, 1:].any())
@@ -311,13 +323,16 @@ class Survey(AttentionMode):
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
-        if not others:
+        unequal = [seen for seen in frame.made if seen.unequal and seen.value is not None]
+        if not others and not unequal:
             return
         # windows in turn, or keys from elsewhere: when all that was read changes, V of windows does
-        again = self._again(frame, module, _with_changed(args, kwargs, everywhere=True))
-        for seen, (_, value) in zip(frame.made, again or (), strict=again is not None):
-            if seen in others and seen.value is not None and len(_followed(seen.value, value)[-2]):
+        all_changed = self._again(frame, module, _with_changed(args, kwargs, everywhere=True)) or []
+        for seen, (query, value), (_, everywhere) in zip(frame.made, again, all_changed, strict=False):
+            if seen in others and seen.value is not None and len(_followed(seen.value, everywhere)[-2]):
                 seen.kind = OWN
+            elif seen in unequal and seen.path == frame.path:
+                _ask_for_extra_keys(seen, query, value, everywhere)
 
     def _again(self, frame: _Running, module: nn.Module, given: tuple[list, dict] | None) -> list | None:
         """Queries and values of all calls when a module is run again; None where that does not go."""
@@ -356,6 +371,8 @@ def _kind(seen: Seen, again: Tensor | None, value_again: Tensor, *, direct: bool
         return None
     if len(dims) == 1 and seen.value.shape[-1] > 1:
         return CHANNELS
+    if _once_in_each_row(seen.value, value_again):
+        return OVERLAP
     several = seen.value.ndim == 4 and seen.value.shape[1] > 1
     if several and len(places[1]) == 1 and len(tokens) == seen.value.shape[-2]:
         return HEADS
@@ -397,6 +414,41 @@ def _ask_recurrence(seen: Seen, output_again: Tensor, value_again: Tensor) -> No
         return
 
 
+def _once_in_each_row(value: Tensor, again: Tensor) -> bool:
+    """Whether several tokens changed, but never two of one row."""
+    changed = _apart(value, again).any(-1)  # […, token]
+    return bool(changed.sum(-1).max() == 1)
+
+
+def _ask_for_extra_keys(seen: Seen, again: Tensor | None, value: Tensor, everywhere: Tensor) -> None:
+    """Notes keys that are no tokens, of a call with more keys than queries: they follow nothing that is read.
+
+    again, value: its query, or its scores, and its values, with one element changed; everywhere: its values
+    when all that was read changed.
+    """
+    assert seen.value is not None
+    assert seen.output is not None
+    if not seen.value.shape == value.shape == everywhere.shape:
+        return
+    followed, one = _followed(seen.value, everywhere)[-2], _followed(seen.value, value)[-2]
+    queries, keys = seen.output.shape[-2], seen.value.shape[-2]
+    if not len(one):
+        return
+    if len(followed) != queries or len(one) != 1:
+        if len(one) > 1 and len(followed) > queries:
+            seen.why = f"{queries} queries over {keys} keys, of which some are made of several tokens"
+        return
+    before = int(followed[0])
+    extra = (before, keys - queries - before)
+    token = one - before
+    in_a_row = int(followed[-1]) - before == queries - 1
+    if in_a_row and bool(torch.isin(token, _queries(seen, again, one))):
+        seen.kind, seen.why, seen.asked, seen.touched, seen.extra = OWN, None, True, True, extra
+        seen.print = seen.tokens_of(seen.print)
+        if seen.keys is not None:
+            seen.keys = seen.tokens_of(seen.keys)
+
+
 def _queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor:
     """Which queries changed, where some keys did: what a row of scores is elsewhere tells it.
 
@@ -413,11 +465,15 @@ def _queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor:
     return _followed(*(x[..., others].nan_to_num(0.0, 0.0, 0.0) for x in (seen.scores, again)))[-2]
 
 
+def _apart(x: Tensor, again: Tensor) -> Tensor:
+    """Where anything changed."""
+    apart = (x.double() - again.double()).abs()
+    return apart > 1e-5 * apart.max()
+
+
 def _followed(x: Tensor, again: Tensor) -> list[Tensor]:
     """On each axis, where anything changed."""
-    apart = (x.double() - again.double()).abs()
-    changed = apart > 1e-5 * apart.max()
-    axes = range(x.ndim)
+    changed, axes = _apart(x, again), range(x.ndim)
     return [changed.any(tuple(a for a in axes if a != axis)).nonzero()[:, 0] for axis in axes]
 
 
@@ -434,7 +490,8 @@ def _with_changed(
     read = next((x for x in tensors if x.is_floating_point() or are_ids(x)), None)
     if read is None:
         return None
-    changed, place = read.clone(), tuple(size // 2 for size in read.shape)
+    # of an odd number: in the windows of outlook attention, two apart, one of an even number stands once
+    changed, place = read.clone(), tuple(min(size - 1, size // 2 | 1) for size in read.shape)
     if everywhere:
         changed = other_than(read)
     elif read.is_floating_point():

@@ -16,11 +16,12 @@ from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
+from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
 from diag.models.hooks.layout import PLAIN, Layout, layout_of
 from diag.models.hooks.meaning import EAGER, INPUTS, OTHERWISE, SEVERAL, WINDOWS, Meaning
 from diag.models.hooks.seam import attention_calls
-from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, REASONS
+from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, OVERLAP, REASONS
 
 TEXT = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
@@ -595,10 +596,70 @@ def test_another_number_of_queries_is_named() -> None:
 
 
 def test_prefix_tokens_of_attention_side_by_side_are_no_padding() -> None:
-    """Two attentions of one block read the same states: the class token is the same in both, and is a token."""
+    """Two attentions of one block read the same states: the class token is constant in both, and counts."""
     module = timm.create_model(
         "vit_small_patch16_18x2_224", img_size=32, embed_dim=32, depth=2, num_heads=2
     ).eval()
     (tower,) = meaning_on(module, images(32)).towers
     assert len(tower.layers) == 4
     assert all(not layer.form.padding or layer.form.padding[0] is None for layer in tower.layers)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["fused", "with its weights"])
+@pytest.mark.parametrize("kind", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=["bias", "zero"])
+def test_extra_keys_are_no_tokens(kind: dict[str, bool], weights: bool) -> None:
+    """Rows of the tokens sum to less than 1; what is missing of Y is what the extra keys gave."""
+
+    class Torch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha = nn.MultiheadAttention(16, 2, batch_first=True, **kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mha(x, x, x, need_weights=weights)[0]
+
+    module, x, calls = Torch().eval(), torch.randn(2, 9, 16), list[AttentionCall]()
+    (layer,) = layers_on(module, x)
+    assert layer.form.extra == (0, 1)
+    with attention_calls([layer], calls.append):
+        module(x)
+    (call,) = calls
+    pattern = pattern_rows(call)
+    assert call.tokens == pattern.shape[-1] == 9
+    assert (pattern.sum(-1) < 1).all()
+    torch.testing.assert_close(attend(call), call.output)
+
+
+def test_memory_keys_in_front_of_the_tokens() -> None:
+    class Memory(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = nn.Parameter(torch.randn(2, 1, 2, 3, 8))
+
+        def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = super().heads(x)
+            k, v = (
+                torch.cat([m.expand(len(x), -1, -1, -1), y], 2)
+                for m, y in zip(self.memory, (k, v), strict=True)
+            )
+            return q, k, v
+
+    (layer,) = layers_on(Memory().eval(), torch.randn(2, 9, 16))
+    assert layer.form.extra == (3, 0)
+
+
+def test_keys_that_are_made_of_tokens_are_not_extra_keys() -> None:
+    class Compressed(Attention):
+        def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = super().heads(x)
+            return q, *(torch.cat([y, y.unflatten(2, (3, 3)).mean(3)], 2) for y in (k, v))
+
+    (tower,) = meaning_on(Stack(Attention(), Compressed()).eval(), torch.randn(2, 9, 16)).towers
+    assert tower.skipped == {"layers.1": "9 queries over 12 keys, of which some are made of several tokens"}
+
+
+def test_windows_that_overlap_are_named() -> None:
+    module = timm.create_model("volo_d1_224", img_size=64)
+    found = meaning_on(module.eval(), images(64))
+    told = {path: why for tower in found.towers for path, why in tower.skipped.items()}
+    assert told["network.0.0.attn"] == REASONS[OVERLAP]
