@@ -59,6 +59,14 @@ def save_language_model(folder: Path, kind: str) -> Path:
         sizes = text | linear | {"num_key_value_heads": 2, "num_hidden_layers": 3, "layer_types": kinds}
         config = transformers.Qwen3NextConfig(**sizes, mlp_only_layers=[0, 1, 2])
         model = transformers.Qwen3NextForCausalLM(config)
+    elif kind == "lfm2":  # the second of three blocks has attention, the others short convolutions
+        kinds = ["conv", "full_attention", "conv"]
+        sizes = text | {"num_key_value_heads": 2, "num_hidden_layers": 3, "layer_types": kinds}
+        model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**sizes))
+    elif kind in ("mamba", "rwkv"):
+        sizes = tokens | {"hidden_size": 32, "num_hidden_layers": 2}
+        config = {"mamba": transformers.MambaConfig, "rwkv": transformers.RwkvConfig}[kind](**sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     elif kind == "gemma2":  # large weights: the cap on scores of this size is far from a line
         sizes = text | {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
         config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=0.5, initializer_range=0.4)

@@ -55,8 +55,12 @@ class AttentionCall:
     Keys that are no tokens (sinks, memory, bias and zero keys) are in the softmax and nowhere in the call:
     not in `key`, `value`, `mask` or `pattern`, whose rows then sum to less than 1. `outside` tells of them.
 
+    Where none of query and key, pattern and maps is given, the layer has no softmax and its weights are
+    nowhere: values and outputs are all that is known of it.
+
     Where keys are not those of the queries' own tokens, there may be more or fewer of them, and no token has
     a value v_i of this layer: `keys_of` says whose they are.
+
 
     mask: True where a key is visible (bool), or added to the scores (float), broadcastable to
         `[batch, head, token, key]`; None for no mask. `causal` is in addition to it. What hides a key
@@ -99,6 +103,11 @@ class AttentionCall:
             read = Visibility.of(self.mask, self.causal, self.output, self.keys)
             for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
                 object.__setattr__(self, name, value)
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether weights are known, or can be made; not of a layer without softmax."""
+        return self.query is not None or self.pattern is not None or bool(self.maps)
 
     @property
     def hidden(self) -> float:
@@ -154,7 +163,8 @@ class AttentionCall:
     @property
     def is_softmax(self) -> bool:
         """Whether A is a softmax over tokens alone: rows that see a key sum to 1 by the way they are made."""
-        return self.pattern is None and self.outside is None and not self.maps
+        plain = self.pattern is None and self.outside is None and not self.maps
+        return plain and self.has_pattern
 
     def outside_at(self, rows: Tensor | slice) -> Float[Tensor, "#batch #head #row #value_dim"] | float:
         """What the outputs of the query rows hold that comes of no token, at least float32."""

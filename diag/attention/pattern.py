@@ -16,6 +16,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall, of_threads
 from diag.attention.sampling import RowSample
 from diag.attention.visibility import four_dimensional
+from diag.errors import MeasurementError
 
 LN2 = math.log(2)
 
@@ -59,8 +60,14 @@ def pattern_rows(
 def score_rows(call: AttentionCall, rows: Tensor) -> Tensor:
     """Masked scores of the chosen query rows, `[batch, head, row, key]`; -inf where a key is hidden.
 
-    In the format of the queries, at least float32. Differentiable.
+    In the format of the queries, at least float32. Differentiable. Raises MeasurementError of a layer without
+    softmax.
     """
+    if not call.has_pattern:
+        raise MeasurementError(
+            f"layer '{call.module}' has no softmax, and so no attention weights",
+            "choose a layer whose mixer is softmax",
+        )
     assert call.query is not None
     assert call.key is not None
     dtype = torch.promote_types(call.query.dtype, torch.float32)

@@ -109,6 +109,13 @@ class Visibility:
         return Visibility("general", visible.any(2).any(1), width, count, visible, *read_off)
 
     @staticmethod
+    def of_keys(keys: Bool[Tensor, "batch token"], causal: bool) -> Visibility:
+        """That of a call in which nothing is hidden but some keys from everyone; O(token) memory."""
+        rule, mask = ("causal" if causal else "full"), keys[:, None, None, :]
+        count = keys.cumsum(-1) if causal else keys.sum(-1, keepdim=True).expand_as(keys)
+        return Visibility(rule, keys, keys.shape[1], count[:, None], None, mask, causal, HIDDEN)
+
+    @staticmethod
     def of_scores(
         scores: Float[Tensor, "#batch #head token key"],
         output: Float[Tensor, "batch head token dim"],

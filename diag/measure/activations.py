@@ -26,7 +26,8 @@ def save_activations(
     """Writes the calls of each sample as `NNNNN.safetensors`: query, key, value, output, pattern per layer.
 
     Keys are `layer.NN.value` (and `.1`, `.2` … for a layer's further calls); scale, causality and
-    module paths are in the file's metadata. The pattern is left out above `PATTERN_TOKENS` tokens.
+    module paths are in the file's metadata. The pattern is left out above `PATTERN_TOKENS` tokens;
+    a layer without softmax has none, and no query and key.
     Samples that cannot be read are left out.
     """
 
@@ -41,7 +42,7 @@ def save_activations(
             found = {part: getattr(call, part) for part in ("query", "key", "value", "output", "mask")}
             if call.outside is not None:  # without these the pattern is not to be had from queries and keys
                 found |= {"outside": call.outside, "log_normaliser": call.log_normaliser}
-            if call.tokens <= PATTERN_TOKENS:
+            if call.has_pattern and call.tokens <= PATTERN_TOKENS:
                 found["pattern"] = pattern_rows(call)
             there = {f"{name}.{part}": x for part, x in found.items() if x is not None}
             tensors |= {key: x.detach().cpu().contiguous().clone() for key, x in there.items()}

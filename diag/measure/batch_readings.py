@@ -109,7 +109,7 @@ class BatchReadings:
         The rows follow from the input's id: they do not depend on batches, and are the same in every
         layer. Where heads differ in which rows count, all rows are computed.
         """
-        whole = call.pattern is not None or call.maps or not call.own_keys
+        whole = call.query is None or call.pattern is not None or not call.own_keys
         if whole or not self.sampling.applies(call.tokens):
             return call
         seen = call.visibility

@@ -20,6 +20,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.attention.row_sums import without_constant
 from diag.attention.sampling import RowSampling
+from diag.attention.visibility import Visibility
 from diag.errors import BadInputs, MeasurementError, NotFinite, UnreadableInput, UserError
 from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
@@ -199,6 +200,7 @@ class _BatchWork:
                 layer.index: replace(
                     gate.facts(layer.index, projection.get(layer.name, "unknown")),
                     value_from=layer.form.value_from,
+                    mixer=layer.form.mixer,
                 )
                 for layer in layers
             }
@@ -223,6 +225,7 @@ class _BatchWork:
             )
 
         def on_call(call: AttentionCall) -> Tensor | None:
+            call = _with_real_keys(call, batch)
             if gate is not None and call.layer in measured:
                 gate.check(call, batch.ids)
             call, changed = _edited_call(call, self.edits)
@@ -274,6 +277,15 @@ class _BatchWork:
     def without_constant(self, call: AttentionCall) -> AttentionCall:
         """The call without what is taken out of its layer's values and outputs."""
         return without_constant(call, self.removed[call.layer]) if call.layer in self.removed else call
+
+
+def _with_real_keys(call: AttentionCall, batch: Batch) -> AttentionCall:
+    """The call of a layer without softmax, which has no mask, with padding hidden as the batch has it."""
+    real = batch.real
+    if call.has_pattern or real is None or real.shape != (call.batch, call.tokens) or bool(real.all()):
+        return call
+    seen = Visibility.of_keys(real.to(call.output.device), call.causal)
+    return replace(call, mask=seen.mask, visibility=seen)
 
 
 def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionCall, bool]:

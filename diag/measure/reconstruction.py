@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,18 +41,20 @@ class ReconstructionCheck:
         visible = call.visibility.count.expand(call.batch, call.heads, call.tokens)[:, :, rows] > 0
         # where, not a product: of a row that sees nothing some kernels make NaN
         used = torch.where(visible[..., None], call.output[:, :, rows].float(), 0.0)
-        weights = pattern_rows(call, rows)
-        whole = weighted_values(call, weights) + call.outside_at(rows)
-        rebuilt = torch.where(visible[..., None], whole, 0.0)
         non_finite = ~used.isfinite().flatten(1).all(1)
         if non_finite.any():
             raise NotFinite(dict.fromkeys(inputs_of(non_finite, ids), f"layer '{call.module}' {NOT_FINITE}"))
-        error = rebuilt_error(call, rebuilt, used)
+        error = total = math.nan  # of a layer without softmax there are no weights to rebuild it from
+        if call.has_pattern:
+            weights = pattern_rows(call, rows)
+            whole = weighted_values(call, weights) + call.outside_at(rows)
+            rebuilt = torch.where(visible[..., None], whole, 0.0)
+            error = rebuilt_error(call, rebuilt, used)
+            total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))
         seen = call.visibility
         windowed = call.batch > len(ids) or (seen.rule == "general" and bool(seen.count.max() < call.keys))
         alone = bool((seen.count[..., 0] <= 1).all()) and call.tokens > 1
         scope, first = "window" if windowed else "full", "excluded" if alone else "included"
-        total = (weights.sum(-1) * visible).sum(dtype=torch.float64).item() / max(1, int(visible.sum()))
         self.seen.setdefault(call.layer, []).append((call.tokens, scope, first, error, total))
 
     def facts(self, layer: int, projection: str) -> LayerFacts:

@@ -18,6 +18,8 @@ given pattern that have a negative weight in any row.
 
 Where keys are not the tokens' own (cross-attention, pooled keys), no token has a v_i: what needs one
 (`of_own_keys`) is undefined, and the rows that see two keys or more count.
+
+Where a layer has no softmax, whatever needs weights (`of_weights`) is undefined.
 """
 
 from __future__ import annotations
@@ -210,12 +212,12 @@ def cos_y_vself(on: Selection) -> Reading:
     return on.per_row(on.cosine)
 
 
-@metric("call", of_own_keys=True)
+@metric("call", of_own_keys=True, of_weights=True)
 def self_part(on: Selection) -> Reading:
     return on.per_row(on.self_part)
 
 
-@metric("call", of_own_keys=True)
+@metric("call", of_own_keys=True, of_weights=True)
 def context_part(on: Selection) -> Reading:
     return on.per_row(on.cosine - on.self_part)
 
@@ -326,24 +328,24 @@ def value_participation_ratio(on: Selection) -> Reading:
     return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
 
 
-@metric("call", of_own_keys=True)
+@metric("call", of_own_keys=True, of_weights=True)
 def self_weight(on: Selection) -> Reading:
     return Reading(on.softmax.self_weight, on.rows)
 
 
-@metric("call", of_shares=True, of_own_keys=True)
+@metric("call", of_shares=True, of_own_keys=True, of_weights=True)
 def self_weight_ratio(on: Selection) -> Reading:
     ratio, total = on.softmax.self_weight * on.call.visibility.count, on.row_sum
     return Reading(ratio, on.rows) if total is None else Reading(ratio / total, on.rows & (total > 0))
 
 
-@metric("call", of_shares=True)
-@metric("call", name="entropy_p15", reduce="percentile", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
+@metric("call", name="entropy_p15", reduce="percentile", of_shares=True, of_weights=True)
 def entropy(on: Selection) -> Reading:
     return on.of_pattern(on.softmax.entropy)
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
 def entropy_normalized(on: Selection) -> Reading:
     bound, total = on.at(on.call.visibility.count).clamp(min=2).float().log(), on.row_sum
     if total is None:
@@ -354,7 +356,7 @@ def entropy_normalized(on: Selection) -> Reading:
     return reading._replace(weights=reading.weights * (bound > 0))
 
 
-@metric("call", of_shares=True)
+@metric("call", of_shares=True, of_weights=True)
 def effective_keys(on: Selection) -> Reading:
     squares, total = on.softmax.sum_of_squares, on.row_sum
     if total is None:
@@ -363,7 +365,7 @@ def effective_keys(on: Selection) -> Reading:
     return reading._replace(weights=reading.weights * (squares > 0))
 
 
-@metric("call")
+@metric("call", of_weights=True)
 def first_weight(on: Selection) -> Reading:
     return Reading(on.softmax.first_weight, on.rows)
 

@@ -323,6 +323,8 @@ def shape_readings(
             {name: one.get(name, on.nothing) for name in names}
             for on, one in zip(selections, found_of, strict=True)
         ]
+    if not call.has_pattern:
+        return [{} for _ in selections]
     summed = [name for name in names if "received" in SHAPE_METRICS[name].needs]
     if call.sample is not None and summed:
         of_all = statistics.of_all_rows()

@@ -38,6 +38,7 @@ class Metric:
         where a layer adds up several maps, or a head's weights are negative.
     of_own_keys: whether it needs v_i, A_ii or another key by its place. It is undefined where the keys of a
         call are not the tokens' own.
+    of_weights: whether it needs the weights themselves. It is undefined where a layer has no softmax.
     """
 
     name: str
@@ -47,10 +48,12 @@ class Metric:
     needs: tuple[str, ...] = ()
     of_shares: bool = False
     of_own_keys: bool = False
+    of_weights: bool = False
 
     def defined_for(self, call: AttentionCall) -> bool:
         """Whether it can be read off a call, by the kind that the call is of."""
-        return (call.own_keys or not self.of_own_keys) and not (call.maps and self.of_shares)
+        there = (call.own_keys or not self.of_own_keys) and (call.has_pattern or not self.of_weights)
+        return there and not (call.maps and self.of_shares)
 
 
 REGISTRY: dict[str, Metric] = {}
@@ -65,6 +68,7 @@ def metric(
     needs: tuple[str, ...] = (),
     of_shares: bool = False,
     of_own_keys: bool = False,
+    of_weights: bool = False,
 ) -> Callable[[Compute], Compute]:
     """Registers a function as the metric of its name, or of `name`, with the catalogue's definition.
 
@@ -76,7 +80,8 @@ def metric(
         if known not in CATALOGUE:
             raise LookupError(f"metric '{known}' has no line in diag/metrics/catalogue.py")
         compute.__doc__ = CATALOGUE[known].definition
-        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares, of_own_keys)
+        weighed = of_weights or reads == "pattern"
+        REGISTRY[known] = Metric(known, compute, reads, reduce, needs, of_shares, of_own_keys, weighed)
         return compute
 
     return register

@@ -14,6 +14,7 @@ from torch import nn
 from diag.errors import UserError, did_you_mean
 from diag.inputs.outside import reason
 from diag.models.base import Tower
+from diag.models.hooks.linear import recurrent_modules
 from diag.models.hooks.seam import Layer, attention_modules
 from diag.models.hooks.survey import watched
 from diag.models.names.spec import LOCAL, ModelSpec
@@ -69,12 +70,16 @@ def layers_of(
     prefix: str = "",
     run: Callable[[], object] | None = None,
 ) -> tuple[Layer, ...]:
-    """The self-attention layers below `root`, by their names, or else those that call attention.
+    """The self-attention layers below `root`, by their names; or else mixers without softmax, or what calls
+    attention.
 
     run: runs `root` once; None where names alone are to tell.
     Raises UserError for a tower without any.
     """
     layers = attention_modules(root, prefix=prefix)
+    if not layers:
+        paths = recurrent_modules(root)
+        layers = tuple(Layer(i, prefix + path, root.get_submodule(path)) for i, path in enumerate(paths))
     if not layers and run is not None:
         with torch.inference_mode():
             called = dict.fromkeys(call.path for call in watched(root, run, asked=False).seen)

@@ -20,10 +20,11 @@ class LayerFacts:
         hides real keys beyond causality.
     first_token: "excluded" where the first token sees only itself (causal), else "included".
     projection: whether the output projection read Y "as captured", "modified" or "unknown".
-    gate_error: relative error of A V rebuilt from the call.
+    gate_error: relative error of A V rebuilt from the call; NaN of a layer without softmax.
     value_from: whose the values are: "own", another layer's ("layer 12"), or "mixed".
     row_sum: what the weights of a row sum to, on average over the rows that are checked; 1 unless weights
-        are no softmax, or several are added up.
+        are no softmax, or several are added up. NaN of a layer without softmax.
+    mixer: what makes its outputs, "softmax", or "linear" of a layer without it.
     """
 
     n_tokens: int
@@ -33,6 +34,7 @@ class LayerFacts:
     gate_error: float
     value_from: str = "own"
     row_sum: float = 1.0
+    mixer: str = "softmax"
 
 
 @dataclass(frozen=True, eq=False)

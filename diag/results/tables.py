@@ -43,6 +43,7 @@ CONSTANTS = [
     "projection",
     "value_from",
     "row_sum",
+    "mixer",
     "values",
     "intervention",
     "dtype",
@@ -213,7 +214,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
     tip = again(folder, PROBE)
-    return read_table(_finished(folder) / name, LAYOUTS[name], "table", tip=tip)
+    table = read_table(_finished(folder) / name, LAYOUTS[name], "table", tip=tip)
+    # older runs measured no other layers
+    return table if "mixer" in table else table.assign(mixer="softmax")
 
 
 def _finished(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from diag.errors import say, visible
+from diag.errors import say, spans, visible
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
 from diag.metrics.names import GROUPS
 from diag.results.caveats import caveats
@@ -69,6 +69,8 @@ def _title(part: pd.DataFrame) -> list[str]:
     if first.get("intervention", "none") != "none":
         title.append(f"with {first['intervention']}")
     title += caveats(first)
+    if "mixer" in part and (linear := sorted(set(part["layer"][part["mixer"] == "linear"]))):
+        title.append(f"no softmax in layer{'s' if len(linear) > 1 else ''} {spans(linear)}")
     title += ["t=0 excluded"] if first.get("first_token") == "excluded" else []
     return [visible(str(part)) for part in title]
 

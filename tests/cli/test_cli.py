@@ -39,7 +39,7 @@ KEYS = ["model", "tower", "layer", "module", "tokens", "metric"]
 STATISTICS = ["mean", "std", "ci_low", "ci_high", "n"]
 CONSTANTS = ["n_tokens", "patch_size", "image_size", "positions", "patch_embedding", "weights", "inputs"]
 CONSTANTS += ["attn_scope", "first_token"]
-CONSTANTS += ["projection", "value_from", "row_sum"]
+CONSTANTS += ["projection", "value_from", "row_sum", "mixer"]
 CONSTANTS += ["values", "intervention", "dtype", "seed"]
 
 
@@ -235,23 +235,40 @@ def test_layers_by_number_and_range(attnbias: Attnbias) -> None:
 
 
 def test_layers_that_are_not_measured_are_named(attnbias: Attnbias) -> None:
-    model = save_language_model(Path("hybrid"), "qwen3-next")
+    model = save_language_model(Path("hybrid"), "lfm2")
     given = ("probe", "-m", f"hf:{model}", "--texts", __file__, "--seq-len", 8, "--limit", 2, *FAST)
     ended = attnbias(*given, "--layers", "-2", "-o", "run")
-    linear = "no softmax attention (Qwen3NextGatedDeltaNet)"
+    convolution = "no softmax attention (Lfm2ShortConv)"
     assert ended.code == 0, ended.err
-    assert f"hf:hybrid: layers 0, 2: {linear}" in ended.lines
+    assert f"hf:hybrid: layers 0, 2: {convolution}" in ended.lines
     assert list(pd.read_csv("run/layers.csv")["layer"]) == [1]
     (entry,) = json.loads(Path("run/manifest.json").read_text())["models"]
     assert entry["layers"] == 3
-    assert entry["skipped_layers"] == {"layers.0": linear, "layers.2": linear}
+    assert entry["skipped_layers"] == {"layers.0": convolution, "layers.2": convolution}
     assert entry["skipped_numbers"] == {"layers.0": 0, "layers.2": 2}
     assert attnbias("report", "run", "-o", "page.html").code == 0
-    assert f"layers left out</dt><dd>layers 0, 2: {linear}" in Path("page.html").read_text()
+    assert f"layers left out</dt><dd>layers 0, 2: {convolution}" in Path("page.html").read_text()
     refused = attnbias(*given, "--layers", "last", "-o", "other")
     assert refused.code == 2
-    said = f"error: layer -1 is layer 2 ('layers.2'), which is not measured: {linear}"
+    said = f"error: layer -1 is layer 2 ('layers.2'), which is not measured: {convolution}"
     assert refused.lines[-2:] == [said, "tip: layers that are measured: 1"]
+
+
+@pytest.mark.parametrize(("kind", "linear"), [("qwen3-next", [0, 2]), ("mamba", [0, 1]), ("rwkv", [0, 1])])
+def test_layers_without_softmax_are_measured_and_told(
+    attnbias: Attnbias, kind: str, linear: list[int]
+) -> None:
+    model = save_language_model(Path("model"), kind)
+    given = ("-m", f"hf:{model}", "--texts", __file__, "--seq-len", 8, "--limit", 2)
+    ended = attnbias("probe", *given, "--metrics", "cos_y_vself,entropy", "-o", "run")
+    assert ended.code == 0, ended.err
+    assert f"no softmax in layers {', '.join(map(str, linear)) if linear == [0, 2] else '0-1'}" in ended.out
+    table = pd.read_csv("run/layers.csv")
+    there = table[table["metric"] == "entropy"].set_index("layer")["mean"].notna()
+    assert list(there.index[~there]) == linear
+    assert table[table["metric"] == "cos_y_vself"]["mean"].notna().all()
+    assert {*table[table["layer"].isin(linear)]["mixer"]} == {"linear"}
+    assert table["mixer"].nunique() == (2 if linear == [0, 2] else 1)
 
 
 @pytest.mark.parametrize(

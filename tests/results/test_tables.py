@@ -161,7 +161,7 @@ def test_layers_may_differ_in_their_number_of_heads() -> None:
 def test_the_columns_are_the_contract() -> None:
     layers, heads = tables(frame(random(1, 2, 3, 2)), RATIOS, seed=0)
     constants = ["n_tokens", "patch_size", "attn_scope", "first_token"]
-    constants += ["projection", "value_from", "row_sum", "values", "seed"]
+    constants += ["projection", "value_from", "row_sum", "mixer", "values", "seed"]
     assert list(layers) == [*KEYS, *STATISTICS, *constants]
     assert list(heads) == [*KEYS[:4], "head", *KEYS[4:], *STATISTICS, *constants]
     assert len(layers) == 3

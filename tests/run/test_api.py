@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen3NextConfig, Qwen3NextModel
+from transformers import Lfm2Config, Lfm2Model
 
 import diag
 from diag.errors import UserError
@@ -235,12 +235,10 @@ def test_a_failed_input_is_told_and_left_out(tmp_path: Path, noise: Path) -> Non
 @pytest.fixture(scope="module")
 def hybrid() -> nn.Module:
     """Five blocks, of which the fourth, layer 3, has softmax attention."""
-    sizes = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 8)
-    sizes |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "num_attention_heads"), 2)
-    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 5, "num_experts": 0, "vocab_size": 32}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    kinds = ["full_attention" if layer == 3 else "conv" for layer in range(5)]
     torch.manual_seed(0)
-    config = Qwen3NextConfig(**sizes, hidden_size=16, intermediate_size=16, mlp_only_layers=list(range(5)))
-    return Qwen3NextModel(config).eval()
+    return Lfm2Model(Lfm2Config(**sizes, num_hidden_layers=5, layer_types=kinds, vocab_size=32)).eval()
 
 
 IDS = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -250,11 +248,11 @@ IDS = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
 def test_layers_of_a_hybrid_keep_their_numbers(hybrid: nn.Module, layers: Any) -> None:
     found = diag.probe(hybrid, [{"input_ids": IDS}], metrics=["cos_y_vself"], layers=layers)
     assert list(found.layers["layer"]) == [3]
-    linear = "no softmax attention (Qwen3NextGatedDeltaNet)"
-    assert found.skipped == {f"layers.{index}": linear for index in (0, 1, 2, 4)}
+    convolution = "no softmax attention (Lfm2ShortConv)"
+    assert found.skipped == {f"layers.{index}": convolution for index in (0, 1, 2, 4)}
     assert found.depths == {"module": 5}
     if layers is None:
-        low, high = found.plot()["curves-Qwen3NextModel-module-all"].axes[0].get_xlim()
+        low, high = found.plot()["curves-Lfm2Model-module-all"].axes[0].get_xlim()
         assert (low < 0, high > 4) == (True, True)
 
 

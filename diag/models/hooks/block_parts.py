@@ -18,7 +18,7 @@ from diag.errors import UserError
 from diag.models.hooks.seam import Layer
 
 PRE, RES_POST, POST, PARALLEL = "pre-norm", "res-post-norm", "post-norm", "parallel"
-ATTENTION = "attn self_attn attention self_attention"
+ATTENTION = "attn self_attn attention self_attention linear_attn mamba"
 PROJECTIONS = "proj c_proj out_proj o_proj dense out_lin o"
 BARE_SCALES = ("gamma_1", "lambda_1")
 """Layer scales that are parameters of the block itself."""

@@ -18,6 +18,8 @@ CROSS = "cross-attention"
 """What stands in the reason of a module whose keys are not the tokens of its queries."""
 EAGER = "it computes a softmax itself, and what is weighed with it is not seen"
 """That of a module of which no more is known."""
+BESIDE = "no softmax, and beside attention in its block, whose place it is"
+"""Why a mixer without softmax that runs in one block with attention is not measured."""
 NUMBER = "#"
 
 Found = Mapping[str, str | None]
@@ -57,18 +59,22 @@ def stacks_of(
     *,
     ran: Iterable[tuple[str, int]] = (),
     keys: Mapping[str, int] | None = None,
+    linear: Collection[str] = (),
 ) -> tuple[Stack, ...]:
     """The stacks below `root` in the order of its modules, each with all of its places.
 
     ran: which attention modules ran, and for which time, in order: `("layers.0.attn", 0)`. Those that are
-    not among them hold one place each, in the order of modules.
+    not among them hold one place each, in the order of modules. keys: how many keys each module had.
+    linear: which of them have no softmax.
     """
     tree = _Tree(root)
     when = {key: place for place, key in enumerate(ran)}
     stacks = _grouped(tree, found, keys or {})
     measured = [stem for stem, paths in stacks.items() if any(found[path] is None for path in paths)]
     names = {stem: ".".join(stem) for stem in stacks} | _names(measured)
-    return tuple(Stack(names[stem], *_places(tree, paths, found, when)) for stem, paths in stacks.items())
+    return tuple(
+        Stack(names[stem], *_places(tree, paths, found, when, linear)) for stem, paths in stacks.items()
+    )
 
 
 class _Tree:
@@ -196,7 +202,11 @@ def _names(stems: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def _places(
-    tree: _Tree, paths: Sequence[str], found: Found, when: Mapping[tuple[str, int], int]
+    tree: _Tree,
+    paths: Sequence[str],
+    found: Found,
+    when: Mapping[tuple[str, int], int],
+    linear: Collection[str],
 ) -> tuple[tuple[Place, ...], dict[str, str]]:
     """All places of one stack, and what holds none."""
     block_of = _blocks(tree, paths)
@@ -210,6 +220,12 @@ def _places(
         for spot, run in zip(spots, runs, strict=True):
             inside.setdefault(block_of[spot], []).append((path, run))
     beside = _beside(tree, inside, found)
+    beside |= {
+        path: BESIDE
+        for own in inside.values()
+        for path, _ in own
+        if path in linear and any(other not in linear and other not in beside for other, _ in own)
+    }
     inside = {
         block: kept for block, own in inside.items() if (kept := [x for x in own if x[0] not in beside])
     }

@@ -76,7 +76,7 @@ def uniform(call: AttentionCall, strength: Strength) -> Tensor:
     if total.shape[1] != call.heads:
         total = total.repeat_interleave(call.group, 1)
     mean = total / count.clamp(min=1)
-    if not call.is_softmax:
+    if call.has_pattern and not call.is_softmax:
         mean = mean * row_sums(call)[..., None].to(mean.dtype) + call.outside_at(slice(None))
     return torch.where(count > 0, mean.to(output.dtype), output.flatten(1, 2))
 
@@ -103,6 +103,11 @@ def mask_self(call: AttentionCall, strength: Strength) -> Tensor:
 def _without_own(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the pattern without the own key, renormalised, and which of them see nothing else."""
     own = torch.arange(call.tokens, device=rows.device) == rows[:, None]
+    if not call.has_pattern:
+        raise MeasurementError(
+            f"layer '{call.module}' has no softmax: there is no A_ii",
+            "choose another intervention than mask_self, or name its layers: mask_self:LAYERS",
+        )
     whole = None if call.is_softmax or call.maps else pattern_rows(call, rows)
     negative = call.pattern is not None and whole is not None and bool((whole < 0).any())
     if call.maps or negative:
@@ -198,12 +203,14 @@ class Intervention:
     change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
         output gate, for branches `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
+    of_softmax: whether it needs a softmax layer; then it is of these alone, where no layers are named.
     """
 
     where: str
     change: Callable[..., Tensor]
     source: str
     strength: float | None = None
+    of_softmax: bool = False
 
     @property
     def definition(self) -> str:
@@ -215,10 +222,10 @@ INTERVENTIONS: dict[str, Intervention] = {
     "xsa": Intervention("attention", xsa, "Zhai 2026"),
     "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5),
     "random_direction": Intervention("attention", random_direction, "public controls study", 1.0),
-    "mask_self": Intervention("attention", mask_self, "-"),
+    "mask_self": Intervention("attention", mask_self, "-", of_softmax=True),
     "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
     "identity": Intervention("attention", identity, "SoftPAG", 1.0),
-    "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)"),
+    "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)", of_softmax=True),
     "skip": Intervention("attention branch", without_branch, "LayerBoost"),
     "cb": Intervention("mlp branch", context_broadcasting, "Context Broadcasting 2210.08457"),
     "cb_s": Intervention("mlp branch", scaled_context_broadcasting, "Context Broadcasting 2210.08457", 1.0),

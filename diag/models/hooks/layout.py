@@ -21,7 +21,7 @@ ROWS = 8
 class Layout:
     """Where the heads of a call are.
 
-    axis: of heads, among the axes before those of tokens and dims.
+    axis: of heads, among the axes before those of tokens and dims; 2 of four is `[batch, token, head, dim]`.
     merged: how many heads are merged into axis 0; `axis` then says on which side of it they stand once it
         is split in two: 1 behind the rest, 0 in front of it. 0 where they have an axis of their own.
     """
@@ -42,6 +42,8 @@ class Layout:
         """Back from `[row, head, token, dim]` to the shape of `like`, which was split."""
         if like.ndim == 4 and self == PLAIN:
             return x
+        if like.ndim == 4 and self.axis == 2:  # tokens stand before heads
+            return x.transpose(1, 2)
         lead = list(like.shape[:-2])
         if self.merged:
             rest = lead[0] // self.merged

@@ -27,9 +27,11 @@ SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
     "that follow each other"
 )
+SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
 )
+UNTOLD = "whose values its mixer without softmax is handed could not be told"
 NO_HEADS = "which axis holds its heads could not be told"
 
 INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
@@ -194,12 +196,19 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
 
 def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     """Which calls of one run of a module are the layer's, by number; and why, if none is."""
-    own = [one for one in calls if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked)]
+    own = [
+        one
+        for one in calls
+        if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked or one.recurrence)
+    ]
     if not own:
         first = calls[0]
-        return frozenset(), first.why or REASONS[first.kind or ELSEWHERE]
+        unknown = UNTOLD if first.recurrence is not None else REASONS[ELSEWHERE]
+        return frozenset(), first.why or REASONS.get(first.kind or "", unknown)
     if all(one.adds_up for one in calls):
         return frozenset(one.number for one in calls), None
+    if len(own) > 1 and any(one.recurrence is not None for one in own):
+        return frozenset(), SEVERAL_MIXERS
     if len(calls) > 1 and any(one.kind == EVERYTHING for one in calls):
         return frozenset(), SEVERAL
     if sum(one.touched for one in own) > 1:
@@ -316,7 +325,8 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
         found.setdefault(path, EAGER if square else EAGER_ELSEWHERE)
     towers, unmeasured = list[Understood](), dict[str, str]()
     keys = {one.path: one.print.shape[-1] for one in calls.seen.seen}
-    for stack in stacks_of(root, found, ran=calls.of_run, keys=keys):
+    linear = {one.path for one in calls.seen.seen if one.recurrence is not None}
+    for stack in stacks_of(root, found, ran=calls.of_run, keys=keys, linear=linear):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
             key = (place.path, place.run)
@@ -332,6 +342,7 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
                 extra=mine[0].extra,
                 value_from=_values_of(mine, of_stack),
                 in_turn=place.path in calls.seen.in_turn,
+                recurrence=mine[0].recurrence,
             )
             of_stack |= dict.fromkeys(mine, place.index)
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))

@@ -37,6 +37,7 @@ from diag.models.hooks.in_python import (
     refuse_no_rows,
 )
 from diag.models.hooks.layout import PLAIN, Layout, plain_layout
+from diag.models.hooks.linear import Mixing, Recurrence, mixers_told
 
 SDPA = F.scaled_dot_product_attention
 MULTI_HEAD = F.multi_head_attention_forward
@@ -69,6 +70,7 @@ class Form:
     value_from: "own" where each token has its own value; else what the values are of.
     extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
     in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
+    recurrence: how a layer without softmax mixes its tokens; None of attention.
     """
 
     runs: int = 1
@@ -79,6 +81,12 @@ class Form:
     value_from: str = "own"
     extra: tuple[int, int] = (0, 0)
     in_turn: bool = False
+    recurrence: Recurrence | None = None
+
+    @property
+    def mixer(self) -> str:
+        """What makes a layer's outputs: "softmax" or "linear"."""
+        return "softmax" if self.recurrence is None else "linear"
 
 
 USUAL = Form()
@@ -169,7 +177,8 @@ def attention_calls(layers: Sequence[Layer], on_call: OnCall) -> Iterator[Sighti
     """
     refuse_compiled(layers)
     seam = _Seam(layers, on_call)
-    with hooked(seam, {layer.path: layer.module for layer in layers}):
+    recurrent = any(layer.form.recurrence is not None for layer in layers)
+    with hooked(seam, {layer.path: layer.module for layer in layers}, without_softmax=recurrent):
         yield seam.sightings
 
 
@@ -204,8 +213,11 @@ class Frame:
 
 
 @contextmanager
-def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens."""
+def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module], *, without_softmax: bool) -> Iterator[None]:
+    """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens.
+
+    without_softmax: whether it is told of their mixers without softmax, too.
+    """
     with ExitStack() as undone:
         undone.callback(mode.stack.clear)
         mode.readers = undone.enter_context(in_python())
@@ -216,6 +228,8 @@ def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module]) -> Iterator[No
             undone.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
             kept = module.register_forward_hook(left, always_call=True, with_kwargs=True)
             undone.callback(kept.remove)
+        if without_softmax:
+            undone.enter_context(mixers_told(modules.values(), mode.mixing))
         with mode:
             yield
 
@@ -265,6 +279,16 @@ class AttentionMode(TorchFunctionMode):
         self.stack: list[Frame] = []
         self.followed = Followed()
         self.readers: Mapping[Any, Reader] = {}
+        self.off = False
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What runs under this is no attention, whatever it looks like: the inside of a recurrence."""
+        before, self.off = self.off, True
+        try:
+            yield
+        finally:
+            self.off = before
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
         """A hooked module begins to run."""
@@ -276,6 +300,10 @@ class AttentionMode(TorchFunctionMode):
 
     def attention(self, given: Arguments) -> Tensor:
         """What a call of attention returns."""
+        raise NotImplementedError
+
+    def mixing(self, given: Mixing) -> Any:
+        """What a mixer without softmax returns."""
         raise NotImplementedError
 
     def product(self, given: Product, result: Tensor) -> Tensor:
@@ -298,6 +326,8 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.off:
+            return func(*args, **kwargs)
         if func is SDPA:
             given = Arguments(*args, **kwargs)
             if self.stack:
@@ -526,6 +556,40 @@ class _Seam(AttentionMode):
             frame.unread = layout.split(output)
         return output
 
+    def mixing(self, given: Mixing) -> Any:
+        frame = self.stack[-1] if self.stack else None
+        layer = None if frame is None else frame.layer
+        form = None if layer is None else layer.form.recurrence
+        if frame is None or layer is None or form is None or form.called != given.called:
+            return given.run()[0]
+        with self.unseen():
+            result, output = given.run()
+        if output is None:
+            return result
+        number = frame.calls
+        frame.calls += 1
+        layout = layer.form.layout or PLAIN
+        call = AttentionCall(
+            layer=layer.index,
+            module=layer.name,
+            query=None,
+            key=None,
+            value=layout.split(given.value),
+            output=layout.split(output),
+            mask=None,
+            causal=form.causal,
+            scale=1.0,
+            padding=padding_of(layer, number, layout.split(output)),
+        )
+        self.sightings.calls[layer.name] += 1
+        replaced = self.on_call(call)
+        if replaced is not None:
+            output = layout.joined(replaced.to(output.dtype), output)
+            result = given.with_output(result, output)
+        if layer.name not in self.sightings.projection:
+            frame.unread = layout.split(output)
+        return result
+
     def added_up(self, frame: Frame) -> None:
         """Hands on the sum of a layer's maps, before the module goes on with it."""
         assert frame.maps is not None
@@ -561,7 +625,10 @@ class _Seam(AttentionMode):
         same = read.numel() == output.numel() and any(
             torch.equal(read.reshape(-1), output.permute(order).reshape(-1)) for order in orders
         )
-        if same or frame.layer.form.layout in (None, PLAIN):  # rows of others may be read in another order
+        form = frame.layer.form
+        if (
+            same or form.layout in (None, PLAIN) or form.recurrence
+        ):  # rows of others may be read in another order
             self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Product
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, merged_layout, plain_layout, sized_layout
+from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
 from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
+
+NEIGHBOURS = 8
+"""Of how many tokens up to its own a value in front of a recurrence may be made; convolutions are 4 wide."""
 
 ABOVE = 3
 """How many modules, from the one that called attention upwards, are asked: a block runs its attention, which
@@ -33,6 +37,7 @@ may run another one that is handed queries, keys and values."""
 
 OWN, MIXED, SHARED, ELSEWHERE = "own tokens", "mixed values", "an earlier layer's values", "other tokens"
 CHANNELS, HEADS, EVERYTHING, ORDER = "channels", "heads", "everything", "another order"
+NOT_LINEAR = "not linear"
 OVERLAP = "overlapping windows"
 REASONS = {
     CHANNELS: "it attends over channels, not over tokens",
@@ -41,6 +46,7 @@ REASONS = {
     OVERLAP: "its windows overlap: a token is a key of several of them",
     ORDER: "its keys are not in the order of its queries",
     ELSEWHERE: "its keys are not the tokens of its queries (cross-attention)",
+    NOT_LINEAR: "what it makes of its values is not linear in them",
 }
 """What the axis test found -> why such a call is not measured."""
 
@@ -54,6 +60,7 @@ class Seen:
     kind: what the axis test found; None where it could not be asked. why: it is not measured, if so.
     asked: whether it was. touched: whether the one changed element reached it.
     adds_up: whether it is one of several maps of a sum.
+    recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
     extra: how many keys in front of its tokens and behind them are none; `unequal`: there may be such.
     changed: along the first axis, where V did. open: how many more modules may be asked. query: or `scores`,
@@ -72,6 +79,7 @@ class Seen:
     extra: tuple[int, int] = (0, 0)
     layout: Layout | None = None
     adds_up: bool = False
+    recurrence: Recurrence | None = None
     keys: Tensor | None = None
     first_alone: bool = False
     open: int = ABOVE
@@ -81,6 +89,11 @@ class Seen:
     output: Tensor | None = None
     changed: Tensor | None = None
     widths: list[int] = field(default_factory=list)
+
+    def is_open(self, frame: _Running) -> bool:
+        """Whether a module may tell more: one that runs a recurrence only may have mixed values before it."""
+        alone = self.recurrence is not None and len(frame.made) == 1
+        return self.kind is None or (self.kind == OWN and alone)
 
     def forget(self) -> None:
         """Takes back what the axis test found."""
@@ -114,7 +127,7 @@ def watched(root: nn.Module, run: Callable[[], object], *, asked: bool = True) -
     """
     modules = {path: module for path, module in root.named_modules() if not _is_leaf(module)}
     survey = Survey(asked)
-    with hooked(survey, modules):
+    with hooked(survey, modules, without_softmax=True):
         run()
     for seen in survey.seen:
         seen.close()
@@ -160,15 +173,15 @@ class Survey(AttentionMode):
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
-        if self.again is None:
+        if self.again is None and not self.off:
             self.stack.append(_Running(path, self.runs[path]))
             self.runs[path] += 1
 
     def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.again is not None:
+        if self.again is not None or self.off:
             return
         frame = self.stack.pop()
-        if output is not None and self.asked and any(x.kind is None or x.unequal for x in frame.waiting):
+        if output is not None and self.asked and any(x.is_open(frame) or x.unequal for x in frame.waiting):
             self._ask(frame, module, args, kwargs)
         if output is not None and frame.maps is not None and frame.maps.adds_up:
             self._note_maps(frame, frame.maps)
@@ -176,7 +189,7 @@ class Survey(AttentionMode):
             self._ask_in_turn(frame, module, args, kwargs)
         for seen in frame.waiting:
             seen.open -= 1
-        left = [seen for seen in frame.waiting if seen.open and (seen.kind is None or seen.layout is None)]
+        left = [seen for seen in frame.waiting if seen.open and (seen.is_open(frame) or seen.layout is None)]
         for seen in frame.waiting:
             if seen not in left:
                 seen.close()
@@ -232,6 +245,27 @@ class Survey(AttentionMode):
                 call = AttentionCall(0, frame.path, query, key, value, output, mask, causal, given.scaling)
                 frame.maps.note_call(call, output)
         return output
+
+    def mixing(self, given: Mixing) -> Any:
+        with self.unseen(), Inside() as inside:
+            result, output = given.run()
+        if output is None or not is_without_softmax(given, inside):
+            return given.run()[0]  # seen this time
+        if self.again is not None:
+            self.again.append((output.clone(), given.value.clone()))
+        elif self.stack:
+            seen = self._noted(given.value)
+            seen.layout, seen.recurrence = given.usual, Recurrence(given.called)
+            if self.asked and not self._is_linear(given, output):
+                seen.kind, seen.why = NOT_LINEAR, REASONS[NOT_LINEAR]
+            elif self.asked:
+                seen.query, seen.value, seen.output = output, given.value, output
+                self.stack[-1].waiting.append(seen)
+        return result
+
+    def _is_linear(self, given: Mixing, output: Tensor) -> bool:
+        with self.unseen():
+            return is_linear(given, output)
 
     def product(self, given: Product, result: Tensor) -> Tensor:
         if self.again is not None:
@@ -301,9 +335,12 @@ class Survey(AttentionMode):
         if again is None:
             return
         for seen, (query, value) in zip(frame.made, again, strict=True):
-            if seen.kind is None and seen.value is not None and seen.value.shape == value.shape:
+            if seen.is_open(frame) and seen.value is not None and seen.value.shape == value.shape:
                 seen.asked = True
-                seen.kind = _kind(seen, query, value, direct=seen.path == frame.path)
+                if seen.recurrence is not None:
+                    _ask_recurrence(seen, query, value)
+                else:
+                    seen.kind = _kind(seen, query, value, direct=seen.path == frame.path)
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
@@ -385,6 +422,41 @@ def _kind(seen: Seen, again: Tensor | None, value_again: Tensor, *, direct: bool
     if several and len(places[1]) == 1 and len(tokens) == seen.value.shape[-2]:
         return HEADS
     return MIXED if len(tokens) <= seen.value.shape[-2] / 2 else EVERYTHING
+
+
+def _ask_recurrence(seen: Seen, output_again: Tensor, value_again: Tensor) -> None:
+    """What a mixer without softmax is over, where its tokens are, and whether it is causal.
+
+    Which axis holds tokens is the one that is not followed as a whole. Its values may be made of a few tokens
+    each, by a convolution over neighbours.
+    """
+    assert seen.value is not None
+    assert seen.query is not None
+    assert seen.recurrence is not None
+    known = seen.kind
+    layouts = sorted((PLAIN, TOKENS_FIRST), key=lambda layout: layout != seen.layout)
+    if (seen.layout or PLAIN).split(seen.value).shape[-2] == 1:  # a single head looks like a single token
+        layouts.reverse()
+    for layout in layouts:
+        value, again, output = (layout.split(x) for x in (seen.value, value_again, seen.query))
+        tokens, dims = _followed(value, again)[-2:]
+        of_output = _followed(output, layout.split(output_again))[-2]
+        size = value.shape[-2]
+        if not len(tokens) or not len(of_output):
+            continue
+        alone = len(tokens) == 1
+        causal = bool(of_output[0] == tokens[0]) and (bool(tokens[0] > 0) or size == 1)
+        whole = len(tokens) == size or (causal and size - int(tokens[0]) == len(tokens) > NEIGHBOURS)
+        if alone and tokens[0] not in of_output:
+            seen.kind = known or ORDER
+            continue
+        if whole and not alone:
+            seen.kind = known or (CHANNELS if len(dims) == 1 and value.shape[-1] > 1 else EVERYTHING)
+            continue
+        seen.kind, seen.layout = OWN if alone else MIXED, layout
+        seen.recurrence = replace(seen.recurrence, causal=causal)
+        seen.first_alone = causal
+        return
 
 
 def _once_in_each_row(value: Tensor, again: Tensor) -> bool:

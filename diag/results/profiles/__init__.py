@@ -15,7 +15,17 @@ import pandas as pd
 
 from diag.errors import UserError, one_of
 from diag.results.profiles.curve_shape import DOUBTS, FEWEST, SHAPES, UNCLEAR, onset_of, shape_of
-from diag.results.profiles.curves import DERIVED, Curve, Drawn, curves_of, inputs_of, interval, minus, over
+from diag.results.profiles.curves import (
+    DERIVED,
+    Curve,
+    Drawn,
+    curves_of,
+    inputs_of,
+    interval,
+    minus,
+    over,
+    share,
+)
 
 __all__ = ["DOUBTS", "FEWEST", "SHAPES", "UNCLEAR", "differences", "missing", "profiles", "strongest"]
 
@@ -149,8 +159,7 @@ def _rows(curves: Mapping[str, Curve], growth: tuple[int, int] | None) -> Iterab
             here = {"metric": metric, "n": curve.n}
             yield here | {"quantity": "mean"} | _valued(curve.over_layers())
             if "cos_y_vself" in curves:
-                share = over(curve.over_layers(), curves["cos_y_vself"].over_layers())
-                yield here | {"quantity": "share"} | _valued(share)
+                yield here | {"quantity": "share"} | _valued(share(curve, curves["cos_y_vself"]))
 
 
 def _depth_rows(curve: Curve, metric: str, growth: tuple[int, int] | None) -> Iterable[dict[str, object]]:
@@ -199,7 +208,7 @@ def _numbers(curves: Mapping[str, Curve]) -> dict[str, tuple[Drawn, int]]:
         if quantity == "mean":
             value = curve.over_layers()
         elif quantity == "share" and "cos_y_vself" in curves:
-            value = over(curve.over_layers(), curves["cos_y_vself"].over_layers())
+            value = share(curve, curves["cos_y_vself"])
         elif quantity == "last_minus_first" and len(curve.layers) > 1:
             value = minus(curve.at(-1), curve.at(0))
         if value is not None:

@@ -44,6 +44,11 @@ class Curve:
         """The mean over layers."""
         return float(self.mean.mean()), self.draws.mean(1)
 
+    def where(self, other: Curve) -> Curve:
+        """The same in the layers that another curve has as well."""
+        both = np.isin(self.layers, other.layers)
+        return Curve(self.layers[both], self.mean[both], self.draws[:, both], self.n)
+
 
 def minus(a: Drawn, b: Drawn) -> Drawn:
     """The difference of two numbers of the same resamples."""
@@ -55,6 +60,11 @@ def over(a: Drawn, b: Drawn) -> Drawn | None:
     if not b[0] > 0 or (len(b[1]) and np.percentile(b[1], 2.5) <= 0):
         return None
     return a[0] / b[0], a[1] / b[1] if len(a[1]) == len(b[1]) else np.array([])
+
+
+def share(part: Curve, of: Curve) -> Drawn | None:
+    """The ratio of two curves' means over the layers that have both: weights are not known in all of them."""
+    return over(part.where(of).over_layers(), of.where(part).over_layers())
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -38,9 +38,10 @@ def line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", mark
     """A mean with its 95 % interval: a band, or a bar where a point is alone. Draws nothing if it is empty.
 
     curve: columns `x`, mean, ci_low, ci_high, over depth also layer; sorted by x. At most about `marks`
-    points are marked. Where layers between are not there, the line is broken, because nothing is known of
-    them: every point is marked, and a fine dotted line leads over.
+    points are marked. Where layers between are not there, or the metric is undefined in them, the line is
+    broken, because nothing is known of them: every point is marked, and a fine dotted line leads over.
     """
+    curve = curve[curve["mean"].notna()]
     if curve.empty:
         return
     colour = OKABE_ITO.get(str(look.colour), look.colour)

@@ -22,6 +22,7 @@ def unusual(layers: pd.DataFrame) -> list[str]:
                 said.append(f"{_layers(some, use=True)} the values of {source}.")
     if "projection" in each and (some := each[each["projection"] == "modified"]).size:
         said.append(f"In {_layers(some)} an output gate or a norm stands between y and W_O.")
+    said += without_softmax(layers)
     if "row_sum" in each and (some := each[(each["row_sum"] - 1).abs() > SUMS_TO_ONE]).size:
         low, high = (fixed(end) for end in (some["row_sum"].min(), some["row_sum"].max()))
         number = low if low == high else f"{low} to {high}"
@@ -30,6 +31,18 @@ def unusual(layers: pd.DataFrame) -> list[str]:
             "(entropy, the uniform null) is left out where several maps are added up."
         )
     return said
+
+
+def without_softmax(layers: pd.DataFrame) -> list[str]:
+    """Which layers of one line have no softmax, and what that means for its numbers; nothing if all have."""
+    each = layers.drop_duplicates("layer").sort_values("layer").set_index("layer")
+    some = each[each["mixer"] == "linear"] if "mixer" in each else each.iloc[:0]
+    if some.empty:
+        return []
+    said = f"In {_layers(some)} no softmax mixes the tokens: what needs attention weights is undefined there"
+    if len(some) < len(each):
+        said += ", and other means over layers are of both kinds"
+    return [f"{said}."]
 
 
 def _layers(some: pd.DataFrame, *, use: bool = False) -> str:

@@ -165,8 +165,8 @@ def _in_text(plan: AttendPlan, model: Model, tower: Tower, batch: Batch) -> _Tar
 
 
 def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | None) -> Layer:
-    """The layer with the model's own number, negative from its last, or the measured one that is nearest to
-    a relative depth; of two the deeper.
+    """The layer with the model's own number, negative from its last, or the one that is nearest to a relative
+    depth among those with attention weights; of two the deeper.
 
     Raises UserError for a layer that is not there or not measured.
     """
@@ -176,7 +176,8 @@ def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | N
         return next(each for each in tower.layers if each.index == number)
     assert depth is not None
     deepest = max(len(tower.places), *(each.index + 1 for each in tower.layers)) - 1
-    return min(tower.layers, key=lambda each: (abs(each.index - depth * deepest), -each.index))
+    weighed = [each for each in tower.layers if each.form.mixer == "softmax"] or tower.layers
+    return min(weighed, key=lambda each: (abs(each.index - depth * deepest), -each.index))
 
 
 def chosen_head(head: int | None, call: AttentionCall, model: Model) -> int | None:

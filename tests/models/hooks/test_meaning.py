@@ -565,7 +565,7 @@ def test_depth_that_shares_weights_is_numbered_by_run() -> None:
     assert [call.layer for call in calls] == [1, 2]
 
 
-def test_a_hybrid_keeps_its_numbers_and_names_its_other_layers() -> None:
+def test_a_hybrid_keeps_its_numbers_and_tells_its_mixers() -> None:
     linear = {"num_value_heads": 2, "num_key_heads": 2, "key_head_dim": 8, "value_head_dim": 8}
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
     config = transformers.Qwen3NextConfig(
@@ -579,9 +579,10 @@ def test_a_hybrid_keeps_its_numbers_and_names_its_other_layers() -> None:
         shared_expert_intermediate_size=8,
     )
     (tower,) = meaning_on(transformers.Qwen3NextModel(config).eval(), ids()).towers
-    assert told(Meaning((tower,), INPUTS)) == {"": {3: "layers.3.self_attn"}}
-    reason = "no softmax attention (Qwen3NextGatedDeltaNet)"
-    assert tower.skipped == {f"layers.{i}": reason for i in range(3)}
+    linear = {i: f"layers.{i}.linear_attn" for i in range(3)}
+    assert told(Meaning((tower,), INPUTS)) == {"": linear | {3: "layers.3.self_attn"}}
+    assert [layer.form.mixer for layer in tower.layers] == ["linear"] * 3 + ["softmax"]
+    assert tower.skipped == {}
 
 
 @pytest.mark.parametrize(

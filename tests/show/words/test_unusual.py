@@ -36,3 +36,11 @@ def test_what_is_unusual_is_said_with_its_layers() -> None:
         "(entropy, the uniform null) is left out where several maps are added up.",
     ]
     assert unusual(table[table["layer"] == 4]) == ["Layer 4 uses the values of layer 3."]
+
+
+def test_layers_without_softmax_are_named() -> None:
+    said = "no softmax mixes the tokens: what needs attention weights is undefined there"
+    table = layers(mixer=["linear"] * 3 + ["softmax"] + ["linear"] * 4)
+    assert unusual(table) == [f"In layers 0-2, 4-7 {said}, and other means over layers are of both kinds."]
+    assert unusual(table[table["layer"] < 3]) == [f"In layers 0-2 {said}."]
+    assert unusual(table[table["layer"] == 3]) == []

@@ -206,10 +206,6 @@ def test_the_vision_tower_of_a_larger_model_saved_alone(
             "no self-attention layer found in its vision tower",
         ),
         (
-            transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=VOCABULARY),
-            "no self-attention layer found in its text tower",
-        ),
-        (
             transformers.Blip2QFormerConfig(**TEXT_SIZES, vocab_size=VOCABULARY),
             "takes 'query_embeds', neither images nor text",
         ),
