@@ -22,6 +22,7 @@ from diag.errors import UserError
 from diag.models.names.series import members
 from diag.results import tables as records
 from diag.results.bootstrap import summary
+from diag.results.caveats import BY_DEFAULT
 from diag.results.collect import collect
 from diag.results.writing import write, write_json
 from diag.show.figures.style import style
@@ -736,6 +737,13 @@ class TestPlans:
         )
         assert caption("{models}: {T}", "", rows, ["texts (x)"]) == (
             "9 models from m0 to m8: 8 9 models from m0 to m8; T = 8; n = 3 texts (x); values as computed."
+        )
+
+    def test_captions_say_caveats_and_of_which_models(self) -> None:
+        rows = pd.DataFrame({"model": ["a", "b", "c"], "tower": "text", "n": 3, "inputs": BY_DEFAULT})
+        rows["weights"] = ["random", "random", "loaded"]
+        assert caption("", "Means.", rows, []) == (
+            "Means. a, b, c; n = 3; random weights: a, b; demo inputs."
         )
 
 
