@@ -19,7 +19,8 @@ from diag.inputs.texts import documents, texts
 def as_inputs(given: object, tower: str) -> Inputs:
     """What Python users pass: `Inputs`, a source as on the command line, or a list of images or texts.
 
-    given: images are PIL images or paths (`pathlib`), texts are strings.
+    given: images are PIL images or paths (`pathlib`), texts are strings. An image of floats (mode F) is 0 for
+        black to 1 for white.
     """
     if isinstance(given, Inputs):
         return given
@@ -42,13 +43,18 @@ def as_inputs(given: object, tower: str) -> Inputs:
 
 
 def _opened(given: Sequence[Image.Image]) -> Inputs:
-    """Images that are open, called by their places. One that cannot be read is told where it is read."""
+    """Images that are open, called by their places. One that cannot be read is told where it is read.
+
+    Raises UserError for one whose numbers are on no scale that is known.
+    """
     content, items = hashlib.sha256(), list[Item]()
     for place, image in enumerate(given):
         found: Image.Image | str = image
         try:
             pixels = rgb(image)
             content.update(f"{pixels.size}".encode() + pixels.tobytes())
+        except UserError as error:  # of all that were made in the same way, not of this one
+            raise UserError(f"image {place}: {error}", error.tip) from error
         except Exception as error:  # somebody else may have opened a damaged file: Pillow raises what breaks
             # it is not asked again: the second time it may hand out what was read till then
             found = f"cannot read image {place}: {reason(error)}"
