@@ -38,7 +38,8 @@ def as_inputs(given: object, tower: str) -> Inputs:
         return documents("python", {str(i): x for i, x in enumerate(listed)})
     raise UserError(
         "inputs are neither all PIL images nor all strings",
-        "pass a folder, 'demo', or a list of either; files of images as pathlib.Path",
+        "pass a folder, 'demo', or a list of either, [image] for one; files as pathlib.Path, an array as "
+        "PIL.Image.fromarray(array)",
     )
 
 
