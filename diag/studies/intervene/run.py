@@ -125,7 +125,9 @@ def _carry_out(
     heads = int(before["head"].max()) + 1 if plan.heads else 0
     todo = cases(edits, layers, plan.scopes, heads=heads)
     truth, classify = _truth(model, tower, samples) if plan.labelled else (None, None)
-    listener.say(f"{spec.given}: {len(todo)} changes of {len(layers)} layers, on {len(samples)} inputs")
+    counts = (len(layers), "layer"), (len(samples), "input")
+    over = ", on ".join(f"{count} {word}{'s' if count != 1 else ''}" for count, word in counts)
+    listener.say(f"{spec.given}: {len(todo)} changes of {over}")
     if tower.language_head is not None and any(edit.where == "mlp branch" for edit in edits):
         listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
     listener.start(f"{spec.given} changed", len(samples))
