@@ -80,7 +80,8 @@ def of_table(rows: pd.DataFrame) -> list[str]:
     if not {"model", "tower"} <= set(rows):
         return []
     found, models = dict[str, list[str]](), list(rows["model"].unique())
-    for _, line in rows.drop_duplicates(["model", "tower"]).iterrows():
+    told = [column for column in COLUMNS if column in rows]  # of one model, lines may differ
+    for _, line in rows.drop_duplicates(["model", "tower", *told]).iterrows():
         for words in caveats(line):
             found.setdefault(words, []).append(str(line["model"]))
     return [

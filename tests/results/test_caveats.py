@@ -38,6 +38,9 @@ def test_a_table_says_for_which_models_a_caveat_holds() -> None:
     )
     assert of_table(rows) == ["random weights: a", "demo inputs"]
     assert of_table(rows[:1]) == ["random weights", "demo inputs"]
+    twice = rows.assign(model="a", weights="loaded", inputs=["given", BY_DEFAULT])
+    assert of_table(twice) == ["demo inputs"]  # of one of its lines
+    assert of_table(rows.drop(columns="model")) == []
 
 
 def test_inputs_that_nobody_chose_stand_in_columns_label_table_and_report(

@@ -31,7 +31,7 @@ def page(
     columns = min(count, columns)
     rows = math.ceil(count / columns)
     titles = title_lines(title, TITLE_LENGTH)
-    extra += TITLE_LINE * (len(titles) - 1)
+    extra += TITLE_LINE * (len(titles) - 1 + max(caption.count("\n") - 1, 0))
     figure = Figure(figsize=(PAGE_WIDTH, row_height * rows + 0.6 + extra))
     # Constrained layout keeps room for one heading per figure; the caption, in its own size, needs a second.
     body = figure.subfigures(1, 1, squeeze=False)[0, 0]

@@ -6,6 +6,7 @@ in a table of several runs, one `label`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -164,13 +165,13 @@ def label_of(rows: pd.DataFrame, *parts: str) -> str:
 
 
 def wrapped(parts: Iterable[str], width: int) -> list[str]:
-    """Parts in as few lines as they take, broken between parts only."""
+    """Parts in as few lines as they take, broken between parts; one that is longer than a line, at spaces."""
     lines: list[str] = []
     for part in filter(None, parts):
         if lines and len(lines[-1] + BETWEEN + part) <= width:
             lines[-1] += BETWEEN + part
         else:
-            lines.append(part)
+            lines += textwrap.wrap(part, width, break_long_words=False, break_on_hyphens=False)
     return lines
 
 

@@ -83,6 +83,15 @@ def drawn_against(collection: Collection) -> Figure:
     return against(rows.assign(line=rows["model"], against="n_tokens", at=rows["n_tokens"]))
 
 
+def many_against(collection: Collection) -> Figure:
+    """Points of many models, of which all but one have caveats."""
+    rows = collection.layers[(collection.layers["layer"] == 0) & (collection.layers["model"] == "demo:c")]
+    names = [f"timm:vit_base_patch16_{size}" for size in range(12)]
+    table = pd.concat([rows.assign(model=name, at=at + 1) for at, name in enumerate(names)])
+    table.loc[table["model"] == names[0], [*COLUMNS]] = "native"
+    return against(table.assign(line="a line", against="n_tokens"))
+
+
 def pairs(collection: Collection) -> Figure:
     rows = collection.layers[collection.layers["metric"] == "value_similarity"]
     sides = dict(zip(rows["model"].unique(), ("baseline", "XSA-trained", "baseline"), strict=True))
@@ -104,6 +113,7 @@ FIGURES: dict[str, tuple[Callable[[Collection], Figure], list[str]]] = {
     "depth": (lambda found: depth_profiles(found.layers), SAID),
     "entropy": (lambda found: entropy_over_depth(found.layers), SAID),
     "lengths": (drawn_against, SAID),
+    "lengths of many": (many_against, SAID),
     "pairs": (pairs, SAID),
     "sensitivity": (swept, SAID),
     "similarity-map": (lambda found: seen("similarity-map", **LOOKED), SAID[:-1]),
