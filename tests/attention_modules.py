@@ -38,9 +38,11 @@ class Attention(nn.Module):
         q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(-2, -3) for part in (self.q, self.k, self.v))
         return q, k, v
 
+    def attended(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.call(*self.heads(x), mask, **self.options).transpose(-2, -3).flatten(-2)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = self.call(*self.heads(x), mask, **self.options)
-        return x + self.out(y.transpose(-2, -3).flatten(-2))
+        return x + self.out(self.attended(x, mask))
 
 
 class MergedHeads(Attention):

@@ -84,13 +84,17 @@ def save_language_model(folder: Path, kind: str) -> Path:
         )
     else:
         raise KeyError(kind)
-    # biases and norms start at constants, which would hide a route that loses them
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+    _unlike_constants(model)
     model.save_pretrained(folder)
     save_tokenizer(folder, special=("<s>", "</s>") if kind in ("bert", "t5") else None)
     return folder
+
+
+def _unlike_constants(model: torch.nn.Module) -> None:
+    """Biases and norms start at constants, which would hide a route that loses them."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.2)
 
 
 def save_vision_model(folder: Path, kind: str) -> Path:
@@ -197,9 +201,7 @@ def save_vision_language_model(folder: Path, kind: str) -> Path:
         )
     else:
         raise KeyError(kind)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+    _unlike_constants(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -54,6 +54,12 @@ def run_cli(*arguments: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
+def probe_of(metric: str = "cos_y_vself", *, limit: int = 1, out: str = "run") -> tuple[object, ...]:
+    """The words of a small probe of demonstration photographs, which are asked for."""
+    given = ("-m", "demo:vit-p16", "--images", "demo", "--limit", limit)
+    return ("probe", *given, "--metrics", metric, "-o", out)
+
+
 def sketch(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
     """Lays a figure out and writes its rows, but its pictures stay empty: fonts take the time."""
     from diag.show.figures.style import style

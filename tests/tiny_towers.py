@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import attention_modules
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,43 +22,29 @@ NAMES = list(METRICS)
 VISION_TOKENS, INPUTS = 12, 5
 
 
-class Attention(nn.Module):
-    """Self-attention over `[batch, token, 16]` with four heads; options go to PyTorch's function."""
+class Attention(attention_modules.Attention):
+    """With four heads."""
 
     def __init__(self, kv_heads: int = 4, **options: Any) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 8 * kv_heads), nn.Linear(16, 8 * kv_heads)
-        self.out = nn.Linear(32, 16)
-        self.options = options
-
-    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v, mask, **self.options).transpose(1, 2).flatten(2)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + self.out(self.attend(x, mask))
+        super().__init__(4, kv_heads, **options)
 
 
 class InTurn(Attention):
     """Qwen2.5-VL: one call for each window of five or seven tokens."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + self.out(torch.cat([self.attend(window) for window in x.split((5, 7), 1)], 1))
+        return x + self.out(torch.cat([self.attended(window) for window in x.split((5, 7), 1)], 1))
 
 
-class InBatch(Attention):
+class InBatch(Attention, attention_modules.WindowsInBatch):
     """Swin: three windows of four tokens of each input, as rows."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = self.attend(x.unflatten(1, (3, -1)).flatten(0, 1))
-        return x + self.out(y.unflatten(0, (-1, 3)).flatten(1, 2))
 
 
 class Pooled(Attention):
     """Four queries over all tokens."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = self.heads(x)
         pooled = F.scaled_dot_product_attention(q[:, :, :4], k, v).transpose(1, 2).flatten(2)
         return x + self.out(pooled).mean(1, keepdim=True)
 
@@ -66,11 +53,7 @@ class Skipping(Attention):
     """Runs, but not when its inputs are as `skip` says."""
 
 
-class Stack(nn.Module):
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
+class Stack(attention_modules.Stack):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
             if not (isinstance(layer, Skipping) and x.shape[0] == 1):

@@ -16,7 +16,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall, of_threads
 from diag.attention.sampling import RowSample
 from diag.attention.visibility import four_dimensional
-from diag.errors import MeasurementError
+from diag.errors import MeasurementError, UserError
 
 LN2 = math.log(2)
 
@@ -32,8 +32,26 @@ LEAST_BLOCKS = 16
 """Blocks per head in long sequences: fewer would compute more of what causality hides."""
 
 
+def _places(rows: Tensor | Sequence[int] | int, tokens: int, device: torch.device) -> Int[Tensor, " row"]:
+    """Query rows as places from the first token: what causality hides from a row is decided by its place.
+
+    Raises UserError for rows that are not there, or no whole numbers.
+    """
+    found = torch.as_tensor(rows, device=device)
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise UserError(
+            f"rows are {str(found.dtype).removeprefix('torch.')}", "give the places of tokens: [0, 5, -1]"
+        )
+    # what measures gives tensors, and does not wait for a GPU to look at them
+    if not isinstance(rows, Tensor) and ((found < -tokens) | (found >= tokens)).any():
+        raise UserError(
+            f"no query row {found.tolist()}", f"rows are 0 to {tokens - 1}, or -1 to -{tokens} from the last"
+        )
+    return torch.where(found < 0, found + tokens, found).reshape(-1)
+
+
 def pattern_rows(
-    call: AttentionCall, rows: Tensor | Sequence[int] | None = None
+    call: AttentionCall, rows: Tensor | Sequence[int] | int | None = None
 ) -> Float[Tensor, "batch head row key"]:
     """The attention weights of the chosen query rows (all rows if None), float32.
 
@@ -41,7 +59,7 @@ def pattern_rows(
     where keys are no tokens, rows sum to less than 1.
     """
     device = call.output.device
-    rows = torch.arange(call.tokens, device=device) if rows is None else torch.as_tensor(rows, device=device)
+    rows = torch.arange(call.tokens, device=device) if rows is None else _places(rows, call.tokens, device)
     if call.pattern is not None:
         return call.pattern[:, :, rows].float()
     if call.maps:

@@ -113,8 +113,9 @@ def attend(given: AttendOptions) -> None:
 
 def _block(entry: Any, found: Attended, top: int) -> list[str]:
     """Of one model: the target, its most attended tokens, and its split. At most 80 columns wide."""
+    from diag.results.caveats import with_caveats
     from diag.show.figures.strip import printable
-    from diag.show.figures.tables import shorten
+    from diag.show.figures.tables import title_lines
     from diag.show.terminal import WIDTH, columns
 
     tokens, numbers = _of_model(entry, found)
@@ -137,7 +138,7 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
     ]
     said = f"{entry['input']} · layer {entry['layer']} · {head} · target {target} · sees {visible}"
     return [
-        shorten(entry["given"], WIDTH),
+        *title_lines(with_caveats(entry["given"], entry), WIDTH),
         *textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  "),
         *columns(rows).splitlines(),
         *_split(numbers, mean),
@@ -164,6 +165,8 @@ def _split(numbers: pd.Series, mean: bool) -> list[str]:
 
 
 def _document(found: Attended, folder: Path, top: int) -> dict[str, Any]:
+    from diag.results.caveats import caveats
+
     models = []
     for entry in found.models:
         tokens, numbers = _of_model(entry, found)
@@ -171,6 +174,7 @@ def _document(found: Attended, folder: Path, top: int) -> dict[str, Any]:
         models.append(
             {
                 **{key: entry[key] for key in ("given", "resolved", "layer", "module", "target", "n_tokens")},
+                "caveats": caveats(entry),
                 "head": tokens["head"].iloc[0],
                 "most_attended": records(_most(tokens, top)),
                 "decomposition": records(numbers.to_frame().T.infer_objects())[0],

@@ -19,7 +19,8 @@ from diag.inputs.texts import documents, texts
 def as_inputs(given: object, tower: str) -> Inputs:
     """What Python users pass: `Inputs`, a source as on the command line, or a list of images or texts.
 
-    given: images are PIL images or paths (`pathlib`), texts are strings; a clip is a list of PIL images.
+    given: images are PIL images or paths (`pathlib`), texts are strings; a clip is a list of PIL images. An
+        image of floats (mode F) is 0 for black to 1 for white.
     """
     if isinstance(given, Inputs):
         return given
@@ -40,7 +41,8 @@ def as_inputs(given: object, tower: str) -> Inputs:
         return documents("python", {str(i): x for i, x in enumerate(listed)})
     raise UserError(
         "inputs are neither all PIL images nor all strings",
-        "pass a folder, 'demo', or a list of either; files of images as pathlib.Path",
+        "pass a folder, 'demo', or a list of either, [image] for one; files as pathlib.Path, an array as "
+        "PIL.Image.fromarray(array)",
     )
 
 
@@ -49,13 +51,18 @@ def _is_clip(given: object) -> bool:
 
 
 def _opened(given: Mapping[str, Image.Image]) -> Inputs:
-    """Images that are open, by their names. One that cannot be read is told where it is read."""
+    """Images that are open, by their names. One that cannot be read is told where it is read.
+
+    Raises UserError for one whose numbers are on no scale that is known.
+    """
     content, items = hashlib.sha256(), list[Item]()
     for name, image in given.items():
         found: Image.Image | str = image
         try:
             pixels = rgb(image)
             content.update(f"{pixels.size}".encode() + pixels.tobytes())
+        except UserError as error:  # of all that were made in the same way, not of this one
+            raise UserError(f"image {name}: {error}", error.tip) from error
         except Exception as error:  # somebody else may have opened a damaged file: Pillow raises what breaks
             # it is not asked again: the second time it may hand out what was read till then
             found = f"cannot read image {name}: {reason(error)}"

@@ -142,14 +142,20 @@ TURNED = range(2, 9)
 """What EXIF says of pixels that do not stand upright."""
 
 
+FRACTION_ROUNDING = 1e-6
+"""How far beyond 0 and 1 float32 may come."""
+
+
 def rgb(image: Image.Image) -> Image.Image:
     """An upright RGB image of any PIL mode: the one way in which pixels are read, wherever they come from.
 
     It is turned as its EXIF says, if it still says so: whoever has turned pixels takes that off, as
-    `ImageOps.exif_transpose` does. 16-bit grey is scaled to 8 bits; transparency (an alpha channel, a palette
-    entry, a colour) is laid over black. An image that is so already comes back as it is.
+    `ImageOps.exif_transpose` does. 16-bit grey is scaled to 8 bits; numbers with a point are 0 for black to 1
+    for white; transparency (an alpha channel, a palette entry, a colour) is laid over black. An image that is
+    so already comes back as it is.
 
     Pillow clips 16-bit grey to white and keeps whatever colour hides under transparency.
+    Raises UserError where numbers with a point are beyond 0 to 1.
     """
     image.load()  # PNG may say behind the pixels how they are turned
     if image.getexif().get(ExifTags.Base.Orientation) in TURNED:
@@ -159,7 +165,11 @@ def rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
-        highest = 65535.0 if values.max(initial=0) > 255 else 255.0
+        if image.mode == "F":
+            _check_fractions(values)
+            highest = 1.0
+        else:
+            highest = 65535.0 if values.max(initial=0) > 255 else 255.0
         values = np.where(values == clear, 0.0, values)
         image = Image.fromarray((values.clip(0, highest) / highest * 255).round().astype(np.uint8))
     elif {"A", "a"} & {*image.getbands()} or clear is not None:
@@ -171,6 +181,16 @@ def rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
+
+
+def _check_fractions(values: np.ndarray) -> None:
+    """Raises UserError where a grey image of floats is on another scale than 0 to 1, up to rounding."""
+    low, high = values.min(initial=0), values.max(initial=1)
+    if not (low >= -FRACTION_ROUNDING and high <= 1 + FRACTION_ROUNDING):
+        raise UserError(
+            f"an image of floats (mode F) holds {low:g} to {high:g}, where 0 is black and 1 is white",
+            "give whole numbers: Image.fromarray(values.round().astype('uint8')), or divide by the largest",
+        )
 
 
 def photograph(name: str) -> Path:

@@ -34,6 +34,7 @@ from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import Edit
+from diag.models.hooks.meaning import nothing_of_its_own
 from diag.models.hooks.residual import stream_states
 from diag.models.hooks.seam import Layer, OnCall, Sightings
 from diag.models.layer_numbers import numbered
@@ -360,10 +361,7 @@ def readable(
 
 def _all_called(layers: Sequence[Layer], sightings: Sightings) -> None:
     if not layers:
-        path, why = next(iter(sightings.skipped.items()))
-        raise MeasurementError(
-            f"no layer attends to its own tokens ('{path}': {why})", "list others with --layers"
-        )
+        raise nothing_of_its_own(*next(iter(sightings.skipped.items())))
     for layer in layers:
         ran = sightings.runs.get(layer.path, layer.form.runs)
         if ran != layer.form.runs and layer.name in sightings.calls:

@@ -6,6 +6,7 @@ No torch: the report shows them, and figures are redrawn from them.
 from __future__ import annotations
 
 from diag.inputs.tables import ANY, COUNT, GRID, NAME, NUMBER, PLACE, TEXT, WHOLE, Layout
+from diag.results.caveats import COLUMNS
 
 TOKENS, DECOMPOSITION = "tokens.parquet", "decomposition.csv"
 
@@ -32,14 +33,17 @@ MEAN = "mean"
 _HEAD = {"model": NAME, "layer": PLACE, "head": NAME}
 _NUMBERS = dict.fromkeys(NUMBERS, NUMBER)
 
-SPLIT = Layout(_HEAD, _NUMBERS | {"n_visible": COUNT})
+_CAVEATS = dict.fromkeys(COLUMNS, TEXT)
+
+SPLIT = Layout(_HEAD, _NUMBERS | {"n_visible": COUNT} | _CAVEATS)
 """Of `decomposition.csv`, for who shows the numbers that are there."""
-WHOLE_SPLIT = Layout(_HEAD | _NUMBERS | {"n_visible": COUNT}, rows=True)
+WHOLE_SPLIT = Layout(_HEAD | _NUMBERS | {"n_visible": COUNT}, _CAVEATS, rows=True)
 """The same for who draws them all."""
 SEEN = Layout(
     {"input": NAME, "model": NAME, "tower": NAME, "layer": PLACE, "head": NAME, "token": COUNT, "kind": NAME}
     | {"row": GRID, "col": GRID, "text": TEXT, "weight": NUMBER, "value_cosine": NUMBER, "rank": WHOLE}
     | {"is_target": ANY},
+    _CAVEATS,
     span=("row", "col"),
     rows=True,
 )

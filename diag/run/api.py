@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
@@ -187,13 +187,22 @@ def _prepare(
 ) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
     """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
     if isinstance(model, nn.Module):
+        if isinstance(inputs, Tensor | Mapping):
+            # a loop over it would take rows for batches, and tokens for inputs
+            raise UserError(
+                f"one batch was given (a {type(inputs).__name__}), where several are due",
+                "pass a list of batches, also where it is one: [batch]",
+            )
         return from_module(model, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
+    if not isinstance(model, str):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(f"the model is {what}", "give its name as text, or an nn.Module that is built")
     spec = parse(model)
     loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
     kind = next(iter(loaded.towers))
     if isinstance(inputs, Inputs):
         kind = inputs.tower
-    elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Path):
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Path | Mapping):
         inputs = list(inputs)
         kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
@@ -202,5 +211,7 @@ def _prepare(
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:
-    """One name or index is a list of one."""
-    return None if given is None else (given,) if isinstance(given, str | int) else tuple(given)
+    """What is no list is a list of one: a name, an index, or what the plan will refuse."""
+    if given is None:
+        return None
+    return (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)

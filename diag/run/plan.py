@@ -21,6 +21,7 @@ from diag.models.names.arguments import local_files, read
 from diag.models.names.changes import strengths_file
 from diag.models.names.resolve import parse
 from diag.models.names.spec import CHECKPOINT, ModelSpec, folder_named
+from diag.results.caveats import BY_DEFAULT
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.hashes import sha256_of
 from diag.results.writing import file_stem
@@ -179,6 +180,11 @@ class ProbePlan(Plan):
         if rows is not None and rows % 2:
             raise ValueError("is an even number: rows are drawn in pairs")
         return rows
+
+    @property
+    def named(self) -> str:
+        """The column `inputs`: whether anybody named any."""
+        return BY_DEFAULT if self.images is None and self.texts is None else "given"
 
     def key(self, inputs: dict[str, str]) -> str:
         """Identifies the result: the plan without its `how`, the inputs' stamps, and the files that it names.

@@ -26,7 +26,6 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.spec import ModelSpec
-from diag.results.caveats import BY_DEFAULT
 from diag.results.folder import is_finished
 from diag.results.hashes import edited, sha256_of
 from diag.results.moments import moments_of
@@ -268,8 +267,7 @@ def _run_tower(
         return
     plan, on_gpu = job.prepared.plan, job.prepared.on_gpu
     token_sets = [name for name in plan.tokens or () if name in tower.token_sets]
-    inputs = BY_DEFAULT if plan.images is None and plan.texts is None else "given"
-    tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets, inputs)
+    tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets, plan.named)
     job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
     missing = [place for place in own if part.problem(place, job.key) is not None]
     workers = workers_for(plan.workers, on_gpu=on_gpu)

@@ -20,6 +20,7 @@ from diag.models.base import Model, Sample, Tower
 from diag.models.hooks.block_parts import Block, find_blocks
 from diag.models.hooks.interventions import BRANCHES
 from diag.models.value_constants import value_constants
+from diag.results.caveats import columns_of
 from diag.results.layer_values import LayerValues
 from diag.run.plan import ProbePlan
 from diag.run.prepared import Measurement
@@ -121,9 +122,7 @@ def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]
         "tower": tower.name,
         "patch_size": _size(tower.facts.get("patch_size")),
         "image_size": _size(tower.facts.get("image_size")),
-        "positions": tower.facts.get("positions"),
-        "patch_embedding": tower.facts.get("patch_embedding"),
-        "weights": model.facts.get("weights", "as given"),
+        **columns_of(model.facts, tower.facts),
         "values": plan.values,
         "intervention": " ".join(plan.intervene) or "none",
         "dtype": str(dtype).removeprefix("torch."),

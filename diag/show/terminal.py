@@ -56,8 +56,8 @@ def result_table(layers: pd.DataFrame) -> str:
                 break
             cells |= more
             legend |= {f"{heading}: {meaning}": None} if meaning else {}
-        blocks.append("\n".join([*_filled(_title(part), " · "), *aligned(cells)]))
-    blocks.append("\n".join(_filled([*legend], "; ")))
+        blocks.append("\n".join([*filled(_title(part)), *aligned(cells)]))
+    blocks.append("\n".join(filled([*legend], "; ")))
     return "\n\n".join(blocks)
 
 
@@ -84,8 +84,8 @@ def aligned(
     return [between.join(map(justify, line, widths)) for line in lines]
 
 
-def _filled(parts: Sequence[str], between: str) -> list[str]:
-    """Parts in as few lines as they take, broken between parts."""
+def filled(parts: Sequence[str], between: str = " · ") -> list[str]:
+    """Parts in as few lines of `WIDTH` as they take, broken between parts."""
     # textwrap does not break at no-break spaces
     text = between.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
     lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)

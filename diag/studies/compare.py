@@ -23,6 +23,7 @@ import pandas as pd
 
 from diag.errors import UserError
 from diag.inputs.items import sha256
+from diag.results.caveats import BETWEEN, apart
 from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST
@@ -34,13 +35,13 @@ from diag.results.writing import file_stem, write, write_json, write_text, writi
 from diag.run.plan import RUNS
 from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
+from diag.show.terminal import WIDTH, filled
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
 from diag.show.words.unusual import without_softmax
 
-WIDTH = 80
 Row = Mapping[str, str | tuple[str, str]]
 """Of a table on the screen, by heading: a word or number, or a number and its interval."""
 
@@ -258,9 +259,9 @@ def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
         size, counts = span(part["n_tokens"]) if "n_tokens" in part else "", span(part["n"])
         facts = [f"T = {size}"] if size and " T = " not in str(label) else []
         facts += [f"n = {counts}", str(part["tokens"].iloc[0])]
-        more = " · ".join(facts)
-        key = keys[str(label)]
-        said.append(f"{key} {shorten(str(label), WIDTH - len(key) - len(more) - 4)} · {more}")
+        key, (name, behind) = keys[str(label)], apart(str(label))
+        room = WIDTH - len(key) - len(BETWEEN.join(["", *facts])) - 1
+        said += filled([f"{key} {shorten(name, room)}", *behind, *facts])
     return "\n".join(said)
 
 

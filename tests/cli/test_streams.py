@@ -12,26 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Ended
+from commands import Ended, probe_of
 
 import diag
 from diag.cli.streams import Advice, Results, Unprinted
 
 Attnbias = Callable[..., Ended]
 
-PROBE = (
-    "probe",
-    "-m",
-    "demo:vit-p16",
-    "--images",
-    "demo",
-    "--limit",
-    1,
-    "--metrics",
-    "cos_y_vself",
-    "-o",
-    "run",
-)
+PROBE = probe_of()
 
 
 class Broken(io.StringIO):

@@ -520,6 +520,32 @@ def test_half_a_character_is_told() -> None:
     assert caught.value.tip
 
 
+def test_floats_are_black_at_0_and_white_at_1() -> None:
+    fractions = (COLOUR[..., 0] / 255).astype(np.float32)
+    (item,) = as_inputs([Image.fromarray(fractions)], "vision")
+    np.testing.assert_array_equal(np.asarray(item.read()), np.dstack([COLOUR[..., 0]] * 3))
+
+
+@pytest.mark.parametrize(
+    ("values", "held"),
+    [
+        ([[0.0, 255.0]], "0 to 255"),
+        ([[-0.5, 1.0]], "-0.5 to 1"),
+        ([[0.5, float("nan")]], "nan to nan"),
+        ([[0.0, float("inf")]], "0 to inf"),
+    ],
+)
+def test_floats_on_another_scale_are_refused(values: list[list[float]], held: str) -> None:
+    given = [Image.fromarray(COLOUR), Image.fromarray(np.array(values, dtype=np.float32))]
+    with pytest.raises(UserError) as told:
+        as_inputs(given, "vision")
+    assert str(told.value) == (
+        f"image 1: an image of floats (mode F) holds {held}, where 0 is black and 1 is white"
+    )
+    assert told.value.tip is not None
+    assert "astype('uint8')" in told.value.tip
+
+
 def test_one_broken_image_of_a_list_is_its_own(tmp_path: Path) -> None:
     """Opened by somebody else, it is read only now."""
     file = saved(tmp_path, Image.fromarray(np.tile(COLOUR, (20, 20, 1))))

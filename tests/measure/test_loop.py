@@ -61,6 +61,7 @@ from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.encoding import each
 from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.meaning import nothing_of_its_own
 from diag.models.hooks.seam import Layer, OnCall, attention_calls
 from diag.models.names.resolve import parse
 
@@ -722,9 +723,10 @@ def test_pooling_is_left_out_with_its_reason() -> None:
 
 
 def test_nothing_but_pooling_is_an_error() -> None:
-    message = re.escape("no layer attends to its own tokens ('layers.0': 4 queries over 12 keys")
-    with pytest.raises(MeasurementError, match=message):
+    with pytest.raises(MeasurementError) as told:
         list(measure(vision_tower(Pooled()), IMAGES))
+    due = nothing_of_its_own("layers.0", "4 queries over 12 keys: cross-attention or pooling")
+    assert (str(told.value), told.value.tip) == (str(due), due.tip)
 
 
 def test_capture_hands_out_the_calls_in_order() -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from commands import Ended
+from commands import Ended, probe_of
 from PIL import Image
 from reference import make_call
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -639,19 +639,7 @@ def test_numbers_of_layers_are_in_the_tables_of_layers_only(attnbias: Callable[.
 
 
 def test_a_run_of_stream_metrics_alone(attnbias: Callable[..., Ended]) -> None:
-    ended = attnbias(
-        "probe",
-        "-m",
-        "demo:vit-p16",
-        "--images",
-        "demo",
-        "--limit",
-        2,
-        "--metrics",
-        "block_influence",
-        "-o",
-        "run",
-    )
+    ended = attnbias(*probe_of("block_influence", limit=2))
     assert ended.code == 0
     assert "BI" in ended.out
     assert len(pd.read_csv("run/layers.csv")) == 6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from commands import Ended
+from commands import Ended, probe_of
 
 from diag.results.caveats import BY_DEFAULT, caveats, of_table, with_caveats
 from diag.results.collect import collect
@@ -38,6 +38,9 @@ def test_a_table_says_for_which_models_a_caveat_holds() -> None:
     )
     assert of_table(rows) == ["random weights: a", "demo inputs"]
     assert of_table(rows[:1]) == ["random weights", "demo inputs"]
+    twice = rows.assign(model="a", weights="loaded", inputs=["given", BY_DEFAULT])
+    assert of_table(twice) == ["demo inputs"]  # of one of its lines
+    assert of_table(rows.drop(columns="model")) == []
 
 
 def test_inputs_that_nobody_chose_stand_in_columns_label_table_and_report(
@@ -52,17 +55,5 @@ def test_inputs_that_nobody_chose_stand_in_columns_label_table_and_report(
     assert found.labels == ["demo:vit-p16,img_size=48 · interpolated positions · demo inputs"]
     table = found.layers
     assert (set(table["weights"]), set(table["inputs"])) == ({"loaded"}, {BY_DEFAULT})
-    ended = attnbias(
-        "probe",
-        "-m",
-        "demo:vit-p16",
-        "--images",
-        "demo",
-        "--limit",
-        "2",
-        "--metrics",
-        "cos-y-vself",
-        "-o",
-        "asked",
-    )
+    attnbias(*probe_of(limit=2, out="asked"))
     assert collect([Path("asked")]).labels == ["demo:vit-p16"]

@@ -302,6 +302,7 @@ def test_what_needs_every_block_is_undefined_where_one_is_not_measured(behind: t
         ({"layers": [6]}, "no layer 6"),
         ({"tokens": ["registers"]}, "no token set 'registers'"),
         ({"limit": 0}, "--limit"),
+        ({"layers": 1.5}, "--layers is a whole number"),
         ({"dtype": "int8"}, "--dtype"),
         ({"device": "cuda:77"}, "device 'cuda:77' is not available"),
     ],
@@ -312,8 +313,45 @@ def test_options_that_do_not_fit(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, "the model is a NoneType"),
+        (nn.Linear, "the model is the class Linear"),
+        (Path("demo:vit-p16"), "the model is a PosixPath"),
+    ],
+)
+def test_what_is_no_model_is_told(model: Any, said: str) -> None:
+    with pytest.raises(UserError) as told:
+        diag.probe(model, "demo")
+    assert str(told.value) == said
+    assert told.value.tip == "give its name as text, or an nn.Module that is built"
+
+
+def test_one_batch_is_not_a_list_of_batches(mixer: Mixer) -> None:
+    """Its rows would be taken for batches, and their tokens for inputs."""
+    (batch,) = batches(3)
+    for given, kind in ((batch, "Tensor"), ({"x": batch}, "dict")):
+        with pytest.raises(UserError, match=rf"^one batch was given \(a {kind}\), where several are due$"):
+            diag.probe(mixer, given)
+
+
+def test_rows_are_counted_from_the_end_too() -> None:
+    (call, *_) = diag.capture("demo:lm", "demo", limit=1, seq_len=8, layers=0)
+    whole = diag.pattern_rows(call)
+    for rows in ([-1, 2], -1, torch.tensor([-8])):
+        chosen = torch.as_tensor(rows).reshape(-1)
+        torch.testing.assert_close(diag.pattern_rows(call, rows), whole[:, :, chosen])
+    with pytest.raises(UserError, match=r"no query row \[0, 8\]") as told:
+        diag.pattern_rows(call, [0, 8])
+    assert told.value.tip == "rows are 0 to 7, or -1 to -8 from the last"
+    with pytest.raises(UserError, match="rows are float32"):
+        diag.pattern_rows(call, torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize(
     ("model", "given", "message"),
     [
+        ("demo:lm", {"a": "a text " * 99}, "neither all PIL images nor all strings"),
         ("demo:lm", [Image.new("RGB", (8, 8))], "has no vision tower"),
         ("demo:vit-p16", ["text"], "has no text tower"),
         ("demo:vit-p16", [], "neither all PIL images nor all strings"),

@@ -108,11 +108,8 @@ def test_a_folder_is_given_up_only_if_nothing_was_measured(tmp_path: Path) -> No
 # --- several processes at once
 
 
-def test_of_two_runs_that_begin_at_once_one_has_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other one's plan appears between looking and writing."""
-    mine, other = {"key": "a", "begun": "later"}, {"key": "b"}
+def overtake(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
+    """Has another process's plan appear between looking and writing, once."""
     written = claims._written_first
 
     def overtaken(document: dict[str, Any], path: Path) -> bool:
@@ -121,6 +118,13 @@ def test_of_two_runs_that_begin_at_once_one_has_the_folder(
         return written(document, path)
 
     monkeypatch.setattr(claims, "_written_first", overtaken)
+
+
+def test_of_two_runs_that_begin_at_once_one_has_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = {"key": "a", "begun": "later"}, {"key": "b"}
+    overtake(monkeypatch, other)
     with pytest.raises(UserError, match="holds another run"):
         claim(tmp_path / "run", PROBE, mine)
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == other
@@ -131,14 +135,7 @@ def test_of_two_processes_of_one_run_the_first_ones_plan_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, other = {"key": "a", "shard_inputs": 32}, {"key": "a", "shard_inputs": 16}
-    written = claims._written_first
-
-    def overtaken(document: dict[str, Any], path: Path) -> bool:
-        monkeypatch.setattr(claims, "_written_first", written)
-        write_json(other, path)
-        return written(document, path)
-
-    monkeypatch.setattr(claims, "_written_first", overtaken)
+    overtake(monkeypatch, other)
     assert claim(tmp_path / "run", PROBE, mine) == tmp_path / "run"
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == other
 

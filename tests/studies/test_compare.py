@@ -13,6 +13,7 @@ from made_runs import CURVES, Make, made_run
 
 from diag.cli.compare import numbers
 from diag.errors import UserError
+from diag.results.caveats import BY_DEFAULT
 from diag.results.collect import collect
 from diag.results.hashes import edited
 from diag.results.tables import read_samples
@@ -195,6 +196,19 @@ class TestScreen:
         text = screen(compare(collect([make("a", entry={"weights": "random"}), make("b", model="demo:b")])))
         assert text.splitlines()[0] == "A demo:vit-p8 · random weights · T = 65 · n = 8 · patch"
         assert "random" not in text.splitlines()[1]
+
+    def test_a_long_name_makes_room_for_its_caveats(self, make: Make) -> None:
+        long = f"timm:{'a-long-name-' * 8}end"
+        caveated = {"weights": "random", "positions": "interpolated", "inputs": BY_DEFAULT}
+        folders = [make("a", model=long, **caveated), make("b", model="demo:b")]
+        found = compare(collect(folders))
+        lines = screen(found).splitlines()
+        assert max(map(len, lines)) <= 80
+        first = " ".join(lines[: next(i for i, line in enumerate(lines) if line.startswith("B "))])
+        said = " ".join(first.split())
+        assert said.startswith("A timm:a-long-")
+        assert "…" in said
+        assert "-end · random weights · interpolated positions · demo inputs · T = 65 · n = 8 · patch" in said
 
     def test_unclear_shapes_have_a_reason(self, make: Make) -> None:
         curves = CURVES | {"cos_y_vself": [0.6, 0.4, 0.55]}

@@ -25,7 +25,7 @@ from diag.results.decimals import fixed
 from diag.show.figures.page import letter
 from diag.show.figures.strip import heat_strip
 from diag.show.figures.style import COLOUR_MAPS, OKABE_ITO, PAGE_WIDTH, RULE, style
-from diag.show.figures.tables import shorten
+from diag.show.figures.tables import label_of, shorten
 from diag.show.figures.token_scales import (
     TARGET,
     blank,
@@ -85,7 +85,7 @@ def similarity_maps(tokens: pd.DataFrame, pictures: Pictures) -> Figure:
     heights = {model: side * pictures[model].shape[0] / pictures[model].shape[1] for model in parts}
     total = 0.5 + sum(height + ROW for height in heights.values()) + 0.4
     figure = blank(total, "Whose values are like the target's, and where the target attends", tokens)
-    for model, height, place in _rows(figure, heights, ROW):
+    for model, height, place in _rows(figure, parts, heights, ROW):
         part, titles = parts[model], (_where(parts[model]), *MAPS.values())
         row = [place(x, side, height, title) for x, title in zip(across, titles, strict=True)]
         _picture(row[0], pictures[model], _grid(part))
@@ -119,7 +119,7 @@ def most_attended(
     heights = {model: max(bars, pictured[model]) for model in parts}
     total = 0.5 + sum(height + ROW + 0.15 for height in heights.values()) + 0.3
     figure = blank(total, "The tokens that the target attends to most, and what attention returns", tokens)
-    for model, height, place in _rows(figure, heights, ROW + 0.15):
+    for model, height, place in _rows(figure, parts, heights, ROW + 0.15):
         part = parts[model]
         picture = place(LEFT, PICTURE, pictured[model], _where(part))
         _attended_picture(picture, pictures[model], part, shown[model])
@@ -159,13 +159,16 @@ def _parts(tokens: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _rows(
-    figure: Figure, heights: Mapping[str, float], room: float
+    figure: Figure, parts: Mapping[str, pd.DataFrame], heights: Mapping[str, float], room: float
 ) -> Iterator[tuple[str, float, Callable[..., Axes]]]:
-    """Each model, under its name, with the height of its row and `_axes` that begin there. In inches."""
+    """Each model, under its name and caveats, with the height of its row and `_axes` that begin there.
+
+    parts: by model, as heights. In inches.
+    """
     total = figure.get_figheight()
     top = total - 0.5
     for number, (model, height) in enumerate(heights.items()):
-        name = letter(number) + shorten(model, 80)
+        name = letter(number) + shorten(label_of(parts[model]), 80)
         figure.text(LEFT / PAGE_WIDTH, (top - 0.1) / total, name, fontsize=8, fontweight="bold", va="center")
         yield model, height, partial(_axes, figure, top - 0.37)
         top -= height + room

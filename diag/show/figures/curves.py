@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.results.caveats import BETWEEN, apart
 from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, published_handle, rule
 from diag.show.figures.overlay import overlays
 from diag.show.figures.page import legend_size, letter, page
@@ -19,11 +20,11 @@ from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, CURVES
 from diag.show.figures.style import BESIDE_ORDERED, DASHES, LINE_COLOURS, MARKERS, RULE, shades_of, style
 from diag.show.figures.tables import (
     CONDITIONS,
-    LABEL,
     caption,
     check_columns,
     compared_metrics,
     drawable,
+    label_of,
     last_layer,
     one_selection,
     patch_size_of,
@@ -34,6 +35,8 @@ from diag.show.figures.tables import (
     span,
 )
 
+LABEL_LENGTH = 84
+"""Characters of a label that fit a row of the legend below the panels, beside its mark and T."""
 LEGEND_ROW = 10.5
 """Points that one row of a panel's legend takes between its title and its axes."""
 LONE_MARKERS = {"-": "o", "--": "D", ":": "x"}
@@ -58,9 +61,9 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     cosines = {metric for panel in panels if not panel.unit_interval for metric in panel.lines}
     known = overlays(published, CURVE_METRICS)
     limits = _cosine_limits(rows_of(rows, cosines), [overlay.of(cosines).rows for overlay in known])
-    model, said = str(rows["model"].iloc[0]), caption(rows, bands=BANDS)
+    said = caption(rows, bands=BANDS)
     room = 0.15 * len(known) + 0.1 if known else 0.0
-    figure, axes = page(len(panels), row_height=2.45, title=model, caption=said, extra=room)
+    figure, axes = page(len(panels), row_height=2.45, title=label_of(rows), caption=said, extra=room)
     drawn: set[str] = set()
     for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
         for metric, look in panel.lines.items():
@@ -162,13 +165,12 @@ def _few_first(part: pd.DataFrame) -> float | None:
 
 
 def _label(part: pd.DataFrame, everything: pd.DataFrame) -> str:
-    """The model's name, what tells this line from the model's other lines, and its number of tokens."""
+    """The model's name, what tells this line from the model's other lines, caveats, and its number of tokens.
+
+    Of two lines of one model, one may have a caveat that the other has not.
+    """
     length = span(part["n_tokens"]) if "n_tokens" in part.columns else ""
-    if LABEL in part.columns:
-        name = str(part[LABEL].iloc[0])
-        return shorten(name, 60) + (f" (T = {length})" if length and " T = " not in name else "")
-    model = part["model"].iloc[0]
-    family = everything[everything["model"] == model]
+    family = everything[everything["model"] == part["model"].iloc[0]]
     telling = [
         f"{column.replace('_', ' ')} {part[column].iloc[0]}"
         if column in CONDITIONS
@@ -176,8 +178,10 @@ def _label(part: pd.DataFrame, everything: pd.DataFrame) -> str:
         for column in ("tower", "tokens", *CONDITIONS)
         if column in family.columns and family[column].nunique(dropna=False) > 1
     ]
-    name = " · ".join([shorten(str(model), 60), *telling])
-    return f"{name} (T = {length})" if length else name
+    name = label_of(part, *telling)
+    behind = len(name) - len(apart(name)[0].split(BETWEEN)[0])
+    name = shorten(name, min(60 + behind, LABEL_LENGTH))
+    return f"{name} (T = {length})" if length and " T = " not in name else name
 
 
 def _numbered(labels: Sequence[str]) -> list[str]:

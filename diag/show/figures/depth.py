@@ -17,7 +17,7 @@ from diag.show.figures.lines import (
     BANDS,
     depth_curve,
     finite_range,
-    heading,
+    headings,
     layer_axis,
     line,
     lines_drawn,
@@ -57,6 +57,7 @@ def depth_profiles(
     rows = drawable(check_columns(layers), list(metrics), "depth profiles")
     known = _of_lines(published, rows, metrics)
     parts = lines_of(rows)
+    titles, room = headings(parts)
     shown = [metric for metric in metrics if not rows_of(rows, [metric]).empty]
     looks = {metric: _look(metric, number) for number, metric in enumerate(shown)}
     low, high = _limits(rows, known)
@@ -67,13 +68,13 @@ def depth_profiles(
     legend = 0.2 * math.ceil((len(shown) + 2) / 3) + 0.1
     figure, axes = page(
         len(parts),
-        row_height=2.15,
+        row_height=2.15 + room,
         title="Profiles over depth",
         caption=said,
         extra=legend,
         columns=columns_for(len(parts)),
     )
-    for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
+    for ax, title, (label, part) in zip(axes, titles, parts.items(), strict=True):
         for metric, look in looks.items():
             theirs = known[(known["label"] == label) & (known["metric"] == metric)]
             # under open points, a line's own markers would look like some of them filled
@@ -81,7 +82,7 @@ def depth_profiles(
             published_points(ax, theirs, colour=look.colour, marker=look.marker)
         ax.set_ylim(low, high)
         _mark_minimum(ax, depth_curve(part, shown[0]))
-        ax.set_title(heading(place, label, part, len(parts)))
+        ax.set_title(title)
         ax.set_ylabel("cosine, weight")
         # a model with more published than measured layers shows all of them
         layer_axis(ax, part, known.loc[known["label"] == label, "layer"])

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.metrics.catalogue import CATALOGUE
-from diag.show.figures.lines import BANDS, depth_curve, heading, layer_axis, line, lines_drawn, lines_of
+from diag.show.figures.lines import BANDS, depth_curve, headings, layer_axis, line, lines_drawn, lines_of
 from diag.show.figures.page import columns_for, page
 from diag.show.figures.style import style
 from diag.show.figures.tables import caption, check_columns, drawable
@@ -33,17 +33,18 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     """
     rows = drawable(check_columns(layers), list(METRICS), "figures of entropy")
     parts = lines_of(rows)
+    titles, room = headings(parts)
     bounds = {label: bounds_of(part) for label, part in parts.items()}
     highest = max(float(bound["bound"].max()) for bound in bounds.values())
     figure, axes = page(
         len(parts),
-        row_height=2.15,
+        row_height=2.15 + room,
         title="Entropy of attention",
         caption=caption(rows, bands=BANDS),
         extra=0.45,
         columns=columns_for(len(parts)),
     )
-    for place, (ax, (label, part)) in enumerate(zip(axes, parts.items(), strict=True)):
+    for ax, title, (label, part) in zip(axes, titles, parts.items(), strict=True):
         bound = bounds[label]
         for column, (word, dashes) in BOUNDS.items():
             if bound[column].notna().any():
@@ -52,7 +53,7 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
         for metric, drawn in LINES.items():
             line(ax, depth_curve(part, metric), drawn)
         ax.set_ylim(0, 1.06 * highest)
-        ax.set_title(heading(place, label, part, len(parts)))
+        ax.set_title(title)
         ax.set_ylabel("entropy in nats")
         layer_axis(ax, part)
     handles = lines_drawn(axes) | lines_drawn(axes, "bound")

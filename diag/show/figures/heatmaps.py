@@ -16,7 +16,7 @@ from diag.metrics.catalogue import CATALOGUE, MetricEntry, capitalised
 from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.panels import HEAD_METRICS
 from diag.show.figures.style import COLOUR_MAPS, style
-from diag.show.figures.tables import caption, check_columns, drawable, one_selection, shorten
+from diag.show.figures.tables import caption, check_columns, drawable, label_of, one_selection, shorten
 from diag.show.figures.variants import at_patch, patch_word, patches_of, seeds_word
 
 
@@ -38,7 +38,7 @@ def head_heatmaps(heads: pd.DataFrame) -> Figure:
     figure, axes = page(
         len(maps),
         row_height=1.0 + float(np.clip(0.085 * len(maps[0][1]), 0.6, 3.0)),
-        title=str(rows["model"].iloc[0]),
+        title=label_of(rows),
         caption=f"{said}\nhatched: no such head, or not measured" if blank else said,
     )
     for place, ((entry, field, limits), ax) in enumerate(zip(maps, axes, strict=True)):

@@ -53,7 +53,7 @@ def against(points: pd.DataFrame) -> Figure:
         len(metrics),
         row_height=2.1,
         title=f"Means over layers against {AXES[axis].partition(',')[0]}",
-        caption=caption(rows, bands=BANDS),
+        caption=caption(rows, bands=BANDS, labelled=False),
         extra=legend,
     )
     for place, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):

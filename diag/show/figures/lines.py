@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,40 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs
+from diag.results.caveats import apart
 from diag.show.figures.page import columns_for, letter
 from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, PUBLISHED, RULE, Colour
-from diag.show.figures.tables import depth_of, profile, shorten, span
+from diag.show.figures.tables import LABEL, depth_of, label_of, profile, shorten, span, wrapped
 
 BANDS = "bands: 95 % bootstrap interval over inputs"
 OPEN: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
 """Markers of published values."""
 OVER_DEPTH = ("layer", "depth")
 """What `x` is called where a curve is one over layers, or over depth relative to the last."""
+PANEL_LINE = 0.13
+"""Inches of a further row of words above a panel."""
 MARKS = 16
 """At most so many markers on a line, unless told otherwise."""
 
 
-def heading(place: int, label: str, rows: pd.DataFrame, panels: int) -> str:
-    """The title of a line's panel: a letter, the label, and T; short enough for the panel's width."""
-    length = span(rows["n_tokens"]) if "n_tokens" in rows and "T =" not in label else ""
-    width = 80 if panels == 1 else 24 if columns_for(panels) == 3 else 36
-    return letter(place, panels) + shorten(label, width) + (f" (T = {length})" if length else "")
+def headings(parts: Mapping[str, pd.DataFrame]) -> tuple[list[str], float]:
+    """The titles of lines' panels, and the inches that they take beyond one row of words.
+
+    A letter, the label and T, short enough for the panel's width: what does not fit behind the name, T and
+    caveats, stands in rows below it.
+    """
+    panels = len(parts)
+    width = 90 if panels == 1 else 27 if columns_for(panels) == 3 else 42
+    titles = []
+    for place, (label, rows) in enumerate(parts.items()):
+        length = span(rows["n_tokens"]) if "n_tokens" in rows and "T =" not in label else ""
+        name, said = apart(label)
+        shown = [label + (f" (T = {length})" if length else "")]
+        if len(shown[0]) > width - 4:  # the letter's
+            below = [f"T = {length}" if length else "", *said]
+            shown = [shorten(name, width - 4), *wrapped(below, width)]
+        titles.append(letter(place, panels) + "\n".join(shown))
+    return titles, PANEL_LINE * max(title.count("\n") for title in titles)
 
 
 def line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", marks: int = MARKS) -> None:
@@ -154,12 +170,10 @@ def depth_curve(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def lines_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each line by its label, in order; without a column `label`, by model, tower and tokens."""
-    if "label" in rows:
-        return {str(label): part for label, part in rows.groupby("label", sort=False)}
-    keys = ["model", "tower", "tokens"]
+    keys = [LABEL] if LABEL in rows else ["model", "tower", "tokens"]
     parts = dict(iter(rows.groupby(keys, sort=False)))
     alone = len({names[0] for names in parts}) == len(parts)
-    return {str(names[0]) if alone else " · ".join(map(str, names)): part for names, part in parts.items()}
+    return {label_of(part, *(() if alone else map(str, names[1:]))): part for names, part in parts.items()}
 
 
 def finite_range(numbers: pd.DataFrame) -> tuple[float, float]:

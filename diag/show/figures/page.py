@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diag.show.figures.style import PAGE_WIDTH
-from diag.show.figures.tables import shorten
+from diag.show.figures.tables import title_lines
 
 TITLE_LENGTH = 66
 """Characters of a bold title that surely fit a page-wide figure."""
+TITLE_LINE = 0.15
+"""Inches of a further line of it."""
 LEGEND_LENGTH = 104
 """Characters of a legend's row, with 8 for each line's mark."""
 
@@ -24,14 +26,16 @@ def page(
     """A page-wide figure with `count` panels.
 
     Heights in inches; `extra` is room for a legend below the panels; columns: panels to a row, at most.
-    Call it inside `style()`.
+    Caveats of a long title stand in lines of their own. Call it inside `style()`.
     """
     columns = min(count, columns)
     rows = math.ceil(count / columns)
+    titles = title_lines(title, TITLE_LENGTH)
+    extra += TITLE_LINE * (len(titles) - 1 + max(caption.count("\n") - 1, 0))
     figure = Figure(figsize=(PAGE_WIDTH, row_height * rows + 0.6 + extra))
     # Constrained layout keeps room for one heading per figure; the caption, in its own size, needs a second.
     body = figure.subfigures(1, 1, squeeze=False)[0, 0]
-    figure.suptitle(shorten(title, TITLE_LENGTH))
+    figure.suptitle("\n".join(titles))
     body.suptitle(caption, fontsize=7, fontweight="normal", color="0.3")
     grid = body.add_gridspec(rows, columns)
     return figure, [body.add_subplot(grid[index // columns, index % columns]) for index in range(count)]

@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 
 from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs
+from diag.results.caveats import of_table
 from diag.results.decimals import fixed
 from diag.show.figures.lines import BANDS, finite_range, layer_axis, line, lines_drawn
 from diag.show.figures.page import columns_for, letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
+from diag.show.figures.tables import CAPTION_WIDTH, wrapped
 
 SIDES = (DrawnAs("baseline", "blue"), DrawnAs("XSA-trained", "vermillion", "-", "s"))
 
@@ -84,7 +86,7 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
         len(pairs),
         row_height=2.1,
         title="Value similarity with and without XSA in training",
-        caption=said,
+        caption="\n".join(wrapped([said, *of_table(curves[curves["mean"].notna()])], CAPTION_WIDTH)),
         extra=0.3,
         columns=columns_for(len(pairs)),
     )

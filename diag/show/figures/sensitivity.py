@@ -78,12 +78,18 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
 
 @style()
 def bias_against_effect(
-    table: pd.DataFrame, relations: pd.DataFrame, layers: pd.DataFrame, *, effect: str, intervention: str
+    table: pd.DataFrame,
+    relations: pd.DataFrame,
+    layers: pd.DataFrame,
+    *,
+    title: str,
+    effect: str,
+    intervention: str,
 ) -> Figure:
     """What the untouched model measures at a layer, against the effect of changing that layer: a panel each.
 
-    layers: the probe's table, for the predictors. Points are layers, numbered; bars are 95 % intervals over
-    inputs; the title holds Spearman's ρ with its interval and p.
+    layers: the probe's table, for the predictors. title: the model. Points are layers, numbered; bars are
+    95 % intervals over inputs; a panel's title holds Spearman's ρ with its interval and p.
     """
     same = "intervention == @intervention and effect == @effect"
     chosen = relations.query(f"{same} and level == 'layer'")
@@ -95,9 +101,9 @@ def bias_against_effect(
     figure, axes = page(
         len(names),
         row_height=2.4,
-        title=f"Does it predict what {intervention} costs?",
-        caption=f"each point a layer · n = {n} inputs · bars: 95 % bootstrap over inputs · "
-        "p: random pairings of layers",
+        title=title,
+        caption=f"does it predict what {intervention} costs? · each point a layer · n = {n} inputs\n"
+        "bars: 95 % bootstrap over inputs · p: random pairings of layers",
     )
     for place, (name, ax) in enumerate(zip(names, axes, strict=True)):
         given = layers[layers["metric"] == name].set_index("layer")

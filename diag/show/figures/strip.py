@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from diag.errors import UserError
 from diag.show.figures.style import PAGE_WIDTH, style
-from diag.show.figures.tables import shorten
+from diag.show.figures.tables import label_of, shorten
 from diag.show.figures.token_scales import blank, colour_bar, colours_of, parts_of, scales, with_times_uniform
 
 FONT = "DejaVu Sans Mono"
@@ -23,8 +23,8 @@ CHARACTER = 0.602 * FONT_SIZE / 72
 PADDING = 0.7
 """Characters of room around each token's text."""
 SIDE = 0.12
-HEADING, LINE, UPPER, LOWER = 0.23, 0.275, 0.145, 0.07
-"""Inches: above the first line, from line to line, the box with the text, and the band below it."""
+HEADING, LINE, UPPER, LOWER = 0.36, 0.275, 0.145, 0.07
+"""Inches: above the first line of tokens, from line to line, the box with the text, and the band below it."""
 LUMINANCE = (0.2126, 0.7152, 0.0722)
 LONGEST = 24
 """Characters of a token that are shown."""
@@ -56,7 +56,8 @@ def heat_strip(tokens: pd.DataFrame) -> Figure:
         ax.set(xlim=(0, room), ylim=(height, 0))
         ax.axis("off")
         hidden = int((tokens["model"] == model).sum()) - len(part)
-        ax.text(0, 0.11, _heading(model, part, hidden), fontsize=7, fontweight="bold", va="center")
+        ax.text(0, 0.11, shorten(label_of(part), 96), fontsize=7, fontweight="bold", va="center")
+        ax.text(0, 0.25, _seen(part, hidden), fontsize=7, va="center")
         filled = [colours_of(part, name, norms[name]) for name in ("times_uniform", "value_cosine")]
         for token, weight, cosine in zip(placed, *filled, strict=True):
             _draw(ax, token, weight, cosine)
@@ -122,7 +123,8 @@ def _draw(ax: Axes, token: tuple[int, float, str, bool], weight: np.ndarray, cos
     )
 
 
-def _heading(model: str, part: pd.DataFrame, hidden: int) -> str:
+def _seen(part: pd.DataFrame, hidden: int) -> str:
+    """The target, and how many tokens it sees."""
     target = part[part["is_target"]].iloc[0]
-    said = f"{shorten(model, 50)} · target: token {target['token']} “{printable(str(target['text']))}”"
-    return f"{said} · sees {len(part)} tokens" + (f", {hidden} later ones are hidden" if hidden else "")
+    said = f"target: token {target['token']} “{printable(str(target['text']))}” · sees {len(part)} tokens"
+    return said + (f", {hidden} later ones are hidden" if hidden else "")

@@ -6,13 +6,14 @@ in a table of several runs, one `label`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from diag.errors import UserError, one_of, visible
-from diag.results.caveats import of_table
+from diag.results.caveats import BETWEEN, apart, of_table, with_caveats
 from diag.show.figures.panels import COMPARISON_METRICS
 
 IDENTITY = ("model", "tower", "tokens")
@@ -136,19 +137,62 @@ def span(numbers: pd.Series) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def shorten(name: str, width: int) -> str:
-    """A long name with its middle left out: family (in front) and variant (at the end) tell models apart."""
-    if len(name) <= width:
-        return name
-    front = (width - 1) // 2
-    return f"{name[:front]}…{name[len(name) - (width - 1 - front) :]}"
+LEAST = 16
+"""Characters of a name that are always shown, however much is said behind it."""
 
 
-def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
-    """One or two lines under the title: token set, T, n, how it was measured, as far as the rows agree, and
-    caveats; where lines have labels, these say them.
+def shorten(label: str, width: int) -> str:
+    """A long name with its middle left out: family (in front) and variant (at the end) tell models apart.
 
-    `bands` says what the shading is; it is left out where no row has an interval. Empty: no lines are drawn.
+    Caveats behind it are never cut: the name makes room for them, down to `LEAST` characters.
+    """
+    if len(label) <= width:
+        return label
+    name, said = apart(label)
+    width = max(width - sum(len(BETWEEN + words) for words in said), min(LEAST, width))
+    if len(name) > width:
+        front = (width - 1) // 2
+        name = f"{name[:front]}…{name[len(name) - (width - 1 - front) :]}"
+    return BETWEEN.join([name, *said])
+
+
+def label_of(rows: pd.DataFrame, *parts: str) -> str:
+    """What one selection is called, its caveats behind it: its label, or else its model and further parts."""
+    first = rows.iloc[0]
+    if LABEL in rows.columns:
+        return str(first[LABEL])
+    return with_caveats(BETWEEN.join([str(first["model"]), *parts]), first)
+
+
+def wrapped(parts: Iterable[str], width: int) -> list[str]:
+    """Parts in as few lines as they take, broken between parts; one that is longer than a line, at spaces."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1] + BETWEEN + part) <= width:
+            lines[-1] += BETWEEN + part
+        else:
+            lines += textwrap.wrap(part, width, break_long_words=False, break_on_hyphens=False)
+    return lines
+
+
+def title_lines(label: str, width: int) -> list[str]:
+    """A label as a title: in one line where it fits, else its caveats below its name."""
+    if len(label) <= width:
+        return [label]
+    name, said = apart(label)
+    return [shorten(name, width), *wrapped(said, width)]
+
+
+CAPTION_WIDTH = 128
+"""Characters of a caption's line that fit a page-wide figure."""
+
+
+def caption(rows: pd.DataFrame, *, bands: str, labelled: bool = True, width: int = CAPTION_WIDTH) -> str:
+    """One or two lines under the title: token set, T, n, how it was measured, as far as the rows agree.
+
+    Caveats stand in the title, or in the labels of several lines; not `labelled`: neither is there, and they
+    are named here. `bands` says what the shading is; it is left out where no row has an interval. Empty: no
+    lines are drawn.
     """
     parts = [
         _agreed(rows, "tower", "{} tower"),
@@ -158,19 +202,13 @@ def caption(rows: pd.DataFrame, *, bands: str, width: int = 128) -> str:
         _counted(rows, "n", "n = {} input" if (rows["n"] == 1).all() else "n = {} inputs"),
         _agreed(rows, "values", "values {}"),
         _agreed(rows, "intervention", "intervention {}"),
-        *(of_table(rows) if LABEL not in rows else ()),
+        *([] if labelled else of_table(rows)),
     ]
     if np.isfinite(rows["ci_low"]).any():
         parts.append(bands)
     if bands and _has_gaps(rows):
         parts.append("dotted: over layers that are not measured")
-    lines: list[str] = []
-    for part in filter(None, parts):
-        if lines and len(lines[-1]) + len(part) + 3 <= width:
-            lines[-1] += f" · {part}"
-        else:
-            lines.append(part)
-    return "\n".join(lines)
+    return "\n".join(wrapped(parts, width))
 
 
 def _has_gaps(rows: pd.DataFrame) -> bool:

@@ -16,6 +16,7 @@ from diag.inputs.images import open_image
 from diag.inputs.outside import regular
 from diag.inputs.tables import Layout, read_table
 from diag.metrics.catalogue import CATALOGUE, MetricEntry
+from diag.results.caveats import filled_in, with_caveats
 from diag.results.decimals import fixed
 from diag.results.folder import once
 from diag.results.hashes import edited
@@ -74,6 +75,7 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
         try:
             manifest, tip = manifest_of(folder, ATTEND), again(folder, ATTEND)
             decomposition = read_table(folder / DECOMPOSITION, SPLIT, "table", tip=tip)
+            decomposition = filled_in(decomposition, manifest.get("models") or ())
             # not shown, but a folder without it is not whole
             read_table(folder / TOKENS, Layout({}), "table", tip=tip)
             pictures = sorted((folder / "figures").glob("*.png"))
@@ -161,9 +163,10 @@ def _found(numbers: pd.DataFrame) -> list[str]:
         return []
     means = numbers[numbers["head"].astype(str) == "mean"]
     return [
-        f"{row['model']}: cosine of output and own value {fixed(row['cos_y_vself'])}, "
-        f"of which {fixed(row['self_part'])} self part and {fixed(row['context_part'])} context part."
-        for row in (means if len(means) else numbers).to_dict("records")
+        f"{with_caveats(str(row['model']), row)}: cosine of output and own value "
+        f"{fixed(row['cos_y_vself'])}, of which {fixed(row['self_part'])} self part and "
+        f"{fixed(row['context_part'])} context part."
+        for _, row in (means if len(means) else numbers).iterrows()
     ]
 
 
@@ -172,4 +175,5 @@ def _row(row: Mapping[Any, Any], shown: Sequence[str]) -> tuple[str, str, str, t
         NO_NUMBER if pd.isna(row[name]) else NumberCell(float(row[name]), number(float(row[name])), "")
         for name in shown
     ]
-    return str(row.get("model", "")), str(row.get("layer", "")), str(row.get("head", "")), tuple(cells)
+    model = with_caveats(str(row.get("model", "")), row)
+    return model, str(row.get("layer", "")), str(row.get("head", "")), tuple(cells)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from diag.metrics.catalogue import CATALOGUE, DrawnAs, MetricEntry, entry_of
 from diag.results.bootstrap import summary
+from diag.results.caveats import BETWEEN, apart
 from diag.results.collect import Collection
 from diag.results.writing import file_stem, free_stem
 from diag.show.figures.heatmaps import extent_of, field_of
@@ -76,6 +77,11 @@ class ReportLine:
     tables: tuple[NumberTable, ...]
     maps: tuple[Map, ...]
     heads: Mapping[str, Any]
+
+    @property
+    def named(self) -> str:
+        """The model, with the line's caveats."""
+        return BETWEEN.join([self.model, *apart(self.label)[1]])
 
 
 def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> list[ReportLine]:

@@ -83,16 +83,17 @@ def words(collection: Collection) -> tuple[dict[str, list[str]], list[str]]:
 
 def default_title(lines: Sequence[ReportLine]) -> str:
     """`Attention bias in A, B and C`, or how many models there are where names would be too long a title."""
-    models = list(dict.fromkeys(line.model for line in lines))
+    models = list(dict.fromkeys(line.named for line in lines))
     named = listed(models)
-    return f"Attention bias in {named if len(named) <= 60 else f'{len(models)} models'}"
+    few = len(models) == 1 or len(named) <= 60
+    return f"Attention bias in {named if few else f'{len(models)} models'}"
 
 
 def lead(lines: Sequence[ReportLine]) -> str:
     """What the page is, in one sentence."""
     models = list(dict.fromkeys(line.model for line in lines))
     counts = sorted({dict(line.facts).get("inputs (n)", "") for line in lines})
-    what = models[0] if len(models) == 1 else f"{len(models)} models"
+    what = lines[0].named if len(models) == 1 else f"{len(models)} models"
     more = f" in {len(lines)} ways of measuring" if len(lines) > len(models) else ""
     each = " each" if len(lines) > 1 else ""
     n = f", n = {counts[0]} inputs{each}" if len(counts) == 1 and counts[0] else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,7 +11,7 @@ import pandas as pd
 from diag.models.families import FAMILIES, family_of
 from diag.models.names.series import listing
 from diag.models.names.spec import HUB
-from diag.results.caveats import CAVEATS, RANDOM
+from diag.results.caveats import CAVEATS, RANDOM, apart
 from diag.results.collect import Collection
 from diag.show.words.phrases import listed
 
@@ -70,9 +70,27 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
         yield f"Of {listed([*may_vary.values()])} only {varying[0]} {differs}{windows}."
     yield from _surprised(collection)
     if untrained := random_lines(collection):
-        names = [label.replace(f" · {CAVEATS['weights', RANDOM]}", "") for label in untrained]
-        whose = "all lines" if len(untrained) == len(collection.labels) else listed(names)
+        whose = _whose(untrained, collection)
         yield f"Random weights, nothing was learned: {whose}. Such numbers show the architecture alone."
+    yield from _other_caveats(collection)
+
+
+def _other_caveats(collection: Collection) -> Iterator[str]:
+    """What has to be known of lines besides random weights, and of which."""
+    found: dict[str, list[str]] = {}
+    for label in collection.labels:
+        for words in apart(label)[1]:
+            if words != CAVEATS["weights", RANDOM]:
+                found.setdefault(words, []).append(label)
+    if found:
+        said = [f"{words} ({_whose(labels, collection)})" for words, labels in found.items()]
+        yield f"To be known: {', '.join(said)}."
+
+
+def _whose(labels: Sequence[str], collection: Collection) -> str:
+    """Lines by their names, without what is said of them here."""
+    every = len(labels) == len(collection.labels)
+    return "all lines" if every else listed([apart(label)[0] for label in labels])
 
 
 def random_lines(collection: Collection) -> list[str]:

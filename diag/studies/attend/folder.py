@@ -23,6 +23,7 @@ from diag.inputs.images import open_image
 from diag.inputs.items import Inputs
 from diag.inputs.outside import regular
 from diag.inputs.tables import read_table
+from diag.results.caveats import filled_in
 from diag.results.folder import MANIFEST, PLAN, is_finished
 from diag.results.hashes import hashes
 from diag.results.looks import DECOMPOSITION, SEEN, TOKENS, WHOLE_SPLIT
@@ -54,7 +55,8 @@ class Attended:
         col, text, weight (A_ij), value_cosine (cos(v_j, v_i)), rank (1 is the most attended), is_target.
         Weight, cosine and rank are missing where the target does not see the token.
     decomposition: one row per model and head, and a row "mean" with the means over heads; columns
-        model, layer, head, n_visible, and the numbers of `diag.results.looks.NUMBERS`.
+        model, layer, head, n_visible, and the numbers of `diag.results.looks.NUMBERS`. Both have the columns
+        of `diag.results.caveats` that a model tells.
     pictures: model -> the image as the model sees it, `[height, width, 3]` of uint8; empty for texts.
     models: what each name resolved to, its layer and target; for the manifest.
     failed: model -> why it is missing. given: the input that was looked at; None of what was read again.
@@ -124,8 +126,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read(folder: Path) -> Attended:
     """What `write` wrote. Raises UserError if the folder is none, or lacks a file. Does not import torch."""
     manifest, tip = read_manifest(folder), again(folder, ATTEND)
-    tokens = read_table(folder / TOKENS, SEEN, "table", tip=tip)
-    decomposition = read_table(folder / DECOMPOSITION, WHOLE_SPLIT, "table", tip=tip)
+    tokens, decomposition = (
+        filled_in(read_table(folder / name, layout, "table", tip=tip), manifest["models"])
+        for name, layout in ((TOKENS, SEEN), (DECOMPOSITION, WHOLE_SPLIT))
+    )
     pictures = {}
     for entry in manifest["models"]:
         of_model = (table[table["model"] == entry["given"]] for table in (tokens, decomposition))

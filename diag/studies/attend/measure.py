@@ -23,6 +23,7 @@ from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.seam import Layer
 from diag.models.layer_numbers import own_numbers
 from diag.models.names.spec import ModelSpec
+from diag.results.caveats import columns_of
 from diag.results.looks import MEAN, NUMBERS
 from diag.results.writing import file_stem
 from diag.run.plan import specs_of
@@ -114,9 +115,11 @@ def _view(
         target = _in_text(plan, model, tower, batch)
     row = row_of(call, target.position, tower.tokens_in(tower.token_sets[0], call.tokens))
     same = {"input": sample.id, "model": spec.given, "tower": tower.name, "layer": layer.index}
+    caveated = columns_of(model.facts, tower.facts)
     entry: dict[str, Any] = {
         **dict(model.facts),
         **dict(tower.facts),
+        **caveated,
         "given": spec.given,
         "resolved": model.resolved,
         "family": model.family,
@@ -135,7 +138,9 @@ def _view(
         if target.facts["picture_note"]:
             listener.say(f"{spec.given}: {target.facts['picture_note']}")
     head = chosen_head(plan.head, call, model)
-    return _tokens(row, head, target, same), _decomposition(row, same), target, entry
+    tables = (_tokens(row, head, target, same), _decomposition(row, same))
+    tokens, decomposition = (table.assign(**caveated, inputs="given") for table in tables)
+    return tokens, decomposition, target, entry
 
 
 def _in_image(

@@ -22,6 +22,7 @@ from diag.measure.loop import pick_layers
 from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
+from diag.results.caveats import columns_of, with_caveats
 from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
 from diag.results.hashes import edited, hashes
 from diag.results.manifest import again
@@ -124,7 +125,9 @@ def _carry_out(
     heads = int(before["head"].max()) + 1 if plan.heads else 0
     todo = cases(edits, layers, plan.scopes, heads=heads)
     truth, classify = _truth(model, tower, samples) if plan.labelled else (None, None)
-    listener.say(f"{spec.given}: {len(todo)} changes of {len(layers)} layers, on {len(samples)} inputs")
+    counts = (len(layers), "layer"), (len(samples), "input")
+    over = ", on ".join(f"{count} {word}{'s' if count != 1 else ''}" for count, word in counts)
+    listener.say(f"{spec.given}: {len(todo)} changes of {over}")
     if tower.language_head is not None and any(edit.where == "mlp branch" for edit in edits):
         listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
     listener.start(f"{spec.given} changed", len(samples))
@@ -153,18 +156,20 @@ def _carry_out(
         ],
         ignore_index=True,
     ).reindex(columns=list(LAYOUTS["relations.csv"].needed))  # it has them also where it has no rows
+    caveated = columns_of(model.facts, tower.facts) | {"inputs": plan.named}
     for name, frame in ((SAMPLES, rows), ("sensitivity.csv", table), ("relations.csv", relation)):
-        write(frame.assign(model=spec.given, tower=tower.name), folder / name)
+        write(frame.assign(model=spec.given, tower=tower.name, **caveated), folder / name)
     probe = read_layers(probed)
     probe = probe[(probe["tower"] == tower.name) & (probe["tokens"] == before["tokens"].iloc[0])]
-    figures = draw(table, relation, probe, folder / "figures", title=spec.given)
+    title = with_caveats(spec.given, caveated)
+    figures = draw(table, relation, probe, folder / "figures", title=title)
     settle(folder)
     write_json(
         {
             **document,
             "figures": [str(path.relative_to(folder)) for path in figures],
             "status": "partial" if incidents.failed else "complete",
-            "model": {"given": spec.given, "resolved": model.resolved, **dict(model.facts)},
+            "model": {"given": spec.given, "resolved": model.resolved, **dict(model.facts), **caveated},
             "tower": tower.name,
             "ends_in": tower.ending,
             "probe": probed.name,
@@ -225,7 +230,9 @@ def draw(
         for name in relation.loc[relation["effect"] == effect, "intervention"].unique():
             if name == CONTROL:
                 continue
-            figure = bias_against_effect(table, relation, layers, effect=effect, intervention=name)
+            figure = bias_against_effect(
+                table, relation, layers, title=title, effect=effect, intervention=name
+            )
             rows = relation[(relation["effect"] == effect) & (relation["intervention"] == name)]
             paths += save(figure, rows, folder, file_stem("relation", name, effect))
     return paths

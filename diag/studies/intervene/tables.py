@@ -10,22 +10,25 @@ import pandas as pd
 
 from diag.inputs.tables import COUNT, NAME, OPEN, PLACE, TEXT, Layout
 from diag.results.bootstrap import summary
+from diag.results.caveats import COLUMNS
 from diag.studies.intervene.relation import spearman
 
 PREDICTORS = ("cos_y_vself", "excess", "cos_y_vuniform", "self_part", "value_similarity", "self_weight")
 """Metrics of the untouched model that may predict the effect of a change."""
 
+_OF_MODEL = dict.fromkeys(("model", "tower", *COLUMNS), TEXT)
+
 LAYOUTS = {
     "sensitivity.csv": Layout(
         {"intervention": NAME, "strength": OPEN, "scope": NAME, "layer": PLACE, "head": PLACE, "effect": NAME}
         | {"mean": OPEN, "std": OPEN, "ci_low": OPEN, "ci_high": OPEN, "n": COUNT},
-        {"model": TEXT, "tower": TEXT},
+        _OF_MODEL,
         rows=True,
     ),
     "relations.csv": Layout(
         {"intervention": NAME, "strength": OPEN, "effect": NAME, "predictor": NAME, "level": NAME}
         | {"rho": OPEN, "ci_low": OPEN, "ci_high": OPEN, "p": OPEN, "places": COUNT, "n": COUNT},
-        {"model": TEXT, "tower": TEXT},
+        _OF_MODEL,
     ),
 }
 """What the tables of a sweep hold, by file; an effect may be infinite."""

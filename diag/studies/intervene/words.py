@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from diag.results.caveats import caveats
 from diag.results.decimals import fixed
-from diag.show.terminal import WIDTH, aligned
+from diag.show.terminal import WIDTH, aligned, filled
 from diag.studies.intervene.effect import EFFECTS
 from diag.studies.intervene.sweep import SCOPES
 
@@ -33,8 +34,9 @@ def table(sensitivity: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[
     """The sweep on at most 80 columns: a row per layer, a column per intervention, and what predicts it."""
     effect = main_effect(sensitivity)
     rows = sensitivity[(sensitivity["effect"] == effect) & (sensitivity["head"] < 0)]
+    model = manifest["model"]
     lines = [
-        f"{manifest['model']['given']} · {manifest['tower']} · n = {int(rows['n'].max())}",
+        *filled([model["given"], manifest["tower"], f"n = {int(rows['n'].max())}", *caveats(model)]),
         *textwrap.wrap(f"{effect}: {EFFECTS[effect].definition}; in brackets 95 % CI over inputs", WIDTH),
     ]
     for scope, said in SCOPES.items():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from diag.results.caveats import of_table, with_caveats
 from diag.show.figures.tables import span
 from diag.studies.attend.folder import Attended
 
@@ -38,6 +39,7 @@ def settings(rows: pd.DataFrame, inputs: Sequence[str]) -> str:
         f"intervention {changed}" if changed != "none" else "",
         "t = 0 excluded" if _listed(rows, "first_token") == "excluded" else "",
         _listed(rows, "dtype"),
+        *of_table(rows),
         "95 % bootstrap intervals over inputs" if "ci_low" in rows and rows["ci_low"].notna().any() else "",
     ]
     return "; ".join(part for part in parts if part) + "."
@@ -52,7 +54,7 @@ def look_settings(look: Attended) -> str:
             where = "patch {}, {} of {} × {}".format(*target, *entry["grid"])
         else:
             where = f"token {target}"
-        parts.append(f"{entry['given']}: layer {entry['layer']}, {where}")
+        parts.append(f"{with_caveats(entry['given'], entry)}: layer {entry['layer']}, {where}")
     heads = "mean over heads" if first["head"] == "mean" else f"head {first['head']}"
     said = [str(first["input"]), *parts, heads, "values as computed"]
     return f"{'; '.join(said)}; one input: an example, not a mean."

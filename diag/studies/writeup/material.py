@@ -15,6 +15,7 @@ from diag.models.names.aliases import aliases
 from diag.models.names.arguments import split
 from diag.results import published
 from diag.results.bootstrap import summary
+from diag.results.caveats import COLUMNS
 from diag.results.collect import Collection
 from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
@@ -106,7 +107,7 @@ def points(
     layers: only the mean over these.
 
     Columns line, against, at, label, model, tower, tokens, metric, mean, std, ci_low, ci_high, n, and the
-    constants n_tokens, values, intervention, first_token where the samples have them.
+    constants n_tokens, values, intervention, first_token and those of caveats where the samples have them.
     Raises UserError if a line does not say what it is at.
     """
     chosen = samples if layers is None else samples[samples["layer"].isin(layers)]
@@ -129,7 +130,7 @@ def points(
         }
         found = summary(within[:, None], seed=seed)
         row |= {str(name): found[name].iloc[0] for name in found}
-        constants = ("n_tokens", "values", "intervention", "first_token")
+        constants = ("n_tokens", "values", "intervention", "first_token", *COLUMNS)
         rows.append(row | {name: first[name] for name in constants if name in part})
     table = pd.DataFrame(rows)
     return table.sort_values(

@@ -15,6 +15,7 @@ from pydantic import Field
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published as literature
+from diag.results.caveats import with_caveats
 from diag.results.decimals import fixed
 from diag.results.profiles import differences, profiles
 from diag.results.writing import write
@@ -160,7 +161,9 @@ class ReproductionTable(OfProbe):
     def made(self, stem: str, material: Material) -> list[Tabled]:
         layers = material.table(self)
         parts, verdicts = [], []
-        for model in dict.fromkeys(layers["model"]):
+        lines = layers.drop_duplicates("model").set_index("model")
+        named = {str(model): with_caveats(str(model), line) for model, line in lines.iterrows()}
+        for model in named:
             name = self.published.get(model) or published_name(model)
             if name is None:
                 verdicts.append(f"{model}: nothing is published here")
@@ -168,7 +171,7 @@ class ReproductionTable(OfProbe):
             found = literature.reproduction(layers, model, name, self.reference)
             parts.append(found.assign(model=model, published_model=name))
             rest = len(literature.curves(name, self.reference)) - len(found)
-            verdicts.append(literature.verdict(found, model, not_measured=rest))
+            verdicts.append(literature.verdict(found, named[model], not_measured=rest))
             other = literature.other_settings(layers, model, str(found["source"].iloc[0]))
             verdicts += [f"{model}: other settings than published: {'; '.join(other)}"] if other else []
         if not parts:
@@ -179,7 +182,7 @@ class ReproductionTable(OfProbe):
         found = found[["model", "published_model", *[name for name in found if "model" not in str(name)]]]
         shown = pd.DataFrame(
             {
-                "model": found["model"],
+                "model": found["model"].map(named),
                 "metric": found["metric"],
                 "layer": found["layer"].astype(int),
                 "published": [

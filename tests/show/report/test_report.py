@@ -27,6 +27,7 @@ from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
+from diag.results.caveats import BY_DEFAULT
 from diag.results.collect import Collection, collect
 from diag.results.hashes import sha256_of
 from diag.show.figures.style import OKABE_ITO
@@ -37,6 +38,7 @@ from diag.show.report.content import grouped, lines_of, packed_heads
 from diag.show.report.maps import head_maps, number
 from diag.show.report.palette import CONTRAST, PAPER, compared_colours, contrast, readable, variables
 from diag.show.report.provenance import source
+from diag.show.report.render import lead
 
 NASTY = """<b>&"'</script><script>alert(1)</script>{{ 7 * 7 }}"""
 LIMIT = 5_000_000
@@ -492,6 +494,15 @@ def test_titles_name_models_while_that_is_short(collected: Collection) -> None:
         line for place in range(3) for line in lines_of(made_up(1, 1, f"family:a-long-name-of-{place}"), {})
     ]
     assert default_title(many) == "Attention bias in 3 models"
+    name = f"family:{'long-' * 20}name"
+    assert default_title(lines_of(made_up(1, 1, name), {})) == f"Attention bias in {name}"
+
+
+def test_title_and_lead_of_one_model_say_its_caveats(tmp_path: Path) -> None:
+    lines = lines_of(collect([made_run(tmp_path / "a", weights="random", inputs=BY_DEFAULT)]), {})
+    said = "demo:vit-p8 · random weights · demo inputs"
+    assert default_title(lines) == f"Attention bias in {said}"
+    assert f"Measured in {said}, layer by layer" in lead(lines)
 
 
 # ---- parts

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from made_runs import CURVES, Make, made_run
 
+from diag.results.caveats import BY_DEFAULT
 from diag.results.collect import Collection, collect
 from diag.results.profiles import differences, profiles
 from diag.show.words import comparison, control, summary, uncontrolled
@@ -306,6 +307,12 @@ class TestControl:
         assert told(alone).splitlines()[-1].startswith("The weights are random, nothing was learned")
         assert "nothing was learned: all lines." in said(collect([drawn, make("c", entry=random)]))
         assert "andom" not in said(collect([make("d"), make("e", model="timm:b")]))
+
+    def test_other_caveats_are_said_with_the_lines_that_have_them(self, make: Make) -> None:
+        first = make("a", model="timm:a", weights="without adapter", inputs=BY_DEFAULT)
+        text = said(collect([first, make("b", model="timm:b", weights="loaded", inputs=BY_DEFAULT)]))
+        assert text.splitlines()[-1] == "To be known: adapter not loaded (timm:a), demo inputs (all lines)."
+        assert "To be known" not in said(collect([make("c"), make("d", model="timm:b")]))
 
     def test_sizes_that_a_model_was_not_trained_on(self, make: Make) -> None:
         note = {

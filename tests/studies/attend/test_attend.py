@@ -31,11 +31,15 @@ from diag.models.base import Sample
 from diag.models.hooks.depth import Place
 from diag.models.hooks.seam import Layer
 from diag.models.names.resolve import parse
+from diag.results.caveats import COLUMNS
+from diag.results.writing import write as write_table
 from diag.run.plan import ProbePlan
+from diag.show.report.attended import read_attended, section_of
 from diag.studies.attend import Attended, AttendPlan, attend, folder_of, read, run_attend, write
 from diag.studies.attend.grid import Grid
 from diag.studies.attend.measure import chosen_layer, picture_of
 from diag.studies.attend.row import NUMBERS, row_of
+from diag.studies.writeup.captions import look_settings
 
 ASTRONAUT = {"image": "demo:astronaut", "layer": -1, "patch": (1, 2)}
 SENTENCE = "the cat sat on the mat and the dog ran after the cat"
@@ -752,3 +756,29 @@ def test_mistakes_are_two_lines(
     assert ended.out == ""
     assert ended.lines[-2].startswith(message)
     assert ended.lines[-1].startswith(tip)
+
+
+def test_caveats_stand_in_columns_table_json_captions_and_report(attnbias: Callable[..., Ended]) -> None:
+    model = "demo:vit-p16,img_size=48"
+    given = ("attend", "-m", model, "--image", "demo:moon", "--layer", 0, "--patch", "0,0", "-o", "look")
+    ended = attnbias(*given)
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[0] == f"{model} · interpolated positions"
+    (said,) = json.loads(attnbias(*given, "--json").out)["models"]
+    assert said["caveats"] == ["interpolated positions"]
+    found = read(Path("look"))
+    for table in (found.tokens, found.decomposition):
+        assert set(table["positions"]) == {"interpolated"}
+        assert (set(table["weights"]), set(table["inputs"])) == ({"loaded"}, {"given"})
+    assert f"{model} · interpolated positions: layer 0" in look_settings(found)
+    for sketched in Path("look", "figures").glob("*.png"):
+        Image.new("RGB", (8, 8)).save(sketched)
+    section = section_of(read_attended([Path("look")])[0][0])
+    assert {row[0] for row in section.rows} == {f"{model} · interpolated positions"}
+    assert f"{model} · interpolated positions: cosine" in section.pictures[0][1]
+    # a folder of an earlier version has no such columns, but its manifest tells
+    for name in ("tokens.parquet", "decomposition.csv"):
+        table = found.tokens if name == "tokens.parquet" else found.decomposition
+        write_table(table.drop(columns=[*COLUMNS]), Path("look", name))
+    assert set(read(Path("look")).tokens["positions"]) == {"interpolated"}
+    assert section_of(read_attended([Path("look")])[0][0]).rows == section.rows

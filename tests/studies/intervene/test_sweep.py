@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from commands import Ended
+from matplotlib.figure import Figure
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
@@ -33,6 +34,7 @@ from diag.models.families.demo import EMBEDDED
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.interventions import GATE, INTERVENTIONS, parse
 from diag.models.names.resolve import parse as parse_name
+from diag.results.caveats import BY_DEFAULT
 from diag.run.progress import Silent
 from diag.run.shards import tower_samples
 from diag.studies.intervene.plan import IntervenePlan
@@ -407,6 +409,32 @@ def test_the_command(attnbias: Callable[..., Ended]) -> None:
     assert max(map(len, done.out.splitlines())) <= 80
     assert done.lines[-1] == "folder: out"
     assert attnbias("intervene", *given, "--scope", "one", "-o", "out", "-q").out == "out\n"
+
+
+def test_caveats_stand_in_table_columns_titles_and_manifest(
+    attnbias: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, titles = "demo:vit-p16,img_size=48", []
+
+    def kept(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+        titles.append(figure.get_suptitle().replace("\n", " · "))
+        return []
+
+    monkeypatch.setattr("diag.show.figures.write.save", kept)
+    given = ("-m", model, "--limit", 2, "--intervene", "skip", "--layers", "0-3")
+    done = attnbias("intervene", *given, "-o", "out")
+    assert done.code == 0, done.err
+    assert " ".join(done.out.split()).startswith(
+        f"{model} · vision · n = 2 · interpolated positions · demo inputs"
+    )
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert titles == [f"{model} · interpolated positions · demo inputs"] * 2
+    for name in ("sensitivity.csv", "relations.csv", "samples.parquet"):
+        file = Path("out", name)
+        table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
+        assert set(table["positions"]) == {"interpolated"}, name
+        assert set(table["inputs"]) == {BY_DEFAULT}
+    assert json.loads(Path("out", "manifest.json").read_text())["model"]["inputs"] == BY_DEFAULT
 
 
 def test_several_models_are_swept_one_after_the_other(attnbias: Callable[..., Ended]) -> None:

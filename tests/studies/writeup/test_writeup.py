@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import Ended, run_cli
+from made_runs import made_run
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -22,16 +23,18 @@ from diag.errors import UserError
 from diag.models.names.series import members
 from diag.results import tables as records
 from diag.results.bootstrap import summary
+from diag.results.caveats import BY_DEFAULT
 from diag.results.collect import collect
 from diag.results.writing import write, write_json
 from diag.show.figures.style import style
 from diag.studies.writeup import needs_of, read_plans, schema, shows
 from diag.studies.writeup.captions import caption
-from diag.studies.writeup.drawing import CurvesFigure, _per_line
-from diag.studies.writeup.material import overlay, points, published_name
+from diag.studies.writeup.drawing import CurvesFigure, LengthsFigure, _per_line
+from diag.studies.writeup.material import Material, overlay, points, published_name
 from diag.studies.writeup.needs import runs_of
 from diag.studies.writeup.produce import portable
 from diag.studies.writeup.schema import read_plan
+from diag.studies.writeup.tables import ReproductionTable
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(
@@ -736,6 +739,28 @@ class TestPlans:
         )
         assert caption("{models}: {T}", "", rows, ["texts (x)"]) == (
             "9 models from m0 to m8: 8 9 models from m0 to m8; T = 8; n = 3 texts (x); values as computed."
+        )
+
+    def test_tables_and_what_has_no_labels_say_caveats(self, tmp_path: Path) -> None:
+        """Where a table or figure shows a model's name, or the name of a run, and no label."""
+        found = collect([made_run(tmp_path / "a", weights="random", inputs=BY_DEFAULT)])
+        material = Material(collections={"p": found}, lines={"p": {"a": "a line"}})
+        known = {"model": "x", "metric": "cos_y_vself", "layer": [0], "value": 0.6, "uncertainty": 0.1}
+        pd.DataFrame(known | {"source": "nobody"}).to_csv(tmp_path / "known.csv", index=False)
+        given = {"published": {"demo:vit-p8": "x"}, "reference": tmp_path / "known.csv"}
+        (table,) = ReproductionTable(kind="reproduction", probe="p", **given).made("r", material)
+        said = "demo:vit-p8 · random weights · demo inputs"
+        assert set(table.shown["model"]) == {said}
+        assert table.verdicts[0].startswith(said)
+        (figure,) = LengthsFigure(kind="lengths", probe="p", metrics=("cos_y_vself",)).made("l", material)
+        assert "as computed · random weights · demo inputs" in figure.figure.subfigs[0].get_suptitle()
+        assert "; random weights; demo inputs" in caption(None, "", figure.rows, [])
+
+    def test_captions_say_caveats_and_of_which_models(self) -> None:
+        rows = pd.DataFrame({"model": ["a", "b", "c"], "tower": "text", "n": 3, "inputs": BY_DEFAULT})
+        rows["weights"] = ["random", "random", "loaded"]
+        assert caption("", "Means.", rows, []) == (
+            "Means. a, b, c; n = 3; random weights: a, b; demo inputs."
         )
 
 
