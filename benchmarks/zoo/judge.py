@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from zoo.evidence import Evidence, configured_heads
+from zoo.evidence import Evidence, configured_heads, within
 from zoo.numbering import numbering_faults, unnamed_blocks
 from zoo.observer import Call
 from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER
@@ -74,14 +74,8 @@ def judged(evidence: Evidence, answer: Answer) -> Verdict:
 def _has_own_tokens(evidence: Evidence, path: str) -> bool:
     """Whether something at a path could have been measured: its tokens meet their own values."""
     path = _without_run(path)
-    if any(_within(eager, path) for eager in evidence.eager):
-        return True
-    kinds = {kind for (of, _, _), kind in evidence.kinds.items() if _within(of, path)}
+    kinds = {kind for (of, *_), kind in evidence.kinds.items() if within(of, path)}
     return not kinds <= {CROSS, CHANNELS, ORDER}
-
-
-def _within(path: str, of: str) -> bool:
-    return path == of or path.startswith(f"{of}.") or of == ""
 
 
 def _without_run(path: str) -> str:
@@ -97,11 +91,11 @@ def unnamed(evidence: Evidence, answer: Answer) -> Iterable[str]:
     known = {_without_run(str(path)) for path in answer.samples["module"].unique()} | {
         _without_run(path) for path in answer.skipped
     }
-    for path in dict.fromkeys([*evidence.fused, *evidence.eager]):
-        if not any(_within(path, of) or (path and _within(of, path)) for of in known):
+    for path in evidence.attending:
+        if not any(within(path, of) or (path and within(of, path)) for of in known):
             how = "computes softmax attention itself" if path in evidence.eager else "calls attention"
             yield f"'{path}' {how}: neither measured nor named"
-    for path in unnamed_blocks(evidence.root, set(evidence.fused) | set(evidence.eager), known):
+    for path in unnamed_blocks(evidence.root, set(evidence.attending), known):
         yield f"'{path}' mixes tokens without attention between blocks that attend: not named"
 
 
@@ -169,7 +163,7 @@ def faults_of_table(evidence: Evidence, answer: Answer) -> Iterable[str]:
         places = [
             (path, run)
             for path, run in groups[0]
-            if _within(path, line.path) and (line.run is None or run == line.run)
+            if within(path, line.path) and (line.run is None or run == line.run)
         ]
         if not places:
             yield f"'{line.path}' is in the table, but calls no attention"
@@ -318,7 +312,7 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
     """Which tokens are no patches: those that are the same for all inputs in the first call, or known."""
     first, other = evidence.calls[0][0], evidence.calls[1][0]
     found = torch.zeros(tokens, dtype=torch.bool)
-    if not first.eager and not other.eager:
+    if first.value is not None and other.value is not None:
         layout = layouts(first, None)[0]
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens):

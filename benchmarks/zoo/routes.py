@@ -15,6 +15,7 @@ from PIL import Image
 from zoo.case import Case, forward, inputs_of
 from zoo.evidence import Evidence, gathered
 from zoo.judge import FALSE, REFUSED, Answer, Verdict, judged
+from zoo.reference import METRICS
 
 TEXTS = [
     "A cat sat on the warm mat while it rained outside, and slept.",
@@ -47,11 +48,10 @@ def asked(model: Any, inputs: Any, **options: Any) -> Answer:
     """What attnbias answers."""
     import diag
 
-    names = ["cos_y_vself", "self_part", "self_weight", "value_similarity", "entropy", "cos_y_vuniform"]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            found = diag.probe(model, inputs, metrics=names, batch_size=2, **options)
+            found = diag.probe(model, inputs, metrics=list(METRICS), batch_size=2, **options)
     except diag.UserError as error:
         return Answer(error=str(error))
     except Exception as error:
