@@ -23,16 +23,18 @@ from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER
 from zoo.reference import METRICS, Rows, layouts, numbers, rows_of
 from zoo.refusals import faults_of_refusal
 
-EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NOT_BUILT = (
+EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
     "exact",
     "partial (named)",
     "refused (true reason)",
     "refused (false reason or raw exception)",
     "wrong",
     "silently incomplete",
+    "no verdict",
+    "judge failed",
     "not built",
 )
-VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NOT_BUILT)
+VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT)
 TOLERANCE = 1e-5
 
 
