@@ -7,7 +7,7 @@ whether it is the axis of keys that is contracted, and which axes are queries, h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -32,6 +32,13 @@ COPIES = {
     aten._reshape_alias.default,
 }
 ALIKE = {aten._to_copy.default, aten.native_dropout.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+NORMS = {
+    aten.native_layer_norm.default,
+    aten.native_group_norm.default,
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+}
+"""What makes other weights of weights, each in its place."""
 SUMS = {aten.sum.dim_IntList: 1, aten.logsumexp.default: 1}
 NOTHING, FAINT, LEAST = -1e30, -60.0, 1e-26
 """A score that sees nothing; next to a row's largest, one that hides a key; a weight that is none."""
@@ -114,7 +121,7 @@ class Follower:
         elif func in SUMS:
             self._summed(found[0], args[SUMS[func]])
         elif func is aten.convolution.default and tuple(args[1].shape[2:]) == (1,) * (args[1].ndim - 2):
-            self._mixed(found[0], result, 1)
+            self._mixed(found[0].labels.movedim(1, -1), found[0], result, lambda labels: labels.movedim(-1, 1))
         elif isinstance(out, list | tuple) and func.is_view:
             for tensor, labels in zip(out, func(found[0].labels, *args[1:], **(kwargs or {})), strict=True):
                 self._know(replace(found[0], tensor=tensor, labels=labels))
@@ -138,6 +145,9 @@ class Follower:
                 moved = func(first.labels, *args[1:], **kwargs)
             if isinstance(moved, Tensor):
                 self._know(replace(first, tensor=outs, labels=moved))
+        elif func in NORMS:
+            if result.shape == first.labels.shape:
+                self._know(replace(first, tensor=result, scores=None))
         elif torch.Tag.pointwise in func.tags or func in ALIKE:
             like = next((one for one in found if one.labels.shape == result.shape), first)
             try:
@@ -158,22 +168,26 @@ class Follower:
                 if known.origin is weights.origin:
                     self._know(replace(known, key=vary[0]))
 
-    def _mixed(self, weights: Weights, result: Tensor, axis: int) -> None:
-        """Weights whose entries along one axis were mixed, such as talking heads; `result` has them there."""
-        labels = weights.labels.movedim(axis, -1)
+    def _mixed(
+        self, labels: Tensor, weights: Weights, result: Tensor, placed: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Weights that were mixed along the last axis of `labels`, such as those of talking heads.
+
+        placed: labels `[…, mixed]` -> in the axes of `result`.
+        """
         places = weights.at(labels)
         vary = [n for n, place in enumerate(places) if bool((place != place[..., :1]).any())]
         if len(vary) != 1 or vary[0] == weights.key:
             return
-        count = result.shape[axis]
+        count = result.numel() // (labels.numel() // labels.shape[-1])
         shape = tuple(count if n == vary[0] else size for n, size in enumerate(weights.shape))
         new = [place[..., :1].expand(*place.shape[:-1], count) for place in places]
         new[vary[0]] = torch.arange(count).expand_as(new[0])
-        moved = sum(
-            (place * prod(shape[n + 1 :]) for n, place in enumerate(new)), torch.zeros((), dtype=torch.long)
-        )
+        moved = torch.zeros((), dtype=torch.long)
+        for place, size in zip(new, shape, strict=True):
+            moved = moved * size + place
         self._know(
-            Weights(result, moved.movedim(-1, axis), shape, weights.key, None, weights.before, weights.origin),
+            Weights(result, placed(moved), shape, weights.key, None, weights.before, weights.origin),
         )
 
     def _product(
@@ -197,8 +211,8 @@ class Follower:
                     result.reshape(-1, *result.shape[-2:]).detach().double(),
                 )
                 yield weights.origin, found
-            elif weights.key is not None and len(vary) == 1 and one is left and _same(other):
-                self._mixed(replace(weights, labels=labels), out, out.ndim - 1)
+            elif weights.key is not None and len(vary) == 1 and _same(other):
+                self._mixed(labels, weights, out, lambda x, one=one: x if one is left else x.mT)  # type: ignore[misc]
 
 
 def _same(factor: Tensor) -> bool:
@@ -237,7 +251,7 @@ def _arranged(weights: Weights, labels: Tensor, a: Tensor, v: Tensor, y: Tensor)
     if bool((source != source[..., :1]).any()):
         return None  # every query has values of its own
     sizes = [len(of_row[axis].unique()) for axis in lead]
-    if prod(sizes) != groups:
+    if prod(sizes) != groups or not sizes:
         sizes = [groups]
     shape = (*sizes, repeats) if repeats > 1 else tuple(sizes)
 

@@ -185,8 +185,9 @@ def shrunk(values: dict[str, Any], kind: str, sizes: str = "small") -> dict[str,
     next_id = 290
     new = SIZES["ungrouped" if sizes == "small" and values.get("kv_lora_rank") else sizes]
     whole = sizes in ("small", "ungrouped")
+    staged = any(isinstance(values.get(key), list | tuple) for key in ("depths", "hidden_sizes", "layer_depths"))
     for key, value in values.items():
-        if key in LEFT_OUT:
+        if key in LEFT_OUT and not (staged and key in OUT):
             continue
         if isinstance(value, dict) and key.endswith(("config", "encoder", "decoder")) and value:
             small[key] = shrunk(value, str(value.get("model_type", "")), sizes)
@@ -225,7 +226,9 @@ def shrunk(values: dict[str, Any], kind: str, sizes: str = "small") -> dict[str,
     return small
 
 
-LEFT_OUT = ("out_features", "out_indices", "stage_names", "per_layer_config", "_out_features", "_out_indices")
+OUT = ("out_features", "out_indices", "_out_features", "_out_indices")
+LEFT_OUT = ("stage_names", "per_layer_config", *OUT)
+"""What names layers; where they are few stages, they all stay, and so does what names them."""
 PER_LAYER = [
     "layer_types",
     "layers_block_type",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.eager import FAINT, NOTHING
 from zoo.observer import Call, Calls, Frame, Watch, watching
 from zoo.provenance import CHANNELS, CROSS, MIXED, MOST_PLACES, ORDER, OWN, UNKNOWN
 
@@ -102,15 +103,15 @@ def _compared(call: Call, base: Call, other: Call) -> tuple[str, str]:
     assert base.value is not None
     assert other.value is not None
     values = _differ(base.value, other.value)
-    rows = set(values.any(-1).flatten(0, -2).any(0).nonzero().flatten().tolist())
-    columns = values.any(-2).flatten(0, -2).any(0).sum()
+    rows = _somewhere(values.any(-1))
+    columns = len(_somewhere(values.any(-2)))
     one, two = base.raw, other.raw
     if one is None or two is None or one.shape != two.shape:
         return UNKNOWN, ""
     scores = _differ(one, two)
-    seen = call.seen if call.seen is not None and call.seen.shape == scores.shape else torch.ones_like(scores)
+    seen = (one > one.amax(-1, keepdim=True) + FAINT) & (one > NOTHING)
     most = (scores & seen).sum(-1) * 2 > seen.sum(-1).clamp(min=2)
-    queries = set(most.flatten(0, -2).any(0).nonzero().flatten().tolist())
+    queries = _somewhere(most)
     if not rows and not queries:
         return UNKNOWN, ""
     if not rows or not queries:
@@ -127,6 +128,11 @@ def _compared(call: Call, base: Call, other: Call) -> tuple[str, str]:
     if len(rows) > 1 and columns == 1 and base.value.shape[-1] > 1:
         return CHANNELS, ""
     return MIXED, ""
+
+
+def _somewhere(found: Tensor) -> set[int]:
+    """Places along the last axis where something was found at any place of the others."""
+    return set(found.reshape(-1, found.shape[-1]).any(0).nonzero().flatten().tolist())
 
 
 def _differ(one: Tensor, two: Tensor) -> Tensor:
