@@ -44,7 +44,9 @@ def main() -> None:
     options.add_argument("--kept", type=Path, default=KNOWN, help="the JSON file of verdicts")
     options.add_argument("--page", type=Path, default=HERE.parent / "docs" / "coverage.md")
     options.add_argument("--processes", type=int, default=2)
-    options.add_argument("--site", type=Path, help="the folder of other libraries' packages (docs/coverage.md)")
+    options.add_argument(
+        "--site", type=Path, help="the folder of other libraries' packages (docs/coverage.md)"
+    )
     options.add_argument("--missing", action="store_true", help="judge only what is not known yet")
     options.add_argument("--show", action="store_true", help="print what is known and judge nothing")
     options.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)
@@ -59,7 +61,7 @@ def main() -> None:
         run(given, known)
     from zoo.page import written
 
-    given.page.write_text(written(known))
+    given.page.write_text(written(known, given.site))
     print(f"{given.page}")
 
 

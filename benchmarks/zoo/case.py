@@ -61,6 +61,8 @@ def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta:
+                if not parameter.isfinite().all():  # memory that was never filled in
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
                 flat = parameter.ndim <= 1 or float(parameter.std()) == 0 if parameter.numel() > 1 else False
                 if flat:
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))

@@ -1,8 +1,8 @@
 """Follows what comes of a softmax that a model computes itself to the product with its values.
 
-Every entry of the weights carries a label: which entry of the softmax it comes from. Views and copies are done
-to the labels as they are done to the weights, so that no axis is ever guessed: at a product, the labels say
-whether it is the axis of keys that is contracted, and which axes are queries, heads and rows.
+Every entry of the weights carries a label: which entry of the softmax it comes from. Views and copies are
+done to the labels as they are done to the weights, so that no axis is ever guessed: at a product, the labels
+say whether it is the axis of keys that is contracted, and which axes are queries, heads and rows.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Follower:
         elif func in SUMS:
             self._summed(found[0], args[SUMS[func]])
         elif func is aten.convolution.default and tuple(args[1].shape[2:]) == (1,) * (args[1].ndim - 2):
-            self._mixed(found[0].labels.movedim(1, -1), found[0], result, lambda labels: labels.movedim(-1, 1))
+            self._mixed(
+                found[0].labels.movedim(1, -1), found[0], result, lambda labels: labels.movedim(-1, 1)
+            )
         elif isinstance(out, list | tuple) and func.is_view:
             for tensor, labels in zip(out, func(found[0].labels, *args[1:], **(kwargs or {})), strict=True):
                 self._know(replace(found[0], tensor=tensor, labels=labels))
@@ -133,9 +135,7 @@ class Follower:
         if func.is_view or func in COPIES:
             outs = result
             if isinstance(args[0], list | tuple):
-                labels = [
-                    known.labels if (known := self.of(x)) else torch.full(x.shape, -1) for x in args[0]
-                ]
+                labels = [known.labels if (known := self.of(x)) else torch.full(x.shape, -1) for x in args[0]]
                 moved = func(labels, *args[1:], **kwargs)
             elif func is aten.constant_pad_nd.default:
                 moved = func(first.labels, args[1], -1)
@@ -223,7 +223,7 @@ def _same(factor: Tensor) -> bool:
 def _arranged(weights: Weights, labels: Tensor, a: Tensor, v: Tensor, y: Tensor) -> Product | None:
     """A product `[n, q, k]`, `[n, k, d]`, `[n, q, d]` in the axes of the softmax, queries and keys last."""
     assert weights.key is not None
-    n, rows, keys = a.shape
+    n, rows, _keys = a.shape
     places = weights.at(labels)
     order = places[weights.key][0, 0].argsort()
     of_row = [place[..., 0] for place in places]  # [n, row]

@@ -26,7 +26,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "intermediate_size": [64] * 4,
     },
-    "glm4v_moe_text": {"rope_parameters": ROTARY | {"partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0]}},
+    "glm4v_moe_text": {
+        "rope_parameters": ROTARY | {"partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0]}
+    },
     "zaya": {"num_experts_per_tok": 1, "sliding_window": 6},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "bros": {"dim_bbox_sinusoid_emb_2d": 8, "dim_bbox_projection": 8},
@@ -37,6 +39,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "swin2sr": {"embed_dim": 24, "num_heads": [2, 2], "depths": [2, 2], "image_size": 32, "patch_size": 1},
     "swinv2": {"window_size": 4, "embed_dim": 32, "num_heads": [2, 4, 8, 16]},
     "swin": {"window_size": 4, "embed_dim": 32, "num_heads": [2, 4, 8, 16]},
-    "blt": {},
-    "dia_encoder": {},
+    "superpoint": {
+        "keypoint_threshold": 0.0,
+        "max_keypoints": 16,
+        "border_removal_distance": 0,
+        "nms_radius": 1,
+    },
 }

@@ -126,10 +126,7 @@ def plain(module: Any) -> Iterator[dict[str, Tensor]]:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
     mask[1, TOKENS - 3 :] = 0
     vision = getattr(config, "vision_config", config)
-    side = getattr(vision, "image_size", None) or SIDE
-    side = side if isinstance(side, int) else side[0]
-    if hasattr(vision, "depths"):  # stages halve an image; the last should have some tokens left
-        side = max(side, 128)
+    side = side_of(vision)
     channels = getattr(vision, "num_channels", None) or 3
     pixels = torch.randn(ROWS, channels if isinstance(channels, int) else 3, side, side, generator=generator)
     main = getattr(module, "main_input_name", "input_ids")
@@ -186,9 +183,9 @@ def plain(module: Any) -> Iterator[dict[str, Tensor]]:
                 }
     if "past_values" in taken:
         channels = getattr(config, "num_input_channels", None) or 1
-        length = getattr(config, "context_length", None) or 32
+        context = getattr(config, "context_length", None) or 32
         lags = max(getattr(config, "lags_sequence", None) or [0])
-        for length in dict.fromkeys((length + lags, length, 64, 512)):
+        for length in dict.fromkeys((context + lags, context, 64, 512)):
             yield {"past_values": torch.randn(ROWS, length, channels, generator=generator)}
             yield {"past_values": torch.randn(ROWS, length, generator=generator)}
     if "input_ids" in taken:
@@ -234,8 +231,7 @@ def saved(module: Any, folder: Path) -> Path:
         save_tokenizer(folder, around=not _causal(module.config))
     if "pixel_values" in taken:
         vision = getattr(module.config, "vision_config", module.config)
-        side = getattr(vision, "image_size", None) or SIDE
-        side = side if isinstance(side, int) else side[0]
+        side = side_of(vision)
         if hasattr(vision, "spatial_merge_size"):
             processor: Any = transformers.Qwen2VLImageProcessor(
                 patch_size=vision.patch_size,
@@ -248,6 +244,13 @@ def saved(module: Any, folder: Path) -> Path:
             processor = transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         processor.save_pretrained(folder)
     return folder
+
+
+def side_of(vision: Any) -> int:
+    """The side of an image. Stages and convolutions halve it; the last should have some tokens left."""
+    side = getattr(vision, "image_size", None) or 4 * SIDE
+    side = side if isinstance(side, int) else side[0]
+    return max(side, 4 * SIDE) if hasattr(vision, "depths") else side
 
 
 def _causal(config: Any) -> bool:

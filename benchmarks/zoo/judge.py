@@ -273,7 +273,10 @@ def counted(
     windows = rows.value.shape[0] > 1 or calls > 1
     first = _first_like(evidence.calls[number], call) is call  # prefix tokens are the same in the first one
     ahead = rows.visible.triu(1).any()  # in a causal call, first tokens that are the same stay the same
-    between = constant is not None and not windows and _between(constant[0])
+    words = (
+        rows.among.shape[1] in evidence.texts
+    )  # the same word in the same place of two texts is no padding
+    between = constant is not None and not windows and not words and _between(constant[0])
     if constant is not None and ahead and not constant.all() and (windows or between or not first):
         rows.among &= ~constant
     mask = evidence.masks[number] if number < len(evidence.masks) else None
@@ -290,11 +293,13 @@ def counted(
 
 
 def _first_like(calls: list[Call], call: Call) -> Call:
-    """The first call of the same stack of blocks over as many tokens."""
+    """The first call of the same stack of blocks over as many tokens; itself, if it is beside that."""
     stack = re.sub(r"\d+", "#", call.path)
-    return next(
+    first = next(
         one for one in calls if re.sub(r"\d+", "#", one.path) == stack and one.lengths == call.lengths
     )
+    beside = re.compile(r"(?<=attns\.)\d+|(?<=fns\.)\d+")  # layers that read the same tokens side by side
+    return call if beside.sub("#", first.path) == beside.sub("#", call.path) else first
 
 
 def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor | None:

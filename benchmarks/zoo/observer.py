@@ -1,8 +1,8 @@
 """Watches a model's attention without any code of attnbias: the judge's own eyes.
 
 Two nets, below and above each other. `scaled_dot_product_attention` is replaced wherever a library keeps it;
-and a dispatch mode sees every softmax that reaches an operator, and the product that contracts its axis of keys
-with values: attention that a model writes out itself (eager), its weights, values and output.
+and a dispatch mode sees every softmax that reaches an operator, and the product that contracts its axis of
+keys with values: attention that a model writes out itself (eager), its weights, values and output.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ELEMENTARY = (nn.Softmax, nn.Dropout, nn.Identity)
 
 @dataclass
 class Frame:
-    """A module that is running: its path, which run of it, the tensors that it was given; all, to run it again.
+    """A module that is running: its path, which run of it, the tensors that it was given.
 
-    before: how many eager calls there were when it began.
+    module, args, kwargs: what runs it again. before: how many eager calls there were when it began.
     """
 
     path: str
@@ -48,9 +48,10 @@ class Call:
     """One attention call.
 
     path, run: the innermost module that was running, and which run of it. eager: whether the model computed
-    softmax itself; then `pattern` is what multiplied the values and `seen` says which keys a query sees
-    (`raw`: what the softmax was taken of), or only `scores`, the shape of its softmax, is known. own: where among the keys those of the queries' own
-    tokens begin, for keys that are more than the queries. stack: the running modules.
+    softmax itself; then `pattern` is what multiplied the values, `seen` says which keys a query sees and
+    `raw` is what the softmax was taken of; or only `scores`, the shape of its softmax, is known. own: where
+    among the keys those of the queries' own tokens begin, for keys that are more than the queries. stack:
+    the running modules.
     """
 
     path: str

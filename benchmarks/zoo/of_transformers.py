@@ -154,7 +154,14 @@ SMALL: dict[str, Any] = (
     }
 )
 DEEP = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers", "depth")
-DEEP += ("num_encoder_layers", "num_decoder_layers", "num_blocks", "num_hidden_groups", "l_layers", "x_layers")
+DEEP += (
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "num_hidden_groups",
+    "l_layers",
+    "x_layers",
+)
 WIDE = ("vocab_size", "num_experts", "num_local_experts", "n_routed_experts", "text_vocab_size", "image_size")
 GROUPED = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num")
 SIZES: dict[str, dict[str, Any]] = {
@@ -185,7 +192,9 @@ def shrunk(values: dict[str, Any], kind: str, sizes: str = "small") -> dict[str,
     next_id = 290
     new = SIZES["ungrouped" if sizes == "small" and values.get("kv_lora_rank") else sizes]
     whole = sizes in ("small", "ungrouped")
-    staged = any(isinstance(values.get(key), list | tuple) for key in ("depths", "hidden_sizes", "layer_depths"))
+    staged = any(
+        isinstance(values.get(key), list | tuple) for key in ("depths", "hidden_sizes", "layer_depths")
+    )
     for key, value in values.items():
         if key in LEFT_OUT and not (staged and key in OUT):
             continue
@@ -305,7 +314,7 @@ def _line(error: BaseException) -> str:
 
 
 def build(name: str, folder: Path | None) -> Case:
-    """A model type with random weights, on two inputs with padding, as small as it runs. Raises NotBuiltError."""
+    """A model type with random weights, on two inputs, as small as it runs. Raises NotBuiltError."""
     from zoo import inputs
 
     why = ""

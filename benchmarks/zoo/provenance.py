@@ -66,7 +66,10 @@ def _kind_of(call: Call, first: int) -> str:
     if not around or not value.requires_grad or not query.requires_grad:
         return UNKNOWN
     token = queries // 2
-    of_value, of_query = _gradients(_row(value, first + token), around), _gradients(_row(query, token), around)
+    of_value, of_query = (
+        _gradients(_row(value, first + token), around),
+        _gradients(_row(query, token), around),
+    )
     of_column = _gradients(_column(value), around)
     found = UNKNOWN
     reads_value = reads_query = False

@@ -1,7 +1,7 @@
 """Of which tokens an eager call's queries and values are: read off what changes when one number does.
 
-What reaches an operator has no gradients. So a module around the call is run again with one element of what it
-was given changed: a token whose row of scores and whose row of V change, and no other, meets its own value.
+What reaches an operator has no gradients. So a module around the call is run again with one element of what
+it was given changed: a token whose row of scores and whose row of V change, and no other, meets its own value.
 """
 
 from __future__ import annotations
@@ -108,9 +108,12 @@ def _compared(call: Call, base: Call, other: Call) -> tuple[str, str]:
     one, two = base.raw, other.raw
     if one is None or two is None or one.shape != two.shape:
         return UNKNOWN, ""
-    scores = _differ(one, two)
     seen = (one > one.amax(-1, keepdim=True) + FAINT) & (one > NOTHING)
-    most = (scores & seen).sum(-1) * 2 > seen.sum(-1).clamp(min=2)
+    apart = (two - one).where(seen & two.isfinite(), torch.nan)
+    apart = (
+        apart - apart.nanmedian(-1, keepdim=True).values
+    ).abs()  # a row may be shifted as a whole, by its maximum
+    most = (apart > 1e-6 * one.where(seen, 0).abs().max()).sum(-1) * 2 > seen.sum(-1).clamp(min=2)
     queries = _somewhere(most)
     if not rows and not queries:
         return UNKNOWN, ""
@@ -119,7 +122,7 @@ def _compared(call: Call, base: Call, other: Call) -> tuple[str, str]:
     if len(rows) == len(queries) == 1:
         (value,), (query,) = rows, queries
         extra = call.lengths[1] - call.lengths[0]
-        if value == query and extra == 0 or extra > 0 and 0 <= value - query <= extra:
+        if (value == query and extra == 0) or (extra > 0 and 0 <= value - query <= extra):
             call.own = value - query
             return OWN, ""
         return ORDER, ""

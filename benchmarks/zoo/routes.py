@@ -41,7 +41,10 @@ def module_evidence(case: Case) -> Evidence:
     each = inputs_of(case)
     mask = case.batch.get("attention_mask") if isinstance(case.batch, Mapping) else None
     masks = list(mask.bool()) if mask is not None and mask.ndim == 2 else None
-    return gathered(case.module, lambda batch: forward(case.module, batch), case.batch, each, masks)
+    found = gathered(case.module, lambda batch: forward(case.module, batch), case.batch, each, masks)
+    if isinstance(case.batch, Mapping):
+        found.texts = frozenset(x.shape[-1] for name, x in case.batch.items() if name.endswith("input_ids"))
+    return found
 
 
 def asked(model: Any, inputs: Any, **options: Any) -> Answer:
@@ -121,6 +124,8 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
     prefix = case.prefix if kind == "vision" else None
     seen = gathered(loaded.module, tower.forward, together, each, prefix=prefix)
     seen.coupled = seen.coupled and tower.max_batch is None
+    if tower.input_kind == "text":
+        seen.texts = frozenset(call.lengths[0] for call in seen.calls[0]) if seen.calls else frozenset()
     return judged(seen, answer)
 
 
