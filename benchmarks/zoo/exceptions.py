@@ -37,7 +37,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mistral_large4_text": {"kv_source_layers": [0, 0]},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "is_decoder": False},
     "swin2sr": {"embed_dim": 24, "num_heads": [2, 2], "depths": [2, 2], "image_size": 32, "patch_size": 1},
-    "swinv2": {"window_size": 4, "embed_dim": 32, "num_heads": [2, 4, 8, 16]},
+    "swinv2": {"window_size": 4, "embed_dim": 32, "num_heads": [2, 4, 8, 16], "depths": [2, 1, 1, 1]},
     "swin": {"window_size": 4, "embed_dim": 32, "num_heads": [2, 4, 8, 16]},
     "superpoint": {
         "keypoint_threshold": 0.0,

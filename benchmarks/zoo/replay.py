@@ -1,7 +1,7 @@
 """Of which tokens an eager call's queries and values are: read off what changes when one number does.
 
 What reaches an operator has no gradients. So a module around the call is run again with one element of what
-it was given changed: a token whose row of scores and whose row of V change, and no other, meets its own value.
+it was given changed. Where one row of scores and one row of V change, of one token, it meets its own value.
 """
 
 from __future__ import annotations
