@@ -30,7 +30,7 @@ UNNAMED = ("torch", "others")
 """Libraries whose models attnbias cannot be asked for by name."""
 SITE = "ATTNBIAS_ZOO_SITE"
 KNOWN = HERE / "coverage.json"
-LIMIT = 90.0
+LIMIT = 180.0
 PORTION = 12
 """Seconds for one model and route; models that one process takes after another."""
 

@@ -21,16 +21,15 @@ PRODUCTS = {aten.bmm.default: 0, aten.mm.default: 0, aten.baddbmm.default: 1, at
 """Operators, and where in their arguments the first factor stands."""
 COPIES = {
     aten.clone.default,
-    aten._unsafe_view.default,
     aten.constant_pad_nd.default,
     aten.roll.default,
     aten.flip.default,
     aten.index_select.default,
     aten.cat.default,
     aten.repeat.default,
-    aten.view.default,
-    aten._reshape_alias.default,
 }
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
+"""Labels do not lie in memory as the weights do, and may have to be copied."""
 ALIKE = {aten._to_copy.default, aten.native_dropout.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 NORMS = {
     aten.native_layer_norm.default,
@@ -132,8 +131,11 @@ class Follower:
 
     def _carried(self, func: Any, args: Any, kwargs: Any, found: list[Weights], result: Tensor) -> None:
         first = found[0]
-        if func.is_view or func in COPIES:
-            outs = result
+        if func in RESHAPES:
+            self._know(replace(first, tensor=result, labels=first.labels.reshape(result.shape)))
+        elif func is aten.as_strided.default:
+            return  # a view of memory, not of axes
+        elif func.is_view or func in COPIES:
             if isinstance(args[0], list | tuple):
                 labels = [known.labels if (known := self.of(x)) else torch.full(x.shape, -1) for x in args[0]]
                 moved = func(labels, *args[1:], **kwargs)
@@ -144,7 +146,7 @@ class Follower:
             else:
                 moved = func(first.labels, *args[1:], **kwargs)
             if isinstance(moved, Tensor):
-                self._know(replace(first, tensor=outs, labels=moved))
+                self._know(replace(first, tensor=result, labels=moved))
         elif func in NORMS:
             if result.shape == first.labels.shape:
                 self._know(replace(first, tensor=result, scores=None))

@@ -33,6 +33,10 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
 
 GRIDS = {"grid_thw", "image_grid_thw", "target_sizes", "grid_hws", "pixel_position_ids", "spatial_shapes"}
 ALWAYS = {"visual_feats", "visual_pos", "qformer_input_ids", "input_features_mask", "task_inputs"} | {
+    "actions",
+    "rewards",
+    "returns_to_go",
+    "timesteps",
     "past_observed_mask",
     "future_values",
     "future_time_features",
@@ -156,9 +160,13 @@ def plain(module: Any) -> Iterator[dict[str, Tensor]]:
         frames = getattr(config, "num_frames", None) or 2
         video = torch.randn(ROWS, frames, 3, side, side, generator=generator)
         yield {("pixel_values_videos" if "pixel_values_videos" in taken else "pixel_values"): video}
+        if "input_ids" in taken and "pixel_values_videos" not in taken:
+            yield of_text | {"pixel_values": video}
     if "input_features" in taken:
-        mel = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
+        named = ("num_mel_bins", "feature_size", "feature_projection_input_dim", "input_feat_per_channel")
+        mel = next((getattr(config, name) for name in named if getattr(config, name, None)), 16)
         for shape in (
+            (ROWS, 64, 4 * mel),
             (ROWS, mel, 256),
             (ROWS, 64, mel),
             (ROWS, 1, 64, mel),
@@ -166,10 +174,18 @@ def plain(module: Any) -> Iterator[dict[str, Tensor]]:
             (ROWS, 1, 1001, 64),
         ):
             features = torch.randn(shape, generator=generator)
+            if "input_ids" in taken:
+                yield of_text | {"input_features": features}
             yield {"input_features": features} | (
                 {"decoder_input_ids": of_text["decoder_input_ids"]} if "decoder_input_ids" in taken else {}
             )
     if "input_values" in taken:
+        hidden = getattr(config, "hidden_size", None) or 32
+        yield {
+            name: torch.randn(ROWS, TOKENS, hidden, generator=generator)
+            for name in ("input_values", "decoder_input_values")
+            if name in taken
+        }
         for shape in ((ROWS, 2000), (ROWS, 64, 16), (ROWS, 1, 3200), (ROWS, 1024, 128), (ROWS, 16000)):
             values = torch.randn(shape, generator=generator)
             yield {"input_values": values} | (
@@ -191,7 +207,12 @@ def plain(module: Any) -> Iterator[dict[str, Tensor]]:
     if "input_ids" in taken:
         yield of_text
         yield {"input_ids": ids}
+    if "states" in taken:
+        yield {"states": _noise(ROWS, TOKENS, config.state_dim)}
+    if "query_embeds" in taken:
+        yield {"query_embeds": _noise(ROWS, 6, config.hidden_size)}
     if "inputs" in taken:
+        yield {"inputs": torch.randn(ROWS, TOKENS, getattr(config, "d_model", 32), generator=generator)}
         yield {"inputs": ids, "attention_mask": mask}
     if "inputs_embeds" in taken:
         width = getattr(text, "hidden_size", 32)

@@ -16,7 +16,7 @@ from zoo.case import Case, NotBuiltError, lively, part
 
 VOCABULARY, TOKENS, SIDE, PATCH = 300, 12, 32, 8
 WIDTH, HEADS, DEPTH = 32, 4, 2
-LARGEST = 130_000_000
+LARGEST = 80_000_000
 """Parameters of a model that is run here, at most."""
 
 SMALL: dict[str, Any] = (
