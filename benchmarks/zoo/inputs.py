@@ -23,11 +23,13 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
     if needed & GRIDS:
         yield from packed(module, taken)
     for batch in plain(module):
-        beside = {
-            name: make(module.config, batch)
-            for name, make in BESIDE.items()
-            if name in taken and name not in batch and (name in needed or name in ALWAYS)
-        }
+        beside = {}
+        for name, make in BESIDE.items():
+            if name in taken and name not in batch and (name in needed or name in ALWAYS):
+                try:
+                    beside[name] = make(module.config, batch)
+                except (AttributeError, KeyError):  # it means something else in this model
+                    continue
         yield batch | beside
 
 
