@@ -140,14 +140,27 @@ def gathered(
             place = (call.path, call.run, call.eager)
             call.own = own.get((*place, number[place]), 0)
             number[place] += 1
-    number.clear()
-    for call, other in zip(*calls[:2], strict=False):
+    _keys_of_tokens(found)
+    return found
+
+
+def _keys_of_tokens(found: Evidence) -> None:
+    """Takes for cross-attention what has keys beside its own tokens' that are of tokens, too.
+
+    A token that is the same for all inputs, as a class token is at first, is another one deeper in the stack.
+    """
+    number: dict[tuple[str, int, bool], int] = defaultdict(int)
+    beside: dict[str, list[tuple[tuple[str, int, bool, int], bool]]] = defaultdict(list)
+    for call, other in zip(*found.calls[:2], strict=False):
         place = (call.path, call.run, call.eager)
         at = (*place, number[place])
         number[place] += 1
-        if found.kinds.get(at) == OWN and len(set(call.lengths)) > 1 and not _without_tokens(call, other):
-            found.kinds[at] = CROSS
-    return found
+        if found.kinds.get(at) == OWN and len(set(call.lengths)) > 1:
+            stack = re.sub(r"\d+", "#", call.path)
+            beside[stack].append((at, _without_tokens(call, other)))
+    for of_stack in beside.values():
+        if not all(without for _, without in of_stack):
+            found.kinds |= {at: CROSS for at, _ in of_stack}
 
 
 def _without_tokens(call: Call, other: Call) -> bool:

@@ -36,6 +36,8 @@ EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
 )
 VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT)
 TOLERANCE = 1e-5
+UNDEFINED = {"entropy", "cos_y_vuniform"}
+"""Metrics that weights below zero, and maps that are subtracted, may leave without a number."""
 
 
 @dataclass
@@ -192,6 +194,7 @@ def _faults_of_line(
     if any(len(of) != len(calls[0]) for of in calls):
         yield f"'{line.path}' makes other numbers of calls for different inputs"
         return
+    first = calls[0]
     total = re.search(r"row_sum=(\S+) ", line.facts)
     if total and abs(float(total[1]) - 1) > 1e-6 and len(calls[0]) > 1:
         if any(call.eager for call in calls[0]):
@@ -199,9 +202,12 @@ def _faults_of_line(
         calls = [subtracted(of, 1 - float(total[1])) for of in calls]
         if not all(calls):
             return  # maps that are added up in other ways have tests of their own
-        for by_metric in line.numbers.values():  # of weights below zero there is no entropy
-            if bool(np.isnan(by_metric.get("entropy", np.zeros(1))).all()):
-                del by_metric["entropy"]
+    weights = [call.pattern for of in calls for call in of if call.pattern is not None]
+    if calls[0] is not first or any(bool((pattern < 0).any()) for pattern in weights):
+        for by_metric in line.numbers.values():
+            for name in UNDEFINED & by_metric.keys():
+                if bool(np.isnan(by_metric[name]).all()):
+                    del by_metric[name]
     heads = configured_heads(evidence.root, places[0][0])
     shown = next(iter(next(iter(line.numbers.values())).values())).shape[1]
     if heads is not None and shown != heads:
