@@ -24,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("torch", "timm", "open_clip", "transformers")
+LIBRARIES = ("torch", "timm", "open_clip", "transformers", "others")
 ROUTES = ("module", "name")
+UNNAMED = ("torch", "others")
+"""Libraries whose models attnbias cannot be asked for by name."""
+SITE = "ATTNBIAS_ZOO_SITE"
 KNOWN = HERE / "coverage.json"
-LIMIT = 90.0
+LIMIT = 180.0
 PORTION = 12
 """Seconds for one model and route; models that one process takes after another."""
 
@@ -41,6 +44,9 @@ def main() -> None:
     options.add_argument("--kept", type=Path, default=KNOWN, help="the JSON file of verdicts")
     options.add_argument("--page", type=Path, default=HERE.parent / "docs" / "coverage.md")
     options.add_argument("--processes", type=int, default=2)
+    options.add_argument(
+        "--site", type=Path, help="the folder of other libraries' packages (docs/coverage.md)"
+    )
     options.add_argument("--missing", action="store_true", help="judge only what is not known yet")
     options.add_argument("--show", action="store_true", help="print what is known and judge nothing")
     options.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)
@@ -48,12 +54,14 @@ def main() -> None:
     if given.worker is not None:
         work(given.worker)
         return
+    if given.site is not None:
+        os.environ[SITE] = str(given.site.resolve())
     known: dict[str, Any] = json.loads(given.kept.read_text()) if given.kept.exists() else {}
     if not given.show:
         run(given, known)
     from zoo.page import written
 
-    given.page.write_text(written(known))
+    given.page.write_text(written(known, given.site))
     print(f"{given.page}")
 
 
@@ -64,7 +72,7 @@ def run(given: argparse.Namespace, known: dict[str, Any]) -> None:
         for library in given.library or LIBRARIES
         for name in listed(library)
         for route in given.route or ROUTES
-        if re.search(given.only, name) and not (library == "torch" and route == "name")
+        if re.search(given.only, name) and not (library in UNNAMED and route == "name")
     ]
     if given.missing:
         jobs = [job for job in jobs if job not in known]
@@ -78,7 +86,7 @@ def run(given: argparse.Namespace, known: dict[str, Any]) -> None:
             bad = {
                 job: of["verdict"]
                 for job, of in found.items()
-                if of["verdict"] in ("wrong", "silently incomplete")
+                if of["verdict"] in ("wrong", "silently incomplete", "no verdict", "judge failed")
             }
             print(f"{done}/{len(jobs)} {time.time() - began:.0f} s {bad or ''}", flush=True)
 
@@ -117,8 +125,8 @@ def judged_apart(jobs: list[str]) -> Iterator[tuple[str, Any]]:
             yield (
                 job,
                 {
-                    "verdict": "not built",
-                    "reasons": ["its process ended, or took too long"],
+                    "verdict": "no verdict",
+                    "reasons": [f"its process ended, or took more than {LIMIT:.0f} s"],
                     "seconds": LIMIT,
                 },
             )

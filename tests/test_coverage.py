@@ -19,6 +19,8 @@ from zoo.builders import verdict_of
 from zoo.case import Case
 from zoo.evidence import Evidence
 from zoo.judge import EXACT, FALSE, PARTIAL, REFUSED, SILENT, WRONG, Answer, judged
+from zoo.observer import Call, observed
+from zoo.provenance import CROSS, MIXED, ORDER, OWN
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -117,8 +119,10 @@ def test_refusals_are_checked(right: tuple[Evidence, pd.DataFrame]) -> None:
     seen, _ = right
     assert judged(seen, Answer(error="the model computes attention itself")).word == FALSE
     assert judged(seen, Answer(error="KeyError: 0", raw=True)).word == FALSE
-    _, eager = evidence_of(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-    assert judged(eager, Answer(error="X made no self-attention call")).word == FALSE
+    for module in (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), Written("merged")):
+        _, attends = evidence_of(module)
+        for reason in ("X made no self-attention call", "the model computes attention itself"):
+            assert judged(attends, Answer(error=reason)).word == FALSE
     _, none = evidence_of(nn.Linear(16, 16))
     assert judged(none, Answer(error="Linear made no self-attention call")).word == REFUSED
 
@@ -157,10 +161,124 @@ def test_rows_of_another_input_are_seen() -> None:
     assert judged(seen, Answer(swapped)).word == WRONG
 
 
+def _eager(module: nn.Module) -> list[Call]:
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    return [call for call in observed(module.eval(), lambda: module(x)) if call.eager]
+
+
+class Written(nn.Module):
+    """Attention that is written out; `how` says how."""
+
+    num_heads = 2
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.qkv = how, nn.Linear(16, 48)
+        self.mix, self.sink = nn.Linear(2, 2), nn.Parameter(torch.tensor([1.0, -1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (2, 8)) for part in self.qkv(x).chunk(3, -1)
+        )  # [input, token, head, dim]
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
+        v = v.transpose(1, 2)
+        if self.how == "merged":  # [input · head, token, dim], values on the left
+            a = scores.flatten(0, 1).softmax(-1)
+            y = torch.bmm(v.flatten(0, 1).mT, a.mT).mT.unflatten(0, (len(x), 2))
+        elif self.how == "keys in the middle":
+            a = scores.permute(0, 3, 1, 2).softmax(1)
+            y = torch.einsum("bjhi,bhjd->bhid", a, v)
+        elif self.how == "talking heads":
+            y = self.mix(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+        elif self.how == "a sink":
+            sink = self.sink.view(1, 2, 1, 1).expand(len(x), 2, x.shape[1], 1)
+            y = torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+        elif self.how == "exp over its sum":
+            raised = (scores - scores.amax(-1, keepdim=True)).exp()
+            y = (raised / raised.sum(-1, keepdim=True)) @ v
+        elif self.how == "a causal mask":
+            hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+            y = scores.masked_fill(hidden, torch.finfo(x.dtype).min).softmax(-1) @ v
+        else:
+            y = scores.log_softmax(-1).exp() @ v
+        self.y, self.v = y, v
+        return x + y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "merged",
+        "keys in the middle",
+        "talking heads",
+        "a sink",
+        "exp over its sum",
+        "a causal mask",
+        "log softmax",
+    ],
+)
+def test_attention_that_is_written_out_is_followed(how: str) -> None:
+    """The weights are those that multiplied V, in the axes of the softmax; a token meets its own value."""
+    torch.manual_seed(2)
+    module = Written(how)
+    _case, seen = evidence_of(module)
+    (call,) = _eager(module)
+    assert call.pattern is not None
+    assert call.value is not None
+    assert call.output is not None
+    assert call.seen is not None
+    shape = (2, 2, 6)
+    assert torch.equal(call.value.reshape(*shape, 8), module.v.double())
+    assert torch.equal(call.output.reshape(*shape, 8), module.y.double())
+    torch.testing.assert_close(call.pattern @ call.value, call.output, rtol=0, atol=1e-6)
+    sums = call.pattern.sum(-1).reshape(shape)
+    assert bool((sums - 1).abs().max() < 1e-6) == (how not in ("talking heads", "a sink"))
+    hidden = torch.ones(6, 6).triu(1).bool() if how == "a causal mask" else torch.zeros(6, 6).bool()
+    assert torch.equal(~call.seen.reshape(*shape, 6)[0, 0], hidden)
+    assert set(seen.kinds.values()) == {OWN}
+
+
+class Reversed(Written):
+    """Queries meet the values of tokens in the opposite order, or values that are made of many tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        v = v.flip(1) if self.how == "reversed" else v.cumsum(1)
+        return x + (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("how", "kind"), [("reversed", ORDER), ("summed", MIXED)])
+def test_values_of_other_tokens_are_seen_in_eager_attention(how: str, kind: str) -> None:
+    _case, seen = evidence_of(Reversed(how))
+    assert set(seen.kinds.values()) == {kind}
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["behind", "in front"])
+def test_keys_without_a_token_are_told_from_pooled_ones(front: bool) -> None:
+    """A learned key beside the tokens' own leaves them their own values; keys of other tokens do not."""
+
+    class Memory(Written):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            more = self.qkv.bias.view(3, 1, 1, 16)[1:].expand(2, len(x), 1, 16)
+            if self.how == "pooled":
+                more = torch.stack([k.mean(1, keepdim=True), v.mean(1, keepdim=True)])
+            k, v = (
+                torch.cat([m, own] if front else [own, m], 1) for m, own in zip(more, (k, v), strict=True)
+            )
+            return x + F.scaled_dot_product_attention(q, k, v)
+
+    _case, seen = evidence_of(Memory("learned"))
+    assert set(seen.kinds.values()) == {OWN}
+    assert seen.calls[0][0].own == int(front)
+    _case, seen = evidence_of(Memory("pooled"))
+    assert set(seen.kinds.values()) == {CROSS}
+
+
 SAMPLE = [
     ("torch", "module", "Transformer (batch_first)", EXACT),
     ("torch", "module", "TransformerEncoder (sequence first)", EXACT),
-    ("torch", "module", "MultiheadAttention (need_weights)", REFUSED),
+    ("torch", "module", "MultiheadAttention (need_weights)", EXACT),
     ("timm", "module", "test_vit", EXACT),
     ("timm", "name", "test_vit", EXACT),
     ("timm", "module", "xcit_nano_12_p16_224 (fused)", REFUSED),
@@ -173,6 +291,14 @@ SAMPLE = [
     ("transformers", "name", "yolos", EXACT),
     ("transformers", "module", "albert", EXACT),
     ("transformers", "module", "qwen3_next", EXACT),
+    ("timm", "module", "convit_tiny", EXACT),
+    ("transformers", "module", "gptj", EXACT),
+    ("transformers", "module", "bloom", EXACT),
+    ("transformers", "module", "deberta", EXACT),
+    ("transformers", "module", "xlnet", EXACT),
+    ("transformers", "module", "gpt_oss", EXACT),
+    ("transformers", "module", "gemma2", EXACT),
+    ("transformers", "module", "swinv2", EXACT),
 ]
 
 

@@ -14,7 +14,7 @@ from zoo.judge import NOT_BUILT, Verdict
 
 BUILDERS: dict[str, Callable[[], ModuleType]] = {
     library: (lambda library=library: import_module(f"zoo.of_{library}"))  # type: ignore[misc]
-    for library in ("torch", "timm", "open_clip", "transformers")
+    for library in ("torch", "timm", "open_clip", "transformers", "others")
 }
 
 

@@ -32,16 +32,19 @@ class Case:
     axis: int = 0
 
 
+def part(x: Tensor, row: int, rows: int, axis: int = 0) -> Tensor:
+    """What belongs to one of the inputs that a tensor holds, one after another, in equal parts."""
+    size = x.shape[axis] // rows
+    return x.narrow(axis, row * size, size).clone()
+
+
 def inputs_of(case: Case) -> list[Tensor | dict[str, Tensor]]:
     """Each input as a batch of its own."""
     batch, axis = case.batch, case.axis
-    first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
     if isinstance(batch, Tensor):
         return [x.clone() for x in batch.split(1, axis)]
-    return [
-        {name: x.narrow(axis, row, 1).clone() for name, x in batch.items()}
-        for row in range(first.shape[axis])
-    ]
+    rows = min(x.shape[axis] for x in batch.values())
+    return [{name: part(x, row, rows, axis) for name, x in batch.items()} for row in range(rows)]
 
 
 def forward(module: nn.Module, batch: Any) -> Any:
@@ -58,6 +61,8 @@ def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta:
+                if not parameter.isfinite().all():  # memory that was never filled in
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
                 flat = parameter.ndim <= 1 or float(parameter.std()) == 0 if parameter.numel() > 1 else False
                 if flat:
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))

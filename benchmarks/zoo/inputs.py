@@ -17,7 +17,112 @@ ROWS = 2
 
 
 def trials(module: Any) -> Iterator[dict[str, Tensor]]:
-    """Batches that a model may take, the fullest first; each row is one input."""
+    """Batches that a model may take, the fullest first; inputs stand one after another in each tensor."""
+    taken = inspect.signature(module.forward).parameters
+    needed = {name for name, of in taken.items() if of.default is of.empty}
+    if needed & GRIDS:
+        yield from packed(module, taken)
+    for batch in plain(module):
+        beside = {}
+        for name, make in BESIDE.items():
+            if name in taken and name not in batch and (name in needed or name in ALWAYS):
+                try:
+                    beside[name] = make(module.config, batch)
+                except (AttributeError, KeyError):  # it means something else in this model
+                    continue
+        yield batch | beside
+
+
+GRIDS = {"grid_thw", "image_grid_thw", "target_sizes", "grid_hws", "pixel_position_ids", "spatial_shapes"}
+ALWAYS = {"visual_feats", "visual_pos", "qformer_input_ids", "input_features_mask", "task_inputs"} | {
+    "actions",
+    "rewards",
+    "returns_to_go",
+    "timesteps",
+    "past_observed_mask",
+    "future_values",
+    "future_time_features",
+}
+"""Arguments that are given although they have a default: without them a model fails later."""
+
+
+def _like_ids(config: Any, batch: dict[str, Tensor]) -> Tensor:
+    return torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % 90 + 5
+
+
+def _ones(config: Any, batch: dict[str, Tensor]) -> Tensor:
+    first = next(iter(batch.values()))
+    frames = max(first.shape[1:]) if "input_features" in batch else first.shape[1]
+    return torch.ones(ROWS, frames, dtype=torch.long)
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+BESIDE: dict[str, Any] = {
+    "input_ids": _like_ids,
+    "decoder_input_ids": _like_ids,
+    "qformer_input_ids": _like_ids,
+    "task_inputs": lambda config, batch: torch.arange(ROWS * 77).view(ROWS, 77) % 90 + 5,
+    "input_features_mask": _ones,
+    "past_values_padding": lambda config, batch: torch.zeros(batch["past_values"].shape[:2]),
+    "freq": lambda config, batch: torch.zeros(ROWS, 1, dtype=torch.long),
+    "visual_feats": lambda config, batch: _noise(ROWS, 6, config.visual_feat_dim),
+    "visual_pos": lambda config, batch: _noise(ROWS, 6, config.visual_pos_dim),
+    "prompt_pixel_values": lambda config, batch: _noise(*batch["pixel_values"].shape),
+    "prompt_masks": lambda config, batch: _noise(*batch["pixel_values"].shape),
+    "input_values": lambda config, batch: _noise(ROWS, 1, 3200),
+    "past_time_features": lambda config, batch: _noise(*batch["past_values"].shape[:2], 1),
+    "past_observed_mask": lambda config, batch: torch.ones(batch["past_values"].shape),
+    "future_values": lambda config, batch: _noise(ROWS, config.prediction_length),
+    "future_time_features": lambda config, batch: _noise(ROWS, config.prediction_length, 1),
+    "query_embeds": lambda config, batch: _noise(ROWS, 6, config.hidden_size),
+    "inputs_embeds": lambda config, batch: _noise(ROWS, TOKENS, config.hidden_size),
+    "states": lambda config, batch: _noise(ROWS, TOKENS, config.state_dim),
+    "actions": lambda config, batch: _noise(ROWS, TOKENS, config.act_dim),
+    "rewards": lambda config, batch: _noise(ROWS, TOKENS, 1),
+    "returns_to_go": lambda config, batch: _noise(ROWS, TOKENS, 1),
+    "timesteps": lambda config, batch: torch.arange(TOKENS).expand(ROWS, -1),
+}
+"""What other arguments hold, by name."""
+
+
+def packed(module: Any, taken: Any) -> Iterator[dict[str, Tensor]]:
+    """Patches of images of several sizes in one row, and how many of them each image has."""
+    config = getattr(module.config, "vision_config", module.config)
+    of = next((getattr(config, name) for name in ("in_channels", "in_chans") if hasattr(config, name)), 3)
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    side, main = 8, "hidden_states" if "hidden_states" in taken else "pixel_values"
+    merges = "merge_sizes" in taken
+    for deep in dict.fromkeys((getattr(config, "temporal_patch_size", 1) or 1, 1)):
+        width = of * deep * patch**2
+        flat = _noise(ROWS * side * side, width)
+        grid = torch.tensor([[1, side, side]] * ROWS)
+        beside = {"merge_sizes": torch.ones(ROWS, dtype=torch.long)} if merges else {}
+        for name in ("grid_thw", "image_grid_thw"):
+            if name in taken:
+                yield {main: flat, name: grid} | beside
+                yield {main: flat.view(-1, of, patch, patch * deep), name: grid} | beside
+                yield {main: flat.view(1, -1, width), name: grid} | beside
+        if "grid_hws" in taken:
+            yield {main: flat.view(-1, of, patch, patch * deep), "grid_hws": grid[:, 1:]}
+        if "target_sizes" in taken:
+            yield {main: _noise(ROWS, of, patch, side * side * patch), "target_sizes": grid[:, 1:]}
+        if "spatial_shapes" in taken:
+            mask = torch.ones(ROWS, side * side, dtype=torch.long)
+            yield {
+                main: flat.view(ROWS, -1, width),
+                "spatial_shapes": grid[:, 1:],
+                "pixel_attention_mask": mask,
+            }
+        if "pixel_position_ids" in taken:
+            places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(ROWS, -1, -1)
+            yield {main: flat.view(ROWS, -1, width), "pixel_position_ids": places.contiguous()}
+
+
+def plain(module: Any) -> Iterator[dict[str, Tensor]]:
+    """Batches of what a model's first argument may be."""
     generator = torch.Generator().manual_seed(1)
     taken = inspect.signature(module.forward).parameters
     config = module.config
@@ -27,10 +132,7 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
     mask[1, TOKENS - 3 :] = 0
     vision = getattr(config, "vision_config", config)
-    side = getattr(vision, "image_size", None) or SIDE
-    side = side if isinstance(side, int) else side[0]
-    if hasattr(vision, "depths"):  # stages halve an image; the last should have some tokens left
-        side = max(side, 128)
+    side = side_of(vision)
     channels = getattr(vision, "num_channels", None) or 3
     pixels = torch.randn(ROWS, channels if isinstance(channels, int) else 3, side, side, generator=generator)
     main = getattr(module, "main_input_name", "input_ids")
@@ -60,9 +162,13 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
         frames = getattr(config, "num_frames", None) or 2
         video = torch.randn(ROWS, frames, 3, side, side, generator=generator)
         yield {("pixel_values_videos" if "pixel_values_videos" in taken else "pixel_values"): video}
+        if "input_ids" in taken and "pixel_values_videos" not in taken:
+            yield of_text | {"pixel_values": video}
     if "input_features" in taken:
-        mel = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
+        named = ("num_mel_bins", "feature_size", "feature_projection_input_dim", "input_feat_per_channel")
+        mel = next((getattr(config, name) for name in named if getattr(config, name, None)), 16)
         for shape in (
+            (ROWS, 64, 4 * mel),
             (ROWS, mel, 256),
             (ROWS, 64, mel),
             (ROWS, 1, 64, mel),
@@ -70,11 +176,19 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
             (ROWS, 1, 1001, 64),
         ):
             features = torch.randn(shape, generator=generator)
+            if "input_ids" in taken:
+                yield of_text | {"input_features": features}
             yield {"input_features": features} | (
                 {"decoder_input_ids": of_text["decoder_input_ids"]} if "decoder_input_ids" in taken else {}
             )
     if "input_values" in taken:
-        for shape in ((ROWS, 2000), (ROWS, 64, 16), (ROWS, 1, 2000), (ROWS, 1024, 128)):
+        hidden = getattr(config, "hidden_size", None) or 32
+        yield {
+            name: torch.randn(ROWS, TOKENS, hidden, generator=generator)
+            for name in ("input_values", "decoder_input_values")
+            if name in taken
+        }
+        for shape in ((ROWS, 2000), (ROWS, 64, 16), (ROWS, 1, 3200), (ROWS, 1024, 128), (ROWS, 16000)):
             values = torch.randn(shape, generator=generator)
             yield {"input_values": values} | (
                 {"decoder_input_ids": of_text["decoder_input_ids"]} if "decoder_input_ids" in taken else {}
@@ -87,13 +201,20 @@ def trials(module: Any) -> Iterator[dict[str, Tensor]]:
                 }
     if "past_values" in taken:
         channels = getattr(config, "num_input_channels", None) or 1
-        for length in (getattr(config, "context_length", None) or 32, 64, 512):
+        context = getattr(config, "context_length", None) or 32
+        lags = max(getattr(config, "lags_sequence", None) or [0])
+        for length in dict.fromkeys((context + lags, context, 64, 512)):
             yield {"past_values": torch.randn(ROWS, length, channels, generator=generator)}
             yield {"past_values": torch.randn(ROWS, length, generator=generator)}
     if "input_ids" in taken:
         yield of_text
         yield {"input_ids": ids}
+    if "states" in taken:
+        yield {"states": _noise(ROWS, TOKENS, config.state_dim)}
+    if "query_embeds" in taken:
+        yield {"query_embeds": _noise(ROWS, 6, config.hidden_size)}
     if "inputs" in taken:
+        yield {"inputs": torch.randn(ROWS, TOKENS, getattr(config, "d_model", 32), generator=generator)}
         yield {"inputs": ids, "attention_mask": mask}
     if "inputs_embeds" in taken:
         width = getattr(text, "hidden_size", 32)
@@ -133,8 +254,7 @@ def saved(module: Any, folder: Path) -> Path:
         save_tokenizer(folder, around=not _causal(module.config))
     if "pixel_values" in taken:
         vision = getattr(module.config, "vision_config", module.config)
-        side = getattr(vision, "image_size", None) or SIDE
-        side = side if isinstance(side, int) else side[0]
+        side = side_of(vision)
         if hasattr(vision, "spatial_merge_size"):
             processor: Any = transformers.Qwen2VLImageProcessor(
                 patch_size=vision.patch_size,
@@ -147,6 +267,13 @@ def saved(module: Any, folder: Path) -> Path:
             processor = transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         processor.save_pretrained(folder)
     return folder
+
+
+def side_of(vision: Any) -> int:
+    """The side of an image. Stages and convolutions halve it; the last should have some tokens left."""
+    side = getattr(vision, "image_size", None) or 4 * SIDE
+    side = side if isinstance(side, int) else side[0]
+    return max(side, 4 * SIDE) if hasattr(vision, "depths") else side
 
 
 def _causal(config: Any) -> bool:

@@ -16,24 +16,28 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from zoo.evidence import Evidence, configured_heads
+from zoo.evidence import Evidence, configured_heads, within
 from zoo.numbering import numbering_faults, unnamed_blocks
 from zoo.observer import Call
 from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER
-from zoo.reference import METRICS, Rows, layouts, numbers, rows_of
+from zoo.reference import METRICS, Rows, layouts, numbers, rows_of, weights_of
 from zoo.refusals import faults_of_refusal
 
-EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NOT_BUILT = (
+EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
     "exact",
     "partial (named)",
     "refused (true reason)",
     "refused (false reason or raw exception)",
     "wrong",
     "silently incomplete",
+    "no verdict",
+    "judge failed",
     "not built",
 )
-VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NOT_BUILT)
+VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT)
 TOLERANCE = 1e-5
+UNDEFINED = {"entropy", "cos_y_vuniform"}
+"""Metrics that weights below zero, and maps that are subtracted, may leave without a number."""
 
 
 @dataclass
@@ -74,14 +78,8 @@ def judged(evidence: Evidence, answer: Answer) -> Verdict:
 def _has_own_tokens(evidence: Evidence, path: str) -> bool:
     """Whether something at a path could have been measured: its tokens meet their own values."""
     path = _without_run(path)
-    if any(_within(eager, path) for eager in evidence.eager):
-        return True
-    kinds = {kind for (of, _, _), kind in evidence.kinds.items() if _within(of, path)}
+    kinds = {kind for (of, *_), kind in evidence.kinds.items() if within(of, path)}
     return not kinds <= {CROSS, CHANNELS, ORDER}
-
-
-def _within(path: str, of: str) -> bool:
-    return path == of or path.startswith(f"{of}.") or of == ""
 
 
 def _without_run(path: str) -> str:
@@ -97,11 +95,11 @@ def unnamed(evidence: Evidence, answer: Answer) -> Iterable[str]:
     known = {_without_run(str(path)) for path in answer.samples["module"].unique()} | {
         _without_run(path) for path in answer.skipped
     }
-    for path in dict.fromkeys([*evidence.fused, *evidence.eager]):
-        if not any(_within(path, of) or (path and _within(of, path)) for of in known):
+    for path in evidence.attending:
+        if not any(within(path, of) or (path and within(of, path)) for of in known):
             how = "computes softmax attention itself" if path in evidence.eager else "calls attention"
             yield f"'{path}' {how}: neither measured nor named"
-    for path in unnamed_blocks(evidence.root, set(evidence.fused) | set(evidence.eager), known):
+    for path in unnamed_blocks(evidence.root, set(evidence.attending), known):
         yield f"'{path}' mixes tokens without attention between blocks that attend: not named"
 
 
@@ -169,8 +167,10 @@ def faults_of_table(evidence: Evidence, answer: Answer) -> Iterable[str]:
         places = [
             (path, run)
             for path, run in groups[0]
-            if _within(path, line.path) and (line.run is None or run == line.run)
+            if within(path, line.path) and (line.run is None or run == line.run)
         ]
+        if not places and re.search(r"\bn_tokens=1(\.0)? ", line.facts):
+            continue  # a product over one key may be no product
         if not places:
             yield f"'{line.path}' is in the table, but calls no attention"
             continue
@@ -194,8 +194,20 @@ def _faults_of_line(
     if any(len(of) != len(calls[0]) for of in calls):
         yield f"'{line.path}' makes other numbers of calls for different inputs"
         return
-    if re.search(r"row_sum=(?!1\.0 |1 )", line.facts):
-        return  # maps that are added up: they have tests of their own
+    first = calls[0]
+    total = re.search(r"row_sum=(\S+) ", line.facts)
+    if total and abs(float(total[1]) - 1) > 1e-6 and len(calls[0]) > 1:
+        if any(call.eager for call in calls[0]):
+            return
+        calls = [subtracted(of, 1 - float(total[1])) for of in calls]
+        if not all(calls):
+            return  # maps that are added up in other ways have tests of their own
+    weights = [call.pattern for of in calls for call in of if call.pattern is not None]
+    if calls[0] is not first or any(bool((pattern < 0).any()) for pattern in weights):
+        for by_metric in line.numbers.values():
+            for name in UNDEFINED & by_metric.keys():
+                if bool(np.isnan(by_metric[name]).all()):
+                    del by_metric[name]
     heads = configured_heads(evidence.root, places[0][0])
     shown = next(iter(next(iter(line.numbers.values())).values())).shape[1]
     if heads is not None and shown != heads:
@@ -223,6 +235,20 @@ def _faults_of_line(
         )
         if worst[0] > TOLERANCE:
             yield f"'{line.path}' ({tokens}): {worst[1]}"
+
+
+def subtracted(calls: list[Call], factor: float) -> list[Call]:
+    """Two calls on the same values as one: the first map without `factor` times the second; else nothing."""
+    values = [call.value for call in calls]
+    if len(calls) != 2 or values[0] is None or values[1] is None or not torch.equal(values[0], values[1]):
+        return []
+    one, other = calls
+    assert one.output is not None
+    assert other.output is not None
+    (first, seen), (second, _) = weights_of(one), weights_of(other)
+    both = Call(one.path, one.run, True, value=one.value, output=one.output - factor * other.output)
+    both.pattern, both.seen = first - factor * second, seen
+    return [both]
 
 
 def _apart(
@@ -277,7 +303,10 @@ def counted(
     windows = rows.value.shape[0] > 1 or calls > 1
     first = _first_like(evidence.calls[number], call) is call  # prefix tokens are the same in the first one
     ahead = rows.visible.triu(1).any()  # in a causal call, first tokens that are the same stay the same
-    between = constant is not None and not windows and _between(constant[0])
+    words = (
+        rows.among.shape[1] in evidence.texts
+    )  # the same word in the same place of two texts is no padding
+    between = constant is not None and not windows and not words and _between(constant[0])
     if constant is not None and ahead and not constant.all() and (windows or between or not first):
         rows.among &= ~constant
     mask = evidence.masks[number] if number < len(evidence.masks) else None
@@ -294,11 +323,13 @@ def counted(
 
 
 def _first_like(calls: list[Call], call: Call) -> Call:
-    """The first call of the same stack of blocks over as many tokens."""
+    """The first call of the same stack of blocks over as many tokens; itself, if it is beside that."""
     stack = re.sub(r"\d+", "#", call.path)
-    return next(
+    first = next(
         one for one in calls if re.sub(r"\d+", "#", one.path) == stack and one.lengths == call.lengths
     )
+    beside = re.compile(r"(?<=attns\.)\d+|(?<=fns\.)\d+")  # layers that read the same tokens side by side
+    return call if beside.sub("#", first.path) == beside.sub("#", call.path) else first
 
 
 def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor | None:
@@ -318,7 +349,7 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
     """Which tokens are no patches: those that are the same for all inputs in the first call, or known."""
     first, other = evidence.calls[0][0], evidence.calls[1][0]
     found = torch.zeros(tokens, dtype=torch.bool)
-    if not first.eager and not other.eager:
+    if first.value is not None and other.value is not None:
         layout = layouts(first, None)[0]
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens):

@@ -65,8 +65,11 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
     lists = [
         of for of in dict.fromkeys(of for of, _ in seen.values()) if any(_alike(of, other) for other in mine)
     ]
-    if len(lists) == 1 and not any(
-        block_of(root, line.path, level + 1) != blocks[line.path] for line in of_tower
+    shared = len(set(blocks.values())) < len(blocks)  # a block that attends twice, as pixels and as patches
+    if (
+        len(lists) == 1
+        and not shared
+        and not any(block_of(root, line.path, level + 1) != blocks[line.path] for line in of_tower)
     ):
         return all(line.layer == blocks[line.path][1] for line in of_tower)
     whole = [path for path, _ in root.named_modules() if any(_alike(path, other) for other in mine)]

@@ -1,8 +1,8 @@
 """Watches a model's attention without any code of attnbias: the judge's own eyes.
 
 Two nets, below and above each other. `scaled_dot_product_attention` is replaced wherever a library keeps it;
-and a dispatch mode sees every softmax that reaches an operator, and the product that contracts its last axis
-with values: attention that a model writes out itself (eager).
+and a dispatch mode sees every softmax that reaches an operator, and the product that contracts its axis of
+keys with values: attention that a model writes out itself (eager), its weights, values and output.
 """
 
 from __future__ import annotations
@@ -20,33 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SDPA = F.scaled_dot_product_attention
-SOFTMAX = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}
-PRODUCTS = {torch.ops.aten.bmm.default: 0, torch.ops.aten.mm.default: 0, torch.ops.aten.baddbmm.default: 1}
-PRODUCTS[torch.ops.aten.addmm.default] = 1
-SAME_ELEMENTS = {
-    torch.ops.aten.clone.default,
-    torch.ops.aten._to_copy.default,
-    torch.ops.aten.mul.Tensor,
-    torch.ops.aten.add.Tensor,
-    torch.ops.aten.native_dropout.default,
-    torch.ops.aten.masked_fill.Scalar,
-    torch.ops.aten.masked_fill.Tensor,
-    torch.ops.aten.where.self,
-    torch.ops.aten._unsafe_view.default,
-}
+from zoo.eager import SOFTMAX, Follower, Product, aten
 
+SDPA = F.scaled_dot_product_attention
 ELEMENTARY = (nn.Softmax, nn.Dropout, nn.Identity)
 
 
 @dataclass
 class Frame:
-    """A module that is running: its path, which run of it, the tensors that it was given."""
+    """A module that is running: its path, which run of it, the tensors that it was given.
+
+    module, args, kwargs: what runs it again. before: how many eager calls there were when it began.
+    """
 
     path: str
     run: int
     given: list[Tensor]
     elementary: bool = False
+    module: nn.Module | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    before: int = 0
 
 
 @dataclass
@@ -54,7 +48,10 @@ class Call:
     """One attention call.
 
     path, run: the innermost module that was running, and which run of it. eager: whether the model computed
-    softmax itself; then only `scores`, the shape of its softmax, is known. stack: the running modules.
+    softmax itself; then `pattern` is what multiplied the values, `seen` says which keys a query sees and
+    `raw` is what the softmax was taken of; or only `scores`, the shape of its softmax, is known. own: where
+    among the keys those of the queries' own tokens begin, for keys that are more than the queries. stack:
+    the running modules.
     """
 
     path: str
@@ -69,11 +66,17 @@ class Call:
     scale: float | None = None
     dropout: float = 0.0
     scores: tuple[int, ...] = ()
+    pattern: Tensor | None = None
+    seen: Tensor | None = None
+    raw: Tensor | None = None
+    own: int = 0
     stack: list[Frame] = field(default_factory=list)
 
     @property
     def lengths(self) -> tuple[int, int]:
         """Numbers of queries and keys."""
+        if self.pattern is not None:
+            return self.pattern.shape[-2], self.pattern.shape[-1]
         if self.query is None or self.key is None:
             return self.scores[-2], self.scores[-1]
         return self.query.shape[-2], self.key.shape[-2]
@@ -100,11 +103,13 @@ class Watch(TorchDispatchMode):
         self.runs: Counter[str] = Counter()
         self.stack: list[Frame] = []
         self.inside = 0  # attention of PyTorch is running, whose own softmax is no other call
-        self.weights: dict[int, tuple[Call, int, Tensor]] = {}  # storage -> softmax, keys, and a hold on it
+        self.follower = Follower()
+        self.eager = 0  # calls so far
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)] if self.graph else []
-        self.stack.append(Frame(path, self.runs[path], given, isinstance(module, ELEMENTARY)))
+        again = (module, args, kwargs, self.eager) if self.graph else (None, (), {}, 0)
+        self.stack.append(Frame(path, self.runs[path], given, isinstance(module, ELEMENTARY), *again))
         self.runs[path] += 1
 
     def leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -160,30 +165,26 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.inside:
             return out
-        if func in SOFTMAX:
-            if args[0].ndim >= 3:
-                self.calls.softmaxes.append(self.where()[0])
-            if args[0].ndim >= 3 and args[1] in (-1, args[0].ndim - 1) and args[0].shape[-1] > 1:
-                call = Call(*self.where(), True, scores=tuple(args[0].shape))
-                self.weights[out.untyped_storage().data_ptr()] = (call, out.shape[-1], out)
-        elif func in PRODUCTS and self.weights:
-            left = args[PRODUCTS[func]]
-            found = self.weights.get(left.untyped_storage().data_ptr())
-            if found is not None and left.shape[-1] not in (
-                found[1],
-                found[1] - 1,
-            ):  # heads are mixed: these are weights still
-                self.weights[out.untyped_storage().data_ptr()] = (*found[:2], out)
-            elif found is not None and not any(call is found[0] for call in self.calls):
-                self.calls.append(found[0])
-        elif func in SAME_ELEMENTS and self.weights:
-            result = out[0] if isinstance(out, tuple) else out
-            for x in args:
-                if isinstance(x, Tensor) and x.numel() == result.numel() and x.numel():
-                    found = self.weights.get(x.untyped_storage().data_ptr())
-                    if found is not None:
-                        self.weights[result.untyped_storage().data_ptr()] = (*found[:2], result)
+        if func in SOFTMAX or (func is aten.exp.default and self.follower.of(args[0]) is None):
+            if args[0].ndim >= 2:
+                place = self.where()
+                if func in SOFTMAX and args[0].ndim >= 3:
+                    self.calls.softmaxes.append(place[0])
+                self.follower.start(func, args, out, [*place, tuple(args[0].shape), list(self.stack)])
+            return out
+        for origin, product in self.follower.step(func, args, kwargs, out):
+            self.multiplied(origin, product)
         return out
+
+    def multiplied(self, origin: list[Any], product: Product | None) -> None:
+        """Weights met values: an eager call."""
+        path, run, scores, stack = origin
+        call = Call(path, run, True, scores=scores, stack=stack if self.graph else [])
+        if product is not None:
+            call.pattern, call.value, call.output = product.pattern, product.value, product.output
+            call.seen, call.raw = product.visible, product.before
+        self.calls.append(call)
+        self.eager += 1
 
 
 @contextmanager

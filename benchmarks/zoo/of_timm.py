@@ -63,6 +63,8 @@ SMALLER: tuple[dict[str, Any], ...] = (
 """What is tried to make a model smaller, in turn."""
 
 SIDES = (64, 96, 112, 128, 224, 256, 384)
+LEAST = {"lowformer": 224}
+"""Sides below which the tokens of the last stage are too few: a convolution would reach over half of them."""
 
 
 def names() -> list[str]:
@@ -91,7 +93,8 @@ def build(name: str, folder: Path | None) -> Case:
     architecture, arguments = EXTRA.get(name, (name, {}))
     config = timm.models.get_pretrained_cfg(architecture)
     native = config.input_size[-1] if config else 224
-    sides = [side for side in SIDES if side < native] + [native]
+    least = next((side for kind, side in LEAST.items() if architecture.startswith(kind)), 0)
+    sides = [side for side in SIDES if least <= side < native] + [native]
     fixed = bool(config and config.fixed_input_size)
     trials = [
         less | ({"img_size": side} if fixed else {}) for less in SMALLER for side in (sides if fixed else [0])
@@ -150,8 +153,10 @@ def saved(module: nn.Module, folder: Path, side: int, arguments: dict[str, Any])
 
 def prefix_of(module: nn.Module, architecture: str) -> int:
     """How many tokens stand before the patches: knowledge of the architectures, not read as attnbias does."""
-    if architecture.startswith(("pit_", "crossvit", "tnt", "convit", "cait", "coat_", "xcit", "volo")):
+    if architecture.startswith(("pit_", "crossvit", "tnt", "convit", "coat_")):
         return 2 if "distilled" in architecture else 1
+    if architecture.startswith(("cait", "xcit", "volo")):  # class tokens come after the patches' own layers
+        return 0
     parameters = dict(module.named_parameters())
     count = 0
     for path, parameter in parameters.items():

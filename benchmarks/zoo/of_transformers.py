@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from zoo.case import Case, NotBuiltError, lively
+from zoo.case import Case, NotBuiltError, lively, part
 
 VOCABULARY, TOKENS, SIDE, PATCH = 300, 12, 32, 8
 WIDTH, HEADS, DEPTH = 32, 4, 2
-LEFT = {"data2vec-audio": 16000, "default": 4000}
+LARGEST = 80_000_000
+"""Parameters of a model that is run here, at most."""
 
 SMALL: dict[str, Any] = (
     dict.fromkeys(
@@ -111,6 +114,7 @@ SMALL: dict[str, Any] = (
         VOCABULARY,
     )
     | dict.fromkeys(["head_dim", "d_kv", "attention_head_size", "kv_channels", "v_head_dim"], WIDTH // HEADS)
+    | {"mamba_d_ssm": 64, "upsample_groups": WIDTH, "n_mamba_heads": 8, "laurel_rank": 8}
     | {"max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128, "max_source_positions": 128}
     | {"max_target_positions": 128, "max_seq_len": 128, "seq_length": 128, "max_sequence_length": 128}
     | {
@@ -149,6 +153,28 @@ SMALL: dict[str, Any] = (
         "attn_layer_indices": [1],
     }
 )
+DEEP = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers", "depth")
+DEEP += (
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "num_hidden_groups",
+    "l_layers",
+    "x_layers",
+)
+WIDE = ("vocab_size", "num_experts", "num_local_experts", "n_routed_experts", "text_vocab_size", "image_size")
+GROUPED = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num")
+SIZES: dict[str, dict[str, Any]] = {
+    "small": SMALL,
+    "ungrouped": SMALL | dict.fromkeys(GROUPED, HEADS),
+    "shallow": {key: value for key, value in SMALL.items() if key in (*DEEP, *WIDE, "dropout", "r_layers")},
+    "shallow, images as they are": {
+        key: value
+        for key, value in SMALL.items()
+        if key in (*DEEP, *WIDE, "dropout", "r_layers") and key != "image_size"
+    },
+}
+"""What is made small, in turn, until a model can be built and run."""
 SPECIAL = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi", "mask", "boa", "eoa")
 """Beginnings of names of tokens whose default ids lie beyond the small vocabulary."""
 
@@ -158,46 +184,60 @@ def names() -> list[str]:
     return sorted(MODEL_MAPPING_NAMES)
 
 
-def shrunk(values: dict[str, Any], kind: str) -> dict[str, Any]:
+def shrunk(values: dict[str, Any], kind: str, sizes: str = "small") -> dict[str, Any]:
     """A configuration's fields with small sizes; lists per layer are cut, or cycled, to the depth."""
     from zoo.exceptions import FIELDS
 
     small: dict[str, Any] = {}
     next_id = 290
+    new = SIZES["ungrouped" if sizes == "small" and values.get("kv_lora_rank") else sizes]
+    whole = sizes in ("small", "ungrouped")
+    staged = any(
+        isinstance(values.get(key), list | tuple) for key in ("depths", "hidden_sizes", "layer_depths")
+    )
     for key, value in values.items():
-        if key in LEFT_OUT:
+        if key in LEFT_OUT and not (staged and key in OUT):
             continue
         if isinstance(value, dict) and key.endswith(("config", "encoder", "decoder")) and value:
-            small[key] = shrunk(value, str(value.get("model_type", "")))
-        elif key in SMALL and value is not None:
-            alike = isinstance(value, list | tuple) == isinstance(SMALL[key], list)
-            small[key] = SMALL[key] if alike else value
+            small[key] = shrunk(value, str(value.get("model_type", "")), sizes)
+        elif key in new and value is not None and value != 0:
+            alike = isinstance(value, list | tuple) == isinstance(new[key], list)
+            small[key] = new[key] if alike else value
         elif key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             small[key], next_id = next_id, next_id - 1
         else:
             small[key] = value
-    if isinstance(values.get("image_size"), list | tuple):
+    if whole and isinstance(values.get("image_size"), list | tuple):
         small["image_size"] = [SIDE] * len(values["image_size"])
-    _of_stages(small)
+    _of_stages(small, whole)
+    for key in ("rotary_dim", "d_head"):
+        if whole and isinstance(small.get(key), int):
+            small[key] = WIDTH // HEADS
     depths = (
         small[key]
         for key in ("num_hidden_layers", "num_layers", "n_layer")
         if isinstance(small.get(key), int)
     )
     depth = next(depths, DEPTH)
-    for key in PER_LAYER:
-        if isinstance(small.get(key), list | tuple):
-            small[key] = _cut(list(small[key]), depth)
-    if isinstance(small.get("intermediate_size"), list | tuple):
+    was = next((values[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if values.get(key)), 0)
+    for key, value in small.items():
+        if isinstance(value, list | tuple) and (key in PER_LAYER or (len(value) == was and was > 4)):
+            small[key] = _cut(list(value), depth)
+    if whole and isinstance(small.get("intermediate_size"), list | tuple):
         small["intermediate_size"] = 2 * WIDTH
     for key in ("rope_parameters", "rope_scaling"):
-        if isinstance(small.get(key), dict):
-            small[key] = _rope(small[key], small.get("head_dim") or WIDTH // HEADS)
-    small.update(FIELDS.get(kind, {}))
+        if whole and isinstance(small.get(key), dict):
+            small[key] = _rope(small[key], small.get("head_dim") or WIDTH // HEADS, default_sections(kind))
+    if "head_dim" in small and small["head_dim"] is None and whole:
+        small["head_dim"] = WIDTH // HEADS
+    if whole:
+        small.update({key: value for key, value in FIELDS.get(kind, {}).items() if key in values})
     return small
 
 
-LEFT_OUT = ("out_features", "out_indices", "stage_names", "per_layer_config", "_out_features", "_out_indices")
+OUT = ("out_features", "out_indices", "_out_features", "_out_indices")
+LEFT_OUT = ("stage_names", "per_layer_config", *OUT)
+"""What names layers; where they are few stages, they all stay, and so does what names them."""
 PER_LAYER = [
     "layer_types",
     "layers_block_type",
@@ -208,22 +248,37 @@ PER_LAYER = [
 ]
 
 
-def _of_stages(small: dict[str, Any]) -> None:
+def _of_stages(small: dict[str, Any], whole: bool) -> None:
     """Models of several stages: one or two blocks in each, and heads that divide their widths."""
     depths = small.get("depths")
+    if "depths" in small and "window_size" in small and isinstance(small.get("image_size"), int):
+        small["image_size"] = 128  # the last stage holds a window, too
+        if whole:
+            small["patch_size"] = 4
     if isinstance(depths, list | tuple) and all(isinstance(depth, int) for depth in depths):
         small["depths"] = [min(depth, 2) for depth in depths]
         heads = small.get("num_heads")
-        if isinstance(heads, list | tuple) and "embed_dim" in small:
+        if whole and isinstance(heads, list | tuple) and "embed_dim" in small:
             small["num_heads"] = [2**stage for stage in range(1, len(heads) + 1)]
 
 
-def _rope(given: dict[str, Any], width: int) -> dict[str, Any]:
+def default_sections(kind: str) -> bool:
+    """Whether a model of this type cuts rotary angles in sections of sizes that its code has as defaults."""
+    if kind not in CONFIG_MAPPING:
+        return False
+    place = CONFIG_MAPPING[kind].__module__.replace("configuration", "modeling")
+    try:
+        return 'get("mrope_section"' in inspect.getsource(import_module(place))
+    except ImportError:
+        return False
+
+
+def _rope(given: dict[str, Any], width: int, sections: bool) -> dict[str, Any]:
     """Rotary sections of a head's width, which add up to half of what is rotated."""
     if all(isinstance(value, dict) for value in given.values()) and given:
-        return {key: _rope(value, width) for key, value in given.items()}
+        return {key: _rope(value, width, sections) for key, value in given.items()}
     given = dict(given)
-    if isinstance(given.get("mrope_section"), list | tuple):
+    if sections or isinstance(given.get("mrope_section"), list | tuple):
         half = int(width * given.get("partial_rotary_factor", 1)) // 2
         first = half - 2 * (half // 3)
         given["mrope_section"] = [first, half // 3, half // 3]
@@ -236,7 +291,7 @@ def _cut(of_layers: list[Any], depth: int) -> list[Any]:
     return (kinds + of_layers)[:depth] if len(kinds) <= depth else kinds[-depth:]
 
 
-def config_of(kind: str) -> transformers.PretrainedConfig:
+def config_of(kind: str, sizes: str = "small") -> transformers.PretrainedConfig:
     """A small configuration of a model type. Raises NotBuiltError."""
     config_class = CONFIG_MAPPING[kind]
     try:
@@ -247,7 +302,7 @@ def config_of(kind: str) -> transformers.PretrainedConfig:
     for key in ("transformers_version", "architectures", "_name_or_path", "dtype", "model_type"):
         values.pop(key, None)
     try:
-        config = config_class(**shrunk(values, kind))
+        config = config_class(**shrunk(values, kind, sizes))
     except Exception as error:
         raise NotBuiltError(f"no small configuration: {_line(error)}") from error
     config.use_cache = False
@@ -259,36 +314,52 @@ def _line(error: BaseException) -> str:
 
 
 def build(name: str, folder: Path | None) -> Case:
-    """A model type with random weights, on two or three inputs with padding. Raises NotBuiltError."""
+    """A model type with random weights, on two inputs, as small as it runs. Raises NotBuiltError."""
     from zoo import inputs
 
-    config = config_of(name)
+    why = ""
+    for sizes in SIZES:
+        try:
+            module = _module(config_of(name, sizes))
+            case = Case("transformers", name, module, *_batch(module))
+        except NotBuiltError as error:
+            why = why or str(error)
+            continue
+        if folder is not None:
+            case.folder = inputs.saved(module, folder)
+        return case
+    raise NotBuiltError(why)
+
+
+def _module(config: transformers.PretrainedConfig) -> Any:
+    """A model of a configuration, with random weights. Raises NotBuiltError."""
     with torch.device("meta"):
         try:
             size = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
         except Exception as error:
             raise NotBuiltError(f"cannot be built: {_line(error)}") from error
-    if size > 60_000_000:
+    if size > LARGEST:
         raise NotBuiltError(f"{size:,} parameters at its smallest here")
     torch.manual_seed(0)
     try:
         module = transformers.AutoModel.from_config(config)
     except Exception as error:
         raise NotBuiltError(f"cannot be built: {_line(error)}") from error
-    lively(module).requires_grad_(False)
-    batch, why = None, ""
+    return lively(module).requires_grad_(False)
+
+
+def _batch(module: Any) -> tuple[dict[str, torch.Tensor]]:
+    """The first batch that a model takes, and of which it takes one input. Raises NotBuiltError."""
+    from zoo import inputs
+
+    why = ""
     for trial in inputs.trials(module):
         try:
             with torch.no_grad():
                 module(**trial)
-                module(**{key: x[:1] for key, x in trial.items()})
-            batch = trial
-            break
+                module(**{key: part(x, 0, inputs.ROWS) for key, x in trial.items()})
         except Exception as error:
             why = why or f"{sorted(trial)}: {_line(error)}"
-    if batch is None:
-        raise NotBuiltError(f"it does not run: {why or 'no inputs are known for it'}")
-    case = Case("transformers", name, module, batch)
-    if folder is not None:
-        case.folder = inputs.saved(module, folder)
-    return case
+            continue
+        return (trial,)
+    raise NotBuiltError(f"it does not run: {why or 'no inputs are known for it'}")

@@ -44,10 +44,18 @@ def kinds_of(root: nn.Module, run: Callable[[], object]) -> list[tuple[Call, str
 
 
 def kind_of(call: Call) -> str:
-    """Whose values the call's tokens meet."""
+    """Whose values the call's tokens meet; where there are more keys than queries, `Call.own` is set."""
     queries, keys = call.lengths
-    if queries != keys:
-        return CROSS
+    for first in dict.fromkeys((0, keys - queries)) if keys > queries else ():
+        if _kind_of(call, first) == OWN:
+            call.own = first
+            return OWN
+    return _kind_of(call, 0) if queries == keys else CROSS
+
+
+def _kind_of(call: Call, first: int) -> str:
+    """The same, for keys of the queries' own tokens that begin at one of all keys."""
+    queries = call.lengths[0]
     query, value = call.query, call.value
     assert query is not None
     assert value is not None
@@ -58,7 +66,10 @@ def kind_of(call: Call) -> str:
     if not around or not value.requires_grad or not query.requires_grad:
         return UNKNOWN
     token = queries // 2
-    of_value, of_query = _gradients(_row(value, token), around), _gradients(_row(query, token), around)
+    of_value, of_query = (
+        _gradients(_row(value, first + token), around),
+        _gradients(_row(query, token), around),
+    )
     of_column = _gradients(_column(value), around)
     found = UNKNOWN
     reads_value = reads_query = False

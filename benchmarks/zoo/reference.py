@@ -14,37 +14,30 @@ from zoo.observer import Call
 FAINT = -60.0
 """Added to a score, next to the row's largest addition, this hides a key: e⁻⁶⁰ is nothing beside 1."""
 
-METRICS = ("cos_y_vself", "self_part", "self_weight", "value_similarity", "entropy", "cos_y_vuniform")
+METRICS = (
+    "cos_y_vself",
+    "self_part",
+    "self_weight",
+    "value_similarity",
+    "entropy",
+    "cos_y_vuniform",
+    "row_sum",
+)
 
 
 @dataclass
 class Rows:
     """One call of one input: `[row, head, token, …]`, row = window; what of it counts.
 
+    pattern, visible: of the keys that are the queries' own tokens; 0 where a query sees nothing.
     among: tokens that count, `[row, token]`.
     """
 
-    query: Tensor
-    key: Tensor
     value: Tensor
     output: Tensor
-    bias: Tensor
-    scale: float
+    pattern: Tensor
+    visible: Tensor
     among: Tensor
-
-    @property
-    def visible(self) -> Tensor:
-        """Whether each query sees each key."""
-        top = self.bias.amax(-1, keepdim=True)
-        return (self.bias - top.clamp(min=-1e30) > FAINT) & self.bias.isfinite() & (self.bias > -1e30)
-
-    @property
-    def pattern(self) -> Tensor:
-        """The attention weights; 0 where a query sees nothing."""
-        group = self.query.shape[1] // self.key.shape[1]
-        scores = self.scale * self.query @ self.key.repeat_interleave(group, 1).mT + self.bias
-        nothing = ~self.visible.any(-1, keepdim=True)
-        return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
 
 
 def layouts(call: Call, heads: int | None) -> list[tuple[int, int | None]]:
@@ -52,8 +45,8 @@ def layouts(call: Call, heads: int | None) -> list[tuple[int, int | None]]:
 
     heads: the configured number. The usual place comes first.
     """
-    assert call.query is not None
-    lead = list(call.query.shape[:-2])
+    assert call.output is not None
+    lead = list(call.output.shape[:-2])
     found: list[tuple[int, int | None]] = []
     for axis in reversed(range(len(lead))):
         if heads is None or lead[axis] == heads:
@@ -65,7 +58,7 @@ def layouts(call: Call, heads: int | None) -> list[tuple[int, int | None]]:
     return found
 
 
-def split(x: Tensor, layout: tuple[int, int | None], query: Tensor) -> Tensor:
+def split(x: Tensor, layout: tuple[int, int | None]) -> Tensor:
     """`[…, token, dim]` as `[row, head, token, dim]`."""
     axis, part = layout
     if part is not None:
@@ -76,12 +69,24 @@ def split(x: Tensor, layout: tuple[int, int | None], query: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-3:])
 
 
-def rows_of(call: Call, layout: tuple[int, int | None], among: Tensor | None = None) -> Rows:
+def rows_of(call: Call, layout: tuple[int, int | None]) -> Rows:
     """The call as the formulas take it."""
-    assert call.query is not None
-    assert call.key is not None
     assert call.value is not None
     assert call.output is not None
+    pattern, visible = (call.pattern, call.seen) if call.eager else weights_of(call)
+    assert pattern is not None
+    assert visible is not None
+    queries = call.lengths[0]
+    own = slice(call.own, call.own + queries)
+    parts = (call.value[..., own, :], call.output, pattern[..., own], visible[..., own])
+    value, output, pattern, visible = (split(x, layout) for x in parts)
+    return Rows(value, output, pattern, visible, torch.ones(len(value), queries, dtype=torch.bool))
+
+
+def weights_of(call: Call) -> tuple[Tensor, Tensor]:
+    """The weights of PyTorch's attention, and whether each query sees each key."""
+    assert call.query is not None
+    assert call.key is not None
     assert call.scale is not None
     query, (queries, keys) = call.query, call.lengths
     bias = torch.zeros(*query.shape[:-2], queries, keys, dtype=torch.float64)
@@ -92,11 +97,14 @@ def rows_of(call: Call, layout: tuple[int, int | None], among: Tensor | None = N
         bias = bias + added.double()
     if call.causal:
         bias = bias.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(), -math.inf)
-    parts = [split(x, layout, query) for x in (query, call.key, call.value, call.output)]
-    rows = parts[0].shape[0]
-    if among is None:
-        among = torch.ones(rows, keys, dtype=torch.bool)
-    return Rows(*parts, split(bias, layout, query), call.scale, among)
+    key = call.key
+    if key.ndim > 2 and key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    top = bias.amax(-1, keepdim=True)
+    visible = (bias - top.clamp(min=-1e30) > FAINT) & bias.isfinite() & (bias > -1e30)
+    nothing = ~visible.any(-1, keepdim=True)
+    scores = call.scale * query @ key.mT + bias
+    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0), visible
 
 
 def numbers(calls: Sequence[Rows]) -> dict[str, Tensor]:
@@ -124,6 +132,7 @@ def _sums(rows: Rows) -> Iterator[tuple[str, Tensor, Tensor]]:
         "cos_y_vself": _ratio((y * v).sum(-1), length_y * length_v),
         "self_part": _ratio(own * length_v, length_y),
         "self_weight": own,
+        "row_sum": pattern.sum(-1),
         "entropy": -torch.xlogy(pattern, pattern).sum(-1),
         "cos_y_vuniform": _ratio((uniform * v).sum(-1), uniform.norm(dim=-1) * length_v),
     }

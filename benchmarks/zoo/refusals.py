@@ -18,9 +18,11 @@ def _within(path: str, of: str) -> bool:
 
 
 def _eager(seen: Evidence, match: re.Match[str]) -> bool:
+    """A softmax of its own is a reason only where its values are not seen, or are not of its own tokens."""
     named = re.search(r"in '([^']*)'", match.string)
     softmaxes = seen.together.softmaxes if isinstance(seen.together, Calls) else []
-    return bool(seen.eager) or any(_within(path, named[1]) for path in softmaxes if named)
+    there = bool(seen.eager) or any(_within(path, named[1]) for path in softmaxes if named)
+    return there and _none_of_its_own(seen, match)
 
 
 def _none_of_its_own(seen: Evidence, match: re.Match[str]) -> bool:
@@ -29,7 +31,7 @@ def _none_of_its_own(seen: Evidence, match: re.Match[str]) -> bool:
 
 def _rows(seen: Evidence, match: re.Match[str]) -> bool:
     rows, inputs = int(match[1]), int(match[2])
-    found = {call.query.shape[0] for call in seen.together if call.query is not None}
+    found = {call.value.shape[0] for call in seen.together if call.value is not None}
     return inputs == seen.inputs and rows in found and rows % inputs != 0
 
 
@@ -39,11 +41,11 @@ def _runs(seen: Evidence, match: re.Match[str]) -> bool:
 
 
 def _silent(seen: Evidence, match: re.Match[str]) -> bool:
-    return not any(_within(path, match[1]) for path in seen.fused)
+    return not any(_within(path, match[1]) for path in seen.seen)
 
 
 def _single(seen: Evidence, match: re.Match[str]) -> bool:
-    of_equal = [call.lengths for call in seen.together if not call.eager and len(set(call.lengths)) == 1]
+    of_equal = [call.lengths for call in seen.together if len(set(call.lengths)) == 1]
     return all(queries == 1 for queries, _ in of_equal)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from zoo.case import Case, forward, inputs_of
 from zoo.evidence import Evidence, gathered
 from zoo.judge import FALSE, REFUSED, Answer, Verdict, judged
+from zoo.reference import METRICS
 
 TEXTS = [
     "A cat sat on the warm mat while it rained outside, and slept.",
@@ -40,18 +41,20 @@ def module_evidence(case: Case) -> Evidence:
     each = inputs_of(case)
     mask = case.batch.get("attention_mask") if isinstance(case.batch, Mapping) else None
     masks = list(mask.bool()) if mask is not None and mask.ndim == 2 else None
-    return gathered(case.module, lambda batch: forward(case.module, batch), case.batch, each, masks)
+    found = gathered(case.module, lambda batch: forward(case.module, batch), case.batch, each, masks)
+    if isinstance(case.batch, Mapping):
+        found.texts = frozenset(x.shape[-1] for name, x in case.batch.items() if name.endswith("input_ids"))
+    return found
 
 
 def asked(model: Any, inputs: Any, **options: Any) -> Answer:
     """What attnbias answers."""
     import diag
 
-    names = ["cos_y_vself", "self_part", "self_weight", "value_similarity", "entropy", "cos_y_vuniform"]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            found = diag.probe(model, inputs, metrics=names, batch_size=2, **options)
+            found = diag.probe(model, inputs, metrics=list(METRICS), batch_size=2, **options)
     except diag.UserError as error:
         return Answer(error=str(error))
     except Exception as error:
@@ -121,6 +124,8 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
     prefix = case.prefix if kind == "vision" else None
     seen = gathered(loaded.module, tower.forward, together, each, prefix=prefix)
     seen.coupled = seen.coupled and tower.max_batch is None
+    if tower.input_kind == "text":
+        seen.texts = frozenset(call.lengths[0] for call in seen.calls[0]) if seen.calls else frozenset()
     return judged(seen, answer)
 
 
