@@ -36,7 +36,7 @@ EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
 )
 VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT)
 TOLERANCE = 1e-5
-UNDEFINED = {"entropy", "cos_y_vuniform"}
+UNDEFINED = frozenset({"entropy", "cos_y_vuniform"})
 """Metrics that weights below zero, and maps that are subtracted, may leave without a number."""
 
 
@@ -199,15 +199,13 @@ def _faults_of_line(
     if total and abs(float(total[1]) - 1) > 1e-6 and len(calls[0]) > 1:
         if any(call.eager for call in calls[0]):
             return
-        calls = [subtracted(of, 1 - float(total[1])) for of in calls]
+        told = next(iter(line.numbers.values())).get("row_sum")  # the column is rounded
+        factor = 1 - float(total[1] if told is None else told[0, 0])
+        calls = [subtracted(of, factor) for of in calls]
         if not all(calls):
             return  # maps that are added up in other ways have tests of their own
     weights = [call.pattern for of in calls for call in of if call.pattern is not None]
-    if calls[0] is not first or any(bool((pattern < 0).any()) for pattern in weights):
-        for by_metric in line.numbers.values():
-            for name in UNDEFINED & by_metric.keys():
-                if bool(np.isnan(by_metric[name]).all()):
-                    del by_metric[name]
+    lenient = calls[0] is not first or any(bool((pattern < 0).any()) for pattern in weights)
     heads = configured_heads(evidence.root, places[0][0])
     shown = next(iter(next(iter(line.numbers.values())).values())).shape[1]
     if heads is not None and shown != heads:
@@ -228,7 +226,7 @@ def _faults_of_line(
     for tokens, by_metric in line.numbers.items():
         worst = min(
             (
-                _apart(evidence, calls, layout, by_metric, tokens)
+                _apart(evidence, calls, layout, by_metric, tokens, UNDEFINED if lenient else frozenset())
                 for layout in layouts(calls[0][0], heads or shown)
             ),
             default=(np.inf, "its heads were not found"),
@@ -257,8 +255,12 @@ def _apart(
     layout: tuple[int, int | None],
     by_metric: Mapping[str, np.ndarray],
     tokens: str,
+    undefined: frozenset[str],
 ) -> tuple[float, str]:
-    """The largest difference between the table and the reference, and where it is."""
+    """The largest difference between the table and the reference, and where it is.
+
+    undefined: metrics that may be without a number in the table.
+    """
     worst = (0.0, "")
     for number, of_input in enumerate(calls):
         other = calls[1 - number if number < 2 else 0]
@@ -273,7 +275,9 @@ def _apart(
                 return np.inf, f"{table.shape[1]} heads where {len(true)} are"
             apart = np.abs(table[number] - true) / np.maximum(1, np.abs(true))
             apart = np.where(
-                np.isnan(true) & np.isnan(table[number]), 0, np.where(np.isnan(apart), np.inf, apart)
+                np.isnan(table[number]) & (np.isnan(true) | (metric in undefined)),
+                0,
+                np.where(np.isnan(apart), np.inf, apart),
             )
             if apart.max() > worst[0]:
                 head = int(apart.argmax())
