@@ -149,11 +149,14 @@ class Tower:
     def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
         """Which of `tokens` positions belong to a token set that is the same for every input.
 
+        A layer with fewer tokens than stand beside patches, as where patches have become groups, has none that
+        stand beside them.
+
         Raises UserError where the tower has no such set.
         """
         self.check_set(token_set)
         patches = tokens - len(self.prefix) - len(self.suffix)
-        kinds = [*self.prefix, *["patch"] * patches, *self.suffix]
+        kinds = [*self.prefix, *["patch"] * patches, *self.suffix] if patches >= 0 else ["patch"] * tokens
         return torch.tensor([token_set in ("all", kind) for kind in kinds])
 
 

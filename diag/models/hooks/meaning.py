@@ -235,6 +235,12 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
     """Why a model has nothing to measure."""
     for path, reason in seen.not_read.items():
         return MeasurementError(f"layer '{path}' cannot be read: {reason}", WHAT_TO_TYPE)
+    for one in seen.seen:
+        if not bool(one.print.isfinite().all()):
+            return MeasurementError(
+                f"layer '{one.path}' gives values that are not finite for the first inputs",
+                "leave those inputs out, or load the weights in another format: --dtype float32",
+            )
     if why:
         (path, _), reason = next(iter(why.items()))
         return nothing_of_its_own(path, reason)

@@ -621,22 +621,33 @@ class _Seam(AttentionMode):
         output, frame.unread = frame.unread, None
         if output is None or frame.layer is None:
             return
-        orders = (0, 2, 1, 3), (2, 0, 1, 3)  # inputs first, or tokens
-        same = read.numel() == output.numel() and any(
-            torch.equal(read.reshape(-1), output.permute(order).reshape(-1)) for order in orders
-        )
-        form = frame.layer.form
-        if (
-            same or form.layout in (None, PLAIN) or form.recurrence
-        ):  # rows of others may be read in another order
+        same, form = _is_read_as_it_is(read, output), frame.layer.form
+        # rows of others may be read in another order
+        if same or form.layout in (None, PLAIN) or form.recurrence:
             self.sightings.projection[frame.layer.name] = "as captured" if same else "modified"
+
+
+def _is_read_as_it_is(read: Tensor, output: Tensor) -> bool:
+    """Whether what a projection reads is Y, inputs first or tokens first, or some of its tokens in a row.
+
+    read: `[…, channel]`. output: `[batch, head, token, dim]`.
+    """
+    batch, heads, tokens, dim = output.shape
+    count, rest = divmod(read.numel(), max(1, batch * heads * dim))
+    if rest or not 0 < count <= tokens:
+        return False
+    parts = [output] if count == tokens else [output[:, :, :count], output[:, :, tokens - count :]]
+    orders = (0, 2, 1, 3), (2, 0, 1, 3)
+    return any(
+        torch.equal(read.reshape(-1), part.permute(order).reshape(-1)) for part in parts for order in orders
+    )
 
 
 def _refuse_dropout(layer: Layer, dropped: float) -> None:
     if dropped:
         raise MeasurementError(
             f"layer '{layer.name}' drops attention weights at random (p = {dropped})",
-            "put the model in evaluation mode: model.eval()",
+            "put the model in evaluation mode: model.eval(); where it is, its call asks for it: set that to 0",
         )
 
 

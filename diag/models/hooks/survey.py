@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
-from diag.attention.visibility import hiding, plain
+from diag.attention.visibility import HIDDEN, hiding, plain
 from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Product
@@ -507,7 +507,9 @@ def _queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor:
     others[keys] = False
     if not others.any():
         return keys
-    return _followed(*(x[..., others].nan_to_num(0.0, 0.0, 0.0) for x in (seen.scores, again)))[-2]
+    # where a key is hidden in one of them, as outside of the largest scores, that is no change of its query
+    hidden = ~((seen.scores > HIDDEN) & (again > HIDDEN))
+    return _followed(*(x.masked_fill(hidden, 0.0)[..., others] for x in (seen.scores, again)))[-2]
 
 
 def _apart(x: Tensor, again: Tensor) -> Tensor:
