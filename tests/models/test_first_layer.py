@@ -152,6 +152,8 @@ def test_tokens_are_found_by_content_and_named_by_parameters(
     assert tower.token_sets == ("patch", "all", *dict.fromkeys(prefix + suffix))
     for kind in {*prefix, *suffix}:
         assert int(tower.tokens_in(kind, everything).sum()) == (prefix + suffix).count(kind)
+    fewer = len(prefix + suffix) - 1  # where patches have become groups, nothing stands beside them
+    assert fewer < 1 or tower.tokens_in("patch", fewer).all()
 
 
 def test_patches_that_are_left_out_are_no_reason_to_call_others_registers() -> None:

@@ -770,3 +770,29 @@ def test_windows_that_overlap_are_named() -> None:
     found = meaning_on(module.eval(), images(64))
     told = {path: why for tower in found.towers for path, why in tower.skipped.items()}
     assert told["network.0.0.attn"] == REASONS[OVERLAP]
+
+
+def test_values_that_are_not_finite_are_no_cross_attention() -> None:
+    with pytest.raises(UserError, match=r"'layers\.0' gives values that are not finite for the first inputs"):
+        meaning_on(Stack(Attention()).eval(), torch.full((2, 9, 16), torch.nan))
+
+
+def test_scores_outside_the_largest_are_no_change_of_a_query() -> None:
+    """Weights of the largest scores only, in a module that is handed queries, keys and values."""
+
+    class Weigh(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = q @ k.mT
+            least = scores.topk(3, -1).values[..., -1:]
+            return scores.masked_fill(scores < least, torch.finfo(scores.dtype).min).softmax(-1) @ v
+
+    class Sparse(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weigh = Weigh()
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return x + self.out(self.weigh(*self.heads(x)).transpose(1, 2).flatten(2))
+
+    (layer,) = layers_on(Sparse().eval(), torch.randn(2, 9, 16))
+    assert layer.path == "weigh"

@@ -575,6 +575,18 @@ class Transposed(Attention):
         return torch.addmm(self.out.bias, y.flatten(0, 1), self.out.weight).view(x.shape)
 
 
+class OfTwoStreams(Attention):
+    """MM-DiT: the first tokens and the others have projections of their own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.other = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2)
+        return torch.cat([self.out(y[:, :2]), self.other(y[:, 2:])], 1)
+
+
 class AndMore(TorchAttention):
     """A listed module that goes on with a linear layer of its own after PyTorch's attention."""
 
@@ -591,6 +603,7 @@ class AndMore(TorchAttention):
     [
         (Attention, "as captured"),
         (Transposed, "as captured"),
+        (OfTwoStreams, "as captured"),
         (Gated, "modified"),
         (Unprojected, "unknown"),
         (AndMore, "as captured"),
