@@ -149,8 +149,8 @@ class Tower:
     def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
         """Which of `tokens` positions belong to a token set that is the same for every input.
 
-        A layer with fewer tokens than stand beside patches, as where patches have become groups, has none that
-        stand beside them.
+        Where a layer has fewer tokens than stand beside patches, as where patches have become groups, all are
+        patches.
 
         Raises UserError where the tower has no such set.
         """

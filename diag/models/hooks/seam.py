@@ -647,7 +647,7 @@ def _refuse_dropout(layer: Layer, dropped: float) -> None:
     if dropped:
         raise MeasurementError(
             f"layer '{layer.name}' drops attention weights at random (p = {dropped})",
-            "put the model in evaluation mode: model.eval(); where it is, its call asks for it: set that to 0",
+            "put the model in evaluation mode: model.eval(); where it is, set what its call asks for to 0",
         )
 
 
