@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diag.models.hooks.eager import Followed
 from diag.models.hooks.layout import PLAIN, Layout
 
 TOKENS_FIRST = Layout(2)
@@ -375,17 +376,23 @@ def _parts_told(module: nn.Module, parts: Parts) -> Iterator[None]:
 class Inside(TorchFunctionMode):
     """What is seen inside a mixer.
 
-    softmax: whether a softmax or an attention call was. products: whether a matrix product was.
+    softmax: whether a softmax or an attention call was, or exponentials that were divided by their sum and
+    multiplied with something. products: whether a matrix product was.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.softmax = self.products = False
+        self.followed = Followed()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.softmax |= func in SOFTMAXES
+        kwargs = kwargs or {}
+        weighed = self.followed.product_of(func, args, kwargs)
+        self.softmax |= func in SOFTMAXES or weighed is not None
         self.products |= func in PRODUCTS
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        self.followed.seen(func, args, kwargs, result)
+        return result
 
 
 def is_without_softmax(mixing: Mixing, inside: Inside) -> bool:

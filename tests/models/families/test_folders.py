@@ -226,8 +226,8 @@ def test_an_index_of_several_files(
             "pip install gguf, or give the model that it was made from, with config.json and safetensors",
         ),
         (
-            {"config.json": '{"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35"}'},
-            "holds FluxTransformer2DModel of diffusers, not a model of transformers",
+            {"config.json": '{"_class_name": "AutoencoderKL", "_diffusers_version": "0.35"}'},
+            "holds AutoencoderKL of diffusers, not a model of transformers",
             "encoder of its pipeline",
         ),
         ({"config.json": "{}"}, "names no model_type", "save_pretrained or timm wrote"),

@@ -378,8 +378,8 @@ def test_a_function_is_known_by_its_arguments(heads: int) -> None:
     ("function", "why"),
     [
         ("flash_attn_func", "Mixer made no self-attention call"),
-        ("squared_scan", f"no layer attends to its own tokens ('': {REASONS[NOT_LINEAR]})"),
-        ("mixed_scan", f"no layer attends to its own tokens ('': {REASONS[EVERYTHING]})"),
+        ("squared_scan", f"no layer attends to its own tokens ({REASONS[NOT_LINEAR]})"),
+        ("mixed_scan", f"no layer attends to its own tokens ({REASONS[EVERYTHING]})"),
     ],
 )
 def test_what_is_no_recurrence_over_own_values_is_refused(function: str, why: str) -> None:

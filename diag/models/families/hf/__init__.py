@@ -31,7 +31,7 @@ def folder_or_repository(spec: ModelSpec) -> ModelSpec:
     alias = aliases().get(spec.name.lower(), {}).get("model", "")
     if alias.startswith("hf:"):
         return replace(spec, name=alias.removeprefix("hf:"))
-    if expanded(spec.name).is_file():
+    if os.path.isfile(expanded(spec.name)):  # also for what is too long to be a path
         raise UserError(f"'{spec.name}' is a file", f"{spec.family}: takes the folder around it, or ORG/NAME")
     if looks_like_path(spec.name):
         raise UserError(f"folder '{spec.name}' does not exist", f"{spec.family}: takes a folder or ORG/NAME")
