@@ -352,14 +352,18 @@ def _between(constant: Tensor) -> bool:
 
 
 def _beside(evidence: Evidence, tokens: int) -> Tensor:
-    """Which tokens are no patches: those that are the same for all inputs in the first call, or known."""
-    first, other = evidence.calls[0][0], evidence.calls[1][0]
+    """Which tokens are no patches: those that are the same for all inputs in the first call over so many.
+
+    Where none is, those that are known, in a call over as many tokens as the first one.
+    """
+    pairs = list(zip(evidence.calls[0], evidence.calls[1], strict=False))
+    first, other = next((pair for pair in pairs if pair[0].lengths == (tokens, tokens)), pairs[0])
     found = torch.zeros(tokens, dtype=torch.bool)
     if first.value is not None and other.value is not None:
         layout = layouts(first, None)[0]
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens):
             found = same[0]
-    if evidence.prefix and not found.any():
+    if evidence.prefix and not found.any() and pairs[0][0].lengths == (tokens, tokens):
         found[: evidence.prefix] = True
     return found

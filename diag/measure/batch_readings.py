@@ -136,7 +136,7 @@ class BatchReadings:
             return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)
         size = self.tower.facts.get("image_size")
-        return Geometry.of_image(call.tokens, len(self.tower.prefix), size, windows)
+        return Geometry.of_image(call.tokens, self.tower.beside(call.tokens)[0], size, windows)
 
     def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
         """A layer's facts with the sizes of this batch: images of native resolution differ."""

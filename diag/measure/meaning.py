@@ -81,6 +81,7 @@ def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_r
         layers=chosen.layers,
         places=chosen.places,
         skipped=chosen.skipped,
+        joined=chosen.joined,
         meaning=told(found, chosen),
         max_batch=1 if found.rows == OTHERWISE and not found.random else tower.max_batch,
     )

@@ -77,6 +77,8 @@ class Tower:
     takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
     prefix, suffix: kinds of the tokens before and behind the patches, in order: "cls", "registers",
         "prompt" or "detection".
+    joined: how many tokens stand before and behind the patches in layers of so many tokens, where others have
+        joined them by then.
     patches: whether its tokens are patches, in all of its layers and but for those beside them.
     marks: token sets whose positions each batch brings with it. together: those that are measured where
         none is named; the first one if there are none.
@@ -99,6 +101,7 @@ class Tower:
     prepare: Callable[[Any], Any] | None = None
     prefix: tuple[str, ...] = ()
     suffix: tuple[str, ...] = ()
+    joined: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     patches: bool = True
     marks: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
@@ -146,17 +149,24 @@ class Tower:
                 f"--tokens takes {one_of(self.token_sets)} here",
             )
 
+    def beside(self, tokens: int) -> tuple[int, int]:
+        """How many of `tokens` stand before the patches, and behind them.
+
+        None where there are fewer than in other layers stand beside patches, as where these became groups.
+        """
+        front, back = self.joined.get(tokens, (len(self.prefix), len(self.suffix)))
+        return (front, back) if front + back <= tokens else (0, 0)
+
     def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
         """Which of `tokens` positions belong to a token set that is the same for every input.
-
-        Where a layer has fewer tokens than stand beside patches, as where patches have become groups, all are
-        patches.
 
         Raises UserError where the tower has no such set.
         """
         self.check_set(token_set)
-        patches = tokens - len(self.prefix) - len(self.suffix)
-        kinds = [*self.prefix, *["patch"] * patches, *self.suffix] if patches >= 0 else ["patch"] * tokens
+        front, back = self.beside(tokens)
+        known = (front, back) == (len(self.prefix), len(self.suffix))
+        prefix, suffix = (self.prefix, self.suffix) if known else (["joined"] * front, ["joined"] * back)
+        kinds = [*prefix, *["patch"] * (tokens - front - back), *suffix]
         return torch.tensor([token_set in ("all", kind) for kind in kinds])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,8 @@ def test_tokens_are_found_by_content_and_named_by_parameters(
     assert tower.token_sets == ("patch", "all", *dict.fromkeys(prefix + suffix))
     for kind in {*prefix, *suffix}:
         assert int(tower.tokens_in(kind, everything).sum()) == (prefix + suffix).count(kind)
+    later = replace(tower, joined={patches + 1: (1, 0)})
+    assert later.tokens_in("patch", patches + 1).tolist() == [False] + [True] * patches
     fewer = len(prefix + suffix) - 1  # where patches have become groups, nothing stands beside them
     assert fewer < 1 or tower.tokens_in("patch", fewer).all()
 

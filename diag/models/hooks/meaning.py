@@ -10,7 +10,7 @@ A model that gives other numbers for the same input is found in passing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Understood:
     layers: in depth order, with the model's own numbers. places: all of its depth axis, with why one is not
         measured.
     skipped: layers that are not measured, by path, and why.
+    joined: tokens that join those of the first layer later, before and behind them, by how many then are.
     hides_padding: whether its masks hide what is padding in the inputs that were looked at.
     """
 
@@ -57,6 +58,7 @@ class Understood:
     layers: tuple[Layer, ...]
     places: tuple[Place, ...]
     skipped: Mapping[str, str]
+    joined: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     hides_padding: bool = False
 
     @property
@@ -122,9 +124,9 @@ def meaning_of(
     if not calls.measured:
         raise _nothing(root, seen, calls.refused)
     own = {one: x[: len(x) // inputs] for one, x in changed.items()}
-    own = own if everywhere and rows != OTHERWISE else {}
+    own = own if rows != OTHERWISE else {}
     untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
-    return Meaning(_towers(root, calls, own, real), rows, random, sequence_first, tuple(untested))
+    return Meaning(_towers(root, calls, own, everywhere, real), rows, random, sequence_first, tuple(untested))
 
 
 def _passed(root: nn.Module, run: Callable[[], object]) -> Survey | None:
@@ -289,13 +291,16 @@ def _rows(changed: Iterable[Tensor], inputs: int) -> str:
     return max(verdicts, key=[INPUTS, WINDOWS, OTHERWISE, EVERYWHERE].index)
 
 
-def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
+def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen, Tensor]:
     """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
 
     Where an input has several rows, and between others, they are what stays the same; in front of all others
     and behind them only what does so in the last layer as well: prefix tokens are the same in the first one,
     or in several that stand side by side there. The first token of a causal text is the same in all of them,
     and is none.
+
+    everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only rows of
+        windows count, and only where several layers have such tokens.
     """
     found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
     for one in calls:
@@ -310,6 +315,9 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
             found[one] = constant
         elif not one.first_alone:
             at_ends.setdefault(tokens, {})[one] = constant
+    if not everywhere:
+        in_windows = {one: constant for one, constant in found.items() if len(constant) > 1}
+        return in_windows if len({(one.path, one.run) for one in in_windows}) > 1 else {}
     for alike in at_ends.values():
         *_, last = alike.values()
         if last.any() and len({(one.path, one.run) for one in alike}) > 1:
@@ -317,10 +325,32 @@ def _padding(calls: Sequence[Seen], own: Changed) -> dict[Seen, Tensor]:
     return found
 
 
+def _joined(calls: Sequence[Seen], own: Changed) -> dict[int, tuple[int, int]]:
+    """Tokens that join the others behind the first layer, such as a class token: as `Understood.joined`.
+
+    They are the same for all inputs in the first layer that has so many tokens, and not in its last. Where an
+    input has several rows, windows of it, none of them has any, unless such tokens are found.
+    """
+    found, alike = dict[int, tuple[int, int]](), dict[int, list[Tensor]]()
+    for one in calls:
+        if one in own and own[one].any():
+            alike.setdefault(own[one].shape[1], []).append(own[one])
+    for place, (tokens, (first, *later)) in enumerate(alike.items()):
+        places = first[0].nonzero()[:, 0].tolist() or [0, tokens - 1]
+        front, back = places[0], tokens - 1 - places[-1]
+        if front + back and later and bool(later[-1].all()):
+            found |= {tokens: (front, back)} if place else {}
+        elif len(first) > 1 and not front + back:
+            found[tokens] = (0, 0)
+    return found
+
+
 # --- towers
 
 
-def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -> tuple[Understood, ...]:
+def _towers(
+    root: nn.Module, calls: _Calls, own: Changed, everywhere: bool, real: Tensor | None
+) -> tuple[Understood, ...]:
     found = dict[str, str | None]()
     for key, numbers in calls.numbers.items():
         if found.get(key[0], "") is not None:
@@ -356,11 +386,12 @@ def _towers(root: nn.Module, calls: _Calls, own: Changed, real: Tensor | None) -
         if not layers:
             unmeasured |= skipped
             continue
-        padding = _padding(list(of_stack), own)
+        padding = _padding(list(of_stack), own, everywhere)
         hides = real is not None and any(_shows(one, real) for one in of_stack)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
-        towers.append(Understood(stack.name, padded, places, skipped, hides))
+        joined = _joined(list(of_stack), own) if everywhere else {}
+        towers.append(Understood(stack.name, padded, places, skipped, joined, hides))
     # stacks of which nothing is measured are told with the first one
     return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
 

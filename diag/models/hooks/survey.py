@@ -63,8 +63,8 @@ class Seen:
     recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
     extra: how many keys in front of its tokens and behind them are none; `unequal`: there may be such.
-    changed: along the first axis, where V did. open: how many more modules may be asked. query: or `scores`,
-    where the model multiplies its weights itself.
+    changed: along the first axis, where V did. rows_read: how many rows its module was given.
+    open: how many more modules may be asked. query: or `scores`, where the model multiplies weights itself.
     """
 
     path: str
@@ -88,6 +88,7 @@ class Seen:
     value: Tensor | None = None
     output: Tensor | None = None
     changed: Tensor | None = None
+    rows_read: int | None = None
     widths: list[int] = field(default_factory=list)
 
     def is_open(self, frame: _Running) -> bool:
@@ -105,6 +106,10 @@ class Seen:
         if self.layout is None and self.output is not None:
             sized = (sized_layout(self.output, width) for width in self.widths)
             self.layout = plain_layout(self.output) or next((one for one in sized if one), None)
+            one_row = self.changed is None or len(self.changed) == 1
+            # one head has a row for each input, though a projection may read several heads side by side
+            if one_row and self.output.ndim == 3 and len(self.output) == self.rows_read:
+                self.layout = Layout(1, 1)
             if self.layout is None and self.changed is not None:
                 self.layout = merged_layout(self.output, self.changed)
         self.open, self.query, self.scores, self.value, self.output = 0, None, None, None, None
@@ -331,7 +336,7 @@ class Survey(AttentionMode):
 
     def _ask(self, frame: _Running, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The axis test of a module that has just run, on all that waits in it."""
-        again = self._again(frame, module, _with_changed(args, kwargs))
+        again, (_, read) = self._again(frame, module, _with_changed(args, kwargs)), _read_by(args, kwargs)
         if again is None:
             return
         for seen, (query, value) in zip(frame.made, again, strict=True):
@@ -341,6 +346,7 @@ class Survey(AttentionMode):
                     _ask_recurrence(seen, query, value)
                 else:
                     seen.kind = _kind(seen, query, value, direct=seen.path == frame.path)
+                    seen.rows_read = None if read is None else len(read)
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
@@ -376,6 +382,7 @@ class Survey(AttentionMode):
                 return
         for number, seen in enumerate(calls):
             seen.kind, seen.run, seen.number = OWN, frame.run + number, 0
+            seen.changed, seen.rows_read = calls[0].changed, calls[0].rows_read
         self.runs[frame.path] = frame.run + len(calls)
         self.in_turn.add(frame.path)
 
@@ -406,7 +413,8 @@ def _kind(seen: Seen, again: Tensor | None, value_again: Tensor, *, direct: bool
     tokens, dims = places[-2:]
     if not len(tokens):
         return None
-    seen.changed = places[0]
+    if direct and seen.changed is None:
+        seen.changed = places[0]
     of_query = _queries(seen, again, tokens)
     if len(tokens) == 1:
         if direct and len(of_query):
@@ -524,6 +532,13 @@ def _followed(x: Tensor, again: Tensor) -> list[Tensor]:
     return [changed.any(tuple(a for a in axes if a != axis)).nonzero()[:, 0] for axis in axes]
 
 
+def _read_by(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+    """The tensors that a module is given, and the one that it reads: the first that holds numbers or ids."""
+    given = (*args, *kwargs.values())
+    tensors = [x for x in given if isinstance(x, Tensor) and x.ndim >= 2 and x.numel()]
+    return tensors, next((x for x in tensors if x.is_floating_point() or are_ids(x)), None)
+
+
 def _with_changed(
     args: Sequence[Any], kwargs: Mapping[str, Any], *, everywhere: bool = False, nothing: bool = False
 ) -> tuple[list, dict] | None:
@@ -532,9 +547,7 @@ def _with_changed(
     everywhere: in all elements. nothing: in none. Caches are left out, or keys would be there twice. None
     where there is no tensor to change.
     """
-    given = [*args, *kwargs.values()]
-    tensors = [x for x in given if isinstance(x, Tensor) and x.ndim >= 2 and x.numel()]
-    read = next((x for x in tensors if x.is_floating_point() or are_ids(x)), None)
+    tensors, read = _read_by(args, kwargs)
     if read is None:
         return None
     # of an odd number: in the windows of outlook attention, two apart, one of an even number stands once

@@ -796,3 +796,29 @@ def test_scores_outside_the_largest_are_no_change_of_a_query() -> None:
 
     (layer,) = layers_on(Sparse().eval(), torch.randn(2, 9, 16))
     assert layer.path == "weigh"
+
+
+def test_a_token_that_joins_the_others_later_is_known() -> None:
+    """ConViT's class token stands before the patches in its last two blocks only."""
+    sizes = {"img_size": 32, "depth": 5, "embed_dim": 32, "num_heads": 4}
+    module = timm.create_model("convit_tiny", local_up_to_layer=3, **sizes).eval()
+    (tower,) = meaning_on(module, images(32)).towers
+    assert dict(tower.joined) == {5: (1, 0)}
+
+
+def test_windows_beside_a_text_are_filled_up_too() -> None:
+    """Ids in another order may be the same at a place, and then nothing of the text is padding; windows are."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            swin = "swin_tiny_patch4_window7_224"
+            self.image = timm.create_model(swin, img_size=32, window_size=3, depths=(2, 2), num_heads=(2, 2))
+            self.text = transformers.BertModel(transformers.BertConfig(**TEXT, **NARROW, num_hidden_layers=2))
+
+        def forward(self, pixels: Tensor, ids: Tensor) -> Any:
+            return self.image(pixels), self.text(ids)
+
+    image, text = meaning_on(Both().eval(), images(32), ids()).towers
+    assert any(x is not None for layer in image.layers for x in layer.form.padding)
+    assert not any(x is not None for layer in text.layers for x in layer.form.padding)
