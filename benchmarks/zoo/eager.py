@@ -7,6 +7,7 @@ say whether it is the axis of keys that is contracted, and which axes are querie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -41,6 +42,8 @@ NORMS = {
 SUMS = {aten.sum.dim_IntList: 1, aten.logsumexp.default: 1}
 NOTHING, FAINT, LEAST = -1e30, -60.0, 1e-26
 """A score that sees nothing; next to a row's largest, one that hides a key; a weight that is none."""
+GAP = 30.0
+"""Scores that a mask hides lie so far below the others; those of one softmax lie closer together."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,10 @@ class Product:
     @property
     def visible(self) -> Tensor:
         """Whether each query sees each key."""
-        seen = self.pattern.abs() > LEAST
+        seen = self.pattern.abs() > (LEAST if self.scores is None else 0)
         if self.scores is not None:
             top = self.scores.amax(-1, keepdim=True)
-            seen = seen & (self.scores > top + FAINT) & (self.scores > NOTHING)
+            seen = seen & (self.scores > top + _faint(self.scores - top)) & (self.scores > NOTHING)
         return seen
 
 
@@ -269,3 +272,10 @@ def _arranged(weights: Weights, labels: Tensor, a: Tensor, v: Tensor, y: Tensor)
     value, output = formed(v[source[..., 0]][..., order, :]), formed(y.flatten(0, 1)[grid])
     before = weights.before.movedim((query, weights.key), (-2, -1))
     return Product(formed(flat), value, output, scores, before)
+
+
+def _faint(below: Tensor) -> float:
+    """How far below the largest of its row a score is hidden: under the first wide gap among the faint."""
+    levels = below[below.isfinite() & (below > 2 * NOTHING)].flatten().sort(descending=True).values
+    gaps = (levels[:-1] - levels[1:] > GAP) & (levels[1:] < FAINT)
+    return (levels[:-1][gaps][0].item() - GAP / 2) if bool(gaps.any()) else -math.inf

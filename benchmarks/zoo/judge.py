@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo.evidence import Evidence, configured_heads, within
 from zoo.numbering import numbering_faults, unnamed_blocks
 from zoo.observer import Call
-from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER
+from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER, OWN
 from zoo.reference import METRICS, Rows, layouts, numbers, rows_of, weights_of
 from zoo.refusals import faults_of_refusal
 
@@ -36,6 +36,7 @@ EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
 )
 VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT)
 TOLERANCE = 1e-5
+OWN_KINDS = {OWN, MIXED}
 UNDEFINED = frozenset({"entropy", "cos_y_vuniform"})
 """Metrics that weights below zero, and maps that are subtracted, may leave without a number."""
 
@@ -187,12 +188,16 @@ def _faults_of_line(
     groups: list[dict[tuple[str, int], list[Call]]],
 ) -> Iterable[str]:
     kinds = set().union(*(evidence.kind(*place) for place in places))
+    if kinds & OWN_KINDS and any(len(set(call.lengths)) > 1 for place in places for call in groups[0][place]):
+        kinds -= {
+            CROSS
+        }  # beside its attention it weighs something else, as ConvBERT does the steps of a kernel
     for kind in (CROSS, CHANNELS, ORDER, MIXED):
         if kind in kinds and not (kind == MIXED and "mixed" in line.facts):
             yield f"'{line.path}' is in the table, but its values are of {kind}"
     if kinds & {CROSS, CHANNELS, ORDER}:
         return
-    calls = [[call for place in places for call in group.get(place, [])] for group in groups]
+    calls = [_of_its_own([call for place in places for call in group.get(place, [])]) for group in groups]
     if any(len(of) != len(calls[0]) for of in calls):
         yield f"'{line.path}' makes other numbers of calls for different inputs"
         return
@@ -235,6 +240,11 @@ def _faults_of_line(
         )
         if worst[0] > TOLERANCE:
             yield f"'{line.path}' ({tokens}): {worst[1]}"
+
+
+def _of_its_own(calls: list[Call]) -> list[Call]:
+    """Calls with as many keys as queries, where a module makes others as well."""
+    return [call for call in calls if len(set(call.lengths)) == 1] or calls
 
 
 def subtracted(calls: list[Call], factor: float) -> list[Call]:
@@ -305,7 +315,10 @@ def counted(
     other: the same call of another input; rows of V that are the same in both stand for nothing of an input.
     """
     rows = rows_of(call, layout)
+    prompts = getattr(getattr(evidence.root, "config", None), "prompt_length", 0)  # tokens of their own
     constant = _constant(call, other, layout)
+    if constant is not None and prompts:
+        constant[:, :prompts] = False
     windows = rows.value.shape[0] > 1 or calls > 1
     first = _first_like(evidence.calls[number], call) is call  # prefix tokens are the same in the first one
     ahead = rows.visible.triu(1).any()  # in a causal call, first tokens that are the same stay the same

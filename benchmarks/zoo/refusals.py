@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from zoo.evidence import Evidence
 from zoo.observer import Calls
@@ -49,6 +50,10 @@ def _single(seen: Evidence, match: re.Match[str]) -> bool:
     return all(queries == 1 for queries, _ in of_equal)
 
 
+def _differ(told: str) -> bool:
+    return len(set(re.findall(r": (\d+)", told))) > 1
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     (r"comput\w+ (softmax )?attention (by )?itself|softmax itself|eager", _eager),
     (r"made no self-attention call|no self-attention layer|no attention layer", _none_of_its_own),
@@ -67,6 +72,11 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     (
         r"takes '(\w+)', neither images nor text",
         lambda seen, match: match[1] not in ("pixel_values", "input_ids"),
+    ),
+    (r"tensors of one batch differ in rows: \{(.*)\}", lambda seen, match: _differ(match[1])),
+    (
+        r"folder '([^']*)' has no preprocessor_config.json",
+        lambda seen, match: not (Path(match[1]) / "preprocessor_config.json").exists(),
     ),
     (r"fails on its own input", lambda seen, match: bool(seen.failed)),
     (r"is not understood|several maps|differential", lambda seen, match: "report" not in match.string),

@@ -43,14 +43,15 @@ def without_extra_keys(
     before, tokens = extra[0], query.shape[2]
     own = slice(before, before + tokens)
     group = query.shape[1] // key.shape[1]
-    wide_key, wide_value = (x.float().repeat_interleave(group, 1) for x in (key, value))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    wide_key, wide_value = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
     other = torch.ones(key.shape[2], dtype=torch.bool, device=key.device)
     other[own] = False
     rows = max(1, BLOCK_ELEMENTS[query.device.type] // (query.shape[0] * query.shape[1] * key.shape[2]))
     outside, normaliser = [], []
     for start in range(0, tokens, rows):
         at = slice(start, start + rows)
-        scores = query[:, :, at].float() @ wide_key.mT * scale
+        scores = query[:, :, at].to(dtype) @ wide_key.mT * scale
         if mask is not None:
             part = mask if mask.shape[-2] == 1 else mask[..., at, :]
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part

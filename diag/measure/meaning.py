@@ -80,11 +80,22 @@ def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_r
         tower,
         layers=chosen.layers,
         places=chosen.places,
-        skipped=chosen.skipped,
+        skipped={**chosen.skipped, **_of_others(model, tower, found, chosen)},
         joined=chosen.joined,
         meaning=told(found, chosen),
         max_batch=1 if found.rows == OTHERWISE and not found.random else tower.max_batch,
     )
+
+
+def _of_others(model: Model, tower: Tower, found: Meaning, chosen: Understood) -> dict[str, str]:
+    """Layers of other stacks that ran, by path, and why they are not measured; not of other towers."""
+    named = [layer.path for one in model.towers.values() if one.name != tower.name for layer in one.layers]
+    told = dict[str, str]()
+    for one in found.towers:
+        if one is not chosen:
+            why = f"of another stack ('{one.name}') than this tower: measure the model as a module"
+            told |= dict(one.skipped) | {layer.path: why for layer in one.layers}
+    return {path: why for path, why in told.items() if not _within(path, named)}
 
 
 def is_known(model: Model, tower: Tower) -> bool:

@@ -18,7 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diag.models.hooks.combined import DIVIDED, JOINED, MOVED, in_place, name_of, tensors_in
 
-SOFTMAX, LOGARITHM, EXPONENTIAL = "softmax", "log_softmax", "exp"
+SOFTMAX = {"softmax", "special_softmax", "softmin"}
+LOGARITHM, EXPONENTIAL = {"log_softmax", "special_log_softmax"}, "exp"
 PRODUCTS = {"matmul", "bmm", "rmatmul"}
 ATTRIBUTES = {"T", "mT", "H", "mH"}
 MASKING = {"masked_fill", "mul", "imul", "where", "setitem", "tril", "triu", "masked_scatter"}
@@ -105,7 +106,7 @@ class Followed:
     def seen(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> bool:
         """A function has run; follows what it returned, if that holds weights. Whether a softmax began."""
         name = _name(func)
-        if name in (SOFTMAX, LOGARITHM):
+        if name in SOFTMAX | LOGARITHM:
             return self._begin(name, args, kwargs, result)
         if name == EXPONENTIAL:
             return self._exponential(args, result)
@@ -136,10 +137,11 @@ class Followed:
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if not isinstance(scores, Tensor) or not isinstance(dim, int) or not _may_be_scores(scores):
             return False
-        state = WEIGHTS if name == SOFTMAX else LOGARITHMS
-        self.known[result] = Weights(self.starts, dim % scores.ndim, scores, state)
+        state = WEIGHTS if name in SOFTMAX else LOGARITHMS
+        known = -scores if name == "softmin" else scores
+        self.known[result] = Weights(self.starts, dim % scores.ndim, known, state)
         self.starts += 1
-        return name == SOFTMAX and (scores.ndim > 3 or scores.shape[-1] == scores.shape[-2])
+        return name in SOFTMAX and (scores.ndim > 3 or scores.shape[-1] == scores.shape[-2])
 
     def _exponential(self, args: Sequence[Any], result: Any) -> bool:
         before = self._of(args[0]) if args else None
@@ -304,12 +306,23 @@ def _einsum(args: Sequence[Any]) -> Read | None:
     return (operands[0], operands[1]), (one, other), labels(result, most)
 
 
+def _are_weights(known: Weights, x: Tensor) -> bool:
+    """Whether a tensor holds weights; exponentials do as well where they sum to 1: of s − log Σ exp s.
+
+    Decays of a recurrence that forgets at once are ones and zeros.
+    """
+    if known.state != UNDIVIDED or not x.numel():
+        return known.state == WEIGHTS
+    spread = bool((x.amax(known.axis) < 1 - 1e-3).any())
+    return spread and bool((x.sum(known.axis) - 1).abs().max() < 1e-3)
+
+
 def _product(
     known: Weights, weights: Tensor, own: list[str], value: Tensor, others: list[str], of_result: list[str]
 ) -> Product | None:
     """The product in the order of attention; None where it does not weigh values along the axis of keys."""
     key = own[known.axis]
-    if key not in others or key in of_result or known.state != WEIGHTS:
+    if key not in others or key in of_result or not _are_weights(known, weights):
         return None
     if any(x in others and x not in of_result for x in own if x != key):  # it is summed over more than keys
         return None

@@ -66,6 +66,23 @@ def by_exponentials(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
+def by_the_special_function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.special.softmax(scores_of(q, k, mask), -1) @ v
+
+
+def by_softmin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.softmin(-scores_of(q, k, mask), dim=-1) @ v
+
+
+def by_the_normaliser(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask)
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def by_the_first_norm(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.normalize(scores_of(q, k, mask).exp(), p=1, dim=-1) @ v
+
+
 def by_exponentials_in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     weights = torch.exp(scores_of(q, k, mask))
     weights /= weights.sum(-1, keepdim=True)
@@ -105,6 +122,10 @@ WRITTEN: list[Written] = [
     with_values_first,
     by_logarithms,
     by_exponentials,
+    by_the_special_function,
+    by_softmin,
+    by_the_normaliser,
+    by_the_first_norm,
     by_exponentials_in_place,
     with_casts_and_dropout,
     with_a_column_for_a_sink,

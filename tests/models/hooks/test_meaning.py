@@ -807,7 +807,7 @@ def test_a_token_that_joins_the_others_later_is_known() -> None:
 
 
 def test_windows_beside_a_text_are_filled_up_too() -> None:
-    """Ids in another order may be the same at a place, and then nothing of the text is padding; windows are."""
+    """Ids in another order may be the same at a place: nothing of the text is padding; windows are."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
