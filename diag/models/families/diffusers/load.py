@@ -339,7 +339,7 @@ def _meaning(spec: ModelSpec, fed: _Fed, latents: Tensor, other: Tensor) -> Mean
 
 
 def _positions(module: Any, latents: int) -> str:
-    """ "interpolated" where the model computes sines and cosines of a grid for another one (PixArt)."""
+    """Says "interpolated" where the model computes sines and cosines of a grid for another one (PixArt)."""
     embed: Any = getattr(module, "pos_embed", None)
     stretched = getattr(embed, "pos_embed", None) is not None and embed.pos_embed_max_size is None
     return "interpolated" if stretched and latents != module.config.sample_size else "native"
