@@ -95,8 +95,9 @@ Layers = Annotated[
 Tokens = Annotated[
     str | None,
     Option(
-        help="patch, all, cls or registers; all for text; image, text, last or all where a language model "
-        "reads images. Comma-separated [default: patch; all for text; image,text]."
+        help="patch, all, cls, registers, prompt or detection; all for text; image, text, last or all where "
+        "a language model reads images; image, text or all in diffusion transformers. Comma-separated "
+        "[default: patch; all for text; image,text]."
     ),
     Read(names),
 ]

@@ -41,7 +41,7 @@ def preparation(transform: Callable[[Image.Image], Any]) -> Callable[[Any], Any]
 
     def prepare(content: Any) -> Any:
         if not isinstance(content, Image.Image):
-            return content  # was here before
+            return content  # prepared already
         try:
             return transform(rgb(content))
         except Exception as error:  # libraries refuse an odd image with whatever breaks first

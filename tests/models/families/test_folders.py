@@ -228,7 +228,7 @@ def test_an_index_of_several_files(
         (
             {"config.json": '{"_class_name": "AutoencoderKL", "_diffusers_version": "0.35"}'},
             "holds AutoencoderKL of diffusers, not a model of transformers",
-            "encoder of its pipeline",
+            "encoder of its pipeline, or a diffusion transformer as diffusers:FOLDER",
         ),
         ({"config.json": "{}"}, "names no model_type", "save_pretrained or timm wrote"),
         ({"notes.txt": ""}, "has no config.json", "save_pretrained"),

@@ -40,6 +40,7 @@ PROMPT, USUAL_PROMPT = "prompt", "a photograph"
 NOISE, NO_PROMPT = "noise latents", "no prompt"
 """What a model is given in place of what its folder cannot encode: the column `inputs` says so."""
 
+MEASURED = f"measured are {one_of(CLASSES[name] for name, one in FEEDINGS.items() if not one.linear)}"
 WEIGHTS_TIP = "save it again with save_pretrained, or download the folder again"
 
 
@@ -138,7 +139,7 @@ def _read(spec: ModelSpec, dtype: torch.dtype) -> _Found:
     if named not in CLASSES:
         raise UserError(
             f"'{spec.name}' holds a {named}, which is not measured",
-            f"measured are {one_of(CLASSES.values())}",
+            MEASURED,
         )
     if not local:
         with _reading(spec, PIPELINE, tip):
@@ -333,12 +334,12 @@ def _meaning(spec: ModelSpec, fed: _Fed, latents: Tensor, other: Tensor) -> Mean
             raise
         raise UserError(
             f"the self-attention of '{spec.resolved}' is linear, without a softmax: it is not measured",
-            f"measured are {one_of(CLASSES[name] for name, other in FEEDINGS.items() if not other.linear)}",
+            MEASURED,
         ) from error
 
 
 def _positions(module: Any, latents: int) -> str:
-    """ "interpolated" where the model computes sines and cosines of a grid for another one (PixArt)."""
+    """Says "interpolated" where the model computes sines and cosines of a grid for another one (PixArt)."""
     embed: Any = getattr(module, "pos_embed", None)
     stretched = getattr(embed, "pos_embed", None) is not None and embed.pos_embed_max_size is None
     return "interpolated" if stretched and latents != module.config.sample_size else "native"

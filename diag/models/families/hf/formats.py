@@ -64,7 +64,7 @@ def refuse_part_of_pipeline(folder: Path, config: Mapping[str, Any]) -> None:
         kind = config.get("_class_name", "a part of a pipeline")
         raise UserError(
             f"folder '{folder}' holds {kind} of diffusers, not a model of transformers",
-            "give a text or vision encoder of its pipeline",
+            "give a text or vision encoder of its pipeline, or a diffusion transformer as diffusers:FOLDER",
         )
 
 

@@ -1,4 +1,4 @@
-"""The towers of models that see clips: several frames of a video as one input (VideoMAE, ViViT, V-JEPA 2).
+"""The towers of models that see clips: several frames of a video as one input (VideoMAE, TimeSformer).
 
 Frames are images; which of them are a clip is told by their folder (`diag/inputs/clips.py`).
 """
@@ -67,7 +67,7 @@ def clip_tower(
         if isinstance(content, Image.Image):
             content = [content] * count  # a still, by which a tower is tried
         if not isinstance(content, list):
-            return content  # was here before
+            return content  # prepared already
         try:
             return transform([rgb(frame) for frame in content]).to(dtype)
         except Exception as error:  # libraries refuse odd images with whatever breaks first
