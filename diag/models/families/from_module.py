@@ -87,7 +87,7 @@ def _tower(
     device: torch.device,
 ) -> Tower:
     """One tower of the module. Padding belongs to the tower whose masks hide it."""
-    padded = len(found.towers) == 1 or one.hides_padding
+    padded = one.alone or one.hides_padding
 
     def encode(group: Sequence[Sample]) -> Batch:
         (sample,) = group

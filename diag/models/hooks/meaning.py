@@ -51,7 +51,8 @@ class Understood:
         measured.
     skipped: layers that are not measured, by path, and why.
     joined: tokens that join those of the first layer later, before and behind them, by how many then are.
-    hides_padding: whether its masks hide what is padding in the inputs that were looked at.
+    hides_padding: whether its masks hide what is padding in the inputs that were looked at. alone: whether no
+        other stack attends, which padding may be of.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Understood:
     skipped: Mapping[str, str]
     joined: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     hides_padding: bool = False
+    alone: bool = True
 
     @property
     def depth(self) -> int:
@@ -393,7 +395,8 @@ def _towers(
         joined = _joined(list(of_stack), own) if everywhere else {}
         towers.append(Understood(stack.name, padded, places, skipped, joined, hides))
     # stacks of which nothing is measured are told with the first one
-    return (replace(towers[0], skipped={**towers[0].skipped, **unmeasured}), *towers[1:])
+    first, *others = (replace(one, alone=len(towers) == 1 and not unmeasured) for one in towers)
+    return (replace(first, skipped={**first.skipped, **unmeasured}), *others)
 
 
 def _shows(one: Seen, real: Tensor) -> bool:

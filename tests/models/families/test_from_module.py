@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from diag.errors import UserError
@@ -164,3 +165,21 @@ def test_a_watched_module_leaves_torchs_fused_path_and_nothing_else_changes(kind
     if kind == "encoder" and padded:
         assert (fused[~real] == 0).all()
         assert (watched[~real] != 0).any()
+
+
+def test_padding_of_an_encoder_that_is_not_seen_cuts_no_row_of_its_decoder() -> None:
+    """LED's encoder weighs bands, which no product shows; its mask is not the decoder's."""
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
+    model = transformers.LEDModel(
+        transformers.LEDConfig(vocab_size=60, d_model=16, attention_window=4, **sizes)
+    ).eval()
+    given = {
+        "input_ids": torch.randint(4, 50, (2, 12)),
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+    }
+    given["attention_mask"][1, 8:] = 0
+    _, (tower,), samples = from_module(model, [given])
+    batch = tower.encode(list(samples))
+    assert batch.real is None
+    assert [layer.path for layer in tower.layers] == [f"decoder.layers.{i}.self_attn" for i in range(2)]
