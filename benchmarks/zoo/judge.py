@@ -375,7 +375,7 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
     if first.value is not None and other.value is not None:
         layout = layouts(first, None)[0]
         same = _constant(first, other, layout)
-        if same is not None and same.shape == (1, tokens):
+        if same is not None and same.shape == (1, tokens) and not same.all():
             found = same[0]
     if evidence.prefix and not found.any() and pairs[0][0].lengths == (tokens, tokens):
         found[: evidence.prefix] = True

@@ -73,6 +73,10 @@ CHECKS: tuple[tuple[str, Check], ...] = (
         r"takes '(\w+)', neither images nor text",
         lambda seen, match: match[1] not in ("pixel_values", "input_ids"),
     ),
+    (
+        r"needs '([^']*)', which its image processor does not give",
+        lambda seen, match: "pixel_values" not in match[1],
+    ),
     (r"tensors of one batch differ in rows: \{(.*)\}", lambda seen, match: _differ(match[1])),
     (
         r"folder '([^']*)' has no preprocessor_config.json",
