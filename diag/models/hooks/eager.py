@@ -16,14 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from diag.models.hooks.combined import DIVIDED, JOINED, MOVED, in_place, name_of, tensors_in
+from diag.models.hooks.combined import (
+    ADDED,
+    DIVIDED,
+    JOINED,
+    MOVED,
+    SAME,
+    SCALED,
+    in_place,
+    name_of,
+    tensors_in,
+)
 
-SOFTMAX = {"softmax", "special_softmax", "softmin"}
-LOGARITHM, EXPONENTIAL = {"log_softmax", "special_log_softmax"}, "exp"
-PRODUCTS = {"matmul", "bmm", "rmatmul"}
+SOFTMAX, LOGARITHM, EXPONENTIAL = {"softmax", "softmin"}, "log_softmax", "exp"
+PRODUCTS = {"matmul", "bmm", "mm", "rmatmul"}
+REORDERED = {"flip", "fliplr", "flipud", "roll", "gather", "take_along_dim"}
 ATTRIBUTES = {"T", "mT", "H", "mH"}
 MASKING = {"masked_fill", "mul", "imul", "where", "setitem", "tril", "triu", "masked_scatter"}
 """Names of functions, without underscores: what begins weights, multiplies, moves or masks them."""
+ALIGNED = SAME | SCALED | DIVIDED | {"dropout", "softmax", "linear", "conv2d", "clamp", "relu", "nan_to_num"}
+"""What leaves zero where scores hide a key; of other functions only weights tell."""
 NO_WEIGHTS = JOINED | {"sum", "mean", "amax", "max", "sigmoid", "bernoulli", "cumsum"}
 """What of weights gives something else, though it may be of their shape."""
 
@@ -37,7 +49,8 @@ class Weights:
     start: of the softmax, counted in a pass. axis: of keys. scores: what the softmax was of, of the shape of
         the tensor as far as it can be; None where they have been lost. state: whether it holds weights, their
         logarithms, or exponentials that nothing has divided yet. masked: whether something that may hide
-        keys was done after the softmax. dropout: how many are dropped at random.
+        keys was done after the softmax. altered: whether it may be other than zero where scores hide a key.
+        dropout: how many are dropped at random.
     """
 
     start: int
@@ -45,6 +58,7 @@ class Weights:
     scores: Tensor | None
     state: str = WEIGHTS
     masked: bool = False
+    altered: bool = False
     dropout: float = 0.0
 
 
@@ -83,9 +97,11 @@ class Followed:
         """The product of weights with values that a function is about to make, if it is one."""
         if not self.known:
             return None
-        name = name_of(func)
+        name = _name(func)
         if name == "einsum":
             read = _einsum(args)
+        elif name == "baddbmm" and len(args) == 3 and (kwargs.get("beta"), kwargs.get("alpha", 1)) == (0, 1):
+            read = _matmul(*args[1:])
         elif name in PRODUCTS and len(args) + len(kwargs) == 2:
             one, other = (*args, *kwargs.values())
             read = _matmul(*((other, one) if name == "rmatmul" else (one, other)))
@@ -106,7 +122,9 @@ class Followed:
     def seen(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> bool:
         """A function has run; follows what it returned, if that holds weights. Whether a softmax began."""
         name = _name(func)
-        if name in SOFTMAX | LOGARITHM:
+        if in_place(func) or kwargs.get("out") is not None:
+            self._written(args[0] if in_place(func) else kwargs["out"])
+        if name in SOFTMAX or name == LOGARITHM:
             return self._begin(name, args, kwargs, result)
         if name == EXPONENTIAL:
             return self._exponential(args, result)
@@ -120,7 +138,7 @@ class Followed:
         if in_place(func):
             if of[0] is args[0]:
                 self._keep(name, known, of[0], args, kwargs, of[0])
-        elif name in MOVED | ATTRIBUTES:
+        elif name in MOVED | ATTRIBUTES | REORDERED:
             if args and args[0] is of[0]:
                 self._move(func, known, of[0], args[1:], kwargs, result)
         elif isinstance(result, Tensor) and result.is_floating_point() and name not in NO_WEIGHTS:
@@ -138,19 +156,28 @@ class Followed:
         if not isinstance(scores, Tensor) or not isinstance(dim, int) or not _may_be_scores(scores):
             return False
         state = WEIGHTS if name in SOFTMAX else LOGARITHMS
-        known = -scores if name == "softmin" else scores
+        known: Tensor | None = -scores if name == "softmin" else scores
+        known = None if _shares_memory(scores, result) else known  # written over
         self.known[result] = Weights(self.starts, dim % scores.ndim, known, state)
         self.starts += 1
         return name in SOFTMAX and (scores.ndim > 3 or scores.shape[-1] == scores.shape[-2])
+
+    def _written(self, x: Any) -> None:
+        """Lets go of scores that something is written over."""
+        if isinstance(x, Tensor):
+            for of, known in [*self.known.items()]:
+                if known.scores is not None and _shares_memory(known.scores, x):
+                    self.known[of] = replace(known, scores=None)
 
     def _exponential(self, args: Sequence[Any], result: Any) -> bool:
         before = self._of(args[0]) if args else None
         if before is not None and before.state == LOGARITHMS:
             self.known[result] = replace(before, state=WEIGHTS)
             return True
-        if args and isinstance(args[0], Tensor) and _may_be_scores(args[0]) and result is not args[0]:
+        if args and isinstance(args[0], Tensor) and _may_be_scores(args[0]):
             # the axis is known when something divides it
-            self.known[result] = Weights(self.starts, result.ndim - 1, args[0], UNDIVIDED)
+            kept = None if _shares_memory(args[0], result) else args[0]
+            self.known[result] = Weights(self.starts, result.ndim - 1, kept, UNDIVIDED)
             self.starts += 1
         return False
 
@@ -220,14 +247,24 @@ class Followed:
             axis=axis,
             scores=known.scores if same else None,
             masked=known.masked or name in MASKING,
+            altered=known.altered or not (name in ALIGNED | MASKING or (name in ADDED and not _added(args))),
             dropout=max(known.dropout, _dropped(name, args, kwargs)),
         )
 
 
 def _name(func: Callable) -> str:
-    """As `name_of`; that of the attribute where one is read."""
-    name = name_of(func)
+    """As `name_of`, without the part of PyTorch where it is; that of the attribute where one is read."""
+    name = name_of(func).removeprefix("special_").removeprefix("linalg_")
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "get" else name
+
+
+def _added(args: Sequence[Any]) -> bool:
+    """Whether something else than a number is added."""
+    return all(isinstance(x, Tensor) for x in args[:2])
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _may_be_scores(x: Tensor) -> bool:

@@ -335,8 +335,10 @@ class AttentionMode(TorchFunctionMode):
             return self.attention(given)
         if func is MULTI_HEAD:
             return self.multi_head(args, kwargs)
-        if not self.stack:
-            return func(*args, **kwargs)
+        if not self.stack:  # between layers weights may be on their way to one
+            result = func(*args, **kwargs)
+            self.followed.seen(func, args, kwargs, result)
+            return result
         if func in self.readers:
             return self.of_others(func, args, kwargs)
         frame = self.stack[-1]
@@ -354,7 +356,7 @@ class AttentionMode(TorchFunctionMode):
         if frame.maps is not None:
             frame.maps.seen(func, args, kwargs, result)
         if self.followed.seen(func, args, kwargs, result):
-            self.softmax(self.followed.starts - 1, args[0].shape)
+            self.softmax(self.followed.starts - 1, result.shape)
         return result
 
     def of_others(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -492,7 +494,8 @@ class _Seam(AttentionMode):
         output = given.output(result)
         layout = _layout_of(layer, output)
         pattern, values, outputs = (layout.split(x) for x in (given.pattern, given.value, output))
-        if given.scores is None or given.scores.shape != given.pattern.shape:
+        altered = given.scores is None or given.weights.altered
+        if given.scores is None or altered or given.scores.shape != given.pattern.shape:
             scores, masked = torch.zeros_like(pattern[:1, :1]), True
         else:
             scores, masked = layout.split(given.scores), given.weights.masked

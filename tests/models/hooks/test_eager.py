@@ -114,6 +114,50 @@ def masked_afterwards_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     return weights @ v
 
 
+def by_the_logarithm_of_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask)
+    return (scores - torch.logsumexp(scores, -1)[..., None]).exp() @ v
+
+
+def by_other_names(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.linalg.matmul(torch.special.softmax(scores_of(q, k, mask), -1), v)
+
+
+def by_named_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.matmul(input=torch.softmax(input=scores_of(q, k, mask), dim=-1), other=v)
+
+
+def by_the_opposite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.softmin(-scores_of(q, k, mask), -1) @ v
+
+
+def added_to_nothing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    weights = scores_of(q, k, mask).softmax(-1).flatten(0, 1)
+    return torch.baddbmm(v.new_zeros(1), weights, v.flatten(0, 1), beta=0).view(q.shape)
+
+
+def written_over_their_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask).detach()
+    return torch.softmax(scores, -1, out=scores) @ v.detach()
+
+
+def all_in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask).detach()
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True)) @ v.detach()
+
+
+def with_scores_that_are_used_again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask).detach()
+    weights = scores.softmax(-1)
+    scores.zero_()
+    return weights @ v.detach()
+
+
+def with_keys_in_another_order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return scores_of(q, k, mask).flip(-1).softmax(-1).roll(1, -1).roll(-1, -1).flip(-1) @ v
+
+
 WRITTEN: list[Written] = [
     by_matmul,
     by_merged_heads,
@@ -131,6 +175,15 @@ WRITTEN: list[Written] = [
     with_a_column_for_a_sink,
     masked_afterwards,
     masked_afterwards_alone,
+    by_the_logarithm_of_the_sum,
+    by_other_names,
+    by_named_arguments,
+    by_the_opposite,
+    added_to_nothing,
+    written_over_their_scores,
+    all_in_place,
+    with_scores_that_are_used_again,
+    with_keys_in_another_order,
 ]
 TOKENS = 9
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -259,6 +312,50 @@ def test_one_head_without_a_projection_is_told_by_the_axis_test() -> None:
     (layer,) = layers_on(nn.Sequential(Bare()).eval(), torch.randn(2, 9, 16))
     assert layer.form.layout is not None
     assert layer.form.layout.split(torch.zeros(2, 9, 16)).shape == (2, 1, 9, 16)
+
+
+class Weigh(nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return scores_of(q, k, CAUSAL).softmax(-1)
+
+
+class Gather(nn.Module):
+    def forward(self, weights: Tensor, v: Tensor) -> Tensor:
+        return weights @ v
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in the parent", "in a sibling"])
+def test_weights_may_be_made_in_another_module_than_the_product(apart: bool) -> None:
+    """The module that multiplies is the layer; none that is listed runs where its weights are made."""
+
+    class Parted(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weigh, self.gather = Weigh(), Gather()
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.heads(x)
+            weights = self.weigh(q, k) if apart else scores_of(q, k, CAUSAL).softmax(-1)
+            return x + self.out(self.gather(weights, v).transpose(1, 2).flatten(2))
+
+    module, x = Stack(Parted()).eval(), torch.randn(2, TOKENS, 16)
+    (call,) = diag.capture(module, x)
+    q, k, v = module.layers[0].heads(x)
+    torch.testing.assert_close(call.pattern, scores_of(q, k, CAUSAL).softmax(-1))
+    torch.testing.assert_close(call.value, v)
+    assert call.module == "layers.0.gather"
+    assert call.visibility.rule == "causal"
+
+
+def test_weights_that_something_is_added_to_are_seen_where_they_are_not_zero() -> None:
+    """Weights say who sees whom where scores no longer do."""
+    places = torch.rand(TOKENS, TOKENS)
+
+    def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return (scores_of(q, k, CAUSAL).softmax(-1) + places) @ v
+
+    call, _ = one_call(Attention(call=added).eval(), torch.randn(2, TOKENS, 16))
+    assert call.visibility.rule == "full"
 
 
 def test_dropped_weights_are_refused() -> None:
