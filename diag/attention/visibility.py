@@ -120,12 +120,16 @@ class Visibility:
         scores: Float[Tensor, "#batch #head token key"],
         output: Float[Tensor, "batch head token dim"],
         weights: Float[Tensor, "batch head token key"] | None = None,
+        added: Float[Tensor, "batch head token key"] | None = None,
     ) -> Visibility:
         """Reads the structure off the scores of a softmax, to which a mask has been added already.
 
-        weights: those that came of it, where zeros among them hide keys as well.
+        weights: those that came of it, where zeros among them hide keys as well. added: they, where something
+            was added to them, so that keys have weight that scores hide.
         """
         shown = shown_by(scores)
+        if added is not None and shown is not None:
+            shown = shown | ((added.abs() > torch.finfo(torch.float32).tiny) & shown.any(-1, keepdim=True))
         if weights is not None:
             shown = weights != 0 if shown is None else shown & (weights != 0)
         read = Visibility.of(shown, False, output, scores.shape[-1])

@@ -494,8 +494,7 @@ class _Seam(AttentionMode):
         output = given.output(result)
         layout = _layout_of(layer, output)
         pattern, values, outputs = (layout.split(x) for x in (given.pattern, given.value, output))
-        altered = given.scores is None or given.weights.altered
-        if given.scores is None or altered or given.scores.shape != given.pattern.shape:
+        if given.scores is None or given.scores.shape != given.pattern.shape:
             scores, masked = torch.zeros_like(pattern[:1, :1]), True
         else:
             scores, masked = layout.split(given.scores), given.weights.masked
@@ -507,7 +506,8 @@ class _Seam(AttentionMode):
             others, values, behind = values.split(parts, -2)
             scores = scores.narrow(-1, before, tokens)
             outside = first @ others + last @ behind
-        seen = Visibility.of_scores(scores, outputs, pattern if masked else None)
+        added = pattern if given.weights.altered else None
+        seen = Visibility.of_scores(scores, outputs, pattern if masked else None, added)
         call = AttentionCall(
             layer=layer.index,
             module=layer.name,

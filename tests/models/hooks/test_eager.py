@@ -347,15 +347,19 @@ def test_weights_may_be_made_in_another_module_than_the_product(apart: bool) -> 
     assert call.visibility.rule == "causal"
 
 
-def test_weights_that_something_is_added_to_are_seen_where_they_are_not_zero() -> None:
-    """Weights say who sees whom where scores no longer do."""
+def test_keys_are_seen_where_scores_show_them_or_something_gave_them_weight() -> None:
     places = torch.rand(TOKENS, TOKENS)
 
     def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return (scores_of(q, k, CAUSAL).softmax(-1) + places) @ v
 
-    call, _ = one_call(Attention(call=added).eval(), torch.randn(2, TOKENS, 16))
-    assert call.visibility.rule == "full"
+    def chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        weights = scores_of(q, k, CAUSAL).softmax(-1)  # one key alone, gradients of all
+        return (F.one_hot(weights.argmax(-1), TOKENS) - weights.detach() + weights) @ v
+
+    for written, rule in ((added, "full"), (chosen, "causal")):
+        call, _ = one_call(Attention(call=written).eval(), torch.randn(2, TOKENS, 16))
+        assert call.visibility.rule == rule
 
 
 def test_dropped_weights_are_refused() -> None:
