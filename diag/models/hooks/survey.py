@@ -358,8 +358,8 @@ class Survey(AttentionMode):
         for seen, (query, value), (_, everywhere) in zip(frame.made, again, all_changed, strict=False):
             if seen in others and seen.value is not None and len(_followed(seen.value, everywhere)[-2]):
                 seen.kind = OWN
-            elif seen in unequal and seen.path == frame.path:
-                _ask_for_extra_keys(seen, query, value, everywhere)
+            elif seen in unequal and seen.unequal:
+                _ask_for_extra_keys(seen, query, value, everywhere, direct=seen.path == frame.path)
 
     def _ask_in_turn(self, frame: _Running, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Whether the calls of one run are layers that follow each other, as in a model that is one function.
@@ -367,8 +367,10 @@ class Survey(AttentionMode):
         They are where each one's values follow the output of the one before it, token by token.
         """
         calls = frame.made
-        if calls[0].kind != OWN or any(
-            seen.path != frame.path or seen.value is None or seen.unequal for seen in calls
+        if (
+            calls[0].kind != OWN
+            or not calls[0].touched
+            or any(seen.path != frame.path or seen.value is None or seen.unequal for seen in calls)
         ):
             return
         for number, seen in enumerate(calls[1:]):
@@ -473,11 +475,13 @@ def _once_in_each_row(value: Tensor, again: Tensor) -> bool:
     return bool(changed.sum(-1).max() == 1)
 
 
-def _ask_for_extra_keys(seen: Seen, again: Tensor | None, value: Tensor, everywhere: Tensor) -> None:
+def _ask_for_extra_keys(
+    seen: Seen, again: Tensor | None, value: Tensor, everywhere: Tensor, *, direct: bool
+) -> None:
     """Notes keys that are no tokens, of a call with more keys than queries: they follow nothing that is read.
 
     again, value: its query, or its scores, and its values, with one element changed; everywhere: its values
-    when all that was read changed.
+    when all that was read changed. direct: as in `_kind`.
     """
     assert seen.value is not None
     assert seen.output is not None
@@ -495,9 +499,10 @@ def _ask_for_extra_keys(seen: Seen, again: Tensor | None, value: Tensor, everywh
     extra = (before, keys - queries - before)
     token = one - before
     in_a_row = int(followed[-1]) - before == queries - 1
-    if in_a_row and bool(torch.isin(token, _queries(seen, again, one))):
+    of_query = _queries(seen, again, one)
+    if in_a_row and (token in of_query if direct else of_query.tolist() == token.tolist()):
         seen.kind, seen.why, seen.asked, seen.touched, seen.extra = OWN, None, True, True, extra
-        seen.print = seen.tokens_of(seen.print)
+        seen.print, seen.unequal = seen.tokens_of(seen.print), False
         if seen.keys is not None:
             seen.keys = seen.tokens_of(seen.keys)
 

@@ -737,10 +737,17 @@ def test_extra_keys_are_no_tokens(kind: dict[str, bool], weights: bool) -> None:
     torch.testing.assert_close(attend(call), call.output)
 
 
-def test_memory_keys_in_front_of_the_tokens() -> None:
+@pytest.mark.parametrize("handed", [False, True], ids=["itself", "handed on"])
+def test_memory_keys_in_front_of_the_tokens(handed: bool) -> None:
+    """Also where the module that attends is handed queries, keys and values."""
+
+    class Attend(nn.Module):
+        def forward(self, *given: Any) -> Tensor:
+            return F.scaled_dot_product_attention(*given)
+
     class Memory(Attention):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(call=Attend() if handed else F.scaled_dot_product_attention)
             self.memory = nn.Parameter(torch.randn(2, 1, 2, 3, 8))
 
         def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
