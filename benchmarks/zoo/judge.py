@@ -230,7 +230,10 @@ def _faults_of_line(
     if same_values:
         yield f"'{line.path}' calls attention several times on the same values: pooled like windows"
         return
+    others = any(len(set(call.lengths)) > 1 for call in calls[0])
     for tokens, by_metric in line.numbers.items():
+        if others:  # the uniform null keeps what keys without a token gave, which is not taken apart here
+            by_metric = {name: x for name, x in by_metric.items() if name != "cos_y_vuniform"}
         worst = min(
             (
                 _apart(evidence, calls, layout, by_metric, tokens, UNDEFINED if lenient else frozenset())

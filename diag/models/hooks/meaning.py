@@ -21,7 +21,18 @@ from diag.errors import MeasurementError, UserError
 from diag.models.hooks.depth import EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.in_python import WHAT_TO_TYPE
 from diag.models.hooks.seam import Form, Layer, refuse_compiled
-from diag.models.hooks.survey import ELSEWHERE, EVERYTHING, MIXED, OWN, REASONS, SHARED, Seen, Survey, watched
+from diag.models.hooks.survey import (
+    ELSEWHERE,
+    EVERYTHING,
+    EXPERTS,
+    MIXED,
+    OWN,
+    REASONS,
+    SHARED,
+    Seen,
+    Survey,
+    watched,
+)
 
 SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
@@ -355,6 +366,8 @@ def _towers(
 ) -> tuple[Understood, ...]:
     found = dict[str, str | None]()
     for key, numbers in calls.numbers.items():
+        if all(one.kind == EXPERTS for one in calls.of_run[key]):
+            continue  # no attention, and no place on a depth axis
         if found.get(key[0], "") is not None:
             found[key[0]] = None if numbers else calls.refused[key]
     found = {**calls.seen.not_read, **found}

@@ -38,12 +38,13 @@ may run another one that is handed queries, keys and values."""
 OWN, MIXED, SHARED, ELSEWHERE = "own tokens", "mixed values", "an earlier layer's values", "other tokens"
 CHANNELS, HEADS, EVERYTHING, ORDER = "channels", "heads", "everything", "another order"
 NOT_LINEAR = "not linear"
-OVERLAP = "overlapping windows"
+OVERLAP, EXPERTS = "overlapping windows", "experts"
 REASONS = {
     CHANNELS: "it attends over channels, not over tokens",
     HEADS: "it attends over heads, not over tokens",
     EVERYTHING: "each of its values is made of many tokens",
     OVERLAP: "its windows overlap: a token is a key of several of them",
+    EXPERTS: "it weighs what is made of one token (a mixture of experts)",
     ORDER: "its keys are not in the order of its queries",
     ELSEWHERE: "its keys are not the tokens of its queries (cross-attention)",
     NOT_LINEAR: "what it makes of its values is not linear in them",
@@ -490,6 +491,9 @@ def _ask_for_extra_keys(
     followed, one = _followed(seen.value, everywhere)[-2], _followed(seen.value, value)[-2]
     queries, keys = seen.output.shape[-2], seen.value.shape[-2]
     if not len(one):
+        return
+    if queries == 1 and len(one) == keys:
+        seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
     if len(followed) != queries or len(one) != 1:
         if len(one) > 1 and len(followed) > queries:

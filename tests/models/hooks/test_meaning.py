@@ -829,3 +829,30 @@ def test_windows_beside_a_text_are_filled_up_too() -> None:
     image, text = meaning_on(Both().eval(), images(32), ids()).towers
     assert any(x is not None for layer in image.layers for x in layer.form.padding)
     assert not any(x is not None for layer in text.layers for x in layer.form.padding)
+
+
+def test_a_router_of_experts_holds_no_place() -> None:
+    """A mixture of experts multiplies weights with what each expert made of a token."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(16, 4), nn.Linear(16, 4 * 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = self.gate(x).softmax(-1)[..., None, :]
+            return x + (weights @ self.experts(x).unflatten(-1, (4, 16)))[..., 0, :]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.experts = Attention(), Experts()
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.experts(self.attention(x))
+
+    (tower,) = meaning_on(Stack(Block(), Block(), Block()).eval(), torch.randn(2, 9, 16)).towers
+    assert [(layer.index, layer.path) for layer in tower.layers] == [
+        (i, f"layers.{i}.attention") for i in range(3)
+    ]
+    assert not tower.skipped
