@@ -237,7 +237,8 @@ class Survey(AttentionMode):
         seen = self._noted(value)
         if query.shape[-2] != key.shape[-2]:
             seen.kind, seen.why = ELSEWHERE, not_its_own(query, key, attn_mask)
-            seen.unequal = query.shape[-2] < key.shape[-2] and not given.is_causal
+            aligned = given.is_causal or type(attn_mask).__name__ == "CausalBias"  # to first or last keys
+            seen.unequal = query.shape[-2] < key.shape[-2] and not aligned
         if self.asked and (seen.kind is None or seen.unequal):
             seen.query, seen.value, seen.output = query, value, output
             mask, causal = plain(attn_mask, given.is_causal)
