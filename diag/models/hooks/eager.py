@@ -216,9 +216,7 @@ class Followed:
         result: Tensor,
     ) -> None:
         """Follows a function that leaves keys along their axis: of each element, or a mix of heads."""
-        axis = (
-            known.axis + result.ndim - of.ndim if name not in ("linear", "conv2d", "einsum") else known.axis
-        )
+        axis = known.axis + result.ndim - of.ndim
         if name == "einsum":
             read = _einsum(args)
             if read is None:

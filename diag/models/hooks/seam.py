@@ -572,26 +572,21 @@ class _Seam(AttentionMode):
         number = frame.calls
         frame.calls += 1
         layout = layer.form.layout or PLAIN
+        outputs = layout.split(output)
         call = AttentionCall(
             layer=layer.index,
             module=layer.name,
             query=None,
             key=None,
             value=layout.split(given.value),
-            output=layout.split(output),
+            output=outputs,
             mask=None,
             causal=form.causal,
             scale=1.0,
-            padding=padding_of(layer, number, layout.split(output)),
+            padding=padding_of(layer, number, outputs),
         )
-        self.sightings.calls[layer.name] += 1
-        replaced = self.on_call(call)
-        if replaced is not None:
-            output = layout.joined(replaced.to(output.dtype), output)
-            result = given.with_output(result, output)
-        if layer.name not in self.sightings.projection:
-            frame.unread = layout.split(output)
-        return result
+        handed = self._handed_on(frame, layer, call, layout, output)
+        return result if handed is output else given.with_output(result, handed)
 
     def added_up(self, frame: Frame) -> None:
         """Hands on the sum of a layer's maps, before the module goes on with it."""
