@@ -285,10 +285,10 @@ class Survey(AttentionMode):
             seen.unequal = pattern.shape[-2] < pattern.shape[-1]
         if self.asked and (seen.kind is None or seen.unequal):
             seen.scores, seen.value, seen.output = given.scores, given.value, given.output(result)
-            shown = (pattern != 0).flatten(0, -3).any(0) if pattern.ndim > 2 else pattern != 0
-            seen.first_alone = bool(shown.shape[-1] > 1 and not shown[0, 1:].any())
-            if pattern.ndim == 4:
-                seen.keys = (pattern != 0).any(-2).any(1)
+            shown = pattern != 0
+            seen.first_alone = bool(shown.shape[-1] > 1 and not shown[..., 0, 1:].any())
+            if shown.ndim == 4:
+                seen.keys = shown.any(-2).any(1)
             self.stack[-1].waiting.append(seen)
         return result
 
