@@ -20,6 +20,7 @@ from diag.measure.batch_size import is_out_of_memory
 from diag.measure.loop import told_if_the_model_fails
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.depth import stacks_of
+from diag.models.hooks.layers import has_closed
 from diag.models.hooks.meaning import (
     INPUTS,
     OTHERWISE,
@@ -30,7 +31,7 @@ from diag.models.hooks.meaning import (
     refuse_random,
     told,
 )
-from diag.models.hooks.seam import attention_calls, has_closed
+from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.survey import other_than
 
 KNOWN = frozenset(

@@ -19,7 +19,8 @@ from diag.errors import UserError
 from diag.models.families.demo import build_vit
 from diag.models.hooks.depth import stacks_of
 from diag.models.hooks.interventions import parse as parse_edit
-from diag.models.hooks.seam import attention_calls, attention_modules
+from diag.models.hooks.layers import attention_modules
+from diag.models.hooks.seam import attention_calls
 from diag.variants import (
     METADATA,
     alphas,
