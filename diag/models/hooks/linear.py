@@ -28,11 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.models.hooks.eager import Followed
-from diag.models.hooks.layout import PLAIN, Layout
-
-TOKENS_FIRST = Layout(2)
-"""`[batch, token, head, dim]`, as the libraries of recurrences have it."""
+from diag.models.hooks.eager import LOGARITHM, PRODUCTS, SOFTMAX, Followed, name_in_torch
+from diag.models.hooks.layout import PLAIN, TOKENS_FIRST, Layout
 
 SOFTMAX_NAMES = re.compile(
     r"eager|flash_att|sdpa|scaled_dot|flex|xformers|memory_eff|sage|softmax|multi_head", re.IGNORECASE
@@ -45,10 +42,7 @@ RECURRENT_NAMES = re.compile(
 )
 """What a kernel that cannot be looked into is called where it is a recurrence."""
 
-SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-SOFTMAXES |= {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
-SOFTMAXES |= {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum, torch.bmm, Tensor.bmm}
+ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 
 
 @dataclass(frozen=True)
@@ -387,11 +381,12 @@ class Inside(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weighed = self.followed.product_of(func, args, kwargs)
-        self.softmax |= func in SOFTMAXES or weighed is not None
-        self.products |= func in PRODUCTS
+        name, weighed = name_in_torch(func), self.followed.product_of(func, args, kwargs)
         result = func(*args, **kwargs)
-        self.followed.seen(func, args, kwargs, result)
+        begun = self.followed.seen(func, args, kwargs, result)
+        of_softmax = name in SOFTMAX | ATTENTION | {LOGARITHM}
+        self.softmax |= of_softmax or weighed is not None or begun is not None
+        self.products |= name in PRODUCTS
         return result
 
 

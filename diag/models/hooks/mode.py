@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.models.hooks.combined import Combination
+from diag.models.hooks.combined import Combination, in_place
 from diag.models.hooks.eager import Followed, Product
 from diag.models.hooks.in_python import Reader, in_python, refuse_no_rows
 from diag.models.hooks.layers import Layer
@@ -197,11 +197,12 @@ class AttentionMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if weighed is not None:
             refuse_no_rows(weighed.value, frame.path)
-            return self.product(weighed, result)
+            replaced = self.product(weighed, result)
+            return result.copy_(replaced) if in_place(func) else replaced
         if frame.maps is not None:
             frame.maps.seen(func, args, kwargs, result)
-        if self.followed.seen(func, args, kwargs, result):
-            self.softmax(self.followed.starts - 1, result.shape)
+        if (scores := self.followed.seen(func, args, kwargs, result)) is not None:
+            self.softmax(self.followed.starts - 1, scores)
         return result
 
     def of_others(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -24,8 +24,16 @@ from diag.attention.visibility import HIDDEN, hiding, plain
 from diag.errors import MeasurementError
 from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Product
-from diag.models.hooks.layout import PLAIN, Layout, layout_of, merged_layout, plain_layout, sized_layout
-from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
+from diag.models.hooks.layout import (
+    PLAIN,
+    TOKENS_FIRST,
+    Layout,
+    layout_of,
+    merged_layout,
+    plain_layout,
+    sized_layout,
+)
+from diag.models.hooks.linear import Inside, Mixing, Recurrence, is_linear, is_without_softmax
 from diag.models.hooks.mode import Arguments, AttentionMode, Frame, hooked
 from diag.models.hooks.seam import not_its_own
 

@@ -16,11 +16,14 @@ import transformers
 from attention_modules import Attention, Stack, assert_untouched
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diag
 from diag.attention.call import AttentionCall
 from diag.attention.visibility import Visibility
-from diag.errors import MeasurementError
+from diag.errors import MeasurementError, UserError
+from diag.models.hooks.depth import EAGER
+from diag.models.hooks.eager import Followed
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import SEVERAL
 from diag.models.hooks.seam import attention_calls
@@ -67,10 +70,6 @@ def by_exponentials(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
-def by_the_special_function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.special.softmax(scores_of(q, k, mask), -1) @ v
-
-
 def by_softmin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.softmin(-scores_of(q, k, mask), dim=-1) @ v
 
@@ -82,6 +81,17 @@ def by_the_normaliser(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
 def by_the_first_norm(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.normalize(scores_of(q, k, mask).exp(), p=1, dim=-1) @ v
+
+
+def divided_afterwards(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask)
+    return scores.exp() @ v / scores.exp().sum(-1, keepdim=True)
+
+
+def divided_afterwards_by_a_reciprocal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (1 / (weights.sum(-1) + 1e-9))[..., None] * torch.einsum("bhij,bhjd->bhid", weights, v)
 
 
 def by_exponentials_in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,21 +125,12 @@ def masked_afterwards_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     return weights @ v
 
 
-def by_the_logarithm_of_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    scores = scores_of(q, k, mask)
-    return (scores - torch.logsumexp(scores, -1)[..., None]).exp() @ v
-
-
 def by_other_names(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.linalg.matmul(torch.special.softmax(scores_of(q, k, mask), -1), v)
 
 
 def by_named_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.matmul(input=torch.softmax(input=scores_of(q, k, mask), dim=-1), other=v)
-
-
-def by_the_opposite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.softmin(-scores_of(q, k, mask), -1) @ v
 
 
 def added_to_nothing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -167,24 +168,60 @@ WRITTEN: list[Written] = [
     with_values_first,
     by_logarithms,
     by_exponentials,
-    by_the_special_function,
     by_softmin,
     by_the_normaliser,
     by_the_first_norm,
+    divided_afterwards,
+    divided_afterwards_by_a_reciprocal,
     by_exponentials_in_place,
     with_casts_and_dropout,
     with_a_column_for_a_sink,
     masked_afterwards,
     masked_afterwards_alone,
-    by_the_logarithm_of_the_sum,
     by_other_names,
     by_named_arguments,
-    by_the_opposite,
     added_to_nothing,
     written_over_their_scores,
     all_in_place,
     with_scores_that_are_used_again,
     with_keys_in_another_order,
+]
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys in turn, as flash attention has them."""
+    output, total = torch.zeros_like(q), torch.zeros_like(q[..., :1])
+    for keys, values in zip(k.split(3, -2), v.split(3, -2), strict=True):
+        weights = scores_of(q, keys, None).exp()
+        output, total = output + weights @ values, total + weights.sum(-1, keepdim=True)
+    return output / total
+
+
+def with_a_column_for_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    output = scores_of(q, k, None).exp() @ F.pad(v, (0, 1), value=1.0)
+    return output[..., :-1] / output[..., -1:]
+
+
+def divided_by_more_than_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    weights = scores_of(q, k, None).exp()
+    return weights @ v / (1 + weights.sum(-1, keepdim=True))
+
+
+def added_to_something(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    weights = scores_of(q, k, None).softmax(-1).flatten(0, 1)
+    return torch.baddbmm(v.flatten(0, 1), weights, v.flatten(0, 1)).view(q.shape)
+
+
+def by_a_sum_of_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return (scores_of(q, k, None).softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
+UNSEEN = [
+    in_blocks,
+    with_a_column_for_the_sum,
+    divided_by_more_than_the_sum,
+    added_to_something,
+    by_a_sum_of_products,
 ]
 TOKENS = 9
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -226,6 +263,69 @@ def test_what_is_written_out_is_the_call_of_the_fused_function(written: Written,
     torch.testing.assert_close(again, doubled)
     assert found.visibility.rule == expected.visibility.rule
     assert torch.equal(found.visibility.count, expected.visibility.count.expand_as(found.visibility.count))
+
+
+@pytest.mark.parametrize("written", UNSEEN)
+def test_attention_that_is_not_seen_is_said_to_be_there(written: Written) -> None:
+    """Alone, and beside a layer that is measured."""
+    with pytest.raises(UserError) as told:
+        meaning_on(Stack(Attention(call=written)).eval(), torch.randn(2, TOKENS, 16))
+    said = "the model computes attention itself, in 'layers.0', and what it weighs is not seen"
+    assert str(told.value) == said
+    both = Stack(Attention(), Attention(call=written)).eval()
+    (tower,) = meaning_on(both, torch.randn(2, TOKENS, 16)).towers
+    assert tower.skipped == {"layers.1": EAGER}
+
+
+def test_no_matrix_of_tokens_is_copied_to_follow_it() -> None:
+    """Queries and keys that are merged into one axis are let go of; so are scores that would be copied."""
+    followed, scores = Followed(), torch.randn(2, 4, TOKENS, TOKENS)
+
+    def run(func: Callable[..., Tensor], *args: Any) -> Tensor:
+        result = func(*args)
+        with Largest() as made:
+            followed.seen(func, args, {}, result)
+        assert made.elements <= TOKENS
+        return result
+
+    weights = run(torch.softmax, scores.transpose(0, 1), -1)
+    moved = run(Tensor.permute, weights, (0, 2, 1, 3))
+    assert followed.known[moved].axis == 3
+    assert followed.known[moved].scores.shape == moved.shape
+    merged = run(Tensor.reshape, run(Tensor.transpose, moved, 1, 2), (8, TOKENS, TOKENS))
+    assert followed.known[merged].axis == 2
+    assert followed.known[merged].scores is None
+    chosen = run(torch.index_select, merged, 1, torch.tensor([2, 3]))
+    assert followed.known[chosen].axis == 2
+    assert run(Tensor.flatten, merged, 1) not in followed.known
+
+
+def test_an_output_that_is_divided_in_place_is_replaced_in_place() -> None:
+    def divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        weights = scores_of(q, k, mask).detach().exp().flatten(0, 1)
+        output = torch.baddbmm(v.new_zeros(1), weights, v.detach().flatten(0, 1))
+        output.div_(weights.sum(-1, keepdim=True))
+        return output.view(q.shape)
+
+    module, x = Attention(heads=4, call=divided).eval(), torch.randn(2, TOKENS, 16)
+    q, k, v = module.heads(x)
+    expected = scores_of(q, k, None).softmax(-1) @ v
+    outputs = list[Tensor]()
+    _, doubled = one_call(module, x, on_call=lambda call: outputs.append(call.output * 2) or outputs[-1])
+    torch.testing.assert_close(outputs[0], 2 * expected)
+    torch.testing.assert_close(doubled, x + module.out(2 * expected.transpose(1, 2).flatten(2)))
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that is made, and is no view."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
 def shared_value_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
