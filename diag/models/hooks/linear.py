@@ -38,11 +38,12 @@ SOFTMAX_NAMES = re.compile(
 STEP_NAMES = re.compile(r"update|step|decod")
 """Functions for one more token of a text that is written; a pass over whole inputs never calls them."""
 RECURRENT_NAMES = re.compile(
-    r"delta|kda|gla|retention|rwkv|wkv|scan|lightning|linear_att|recurren|mamba|ss[dm]|mlstm", re.IGNORECASE
+    r"delta|kda|gla|retention|rwkv|wkv|scan|lightning|linear_?att|recurren|mamba|ss[dm]|mlstm", re.IGNORECASE
 )
 """What a kernel that cannot be looked into is called where it is a recurrence."""
 
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+"""Functions of PyTorch with a softmax inside."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,23 @@ def _last_of_three(mixer: Any, made: Tensor) -> Tensor:
     return made.unflatten(-1, (mixer.num_attention_heads, 3, -1))[..., 2, :]
 
 
-WRITTEN_OUT = {"MiniMaxLightningAttention": Parts("act_fn", _last_of_three, "norm")}
-"""Class -> its parts; `tests/models/hooks/test_linear.py` holds each line against the recurrence itself."""
+def _in_heads(mixer: Any, made: Tensor) -> Tensor:
+    """Heads in turn."""
+    return made.unflatten(-1, (mixer.heads, -1))
+
+
+WRITTEN_OUT = {
+    "MiniMaxLightningAttention": Parts("act_fn", _last_of_three, "norm"),
+    "SanaLinearAttnProcessor2_0": Parts("to_v", _in_heads, "to_out.0"),
+}
+"""Class, of a module or of the processor that it runs -> its parts; `tests/models/hooks/test_linear.py` holds
+each line against the recurrence itself."""
+
+
+def _written_out(module: nn.Module) -> str | None:
+    """The class whose recurrence a module's forward writes out, if it is one of the table."""
+    classes = (type(module).__name__, type(getattr(module, "processor", None)).__name__)
+    return next((name for name in classes if name in WRITTEN_OUT), None)
 
 
 def role_of(function: Callable) -> Role | None:
@@ -246,15 +262,14 @@ def mixers_told(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
                 undone.enter_context(_placed(space, name, function, TOKENS_FIRST))
         for kind, alike in by_class.items():
             names = _names_in(kind)
-            parts = WRITTEN_OUT.get(kind.__name__)
             for module in alike:
                 own = names | {name for name, _ in _functions(vars(module))}
                 if next(module.parameters(), None) is not None:
                     own -= {"forward"}  # it has projections of its own: what it is handed are no values
                 for name in own:
                     undone.enter_context(_placed(vars(module), name, getattr(module, name), PLAIN))
-                if parts is not None:
-                    undone.enter_context(_parts_told(module, parts))
+                if (written := _written_out(module)) is not None:
+                    undone.enter_context(_parts_told(module, written))
         _HANDLERS.stack.append(handler)
         try:
             yield
@@ -282,7 +297,7 @@ def is_recurrent(module: nn.Module) -> bool:
     called = set(inspect.unwrap(kind.forward).__code__.co_names)
     names = {name for name, _ in _functions(space)} | _names_in(kind)
     own = "forward" in names and next(module.parameters(), None) is None
-    return own or bool(called & (names - {"forward"})) or kind.__name__ in WRITTEN_OUT
+    return own or bool(called & (names - {"forward"})) or _written_out(module) is not None
 
 
 def _namespace(kind: type[nn.Module]) -> dict[str, Any] | None:
@@ -348,8 +363,9 @@ def _handled(handler: Handler, mixing: Mixing) -> Any:
 
 
 @contextmanager
-def _parts_told(module: nn.Module, parts: Parts) -> Iterator[None]:
-    held: list[Tensor] = []
+def _parts_told(module: nn.Module, called: str) -> Iterator[None]:
+    parts, held = WRITTEN_OUT[called], list[Tensor]()
+    maker, reader = (module.get_submodule(path) for path in (parts.made_by, parts.read_by))
 
     def made(_: nn.Module, args: Any, output: Tensor) -> None:
         held[:] = [parts.values(module, output)]
@@ -358,12 +374,12 @@ def _parts_told(module: nn.Module, parts: Parts) -> Iterator[None]:
         handler = _HANDLERS.stack[-1] if _HANDLERS.stack else None
         if handler is None or not held:
             return None
-        return (_handled(handler, WrittenOut(type(module).__name__, held.pop(), args[0])),)
+        return (_handled(handler, WrittenOut(called, held.pop(), args[0])),)
 
     with ExitStack() as undone:
-        undone.callback(getattr(module, parts.made_by).register_forward_hook(made).remove)
+        undone.callback(maker.register_forward_hook(made).remove)
         # before all others, which may take the part that reads for one that calls
-        undone.callback(getattr(module, parts.read_by).register_forward_pre_hook(read, prepend=True).remove)
+        undone.callback(reader.register_forward_pre_hook(read, prepend=True).remove)
         yield
 
 

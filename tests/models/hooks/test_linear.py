@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from checkpoints import DIFFUSION
 from reference import reference
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
@@ -293,6 +296,32 @@ def test_lightning_attention_is_written_out_in_its_forward() -> None:
     torch.testing.assert_close(call.value.double(), value.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(call.output.double(), (weights @ value).detach(), rtol=1e-4, atol=1e-6)
     assert_metrics_are_those_of(call, weights.detach())
+
+
+def test_linear_attention_of_a_diffusion_transformer_is_written_out_in_its_processor() -> None:
+    """relu(q)·relu(k) over its sum, of Sana; the attention over text beside it is none of the layers."""
+    name, sizes = DIFFUSION["sana"]
+    torch.manual_seed(0)
+    model, latents = getattr(diffusers, name)(**sizes).eval(), torch.randn(2, 4, 4, 4)
+    given = {"encoder_hidden_states": torch.randn(2, 7, 32), "timestep": torch.tensor([500.0, 500.0])}
+    layers, calls, read = layers_on(model, latents, **given), list[AttentionCall](), list[Tensor]()
+    assert [layer.path for layer in layers] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    (layer, _) = layers
+    kept = layer.module.register_forward_pre_hook(lambda _, args: read.append(args[0].double()))
+    with attention_calls([layer], calls.append), torch.no_grad():
+        model(latents, **given)
+    kept.remove()
+    exact = copy.deepcopy(layer.module).double()
+    query, key, value = (
+        part(read[0]).unflatten(-1, (2, 8)).transpose(1, 2).detach()
+        for part in (exact.to_q, exact.to_k, exact.to_v)
+    )
+    weights = query.relu() @ key.relu().transpose(-1, -2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(calls[0].value.double(), value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(calls[0].output.double(), weights @ value, rtol=1e-4, atol=1e-6)
+    assert (calls[0].causal, layer.form.value_from) == (False, "own")
+    assert_metrics_are_those_of(calls[0], weights)
 
 
 def test_relu_attention_over_images_sees_all_tokens_and_its_ones_are_no_values() -> None:
