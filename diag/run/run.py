@@ -98,7 +98,7 @@ def run_probe(
     """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
     Raises UserError for anything the user can mend: before any work where that is possible. A model
-    that fails among several is noted in the manifest, and the run goes on.
+    that fails among several, or one of its towers, is noted in the manifest, and the run goes on.
     """
     found = run_share(plan, folder, WHOLE, overwrite=overwrite, listener=listener, progress=progress)
     assert found is not None, "a process that does everything finishes the run"
@@ -209,23 +209,43 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
     if not named:
         kinds = kinds[:1]
     towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
+    failed = dict[str, str]()
     for kind, tower in towers:
-        if not DIVERGENCE_METRICS.keys().isdisjoint(prepared.measurement.metrics):
-            tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
-        given = prepared.inputs[kind]
-        samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
-        tower = understood(model, tower, samples, allow_random=plan.allow_random)
         part = Part(job.folder, number, spec.given, tower.name)
-        shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
-        note = {
-            "towers": [tower.name for _, tower in towers],
-            "shards": len(shards),
-            "source": given.source,
-            "device": str(prepared.device),
-            "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
-        }
-        write_json(note, part.note)
-        _run_tower(job, part, model, tower, shards, given.files if tower.frames is None else None)
+        try:
+            _measure_tower(job, part, model, tower, kind, spec, [one.name for _, one in towers])
+        except CannotWrite:
+            raise
+        except UserError as error:
+            failed[tower.name] = f"the {tower.name} tower: {error}"
+            if len(failed) == len(towers):
+                raise
+    if failed:
+        why = "; ".join(failed.values())
+        write_json({"error": why}, failure_file(job.folder, number, spec.given, job.share))
+        job.listener.say(f"{spec.given} failed: {why}")
+
+
+def _measure_tower(
+    job: _Job, part: Part, model: Model, tower: Tower, kind: str, spec: ModelSpec, towers: Sequence[str]
+) -> None:
+    """Tests what a tower's calls mean, and measures this process's shards of it. towers: the model's."""
+    prepared, plan = job.prepared, job.prepared.plan
+    if not DIVERGENCE_METRICS.keys().isdisjoint(prepared.measurement.metrics):
+        tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
+    given = prepared.inputs[kind]
+    samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
+    tower = understood(model, tower, samples, allow_random=plan.allow_random)
+    shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
+    note = {
+        "towers": towers,
+        "shards": len(shards),
+        "source": given.source,
+        "device": str(prepared.device),
+        "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
+    }
+    write_json(note, part.note)
+    _run_tower(job, part, model, tower, shards, given.files if tower.frames is None else None)
 
 
 def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
