@@ -174,9 +174,9 @@ class Followed:
             if found is None or not found.axes or not isinstance(other, Tensor) or other.ndim > given.ndim:
                 continue
             factor = found.output(other.expand(given.shape))
-            factor = factor.reciprocal() if name in DIVIDED else factor
-            pattern = found.pattern * factor[..., :1]
-            if (factor == factor[..., :1]).all() and (pattern.sum(-1) - 1).abs().max() < 1e-3:
+            rows = factor[..., :1]
+            pattern = found.pattern / rows if name in DIVIDED else found.pattern * rows
+            if (factor == rows).all() and _sum_to_one(pattern):
                 return replace(found, pattern=pattern)
         return None
 
@@ -240,20 +240,18 @@ class Followed:
                     self.known[one] = replace(known, scores=None)
                 continue
 
-            def moved(x: Tensor, place: int = place, like: Tensor = one) -> Tensor | None:
+            def moved(x: Tensor | None, place: int = place, like: Tensor = one) -> Tensor | None:
+                if x is None or x.shape != of.shape:
+                    return None
                 if name in RESHAPED:
                     return _viewed(x, like.shape)
                 found = func(x, *args, **kwargs)
                 return found if isinstance(found, Tensor) else found[place]
 
             at = moved(numbers)
-            axes = [] if at is None else [axis for axis in range(at.ndim) if at.stride(axis)]
+            axes = [] if at is None else [a for a, size in enumerate(at.shape) if size > 1 and at.stride(a)]
             if len(axes) == 1:
-                of_scores = (
-                    known.scores if known.scores is not None and known.scores.shape == of.shape else None
-                )
-                aligned = None if of_scores is None else moved(of_scores)
-                self.known[one] = replace(known, axis=axes[0], scores=aligned)
+                self.known[one] = replace(known, axis=axes[0], scores=moved(known.scores))
 
     def _keep(
         self,
@@ -407,7 +405,13 @@ def _are_weights(found: Product) -> bool:
     if state != UNDIVIDED or not x.numel():
         return state == WEIGHTS
     spread = bool((x.amax(-1) < 1 - 1e-3).any())
-    return spread and bool((x.sum(-1) - 1).abs().max() < 1e-3)
+    return spread and _sum_to_one(x)
+
+
+def _sum_to_one(x: Tensor) -> bool:
+    """Whether all rows do, but for rounding."""
+    full = torch.promote_types(x.dtype, torch.float32)
+    return bool((x.sum(-1, dtype=full) - 1).abs().max() < max(1e-3, 4 * torch.finfo(x.dtype).eps))
 
 
 def _product(

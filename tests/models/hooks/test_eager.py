@@ -295,9 +295,21 @@ def test_no_matrix_of_tokens_is_copied_to_follow_it() -> None:
     merged = run(Tensor.reshape, run(Tensor.transpose, moved, 1, 2), (8, TOKENS, TOKENS))
     assert followed.known[merged].axis == 2
     assert followed.known[merged].scores is None
+    alone = run(Tensor.transpose, run(Tensor.narrow, run(Tensor.contiguous, merged), 0, 0, 1), 1, 2)
+    assert followed.known[alone].axis == 1
     chosen = run(torch.index_select, merged, 1, torch.tensor([2, 3]))
     assert followed.known[chosen].axis == 2
     assert run(Tensor.flatten, merged, 1) not in followed.known
+
+
+@pytest.mark.parametrize("written", [by_the_normaliser, divided_afterwards])
+def test_weights_that_are_known_by_their_sums_are_so_in_half_a_format(written: Written) -> None:
+    module, x = Attention(heads=4, call=written).eval().bfloat16(), torch.randn(1, TOKENS, 16).bfloat16()
+    call, _ = one_call(module, x)
+    q, k, v = (part.double() for part in module.heads(x))
+    assert call.pattern is not None
+    torch.testing.assert_close(call.pattern.double(), scores_of(q, k, None).softmax(-1), rtol=0.05, atol=0)
+    torch.testing.assert_close(call.pattern.double() @ v, call.output.double(), rtol=0.02, atol=0.02)
 
 
 def test_an_output_that_is_divided_in_place_is_replaced_in_place() -> None:
