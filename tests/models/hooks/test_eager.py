@@ -584,6 +584,109 @@ def test_both_ways_give_the_same_table(name: str) -> None:
     pd.testing.assert_frame_equal(*tables, rtol=2e-5, atol=2e-6)
 
 
+# --- what is done to them ---------------------------------------------------------------------------
+
+SINKS = torch.linspace(-1, 2, 4).view(1, 4, 1, 1)
+MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(2)) / 2
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor:
+    return scores_of(q, k.repeat_interleave(2, 1), CAUSAL, torch.finfo(q.dtype).min)
+
+
+def capped(q: Tensor, k: Tensor) -> Tensor:
+    scores = (q @ k.repeat_interleave(2, 1).mT).tanh() * 3
+    return scores.masked_fill(~CAUSAL, torch.finfo(q.dtype).min).softmax(-1)
+
+
+def with_sinks(q: Tensor, k: Tensor) -> Tensor:
+    scores = causal(q, k)
+    sinks = SINKS.to(q.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+def mixed(q: Tensor, k: Tensor) -> Tensor:
+    weights = scores_of(q, k.repeat_interleave(2, 1), None).softmax(-1)
+    return torch.einsum("gh,bhij->bgij", MIX.to(q.dtype), weights)
+
+
+WEIGHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": lambda q, k: causal(q, k).softmax(-1),
+    "late": lambda q, k: causal(q, k).softmax(-1),
+    "capped": capped,
+    "sinks": with_sinks,
+    "mixed": mixed,
+}
+
+
+def masked(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    others = weights * (1 - torch.eye(TOKENS))
+    scale = weights.sum(-1, keepdim=True) / others.sum(-1, keepdim=True)
+    return torch.where(scale.isfinite(), (others * scale) @ v, weights @ v)
+
+
+def even(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return (seen / seen.sum(-1, keepdim=True) * weights.sum(-1, keepdim=True)) @ v
+
+
+def exclusive(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    y, own = weights @ v, F.normalize(v, dim=-1)
+    return y - 0.5 * (y * own).sum(-1, keepdim=True) * own
+
+
+EDITS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "identity=0": lambda weights, v, seen: weights @ v,
+    "mask_self": masked,
+    "uniform": even,
+    "gated_xsa=0.5": exclusive,
+    "identity=0.3": lambda weights, v, seen: 0.7 * (weights @ v) + 0.3 * v,
+}
+
+
+@pytest.mark.parametrize("form", WEIGHED)
+def test_edits_and_sums_are_those_of_the_formula(form: str) -> None:
+    """Of grouped heads, in batches of several inputs and of one: densely, in float64, layer by layer."""
+    weigh = WEIGHED[form]
+
+    def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        v = v.repeat_interleave(2, 1)
+        if form == "late":
+            weights = causal(q, k).exp()
+            return weights @ v / weights.sum(-1, keepdim=True)
+        return weigh(q, k) @ v
+
+    torch.manual_seed(0)
+    module = Stack(*(Attention(heads=4, kv_heads=2, call=written) for _ in range(2))).eval()
+    exact, x = copy.deepcopy(module).double(), torch.randn(3, TOKENS, 16)
+    seen, first = (torch.ones(TOKENS, TOKENS), 0) if form == "mixed" else (CAUSAL.double(), 1)
+    for edit, change in EDITS.items():
+        given = {"metrics": ["cos_y_vself", "row_sum"], "intervene": [edit], "batch_size": 2}
+        if form == "mixed" and edit == "mask_self":
+            with pytest.raises(MeasurementError, match="has weights that are negative"):
+                diag.probe(module, [x], **given)
+            continue
+        found = diag.probe(module, [x], **given).samples.sort_values(["input_index", "head"])
+        stream = x.double()
+        for number, layer in enumerate(exact.layers):
+            q, k, v = layer.heads(stream)
+            weights, v = weigh(q, k).detach(), v.repeat_interleave(2, 1).detach()
+            y = change(weights, v, seen)
+            stream = stream + layer.out(y.transpose(1, 2).flatten(2))
+            cosines = F.cosine_similarity(y, v, dim=-1)
+            for metric, of_token in (("cos_y_vself", cosines), ("row_sum", weights.sum(-1))):
+                told = found[(found["layer"] == number) & (found["metric"] == metric)]["value"]
+                expected = of_token[..., first:].mean(-1).flatten()
+                np.testing.assert_allclose(told, expected, atol=1e-5, err_msg=f"{edit} {metric}")
+    means = diag.probe(module, [x], metrics=["cos_y_vself"]).layers["mean"]
+    with diag.Monitor(module.train(), x, every=1, metrics=["cos_y_vself"]) as monitor:
+        module(x)
+        told = monitor.step(1)
+    expected = [*means, means.mean()]
+    assert [told[f"attnbias/cos_y_vself/{at}"] for at in ("layer_00", "layer_01", "mean")] == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
 # --- who sees whom, by scores -----------------------------------------------------------------------
 
 
