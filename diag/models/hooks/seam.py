@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
-from diag.attention.extra_keys import without_extra_keys
+from diag.attention.extra_keys import without_extra_keys, without_extra_weights
 from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
@@ -186,12 +186,8 @@ class _Seam(AttentionMode):
             scores, masked = layout.split(given.scores), given.weights.masked
         outside = None
         if any(layer.form.extra):
-            before, tokens = layer.form.extra[0], outputs.shape[2]
-            parts = (before, tokens, pattern.shape[-1] - before - tokens)
-            first, pattern, last = pattern.split(parts, -1)
-            others, values, behind = values.split(parts, -2)
-            scores = scores.narrow(-1, before, tokens)
-            outside = first @ others + last @ behind
+            scores = scores.narrow(-1, layer.form.extra[0], outputs.shape[2])
+            pattern, values, outside = without_extra_weights(pattern, values, layer.form.extra)
         added = pattern if given.weights.altered else None
         seen = Visibility.of_scores(scores, outputs, pattern if masked else None, added)
         call = AttentionCall(
