@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.depth import EAGER, Place, stacks_of, with_reasons
+from diag.models.hooks.depth import BESIDE, EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.in_python import WHAT_TO_TYPE
 from diag.models.hooks.layers import Form, Layer
 from diag.models.hooks.seam import refuse_compiled
@@ -211,7 +211,14 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
 
 
 def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
-    """Which calls of one run of a module are the layer's, by number; and why, if none is."""
+    """Which calls of one run of a module are the layer's, by number; and why, if none is.
+
+    Where a mixer without softmax runs beside attention, those of attention, if one of them can be measured.
+    """
+    attends = [one for one in calls if one.recurrence is None]
+    if 0 < len(attends) < len(calls):
+        numbers, why = _decided(attends)
+        return (numbers, why) if numbers else _decided([one for one in calls if one.recurrence is not None])
     own = [
         one
         for one in calls
@@ -378,6 +385,7 @@ def _towers(
     towers, unmeasured = list[Understood](), dict[str, str]()
     keys = {one.path: one.print.shape[-1] for one in calls.seen.seen}
     linear = {one.path for one in calls.seen.seen if one.recurrence is not None}
+    linear -= {one.path for one in calls.measured if one.recurrence is None}
     for stack in stacks_of(root, found, ran=calls.of_run, keys=keys, linear=linear):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
@@ -397,6 +405,9 @@ def _towers(
                 recurrence=mine[0].recurrence,
             )
             of_stack |= dict.fromkeys(mine, place.index)
+            for one in calls.of_run[key]:
+                if one.recurrence is not None and mine[0].recurrence is None:
+                    skipped[f"{place.path} ({one.recurrence.called})"] = BESIDE
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))
         skipped |= stack.beside
         if not layers:
@@ -429,7 +440,11 @@ def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
 
 
 def _with_padding(layer: Layer, calls: _Calls, padding: Mapping[Seen, Tensor]) -> Layer:
-    mine = calls.of_run[layer.path, layer.run]
+    mine = [
+        one
+        for one in calls.of_run[layer.path, layer.run]
+        if (one.recurrence is None) == (layer.form.recurrence is None)
+    ]
     if padding.keys().isdisjoint(mine):
         return layer
     return replace(layer, form=replace(layer.form, padding=tuple(padding.get(one) for one in mine)))

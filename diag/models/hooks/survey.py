@@ -270,7 +270,7 @@ class Survey(AttentionMode):
         if self.again is not None:
             self.again.append((output.clone(), given.value.clone()))
         elif self.stack:
-            seen = self._noted(given.value)
+            seen = self._noted(given.value, mixer=True)
             seen.layout, seen.recurrence = given.usual, Recurrence(given.called)
             if self.asked and not self._is_linear(given, output):
                 seen.kind, seen.why = NOT_LINEAR, REASONS[NOT_LINEAR]
@@ -309,10 +309,12 @@ class Survey(AttentionMode):
         changed[..., output.shape[-2] // 2, :] += 1 + output.abs().max()
         return changed
 
-    def _noted(self, value: Tensor) -> Seen:
+    def _noted(self, value: Tensor, *, mixer: bool = False) -> Seen:
         frame = self.stack[-1]
-        seen = Seen(frame.path, frame.run, frame.calls, self._print(value))
-        frame.calls += 1
+        # mixers are numbered apart: where attention beside them is the layer's, the seam is not told of them
+        mixers = sum(one.recurrence is not None for one in frame.made)
+        seen = Seen(frame.path, frame.run, -1 - mixers if mixer else frame.calls, self._print(value))
+        frame.calls += not mixer
         self.seen.append(seen)
         frame.made.append(seen)
         return seen

@@ -530,6 +530,58 @@ def test_a_mixer_beside_attention_in_its_block_holds_no_place() -> None:
     assert tower.skipped == {f"layers.{i}.mamba": BESIDE for i in range(2)}
 
 
+class Both(Mixer):
+    """Attention and a recurrence side by side in one module (Hymba), in either order."""
+
+    def __init__(self, order: str, keys: int | None = None) -> None:
+        super().__init__("chunk_gla")
+        self.order, self.keys = order, keys
+        self.norms = nn.ModuleList([nn.LayerNorm(24), nn.LayerNorm(24)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        made = dict[str, Tensor]()
+        for what in self.order.split():
+            if what == "recurrence":
+                made[what] = chunk_gla(q, k, v, -q[..., 0].square())[0]
+            else:
+                query, key, value = (
+                    each.transpose(1, 2) for each in (q, k[:, : self.keys], v[:, : self.keys])
+                )
+                if what == "attention":
+                    y = F.scaled_dot_product_attention(query, key, value)
+                else:
+                    y = (query @ key.mT * 8**-0.5).softmax(-1) @ value
+                made[what] = y.transpose(1, 2)
+        return x + self.out(
+            sum(norm(y.flatten(2)) for norm, y in zip(self.norms, made.values(), strict=True))
+        )
+
+
+@pytest.mark.parametrize("order", ["attention recurrence", "recurrence attention", "recurrence eager"])
+def test_a_mixer_beside_attention_in_one_module_is_named(order: str) -> None:
+    """What is measured of the layer is its attention, also where others of the model are recurrences."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(Both(order), Mixer("chunk_gla"), Both(order)).eval(), torch.randn(2, 9, 24)
+    found = probe(module, [x], metrics=["cos_y_vself"], batch_size=1)
+    assert list(found.layers["mixer"]) == ["softmax", "linear", "softmax"]
+    assert found.skipped == {f"{i} (chunk_gla)": BESIDE for i in (0, 2)}
+    stream = x.double()
+    for number, layer in enumerate(copy.deepcopy(module).double()):
+        q, k, v = layer.qkv(stream).unflatten(-1, (3, 3, 8)).unbind(2)
+        y = chunk_gla(q, k, v, -q[..., 0].square())[0].transpose(1, 2)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        y, first = (y, 1) if number == 1 else ((q @ k.mT * 8**-0.5).softmax(-1) @ v, 0)
+        expected = F.cosine_similarity(y, v, dim=-1)[..., first:].mean().item()
+        assert found.layers["mean"][number] == pytest.approx(expected, abs=1e-5)
+        stream = layer(stream)
+
+
+def test_a_mixer_beside_attention_over_others_is_the_layer() -> None:
+    module = nn.Sequential(Both("attention recurrence", keys=4), Both("recurrence attention", keys=4)).eval()
+    assert [layer.form.mixer for layer in layers_on(module, torch.randn(2, 9, 24))] == ["linear", "linear"]
+
+
 def test_padding_on_either_side_is_no_partner() -> None:
     """The numbers of a text are the same alone and in a batch."""
     model, texts = model_of("Qwen3Next"), torch.cat([ids(), ids().flip(1)])
