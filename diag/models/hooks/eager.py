@@ -92,7 +92,8 @@ class Followed:
 
     def __init__(self) -> None:
         self.known = WeakTensorKeyDictionary()
-        self.undivided = WeakTensorKeyDictionary()  # products of exponentials that nothing has divided yet
+        # products of exponentials that nothing has divided yet; None of what has been made of one
+        self.undivided = WeakTensorKeyDictionary()
         self.starts = 0
 
     def product_of(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
@@ -131,7 +132,7 @@ class Followed:
             return torch.Size()
         if late is not None and name in MOVED | SAME | SCALED | ADDED.keys():
             for part in [result] if isinstance(result, Tensor) else result:
-                self.undivided[part] = replace(self.undivided[late], axes=())
+                self.undivided[part] = None
         of = [x for x in tensors_in(args, kwargs) if self._of(x) is not None]
         if not of:
             return None
@@ -171,7 +172,7 @@ class Followed:
         """The product of weights that their sum divides only after they met the values, or one over it."""
         for given, other in (args[:2], args[1::-1]) if len(args) > 1 else ():
             found = self.undivided.get(given) if isinstance(given, Tensor) else None
-            if found is None or not found.axes or not isinstance(other, Tensor) or other.ndim > given.ndim:
+            if found is None or not isinstance(other, Tensor) or not _broadcasts(other, given):
                 continue
             factor = found.output(other.expand(given.shape))
             rows = factor[..., :1]
@@ -394,6 +395,12 @@ def _einsum(args: Sequence[Any]) -> Read | None:
 
     one, other = (labels(part, number) for part, number in zip(parts, dots, strict=True))
     return (operands[0], operands[1]), (one, other), labels(result, most)
+
+
+def _broadcasts(x: Tensor, to: Tensor) -> bool:
+    """Whether a tensor expands to the shape of another one."""
+    sizes = zip(reversed(x.shape), reversed(to.shape), strict=False)
+    return x.ndim <= to.ndim and all(size in (1, other) for size, other in sizes)
 
 
 def _are_weights(found: Product) -> bool:

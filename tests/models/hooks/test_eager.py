@@ -207,6 +207,12 @@ def divided_by_more_than_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return weights @ v / (1 + weights.sum(-1, keepdim=True))
 
 
+def divided_once_for_each_input(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What all inputs share is multiplied first."""
+    weights = scores_of(q[:1], k[:1], None).exp()
+    return weights @ v[:1] / weights.sum(-1, keepdim=True).expand(len(q), -1, -1, -1)
+
+
 def added_to_something(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     weights = scores_of(q, k, None).softmax(-1).flatten(0, 1)
     return torch.baddbmm(v.flatten(0, 1), weights, v.flatten(0, 1)).view(q.shape)
@@ -220,6 +226,7 @@ UNSEEN = [
     in_blocks,
     with_a_column_for_the_sum,
     divided_by_more_than_the_sum,
+    divided_once_for_each_input,
     added_to_something,
     by_a_sum_of_products,
 ]
