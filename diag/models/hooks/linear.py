@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.models.hooks.eager import LOGARITHM, PRODUCTS, SOFTMAX, Followed, name_in_torch
+from diag.models.hooks.eager import LOGARITHM, SOFTMAX, Followed, name_in_torch
 from diag.models.hooks.layout import PLAIN, TOKENS_FIRST, Layout
+from diag.models.hooks.products import PRODUCTS
 
 SOFTMAX_NAMES = re.compile(
     r"eager|flash_att|sdpa|scaled_dot|flex|xformers|memory_eff|sage|softmax|multi_head", re.IGNORECASE
