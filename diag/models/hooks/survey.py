@@ -37,6 +37,7 @@ from diag.models.hooks.linear import Inside, Mixing, Recurrence, is_linear, is_w
 from diag.models.hooks.mode import Arguments, AttentionMode, Frame, hooked
 from diag.models.hooks.seam import not_its_own
 
+SEED = 20_241_119
 NEIGHBOURS = 8
 """Of how many tokens up to its own a value in front of a recurrence may be made; convolutions are 4 wide."""
 
@@ -362,17 +363,30 @@ class Survey(AttentionMode):
                     seen.rows_read = None if read is None else len(read)
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
+        mine = [seen for seen in frame.made if seen.path == frame.path]
+        unmoved = [seen for seen in mine if seen.asked and seen.kind is None]
+        if unmoved and len(mine) > 1 and not own:  # the element was of another of its calls, as of a stream
+            further = self._again(frame, module, _with_changed(args, kwargs, part=6)) or []
+            for seen, (query, value) in zip(frame.made, further, strict=False):
+                if seen in unmoved and seen.value is not None and seen.value.shape == value.shape:
+                    seen.kind = _kind(seen, query, value, direct=True)
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
         unequal = [seen for seen in frame.made if seen.unequal and seen.value is not None]
         if not others and not unequal:
             return
         # windows in turn, or keys from elsewhere: when all that was read changes, V of windows does
-        all_changed = self._again(frame, module, _with_changed(args, kwargs, everywhere=True)) or []
-        for seen, (query, value), (_, everywhere) in zip(frame.made, again, all_changed, strict=False):
-            if seen in others and seen.value is not None and len(_followed(seen.value, everywhere)[-2]):
-                seen.kind = OWN
-            elif seen in unequal and seen.unequal:
-                _ask_for_extra_keys(seen, query, value, everywhere, direct=seen.path == frame.path)
+        if others:
+            all_changed = self._again(frame, module, _with_changed(args, kwargs, everywhere=True)) or []
+            for seen, (_, everywhere) in zip(frame.made, all_changed, strict=False):
+                if seen in others and seen.value is not None and len(_followed(seen.value, everywhere)[-2]):
+                    seen.kind = OWN
+        # keys without a token follow nothing that is given, such as what another stack returned
+        if unequal:
+            given = _with_changed(args, kwargs, everywhere=True, beside=True)
+            all_changed = self._again(frame, module, given) or []
+            for seen, (query, value), (_, everywhere) in zip(frame.made, again, all_changed, strict=False):
+                if seen in unequal and seen.unequal:
+                    _ask_for_extra_keys(seen, query, value, everywhere, direct=seen.path == frame.path)
 
     def _ask_in_turn(self, frame: _Running, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Whether the calls of one run are layers that follow each other, as in a model that is one function.
@@ -504,11 +518,11 @@ def _ask_for_extra_keys(
     queries, keys = seen.output.shape[-2], seen.value.shape[-2]
     if not len(one):
         return
-    if queries == 1 and len(one) == keys:
+    if direct and queries == 1 and len(one) == keys:
         seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
     if len(followed) != queries or len(one) != 1:
-        if len(one) > 1 and len(followed) > queries:
+        if direct and len(one) > 1 and len(followed) > queries:
             seen.why = f"{queries} queries over {keys} keys, of which some are made of several tokens"
         return
     before = int(followed[0])
@@ -561,18 +575,25 @@ def _read_by(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tenso
 
 
 def _with_changed(
-    args: Sequence[Any], kwargs: Mapping[str, Any], *, everywhere: bool = False, nothing: bool = False
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    everywhere: bool = False,
+    beside: bool = False,
+    nothing: bool = False,
+    part: int = 2,
 ) -> tuple[list, dict] | None:
     """Arguments with what a module reads changed in one element: its first tensor, wherever that is given.
 
-    everywhere: in all elements. nothing: in none. Caches are left out, or keys would be there twice. None
-    where there is no tensor to change.
+    everywhere: in all elements; beside: of all other tensors of numbers or ids, too. nothing: in none. part:
+    how far into it the element lies. Caches are left out, or keys would be there twice. None where there is no
+    tensor to change.
     """
     tensors, read = _read_by(args, kwargs)
     if read is None:
         return None
     # of an odd number: in the windows of outlook attention, two apart, one of an even number stands once
-    changed, place = read.clone(), tuple(min(size - 1, size // 2 | 1) for size in read.shape)
+    changed, place = read.clone(), tuple(min(size - 1, size // part | 1) for size in read.shape)
     if nothing:
         changed = read
     elif everywhere:
@@ -586,6 +607,8 @@ def _with_changed(
     def instead(x: Any) -> Any:
         if any(x is one for one in same):
             return changed
+        if beside and any(x is one for one in tensors) and (x.is_floating_point() or are_ids(x)):
+            return other_than(x)
         if isinstance(x, MutableMapping | list):  # what layers hand on in it stays as this pass has left it
             return copy(x)
         return None if hasattr(x, "get_seq_length") else x
@@ -605,6 +628,7 @@ def other_than(x: Tensor, number: int = 1) -> Tensor:
     """
     if not x.is_floating_point():
         return x.roll(number, -1)
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(number))
+    # a seed that nobody has drawn his own input with
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED + number))
     spread = x.float().std().nan_to_num().cpu() if x.numel() > 1 else 0.0
     return (drawn * (1 + spread)).to(x.device, x.dtype)
