@@ -209,6 +209,8 @@ NAMING = (
     "diag.cli",
     "diag.run.plan",
     "diag.run.cache",
+    "diag.run.finished",
+    "diag.studies.comparisons",
     "diag.show.terminal",
     "diag.models.names.resolve",
     "diag.inputs.images",
