@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
-from diag.inputs.items import Files
+from diag.inputs.items import Files, Inputs
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
 from diag.measure.meaning import understood
@@ -27,14 +27,14 @@ from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.spec import ModelSpec
 from diag.results.folder import is_finished
-from diag.results.hashes import edited, sha256_of
+from diag.results.hashes import sha256_of
 from diag.results.moments import moments_of
 from diag.results.staging import clear
-from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
+from diag.results.tables import samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
-from diag.run.content import replaced
 from diag.run.environment import command_line
 from diag.run.finish import finish
+from diag.run.finished import FinishedRun, open_run, opened
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
@@ -53,21 +53,6 @@ from diag.run.shards import TowerJob, shard_values, tower_samples
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run: its folder and what it holds."""
-
-    folder: Path
-    layers: pd.DataFrame
-    heads: pd.DataFrame
-    manifest: Mapping[str, Any]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every model and input was measured."""
-        return self.manifest.get("status") == "complete"
 
 
 @dataclass(frozen=True)
@@ -92,15 +77,19 @@ def run_probe(
     folder: Path | None = None,
     *,
     overwrite: bool = False,
+    inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> FinishedRun:
     """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
+    inputs: the plan's, if they are listed already.
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several, or one of its towers, is noted in the manifest, and the run goes on.
     """
-    found = run_share(plan, folder, WHOLE, overwrite=overwrite, listener=listener, progress=progress)
+    found = run_share(
+        plan, folder, WHOLE, overwrite=overwrite, inputs=inputs, listener=listener, progress=progress
+    )
     assert found is not None, "a process that does everything finishes the run"
     return found
 
@@ -111,6 +100,7 @@ def run_share(
     share: Share,
     *,
     overwrite: bool = False,
+    inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> FinishedRun | None:
@@ -119,7 +109,7 @@ def run_share(
     Raises UserError as `run_probe` does, and for `overwrite` where others may have begun already.
     """
     listener, progress = listener or Silent(), progress or Progress()
-    prepared = Prepared.of(plan, share.local_rank)
+    prepared = Prepared.of(plan, share.local_rank, inputs)
     document = _document(prepared)
     folder = folder or default_folder(plan, document["key"])
     if overwrite and share.of > 1:
@@ -130,11 +120,7 @@ def run_share(
     with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
-            found = open_run(folder)
-            listener.say(f"already complete: {folder} (measure again with --overwrite)")
-            for note in [*edited(folder, found.manifest), *replaced(plan, folder, found.manifest)]:
-                listener.say(note)
-            return found
+            return opened(plan, prepared.inputs, folder, listener)
         place, document = work.place, read_plan(work.place)
         try:
             check_room(place, ROOM)
@@ -157,11 +143,6 @@ def run_share(
         f"(attnbias merge '{folder}' does, too)"
     )
     return None
-
-
-def open_run(folder: Path) -> FinishedRun:
-    """A finished run folder. Raises UserError if it is not one."""
-    return FinishedRun(folder, read_layers(folder), read_heads(folder), read_manifest(folder))
 
 
 def _document(prepared: Prepared) -> dict[str, Any]:

@@ -11,7 +11,6 @@ figures/          curves over relative depth, profiles with their minimum marked
 from __future__ import annotations
 
 import json
-import re
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,8 @@ from diag.results.folder import MANIFEST
 from diag.results.hashes import hashes
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
-from diag.results.staging import Owner, check_free, is_empty, pictures, staged, verb_of
-from diag.results.writing import file_stem, write, write_json, write_text, writing
+from diag.results.staging import check_free, is_empty, staged, verb_of
+from diag.results.writing import write, write_json, write_text, writing
 from diag.run.plan import RUNS
 from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
@@ -41,6 +40,7 @@ from diag.show.words import summary
 from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
 from diag.show.words.unusual import without_softmax
+from diag.studies.comparisons import ANSWER, OWNER, TABLES, VERDICT, Answer, named
 
 Row = Mapping[str, str | tuple[str, str]]
 """Of a table on the screen, by heading: a word or number, or a number and its interval."""
@@ -157,25 +157,15 @@ def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
 
 def default_folder(found: Comparison, root: Path = RUNS) -> Path:
     """`runs/compare-NAMES-KEY`: the same comparison has the same folder."""
-    runs = (re.sub(r"-[0-9a-f]{8}$", "", name) for name in found.collection.folders)  # without their own keys
-    names = file_stem("+".join(dict.fromkeys(runs)))[:50].strip("-.+")
-    return root / f"compare-{names}-{found.key[:8]}"
+    return root / f"{named(found.collection.folders)}-{found.key[:8]}"
 
 
-TABLES = ("comparison.csv", "profiles.csv", "differences.csv")
-
-OWNER = Owner(
-    "compare",
-    result=(
-        *(MANIFEST, *TABLES, "verdict.txt"),
-        *pictures("comparison", "profiles", "profiles-*"),
-    ),
-)
-
-
-def write_comparison(found: Comparison, folder: Path, *, command: str | None = None) -> list[Path]:
+def write_comparison(
+    found: Comparison, folder: Path, *, command: str | None = None, answer: Answer | None = None
+) -> list[Path]:
     """Writes the folder, figures included, in the place of an earlier comparison; the paths of the figures.
 
+    answer: what is said of it, where it is to be found again.
     Raises UserError if the folder holds anything else, or cannot be written.
     """
     check_free(folder, OWNER)
@@ -186,8 +176,10 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
         write(found.profiles, place / "profiles.csv")
         write(found.differences, place / "differences.csv")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
-        write_text(text, place / "verdict.txt")
+        write_text(text, place / VERDICT)
         figures = [path.relative_to(place).as_posix() for path in draw_comparison(found, place / "figures")]
+        if answer is not None:
+            write_json(answer.written, place / ANSWER)
         document = {
             "kind": OWNER.verb,
             "key": found.key,
@@ -203,6 +195,8 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
             **found.settings,
             "tables": hashes(place, TABLES),
             "figures": figures,
+            "request": answer and answer.request,
+            "files": hashes(place, [*TABLES, VERDICT, ANSWER, *figures]),
         }
         write_json(document, place / MANIFEST)
     return [folder / name for name in figures]
