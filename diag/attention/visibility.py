@@ -259,8 +259,8 @@ def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]
 
 
 def shown_by(
-    scores: Float[Tensor, "#batch #head token token"],
-) -> Bool[Tensor, "#batch #head token token"] | None:
+    scores: Float[Tensor, "#batch #head token key"],
+) -> Bool[Tensor, "#batch #head token key"] | None:
     """Which keys have weight after a softmax over the last axis, by the rule of `hiding`; None where all do.
 
     Scores of one row are compared with its largest. Block by block: no copy of the scores is made.

@@ -585,7 +585,7 @@ def _ask_for_extra_keys(
         seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
     if len(followed) != queries or len(one) != 1:
-        if len(one) > 1 and len(followed) > queries:
+        if direct and len(one) > 1 and len(followed) > queries:
             seen.why = f"{queries} queries over {keys} keys, of which some are made of several tokens"
         return
     before = int(followed[0])
