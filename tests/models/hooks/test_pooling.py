@@ -27,8 +27,8 @@ from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.squares import in_squares
 from diag.models.hooks.survey import LEARNED, NO_QUERIES, OVERLAP, REASONS
 from diag.run.api import probe
-from tests.attention_modules import Attention, Stack
-from tests.reference import dense_pattern
+from attention_modules import Attention, Stack
+from reference import dense_pattern
 
 
 @pytest.fixture(autouse=True)
