@@ -268,7 +268,7 @@ def _faults_of_pooled(
         for layout in layouts(calls[0][0], shown):
             apart = (0.0, "")
             for number, of_input in enumerate(calls):
-                right = numbers_of_weights(of_input, layout, _queries_beside(evidence, of_input[0], tokens))
+                right = numbers_of_weights(of_input, layout, _counting(evidence, of_input[0], tokens, number))
                 for metric, table in by_metric.items():
                     true = right[metric].numpy() if metric in right else np.full(table.shape[1], np.nan)
                     if true.shape != table[number].shape:
@@ -284,12 +284,15 @@ def _faults_of_pooled(
         yield f"'{line.path}' has {shown} heads in the table, {heads} in its configuration"
 
 
-def _queries_beside(evidence: Evidence, call: Call, tokens: str) -> slice:
-    """Which queries of a call count for a token set: all, or those behind the prefix, or the prefix."""
-    if tokens not in ("patch", "cls", "registers"):
-        return slice(None)
-    prefix = min(evidence.prefix or 0, call.lengths[0])
-    return slice(prefix, None) if tokens == "patch" else slice(0, prefix)
+def _counting(evidence: Evidence, call: Call, tokens: str, number: int) -> Tensor:
+    """Which queries of a call count for a token set: real ones, those behind the prefix, or the prefix."""
+    counting = torch.ones(call.lengths[0], dtype=torch.bool)
+    mask = evidence.masks[number] if number < len(evidence.masks) else None
+    if mask is not None and mask.shape == counting.shape:
+        counting &= mask
+    if tokens in ("patch", "cls", "registers"):
+        counting &= (torch.arange(len(counting)) >= (evidence.prefix or 0)) == (tokens == "patch")
+    return counting
 
 
 def _of_its_own(calls: list[Call]) -> list[Call]:

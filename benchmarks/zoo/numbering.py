@@ -83,8 +83,27 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
         ),
         {path: ranked.index(block) for path, block in blocks.items() if block in ranked},
         {path: attending.index(path) for path in blocks if path in attending},
+        _counted_through(root, blocks, order),
     )
     return any(all(line.layer == way.get(line.path) for line in of_tower) for way in ways)
+
+
+def _counted_through(
+    root: nn.Module, blocks: dict[str, tuple[str, int]], order: Sequence[str]
+) -> dict[str, int]:
+    """Numbers of paths among all blocks of the innermost lists, and what attends beside them, in their order."""
+    lists = {of for of, _ in blocks.values()}
+    inner = [of for of in lists if not any(other.startswith(f"{of}.") for other in lists)]
+    alike = [path for path, _ in root.named_modules() if any(_alike(path, of) for of in inner)]
+    held = {id(part) for of in alike for part in _blocks(root, of)}
+    units = [path for path, part in root.named_modules() if id(part) in held]
+    for path in order:
+        if not any(path == unit or path.startswith(f"{unit}.") for unit in units):
+            units.append(path)
+    place = {path: number for number, (path, _) in enumerate(root.named_modules())}
+    units.sort(key=place.__getitem__)
+    within = {p: [n for n, unit in enumerate(units) if p == unit or p.startswith(f"{unit}.")] for p in blocks}
+    return {path: numbers[-1] for path, numbers in within.items() if numbers}
 
 
 def _starts(root: nn.Module, lists: Sequence[str]) -> dict[str, int]:

@@ -119,7 +119,7 @@ def numbers(calls: Sequence[Rows]) -> dict[str, Tensor]:
 
 
 def numbers_of_weights(
-    calls: Sequence[Call], layout: tuple[int, int | None], queries: slice = slice(None)
+    calls: Sequence[Call], layout: tuple[int, int | None], queries: Tensor
 ) -> dict[str, Tensor]:
     """Of one input, per query head, what is of weights alone, whatever keys they are on. queries: that count."""
     total: dict[str, Tensor] = {}
