@@ -458,20 +458,21 @@ def test_what_the_calls_of_a_family_mean(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5"])
-@pytest.mark.parametrize("selected", [4, 9])
+@pytest.mark.parametrize(("selected", "padding"), [(4, 0), (9, 0), (3, 2)])
 def test_nulls_range_over_the_selected_keys(
-    name: str, selected: int, monkeypatch: pytest.MonkeyPatch
+    name: str, selected: int, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past the seam, in float64: the mean of the values that the mask shows, and its cosine with one's own.
 
-    As everywhere, a token that no query sees does not count, nor does a row of one key.
+    A token that no query selects is one like others. As everywhere, a row of one key does not count.
     """
     (case,) = (case for case in TEXTS if case.name == name)
     with torch.inference_mode(False):
         sizes = case.build()
         sizes.index_topk = selected
         module = transformers.AutoModel.from_config(sizes).eval()
-    data = ids(1)
+    shown = (torch.arange(9) >= padding).long()[None]
+    data = {"input_ids": ids(1), "attention_mask": shown} if padding else ids(1)
     table = diag.probe(module, [data], metrics=["cos_y_vuniform", "self_weight_ratio"]).layers
     found = table.set_index(["layer", "metric"])["mean"]
     given: list[Any] = []
@@ -482,14 +483,15 @@ def test_nulls_range_over_the_selected_keys(
         return real(query, key, value, *more, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    module(data)
+    module(**data) if padding else module(data)
     assert len(given) == 2
     for layer, (query, key, value, mask, scale) in enumerate(given):
         bias = torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)
         visible = mask[0, 0]  # the same in all heads
         counts = visible.sum(-1)
-        assert counts.tolist() == [min(i + 1, selected) for i in range(9)]
-        rows = visible.any(0) & (counts > 1)
+        assert counts.tolist()[padding:] == [min(i + 1, selected) for i in range(9 - padding)]
+        rows = (counts > 1) & shown[0].bool()
+        counts = counts.clamp(min=1)
         mean = visible.double() / counts[:, None] @ value.double()
         cosine = F.cosine_similarity(mean, value.double(), dim=-1)[..., rows].mean()
         assert found[layer, "cos_y_vuniform"] == pytest.approx(float(cosine), abs=1e-6)
