@@ -145,7 +145,7 @@ def gathered(
 
 
 def _keys_of_tokens(found: Evidence) -> None:
-    """Takes for pooled what has keys beside its own tokens' that are of tokens, too; a single query pools itself.
+    """Takes for pooled what has keys beside its own tokens' that are of tokens, too.
 
     A token that is the same for all inputs, as a class token is at first, is another one deeper in the stack.
     """

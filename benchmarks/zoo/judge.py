@@ -275,8 +275,13 @@ def _faults_of_pooled(
                         apart = max(apart, (np.inf, f"{table.shape[1]} heads where {len(true)} are"))
                         continue
                     far = np.abs(table[number] - true) / np.maximum(1, np.abs(true))
-                    far = np.where(np.isnan(table[number]) & np.isnan(true), 0, np.nan_to_num(far, nan=np.inf))
-                    apart = max(apart, (float(far.max()), f"{metric} of input {number} is {table[number]}, not {true}"))
+                    far = np.where(
+                        np.isnan(table[number]) & np.isnan(true), 0, np.nan_to_num(far, nan=np.inf)
+                    )
+                    apart = max(
+                        apart,
+                        (float(far.max()), f"{metric} of input {number} is {table[number]}, not {true}"),
+                    )
             worst = min(worst, apart)
         if worst[0] > TOLERANCE:
             yield f"'{line.path}' ({tokens}): {worst[1]}"

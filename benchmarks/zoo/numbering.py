@@ -91,7 +91,7 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
 def _counted_through(
     root: nn.Module, blocks: dict[str, tuple[str, int]], order: Sequence[str]
 ) -> dict[str, int]:
-    """Numbers of paths among all blocks of the innermost lists, and what attends beside them, in their order."""
+    """Numbers of paths among all blocks of the innermost lists, and what attends beside them, in order."""
     lists = {of for of, _ in blocks.values()}
     inner = [of for of in lists if not any(other.startswith(f"{of}.") for other in lists)]
     alike = [path for path, _ in root.named_modules() if any(_alike(path, of) for of in inner)]

@@ -121,7 +121,7 @@ def numbers(calls: Sequence[Rows]) -> dict[str, Tensor]:
 def numbers_of_weights(
     calls: Sequence[Call], layout: tuple[int, int | None], queries: Tensor
 ) -> dict[str, Tensor]:
-    """Of one input, per query head, what is of weights alone, whatever keys they are on. queries: that count."""
+    """Of one input, per query head, what is of weights alone, on any keys. queries: those that count."""
     total: dict[str, Tensor] = {}
     weight: Tensor | int = 0
     for call in calls:

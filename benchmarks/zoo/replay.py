@@ -63,7 +63,7 @@ def kind_of(watch: Watch, call: Call, number: int) -> str:
 
 
 def _pooled(watch: Watch, call: Call, number: int, frames: list[Frame]) -> str:
-    """Whether queries and values follow one and the same argument of the innermost module that they both follow."""
+    """Whether queries and values follow one argument of the innermost module that they both follow."""
     if call.lengths[0] == 1:
         return CROSS
     for frame in frames:

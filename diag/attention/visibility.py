@@ -37,8 +37,8 @@ class Visibility:
     """Which keys each query sees, kept as structure wherever the mask has one.
 
     rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`visible_rows`).
-    keys: keys that any query sees, `[batch or 1, key]`; None if all of them, or where queries select theirs: one
-        that none selects is a token like others, and no padding. width: how many keys there are.
+    keys: keys that any query sees, `[batch or 1, key]`; None if all of them, or where queries select theirs:
+        one that none selects is a token like others, and no padding. width: how many keys there are.
     count: visible keys of each query, `[batch or 1, head or 1, token]`.
     visible_rows: whether each query sees each key, `[batch or 1, head or 1, token, key]`; of a general
         rule only.

@@ -75,8 +75,8 @@ def edited_modules(
 def by_own_numbers(
     edits: Sequence[Edit], layers: Sequence[Layer], places: Sequence[Place] = ()
 ) -> list[Edit]:
-    """The edits with the model's own numbers of layers, where some count from the last; of the layers alone that
-    have what an edit needs, where it names none.
+    """The edits with the model's own numbers of layers, where some count from the last; where an edit names
+    none, of those that have what it needs.
 
     Raises UserError for a layer that is not there or not measured, as `own_numbers` does.
     """

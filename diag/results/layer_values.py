@@ -21,8 +21,8 @@ class LayerFacts:
     first_token: "excluded" where the first token sees only itself (causal), else "included".
     projection: whether the output projection read Y "as captured", "modified" or "unknown".
     gate_error: relative error of A V rebuilt from the call; NaN of a layer without softmax.
-    value_from: whose the values are: "own", another layer's ("layer 12"), "mixed"; or of no token: "pooled", and
-        "others" (keys that are other tokens than the queries, such as of strided queries).
+    value_from: whose the values are: "own", another layer's ("layer 12"), "mixed"; or of no token: "pooled",
+        and "others" (keys that are other tokens than the queries, such as of strided queries).
     row_sum: what the weights of a row sum to, on average over the rows that are checked; 1 unless weights
         are no softmax, or several are added up. NaN of a layer without softmax.
     mixer: what makes its outputs, "softmax", or "linear" of a layer without it.

@@ -72,9 +72,11 @@ def _title(part: pd.DataFrame) -> list[str]:
     title += caveats(first)
     if "mixer" in part and (linear := sorted(set(part["layer"][part["mixer"] == "linear"]))):
         title.append(f"no softmax in layer{'s' if len(linear) > 1 else ''} {spans(linear)}")
-    others = part["value_from"].isin(OTHER_KEYS) if "value_from" in part else []
-    if some := sorted(set(part["layer"][others])):
-        title.append(f"pooled keys or queries in layer{'s' if len(some) > 1 else ''} {spans(some)}: no v_i there")
+    of_others = part[part["value_from"].isin(OTHER_KEYS)] if "value_from" in part else part.iloc[:0]
+    if some := sorted(set(of_others["layer"])):
+        title.append(
+            f"pooled keys or queries in layer{'s' if len(some) > 1 else ''} {spans(some)}: no v_i there"
+        )
     title += ["t=0 excluded"] if first.get("first_token") == "excluded" else []
     return [visible(str(part)) for part in title]
 

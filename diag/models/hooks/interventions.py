@@ -203,8 +203,8 @@ class Intervention:
     change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
         output gate, for branches `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
-    of_softmax, of_values: whether it needs a softmax layer, or one whose tokens have values of their own; then
-        it is of these alone, where no layers are named.
+    of_softmax, of_values: whether it needs a softmax layer, or one whose tokens have values of their own;
+        then it is of these alone, where no layers are named.
     """
 
     where: str

@@ -28,7 +28,7 @@ class Form:
     padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
     adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
-    keys_of: "own" where keys are the queries' own tokens; else as in `AttentionCall`, and no token has a value.
+    keys_of: "own" where keys are the queries' own tokens; else as in `AttentionCall`: no token has a value.
     extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
     in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
     recurrence: how a layer without softmax mixes its tokens; None of attention.

@@ -40,7 +40,9 @@ SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
     "that follow each other"
 )
-IN_PARTS = "it attends to its tokens in parts: a call for each of several parts of its queries, or of its keys"
+IN_PARTS = (
+    "it attends to its tokens in parts: a call for each of several parts of its queries, or of its keys"
+)
 SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
@@ -242,7 +244,7 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
 
 
 def _are_parts(calls: Sequence[Seen]) -> bool:
-    """Whether the calls of a run have as many queries together as each of them has keys, or the other way round."""
+    """Whether the calls of a run have as many queries together as each has keys, or the other way round."""
     queries, keys = zip(*(one.sizes for one in calls if one.sizes is not None), strict=True)
     return len({*keys, sum(queries)}) == 1 or len({*queries, sum(keys)}) == 1
 

@@ -1,7 +1,7 @@
 """Whether keys lie where the queries' tokens do, though there are other numbers of them: pooled in squares.
 
-A grid of tokens is pooled, or strided, to a coarser one. Which place a key has is told by what follows when one
-token is changed: a few neighbouring queries and a few neighbouring keys, around the same place of the image.
+A grid of tokens is pooled, or strided, to a coarser one. Which place a key has is told by what follows when
+one token is changed: a few neighbouring queries and a few neighbouring keys, around one place of the image.
 """
 
 from __future__ import annotations

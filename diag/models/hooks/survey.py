@@ -30,7 +30,7 @@ from diag.models.hooks.layout import PLAIN, Layout, layout_of, merged_layout, pl
 from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
 from diag.models.hooks.mode import Arguments, AttentionMode, Frame, hooked
 from diag.models.hooks.seam import not_its_own
-from diag.models.hooks.squares import in_squares, in_several_rows, sides_of
+from diag.models.hooks.squares import in_several_rows, in_squares, sides_of
 
 NEIGHBOURS = 8
 """Of how many tokens up to its own a value in front of a recurrence may be made; convolutions are 4 wide."""
@@ -71,8 +71,8 @@ class Seen:
     adds_up: whether it is one of several maps of a sum.
     recurrence: of a mixer without softmax, which stands in for its call; its output stands for its queries.
     keys: which keys a mask shows to anyone, `[row, token]`. first_alone: the first token sees only itself.
-    extra: how many keys in front of its tokens and behind them are none. unequal: there may be such, or tokens
-        that were pooled to keys or queries.
+    extra: how many keys in front of its tokens and behind them are none. unequal: there may be such, or
+        tokens that were pooled to keys or queries.
     changed: along the first axis, where V did. rows_read: how many rows its module was given.
     open: how many more modules may be asked. query: or `scores`, where the model multiplies weights itself.
     """
@@ -393,7 +393,7 @@ class Survey(AttentionMode):
             one_more = self._again(frame, module, _with_changed(args, kwargs, at=place)) or []
             sides = sides_of([*args, *kwargs.values()])
             for seen, *runs in zip(frame.made, all_changed, again, one_more, strict=False):
-                if seen in unequal and all(seen.value.shape == value.shape for _, value in runs):
+                if seen in unequal and len({seen.print.shape, *(value.shape[:-1] for _, value in runs)}) == 1:
                     self._ask_for_pooling(seen, runs, sides, direct=seen.path == frame.path)
 
     def _ask_for_pooling(
@@ -401,9 +401,9 @@ class Survey(AttentionMode):
     ) -> None:
         """Notes a call of the same tokens in other numbers: queries and keys both follow what was read.
 
-        runs: its queries, or its scores, and its values, when all that its module read was changed, and when one
-        element was, for two of them. sides: as `in_squares` has them. direct: as in `_kind`: else it has to be
-        seen that they were made of the same places.
+        runs: its queries, or its scores, and its values, when all that its module read was changed, and when
+        one element was, for two of them. sides: as `in_squares` has them. direct: as in `_kind`: else it has
+        to be seen that they were made of the same places.
         """
         assert seen.value is not None
         assert seen.sizes is not None
@@ -538,7 +538,7 @@ def _ask_recurrence(seen: Seen, output_again: Tensor, value_again: Tensor) -> No
 
 
 def _without_queries(seen: Seen, again: Tensor | None, value_again: Tensor) -> str | None:
-    """Why the weights of a call do not follow the one token that its values do; None where they are not known.
+    """Why weights of a call do not follow the one token that its values do; None where they are not known.
 
     again, value_again: as in `_kind`, of a module that reads nothing else.
     """

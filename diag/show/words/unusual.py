@@ -45,8 +45,8 @@ def undefined(layers: pd.DataFrame) -> list[str]:
         (
             "value_from",
             OTHER_KEYS,
-            "keys are not the queries' own tokens (pooled or strided): no token has a value v_i, and what needs "
-            "one is undefined there",
+            "keys are not the queries' own tokens (pooled or strided): no token has a value v_i, and what "
+            "needs one is undefined there",
         ),
     )
     said = []

@@ -182,7 +182,9 @@ def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | N
     assert depth is not None
     deepest = max(len(tower.places), *(each.index + 1 for each in tower.layers)) - 1
     forms = [(each, each.form) for each in tower.layers]
-    weighed = [each for each, form in forms if form.mixer == "softmax" and form.keys_of == "own"] or tower.layers
+    weighed = [
+        each for each, form in forms if form.mixer == "softmax" and form.keys_of == "own"
+    ] or tower.layers
     return min(weighed, key=lambda each: (abs(each.index - depth * deepest), -each.index))
 
 

@@ -383,7 +383,10 @@ def test_other_numbers_of_keys_are_told() -> None:
             return x + self.out(y.transpose(1, 2).flatten(2))
 
     (tower,) = meaning_on(Stack(Attention(), Pooled()).eval(), torch.randn(2, 9, 16)).towers
-    assert {layer.path: layer.form.keys_of for layer in tower.layers} == {"layers.0": "own", "layers.1": "others"}
+    assert {layer.path: layer.form.keys_of for layer in tower.layers} == {
+        "layers.0": "own",
+        "layers.1": "others",
+    }
     assert tower.skipped == {}
 
 

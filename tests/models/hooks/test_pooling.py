@@ -14,6 +14,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from attention_modules import Attention, Stack
+from reference import dense_pattern
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
@@ -27,8 +29,6 @@ from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.squares import in_squares
 from diag.models.hooks.survey import LEARNED, NO_QUERIES, OVERLAP, REASONS
 from diag.run.api import probe
-from attention_modules import Attention, Stack
-from reference import dense_pattern
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,7 @@ def meaning_on(module: nn.Module, *given: Tensor) -> Meaning:
 
 
 def told(module: nn.Module, *given: Tensor) -> str:
-    """What is found of the second of two layers, the first of which is a plain one: "own", "pooled" …, or why it
-    is not measured."""
+    """What is found of a layer behind a plain one: "own", "pooled" or "others", or why it is not measured."""
     (tower,) = meaning_on(Stack(Attention(), module), *given).towers
     found = {layer.path: layer.form.keys_of for layer in tower.layers} | dict(tower.skipped)
     (path,) = found.keys() - {"layers.0"}
@@ -68,7 +67,10 @@ class Changed(Attention):
     """Attention over what functions make of its queries, and of its keys and values."""
 
     def __init__(
-        self, of_keys: Callable[[Tensor], Tensor], of_queries: Callable[[Tensor], Tensor] = lambda q: q, **more: Any
+        self,
+        of_keys: Callable[[Tensor], Tensor],
+        of_queries: Callable[[Tensor], Tensor] = lambda q: q,
+        **more: Any,
     ) -> None:
         super().__init__(**more)
         self.of_keys, self.of_queries = of_keys, of_queries
@@ -97,7 +99,11 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], s
     "squares in another order": (lambda k: squares(k).flip(2), lambda q: q, "others"),
     "runs of four": (lambda k: k.unflatten(2, (-1, 4)).mean(3), lambda q: q, "others"),
     "no squares": (lambda k: k[:, :, ::3], lambda q: q, "others"),
-    "strided queries": (lambda k: k, lambda q: q.unflatten(2, (6, 6))[:, :, ::2, ::2].flatten(2, 3), "others"),
+    "strided queries": (
+        lambda k: k,
+        lambda q: q.unflatten(2, (6, 6))[:, :, ::2, ::2].flatten(2, 3),
+        "others",
+    ),
     "the first queries": (lambda k: k, lambda q: q[:, :, :5], "others"),
     "its own and pooled ones": (lambda k: torch.cat([k, squares(k)], 2), lambda q: q, "others"),
 }
@@ -129,7 +135,9 @@ MANY = "36 queries over 9 keys: cross-attention or pooling"
 class Asking(Attention):
     """Queries of `x` over keys of something else that the module holds."""
 
-    def __init__(self, memory: Callable[[Tensor], Tensor], call: Any = F.scaled_dot_product_attention) -> None:
+    def __init__(
+        self, memory: Callable[[Tensor], Tensor], call: Any = F.scaled_dot_product_attention
+    ) -> None:
         super().__init__(call=call)
         self.memory = memory
 
@@ -220,13 +228,13 @@ def keys_in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_attention_in_parts_is_no_cross_attention(call: Callable[..., Tensor]) -> None:
     module = Changed(lambda k: k, call=call)
     assert told(module, torch.randn(2, 36, 16)) == IN_PARTS
-    with pytest.raises(MeasurementError, match="no layer can be measured .* in parts") as error:
+    with pytest.raises(MeasurementError, match=r"no layer can be measured .* in parts") as error:
         meaning_on(module, torch.randn(2, 36, 16))
     assert error.value.tip == "call attention once, for all queries and keys"
 
 
 class Efficient(nn.Module):
-    """Linear attention with softmax over features of queries, and over tokens of keys (Efficient attention)."""
+    """Efficient attention: a softmax over features of queries, and one over tokens of keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +276,7 @@ def test_what_has_no_queries_is_no_cross_attention(module: nn.Module, tokens: in
 
 
 def test_squares_are_told_by_what_changed() -> None:
-    """Token 7 of 4 x 4 is in the second row, at its end: of 2 x 2 squares, in the one at the right of the first."""
+    """Token 7 of 4 x 4 is at the end of the second row: of 2 x 2 squares, in the second one."""
     token, key, other = (torch.tensor([number]) for number in (7, 1, 2))
     assert in_squares([(token, key)], 16, 4, set())
     assert not in_squares([(token, other)], 16, 4, set())
@@ -329,7 +337,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, str], int]] = {
 
 
 class Patterns:
-    """The weights of every softmax of a pass, and what is weighed: read off the functions, not off the seam."""
+    """The weights of every softmax of a pass, read off the functions and not off the seam."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[Tensor] = []
@@ -350,11 +358,18 @@ class Patterns:
 
 
 WEIGHED = ("entropy", "entropy_normalized", "first_weight", "row_sum", "attention_distance")
-OF_VALUES = ("cos_y_vself", "self_weight", "value_similarity", "cos_y_vpartner", "previous_weight", "near_share")
+OF_VALUES = (
+    "cos_y_vself",
+    "self_weight",
+    "value_similarity",
+    "cos_y_vpartner",
+    "previous_weight",
+    "near_share",
+)
 
 
 def distance(pattern: Tensor, size: int) -> Tensor:
-    """Mean distance `[input, head]` in pixels, of `[input, head, query, key]`: a key is in the middle of its square."""
+    """Mean distance in pixels, `[input, head]`: a key is in the middle of its square."""
     side, fewer = (math.isqrt(number) for number in pattern.shape[-2:])
     step, stride = size / side, side // fewer
     tokens = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double() * step
@@ -364,16 +379,22 @@ def distance(pattern: Tensor, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_real_layers_are_measured_where_a_pattern_is_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_layers_are_measured_where_a_pattern_is_enough(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against dense float64 of the weights as the functions made them; distances by their definition."""
     build, size, unequal, depth = MODELS[name]
     with torch.inference_mode(False):
         model = build().eval()
     images = torch.randn(2, 3, size, size)
     _, (tower,), samples = from_module(model, [images], apart=False)
-    assert {layer.path: layer.form.keys_of for layer in tower.layers if layer.form.keys_of != "own"} == unequal
+    assert {
+        layer.path: layer.form.keys_of for layer in tower.layers if layer.form.keys_of != "own"
+    } == unequal
     assert tower.depth == depth
-    assert [tower.places[layer.index].path for layer in tower.layers] == [layer.path for layer in tower.layers]
+    assert [tower.places[layer.index].path for layer in tower.layers] == [
+        layer.path for layer in tower.layers
+    ]
     chosen = [layer.index for layer in tower.layers if layer.path in unequal]
     placed = replace(tower, name="vision", facts={"image_size": size})
     (measured,) = measure(placed, samples, metrics=[*WEIGHED, *OF_VALUES], token_sets=["all"], layers=chosen)
@@ -398,14 +419,16 @@ def test_real_layers_are_measured_where_a_pattern_is_enough(name: str, monkeypat
             assert np.isnan(got["attention_distance"]).all()
         assert np.isnan([got[metric] for metric in OF_VALUES]).all()
     # as a module, tokens have no places
-    (plain,) = measure(tower, samples, metrics=["entropy", "attention_distance"], token_sets=["all"], layers=chosen)
+    (plain,) = measure(
+        tower, samples, metrics=["entropy", "attention_distance"], token_sets=["all"], layers=chosen
+    )
     for values, same in zip(measured, plain, strict=True):
         np.testing.assert_array_equal(same.values[0, 0], values.values[0, 0])
         assert np.isnan(same.values[0, 1]).all()
 
 
 def test_a_pooled_call_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries, keys and values as the weights of PVT make them, in float64; its output goes on as it is changed."""
+    """Queries, keys and values as PVT's weights make them, in float64; what is returned goes on."""
     with torch.inference_mode(False):
         model = timm.create_model("pvt_v2_b0").eval()
     images, path = torch.randn(2, 3, 64, 64), "stages.1.blocks.0.attn"
@@ -451,7 +474,13 @@ def test_an_edit_is_of_the_layers_that_have_what_it_needs() -> None:
     with torch.inference_mode(False):
         model = timm.create_model("pvt_v2_b0").eval()
     _, (tower,), _ = from_module(model, [torch.randn(2, 3, 64, 64)])
-    named = {"xsa": (6, 7), "identity": (6, 7), "mask_self": (6, 7), "uniform": None, "random_direction": None}
+    named = {
+        "xsa": (6, 7),
+        "identity": (6, 7),
+        "mask_self": (6, 7),
+        "uniform": None,
+        "random_direction": None,
+    }
     for name, layers in named.items():
         (edit,) = by_own_numbers([parse(name)], tower.layers, tower.places)
         assert (edit.layers and tuple(sorted(edit.layers))) == layers
