@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from checkpoints import save_language_model
 from commands import Ended
 from safetensors.torch import load_file
