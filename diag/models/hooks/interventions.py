@@ -237,7 +237,9 @@ INTERVENTIONS: dict[str, Intervention] = {
     "xsa": Intervention("attention", xsa, "Zhai 2026", of_values=True),
     "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5, of_values=True),
     "random_direction": Intervention("attention", random_direction, "public controls study", 1.0),
-    "matched_direction": Intervention("attention", matched_direction, "matched-energy control", 1.0, of_values=True),
+    "matched_direction": Intervention(
+        "attention", matched_direction, "matched-energy control", 1.0, of_values=True
+    ),
     "mask_self": Intervention("attention", mask_self, "-", of_softmax=True, of_values=True),
     "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
     "identity": Intervention("attention", identity, "SoftPAG", 1.0, of_values=True),
