@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.observer import Call, observed
-from zoo.provenance import CROSS, OWN, UNKNOWN, kinds_of
+from zoo.provenance import CROSS, OWN, POOLED, UNKNOWN, kinds_of
 from zoo.replay import kinds_of_eager
 
 HEAD_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "nb_heads")
@@ -30,8 +30,9 @@ class Evidence:
     calls: of each input alone, in order. together: of all inputs in one batch. kinds: of whose tokens a
     fused call is, by (path, run, number of the call in that run). masks: which tokens of an input are real,
     where one came with it. coupled: whether an input gives other outputs beside others. random: whether the
-    same input gives other outputs twice, of attention as well: what is drawn behind it changes no number. texts: how many tokens the texts have, which may share words.
-    failed: what the model says of its own inputs. notes: what could not be found out. batch: all of the inputs.
+    same input gives other outputs twice, of attention as well: what is drawn behind it changes no number. texts:
+    how many tokens the texts have, which may share words. failed: what the model says of its own inputs.
+    notes: what could not be found out. batch: all of the inputs.
     """
 
     root: nn.Module
@@ -149,22 +150,22 @@ def gathered(
 
 
 def _keys_of_tokens(found: Evidence) -> None:
-    """Takes for cross-attention what has keys beside its own tokens' that are of tokens, too.
+    """Takes for pooled what has keys beside its own tokens' that are of tokens, too.
 
     A token that is the same for all inputs, as a class token is at first, is another one deeper in the stack.
     """
     number: dict[tuple[str, int, bool], int] = defaultdict(int)
-    beside: dict[str, list[tuple[tuple[str, int, bool, int], bool]]] = defaultdict(list)
+    beside: dict[str, list[tuple[tuple[str, int, bool, int], bool, int]]] = defaultdict(list)
     for call, other in zip(*found.calls[:2], strict=False):
         place = (call.path, call.run, call.eager)
         at = (*place, number[place])
         number[place] += 1
         if found.kinds.get(at) == OWN and len(set(call.lengths)) > 1:
             stack = re.sub(r"\d+", "#", call.path)
-            beside[stack].append((at, _without_tokens(call, other)))
+            beside[stack].append((at, _without_tokens(call, other), call.lengths[0]))
     for of_stack in beside.values():
-        if not all(without for _, without in of_stack):
-            found.kinds |= {at: CROSS for at, _ in of_stack}
+        if not all(without for _, without, _ in of_stack):
+            found.kinds |= {at: POOLED if queries > 1 else CROSS for at, _, queries in of_stack}
 
 
 def _without_tokens(call: Call, other: Call) -> bool:

@@ -19,8 +19,8 @@ from torch import Tensor
 from zoo.evidence import Evidence, configured_heads, within
 from zoo.numbering import numbering_faults, unnamed_blocks
 from zoo.observer import Call
-from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER, OWN
-from zoo.reference import METRICS, Rows, layouts, numbers, rows_of, weights_of
+from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER, OWN, POOLED
+from zoo.reference import METRICS, Rows, layouts, numbers, numbers_of_weights, rows_of, weights_of
 from zoo.refusals import faults_of_refusal
 
 EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
@@ -207,14 +207,18 @@ def _faults_of_line(
         {place: [call for n, call in enumerate(of) if n not in left] for place, of in group.items()}
         for group in groups
     ]
+    if re.search(r"value_from=(pooled|others) ", line.facts):
+        yield from _faults_of_pooled(evidence, line, places, groups, kinds)
+        return
     if kinds & OWN_KINDS and any(len(set(call.lengths)) > 1 for place in places for call in groups[0][place]):
         kinds -= {
-            CROSS
+            CROSS,
+            POOLED,
         }  # beside its attention it weighs something else, as ConvBERT does the steps of a kernel
-    for kind in (CROSS, CHANNELS, ORDER, MIXED):
+    for kind in (CROSS, POOLED, CHANNELS, ORDER, MIXED):
         if kind in kinds and not (kind == MIXED and "mixed" in line.facts):
             yield f"'{line.path}' is in the table, but its values are of {kind}"
-    if kinds & {CROSS, CHANNELS, ORDER}:
+    if kinds & {CROSS, POOLED, CHANNELS, ORDER}:
         return
     calls = [_of_its_own([call for place in places for call in group.get(place, [])]) for group in groups]
     if any(len(of) != len(calls[0]) for of in calls):
@@ -262,6 +266,57 @@ def _faults_of_line(
         )
         if worst[0] > TOLERANCE:
             yield f"'{line.path}' ({tokens}): {worst[1]}"
+
+
+def _faults_of_pooled(
+    evidence: Evidence,
+    line: Line,
+    places: list[tuple[str, int]],
+    groups: list[dict[tuple[str, int], list[Call]]],
+    kinds: set[str],
+) -> Iterable[str]:
+    """What is wrong with a line of which only weights have numbers: keys, or queries, were pooled."""
+    if POOLED not in kinds:
+        yield f"'{line.path}' is in the table as pooled, but its values are of {', '.join(sorted(kinds))}"
+        return
+    heads = configured_heads(evidence.root, places[0][0])
+    shown = next(iter(next(iter(line.numbers.values())).values())).shape[1]
+    for tokens, by_metric in line.numbers.items():
+        worst = (np.inf, "its heads were not found")
+        calls = [[call for place in places for call in group.get(place, [])] for group in groups]
+        for layout in layouts(calls[0][0], shown):
+            apart = (0.0, "")
+            for number, of_input in enumerate(calls):
+                right = numbers_of_weights(of_input, layout, _counting(evidence, of_input[0], tokens, number))
+                for metric, table in by_metric.items():
+                    true = right[metric].numpy() if metric in right else np.full(table.shape[1], np.nan)
+                    if true.shape != table[number].shape:
+                        apart = max(apart, (np.inf, f"{table.shape[1]} heads where {len(true)} are"))
+                        continue
+                    far = np.abs(table[number] - true) / np.maximum(1, np.abs(true))
+                    far = np.where(
+                        np.isnan(table[number]) & np.isnan(true), 0, np.nan_to_num(far, nan=np.inf)
+                    )
+                    apart = max(
+                        apart,
+                        (float(far.max()), f"{metric} of input {number} is {table[number]}, not {true}"),
+                    )
+            worst = min(worst, apart)
+        if worst[0] > TOLERANCE:
+            yield f"'{line.path}' ({tokens}): {worst[1]}"
+    if heads is not None and shown != heads:
+        yield f"'{line.path}' has {shown} heads in the table, {heads} in its configuration"
+
+
+def _counting(evidence: Evidence, call: Call, tokens: str, number: int) -> Tensor:
+    """Which queries of a call count for a token set: real ones, those behind the prefix, or the prefix."""
+    counting = torch.ones(call.lengths[0], dtype=torch.bool)
+    mask = evidence.masks[number] if number < len(evidence.masks) else None
+    if mask is not None and mask.shape == counting.shape:
+        counting &= mask
+    if tokens in ("patch", "cls", "registers"):
+        counting &= (torch.arange(len(counting)) >= (evidence.prefix or 0)) == (tokens == "patch")
+    return counting
 
 
 def _of_its_own(calls: list[Call]) -> list[Call]:

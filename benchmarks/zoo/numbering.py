@@ -84,9 +84,30 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
         {path: ranked.index(block) for path, block in blocks.items() if block in ranked},
         {path: attending.index(path) for path in blocks if path in attending},
         # of a block that attends twice, and to others' tokens besides
-        {path: place for place, path in enumerate(path for path in attending if path in blocks)} if shared else {},
+        {path: place for place, path in enumerate(path for path in attending if path in blocks)}
+        if shared
+        else {},
+        _counted_through(root, blocks, order),
     )
     return any(all(line.layer == way.get(line.path) for line in of_tower) for way in ways)
+
+
+def _counted_through(
+    root: nn.Module, blocks: dict[str, tuple[str, int]], order: Sequence[str]
+) -> dict[str, int]:
+    """Numbers of paths among all blocks of the innermost lists, and what attends beside them, in order."""
+    lists = {of for of, _ in blocks.values()}
+    inner = [of for of in lists if not any(other.startswith(f"{of}.") for other in lists)]
+    alike = [path for path, _ in root.named_modules() if any(_alike(path, of) for of in inner)]
+    held = {id(part) for of in alike for part in _blocks(root, of)}
+    units = [path for path, part in root.named_modules() if id(part) in held]
+    for path in order:
+        if not any(path == unit or path.startswith(f"{unit}.") for unit in units):
+            units.append(path)
+    place = {path: number for number, (path, _) in enumerate(root.named_modules())}
+    units.sort(key=place.__getitem__)
+    within = {p: [n for n, unit in enumerate(units) if p == unit or p.startswith(f"{unit}.")] for p in blocks}
+    return {path: numbers[-1] for path, numbers in within.items() if numbers}
 
 
 def _starts(root: nn.Module, lists: Sequence[str]) -> dict[str, int]:
@@ -129,7 +150,7 @@ def unnamed_blocks(root: nn.Module, attending: set[str], known: Iterable[str]) -
 
 
 def _are_parts(root: nn.Module, container: str, lists: dict[str, set[int]]) -> bool:
-    """Whether a list in a list holds the parts of one block: the same of them attend in all lists of its kind.
+    """Whether a list in a list holds the parts of one block: the same ones attend in all lists of its kind.
 
     They stand in wrappers of one class, such as a norm in front of attention and one in front of an MLP.
     """
@@ -142,4 +163,6 @@ def _are_parts(root: nn.Module, container: str, lists: dict[str, set[int]]) -> b
         for number, block in enumerate(blocks.children())
         if number not in lists[container]
     ]
-    return inside and all(numbers == alike[0] for numbers in alike) and not any(x in attending for x in others)
+    return (
+        inside and all(numbers == alike[0] for numbers in alike) and not any(x in attending for x in others)
+    )

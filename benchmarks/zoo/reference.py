@@ -118,6 +118,24 @@ def numbers(calls: Sequence[Rows]) -> dict[str, Tensor]:
     return {name: torch.where(weight[name] > 0, total[name] / weight[name], math.nan) for name in total}
 
 
+def numbers_of_weights(
+    calls: Sequence[Call], layout: tuple[int, int | None], queries: Tensor
+) -> dict[str, Tensor]:
+    """Of one input, per query head, what is of weights alone, on any keys. queries: those that count."""
+    total: dict[str, Tensor] = {}
+    weight: Tensor | int = 0
+    for call in calls:
+        pattern, visible = (call.pattern, call.seen) if call.eager else weights_of(call)
+        assert pattern is not None
+        assert visible is not None
+        pattern, visible = (split(x, layout)[:, :, queries] for x in (pattern, visible.expand_as(pattern)))
+        counted = visible.sum(-1) > 1  # [row, head, query]
+        weight = weight + counted.sum((0, 2))
+        for name, x in (("entropy", -torch.xlogy(pattern, pattern).sum(-1)), ("row_sum", pattern.sum(-1))):
+            total[name] = total.get(name, 0) + (x * counted).sum((0, 2))
+    return {name: torch.where(weight > 0, x / weight, math.nan) for name, x in total.items()}
+
+
 def _sums(rows: Rows) -> Iterator[tuple[str, Tensor, Tensor]]:
     visible, pattern, y = rows.visible, rows.pattern, rows.output
     v = rows.value.repeat_interleave(y.shape[1] // rows.value.shape[1], 1)

@@ -37,7 +37,8 @@ class Visibility:
     """Which keys each query sees, kept as structure wherever the mask has one.
 
     rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`visible_rows`).
-    keys: keys that any query sees, `[batch or 1, key]`; None if all of them. width: how many keys there are.
+    keys: keys that any query sees, `[batch or 1, key]`; None if all of them, or where queries select theirs:
+        one that none selects is a token like others, and no padding. width: how many keys there are.
     count: visible keys of each query, `[batch or 1, head or 1, token]`.
     visible_rows: whether each query sees each key, `[batch or 1, head or 1, token, key]`; of a general
         rule only.
@@ -106,7 +107,8 @@ class Visibility:
                     continue
                 if bool((visible[:, 0] == shape).all()):
                     return Visibility(rule, kept, width, count, None, *read_off)
-        return Visibility("general", visible.any(2).any(1), width, count, visible, *read_off)
+        kept = None if square and _selects(count) else visible.any(2).any(1)
+        return Visibility("general", kept, width, count, visible, *read_off)
 
     @staticmethod
     def of_keys(keys: Bool[Tensor, "batch token"], causal: bool) -> Visibility:
@@ -203,6 +205,16 @@ class Visibility:
         return torch.ones_like(self.count, dtype=torch.bool)
 
 
+def _selects(count: Int[Tensor, "batch head token"]) -> bool:
+    """Whether each query of a mask without structure sees as many keys as all others do, or all up to itself.
+
+    Padding that is hidden from all leaves fewer to the queries at the edges of a window.
+    """
+    most = count.amax()
+    position = torch.arange(1, count.shape[-1] + 1, device=count.device)
+    return bool((count == most).all() or (count == position.clamp(max=most)).all())
+
+
 def of_inputs(x: Tensor, in_batch: slice) -> Tensor:
     """Some inputs of what has one row for each of them, or one for all."""
     return x[in_batch] if x.shape[0] > 1 else x
@@ -259,8 +271,8 @@ def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]
 
 
 def shown_by(
-    scores: Float[Tensor, "#batch #head token token"],
-) -> Bool[Tensor, "#batch #head token token"] | None:
+    scores: Float[Tensor, "#batch #head token key"],
+) -> Bool[Tensor, "#batch #head token key"] | None:
     """Which keys have weight after a softmax over the last axis, by the rule of `hiding`; None where all do.
 
     Scores of one row are compared with its largest. Block by block: no copy of the scores is made.

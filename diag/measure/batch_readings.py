@@ -131,7 +131,7 @@ class BatchReadings:
     def geometry(self, call: AttentionCall) -> Geometry:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
         if self.tower.name != "vision":
-            return TEXT
+            return TEXT if call.own_keys else Geometry.unknown()  # squares are none of a line
         if self.tower.suffix or len(self.tower.marks) > 1:  # a grid has no places for what is beside it
             return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)

@@ -39,7 +39,7 @@ from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
-from diag.show.words.unusual import without_softmax
+from diag.show.words.unusual import undefined
 from diag.studies.comparisons import ANSWER, OWNER, TABLES, VERDICT, Answer, named
 
 Row = Mapping[str, str | tuple[str, str]]
@@ -81,7 +81,7 @@ class Comparison:
         """What could not be computed and why, a note per line (and reason)."""
         said = list(self.collection.notes)
         for label, part in self.collection.layers.groupby("label", sort=False):
-            said += [f"{label!s}: {words}" for words in without_softmax(part)]
+            said += [f"{label!s}: {words}" for words in undefined(part)]
         said += [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
         if self.settings["growth"] is not None:
             lost = self.profiles[(self.profiles["quantity"] == "growth") & self.profiles["value"].isna()]

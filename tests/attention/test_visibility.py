@@ -240,3 +240,28 @@ def test_masks_of_other_tokens_are_refused() -> None:
             MeasurementError, match=f"^a mask of {shape} queries and keys is not of 13 tokens$"
         ):
             make_call(mask=mask)
+
+
+SELECTED = {
+    "causal": [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 4, 5], [0, 4, 5], [0, 5, 7]],
+    "of all": [[0, 1], [0, 2], [1, 2], [3, 4], [4, 5], [5, 7], [0, 7], [3, 7]],
+}
+UNEVEN = {
+    "a window over padding": [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 7], [5, 7], [7]],
+    "padding that sees nothing": [[0, 1], [0, 2], [1, 2], [3, 4], [4, 5], [5, 7], [], [3, 7]],
+}
+
+
+@pytest.mark.parametrize("case", SELECTED | UNEVEN)
+def test_a_key_that_no_query_selects_is_no_padding(case: str) -> None:
+    """Nobody sees the seventh key: padding, unless every query has as many keys as it may have."""
+    rows = (SELECTED | UNEVEN)[case]
+    mask = torch.tensor([[key in row for key in range(8)] for row in rows])
+    seen = Visibility.of(mask, False, torch.zeros(1, 1, 8, 2))
+    assert seen.rule == "general"
+    assert not mask[:, 6].any()
+    if case in SELECTED:
+        assert seen.keys is None
+    else:
+        assert seen.keys is not None
+        assert torch.equal(seen.keys[0], mask.any(0))

@@ -261,9 +261,11 @@ def _blocks(tree: _Tree, paths: Iterable[str]) -> dict[str, str]:
         for spot in tree.paths[id(tree.modules[path])]:
             alike.setdefault(tree.open[spot], []).append(spot)
     found = dict[str, str]()
-    for spots in alike.values():
+    for form, spots in alike.items():
         parts, numbers = [spot.split(".") for spot in spots], tree.numbers(spots[0])
-        varying = [place for place in numbers if len({each[place] for each in parts}) > 1]
+        # also among those in blocks of a list in which this one stands itself
+        beside = [x.split(".") for own, others in alike.items() if own[: len(form)] == form for x in others]
+        varying = [place for place in numbers if len({each[place] for each in beside}) > 1]
         last = (varying or numbers[:1] or [len(parts[0]) - 1])[-1]
         found |= {spot: ".".join(each[: last + 1]) for spot, each in zip(spots, parts, strict=True)}
     for spot, block in found.items():
@@ -278,8 +280,8 @@ def _beside(tree: _Tree, inside: Mapping[str, Sequence[tuple[str, int]]], found:
 
     Where blocks of one kind have either, as in a language model whose every fifth layer reads an image, and
     where a stack has nothing else, it holds one. A softmax of which nothing more was seen holds none where
-    its like stands beside attention, or beside a stack of blocks: it may be of anything, such as DeepSeek-V4's
-    hyper-connections.
+    its like stands beside attention, or beside a stack of blocks: it may be of anything, such as the
+    hyper-connections of DeepSeek-V4.
     """
     paths = {block: [path for path, _ in own] for block, own in inside.items()}
     attending = (own for own in paths.values() if any(found[path] != EAGER for path in own))
@@ -321,6 +323,8 @@ def _plain(
             continue
         if any(path.startswith(f"{block}.") for path in paths):
             continue
+        if any(tree.open[part] in kinds for part in tree.modules if part.startswith(f"{block}.")):
+            continue  # it holds blocks
         like = (f"{block}.{name}" for name, kind in seen if type(tree.modules.get(f"{block}.{name}")) is kind)
         if path := next(like, None):
             plain.append((block, path, "no attention call of it was seen"))

@@ -216,7 +216,8 @@ class Intervention:
     change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
         output gate, for branches `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
-    of_softmax: whether it needs a softmax layer; then it is of these alone, where no layers are named.
+    of_softmax, of_values: whether it needs a softmax layer, or one whose tokens have values of their own;
+        then it is of these alone, where no layers are named.
     """
 
     where: str
@@ -224,6 +225,7 @@ class Intervention:
     source: str
     strength: float | None = None
     of_softmax: bool = False
+    of_values: bool = False
 
     @property
     def definition(self) -> str:
@@ -232,13 +234,15 @@ class Intervention:
 
 
 INTERVENTIONS: dict[str, Intervention] = {
-    "xsa": Intervention("attention", xsa, "Zhai 2026"),
-    "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5),
+    "xsa": Intervention("attention", xsa, "Zhai 2026", of_values=True),
+    "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5, of_values=True),
     "random_direction": Intervention("attention", random_direction, "public controls study", 1.0),
-    "matched_direction": Intervention("attention", matched_direction, "matched-energy control", 1.0),
-    "mask_self": Intervention("attention", mask_self, "-", of_softmax=True),
+    "matched_direction": Intervention(
+        "attention", matched_direction, "matched-energy control", 1.0, of_values=True
+    ),
+    "mask_self": Intervention("attention", mask_self, "-", of_softmax=True, of_values=True),
     "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
-    "identity": Intervention("attention", identity, "SoftPAG", 1.0),
+    "identity": Intervention("attention", identity, "SoftPAG", 1.0, of_values=True),
     "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)", of_softmax=True),
     "skip": Intervention("attention branch", without_branch, "LayerBoost"),
     "cb": Intervention("mlp branch", context_broadcasting, "Context Broadcasting 2210.08457"),

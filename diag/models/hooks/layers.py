@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from diag.attention.call import KeysOf
 from diag.models.hooks.layout import Layout
 from diag.models.hooks.linear import Recurrence
 
@@ -27,6 +28,7 @@ class Form:
     padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
     adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
     value_from: "own" where each token has its own value; else what the values are of.
+    keys_of: "own" where keys are the queries' own tokens; else as in `AttentionCall`: no token has a value.
     extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
     in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
     recurrence: how a layer without softmax mixes its tokens; None of attention.
@@ -38,6 +40,7 @@ class Form:
     padding: tuple[Tensor | None, ...] = ()
     adds_up: bool = False
     value_from: str = "own"
+    keys_of: KeysOf = "own"
     extra: tuple[int, int] = (0, 0)
     in_turn: bool = False
     recurrence: Recurrence | None = None

@@ -28,6 +28,7 @@ from diag.models.hooks.survey import (
     EXPERTS,
     MIXED,
     OWN,
+    POOLED,
     REASONS,
     SHARED,
     Seen,
@@ -40,8 +41,11 @@ SEVERAL = (
     "that follow each other"
 )
 BESIDE_OWN = (
-    "its values do not follow what its module reads first: it is of another stream, or cross-attention, beside "
-    "the call that is the layer's"
+    "its values do not follow what its module reads first: it is of another stream, or cross-attention, "
+    "beside the call that is the layer's"
+)
+IN_PARTS = (
+    "it attends to its tokens in parts: a call for each of several parts of its queries, or of its keys"
 )
 SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
@@ -228,6 +232,11 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
         for one in calls
         if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked or one.recurrence)
     ]
+    pooled = [one for one in calls if one.kind == POOLED]
+    if pooled and not own:
+        if len(pooled) > 1:
+            return frozenset(), IN_PARTS if _are_parts(calls) else SEVERAL
+        own = pooled
     if not own:
         first = calls[0]
         unknown = UNTOLD if first.recurrence is not None else REASONS[ELSEWHERE]
@@ -245,13 +254,20 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     return frozenset(one.number for one in own), None
 
 
+def _are_parts(calls: Sequence[Seen]) -> bool:
+    """Whether the calls of a run have as many queries together as each has keys, or the other way round."""
+    queries, keys = zip(*(one.sizes for one in calls if one.sizes is not None), strict=True)
+    return len({*keys, sum(queries)}) == 1 or len({*queries, sum(keys)}) == 1
+
+
 def nothing_of_its_own(path: str, why: str) -> MeasurementError:
     """That no layer is over its own tokens, or can be told to be, with one that is not as the reason."""
     reason = f"'{path}': {why}" if path else why
-    if why == SEVERAL:
+    if why in (SEVERAL, IN_PARTS):
+        parts = "call attention once, for all queries and keys"
         return MeasurementError(
             f"no layer can be measured ({reason})",
-            "give each of its layers a module of its own to call it in",
+            parts if why == IN_PARTS else "give each of its layers a module of its own to call it in",
         )
     return MeasurementError(
         f"no layer attends to its own tokens ({reason})", "attnbias measures self-attention over tokens"
@@ -321,8 +337,8 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
 
     Where an input has several rows, and between others, they are what stays the same; in front of all others
     and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
-    are the same in the first one, or in several that stand side by side there. The first token of a causal text
-    is the same in all of them, and is none.
+    are the same in the first one, or in several that stand side by side there. The first token of a causal
+    text is the same in all of them, and is none.
 
     everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only what
     several layers have counts, in rows of windows, or in all calls over so many tokens.
@@ -419,6 +435,7 @@ def _towers(
                 adds_up=mine[0].adds_up,
                 extra=mine[0].extra,
                 value_from=_values_of(mine, of_stack),
+                keys_of=mine[0].keys_of,
                 in_turn=place.path in calls.seen.in_turn,
                 recurrence=mine[0].recurrence,
             )
@@ -431,12 +448,13 @@ def _towers(
         if not layers:
             unmeasured |= skipped
             continue
+        of_tokens = [one for one in of_stack if one.kind != POOLED]  # of keys alone no token is told
         ran = (one for place in stack.places for one in calls.of_run.get((place.path, place.run), ()))
-        padding = _padding([one for one in ran if one in of_stack or one.kind == OWN], own, everywhere)
-        hides = real is not None and any(_shows(one, real) for one in of_stack)
+        padding = _padding([one for one in ran if one in of_tokens or one.kind == OWN], own, everywhere)
+        hides = real is not None and any(_shows(one, real) for one in of_tokens)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
-        joined = _joined(list(of_stack), own) if everywhere else {}
+        joined = _joined(of_tokens, own) if everywhere else {}
         towers.append(Understood(stack.name, padded, places, skipped, joined, hides))
     # stacks of which nothing is measured are told with the first one
     first, *others = (replace(one, alone=len(towers) == 1 and not unmeasured) for one in towers)
@@ -449,7 +467,9 @@ def _shows(one: Seen, real: Tensor) -> bool:
 
 
 def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
-    """Whose the values of a layer are: "own", "mixed", or those of an earlier layer."""
+    """Whose the values of a layer are: "own", "mixed", "pooled", "others", or those of an earlier layer."""
+    if calls[0].kind == POOLED:
+        return calls[0].keys_of
     if any(one.kind == MIXED for one in calls):
         return "mixed"
     for other, index in before.items():

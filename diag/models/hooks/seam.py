@@ -145,7 +145,7 @@ class _Seam(AttentionMode):
             keys, values, mask, outside, normaliser = without_extra_keys(
                 queries, keys, values, mask, given.scaling, layer.form.extra
             )
-        seen = self.visibility_of(mask, causal, outputs)
+        seen = self.visibility_of(mask, causal, outputs, values.shape[2])
         call = AttentionCall(
             layer=layer.index,
             module=layer.name,
@@ -158,6 +158,7 @@ class _Seam(AttentionMode):
             scale=given.scaling,
             log_normaliser=normaliser,
             outside=outside,
+            keys_of=layer.form.keys_of,
             padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
@@ -202,6 +203,7 @@ class _Seam(AttentionMode):
             scale=1.0,
             pattern=pattern,
             outside=outside,
+            keys_of=layer.form.keys_of,
             padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
@@ -224,7 +226,8 @@ class _Seam(AttentionMode):
         """Whether a call is one of those that are the layer's; notes why it is not."""
         if layer.form.calls is not None and number not in layer.form.calls:
             return False
-        if key.shape[-2] - sum(layer.form.extra) != query.shape[-2]:
+        own = layer.form.keys_of == "own"
+        if own and key.shape[-2] - sum(layer.form.extra) != query.shape[-2]:
             self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
             return False
         return True
@@ -283,16 +286,16 @@ class _Seam(AttentionMode):
         if name not in self.sightings.projection:
             frame.unread = call.output
 
-    def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> Visibility:
+    def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor, keys: int) -> Visibility:
         """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""
         if mask is None:
-            return Visibility.of(mask, causal, output)
-        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, output.shape)
+            return Visibility.of(mask, causal, output, keys)
+        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, output.shape, keys)
         if place not in self.visibilities:
             while len(self.visibilities) >= 2:
                 self.visibilities.pop(next(iter(self.visibilities)))
             # the mask is held, so that its address is not given to another one
-            self.visibilities[place] = mask, Visibility.of(mask, causal, output)
+            self.visibilities[place] = mask, Visibility.of(mask, causal, output, keys)
         return self.visibilities[place][1]
 
     def projection(self, read: Tensor) -> None:

@@ -494,7 +494,7 @@ def test_dropped_weights_are_refused() -> None:
         module(torch.randn(2, 9, 16))
 
 
-def test_other_numbers_of_keys_are_named() -> None:
+def test_other_numbers_of_keys_are_told() -> None:
     class Pooled(Attention):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             q, k, v = self.heads(x)
@@ -502,8 +502,11 @@ def test_other_numbers_of_keys_are_named() -> None:
             return x + self.out(y.transpose(1, 2).flatten(2))
 
     (tower,) = meaning_on(Stack(Attention(), Pooled()).eval(), torch.randn(2, 9, 16)).towers
-    assert [layer.path for layer in tower.layers] == ["layers.0"]
-    assert tower.skipped == {"layers.1": "9 queries over 3 keys: cross-attention or pooling"}
+    assert {layer.path: layer.form.keys_of for layer in tower.layers} == {
+        "layers.0": "own",
+        "layers.1": "others",
+    }
+    assert tower.skipped == {}
 
 
 def test_weights_that_are_used_twice_are_not_taken_for_windows() -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from attention_modules import Attention, Broken, Cross, Stack, TorchAttention, assert_untouched
+from attention_modules import Attention, Broken, Stack, TorchAttention, assert_untouched
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 
@@ -588,8 +588,8 @@ def test_a_hybrid_keeps_its_numbers_and_tells_its_mixers() -> None:
 @pytest.mark.parametrize(
     ("name", "numbers", "depth"),
     [
-        ("pvt_v2_b0", [6, 7], 8),
-        ("nextvit_small", [19], 20),
+        ("pvt_v2_b0", list(range(8)), 8),
+        ("nextvit_small", [6, 11, 16, 19], 20),
         ("swin_tiny_patch4_window7_224", list(range(12)), 12),
     ],
 )
@@ -697,11 +697,6 @@ def test_everything_is_restored_after_an_exception() -> None:
     assert_untouched(module)
 
 
-def test_another_number_of_queries_is_named() -> None:
-    (tower,) = meaning_on(Stack(Attention(), Cross()).eval(), torch.randn(2, 9, 16)).towers
-    assert tower.skipped == {"layers.1": "5 queries over 9 keys: cross-attention or pooling"}
-
-
 def test_prefix_tokens_of_attention_side_by_side_are_no_padding() -> None:
     """Two attentions of one block read the same states: the class token is constant in both, and counts."""
     module = timm.create_model(
@@ -769,7 +764,8 @@ def test_keys_that_are_made_of_tokens_are_not_extra_keys() -> None:
             return q, *(torch.cat([y, y.unflatten(2, (3, 3)).mean(3)], 2) for y in (k, v))
 
     (tower,) = meaning_on(Stack(Attention(), Compressed()).eval(), torch.randn(2, 9, 16)).towers
-    assert tower.skipped == {"layers.1": "9 queries over 12 keys, of which some are made of several tokens"}
+    forms = [layer.form for layer in tower.layers]
+    assert [(form.keys_of, form.extra) for form in forms] == [("own", (0, 0)), ("others", (0, 0))]
 
 
 def test_windows_that_overlap_are_named() -> None:
@@ -858,7 +854,7 @@ def test_keys_of_other_tokens_beside_its_own_are_no_extra_keys(fused: bool) -> N
 
 
 def test_a_call_over_another_stream_is_named() -> None:
-    """LiLT: a layer attends to texts and to layouts, and only the call over what it reads first is its own."""
+    """LiLT: a layer attends to texts and to layouts, only the call over what it reads first is its own."""
     config = transformers.LiltConfig(**TEXT, **NARROW | {"hidden_size": 48}, num_hidden_layers=2)
     boxes = torch.randint(0, 50, (2, 9, 4)).sort(-1).values
     (tower,) = meaning_on(transformers.LiltModel(config).eval(), ids(), bbox=boxes).towers
