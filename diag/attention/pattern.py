@@ -143,13 +143,15 @@ def log2_pattern_blocks(
 def given_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
     """Yields a given pattern in blocks `[batch, head, row, key]` with their place, float32.
 
-    Where the pattern is float32 blocks are parts of it, not copies: they are read only.
+    Where the pattern is float32 blocks are parts of it, not copies: they are read only. Keys after the last
+    that a causal block sees are left out: their weights are 0.
     """
     assert call.pattern is not None
-    device = call.output.device
+    device, causal = call.output.device, call.visibility.rule == "causal"
     budget = min(of_threads(SEVERAL_HEADS_ELEMENTS, device), BLOCK_ELEMENTS[device.type])
     heads, rows, keys = call.pattern.shape[1:]
-    rows_at_once = max(1, min(rows, budget // max(1, keys)))
+    most = BLOCK_ROWS[device.type] // 2 if causal else rows
+    rows_at_once = max(1, min(rows, most, budget // max(1, keys)))
     number = max(1, budget // (rows_at_once * max(1, keys)))
     heads_at_once, batch_at_once = min(heads, number), max(1, number // heads)
     for b in range(0, call.batch, batch_at_once):
@@ -160,7 +162,7 @@ def given_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slic
                     slice(h, min(h + heads_at_once, heads)),
                     slice(r, min(r + rows_at_once, rows)),
                 )
-                yield where, call.pattern[where].float()
+                yield where, call.pattern[where][..., : where[2].stop if causal else keys].float()
 
 
 def positions(call: AttentionCall, where: tuple[slice, slice, slice]) -> Int[Tensor, " row"]:

@@ -115,11 +115,13 @@ def _of_pattern(call: AttentionCall) -> SoftmaxStatistics:
     entropy, squares, sums, least = torch.empty(4, *shape, dtype=torch.float32, device=device)
     scratch, tiny = Scratch(device), torch.finfo(torch.float32).tiny
     for where, block in given_blocks(call):
-        squares[where] = vector_norm(block, dim=-1).square_()
-        sums[where] = block.sum(-1)
-        least[where] = block.amin(-1)
+        vector_norm(block, dim=-1, out=squares[where])
+        torch.sum(block, -1, out=sums[where])
+        torch.amin(block, -1, out=least[where])
         logs = torch.clamp(block, min=tiny, out=scratch(*block.shape)).log2_()  # 0 log 0 is 0
-        entropy[where] = logs.mul_(block).sum(-1).mul_(-LN2)
+        torch.sum(logs.mul_(block), -1, out=entropy[where])
+    squares.square_()
+    entropy.mul_(-LN2)
     seen = call.visibility.count > 0
     index = first_key(call)[:, None, None, None].expand(*shape, 1)
     return SoftmaxStatistics(

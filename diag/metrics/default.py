@@ -283,8 +283,8 @@ def _partial_cosines(
     place: Int[Tensor, "#batch anchor"],
     chosen: Bool[Tensor, "#batch 1 anchor token"],
 ) -> tuple[Float[Tensor, "batch kv_head anchor"], Bool[Tensor, "batch kv_head"]]:
-    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`, in the format
-    of the values, and whether float32 is too coarse for it.
+    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`, in the
+    format of the values, and whether float32 is too coarse for it.
 
     1 - cos² loses its digits where values are nearly parallel: the error is about ε · mean of 1/(1 - cos²).
     """
