@@ -27,7 +27,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper
 
 from diag.attention import visibility
 from diag.attention.pattern import pattern_rows
-from diag.attention.visibility import Visibility, hiding, plain
+from diag.attention.visibility import Visibility, hiding, plain, prefix_sums
 from diag.errors import MeasurementError
 from diag.metrics.default import METRICS, per_input
 
@@ -265,3 +265,10 @@ def test_a_key_that_no_query_selects_is_no_padding(case: str) -> None:
     else:
         assert seen.keys is not None
         assert torch.equal(seen.keys[0], mask.any(0))
+
+
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 100])
+def test_prefix_sums_are_those_of_one_weighted_vector_after_the_other(keys: int) -> None:
+    x, weights = torch.randn(2, 3, keys, 5), torch.rand(2, 1, keys)
+    expected = (x.double() * weights.double()[..., None]).cumsum(2)
+    torch.testing.assert_close(prefix_sums(x, weights).double(), expected, rtol=1e-5, atol=1e-5)
