@@ -5,7 +5,7 @@
 
 Each probe is a process of its own, as users run it: imports, loading, 64 images, every default metric.
 The two ways take turns, so that a slow moment of the machine hits both. Of a family that is known the tests
-are skipped (`KNOWN` in `diag/measure/meaning.py`); here they are run for it all the same. Weights are random:
+are skipped (`KNOWN` in `diag/models/known.py`); here they are run for it all the same. Weights are random:
 time does not depend on them.
 """
 
@@ -66,7 +66,7 @@ def probe(model: str, images: int, way: str) -> None:
     from diag.run import api
 
     # the tests are run for every family, or for none
-    meaning.is_known = lambda model, tower: way == "without"  # type: ignore[assignment]
+    meaning.is_known = lambda root, layers: way == "without"  # type: ignore[assignment]
     generator = np.random.default_rng(0)
     pictures = [
         Image.fromarray(generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)) for _ in range(images)
