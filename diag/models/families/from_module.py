@@ -136,12 +136,12 @@ def _tested(
     """The tests on some inputs of a batch, `one` in front and then those that follow it."""
     tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
-    first, other = dict[str, Tensor](), dict[str, Tensor]()
+    first, other, last = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
         beside = [x.narrow(axis, (one + i) % x.shape[axis], 1) for i in range(1, inputs)]
         beside = [another(chosen)] if x.shape[axis] == 1 else beside
-        first[name] = torch.cat([chosen, *beside], axis)
+        first[name], last[name] = torch.cat([chosen, *beside], axis), beside[-1]
         content = x.is_floating_point() or name.endswith("ids") or not of_ids
         other[name] = torch.cat([another(chosen, 2) if content else chosen, *beside], axis)
     whole = isinstance(given, Mapping)
@@ -153,6 +153,7 @@ def _tested(
         inputs=inputs,
         everywhere=not any(map(are_ids, tensors.values())),
         real=_mask_of(first),
+        last=None if inputs != 2 else last if whole else last[""],
     )
 
 

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from types import FunctionType
 from typing import Any
 
@@ -198,6 +198,7 @@ WRITTEN_OUT = {"MiniMaxLightningAttention": Parts("act_fn", _last_of_three, "nor
 """Class -> its parts; `tests/models/hooks/test_linear.py` holds each line against the recurrence itself."""
 
 
+@lru_cache(maxsize=4096)
 def role_of(function: Callable) -> Role | None:
     """What a function's arguments are, by their names; None where it is no recurrence."""
     name = function.__name__
