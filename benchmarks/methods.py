@@ -176,7 +176,7 @@ def probe_run(model: nn.Module, data: Tensor, shape: Shape, *, exact: bool = Fal
 def tower_of(model: nn.Module, data: Tensor, shape: Shape) -> Tower:
     """A tower that runs the model on the same data whatever the samples are."""
     from diag.models.base import Batch, Tower
-    from diag.models.hooks.seam import attention_modules
+    from diag.models.hooks.layers import attention_modules
 
     vision = shape.family == "vit"
     return Tower(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.models.families.from_module import another
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, meaning_of
-from diag.models.hooks.seam import Layer
 from diag.models.hooks.survey import are_ids
 
 

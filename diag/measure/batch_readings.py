@@ -26,8 +26,8 @@ from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import Edit
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.residual import check_states, projection_error, tolerance
-from diag.models.hooks.seam import Layer
 from diag.results.layer_values import LayerFacts, LayerValues
 
 OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS

@@ -16,9 +16,9 @@ from diag.models.base import Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.output_gates import check_gates, gate_edits
 from diag.models.hooks.residual import branch_edits
-from diag.models.hooks.seam import Layer
 from diag.models.layer_numbers import own_numbers
 
 

@@ -34,9 +34,10 @@ from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import Edit
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import nothing_of_its_own
 from diag.models.hooks.residual import stream_states
-from diag.models.hooks.seam import Layer, OnCall, Sightings
+from diag.models.hooks.seam import OnCall, Sightings
 from diag.models.layer_numbers import numbered
 from diag.models.loading import theirs
 from diag.results.layer_values import LayerFacts, LayerValues

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from diag.models.hooks.depth import Place, stacks_of
+from diag.models.hooks.layers import Layer, attention_modules, has_closed
 from diag.models.hooks.meaning import INPUTS
-from diag.models.hooks.seam import Layer, attention_modules, has_closed
 
 KNOWN = frozenset(
     {

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from diag.models.base import Model
-    from diag.models.hooks.seam import Layer, OnCall, Sightings
+    from diag.models.hooks.layers import Layer
+    from diag.models.hooks.seam import OnCall, Sightings
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -142,7 +143,7 @@ def lens_calls(
 
 
 def _layers(bridge: TransformerBridge, spec: ModelSpec) -> tuple[Layer, ...]:
-    from diag.models.hooks.seam import Layer
+    from diag.models.hooks.layers import Layer
 
     attention = [(number, block.attn) for number, block in enumerate(bridge.blocks) if hasattr(block, "attn")]
     if not attention:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.depth import EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.in_python import WHAT_TO_TYPE
-from diag.models.hooks.seam import Form, Layer, refuse_compiled
+from diag.models.hooks.layers import Form, Layer
+from diag.models.hooks.seam import refuse_compiled
 from diag.models.hooks.survey import (
     ELSEWHERE,
     EVERYTHING,

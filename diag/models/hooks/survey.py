@@ -27,7 +27,8 @@ from diag.models.hooks.combined import Combination
 from diag.models.hooks.eager import Product
 from diag.models.hooks.layout import PLAIN, Layout, layout_of, merged_layout, plain_layout, sized_layout
 from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, is_linear, is_without_softmax
-from diag.models.hooks.seam import Arguments, AttentionMode, Frame, hooked, not_its_own
+from diag.models.hooks.mode import Arguments, AttentionMode, Frame, hooked
+from diag.models.hooks.seam import not_its_own
 
 NEIGHBOURS = 8
 """Of how many tokens up to its own a value in front of a recurrence may be made; convolutions are 4 wide."""

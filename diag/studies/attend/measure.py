@@ -20,7 +20,7 @@ from diag.measure.loop import capture
 from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.layer_numbers import own_numbers
 from diag.models.names.spec import ModelSpec
 from diag.results.caveats import columns_of

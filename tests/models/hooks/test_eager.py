@@ -21,8 +21,9 @@ import diag
 from diag.attention.call import AttentionCall
 from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import SEVERAL
-from diag.models.hooks.seam import Layer, attention_calls
+from diag.models.hooks.seam import attention_calls
 
 Written = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of `[batch, head, token, dim]`, which it returns; the mask is True where a key is seen."""
