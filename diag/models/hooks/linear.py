@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from types import FunctionType
 from typing import Any
 
@@ -209,6 +209,7 @@ def _written_out(module: nn.Module) -> str | None:
     return next((name for name in classes if name in WRITTEN_OUT), None)
 
 
+@lru_cache(maxsize=4096)
 def role_of(function: Callable) -> Role | None:
     """What a function's arguments are, by their names; None where it is no recurrence."""
     name = function.__name__

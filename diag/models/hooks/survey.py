@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,18 +148,26 @@ class Seen:
 
     def rows(self, x: Tensor) -> Tensor:
         """What was told of each token, `[…, token]`, by rows of the call: `[row, token]`, of any head."""
-        layout = self.layout or PLAIN
-        return layout.split(x[..., None])[..., 0].any(1)
+        return self.split(x).any(1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """What was told of each token, `[…, token]`, as `[row, head, token]`."""
+        return (self.layout or PLAIN).split(x[..., None])[..., 0]
 
 
-def watched(root: nn.Module, run: Callable[[], object], *, asked: bool = True) -> Survey:
+class _Enough(BaseException):  # no error: none that the code of a model, or who tells of its errors, catches
+    """What is to be seen has been: what is left of a model or a module need not run."""
+
+
+def watched(root: nn.Module, run: Callable[[], object], *, asked: bool = True, most: int = 0) -> Survey:
     """What was seen while `run` ran the model, in order.
 
     asked: whether modules are run again for the axis test; else only fingerprints are taken.
+    most: how many calls are looked for, behind which the run ends; 0 for all.
     """
     modules = {path: module for path, module in root.named_modules() if not _is_leaf(module)}
-    survey = Survey(asked)
-    with hooked(survey, modules, without_softmax=True):
+    survey = Survey(asked, most)
+    with hooked(survey, modules, without_softmax=True), suppress(_Enough):
         run()
     for seen in survey.seen:
         seen.close()
@@ -189,9 +198,9 @@ class Survey(AttentionMode):
 
     stack: list[_Running]  # type: ignore[assignment]
 
-    def __init__(self, asked: bool) -> None:
+    def __init__(self, asked: bool, most: int = 0) -> None:
         super().__init__()
-        self.asked = asked
+        self.asked, self.most = asked, most
         self.seen: list[Seen] = []
         self.softmaxes: dict[int, tuple[str, torch.Size]] = {}
         self.not_read: dict[str, str] = {}
@@ -201,6 +210,7 @@ class Survey(AttentionMode):
             None  # of the calls of a module that is run again, whose output is changed
         )
         self.again: list[tuple[Tensor | None, Tensor]] | None = None  # of calls of a module that is run again
+        self.most_again = 0
         self.directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def entered(self, path: str, module: nn.Module, args: Any) -> None:
@@ -255,7 +265,7 @@ class Survey(AttentionMode):
     def attention(self, given: Arguments) -> Tensor:
         query, key, value, attn_mask, *_ = given
         if self.again is not None:
-            self.again.append((query.clone(), value.clone()))
+            self._note_again(query.clone(), value.clone())
         output = given.run()
         if self.again is not None or not self.stack:
             return self._disturb(output)
@@ -285,7 +295,7 @@ class Survey(AttentionMode):
         if output is None or not is_without_softmax(given, inside):
             return given.run()[0]  # seen this time
         if self.again is not None:
-            self.again.append((output.clone(), given.value.clone()))
+            self._note_again(output.clone(), given.value.clone())
         elif self.stack:
             seen = self._noted(given.value, mixer=True)
             seen.layout, seen.recurrence = given.usual, Recurrence(given.called)
@@ -302,7 +312,7 @@ class Survey(AttentionMode):
 
     def product(self, given: Product, result: Tensor) -> Tensor:
         if self.again is not None:
-            self.again.append((given.scores, given.value.clone()))
+            self._note_again(given.scores, given.value.clone())
             return given.result(self._disturb(given.output(result)))
         self.softmaxes.pop(given.weights.start, None)
         seen, pattern = self._noted(given.value), given.pattern
@@ -334,7 +344,16 @@ class Survey(AttentionMode):
         frame.calls += not mixer
         self.seen.append(seen)
         frame.made.append(seen)
+        if len(self.seen) == self.most:
+            raise _Enough
         return seen
+
+    def _note_again(self, query: Tensor | None, value: Tensor) -> None:
+        """A call of a module that is run again, which ends behind as many as it has made."""
+        assert self.again is not None
+        self.again.append((query, value))
+        if len(self.again) == self.most_again:
+            raise _Enough
 
     def _note_maps(self, frame: _Running, maps: Combination) -> None:
         """The calls of a frame are maps that it adds up, or it does with them what is not understood."""
@@ -483,10 +502,11 @@ class Survey(AttentionMode):
         """Queries and values of all calls when a module is run again; None where that does not go."""
         if given is None:
             return None
-        self.again = []
+        self.again, self.most_again = [], len(frame.made)
         self.stack.append(_Running(frame.path, frame.run))
         try:
-            module.forward(*given[0], **given[1])
+            with suppress(_Enough):
+                module.forward(*given[0], **given[1])
         except Exception:  # a module's own code, on what it was not made for: it cannot be asked
             return None
         finally:

@@ -20,7 +20,16 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
 from diag.models.hooks.layout import PLAIN, Layout, layout_of
-from diag.models.hooks.meaning import BESIDE_OWN, EAGER, INPUTS, OTHERWISE, SEVERAL, WINDOWS, Meaning
+from diag.models.hooks.meaning import (
+    BESIDE_OWN,
+    EAGER,
+    INPUTS,
+    OTHERWISE,
+    SEVERAL,
+    WINDOWS,
+    Meaning,
+    meaning_of,
+)
 from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, OVERLAP, REASONS
 
@@ -366,6 +375,53 @@ class Tiled(Attention):
 def test_whose_the_rows_are_is_found(layer: nn.Module, rows: str) -> None:
     found = meaning_on(layer.eval(), torch.randn(2, 9, 16))
     assert (found.rows, found.random, found.sequence_first) == (rows, False, False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "alike", "read", "after"),
+    [
+        # two inputs, then the second alone: what comes after the last attention runs once
+        (Attention(), 0, [2, 1], [2]),
+        (Windows(first=False), 0, [2, 1], [2]),
+        # where this is not plain, another first input is put beside the second
+        (Windows(first=True), 0, [2, 1, 2], [2]),
+        (Mixing(), 0, [2, 1, 2, 2], [2]),
+        (Attention(), 9, [2, 1, 2], [2]),
+        (Attention(), 4, [2, 1], [2]),
+        (Windows(first=False), 3, [2, 1, 2], [2]),
+    ],
+)
+def test_a_plain_model_is_told_by_its_second_input_alone(
+    layer: nn.Module, alike: int, read: list[int], after: list[int]
+) -> None:
+    """alike: how many tokens at the beginning are the same in both inputs."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(16, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ran.append(len(x))
+            y = self.layer(x)
+            of_head.append(len(y))
+            return self.head(y)
+
+    ran, of_head = list[int](), list[int]()
+    module, x = Whole().eval(), torch.randn(2, 9, 16)
+    x[1, :alike] = x[0, :alike]
+    other = torch.cat([torch.randn(1, 9, 16), x[1:]])
+    meaning_of(module, module, x, other, inputs=2, last=x[1:])
+    assert (ran, of_head) == (read, after)
+
+
+def test_in_half_precision_an_input_is_not_compared_with_itself_alone() -> None:
+    ran = list[int]()
+    module, x = Attention().eval().bfloat16(), torch.randn(2, 9, 16).bfloat16()
+    module.register_forward_pre_hook(lambda module, args: ran.append(len(args[0])))
+    other = torch.cat([torch.randn(1, 9, 16).bfloat16(), x[1:]])
+    assert meaning_of(module, module, x, other, inputs=2, last=x[1:]).rows == INPUTS
+    assert ran == [2, 2]
 
 
 def test_unequal_tiles_are_not_shared_out_evenly() -> None:
