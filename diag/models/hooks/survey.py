@@ -357,12 +357,18 @@ class Survey(AttentionMode):
         if not others and not unequal:
             return
         # windows in turn, or keys from elsewhere: when all that was read changes, V of windows does
-        all_changed = self._again(frame, module, _with_changed(args, kwargs, everywhere=True)) or []
-        for seen, (query, value), (_, everywhere) in zip(frame.made, again, all_changed, strict=False):
-            if seen in others and seen.value is not None and len(_followed(seen.value, everywhere)[-2]):
-                seen.kind = OWN
-            elif seen in unequal and seen.unequal:
-                _ask_for_extra_keys(seen, query, value, everywhere, direct=seen.path == frame.path)
+        if others:
+            all_changed = self._again(frame, module, _with_changed(args, kwargs, everywhere=True)) or []
+            for seen, (_, everywhere) in zip(frame.made, all_changed, strict=False):
+                if seen in others and seen.value is not None and len(_followed(seen.value, everywhere)[-2]):
+                    seen.kind = OWN
+        # keys without a token follow nothing that is given, such as what another stack returned
+        if unequal:
+            given = _with_changed(args, kwargs, everywhere=True, beside=True)
+            all_changed = self._again(frame, module, given) or []
+            for seen, (query, value), (_, everywhere) in zip(frame.made, again, all_changed, strict=False):
+                if seen in unequal and seen.unequal:
+                    _ask_for_extra_keys(seen, query, value, everywhere, direct=seen.path == frame.path)
 
     def _ask_in_turn(self, frame: _Running, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Whether the calls of one run are layers that follow each other, as in a model that is one function.
@@ -551,12 +557,17 @@ def _read_by(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tenso
 
 
 def _with_changed(
-    args: Sequence[Any], kwargs: Mapping[str, Any], *, everywhere: bool = False, nothing: bool = False
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    everywhere: bool = False,
+    beside: bool = False,
+    nothing: bool = False,
 ) -> tuple[list, dict] | None:
     """Arguments with what a module reads changed in one element: its first tensor, wherever that is given.
 
-    everywhere: in all elements. nothing: in none. Caches are left out, or keys would be there twice. None
-    where there is no tensor to change.
+    everywhere: in all elements; beside: of all other tensors of numbers or ids, too. nothing: in none. Caches
+    are left out, or keys would be there twice. None where there is no tensor to change.
     """
     tensors, read = _read_by(args, kwargs)
     if read is None:
@@ -576,6 +587,8 @@ def _with_changed(
     def instead(x: Any) -> Any:
         if any(x is one for one in same):
             return changed
+        if beside and any(x is one for one in tensors) and (x.is_floating_point() or are_ids(x)):
+            return other_than(x)
         if isinstance(x, MutableMapping | list):  # what layers hand on in it stays as this pass has left it
             return copy(x)
         return None if hasattr(x, "get_seq_length") else x
