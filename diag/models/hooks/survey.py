@@ -29,6 +29,7 @@ from diag.models.hooks.linear import TOKENS_FIRST, Inside, Mixing, Recurrence, i
 from diag.models.hooks.mode import Arguments, AttentionMode, Frame, hooked
 from diag.models.hooks.seam import not_its_own
 
+SEED = 20_241_119
 NEIGHBOURS = 8
 """Of how many tokens up to its own a value in front of a recurrence may be made; convolutions are 4 wide."""
 
@@ -500,7 +501,7 @@ def _ask_for_extra_keys(
     queries, keys = seen.output.shape[-2], seen.value.shape[-2]
     if not len(one):
         return
-    if queries == 1 and len(one) == keys:
+    if direct and queries == 1 and len(one) == keys:
         seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
     if len(followed) != queries or len(one) != 1:
@@ -608,6 +609,7 @@ def other_than(x: Tensor, number: int = 1) -> Tensor:
     """
     if not x.is_floating_point():
         return x.roll(number, -1)
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(number))
+    # a seed that nobody has drawn his own input with
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED + number))
     spread = x.float().std().nan_to_num().cpu() if x.numel() > 1 else 0.0
     return (drawn * (1 + spread)).to(x.device, x.dtype)
