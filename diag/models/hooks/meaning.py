@@ -39,6 +39,10 @@ SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
     "that follow each other"
 )
+BESIDE_OWN = (
+    "its values do not follow what its module reads first: it is of another stream, or cross-attention, beside "
+    "the call that is the layer's"
+)
 SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
@@ -309,17 +313,16 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
     """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
 
     Where an input has several rows, and between others, they are what stays the same; in front of all others
-    and behind them only what does so in the last layer as well: prefix tokens are the same in the first one,
-    or in several that stand side by side there. The first token of a causal text is the same in all of them,
-    and is none.
+    and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
+    are the same in the first one, or in several that stand side by side there. The first token of a causal text
+    is the same in all of them, and is none.
 
-    everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only rows of
-        windows count, and only where several layers have such tokens.
+    everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only what
+    several layers have counts, in rows of windows, or in all calls over so many tokens.
     """
     found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
+    calls = [one for one in calls if one in own and own[one].any()]
     for one in calls:
-        if one not in own or not own[one].any():
-            continue
         rows, tokens = own[one].shape
         constant = ~own[one]
         if one.keys is not None and one.keys.shape[-1] == tokens:
@@ -330,12 +333,22 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
         elif not one.first_alone:
             at_ends.setdefault(tokens, {})[one] = constant
     if not everywhere:
-        in_windows = {one: constant for one, constant in found.items() if len(constant) > 1}
-        return in_windows if len({(one.path, one.run) for one in in_windows}) > 1 else {}
-    for alike in at_ends.values():
-        *_, last = alike.values()
-        if last.any() and len({(one.path, one.run) for one in alike}) > 1:
-            found |= {one: last for one, constant in alike.items() if torch.equal(constant, last)}
+        alike = {
+            one: all(
+                other in found and torch.equal(found[other], constant)
+                for other in calls
+                if own[other].shape == constant.shape
+            )
+            for one, constant in found.items()
+        }
+        sure = {one: x for one, x in found.items() if len(x) > 1 or (alike[one] and not one.first_alone)}
+        return sure if len({(one.path, one.run) for one in sure}) > 1 else {}
+    in_windows = [constant.all(0) for constant in found.values()]
+    for of_ends in at_ends.values():
+        *_, last = of_ends.values()
+        known = any(torch.equal(constant, last.all(0)) for constant in in_windows)
+        if last.any() and (known or len({(one.path, one.run) for one in of_ends}) > 1):
+            found |= {one: last for one, constant in of_ends.items() if torch.equal(constant, last)}
     return found
 
 
@@ -386,6 +399,11 @@ def _towers(
             if not mine:
                 skipped[place.path] = place.why or calls.refused.get(key, EAGER)
                 continue
+            skipped |= {
+                f"{place.path} (call {one.number})": one.why or REASONS.get(one.kind or "", BESIDE_OWN)
+                for one in calls.of_run[key]
+                if one not in mine and one.kind != EXPERTS and one.recurrence is None
+            }
             form = Form(
                 runs=calls.seen.runs[place.path],
                 calls=None if len(mine) == len(calls.of_run[key]) else calls.numbers[key],
@@ -402,7 +420,8 @@ def _towers(
         if not layers:
             unmeasured |= skipped
             continue
-        padding = _padding(list(of_stack), own, everywhere)
+        ran = (one for place in stack.places for one in calls.of_run.get((place.path, place.run), ()))
+        padding = _padding([one for one in ran if one in of_stack or one.kind == OWN], own, everywhere)
         hides = real is not None and any(_shows(one, real) for one in of_stack)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)

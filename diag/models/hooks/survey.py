@@ -353,6 +353,13 @@ class Survey(AttentionMode):
                     seen.rows_read = None if read is None else len(read)
                 seen.touched = seen.kind is not None
         own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
+        mine = [seen for seen in frame.made if seen.path == frame.path]
+        unmoved = [seen for seen in mine if seen.asked and seen.kind is None]
+        if unmoved and len(mine) > 1 and not own:  # the element was of another of its calls, as of a stream
+            further = self._again(frame, module, _with_changed(args, kwargs, part=6)) or []
+            for seen, (query, value) in zip(frame.made, further, strict=False):
+                if seen in unmoved and seen.value is not None and seen.value.shape == value.shape:
+                    seen.kind = _kind(seen, query, value, direct=True)
         others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
         unequal = [seen for seen in frame.made if seen.unequal and seen.value is not None]
         if not others and not unequal:
@@ -505,7 +512,7 @@ def _ask_for_extra_keys(
         seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
     if len(followed) != queries or len(one) != 1:
-        if len(one) > 1 and len(followed) > queries:
+        if direct and len(one) > 1 and len(followed) > queries:
             seen.why = f"{queries} queries over {keys} keys, of which some are made of several tokens"
         return
     before = int(followed[0])
@@ -564,17 +571,19 @@ def _with_changed(
     everywhere: bool = False,
     beside: bool = False,
     nothing: bool = False,
+    part: int = 2,
 ) -> tuple[list, dict] | None:
     """Arguments with what a module reads changed in one element: its first tensor, wherever that is given.
 
-    everywhere: in all elements; beside: of all other tensors of numbers or ids, too. nothing: in none. Caches
-    are left out, or keys would be there twice. None where there is no tensor to change.
+    everywhere: in all elements; beside: of all other tensors of numbers or ids, too. nothing: in none. part:
+    how far into it the element lies. Caches are left out, or keys would be there twice. None where there is no
+    tensor to change.
     """
     tensors, read = _read_by(args, kwargs)
     if read is None:
         return None
     # of an odd number: in the windows of outlook attention, two apart, one of an even number stands once
-    changed, place = read.clone(), tuple(min(size - 1, size // 2 | 1) for size in read.shape)
+    changed, place = read.clone(), tuple(min(size - 1, size // part | 1) for size in read.shape)
     if nothing:
         changed = read
     elif everywhere:
