@@ -30,7 +30,7 @@ class Evidence:
     calls: of each input alone, in order. together: of all inputs in one batch. kinds: of whose tokens a
     fused call is, by (path, run, number of the call in that run). masks: which tokens of an input are real,
     where one came with it. coupled: whether an input gives other outputs beside others. random: whether the
-    same input gives other outputs twice. texts: how many tokens the texts have, which may share words.
+    same input gives other outputs twice, of attention as well: what is drawn behind it changes no number. texts: how many tokens the texts have, which may share words.
     failed: what the model says of its own inputs. notes: what could not be found out.
     """
 
@@ -74,11 +74,13 @@ class Evidence:
         """Modules that attend, in order."""
         return list(dict.fromkeys(call.path for call in self.together))
 
-    def kind(self, path: str, run: int) -> set[str]:
-        """What the calls of a module's run are over."""
-        return {kind for (of, which, *_), kind in self.kinds.items() if (of, which) == (path, run)} or {
-            UNKNOWN
-        }
+    def kind(self, path: str, run: int, without: frozenset[int] = frozenset()) -> set[str]:
+        """What the calls of a module's run are over; without: numbers of those that are left out."""
+        return {
+            kind
+            for (of, which, _, number), kind in self.kinds.items()
+            if (of, which) == (path, run) and number not in without
+        } or {UNKNOWN}
 
     def kinds_within(self, path: str) -> set[str]:
         """What the calls of a module and of those in it are over, and of those that it is in."""
@@ -105,12 +107,12 @@ def gathered(
     try:
         of_batch = observed(root, run(together))
         calls = [observed(root, run(one)) for one in each]
-        observed(root, run(each[0]))
+        calls_again = observed(root, run(each[0]))
     except Exception as error:  # a model may say anything of inputs
         return Evidence(root, [], [], failed=f"{type(error).__name__}: {error}")
     found = Evidence(root, calls, of_batch, masks=list(masks or [None] * len(each)), prefix=prefix)
     whole, single, again = outputs[0], outputs[1 : 1 + len(each)], outputs[-1]
-    found.random = not _alike(single[0], again, 0)
+    found.random = not _alike(single[0], again, 0) and not _same_calls(calls[0], calls_again)
     found.coupled = not any(
         all(_alike(part, one, 1e-3) for part, one in zip(whole.split(1, axis), single, strict=True))
         for axis in range(min(2, whole.ndim))
@@ -197,6 +199,14 @@ def _as_in_the_batch(call: Call, beside: Call, row: int, inputs: int) -> None:
     if mask is not None and mask.ndim > 2 and mask.shape[0] == size * inputs and mask.shape[0] > 1:
         mask = mask[row * size : (row + 1) * size]
     call.mask, call.causal = mask, beside.causal
+
+
+def _same_calls(calls: Sequence[Call], again: Sequence[Call]) -> bool:
+    """Whether attention gave the same twice."""
+    outputs = [(one.output, two.output) for one, two in zip(calls, again, strict=False)]
+    return len(calls) == len(again) and all(
+        one is two or (one is not None and two is not None and _alike(one, two, 0)) for one, two in outputs
+    )
 
 
 def _differentiable(batch: Any) -> Any:

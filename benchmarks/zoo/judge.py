@@ -78,8 +78,12 @@ def judged(evidence: Evidence, answer: Answer) -> Verdict:
 
 def _has_own_tokens(evidence: Evidence, path: str) -> bool:
     """Whether something at a path could have been measured: its tokens meet their own values."""
-    path = _without_run(path)
-    kinds = {kind for (of, *_), kind in evidence.kinds.items() if within(of, path)}
+    call, path = re.search(r" \(call (\d+)\)$", path), _without_run(path)
+    kinds = {
+        kind
+        for (of, _, _, number), kind in evidence.kinds.items()
+        if within(of, path) and (call is None or number == int(call[1]))
+    }
     return not kinds <= {CROSS, CHANNELS, ORDER}
 
 
@@ -172,13 +176,22 @@ def faults_of_table(evidence: Evidence, answer: Answer) -> Iterable[str]:
             for path, run in groups[0]
             if within(path, line.path) and (line.run is None or run == line.run)
         ]
+        if not places:  # a product that is made by a module of its own
+            places = [place for place in groups[0] if within(line.path, place[0]) and place[0]]
+            places = places if len({path for path, _ in places}) == 1 else []
         if not places and re.search(r"\bn_tokens=1(\.0)? ", line.facts):
             continue  # a product over one key may be no product
         if not places:
             yield f"'{line.path}' is in the table, but calls no attention"
             continue
-        yield from _faults_of_line(evidence, line, places, groups)
+        yield from _faults_of_line(evidence, line, places, groups, _left_out(answer, line.path))
     yield from numbering_faults(evidence.root, lines, [call.path for call in evidence.calls[0]])
+
+
+def _left_out(answer: Answer, path: str) -> frozenset[int]:
+    """Which calls of a layer are named as not measured."""
+    named = (re.fullmatch(rf"{re.escape(path)} \(call (\d+)\)", of) for of in answer.skipped)
+    return frozenset(int(match[1]) for match in named if match)
 
 
 def _faults_of_line(
@@ -186,8 +199,14 @@ def _faults_of_line(
     line: Line,
     places: list[tuple[str, int]],
     groups: list[dict[tuple[str, int], list[Call]]],
+    left: frozenset[int],
 ) -> Iterable[str]:
-    kinds = set().union(*(evidence.kind(*place) for place in places))
+    """What is wrong with a layer of the table. left: which of its calls are named as not measured."""
+    kinds = set().union(*(evidence.kind(*place, left) for place in places))
+    groups = [
+        {place: [call for n, call in enumerate(of) if n not in left] for place, of in group.items()}
+        for group in groups
+    ]
     if kinds & OWN_KINDS and any(len(set(call.lengths)) > 1 for place in places for call in groups[0][place]):
         kinds -= {
             CROSS

@@ -41,6 +41,12 @@ def _runs(seen: Evidence, match: re.Match[str]) -> bool:
     return any(_within(path, match[1]) and count > 1 for path, count in runs.items())
 
 
+def _several(seen: Evidence, match: re.Match[str]) -> bool:
+    """Whether a module calls attention several times in one run of it."""
+    calls = Counter((call.path, call.run) for call in seen.together)
+    return any(_within(path, match[1]) and count > 1 for (path, _), count in calls.items())
+
+
 def _silent(seen: Evidence, match: re.Match[str]) -> bool:
     return not any(_within(path, match[1]) for path in seen.seen)
 
@@ -55,6 +61,7 @@ def _differ(told: str) -> bool:
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (
+    (r"'([^']*)': it calls attention several times in one run", _several),
     (r"comput\w+ (softmax )?attention (by )?itself|softmax itself|eager", _eager),
     (r"made no self-attention call|no self-attention layer|no attention layer", _none_of_its_own),
     (r"no layer attends to its own tokens", _none_of_its_own),

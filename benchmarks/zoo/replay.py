@@ -53,6 +53,8 @@ def kind_of(watch: Watch, call: Call, number: int) -> str:
                 return CHANNELS
             if reads:
                 alone.add(reads)
+            elif kind == MIXED and number > frame.before:
+                continue  # tokens were mixed by attention before it
             elif found == UNKNOWN or kind == ORDER:
                 found = kind
         if found != UNKNOWN:
@@ -67,13 +69,18 @@ def _again(watch: Watch, frame: Frame, args: Any, kwargs: Any, number: int) -> C
     watch.calls, kept = Calls(), watch.calls
     assert frame.module is not None
     try:
-        frame.module(*args, **kwargs)
+        frame.module(*map(_uncached, args), **{name: _uncached(x) for name, x in kwargs.items()})
         eager = [call for call in watch.calls if call.eager]
         return eager[number] if 0 <= number < len(eager) else None
     except Exception:  # a module that does not run twice, such as one that fills a cache
         return None
     finally:
         watch.calls = kept
+
+
+def _uncached(x: Any) -> Any:
+    """An argument, without the cache that a module has filled when it ran first."""
+    return None if hasattr(x, "get_seq_length") else x
 
 
 def _changed(frame: Frame) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -33,7 +33,9 @@ def as_module(case: Case) -> Verdict:
         case.batch = {**case.batch, "attention_mask": whole}
         seen = module_evidence(case)
         seen.notes.append("judged without padding, beside which the model itself gives other outputs")
-    return judged(seen, asked(case.module, [case.batch]))
+    # padding that it makes itself, such as that of durations, is not there in an input alone
+    batches = inputs_of(case) if seen.coupled and not seen.failed else [case.batch]
+    return judged(seen, asked(case.module, batches))
 
 
 def module_evidence(case: Case) -> Evidence:
