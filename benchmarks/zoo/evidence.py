@@ -31,7 +31,7 @@ class Evidence:
     fused call is, by (path, run, number of the call in that run). masks: which tokens of an input are real,
     where one came with it. coupled: whether an input gives other outputs beside others. random: whether the
     same input gives other outputs twice, of attention as well: what is drawn behind it changes no number. texts: how many tokens the texts have, which may share words.
-    failed: what the model says of its own inputs. notes: what could not be found out.
+    failed: what the model says of its own inputs. notes: what could not be found out. batch: all of the inputs.
     """
 
     root: nn.Module
@@ -45,6 +45,7 @@ class Evidence:
     prefix: int | None = None
     texts: frozenset[int] = frozenset()
     notes: list[str] = field(default_factory=list)
+    batch: Any = None
 
     @property
     def inputs(self) -> int:
@@ -111,6 +112,7 @@ def gathered(
     except Exception as error:  # a model may say anything of inputs
         return Evidence(root, [], [], failed=f"{type(error).__name__}: {error}")
     found = Evidence(root, calls, of_batch, masks=list(masks or [None] * len(each)), prefix=prefix)
+    found.batch = together
     whole, single, again = outputs[0], outputs[1 : 1 + len(each)], outputs[-1]
     found.random = not _alike(single[0], again, 0) and not _same_calls(calls[0], calls_again)
     found.coupled = not any(

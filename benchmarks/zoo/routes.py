@@ -6,6 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,9 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
     from diag.run.shards import tower_samples
 
     tower = loaded.towers[kind]
-    given: list[Any] = TEXTS if tower.input_kind == "text" else images()
+    given: Any = TEXTS if tower.input_kind == "text" else images()
+    if getattr(tower, "frames", None):
+        given = clips_in(Path(name) / "clips", tower.frames)
     length = {}
     if tower.input_kind == "text" and not tower.facts.get("context"):
         length = {"seq_len": 16}
@@ -129,6 +132,15 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
     if tower.input_kind == "text":
         seen.texts = frozenset(call.lengths[0] for call in seen.calls[0]) if seen.calls else frozenset()
     return judged(seen, answer)
+
+
+def clips_in(folder: Path, frames: int) -> str:
+    """A folder of two clips, one of each image, in a folder of frames for each."""
+    for number, image in enumerate(images()):
+        (folder / f"clip-{number}").mkdir(parents=True, exist_ok=True)
+        for frame in range(frames):
+            image.rotate(frame).save(folder / f"clip-{number}" / f"frame-{frame:03d}.png")
+    return str(folder)
 
 
 def images() -> list[Image.Image]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diag.errors import UnreadableInput
+from diag.errors import MeasurementError, UnreadableInput
 from diag.measure.batch_size import is_out_of_memory
 from diag.measure.loop import told_if_the_model_fails
 from diag.models.base import Batch, Model, Sample, Tower
@@ -27,7 +27,6 @@ from diag.models.hooks.meaning import (
     Meaning,
     Understood,
     meaning_of,
-    nothing_of_its_own,
     refuse_random,
     told,
 )
@@ -174,7 +173,10 @@ def _chosen(tower: Tower, found: Meaning) -> Understood:
         skipped = {path: why for one in found.towers for path, why in one.skipped.items()}
         path = next((path for path in skipped if _within(path, expected)), expected[0])
         why = skipped.get(path, "it makes no attention call that is seen")
-        raise nothing_of_its_own(path, why)
+        raise MeasurementError(
+            f"no layer of its {tower.name} tower attends to its own tokens ('{path}': {why})",
+            "measure the model as a module: diag.probe(module, batches)",
+        )
     return chosen
 
 

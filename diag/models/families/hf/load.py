@@ -337,4 +337,4 @@ def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
     for path, child in module.named_modules():
         if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
             return len(child.weight) - child.padding_idx - 1
-    return context
+    return context if context > 0 else None  # XLNet says -1
