@@ -72,10 +72,10 @@ def _differ(told: str) -> bool:
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (
+    (r"no layer of its \w+ tower attends to its own tokens \('([^']*)'", _none_in_tower),
     (r"'([^']*)': it calls attention several times in one run", _several),
     (r"comput\w+ (softmax )?attention (by )?itself|softmax itself|eager", _eager),
     (r"made no self-attention call|no self-attention layer|no attention layer", _none_of_its_own),
-    (r"no layer of its \w+ tower attends to its own tokens \('([^']*)'", _none_in_tower),
     (r"no layer attends to its own tokens", _none_of_its_own),
     (r"over channels|over heads|cross-attention|pooling|of many tokens|not in the order", _none_of_its_own),
     (r"ran (\d+) rows for (\d+) inputs", _rows),
