@@ -20,7 +20,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
 from diag.models.hooks.layout import PLAIN, Layout, layout_of
-from diag.models.hooks.meaning import EAGER, INPUTS, OTHERWISE, SEVERAL, WINDOWS, Meaning
+from diag.models.hooks.meaning import BESIDE_OWN, EAGER, INPUTS, OTHERWISE, SEVERAL, WINDOWS, Meaning
 from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, OVERLAP, REASONS
 
@@ -829,6 +829,84 @@ def test_windows_beside_a_text_are_filled_up_too() -> None:
     image, text = meaning_on(Both().eval(), images(32), ids()).towers
     assert any(x is not None for layer in image.layers for x in layer.form.padding)
     assert not any(x is not None for layer in text.layers for x in layer.form.padding)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+def test_keys_of_other_tokens_beside_its_own_are_no_extra_keys(fused: bool) -> None:
+    """A class token that attends to itself and to patches, which are handed over beside it."""
+
+    class Classes(Attention):
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            q = self.heads(x)[0]
+            _, k, v = self.heads(torch.cat([x, context], 1))
+            y = F.scaled_dot_product_attention(q, k, v) if fused else (q @ k.mT).softmax(-1) @ v
+            return x + self.out(y.transpose(1, 2).flatten(2))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.classes = nn.ModuleList([Attention()]), nn.ModuleList([Classes()])
+            self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            return self.classes[0](self.token.expand(len(x), -1, -1), context=x)
+
+    (tower,) = meaning_on(Model().eval(), torch.randn(2, 9, 16)).towers
+    assert [layer.path for layer in tower.layers] == ["blocks.0"]
+    assert tower.skipped == {"classes.0": "1 queries over 10 keys: cross-attention or pooling"}
+
+
+def test_a_call_over_another_stream_is_named() -> None:
+    """LiLT: a layer attends to texts and to layouts, and only the call over what it reads first is its own."""
+    config = transformers.LiltConfig(**TEXT, **NARROW | {"hidden_size": 48}, num_hidden_layers=2)
+    boxes = torch.randint(0, 50, (2, 9, 4)).sort(-1).values
+    (tower,) = meaning_on(transformers.LiltModel(config).eval(), ids(), bbox=boxes).towers
+    assert [layer.form.calls for layer in tower.layers] == [frozenset({1})] * 2
+    assert tower.skipped == {f"encoder.layer.{n}.attention.self (call 0)": BESIDE_OWN for n in range(2)}
+
+
+def test_tokens_in_front_of_other_streams_are_found_in_every_layer() -> None:
+    """ProphetNet: predicting streams stand behind the main one, and attend to its keys and their own."""
+
+    class Streams(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            (q, k, v), (q2, k2, v2) = (self.heads(part) for part in x.chunk(2, 1))
+            main = F.scaled_dot_product_attention(q, k, v)
+            keys, values = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
+            other = F.scaled_dot_product_attention(q2, keys, values)
+            return x + self.out(torch.cat([main, other], 2).transpose(1, 2).flatten(2))
+
+    (tower,) = meaning_on(Stack(Streams(), Streams()).eval(), torch.randn(2, 24, 16)).towers
+    assert [(layer.path, layer.form.calls) for layer in tower.layers] == [
+        (f"layers.{n}", frozenset({0})) for n in range(2)
+    ]
+    why = "12 queries over 24 keys: cross-attention or pooling"
+    assert tower.skipped == {f"layers.{n} (call 1)": why for n in range(2)}
+
+
+def test_one_window_beside_a_text_is_filled_up_too() -> None:
+    """A single window, which all layers have: nothing of the text is padding, though its ids may stay."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = Stack(Attention(), Attention()), Stack(Attention(), Attention())
+            self.words = nn.Embedding(60, 16)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Any:
+            filled = F.pad(x.unflatten(1, (2, 2)), (0, 0, 0, 2, 0, 2)).flatten(1, 2)
+            for layer in self.image.layers:
+                x = layer(filled).unflatten(1, (4, 4))[:, :2, :2]
+                filled = F.pad(x, (0, 0, 0, 2, 0, 2)).flatten(1, 2)
+            return filled, self.text(self.words(ids))
+
+    image, text = meaning_on(Both().eval(), torch.randn(2, 4, 16), ids()).towers
+    real = F.pad(torch.ones(2, 2), (0, 2, 0, 2)).flatten().bool()
+    for layer in image.layers:
+        assert layer.form.padding[0] is not None
+        assert torch.equal(layer.form.padding[0], ~real[None])
+    assert all(layer.form.padding == () for layer in text.layers)
 
 
 def test_a_router_of_experts_holds_no_place() -> None:
