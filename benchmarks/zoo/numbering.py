@@ -84,7 +84,9 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
         {path: ranked.index(block) for path, block in blocks.items() if block in ranked},
         {path: attending.index(path) for path in blocks if path in attending},
         # of a block that attends twice, and to others' tokens besides
-        {path: place for place, path in enumerate(path for path in attending if path in blocks)} if shared else {},
+        {path: place for place, path in enumerate(path for path in attending if path in blocks)}
+        if shared
+        else {},
     )
     return any(all(line.layer == way.get(line.path) for line in of_tower) for way in ways)
 
@@ -142,4 +144,6 @@ def _are_parts(root: nn.Module, container: str, lists: dict[str, set[int]]) -> b
         for number, block in enumerate(blocks.children())
         if number not in lists[container]
     ]
-    return inside and all(numbers == alike[0] for numbers in alike) and not any(x in attending for x in others)
+    return (
+        inside and all(numbers == alike[0] for numbers in alike) and not any(x in attending for x in others)
+    )

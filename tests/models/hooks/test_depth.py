@@ -296,7 +296,10 @@ def test_what_ends_a_stage_holds_one_place_in_it() -> None:
     ]
     model = parts(stages=nn.ModuleList(stages))
     (stack,) = stacks(model, {r".*\.attn": None, r"stages\.\d\.2": CROSS})
-    assert [place.path for place in stack.places if place.why is None] == ["stages.0.0.attn", "stages.1.0.attn"]
+    assert [place.path for place in stack.places if place.why is None] == [
+        "stages.0.0.attn",
+        "stages.1.0.attn",
+    ]
     assert len({place.path for place in stack.places}) == len(stack.places) <= 6
 
 

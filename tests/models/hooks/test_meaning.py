@@ -858,7 +858,7 @@ def test_keys_of_other_tokens_beside_its_own_are_no_extra_keys(fused: bool) -> N
 
 
 def test_a_call_over_another_stream_is_named() -> None:
-    """LiLT: a layer attends to texts and to layouts, and only the call over what it reads first is its own."""
+    """LiLT: a layer attends to texts and to layouts, and the call over what it reads first is its own."""
     config = transformers.LiltConfig(**TEXT, **NARROW | {"hidden_size": 48}, num_hidden_layers=2)
     boxes = torch.randint(0, 50, (2, 9, 4)).sort(-1).values
     (tower,) = meaning_on(transformers.LiltModel(config).eval(), ids(), bbox=boxes).towers
