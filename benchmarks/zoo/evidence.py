@@ -30,8 +30,9 @@ class Evidence:
     calls: of each input alone, in order. together: of all inputs in one batch. kinds: of whose tokens a
     fused call is, by (path, run, number of the call in that run). masks: which tokens of an input are real,
     where one came with it. coupled: whether an input gives other outputs beside others. random: whether the
-    same input gives other outputs twice, of attention as well: what is drawn behind it changes no number. texts: how many tokens the texts have, which may share words.
-    failed: what the model says of its own inputs. notes: what could not be found out. batch: all of the inputs.
+    same input gives other outputs twice, of attention as well: what is drawn behind it changes no number.
+    texts: how many tokens the texts have, which may share words. failed: what the model says of its own
+    inputs. notes: what could not be found out. batch: all of the inputs.
     """
 
     root: nn.Module

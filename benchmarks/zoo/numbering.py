@@ -131,7 +131,7 @@ def unnamed_blocks(root: nn.Module, attending: set[str], known: Iterable[str]) -
 
 
 def _are_parts(root: nn.Module, container: str, lists: dict[str, set[int]]) -> bool:
-    """Whether a list in a list holds the parts of one block: the same of them attend in all lists of its kind.
+    """Whether a list in a list holds the parts of one block: the same ones attend in all lists of its kind.
 
     They stand in wrappers of one class, such as a norm in front of attention and one in front of an MLP.
     """

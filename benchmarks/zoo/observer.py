@@ -93,8 +93,8 @@ class Calls(list[Call]):
 class Watch(TorchDispatchMode):
     """The calls of all forward passes while it is on, in order, and how often each module ran.
 
-    graph: whether calls keep the autograd graph, and modules their arguments, for `provenance`. parameters: of
-    the model; what weighs those is no attention.
+    graph: whether calls keep the autograd graph, and modules their arguments, for `provenance`. parameters:
+    of the model; what weighs those is no attention.
     """
 
     def __init__(self, graph: bool, parameters: Iterable[Tensor] = ()) -> None:

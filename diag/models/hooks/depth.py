@@ -278,8 +278,8 @@ def _beside(tree: _Tree, inside: Mapping[str, Sequence[tuple[str, int]]], found:
 
     Where blocks of one kind have either, as in a language model whose every fifth layer reads an image, and
     where a stack has nothing else, it holds one. A softmax of which nothing more was seen holds none where
-    its like stands beside attention, or beside a stack of blocks: it may be of anything, such as DeepSeek-V4's
-    hyper-connections.
+    its like stands beside attention, or beside a stack of blocks: it may be of anything, such as
+    DeepSeek-V4's hyper-connections.
     """
     paths = {block: [path for path, _ in own] for block, own in inside.items()}
     attending = (own for own in paths.values() if any(found[path] != EAGER for path in own))

@@ -40,8 +40,8 @@ SEVERAL = (
     "that follow each other"
 )
 BESIDE_OWN = (
-    "its values do not follow what its module reads first: it is of another stream, or cross-attention, beside "
-    "the call that is the layer's"
+    "its values do not follow what its module reads first: it is of another stream, or cross-attention, "
+    "beside the call that is the layer's"
 )
 SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
@@ -314,8 +314,8 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
 
     Where an input has several rows, and between others, they are what stays the same; in front of all others
     and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
-    are the same in the first one, or in several that stand side by side there. The first token of a causal text
-    is the same in all of them, and is none.
+    are the same in the first one, or in several that stand side by side there. The first token of a causal
+    text is the same in all of them, and is none.
 
     everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only what
     several layers have counts, in rows of windows, or in all calls over so many tokens.
