@@ -576,8 +576,8 @@ def _with_changed(
     """Arguments with what a module reads changed in one element: its first tensor, wherever that is given.
 
     everywhere: in all elements; beside: of all other tensors of numbers or ids, too. nothing: in none.
-    part: how far into it the element lies. Caches are left out, or keys would be there twice. None where there is no
-    tensor to change.
+    part: how far into it the element lies. Caches are left out, or keys would be there twice. None where
+    there is no tensor to change.
     """
     tensors, read = _read_by(args, kwargs)
     if read is None:
