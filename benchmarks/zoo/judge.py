@@ -177,7 +177,7 @@ def faults_of_table(evidence: Evidence, answer: Answer) -> Iterable[str]:
             if within(path, line.path) and (line.run is None or run == line.run)
         ]
         if not places:  # a product that is made by a module of its own
-            places = [place for place in groups[0] if within(line.path, place[0]) and place[0]]
+            places = [place for place in groups[0] if place[0] and line.path.startswith(f"{place[0]}.")]
             places = places if len({path for path, _ in places}) == 1 else []
         if not places and re.search(r"\bn_tokens=1(\.0)? ", line.facts):
             continue  # a product over one key may be no product

@@ -627,6 +627,8 @@ def _ask_for_extra_keys(
     if direct and queries == 1 and len(one) == keys:
         seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
+    if direct and len(followed) > queries:  # the module reads them: no module around it tells more
+        seen.unequal = False
     if len(followed) != queries or len(one) != 1:
         if direct and len(one) > 1 and len(followed) > queries:
             seen.why = f"{queries} queries over {keys} keys, of which some are made of several tokens"

@@ -533,9 +533,9 @@ def test_a_mixer_beside_attention_in_its_block_holds_no_place() -> None:
 class Both(Mixer):
     """Attention and a recurrence side by side in one module (Hymba), in either order."""
 
-    def __init__(self, order: str, keys: int | None = None) -> None:
+    def __init__(self, order: str, queries: int | None = None) -> None:
         super().__init__("chunk_gla")
-        self.order, self.keys = order, keys
+        self.order, self.queries = order, queries
         self.norms = nn.ModuleList([nn.LayerNorm(24), nn.LayerNorm(24)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -545,9 +545,7 @@ class Both(Mixer):
             if what == "recurrence":
                 made[what] = chunk_gla(q, k, v, -q[..., 0].square())[0]
             else:
-                query, key, value = (
-                    each.transpose(1, 2) for each in (q, k[:, : self.keys], v[:, : self.keys])
-                )
+                query, key, value = (each.transpose(1, 2) for each in (q[:, : self.queries], k, v))
                 if what == "attention":
                     y = F.scaled_dot_product_attention(query, key, value)
                 else:
@@ -577,8 +575,9 @@ def test_a_mixer_beside_attention_in_one_module_is_named(order: str) -> None:
         stream = layer(stream)
 
 
-def test_a_mixer_beside_attention_over_others_is_the_layer() -> None:
-    module = nn.Sequential(Both("attention recurrence", keys=4), Both("recurrence attention", keys=4)).eval()
+def test_a_mixer_beside_attention_of_one_query_is_the_layer() -> None:
+    orders = ("attention recurrence", "recurrence attention")
+    module = nn.Sequential(*(Both(order, queries=1) for order in orders)).eval()
     assert [layer.form.mixer for layer in layers_on(module, torch.randn(2, 9, 24))] == ["linear", "linear"]
 
 
