@@ -268,6 +268,13 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     return frozenset(one.number for one in own), None
 
 
+def _beside(one: Seen) -> str:
+    """Why a call is not the layer's, where another one is."""
+    if one.kind == POOLED and one.sizes is not None:
+        return "{} queries over {} keys of its tokens, beside the call that is the layer's".format(*one.sizes)
+    return one.why or REASONS.get(one.kind or "", BESIDE_OWN)
+
+
 def _are_parts(calls: Sequence[Seen]) -> bool:
     """Whether the calls of a run have as many queries together as each has keys, or the other way round."""
     queries, keys = zip(*(one.sizes for one in calls if one.sizes is not None), strict=True)
@@ -474,7 +481,7 @@ def _towers(
                 skipped[place.path] = place.why or calls.refused.get(key, EAGER)
                 continue
             skipped |= {
-                f"{place.path} (call {one.number})": one.why or REASONS.get(one.kind or "", BESIDE_OWN)
+                f"{place.path} (call {one.number})": _beside(one)
                 for one in calls.of_run[key]
                 if one not in mine and one.kind != EXPERTS and one.recurrence is None
             }

@@ -451,7 +451,10 @@ class Survey(AttentionMode):
         assert seen.sizes is not None
         (every, everywhere), *ones = runs
         queries, keys = seen.sizes
-        if queries == 1 or len(_followed(seen.value, everywhere)[-2]) < keys:
+        followed = len(_followed(seen.value, everywhere)[-2])
+        if direct and followed > queries:  # the module reads them: no module around it tells more
+            seen.unequal = False
+        if queries == 1 or followed < keys:
             return
         found = list[tuple[Tensor, Tensor]]()
         for again, value in ones:
@@ -627,8 +630,6 @@ def _ask_for_extra_keys(
     if direct and queries == 1 and len(one) == keys:
         seen.kind, seen.why, seen.unequal = EXPERTS, REASONS[EXPERTS], False
         return
-    if direct and len(followed) > queries:  # the module reads them: no module around it tells more
-        seen.unequal = False
     if len(followed) != queries or len(one) != 1:
         if direct and len(one) > 1 and len(followed) > queries:
             seen.why = f"{queries} queries over {keys} keys, of which some are made of several tokens"
