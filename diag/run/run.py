@@ -329,8 +329,7 @@ def _write_shard(
         write(moments_of(found, ratios, tower_job.constants).frame(), part.cells(place))
         hashes[part.cells(place).name] = sha256_of(part.cells(place))
     kept_values = list(filter(None, (values.until(keep) for values in found)))
-    frames = [samples_frame(values, ratios, tower_job.constants) for values in kept_values or found[:1]]
-    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    frame = samples_frame(kept_values or found[:1], ratios, tower_job.constants) if found else pd.DataFrame()
     account = {**asdict(incidents), "run": job.key, "content": content, "seconds": time.time() - began}
     account["measured"] = len({name for values in found for name in values.ids})
 
