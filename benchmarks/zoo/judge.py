@@ -6,6 +6,7 @@ used.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -444,7 +445,8 @@ def _between(constant: Tensor) -> bool:
 def _beside(evidence: Evidence, tokens: int) -> Tensor:
     """Which tokens are no patches: those that are the same for all inputs in the first call over so many.
 
-    Where none is, those that are known, in a call over as many tokens as the first one.
+    Where none is, those that are known, in a call over as many tokens as the first one, or over a square of
+    fewer and them, as in a later stage.
     """
     pairs = list(zip(evidence.calls[0], evidence.calls[1], strict=False))
     first, other = next((pair for pair in pairs if pair[0].lengths == (tokens, tokens)), pairs[0])
@@ -454,6 +456,9 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens) and not same.all():
             found = same[0]
-    if evidence.prefix and not found.any() and pairs[0][0].lengths == (tokens, tokens):
-        found[: evidence.prefix] = True
+    if evidence.prefix and not found.any():
+        patches = tokens - evidence.prefix
+        found[: evidence.prefix] = (
+            pairs[0][0].lengths == (tokens, tokens) or math.isqrt(max(patches, 0)) ** 2 == patches
+        )
     return found
