@@ -6,6 +6,7 @@ import contextlib
 import io
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,14 +61,16 @@ def probe_of(metric: str = "cos_y_vself", *, limit: int = 1, out: str = "run") -
     return ("probe", *given, "--metrics", metric, "-o", out)
 
 
-def sketch(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+def sketch(
+    figure: Figure, data: pd.DataFrame, folder: Path, stem: str, endings: Sequence[str] = ("pdf", "png")
+) -> list[Path]:
     """Lays a figure out and writes its rows, but its pictures stay empty: fonts take the time."""
     from diag.show.figures.style import style
 
     folder.mkdir(parents=True, exist_ok=True)
     with style():
         figure.draw_without_rendering()
-    pictures = [folder / f"{stem}.{suffix}" for suffix in ("pdf", "png")]
+    pictures = [folder / f"{stem}.{suffix}" for suffix in endings]
     for picture in pictures:
         picture.touch()
     data.to_csv(folder / f"{stem}.csv", index=False)

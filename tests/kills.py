@@ -409,7 +409,7 @@ CASES = (
 )
 
 
-def sketch(figure: Any, data: Any, folder: Path, stem: str) -> list[Path]:
+def sketch(figure: Any, data: Any, folder: Path, stem: str, *_: object) -> list[Path]:
     """The files of a figure, each renamed into place, without what takes the time."""
     paths = [folder / f"{stem}.{ending}" for ending in ("pdf", "png", "csv")]
     for path in paths:
@@ -426,7 +426,7 @@ def main(given: Sequence[str] | None = None) -> int:
     asked = options.parse_args(given)
     torch.set_num_threads(1)
     diag.show.figures.write.save = sketch
-    diag.run.finish.draw = lambda layers, heads, folder, models: sketch(None, layers, folder, "curves-demo")
+    diag.run.finish.draw = lambda layers, heads, folder, *_: sketch(None, layers, folder, "curves-demo")
     cases = [case for case in CASES if asked.only is None or re.search(asked.only, case.name)]
     chance, began, faults, outcomes = random.Random(asked.seed), time.time(), [], []
     print(f"{'verb':22} {'steps':>6} {'kills':>6} {'whole':>6} {'torn':>6} {'leftovers':>10}")

@@ -101,7 +101,7 @@ def light(*, drawn: bool = True) -> Iterator[None]:
         yield
 
 
-def _touched(figure: Any, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+def _touched(figure: Any, data: pd.DataFrame, folder: Path, stem: str, *_: object) -> list[Path]:
     """Files of a figure, without the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{stem}.{suffix}" for suffix in ("pdf", "png", "csv")]

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from diag.errors import UserError
@@ -589,6 +590,26 @@ class TestSave:
     def test_saving_one_figure_again_changes_nothing(self, saved: Saved, tmp_path: Path) -> None:
         figure, table, folder = saved
         for path in save(figure, table, tmp_path, "a"):
+            assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+
+    @pytest.mark.parametrize("endings", [("pdf", "png"), ("png",), ()])
+    def test_a_layout_is_solved_once_and_drawn_once_per_picture(
+        self, endings: tuple[str, ...], saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, table, folder = saved
+        done: list[str] = []
+
+        def counted(kind: type, name: str) -> None:
+            real = getattr(kind, name)
+            monkeypatch.setattr(kind, name, lambda *given: (done.append(name), real(*given))[1])
+
+        counted(Figure, "draw")
+        counted(ConstrainedLayoutEngine, "execute")
+        written = save(layer_curves(table), table, tmp_path, "a", endings)
+        assert [path.name for path in written] == [f"a.{ending}" for ending in (*endings, "csv")]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
+        assert done == ["execute", *["draw"] * len(endings)]
+        for path in written:  # whichever else is written
             assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
 
     def test_nothing_of_time_machine_or_user_is_in_the_files(
