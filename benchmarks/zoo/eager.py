@@ -96,11 +96,14 @@ class Follower:
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self.known: dict[int, Weights] = {}
+        self.totals: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # log-sums and scores less these, and the axis of keys
         self.parameters = {x.untyped_storage().data_ptr() for x in parameters if not x.is_meta}
 
     def start(self, func: Any, args: Any, out: Tensor, origin: list[Any]) -> None:
         """A softmax, or an exp that may become one, ran."""
-        key = args[1] % out.ndim if func in SOFTMAX else None
+        key = args[1] % out.ndim if func in SOFTMAX else self.totals.get(id(args[0]), (None, None))[1]
         labels = torch.arange(out.numel()).view(out.shape)
         scores = args[0].detach().double()
         self._know(Weights(out, labels, tuple(out.shape), key, scores, scores, origin))
@@ -117,6 +120,10 @@ class Follower:
         flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
         found = [weights for x in flat if (weights := self.of(x)) is not None]
         result = out[0] if isinstance(out, tuple) else out
+        if func is aten.logsumexp.default:
+            self.totals[id(out)] = out, args[1][0] % args[0].ndim
+        elif func is aten.sub.Tensor and id(args[1]) in self.totals:
+            self.totals[id(out)] = out, self.totals[id(args[1])][1]
         if not found:
             return
         if func in PRODUCTS:
