@@ -136,11 +136,18 @@ def numbers_of_weights(
     return {name: torch.where(weight > 0, x / weight, math.nan) for name, x in total.items()}
 
 
+def _selects(visible: Tensor) -> bool:
+    """Whether each query sees as many keys as all others, or all up to itself: all may leave out a key."""
+    count = visible.sum(-1)
+    upto = torch.arange(1, count.shape[-1] + 1).clamp(max=count.amax())
+    return bool((count == count.amax()).all() or (count == upto).all())
+
+
 def _sums(rows: Rows) -> Iterator[tuple[str, Tensor, Tensor]]:
     visible, pattern, y = rows.visible, rows.pattern, rows.output
     v = rows.value.repeat_interleave(y.shape[1] // rows.value.shape[1], 1)
     seen = visible & rows.among[:, None, :, None]  # by queries that count
-    among = rows.among & seen.any(2).any(1)  # [row, token]
+    among = rows.among & (_selects(visible) | seen.any(2).any(1))  # [row, token]
     counted = among[:, None] & (visible.sum(-1) > 1)  # [row, head, token]
     length_y, length_v = y.norm(dim=-1), v.norm(dim=-1)
     own = pattern.diagonal(dim1=-2, dim2=-1)

@@ -248,7 +248,7 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     ]
     pooled = [one for one in calls if one.kind == POOLED]
     if pooled and not own:
-        if len(pooled) > 1:
+        if len(calls) > 1:  # also beside others, as of landmarks, whose outputs are the values of the next
             return frozenset(), IN_PARTS if _are_parts(calls) else SEVERAL
         own = pooled
     if not own:
@@ -356,7 +356,8 @@ def _plainly_apart(calls: _Calls, alone: Survey, everywhere: bool) -> dict[Seen,
     if [one.path for one in seen] != [two.path for two in alone.seen]:
         return None
     found, second = dict[Seen, Tensor](), dict(zip(seen, alone.seen, strict=True))
-    for place, one in enumerate(calls.measured):
+    of_tokens = [one for one in seen if one in calls.measured or one.kind == OWN]  # all that tell of padding
+    for place, one in enumerate(of_tokens):
         if one.layout is None or one.print.ndim != second[one].print.ndim:
             return None
         of_two, own = (one.split(x) for x in (one.print, one.tokens_of(second[one].print)))
