@@ -961,31 +961,6 @@ def test_one_window_beside_a_text_is_filled_up_too() -> None:
     assert all(layer.form.padding == () for layer in text.layers)
 
 
-def test_a_token_of_each_window_is_known_from_layers_that_are_not_measured() -> None:
-    """SepViT: windows have a token of their own; its last layer is one window, and nothing else tells."""
-
-    class Windows(Attention):
-        def __init__(self, windows: int) -> None:
-            super().__init__()
-            self.windows, self.token = windows, nn.Parameter(torch.randn(16))
-
-        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-            parts = x.unflatten(1, (self.windows, -1)).flatten(0, 1)
-            token = self.token.expand(len(parts), 1, -1)
-            q, k, v = self.heads(torch.cat([token, parts], 1))
-            y = F.scaled_dot_product_attention(q, k, v)
-            if self.windows > 1:  # a run makes two calls that follow each other
-                y = F.scaled_dot_product_attention(y, k, v)
-            made = x + self.out(y[:, :, 1:].transpose(1, 2).flatten(2)).reshape(x.shape)
-            return made[:, :: self.windows]  # to one window
-
-    (tower,) = meaning_on(Stack(Windows(4), Windows(1)).eval(), torch.randn(2, 24, 16)).towers
-    assert list(tower.skipped) == ["layers.0"]
-    (layer,) = tower.layers
-    assert layer.form.padding[0] is not None
-    assert layer.form.padding[0][0].nonzero().flatten().tolist() == [0]
-
-
 def test_a_router_of_experts_holds_no_place() -> None:
     """A mixture of experts multiplies weights with what each expert made of a token."""
 
