@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say_failures
-from diag.cli.options import fields_of, models_of, output, whole_numbers, with_options
+from diag.cli.options import drawn, fields_of, models_of, output, whole_numbers, with_options
 from diag.cli.streams import answer
 from diag.errors import UserError, say
 
@@ -58,6 +58,7 @@ class CompareOptions:
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     batch_size: options.BatchSize = 8
+    figures: options.Figures = "all"
     seed: Annotated[int, Option(min=0, help="Seed of the bootstrap.")] = 0
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False
     as_json: options.AsJson = False
@@ -69,6 +70,7 @@ class CompareOptions:
 def compare(given: CompareOptions) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
     between, runs, quiet = _pair(given.growth), given.runs or [], given.quiet
+    figures = drawn(given.figures)
     sweeps = {
         "seq_len": numbers(given.lengths, "--seq-len"),
         "img_size": numbers(given.image_size, "--image-size"),
@@ -94,7 +96,7 @@ def compare(given: CompareOptions) -> None:
     from diag.studies.compare import default_folder, screen, write_comparison
 
     folder = given.out or default_folder(found)
-    write_comparison(found, folder, command=command_line())
+    write_comparison(found, folder, command=command_line(), figures=figures)
     with answer(folder):
         if given.as_json:
             print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))

@@ -34,7 +34,7 @@ from diag.results.tables import read_heads, read_layers, read_manifest, samples_
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
 from diag.run.content import replaced
 from diag.run.environment import command_line
-from diag.run.finish import finish
+from diag.run.finish import draw_more, finish
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
@@ -130,7 +130,7 @@ def run_share(
     with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
-            found = open_run(folder)
+            found = _drawn(open_run(folder), plan)
             listener.say(f"already complete: {folder} (measure again with --overwrite)")
             for note in [*edited(folder, found.manifest), *replaced(plan, folder, found.manifest)]:
                 listener.say(note)
@@ -151,12 +151,18 @@ def run_share(
                 raise
     if is_finished(folder):
         clear(folder, PROBE, PROBE.work)
-        return open_run(folder)
+        return _drawn(open_run(folder), plan)
     listener.say(
         f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "
         f"(attnbias merge '{folder}' does, too)"
     )
     return None
+
+
+def _drawn(found: FinishedRun, plan: ProbePlan) -> FinishedRun:
+    """A run with the figures that a plan asks for, also where its folder was begun with fewer."""
+    manifest = draw_more(found.folder, found.manifest, found.layers, found.heads, plan.figures)
+    return replace(found, manifest=manifest)
 
 
 def open_run(folder: Path) -> FinishedRun:

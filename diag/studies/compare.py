@@ -33,6 +33,7 @@ from diag.results.published import curves, name_of, other_settings
 from diag.results.staging import Owner, check_free, is_empty, pictures, staged, verb_of
 from diag.results.writing import file_stem, write, write_json, write_text, writing
 from diag.run.plan import RUNS
+from diag.show.figures import ENDINGS
 from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.terminal import WIDTH, filled
@@ -173,8 +174,12 @@ OWNER = Owner(
 )
 
 
-def write_comparison(found: Comparison, folder: Path, *, command: str | None = None) -> list[Path]:
-    """Writes the folder, figures included, in the place of an earlier comparison; the paths of the figures.
+def write_comparison(
+    found: Comparison, folder: Path, *, command: str | None = None, figures: str = "all"
+) -> list[Path]:
+    """Writes the folder in the place of an earlier comparison; the paths of its figures.
+
+    figures: which are drawn, of `ENDINGS`.
 
     Raises UserError if the folder holds anything else, or cannot be written.
     """
@@ -187,7 +192,8 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
         write(found.differences, place / "differences.csv")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
         write_text(text, place / "verdict.txt")
-        figures = [path.relative_to(place).as_posix() for path in draw_comparison(found, place / "figures")]
+        drawn = draw_comparison(found, place / "figures", ENDINGS[figures])
+        names = [path.relative_to(place).as_posix() for path in drawn]
         document = {
             "kind": OWNER.verb,
             "key": found.key,
@@ -202,14 +208,16 @@ def write_comparison(found: Comparison, folder: Path, *, command: str | None = N
             "difference": DIFFERENCE,
             **found.settings,
             "tables": hashes(place, TABLES),
-            "figures": figures,
+            "figures": names,
         }
         write_json(document, place / MANIFEST)
-    return [folder / name for name in figures]
+    return [folder / name for name in names]
 
 
-def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
-    """The figures that the lines' metrics allow, as PDF, PNG and CSV; the paths."""
+def draw_comparison(found: Comparison, folder: Path, endings: Sequence[str] = ENDINGS["all"]) -> list[Path]:
+    """The figures that the lines' metrics allow, as such pictures and CSV, if any; the paths."""
+    if not endings:
+        return []
     from diag.show.figures.curves import model_comparison
     from diag.show.figures.depth import METRICS, depth_profiles
     from diag.show.figures.write import save
@@ -219,13 +227,13 @@ def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
         rows = rows_of(layers, COMPARISON_METRICS)
         if not rows.empty and len(found.labels) > 1:
             figure = model_comparison(rows, found.published)
-            paths += save(figure, rows, folder, "comparison")
+            paths += save(figure, rows, folder, "comparison", endings)
         for start in range(0, len(found.labels), PROFILES_PER_FIGURE):
             part = layers[layers["label"].isin(found.labels[start : start + PROFILES_PER_FIGURE])]
             rows = rows_of(part, METRICS)
             if not rows.empty:
                 stem = "profiles" if len(found.labels) <= PROFILES_PER_FIGURE else f"profiles-{start + 1}"
-                paths += save(depth_profiles(rows, found.published), rows, folder, stem)
+                paths += save(depth_profiles(rows, found.published), rows, folder, stem, endings)
     return paths
 
 

@@ -58,7 +58,7 @@ def put(drawn: Mapping[str, bytes], data: pd.DataFrame, folder: Path, stem: str)
     """Writes what `pictures` made, and the rows behind it, as `save` does."""
     paths = [folder / f"{stem}.{ending}" for ending in (*drawn, "csv")]
     for path, content in zip(paths, drawn.values(), strict=False):
-        replacing(path, lambda temporary, content=content: temporary.write_bytes(content))
+        replacing(path, partial(Path.write_bytes, data=content))
     replacing(paths[-1], partial(to_csv, data))
     return paths
 
