@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say_failures
-from diag.cli.options import fields_of, models_of, output, whole_numbers, with_options
+from diag.cli.options import drawn, fields_of, models_of, output, whole_numbers, with_options
 from diag.cli.streams import answer
 from diag.errors import UserError, say
 
@@ -59,6 +59,7 @@ class CompareOptions:
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     batch_size: options.BatchSize = 8
+    figures: options.Figures = "all"
     seed: Annotated[int, Option(min=0, help="Seed of the bootstrap.")] = 0
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False
     as_json: options.AsJson = False
@@ -70,6 +71,7 @@ class CompareOptions:
 def compare(given: CompareOptions) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
     between, runs, quiet = _pair(given.growth), given.runs or [], given.quiet
+    figures = drawn(given.figures)
     sweeps = {
         "seq_len": numbers(given.lengths, "--seq-len"),
         "img_size": numbers(given.image_size, "--image-size"),
@@ -92,7 +94,8 @@ def compare(given: CompareOptions) -> None:
     folders, failed = _measured(plans, quiet)
     from diag.studies.comparisons import found_again, request_of
 
-    compared, asked = [*runs, *folders], {"growth": between, "seed": given.seed, "published": given.published}
+    asked = {"growth": between, "seed": given.seed, "published": given.published, "figures": figures}
+    compared = [*runs, *folders]
     request = None if failed else request_of(compared, {**asked, "measured": list(map(str, folders))})
     there = found_again(request, compared, given.out) if request else None
     if there is None:
@@ -216,7 +219,8 @@ def _written(
     document = json.loads(json.dumps(_document(comparison, folder, failed), default=str))
     told = {**failed, **comparison.collection.problems, **_incomplete(comparison, measured)}
     said = Answer(request or "", notes, screen(comparison), document, told)
-    write_comparison(comparison, folder, command=command_line(), answer=said if request else None)
+    kept = said if request else None
+    write_comparison(comparison, folder, command=command_line(), answer=kept, figures=given.figures)
     return folder, said
 
 

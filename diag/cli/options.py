@@ -69,6 +69,13 @@ def layer_ranges(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else ranges(text, "--layers", "--layers 0,5-11", from_end=True)
 
 
+def drawn(text: str) -> str:
+    """What is drawn of figures, as it was typed. Raises UserError for anything else."""
+    if text not in ("none", "png", "all"):
+        raise UserError("--figures is 'none', 'png' or 'all'", f"given: '{text}'")
+    return text
+
+
 def listed(words: list[str] | None) -> tuple[str, ...]:
     """What a repeatable option was given; nothing if it was not."""
     return tuple(words or ())
@@ -130,6 +137,9 @@ SampledRows = Annotated[
 ]
 Workers = Annotated[
     int | None, Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU].")
+]
+Figures = Annotated[
+    str, Option(help="all: PDF and PNG; png: no PDFs; none: no figures. Draws the others later."), Read(drawn)
 ]
 Shard = Annotated[
     str | None, Option(help="Only the i-th of n shares, i/n [default: as torchrun or a Slurm array says].")

@@ -59,6 +59,7 @@ class ProbeOptions:
     exact: options.Exact = False
     sampled_rows: options.SampledRows = None
     workers: options.Workers = None
+    figures: options.Figures = "all"
     seed: Annotated[int, Option(help="Seed of the bootstrap.")] = 0
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done, and stop.")] = False
     as_json: options.AsJson = False

@@ -25,29 +25,57 @@ from diag.results.hashes import hashes
 from diag.results.left_out import left_out
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
-from diag.results.staging import remove, settle, sweep
+from diag.results.staging import alone, remove, settle, sweep
 from diag.results.tables import one_kind, tables
 from diag.results.writing import atomically, on_disk, write, write_json, writing
 from diag.run.environment import environment
+from diag.run.finished import has_drawn
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import what_differs
 from diag.run.run_folder import PROBE
 from diag.run.shard_ledger import MERGE, TOWERS, Part, Standing, read_plan, standing
+from diag.show.figures import ENDINGS
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
 
 
 def draw(
-    layers: pd.DataFrame, heads: pd.DataFrame, folder: Path, models: Sequence[Mapping[str, Any]] = ()
+    layers: pd.DataFrame,
+    heads: pd.DataFrame,
+    folder: Path,
+    models: Sequence[Mapping[str, Any]] = (),
+    endings: Sequence[str] = ENDINGS["all"],
 ) -> list[Path]:
-    """Every figure of a run, written as PDF, PNG and the CSV behind it. models: their entries."""
+    """Every figure of a run, written as the pictures of `ENDINGS` and the CSV behind them.
+
+    models: their entries. endings: the pictures; where there are none, nothing is drawn or written.
+    """
+    if not endings:
+        return []
     from diag.show.figures import draw_run
     from diag.show.figures.write import save_all
 
     depths = {(entry["given"], entry["tower"]): entry["layers"] for entry in models}
     with writing(folder):
-        return save_all(draw_run(layers, heads, depths), folder)
+        return save_all(draw_run(layers, heads, depths), folder, endings)
+
+
+def draw_more(
+    folder: Path, manifest: Mapping[str, Any], layers: pd.DataFrame, heads: pd.DataFrame, figures: str
+) -> Mapping[str, Any]:
+    """Draws what a finished run was not asked for before; its manifest, which names what is there now.
+
+    figures: what --figures says now. Raises CannotWrite.
+    """
+    if has_drawn(manifest, figures):
+        return manifest
+    with alone(folder):
+        drawn = draw(layers, heads, folder / "figures", manifest["models"], ENDINGS[figures])
+        names = [str(path.relative_to(folder)) for path in drawn]
+        manifest = {**manifest, "plan": {**manifest["plan"], "figures": figures}, "figures": names}
+        write_json(manifest, folder / MANIFEST)
+    return manifest
 
 
 def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:
@@ -159,7 +187,8 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     write(samples, folder / SAMPLES)
     write(layers, folder / LAYERS)
     write(heads, folder / HEADS)
-    figures = draw(layers, heads, folder / "figures", models)
+    endings = ENDINGS[document["plan"].get("figures", "all")]
+    figures = draw(layers, heads, folder / "figures", models, endings)
     sweep(folder)
     taken = {entry["takes"] for entry in models}
     plain = {name: value for name, value in document.items() if name not in ("inputs", "shard_inputs")}

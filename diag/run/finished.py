@@ -19,6 +19,7 @@ from diag.run.content import replaced
 from diag.run.plan import ProbePlan, default_folder
 from diag.run.progress import Listener
 from diag.run.run_folder import PROBE, key_of
+from diag.show.figures import ENDINGS
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 """What can be said of a device without looking at it; of any other name it is asked whether there is one."""
@@ -58,7 +59,8 @@ def found_again(
         return None
     check_free(folder, PROBE)
     with alone(folder):
-        if not _holds(folder, key):  # another process puts a new one in its place
+        # another process puts a new one in its place, or it was begun with fewer figures
+        if not _holds(folder, key) or not has_drawn(read_manifest(folder), plan.figures):
             return None
         sweep(folder)
         return opened(plan, inputs, folder, listener)
@@ -71,6 +73,12 @@ def opened(plan: ProbePlan, inputs: Mapping[str, Inputs], folder: Path, listener
     for note in [*edited(folder, found.manifest), *replaced(plan, inputs, folder, found.manifest)]:
         listener.say(note)
     return found
+
+
+def has_drawn(manifest: Mapping[str, Any], figures: str) -> bool:
+    """Whether a run has the pictures that --figures asks for."""
+    drawn = (manifest.get("plan") or {}).get("figures")
+    return {*ENDINGS[figures]} <= {*ENDINGS.get(str(drawn), ENDINGS["all"])}
 
 
 def _holds(folder: Path, key: str) -> bool:

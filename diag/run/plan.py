@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,7 +30,7 @@ from diag.run.environment import version
 RUNS = Path("runs")
 """Where every verb writes unless told otherwise, so that one finds what another measured."""
 
-HOW = frozenset({"device", "batch_size", "workers"})
+HOW = frozenset({"device", "batch_size", "workers", "figures"})
 """What a plan says of how it is carried out, not of what is measured."""
 
 SHARD_INPUTS = 16
@@ -150,6 +150,7 @@ class ProbePlan(Plan):
     device: str = "auto"
     batch_size: int = Field(default=8, ge=0, le=LARGEST)  # 0: as many as memory allows
     workers: int | None = Field(default=None, ge=0, le=MOST_WORKERS)
+    figures: Literal["none", "png", "all"] = "all"
 
     @field_validator("layers", mode="before")
     @classmethod

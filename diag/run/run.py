@@ -33,7 +33,7 @@ from diag.results.staging import clear
 from diag.results.tables import samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
 from diag.run.environment import command_line
-from diag.run.finish import finish
+from diag.run.finish import draw_more, finish
 from diag.run.finished import FinishedRun, open_run, opened
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
@@ -120,7 +120,7 @@ def run_share(
     with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
-            return opened(plan, prepared.inputs, folder, listener)
+            return _drawn(opened(plan, prepared.inputs, folder, listener), plan)
         place, document = work.place, read_plan(work.place)
         try:
             check_room(place, ROOM)
@@ -137,12 +137,18 @@ def run_share(
                 raise
     if is_finished(folder):
         clear(folder, PROBE, PROBE.work)
-        return open_run(folder)
+        return _drawn(open_run(folder), plan)
     listener.say(
         f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "
         f"(attnbias merge '{folder}' does, too)"
     )
     return None
+
+
+def _drawn(found: FinishedRun, plan: ProbePlan) -> FinishedRun:
+    """A run with the figures that a plan asks for, also where its folder was begun with fewer."""
+    manifest = draw_more(found.folder, found.manifest, found.layers, found.heads, plan.figures)
+    return replace(found, manifest=manifest)
 
 
 def _document(prepared: Prepared) -> dict[str, Any]:

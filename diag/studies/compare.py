@@ -32,6 +32,7 @@ from diag.results.published import curves, name_of, other_settings
 from diag.results.staging import check_free, is_empty, staged, verb_of
 from diag.results.writing import write, write_json, write_text, writing
 from diag.run.plan import RUNS
+from diag.show.figures import ENDINGS
 from diag.show.figures.panels import COMPARISON_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.terminal import WIDTH, filled
@@ -161,9 +162,16 @@ def default_folder(found: Comparison, root: Path = RUNS) -> Path:
 
 
 def write_comparison(
-    found: Comparison, folder: Path, *, command: str | None = None, answer: Answer | None = None
+    found: Comparison,
+    folder: Path,
+    *,
+    command: str | None = None,
+    answer: Answer | None = None,
+    figures: str = "all",
 ) -> list[Path]:
-    """Writes the folder, figures included, in the place of an earlier comparison; the paths of the figures.
+    """Writes the folder in the place of an earlier comparison; the paths of its figures.
+
+    figures: which are drawn, of `ENDINGS`.
 
     answer: what is said of it, where it is to be found again.
     Raises UserError if the folder holds anything else, or cannot be written.
@@ -177,7 +185,8 @@ def write_comparison(
         write(found.differences, place / "differences.csv")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
         write_text(text, place / VERDICT)
-        figures = [path.relative_to(place).as_posix() for path in draw_comparison(found, place / "figures")]
+        drawn = draw_comparison(found, place / "figures", ENDINGS[figures])
+        names = [path.relative_to(place).as_posix() for path in drawn]
         if answer is not None:
             write_json(answer.written, place / ANSWER)
         document = {
@@ -194,16 +203,18 @@ def write_comparison(
             "difference": DIFFERENCE,
             **found.settings,
             "tables": hashes(place, TABLES),
-            "figures": figures,
+            "figures": names,
             "request": answer and answer.request,
-            "files": hashes(place, [*TABLES, VERDICT, ANSWER, *figures]),
+            "files": hashes(place, [*TABLES, VERDICT, ANSWER, *names]),
         }
         write_json(document, place / MANIFEST)
-    return [folder / name for name in figures]
+    return [folder / name for name in names]
 
 
-def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
-    """The figures that the lines' metrics allow, as PDF, PNG and CSV; the paths."""
+def draw_comparison(found: Comparison, folder: Path, endings: Sequence[str] = ENDINGS["all"]) -> list[Path]:
+    """The figures that the lines' metrics allow, as such pictures and CSV, if any; the paths."""
+    if not endings:
+        return []
     from diag.show.figures.curves import model_comparison
     from diag.show.figures.depth import METRICS, depth_profiles
     from diag.show.figures.write import save
@@ -213,13 +224,13 @@ def draw_comparison(found: Comparison, folder: Path) -> list[Path]:
         rows = rows_of(layers, COMPARISON_METRICS)
         if not rows.empty and len(found.labels) > 1:
             figure = model_comparison(rows, found.published)
-            paths += save(figure, rows, folder, "comparison")
+            paths += save(figure, rows, folder, "comparison", endings)
         for start in range(0, len(found.labels), PROFILES_PER_FIGURE):
             part = layers[layers["label"].isin(found.labels[start : start + PROFILES_PER_FIGURE])]
             rows = rows_of(part, METRICS)
             if not rows.empty:
                 stem = "profiles" if len(found.labels) <= PROFILES_PER_FIGURE else f"profiles-{start + 1}"
-                paths += save(depth_profiles(rows, found.published), rows, folder, stem)
+                paths += save(depth_profiles(rows, found.published), rows, folder, stem, endings)
     return paths
 
 

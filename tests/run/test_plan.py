@@ -46,7 +46,7 @@ CHANGES: dict[str, Any] = {
     "exact": True,
     "sampled_rows": 128,
 }
-HOW: dict[str, Any] = {"device": "cpu", "batch_size": 3, "workers": 3}
+HOW: dict[str, Any] = {"device": "cpu", "batch_size": 3, "workers": 3, "figures": "none"}
 
 
 def test_every_option_is_either_what_or_how() -> None:

@@ -38,7 +38,7 @@ def two(make: Make) -> tuple[Path, Path]:
 
 @pytest.fixture
 def undrawn_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "draw_comparison", lambda found, folder: [])
+    monkeypatch.setattr(module, "draw_comparison", lambda *_: [])
 
 
 class TestFolder:

@@ -45,6 +45,10 @@ FIGURES: dict[str, Drawing] = {
 }
 
 
+ENDINGS: dict[str, tuple[str, ...]] = {"none": (), "png": ("png",), "all": ("pdf", "png")}
+"""What --figures may say -> the pictures of each figure; where there are none, its rows are not written."""
+
+
 def draw_run(
     layers: pd.DataFrame, heads: pd.DataFrame, depths: Mapping[tuple[str, str], int] | None = None
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:
