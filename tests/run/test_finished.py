@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import Ended
+from commands import Ended, run_cli
 
 from diag.errors import UserError
 from diag.results.staging import NEXT
+from diag.results.tables import read_manifest
 from diag.run.finished import found_again, open_run
 from diag.run.plan import ProbePlan, inputs_of
 
@@ -104,3 +105,32 @@ def test_a_folder_of_another_verb_is_refused(run: Path) -> None:
     (run / "plan.json").write_text(json.dumps(document | {"kind": "attend"}))
     with pytest.raises(UserError, match="holds what attnbias attend wrote"):
         found(run)
+
+
+def test_figures_are_drawn_on_demand_and_nothing_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("probe", *GIVEN[:4], "--limit", "2", "--metrics", "cos_y_vself", "-o", str(tmp_path / "run"))
+
+    def endings() -> list[str]:
+        return sorted({file.suffix for file in (tmp_path / "run" / "figures").glob("*")})
+
+    assert run_cli(*words, "--figures", "none").code == 0
+    assert endings() == []
+    tables = {file: file.read_bytes() for file in (tmp_path / "run").glob("*.parquet")}
+    monkeypatch.setattr("diag.run.run.load", None)  # no model is loaded from here on
+    assert run_cli(*words, "--figures", "png").code == 0
+    assert endings() == [".csv", ".png"]
+    assert run_cli(*words, "--figures", "none").code == 0  # what is there stays
+    assert endings() == [".csv", ".png"]
+    assert run_cli(*words).code == 0
+    assert endings() == [".csv", ".pdf", ".png"]
+    manifest = read_manifest(tmp_path / "run")
+    assert manifest["plan"]["figures"] == "all"
+    assert sorted(manifest["figures"]) == sorted(
+        f"figures/{f.name}" for f in (tmp_path / "run/figures").glob("*")
+    )
+    assert {file: file.read_bytes() for file in tables} == tables
+    refused = run_cli(*words, "--figures", "svg")
+    assert refused.code == 2
+    assert "figures" in refused.err
