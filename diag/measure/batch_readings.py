@@ -135,6 +135,8 @@ class BatchReadings:
         if self.tower.suffix or len(self.tower.marks) > 1:  # a grid has no places for what is beside it
             return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)
+        if self.tower.windows_in_a_row(call.tokens, windows) > 1:  # prefix tokens stand between patches
+            return Geometry.unknown()
         size = self.tower.facts.get("image_size")
         return Geometry.of_image(call.tokens, self.tower.beside(call.tokens)[0], size, windows)
 
@@ -159,7 +161,7 @@ class BatchReadings:
     def marked(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
         """The token set's mask `[batch or 1, token]` on the CPU, from the batch or by position."""
         if token_set not in self.batch.sets:
-            return self.tower.tokens_in(token_set, of.tokens)[None]
+            return self.tower.tokens_in(token_set, of.tokens, of.batch // len(self.batch.ids))[None]
         mask = self.batch.sets[token_set].cpu()
         if mask.shape != (of.batch, of.tokens):
             raise MeasurementError(
