@@ -424,8 +424,10 @@ def counted(
 def _prefix_of_windows(
     evidence: Evidence, call: Call, layout: tuple[int, int | None], number: int
 ) -> Tensor | None:
-    """Tokens that each window has of its own, `[row, token]` of a call: alike in each, the same for all inputs
-    in the first call over as many tokens in all, and others in every later one. None where there are none.
+    """Tokens that each window has of its own, `[row, token]` of a call; None where there are none.
+
+    They are at the same places of all windows, the same for all inputs in the first call over as many tokens
+    in all, and others in every later one.
     """
     stack = re.sub(r"\d+", "#", call.path)
     pairs = zip(evidence.calls[number], evidence.calls[1 - number if number < 2 else 0], strict=False)

@@ -80,8 +80,8 @@ class Tower:
         "prompt" or "detection".
     joined: how many tokens stand before and behind the patches in layers of so many tokens, where others have
         joined them by then.
-    side_by_side: how many windows of an input, each with such tokens of its own, stand in one row in layers that
-        see all of them.
+    side_by_side: how many windows of an input, each with such tokens of its own, stand in one row in layers
+        that see all of them.
     patches: whether its tokens are patches, in all of its layers and but for those beside them.
     marks: token sets whose positions each batch brings with it. together: those that are measured where
         none is named; the first one if there are none.
@@ -162,7 +162,7 @@ class Tower:
         return (front, back) if front + back <= tokens else (0, 0)
 
     def windows_in_a_row(self, tokens: int, rows: int) -> int:
-        """How many windows stand side by side in a row of `tokens`, of a layer with `rows` rows for an input."""
+        """How many windows stand in a row of `tokens`, of a layer with `rows` rows for an input."""
         return self.side_by_side if rows == 1 and tokens % self.side_by_side == 0 else 1
 
     def tokens_in(self, token_set: str, tokens: int, rows: int = 1) -> Bool[Tensor, " token"]:

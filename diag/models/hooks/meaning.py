@@ -2,9 +2,9 @@
 
 Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.survey`): whose tokens V is of.
 *Owner*: the first input is replaced; only its own rows may change. *Content*: where windows are filled up,
-their tokens that stay what they were in all layers are padding. Where the second of two inputs, run alone, has the rows
-that it has behind the first, and no token of the two is alike, both are as plain as can be: then this shorter
-pass stands for the second one.
+their tokens that stay what they were in all layers are padding. Where the second of two inputs, run alone,
+has the rows that it has behind the first, and no token of the two is alike, both are as plain as can be: then
+this shorter pass stands for the second one.
 
 A model that gives other numbers for the same input is found in passing.
 """
@@ -452,7 +452,7 @@ def _others_later(one: Seen, later: Sequence[Seen], own: Changed) -> Tensor:
 
 
 def _side_by_side(calls: Sequence[Seen], own: Changed) -> int:
-    """How many windows with prefix tokens of their own stand in one row in some layers: as in `Understood`."""
+    """How many windows with prefix tokens of their own stand in one row in some layers."""
     calls = [one for one in calls if one in own and own[one].any()]
     shapes = dict.fromkeys(tuple(own[one].shape) for one in calls)
     for place, one in enumerate(calls):
@@ -465,18 +465,20 @@ def _side_by_side(calls: Sequence[Seen], own: Changed) -> int:
     return 1
 
 
-def _joined(calls: Sequence[Seen], own: Changed) -> dict[int, tuple[int, int]]:
+def _joined(calls: Sequence[Seen], own: Changed, groups: set[int]) -> dict[int, tuple[int, int]]:
     """Tokens that join the others behind the first layer, such as a class token: as `Understood.joined`.
 
     They are the same for all inputs in the first layer that has so many tokens, and not in its last. Where an
-    input has several rows, windows of it, none of them has any, unless such tokens are found; nor have groups
-    that another call made of the patches.
+    input has several rows, windows of it, none of them has any, unless such tokens are found; nor have
+    groups of patches.
+
+    groups: as in `_of_groups`.
     """
     found, alike = dict[int, tuple[int, int]](), dict[int, list[Tensor]]()
     for one in calls:
         if one in own and own[one].any():
             alike.setdefault(own[one].shape[1], []).append(own[one])
-    in_windows, groups = _side_by_side(calls, own) > 1, _of_groups(calls, own)
+    in_windows = _side_by_side(calls, own) > 1
     for place, (tokens, (first, *later)) in enumerate(alike.items()):
         places = first[0].nonzero()[:, 0].tolist() or [0, tokens - 1]
         front, back = places[0], tokens - 1 - places[-1]
@@ -488,7 +490,11 @@ def _joined(calls: Sequence[Seen], own: Changed) -> dict[int, tuple[int, int]]:
 
 
 def _of_groups(calls: Sequence[Seen], own: Changed) -> set[int]:
-    """Numbers of tokens behind a call whose keys are the patches alone, without what stood beside these."""
+    """How many tokens there are where another call has made groups of the patches.
+
+    Its keys are the patches alone, without what stood beside them.
+    calls: all of them, in order; tokens are told of those in `own`.
+    """
     patches, before, found = set[int](), set[int](), set[int]()
     grouped = False
     for one in calls:
@@ -563,8 +569,8 @@ def _towers(
         hides = real is not None and any(_shows(one, real) for one in of_tokens)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
-        ordered = [one for one in calls.seen.seen if one in of_stack or one.sizes is not None]
-        joined = _joined(ordered, own) if everywhere else {}
+        of_stack_or_pooled = [one for one in calls.seen.seen if one in of_stack or one.sizes is not None]
+        joined = _joined(of_tokens, own, _of_groups(of_stack_or_pooled, own)) if everywhere else {}
         in_a_row = _side_by_side(of_tokens, own) if everywhere else 1
         towers.append(Understood(stack.name, padded, places, skipped, joined, in_a_row, hides))
     # stacks of which nothing is measured are told with the first one

@@ -375,12 +375,12 @@ def padding_of(layer: Layer, number: int, output: Tensor) -> Tensor | None:
 def other_windows(name: str, known: Tensor, rows: int, tokens: int) -> MeasurementError:
     """That windows are others than those of which it is known what fills them up: inputs of another size.
 
-    known: as in `Form.padding`. What fills up windows of another size cannot be told from these, even where it
-    is alike in all of them: a single window of a small image says nothing of the nine of a larger one.
+    known: as in `Form.padding`. What fills up other windows cannot be told from these, even where it is alike
+    in all of them: the single window of a small image says nothing of the nine of a larger one.
     """
     windows = "window" if len(known) == 1 else "windows"
     return MeasurementError(
-        f"layer '{name}' fills its windows up, {len(known)} {windows} of {known.shape[1]} tokens for the first "
-        f"input and not {rows} of {tokens} as here: what is padding is known for the first input's size alone",
+        f"layer '{name}' fills its windows up, {len(known)} {windows} of {known.shape[1]} tokens for the "
+        f"first input and not {rows} of {tokens} as here: what is padding is known for that size alone",
         "give inputs of one size, and those of another size in a run of their own",
     )
