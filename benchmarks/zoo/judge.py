@@ -467,7 +467,8 @@ def _between(constant: Tensor) -> bool:
 def _beside(evidence: Evidence, tokens: int) -> Tensor:
     """Which tokens are no patches: those that are the same for all inputs in the first call over so many.
 
-    Where none is, those that are known, in a call over as many tokens as the first one.
+    Where none is, those that are known of the architecture, in a call over as many tokens as the first one or
+    fewer: patches are pooled, and class tokens are handed on.
     """
     pairs = list(zip(evidence.calls[0], evidence.calls[1], strict=False))
     first, other = next((pair for pair in pairs if pair[0].lengths == (tokens, tokens)), pairs[0])
@@ -477,6 +478,6 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens) and not same.all():
             found = same[0]
-    if evidence.prefix and not found.any() and pairs[0][0].lengths == (tokens, tokens):
+    if evidence.prefix and not found.any() and tokens <= pairs[0][0].lengths[0]:
         found[: evidence.prefix] = True
     return found
