@@ -54,7 +54,8 @@ def meaning_on(
 def summary(found: Meaning) -> list[Any]:
     """All that was found, to be compared."""
     towers = [
-        (one.name, one.places, one.skipped, one.joined, one.hides_padding, one.alone) for one in found.towers
+        (one.name, one.places, one.skipped, one.joined, one.side_by_side, one.hides_padding, one.alone)
+        for one in found.towers
     ]
     layers = [
         (layer.index, layer.name, vars(replace(layer.form, padding=())), padding_of(layer))

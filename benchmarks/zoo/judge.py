@@ -6,7 +6,6 @@ used.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -404,6 +403,9 @@ def counted(
         rows.among.shape[1] in evidence.texts
     )  # the same word in the same place of two texts is no padding
     between = constant is not None and not windows and not words and _between(constant[0])
+    of_windows = _prefix_of_windows(evidence, call, layout, number)
+    if constant is not None and of_windows is not None:
+        constant &= ~of_windows
     if constant is not None and ahead and not constant.all() and (windows or between or not first):
         rows.among &= ~constant
     mask = evidence.masks[number] if number < len(evidence.masks) else None
@@ -413,10 +415,30 @@ def counted(
         causal = not ahead and bool(rows.visible.diagonal(dim1=-2, dim2=-1)[..., ~mask].any())
         if hidden and not causal:
             rows.among &= mask
-    if tokens in ("patch", "cls", "registers") and not windows:
-        beside = _beside(evidence, rows.among.shape[1])
+    if tokens in ("patch", "cls", "registers") and (of_windows is not None or not windows):
+        beside = _beside(evidence, rows.among.shape[1]) if of_windows is None else of_windows
         rows.among &= ~beside if tokens == "patch" else beside
     return rows
+
+
+def _prefix_of_windows(
+    evidence: Evidence, call: Call, layout: tuple[int, int | None], number: int
+) -> Tensor | None:
+    """Tokens that each window has of its own, `[row, token]` of a call; None where there are none.
+
+    They are at the same places of all windows, the same for all inputs in the first call over as many tokens
+    in all, and others in every later one.
+    """
+    stack = re.sub(r"\d+", "#", call.path)
+    pairs = zip(evidence.calls[number], evidence.calls[1 - number if number < 2 else 0], strict=False)
+    alike = [_constant(one, other, layout) for one, other in pairs if re.sub(r"\d+", "#", one.path) == stack]
+    here = rows_of(call, layout).among
+    first, *later = [x for x in alike if x is not None and x.numel() == here.numel()] or [here]
+    rows = max((len(x) for x in (first, *later)), default=1)
+    if rows == 1 or not later or first.all() or any(x.any() for x in later):
+        return None
+    each = first.reshape(rows, -1)
+    return first.reshape(here.shape) if each.any() and bool((each == each[0]).all()) else None
 
 
 def _first_like(calls: list[Call], call: Call) -> Call:
@@ -445,8 +467,8 @@ def _between(constant: Tensor) -> bool:
 def _beside(evidence: Evidence, tokens: int) -> Tensor:
     """Which tokens are no patches: those that are the same for all inputs in the first call over so many.
 
-    Where none is, those that are known, in a call over as many tokens as the first one, or over a square of
-    fewer and them, as in a later stage.
+    Where none is, those that are known of the architecture, in a call over as many tokens as the first one or
+    fewer: patches are pooled, and class tokens are handed on.
     """
     pairs = list(zip(evidence.calls[0], evidence.calls[1], strict=False))
     first, other = next((pair for pair in pairs if pair[0].lengths == (tokens, tokens)), pairs[0])
@@ -456,9 +478,6 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens) and not same.all():
             found = same[0]
-    if evidence.prefix and not found.any():
-        patches = tokens - evidence.prefix
-        found[: evidence.prefix] = (
-            pairs[0][0].lengths == (tokens, tokens) or math.isqrt(max(patches, 0)) ** 2 == patches
-        )
+    if evidence.prefix and not found.any() and tokens <= pairs[0][0].lengths[0]:
+        found[: evidence.prefix] = True
     return found

@@ -28,6 +28,7 @@ from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.residual import check_states, projection_error, tolerance
+from diag.models.hooks.seam import other_windows
 from diag.results.layer_values import LayerFacts, LayerValues
 
 OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
@@ -77,6 +78,9 @@ class BatchReadings:
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
         self.sizes: dict[int, list[int]] = {}
+        self.padded = {
+            layer.index: [x for x in layer.form.padding if x is not None] for layer in tower.layers
+        }
 
     def add(self, call: AttentionCall) -> None:
         inputs = len(self.batch.ids)
@@ -85,6 +89,9 @@ class BatchReadings:
                 f"layer '{call.module}' ran {call.batch} rows for {inputs} inputs: whose they are is unclear",
                 "try --batch-size 1",
             )
+        padded, windows = self.padded.get(call.layer), call.batch // inputs
+        if padded and call.padding is not None and all(len(known) != windows for known in padded):
+            raise other_windows(call.module, padded[0], windows, call.tokens)
         self.sizes.setdefault(call.layer, []).append(call.tokens)
         of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
         masks = [self.tokens(token_set, call) for token_set in self.sets]
@@ -135,6 +142,8 @@ class BatchReadings:
         if self.tower.suffix or len(self.tower.marks) > 1:  # a grid has no places for what is beside it
             return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)
+        if self.tower.windows_in_a_row(call.tokens, windows) > 1:  # prefix tokens stand between patches
+            return Geometry.unknown()
         size = self.tower.facts.get("image_size")
         return Geometry.of_image(call.tokens, self.tower.beside(call.tokens)[0], size, windows)
 
@@ -159,7 +168,7 @@ class BatchReadings:
     def marked(self, token_set: str, of: AttentionCall | BlockStates) -> Tensor:
         """The token set's mask `[batch or 1, token]` on the CPU, from the batch or by position."""
         if token_set not in self.batch.sets:
-            return self.tower.tokens_in(token_set, of.tokens)[None]
+            return self.tower.tokens_in(token_set, of.tokens, of.batch // len(self.batch.ids))[None]
         mask = self.batch.sets[token_set].cpu()
         if mask.shape != (of.batch, of.tokens):
             raise MeasurementError(

@@ -61,6 +61,7 @@ def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_r
         places=chosen.places,
         skipped={**chosen.skipped, **_of_others(model, tower, found, chosen)},
         joined=chosen.joined,
+        side_by_side=chosen.side_by_side,
         meaning=told(found, chosen),
         max_batch=1 if found.rows == OTHERWISE and not found.random else tower.max_batch,
     )

@@ -80,6 +80,8 @@ class Tower:
         "prompt" or "detection".
     joined: how many tokens stand before and behind the patches in layers of so many tokens, where others have
         joined them by then.
+    side_by_side: how many windows of an input, each with such tokens of its own, stand in one row in layers
+        that see all of them.
     patches: whether its tokens are patches, in all of its layers and but for those beside them.
     marks: token sets whose positions each batch brings with it. together: those that are measured where
         none is named; the first one if there are none.
@@ -103,6 +105,7 @@ class Tower:
     prefix: tuple[str, ...] = ()
     suffix: tuple[str, ...] = ()
     joined: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    side_by_side: int = 1
     patches: bool = True
     marks: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
@@ -158,12 +161,19 @@ class Tower:
         front, back = self.joined.get(tokens, (len(self.prefix), len(self.suffix)))
         return (front, back) if front + back <= tokens else (0, 0)
 
-    def tokens_in(self, token_set: str, tokens: int) -> Bool[Tensor, " token"]:
+    def windows_in_a_row(self, tokens: int, rows: int) -> int:
+        """How many windows stand in a row of `tokens`, of a layer with `rows` rows for an input."""
+        return self.side_by_side if rows == 1 and tokens % self.side_by_side == 0 else 1
+
+    def tokens_in(self, token_set: str, tokens: int, rows: int = 1) -> Bool[Tensor, " token"]:
         """Which of `tokens` positions belong to a token set that is the same for every input.
 
+        rows: how many rows of so many tokens an input has in that layer.
         Raises UserError where the tower has no such set.
         """
         self.check_set(token_set)
+        if (windows := self.windows_in_a_row(tokens, rows)) > 1:
+            return self.tokens_in(token_set, tokens // windows, windows).repeat(windows)
         front, back = self.beside(tokens)
         known = (front, back) == (len(self.prefix), len(self.suffix))
         prefix, suffix = (self.prefix, self.suffix) if known else (["joined"] * front, ["joined"] * back)

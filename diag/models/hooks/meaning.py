@@ -2,9 +2,9 @@
 
 Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.survey`): whose tokens V is of.
 *Owner*: the first input is replaced; only its own rows may change. *Content*: where windows are filled up,
-their tokens that stay what they were are padding. Where the second of two inputs, run alone, has the rows
-that it has behind the first, and no token of the two is alike, both are as plain as can be: then this shorter
-pass stands for the second one.
+their tokens that stay what they were in all layers are padding. Where the second of two inputs, run alone,
+has the rows that it has behind the first, and no token of the two is alike, both are as plain as can be: then
+this shorter pass stands for the second one.
 
 A model that gives other numbers for the same input is found in passing.
 """
@@ -77,6 +77,8 @@ class Understood:
         measured.
     skipped: layers that are not measured, by path, and why.
     joined: tokens that join those of the first layer later, before and behind them, by how many then are.
+    side_by_side: how many windows of an input, each with prefix tokens of its own, stand in one row in layers
+        that see all of them.
     hides_padding: whether its masks hide what is padding in the inputs that were looked at. alone: whether no
         other stack attends, which padding may be of.
     """
@@ -86,6 +88,7 @@ class Understood:
     places: tuple[Place, ...]
     skipped: Mapping[str, str]
     joined: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    side_by_side: int = 1
     hides_padding: bool = False
     alone: bool = True
 
@@ -393,7 +396,8 @@ def _rows(changed: Iterable[Tensor], inputs: int) -> str:
 def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen, Tensor]:
     """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
 
-    Where an input has several rows, and between others, they are what stays the same; in front of all others
+    Where an input has several rows, and between others, they are what stays the same, but for prefix tokens,
+    which windows may each have of their own; in front of all others
     and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
     are the same in the first one, or in several that stand side by side there. The first token of a causal
     text is the same in all of them, and is none.
@@ -403,9 +407,9 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
     """
     found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
     calls = [one for one in calls if one in own and own[one].any()]
-    for one in calls:
+    for place, one in enumerate(calls):
         rows, tokens = own[one].shape
-        constant = ~own[one]
+        constant = ~own[one] & ~_others_later(one, calls[place + 1 :], own)
         if one.keys is not None and one.keys.shape[-1] == tokens:
             constant = constant & one.keys[:rows]  # what a mask hides needs no test
         places = own[one][0].nonzero()[:, 0]
@@ -433,23 +437,77 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
     return found
 
 
-def _joined(calls: Sequence[Seen], own: Changed) -> dict[int, tuple[int, int]]:
+def _others_later(one: Seen, later: Sequence[Seen], own: Changed) -> Tensor:
+    """Which tokens of a call are the same for all inputs, and others in calls behind it: prefix tokens.
+
+    None where nothing shows it. Layers over as many tokens in all have as many that are padding, though it
+    may stand elsewhere in them, as in shifted windows.
+    """
+    constant = ~own[one]
+    behind = [~own[x].reshape(constant.shape) for x in later if own[x].numel() == constant.numel()]
+    if not behind:
+        return torch.zeros_like(constant)
+    gone = constant & ~torch.stack(behind).any(0)
+    fewer = int(constant.sum()) - max(int(x.sum()) for x in behind)
+    return gone if int(gone.sum()) == fewer else torch.zeros_like(constant)
+
+
+def _side_by_side(calls: Sequence[Seen], own: Changed) -> int:
+    """How many windows with prefix tokens of their own stand in one row in some layers."""
+    calls = [one for one in calls if one in own and own[one].any()]
+    shapes = dict.fromkeys(tuple(own[one].shape) for one in calls)
+    for place, one in enumerate(calls):
+        prefix = _others_later(one, calls[place + 1 :], own)
+        for rows, tokens in shapes:
+            if rows > 1 and rows * tokens == prefix.numel() and (1, rows * tokens) in shapes:
+                each = prefix.reshape(rows, tokens)
+                if bool(each[0].any() & (each == each[0]).all()):
+                    return rows
+    return 1
+
+
+def _joined(calls: Sequence[Seen], own: Changed, groups: set[int]) -> dict[int, tuple[int, int]]:
     """Tokens that join the others behind the first layer, such as a class token: as `Understood.joined`.
 
     They are the same for all inputs in the first layer that has so many tokens, and not in its last. Where an
-    input has several rows, windows of it, none of them has any, unless such tokens are found.
+    input has several rows, windows of it, none of them has any, unless such tokens are found; nor have
+    groups of patches.
+
+    groups: as in `_of_groups`.
     """
     found, alike = dict[int, tuple[int, int]](), dict[int, list[Tensor]]()
     for one in calls:
         if one in own and own[one].any():
             alike.setdefault(own[one].shape[1], []).append(own[one])
+    in_windows = _side_by_side(calls, own) > 1
     for place, (tokens, (first, *later)) in enumerate(alike.items()):
         places = first[0].nonzero()[:, 0].tolist() or [0, tokens - 1]
         front, back = places[0], tokens - 1 - places[-1]
         if front + back and later and bool(later[-1].all()):
             found |= {tokens: (front, back)} if place else {}
-        elif len(first) > 1 and not front + back:
+        elif not front + back and (tokens in groups or (len(first) > 1 and not in_windows)):
             found[tokens] = (0, 0)
+    return found
+
+
+def _of_groups(calls: Sequence[Seen], own: Changed) -> set[int]:
+    """How many tokens there are where another call has made groups of the patches.
+
+    Its keys are the patches alone, without what stood beside them.
+    calls: all of them, in order; tokens are told of those in `own`.
+    """
+    patches, before, found = set[int](), set[int](), set[int]()
+    grouped = False
+    for one in calls:
+        if one.sizes is not None:
+            grouped = grouped or one.sizes[1] in patches
+        elif one in own and own[one].any():
+            tokens, beside = own[one].shape[1], int((~own[one][0]).sum())
+            if grouped and tokens not in before:
+                found.add(tokens)
+            if beside and tokens not in before:
+                patches.add(tokens - beside)
+            before.add(tokens)
     return found
 
 
@@ -512,8 +570,10 @@ def _towers(
         hides = real is not None and any(_shows(one, real) for one in of_tokens)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
-        joined = _joined(of_tokens, own) if everywhere else {}
-        towers.append(Understood(stack.name, padded, places, skipped, joined, hides))
+        of_stack_or_pooled = [one for one in calls.seen.seen if one in of_stack or one.sizes is not None]
+        joined = _joined(of_tokens, own, _of_groups(of_stack_or_pooled, own)) if everywhere else {}
+        in_a_row = _side_by_side(of_tokens, own) if everywhere else 1
+        towers.append(Understood(stack.name, padded, places, skipped, joined, in_a_row, hides))
     # stacks of which nothing is measured are told with the first one
     first, *others = (replace(one, alone=len(towers) == 1 and not unmeasured) for one in towers)
     return (replace(first, skipped={**first.skipped, **unmeasured}), *others)

@@ -368,8 +368,19 @@ def padding_of(layer: Layer, number: int, output: Tensor) -> Tensor | None:
         return None
     rows, tokens = known.shape
     if output.shape[2] != tokens or output.shape[0] % rows:
-        raise MeasurementError(
-            f"layer '{layer.name}' pads its windows, and this input has others than the first one",
-            "give inputs of one size",
-        )
+        raise other_windows(layer.name, known, output.shape[0], output.shape[2])
     return known.to(output.device).repeat(output.shape[0] // rows, 1)
+
+
+def other_windows(name: str, known: Tensor, rows: int, tokens: int) -> MeasurementError:
+    """That windows are others than those of which it is known what fills them up: inputs of another size.
+
+    known: as in `Form.padding`. What fills up other windows cannot be told from these, even where it is alike
+    in all of them: the single window of a small image says nothing of the nine of a larger one.
+    """
+    windows = "window" if len(known) == 1 else "windows"
+    return MeasurementError(
+        f"layer '{name}' fills its windows up, {len(known)} {windows} of {known.shape[1]} tokens for the "
+        f"first input and not {rows} of {tokens} as here: what is padding is known for that size alone",
+        "give inputs of one size, and those of another size in a run of their own",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ import diag
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
+from diag.measure.loop import measure
+from diag.models.families.from_module import from_module
 from diag.models.hooks.layout import PLAIN, Layout, layout_of
 from diag.models.hooks.meaning import (
     BESIDE_OWN,
@@ -479,6 +482,113 @@ def test_padding_between_tokens_is_found_where_no_later_layer_shows_it() -> None
     real[:3, :3] = True
     assert torch.equal(first.form.padding[0], ~real.flatten()[None])
     assert second.form.padding == ()
+
+
+class WithClassTokens(nn.Module):
+    """16 patches in windows of four, each with a class token of its own, which layers over all keep."""
+
+    def __init__(self, *over_all: bool) -> None:
+        super().__init__()
+        self.layers, self.over_all = nn.ModuleList([Attention() for _ in over_all]), over_all
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (4, 4)).flatten(0, 1)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        for layer, joined in zip(self.layers, self.over_all, strict=True):
+            x = layer(x.reshape(-1, 20, 16)).reshape(-1, 5, 16) if joined else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("over_all", [(False, False), (False, True), (True, False), (True, False, True)])
+def test_a_class_token_of_each_window_is_no_padding(over_all: tuple[bool, ...]) -> None:
+    (tower,) = meaning_on(WithClassTokens(*over_all).eval(), torch.randn(2, 16, 16)).towers
+    assert all(layer.form.padding == () for layer in tower.layers)
+    assert (tower.side_by_side, dict(tower.joined)) == (4 if any(over_all) else 1, {})
+
+
+def test_padding_that_shifts_is_padding_in_each_layer() -> None:
+    """Windows of two places, 3 of 4 filled: what fills them stands elsewhere in the second layer."""
+
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Attention(), Attention()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer, shift in zip(self.layers, (0, 1), strict=True):
+                filled = F.pad(x, (0, 0, 0, 1)).roll(shift, 1)
+                out = layer(filled.unflatten(1, (2, 2)).flatten(0, 1))
+                x = out.unflatten(0, (-1, 2)).flatten(1, 2).roll(-shift, 1)[:, :3]
+            return x
+
+    first, second = layers_on(Filled().eval(), torch.randn(2, 3, 16))
+    assert first.form.padding[0].tolist() == [[False, False], [False, True]]
+    assert second.form.padding[0].tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize("stages", [[1, 3], [0, 2]], ids=["windows first", "all tokens first"])
+def test_class_tokens_of_windows_count_where_they_stand(stages: list[int]) -> None:
+    """RF-DETR: layers over all tokens see four windows side by side, each behind its class token."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "num_windows": 2}
+    config = transformers.RfDetrDinov2Config(**sizes, image_size=32, patch_size=4, out_indices=stages)
+    module = transformers.AutoBackbone.from_config(config).eval()
+    _, (tower, *_), samples = from_module(module, [images()], apart=False)
+    assert all(layer.form.padding == () for layer in tower.layers)
+    (told,) = meaning_on(module, images()).towers
+    assert (told.side_by_side, dict(told.joined)) == (4, {})
+    tower = replace(tower, name="vision", prefix=("cls",), side_by_side=4)
+    calls: list[AttentionCall] = []
+    with attention_calls(tower.layers, calls.append):
+        tower.forward(tower.encode(samples))
+    shapes = {(8, 17), (2, 68)}
+    assert {(call.batch, call.tokens) for call in calls} == shapes
+    (found,) = measure(tower, samples, metrics=["cos_y_vself"], token_sets=["patch", "all", "cls"])
+    for call, values in zip(calls, found, strict=True):
+        cosine = F.cosine_similarity(call.output, call.value, dim=-1).transpose(1, 2)
+        cosine = cosine.reshape(2, 4, 17, 2)  # input, window, token, head
+        expected = [cosine[:, :, part].mean((1, 2)) for part in (slice(1, None), slice(None), slice(1))]
+        torch.testing.assert_close(torch.as_tensor(values.values)[:, 0].float(), torch.stack(expected))
+
+
+def test_what_patches_were_grouped_to_has_nothing_beside_it() -> None:
+    """GroupViT: six group tokens stand behind 16 patches, then three behind six groups."""
+    config = transformers.GroupViTVisionConfig(
+        **NARROW,
+        image_size=32,
+        patch_size=8,
+        depths=[2, 2, 2],
+        num_hidden_layers=6,
+        num_group_tokens=[6, 3, 0],
+        num_output_groups=[6, 3, 0],
+    )
+    (tower,) = meaning_on(transformers.GroupViTVisionModel(config).eval(), images()).towers
+    assert dict(tower.joined) == {9: (0, 0), 3: (0, 0)}
+
+
+def test_a_class_token_beside_fewer_patches_still_stands_there() -> None:
+    """PiT: patches are pooled between its stages, and the class token is handed on."""
+    module = timm.create_model("pit_ti_224", img_size=64, depth=(2, 2, 2)).eval()
+    (tower,) = meaning_on(module, images(64)).towers
+    assert dict(tower.joined) == {}
+
+
+@pytest.mark.parametrize(("first", "second"), [(20, 64), (64, 20)])
+def test_windows_of_another_size_are_refused(first: int, second: int) -> None:
+    """One window of 7 × 7 over 5 × 5 patches says nothing of nine over 16 × 16."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_channels": 8}
+    config = transformers.SamVisionConfig(
+        **sizes, image_size=first, patch_size=4, window_size=7, global_attn_indexes=[], use_abs_pos=False
+    )
+    module = transformers.SamVisionModel(config).eval()
+    module.vision_encoder.patch_embed.forward = lambda x: module.vision_encoder.patch_embed.projection(
+        x
+    ).permute(0, 2, 3, 1)
+    counts = {20: "1 window", 64: "9 windows"}
+    text = rf"fills its windows up, {counts[first]} of 49 tokens for the first input and not "
+    with pytest.raises(UserError, match=text) as error:
+        diag.probe(module, [images(first), images(second)], metrics=["cos_y_vself"])
+    assert error.value.tip == "give inputs of one size, and those of another size in a run of their own"
 
 
 def test_a_beginning_that_is_the_same_in_every_text_is_no_padding() -> None:
