@@ -18,9 +18,10 @@ from zoo import routes
 from zoo.builders import verdict_of
 from zoo.case import Case
 from zoo.evidence import Evidence
-from zoo.judge import EXACT, FALSE, PARTIAL, REFUSED, SILENT, WRONG, Answer, judged
+from zoo.judge import EXACT, FALSE, PARTIAL, REFUSED, SILENT, WRONG, Answer, counted, judged
 from zoo.observer import Call, observed
 from zoo.provenance import CROSS, MIXED, ORDER, OWN, POOLED
+from zoo.reference import layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -106,6 +107,22 @@ def test_a_doctored_table_is_wrong(right: tuple[Evidence, pd.DataFrame], fault: 
     found = judged(seen, Answer(DOCTORED[fault](table)))
     assert found.word == WRONG
     assert found.reasons
+
+
+@pytest.mark.parametrize("faint", [1.0, 2e-5])
+def test_only_what_is_the_same_beside_all_others_is_padding(faint: float) -> None:
+    """A third token is always zero; of the values of others the input is a part that may be small."""
+    places = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    of_input = faint * torch.tensor([1.0, 0.02]).repeat(4)[:, None]
+    real = torch.arange(8) != 2
+
+    class Faint(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((places + of_input * x) * real[:, None])
+
+    _, seen = evidence_of(Faint(Attention()))
+    call, other = (calls[0] for calls in seen.calls)
+    assert torch.equal(counted(seen, call, other, layouts(call, 2)[0], "all", 0, 1).among, real[None])
 
 
 def test_a_layer_that_is_neither_there_nor_named(right: tuple[Evidence, pd.DataFrame]) -> None:

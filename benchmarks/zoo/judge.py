@@ -36,6 +36,8 @@ EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
 )
 VERDICTS = (EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT)
 TOLERANCE = 1e-5
+SAME = 1e-3
+"""Two inputs' rows are the same where they differ by no more than this beside the rows that differ most."""
 OWN_KINDS = {OWN, MIXED}
 UNDEFINED = frozenset({"entropy", "cos_y_vuniform"})
 """Metrics that weights below zero, and maps that are subtracted, may leave without a number."""
@@ -452,10 +454,15 @@ def _first_like(calls: list[Call], call: Call) -> Call:
 
 
 def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor | None:
+    """Which rows of V are the same in both: `[row, token]`.
+
+    Same but for rounding, and beside how far other rows are apart: all of a model's may be close.
+    """
     if call.value is None or other.value is None or other.value.shape != call.value.shape:
         return None
     here, there = (rows_of(one, layout).value for one in (call, other))
-    return ((here - there).abs() <= 1e-6 * here.abs().amax().clamp(min=1e-12)).all(-1).all(1)
+    apart = (here - there).abs().amax((1, 3))
+    return apart <= torch.minimum(1e-6 * here.abs().amax().clamp(min=1e-12), SAME * apart.amax())
 
 
 def _between(constant: Tensor) -> bool:

@@ -64,6 +64,10 @@ ALONE = 1e-5
 """By how much of the largest one numbers of an input may differ when it is alone: products of other sizes may
 sum in another order."""
 
+RESTS, CLOSELY = 1e-6, 1e-3
+"""A token stays the same where it is apart by no more than this beside the largest number, and beside the
+largest change."""
+
 Changed = Mapping[Seen, Bool[Tensor, "row token"]]
 """Which tokens of a call are others when the first input is replaced."""
 
@@ -136,7 +140,7 @@ def meaning_of(
     refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
     seen = watched(root, lambda: run(first))
     _share(seen.seen)
-    calls, changed = _Calls(seen), dict[Seen, Tensor]()
+    calls, changed, closely = _Calls(seen), dict[Seen, Tensor](), dict[Seen, Tensor]()
     rows, random, sequence_first = EVERYWHERE, False, False
     plain = None
     if calls.measured and last is not None and _is_exact(root):
@@ -148,6 +152,7 @@ def meaning_of(
     elif calls.measured:
         second = _passed(root, lambda: run(other), len(seen.seen))
         changed = {} if second is None else _changed(seen, second)
+        closely = {} if second is None else _changed(seen, second, closely=True)
         rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
         rows = OTHERWISE if second is None else rows
     if rows == EVERYWHERE and seen.seen:
@@ -156,13 +161,13 @@ def meaning_of(
         if random:  # then what followed what is not known either
             for one in seen.seen:
                 one.forget()
-            calls, changed = _Calls(seen), {}
+            calls, changed, closely = _Calls(seen), {}, {}
         elif calls.measured:
             ahead = changed.get(calls.measured[0])
             sequence_first = ahead is not None and bool(~ahead[:, 1:].any() & ahead[:, 0].all())
     if not calls.measured:
         raise _nothing(root, seen, calls.refused)
-    own = {one: x[: len(x) // inputs] for one, x in changed.items()}
+    own = {one: x[: len(x) // inputs] for one, x in (closely or changed).items()}
     own = own if rows != OTHERWISE else {}
     untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
     return Meaning(_towers(root, calls, own, everywhere, real), rows, random, sequence_first, tuple(untested))
@@ -327,18 +332,33 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
 # --- owner and content
 
 
-def _changed(seen: Survey, again: Survey) -> dict[Seen, Tensor]:
-    """The tokens of each call that are others in a second pass; nothing where the passes differ in calls."""
+def _changed(seen: Survey, again: Survey, *, closely: bool = False) -> dict[Seen, Tensor]:
+    """The tokens of each call that are others in a second pass; nothing where the passes differ in calls.
+
+    closely: as in `_differs`.
+    """
     both = [(one, two, one.tokens_of(two.print)) for one, two in zip(seen.seen, again.seen, strict=False)]
     if len(seen.seen) != len(again.seen) or any(
         (one.path, one.print.shape) != (two.path, of_two.shape) for one, two, of_two in both
     ):
         return {}
     return {
-        one: one.rows((one.print - of_two).abs() > 1e-6 * one.print.abs().max())
+        one: one.rows(_differs((one.print - of_two).abs(), one.print.abs().max(), closely=closely))
         for one, _, of_two in both
         if one.layout is not None
     }
+
+
+def _differs(apart: Tensor, scale: Tensor, *, closely: bool) -> Tensor:
+    """Where fingerprints are apart by more than rounding, which is told by their largest.
+
+    closely: where values hardly depend on the input, all of them are apart by that little: then those stay
+        the same that do so beside the others, as padding does to the last digit.
+    """
+    least = RESTS * scale
+    return apart > (
+        torch.minimum(least, CLOSELY * apart.nan_to_num().max()) if closely and apart.numel() else least
+    )
 
 
 def _is_exact(root: nn.Module) -> bool:
@@ -367,7 +387,7 @@ def _plainly_apart(calls: _Calls, alone: Survey, everywhere: bool) -> dict[Seen,
         rows, scale = len(of_two) // 2, one.print.abs().max()
         if own.shape != of_two[rows:].shape or not ((own - of_two[rows:]).abs() <= ALONE * scale).all():
             return None
-        differs = ((of_two[:rows] - of_two[rows:]).abs() > 1e-6 * scale).any(1)
+        differs = _differs((of_two[:rows] - of_two[rows:]).abs(), scale, closely=True).any(1)
         places = differs[0].nonzero()[:, 0]
         if not len(places):
             return None
