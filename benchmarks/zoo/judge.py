@@ -462,7 +462,10 @@ def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor
         return None
     here, there = (rows_of(one, layout).value for one in (call, other))
     apart = (here - there).abs().amax((1, 3))
-    return apart <= torch.minimum(1e-6 * here.abs().amax().clamp(min=1e-12), SAME * apart.amax())
+    least = 1e-6 * here.abs().amax().clamp(min=1e-12)
+    if apart.amax() <= least:  # what is left is rounding, and tells nothing
+        return torch.ones_like(apart, dtype=torch.bool)
+    return apart <= torch.minimum(least, SAME * apart.amax())
 
 
 def _between(constant: Tensor) -> bool:
