@@ -64,14 +64,14 @@ class Shape(NamedTuple):
 def timed(run: Run, repeats: int) -> Cost:
     """Warms up with one run, then takes the median time of `repeats` runs; the peak is that of all."""
     clock = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
-    before = _restart_peak()
+    before = restart_peak()
     run()
     seconds = []
     for _ in range(repeats):
         start = clock()
         run()
         seconds.append(clock() - start)
-    return Cost(statistics.median(seconds), _peak() - before)
+    return Cost(statistics.median(seconds), peak() - before)
 
 
 def measured(case: str, method: str, repeats: int) -> Cost:
@@ -176,7 +176,7 @@ def probe_run(model: nn.Module, data: Tensor, shape: Shape, *, exact: bool = Fal
 def tower_of(model: nn.Module, data: Tensor, shape: Shape) -> Tower:
     """A tower that runs the model on the same data whatever the samples are."""
     from diag.models.base import Batch, Tower
-    from diag.models.hooks.seam import attention_modules
+    from diag.models.hooks.layers import attention_modules
 
     vision = shape.family == "vit"
     return Tower(
@@ -347,13 +347,14 @@ def _save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def _restart_peak() -> int:
+def restart_peak() -> int:
     """Forgets the peak so far (loading may need more than running) and returns the memory held now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
+    """The peak of resident memory since it was last forgotten, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -80,7 +80,7 @@ def rounds(jobs: dict[str, list[str]], repeats: int, threads: int) -> dict[str, 
     costs: dict[str, list[Cost]] = {}
     for number in range(repeats):
         for name, arguments in list(jobs.items()):
-            with _telling(f"round {number + 1} of {repeats}: {' '.join(arguments[:2])}"):
+            with telling(f"round {number + 1} of {repeats}: {' '.join(arguments[:2])}"):
                 try:
                     costs.setdefault(name, []).append(in_process(arguments, threads))
                 except RuntimeError as error:
@@ -171,7 +171,7 @@ def _growing(seconds: float, last: float | None) -> str:
 
 
 @contextlib.contextmanager
-def _telling(what: str) -> Iterator[None]:
+def telling(what: str) -> Iterator[None]:
     """Says what is running, on a terminal only."""
     shown = sys.stderr.isatty()
     if shown:

@@ -27,6 +27,7 @@ from typing import Any
 _HOME = {
     "probe": "diag.run.api",
     "capture": "diag.run.api",
+    "metrics_of": "diag.measure.captured",
     "Probe": "diag.run.api",
     "ProbePlan": "diag.run.plan",
     "measured": "diag.run.cache",

@@ -1,15 +1,20 @@
-"""The tests of meaning on a module and its arguments; the first input is replaced for the second pass."""
+"""The tests of meaning on a module and its arguments; the first input is replaced for the second pass.
+
+Of two inputs they are run with the shorter pass that may stand for the second one, and without: what is found
+must be the same.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.models.families.from_module import another
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, meaning_of
-from diag.models.hooks.seam import Layer
 from diag.models.hooks.survey import are_ids
 
 
@@ -20,18 +25,48 @@ def meaning_on(
         alike = isinstance(x, Tensor) and x.ndim and len(x) == inputs
         return torch.cat([another(x[:1], 2), x[1:]]) if alike else x
 
+    def second(x: Any) -> Any:
+        return x[1:] if isinstance(x, Tensor) and x.ndim and len(x) == 2 else x
+
     first = (arguments, named)
+    last = ([second(x) for x in arguments], {name: second(x) for name, x in named.items()})
     other = ([replaced(x) for x in arguments], {name: replaced(x) for name, x in named.items()})
     everywhere = not any(isinstance(x, Tensor) and are_ids(x) for x in (*arguments, *named.values()))
-    return meaning_of(
-        module,
-        lambda given: module(*given[0], **given[1]),
-        first,
-        other,
-        inputs=inputs,
-        everywhere=everywhere,
-        real=real,
-    )
+
+    def found(last: Any) -> Meaning:
+        return meaning_of(
+            module,
+            lambda given: module(*given[0], **given[1]),
+            first,
+            other,
+            inputs=inputs,
+            everywhere=everywhere,
+            real=real,
+            last=last,
+        )
+
+    both = found(None)
+    if inputs == 2:
+        assert summary(found(last)) == summary(both)
+    return both
+
+
+def summary(found: Meaning) -> list[Any]:
+    """All that was found, to be compared."""
+    towers = [
+        (one.name, one.places, one.skipped, one.joined, one.hides_padding, one.alone) for one in found.towers
+    ]
+    layers = [
+        (layer.index, layer.name, vars(replace(layer.form, padding=())), padding_of(layer))
+        for one in found.towers
+        for layer in one.layers
+    ]
+    return [found.rows, found.random, found.sequence_first, found.untested, towers, layers]
+
+
+def padding_of(layer: Layer) -> list[Any]:
+    """Which tokens of a layer's calls are padding."""
+    return [None if x is None else x.tolist() for x in layer.form.padding]
 
 
 def layers_on(module: nn.Module, *arguments: Any, **named: Any) -> list[Layer]:

@@ -20,7 +20,7 @@ from zoo.case import Case
 from zoo.evidence import Evidence
 from zoo.judge import EXACT, FALSE, PARTIAL, REFUSED, SILENT, WRONG, Answer, judged
 from zoo.observer import Call, observed
-from zoo.provenance import CROSS, MIXED, ORDER, OWN
+from zoo.provenance import CROSS, MIXED, ORDER, OWN, POOLED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -272,7 +272,45 @@ def test_keys_without_a_token_are_told_from_pooled_ones(front: bool) -> None:
     assert set(seen.kinds.values()) == {OWN}
     assert seen.calls[0][0].own == int(front)
     _case, seen = evidence_of(Memory("pooled"))
-    assert set(seen.kinds.values()) == {CROSS}
+    assert set(seen.kinds.values()) == {POOLED}
+
+
+class Fewer(Written):
+    """Keys that are pooled from the tokens, or a memory in their place."""
+
+    def __init__(self, how: str, *, fused: bool = False) -> None:
+        super().__init__(how)
+        self.fused, self.memory = fused, nn.Parameter(torch.randn(1, 4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, _, _ = self.qkv(x).chunk(3, -1)
+        less = x.unflatten(1, (-1, 2)).mean(2) if self.how == "pooled" else self.memory.expand(len(x), -1, -1)
+        _, k, v = self.qkv(less).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT / 8**0.5).softmax(-1) @ v
+        return x + y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+def test_pooled_keys_are_measured_by_their_weights(fused: bool) -> None:
+    case, seen = evidence_of(Model(Attention(), Fewer("pooled", fused=fused)))
+    assert {path: kind for (path, *_), kind in seen.kinds.items()} == {"layers.0": OWN, "layers.1": POOLED}
+    answer = routes.asked(case.module, [case.batch])
+    assert answer.samples is not None
+    assert judged(seen, answer).word == EXACT
+    table = answer.samples
+    pooled = table["module"] == "layers.1"
+    doctored = {
+        "weights": table["value"] + 1e-4 * (pooled & (table["metric"] == "entropy")),
+        "a value of its own": table["value"].where(~(pooled & (table["metric"] == "cos_y_vself")), 0.5),
+    }
+    for value in doctored.values():
+        assert judged(seen, Answer(table.assign(value=value))).word == WRONG
+    assert judged(seen, Answer(table[~pooled], {"layers.1": "why"})).word == PARTIAL
+    assert judged(seen, Answer(table.assign(value_from="own"))).word == WRONG
+    _, memory = evidence_of(Model(Attention(), Fewer("memory", fused=fused)))
+    assert set(memory.kinds.values()) == {OWN, CROSS}
+    assert judged(memory, answer).word == WRONG
 
 
 SAMPLE = [

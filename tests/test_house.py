@@ -44,8 +44,8 @@ FLOORS: dict[str, int] = {
 LIBRARIES = {
     "timm": {
         "models/families/demo.py",
-        "models/families/timm/__init__.py",
         "models/families/timm/load.py",
+        "models/families/timm/registry.py",
         "variants/in_timm.py",
     },
     "open_clip": {"models/families/open_clip/load.py"},
@@ -209,6 +209,8 @@ NAMING = (
     "diag.cli",
     "diag.run.plan",
     "diag.run.cache",
+    "diag.run.finished",
+    "diag.studies.comparisons",
     "diag.show.terminal",
     "diag.models.names.resolve",
     "diag.inputs.images",

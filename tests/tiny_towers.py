@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diag.measure.loop import measure
 from diag.metrics.default import METRICS
 from diag.models.base import Batch, Sample, Tower
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.results.layer_values import LayerValues
 
 NAMES = list(METRICS)

@@ -8,7 +8,7 @@ say whether it is the axis of keys that is contracted, and which axes are querie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -94,12 +94,16 @@ class Product:
 class Follower:
     """Knows the weights that are alive; `step` is told of every operator that ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self.known: dict[int, Weights] = {}
+        self.totals: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # log-sums and scores less these, and the axis of keys
+        self.parameters = {x.untyped_storage().data_ptr() for x in parameters if not x.is_meta}
 
     def start(self, func: Any, args: Any, out: Tensor, origin: list[Any]) -> None:
         """A softmax, or an exp that may become one, ran."""
-        key = args[1] % out.ndim if func in SOFTMAX else None
+        key = args[1] % out.ndim if func in SOFTMAX else self.totals.get(id(args[0]), (None, None))[1]
         labels = torch.arange(out.numel()).view(out.shape)
         scores = args[0].detach().double()
         self._know(Weights(out, labels, tuple(out.shape), key, scores, scores, origin))
@@ -116,6 +120,10 @@ class Follower:
         flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
         found = [weights for x in flat if (weights := self.of(x)) is not None]
         result = out[0] if isinstance(out, tuple) else out
+        if func is aten.logsumexp.default:
+            self.totals[id(out)] = out, args[1][0] % args[0].ndim
+        elif func is aten.sub.Tensor and id(args[1]) in self.totals:
+            self.totals[id(out)] = out, self.totals[id(args[1])][1]
         if not found:
             return
         if func in PRODUCTS:
@@ -202,12 +210,15 @@ class Follower:
             weights = self.of(one if one is left else right)
             if weights is None:
                 continue
+            of_model = other.untyped_storage().data_ptr() in self.parameters
             labels = weights.labels if one is left else weights.labels.mT
             flat = (-1, *one.shape[-2:])
             places = weights.at(labels.reshape(flat))
             vary = [n for n, place in enumerate(places) if bool((place != place[..., :1]).any())]
             single = not vary and weights.key is not None and weights.shape[weights.key] == 1
             if weights.key is not None and (vary == [weights.key] or single):
+                if of_model:  # a linear map of probabilities
+                    continue
                 found = _arranged(
                     weights,
                     labels.reshape(flat),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.observer import Call, observed
-from zoo.provenance import CROSS, OWN, UNKNOWN, kinds_of
+from zoo.provenance import CROSS, OWN, POOLED, UNKNOWN, kinds_of
 from zoo.replay import kinds_of_eager
 
 HEAD_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "nb_heads")
@@ -30,8 +30,9 @@ class Evidence:
     calls: of each input alone, in order. together: of all inputs in one batch. kinds: of whose tokens a
     fused call is, by (path, run, number of the call in that run). masks: which tokens of an input are real,
     where one came with it. coupled: whether an input gives other outputs beside others. random: whether the
-    same input gives other outputs twice. texts: how many tokens the texts have, which may share words.
-    failed: what the model says of its own inputs. notes: what could not be found out.
+    same input gives other outputs twice, of attention as well: what is drawn behind it changes no number.
+    texts: how many tokens the texts have, which may share words. failed: what the model says of its own
+    inputs. notes: what could not be found out. batch: all of the inputs.
     """
 
     root: nn.Module
@@ -45,6 +46,7 @@ class Evidence:
     prefix: int | None = None
     texts: frozenset[int] = frozenset()
     notes: list[str] = field(default_factory=list)
+    batch: Any = None
 
     @property
     def inputs(self) -> int:
@@ -74,11 +76,13 @@ class Evidence:
         """Modules that attend, in order."""
         return list(dict.fromkeys(call.path for call in self.together))
 
-    def kind(self, path: str, run: int) -> set[str]:
-        """What the calls of a module's run are over."""
-        return {kind for (of, which, *_), kind in self.kinds.items() if (of, which) == (path, run)} or {
-            UNKNOWN
-        }
+    def kind(self, path: str, run: int, without: frozenset[int] = frozenset()) -> set[str]:
+        """What the calls of a module's run are over; without: numbers of those that are left out."""
+        return {
+            kind
+            for (of, which, _, number), kind in self.kinds.items()
+            if (of, which) == (path, run) and number not in without
+        } or {UNKNOWN}
 
     def kinds_within(self, path: str) -> set[str]:
         """What the calls of a module and of those in it are over, and of those that it is in."""
@@ -105,12 +109,13 @@ def gathered(
     try:
         of_batch = observed(root, run(together))
         calls = [observed(root, run(one)) for one in each]
-        observed(root, run(each[0]))
+        calls_again = observed(root, run(each[0]))
     except Exception as error:  # a model may say anything of inputs
         return Evidence(root, [], [], failed=f"{type(error).__name__}: {error}")
     found = Evidence(root, calls, of_batch, masks=list(masks or [None] * len(each)), prefix=prefix)
+    found.batch = together
     whole, single, again = outputs[0], outputs[1 : 1 + len(each)], outputs[-1]
-    found.random = not _alike(single[0], again, 0)
+    found.random = not _alike(single[0], again, 0) and not _same_calls(calls[0], calls_again)
     found.coupled = not any(
         all(_alike(part, one, 1e-3) for part, one in zip(whole.split(1, axis), single, strict=True))
         for axis in range(min(2, whole.ndim))
@@ -145,22 +150,22 @@ def gathered(
 
 
 def _keys_of_tokens(found: Evidence) -> None:
-    """Takes for cross-attention what has keys beside its own tokens' that are of tokens, too.
+    """Takes for pooled what has keys beside its own tokens' that are of tokens, too.
 
     A token that is the same for all inputs, as a class token is at first, is another one deeper in the stack.
     """
     number: dict[tuple[str, int, bool], int] = defaultdict(int)
-    beside: dict[str, list[tuple[tuple[str, int, bool, int], bool]]] = defaultdict(list)
+    beside: dict[str, list[tuple[tuple[str, int, bool, int], bool, int]]] = defaultdict(list)
     for call, other in zip(*found.calls[:2], strict=False):
         place = (call.path, call.run, call.eager)
         at = (*place, number[place])
         number[place] += 1
         if found.kinds.get(at) == OWN and len(set(call.lengths)) > 1:
             stack = re.sub(r"\d+", "#", call.path)
-            beside[stack].append((at, _without_tokens(call, other)))
+            beside[stack].append((at, _without_tokens(call, other), call.lengths[0]))
     for of_stack in beside.values():
-        if not all(without for _, without in of_stack):
-            found.kinds |= {at: CROSS for at, _ in of_stack}
+        if not all(without for _, without, _ in of_stack):
+            found.kinds |= {at: POOLED if queries > 1 else CROSS for at, _, queries in of_stack}
 
 
 def _without_tokens(call: Call, other: Call) -> bool:
@@ -197,6 +202,14 @@ def _as_in_the_batch(call: Call, beside: Call, row: int, inputs: int) -> None:
     if mask is not None and mask.ndim > 2 and mask.shape[0] == size * inputs and mask.shape[0] > 1:
         mask = mask[row * size : (row + 1) * size]
     call.mask, call.causal = mask, beside.causal
+
+
+def _same_calls(calls: Sequence[Call], again: Sequence[Call]) -> bool:
+    """Whether attention gave the same twice."""
+    outputs = [(one.output, two.output) for one, two in zip(calls, again, strict=False)]
+    return len(calls) == len(again) and all(
+        one is two or (one is not None and two is not None and _alike(one, two, 0)) for one, two in outputs
+    )
 
 
 def _differentiable(batch: Any) -> Any:

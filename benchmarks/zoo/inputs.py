@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -246,27 +246,40 @@ def with_image(module: Any, ids: Tensor, mask: Tensor, pixels: Tensor) -> dict[s
     }
 
 
-def saved(module: Any, folder: Path) -> Path:
-    """The model in a folder, with a tokenizer and an image processor as its kind needs."""
+def saved(module: Any, folder: Path, batch: Mapping[str, Tensor]) -> Path:
+    """The model in a folder, with a tokenizer and an image processor as its kind needs.
+
+    batch: what it takes, which tells the size of images.
+    """
     module.save_pretrained(folder)
     taken = inspect.signature(module.forward).parameters
     if "input_ids" in taken:
         save_tokenizer(folder, around=not _causal(module.config))
     if "pixel_values" in taken:
         vision = getattr(module.config, "vision_config", module.config)
-        side = side_of(vision)
-        if hasattr(vision, "spatial_merge_size"):
-            processor: Any = transformers.Qwen2VLImageProcessor(
-                patch_size=vision.patch_size,
-                min_pixels=(4 * PATCH) ** 2,
-                max_pixels=(16 * PATCH) ** 2,
-                merge_size=vision.spatial_merge_size,
-            )
-        else:
-            size = {"height": side, "width": side}
-            processor = transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        processor.save_pretrained(folder)
+        pixels = batch.get("pixel_values")
+        side = pixels.shape[-1] if pixels is not None and pixels.ndim in (4, 5) else side_of(vision)
+        _processor(vision, taken, side).save_pretrained(folder)
     return folder
+
+
+def _processor(vision: Any, taken: Any, side: int) -> Any:
+    """The image processor that makes what a model takes."""
+    deep = getattr(vision, "temporal_patch_size", None) or 1
+    bounds = {"min_pixels": (4 * PATCH) ** 2, "max_pixels": (16 * PATCH) ** 2}
+    if "spatial_shapes" in taken:
+        return transformers.Siglip2ImageProcessor(patch_size=vision.patch_size, max_num_patches=16)
+    if "merge_sizes" in taken:
+        return transformers.VideoLlama3ImageProcessor(patch_size=vision.patch_size, merge_size=1, **bounds)
+    if hasattr(vision, "spatial_merge_size"):
+        return transformers.Qwen2VLImageProcessor(
+            patch_size=vision.patch_size,
+            temporal_patch_size=deep,
+            merge_size=vision.spatial_merge_size,
+            **bounds,
+        )
+    size = {"height": side, "width": side}
+    return transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def side_of(vision: Any) -> int:

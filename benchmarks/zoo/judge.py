@@ -6,6 +6,7 @@ used.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,8 @@ from torch import Tensor
 from zoo.evidence import Evidence, configured_heads, within
 from zoo.numbering import numbering_faults, unnamed_blocks
 from zoo.observer import Call
-from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER, OWN
-from zoo.reference import METRICS, Rows, layouts, numbers, rows_of, weights_of
+from zoo.provenance import CHANNELS, CROSS, MIXED, ORDER, OWN, POOLED
+from zoo.reference import METRICS, Rows, layouts, numbers, numbers_of_weights, rows_of, weights_of
 from zoo.refusals import faults_of_refusal
 
 EXACT, PARTIAL, REFUSED, FALSE, WRONG, SILENT, NONE, FAILED, NOT_BUILT = (
@@ -78,8 +79,12 @@ def judged(evidence: Evidence, answer: Answer) -> Verdict:
 
 def _has_own_tokens(evidence: Evidence, path: str) -> bool:
     """Whether something at a path could have been measured: its tokens meet their own values."""
-    path = _without_run(path)
-    kinds = {kind for (of, *_), kind in evidence.kinds.items() if within(of, path)}
+    call, path = re.search(r" \(call (\d+)\)$", path), _without_run(path)
+    kinds = {
+        kind
+        for (of, _, _, number), kind in evidence.kinds.items()
+        if within(of, path) and (call is None or number == int(call[1]))
+    }
     return not kinds <= {CROSS, CHANNELS, ORDER}
 
 
@@ -172,13 +177,22 @@ def faults_of_table(evidence: Evidence, answer: Answer) -> Iterable[str]:
             for path, run in groups[0]
             if within(path, line.path) and (line.run is None or run == line.run)
         ]
+        if not places:  # a product that is made by a module of its own
+            places = [place for place in groups[0] if place[0] and line.path.startswith(f"{place[0]}.")]
+            places = places if len({path for path, _ in places}) == 1 else []
         if not places and re.search(r"\bn_tokens=1(\.0)? ", line.facts):
             continue  # a product over one key may be no product
         if not places:
             yield f"'{line.path}' is in the table, but calls no attention"
             continue
-        yield from _faults_of_line(evidence, line, places, groups)
+        yield from _faults_of_line(evidence, line, places, groups, _left_out(answer, line.path))
     yield from numbering_faults(evidence.root, lines, [call.path for call in evidence.calls[0]])
+
+
+def _left_out(answer: Answer, path: str) -> frozenset[int]:
+    """Which calls of a layer are named as not measured."""
+    named = (re.fullmatch(rf"{re.escape(path)} \(call (\d+)\)", of) for of in answer.skipped)
+    return frozenset(int(match[1]) for match in named if match)
 
 
 def _faults_of_line(
@@ -186,16 +200,26 @@ def _faults_of_line(
     line: Line,
     places: list[tuple[str, int]],
     groups: list[dict[tuple[str, int], list[Call]]],
+    left: frozenset[int],
 ) -> Iterable[str]:
-    kinds = set().union(*(evidence.kind(*place) for place in places))
+    """What is wrong with a layer of the table. left: which of its calls are named as not measured."""
+    kinds = set().union(*(evidence.kind(*place, left) for place in places))
+    groups = [
+        {place: [call for n, call in enumerate(of) if n not in left] for place, of in group.items()}
+        for group in groups
+    ]
+    if re.search(r"value_from=(pooled|others) ", line.facts):
+        yield from _faults_of_pooled(evidence, line, places, groups, kinds)
+        return
     if kinds & OWN_KINDS and any(len(set(call.lengths)) > 1 for place in places for call in groups[0][place]):
         kinds -= {
-            CROSS
+            CROSS,
+            POOLED,
         }  # beside its attention it weighs something else, as ConvBERT does the steps of a kernel
-    for kind in (CROSS, CHANNELS, ORDER, MIXED):
+    for kind in (CROSS, POOLED, CHANNELS, ORDER, MIXED):
         if kind in kinds and not (kind == MIXED and "mixed" in line.facts):
             yield f"'{line.path}' is in the table, but its values are of {kind}"
-    if kinds & {CROSS, CHANNELS, ORDER}:
+    if kinds & {CROSS, POOLED, CHANNELS, ORDER}:
         return
     calls = [_of_its_own([call for place in places for call in group.get(place, [])]) for group in groups]
     if any(len(of) != len(calls[0]) for of in calls):
@@ -243,6 +267,57 @@ def _faults_of_line(
         )
         if worst[0] > TOLERANCE:
             yield f"'{line.path}' ({tokens}): {worst[1]}"
+
+
+def _faults_of_pooled(
+    evidence: Evidence,
+    line: Line,
+    places: list[tuple[str, int]],
+    groups: list[dict[tuple[str, int], list[Call]]],
+    kinds: set[str],
+) -> Iterable[str]:
+    """What is wrong with a line of which only weights have numbers: keys, or queries, were pooled."""
+    if POOLED not in kinds:
+        yield f"'{line.path}' is in the table as pooled, but its values are of {', '.join(sorted(kinds))}"
+        return
+    heads = configured_heads(evidence.root, places[0][0])
+    shown = next(iter(next(iter(line.numbers.values())).values())).shape[1]
+    for tokens, by_metric in line.numbers.items():
+        worst = (np.inf, "its heads were not found")
+        calls = [[call for place in places for call in group.get(place, [])] for group in groups]
+        for layout in layouts(calls[0][0], shown):
+            apart = (0.0, "")
+            for number, of_input in enumerate(calls):
+                right = numbers_of_weights(of_input, layout, _counting(evidence, of_input[0], tokens, number))
+                for metric, table in by_metric.items():
+                    true = right[metric].numpy() if metric in right else np.full(table.shape[1], np.nan)
+                    if true.shape != table[number].shape:
+                        apart = max(apart, (np.inf, f"{table.shape[1]} heads where {len(true)} are"))
+                        continue
+                    far = np.abs(table[number] - true) / np.maximum(1, np.abs(true))
+                    far = np.where(
+                        np.isnan(table[number]) & np.isnan(true), 0, np.nan_to_num(far, nan=np.inf)
+                    )
+                    apart = max(
+                        apart,
+                        (float(far.max()), f"{metric} of input {number} is {table[number]}, not {true}"),
+                    )
+            worst = min(worst, apart)
+        if worst[0] > TOLERANCE:
+            yield f"'{line.path}' ({tokens}): {worst[1]}"
+    if heads is not None and shown != heads:
+        yield f"'{line.path}' has {shown} heads in the table, {heads} in its configuration"
+
+
+def _counting(evidence: Evidence, call: Call, tokens: str, number: int) -> Tensor:
+    """Which queries of a call count for a token set: real ones, those behind the prefix, or the prefix."""
+    counting = torch.ones(call.lengths[0], dtype=torch.bool)
+    mask = evidence.masks[number] if number < len(evidence.masks) else None
+    if mask is not None and mask.shape == counting.shape:
+        counting &= mask
+    if tokens in ("patch", "cls", "registers"):
+        counting &= (torch.arange(len(counting)) >= (evidence.prefix or 0)) == (tokens == "patch")
+    return counting
 
 
 def _of_its_own(calls: list[Call]) -> list[Call]:
@@ -370,7 +445,8 @@ def _between(constant: Tensor) -> bool:
 def _beside(evidence: Evidence, tokens: int) -> Tensor:
     """Which tokens are no patches: those that are the same for all inputs in the first call over so many.
 
-    Where none is, those that are known, in a call over as many tokens as the first one.
+    Where none is, those that are known, in a call over as many tokens as the first one, or over a square of
+    fewer and them, as in a later stage.
     """
     pairs = list(zip(evidence.calls[0], evidence.calls[1], strict=False))
     first, other = next((pair for pair in pairs if pair[0].lengths == (tokens, tokens)), pairs[0])
@@ -380,6 +456,9 @@ def _beside(evidence: Evidence, tokens: int) -> Tensor:
         same = _constant(first, other, layout)
         if same is not None and same.shape == (1, tokens) and not same.all():
             found = same[0]
-    if evidence.prefix and not found.any() and pairs[0][0].lengths == (tokens, tokens):
-        found[: evidence.prefix] = True
+    if evidence.prefix and not found.any():
+        patches = tokens - evidence.prefix
+        found[: evidence.prefix] = (
+            pairs[0][0].lengths == (tokens, tokens) or math.isqrt(max(patches, 0)) ** 2 == patches
+        )
     return found

@@ -47,7 +47,7 @@ def numbering_faults(root: nn.Module, lines: Sequence[Any], seen: Sequence[str])
         if not all(places):
             continue
         outer = {place[0][0] for place in places}
-        if len(outer) > 1:
+        if len({re.sub(r"\d+", "#", container) for container in outer}) > 1:  # `stage1`, `stage2` are stages
             yield f"tower '{tower}' holds layers of several towers: {', '.join(sorted(outer))}"
             continue
         # a list may hold the unlike parts of one block (T5), or blocks of unlike kinds (CoAtNet)
@@ -83,8 +83,31 @@ def _at_their_places(root: nn.Module, of_tower: Sequence[Any], order: Sequence[s
         ),
         {path: ranked.index(block) for path, block in blocks.items() if block in ranked},
         {path: attending.index(path) for path in blocks if path in attending},
+        # of a block that attends twice, and to others' tokens besides
+        {path: place for place, path in enumerate(path for path in attending if path in blocks)}
+        if shared
+        else {},
+        _counted_through(root, blocks, order),
     )
     return any(all(line.layer == way.get(line.path) for line in of_tower) for way in ways)
+
+
+def _counted_through(
+    root: nn.Module, blocks: dict[str, tuple[str, int]], order: Sequence[str]
+) -> dict[str, int]:
+    """Numbers of paths among all blocks of the innermost lists, and what attends beside them, in order."""
+    lists = {of for of, _ in blocks.values()}
+    inner = [of for of in lists if not any(other.startswith(f"{of}.") for other in lists)]
+    alike = [path for path, _ in root.named_modules() if any(_alike(path, of) for of in inner)]
+    held = {id(part) for of in alike for part in _blocks(root, of)}
+    units = [path for path, part in root.named_modules() if id(part) in held]
+    for path in order:
+        if not any(path == unit or path.startswith(f"{unit}.") for unit in units):
+            units.append(path)
+    place = {path: number for number, (path, _) in enumerate(root.named_modules())}
+    units.sort(key=place.__getitem__)
+    within = {p: [n for n, unit in enumerate(units) if p == unit or p.startswith(f"{unit}.")] for p in blocks}
+    return {path: numbers[-1] for path, numbers in within.items() if numbers}
 
 
 def _starts(root: nn.Module, lists: Sequence[str]) -> dict[str, int]:
@@ -102,7 +125,7 @@ def _blocks(root: nn.Module, container: str, until: int | None = None) -> list[n
 
 
 def _alike(one: str, other: str) -> bool:
-    one, other = (re.sub(r"(?<![^.])\d+(?![^.])", "#", path) for path in (one, other))
+    one, other = (re.sub(r"\d+", "#", path) for path in (one, other))
     return one == other
 
 
@@ -116,7 +139,7 @@ def unnamed_blocks(root: nn.Module, attending: set[str], known: Iterable[str]) -
     known = list(known)
     for container, numbers in lists.items():
         blocks = root.get_submodule(container)
-        if not isinstance(blocks, nn.ModuleList):
+        if not isinstance(blocks, nn.ModuleList) or _are_parts(root, container, lists):
             continue
         classes = {type(blocks[number]) for number in numbers}
         for number, block in enumerate(blocks):
@@ -124,3 +147,22 @@ def unnamed_blocks(root: nn.Module, attending: set[str], known: Iterable[str]) -
             named = any(of == path or of.startswith(f"{path}.") for of in known)
             if number not in numbers and type(block) in classes and not named:
                 yield path
+
+
+def _are_parts(root: nn.Module, container: str, lists: dict[str, set[int]]) -> bool:
+    """Whether a list in a list holds the parts of one block: the same ones attend in all lists of its kind.
+
+    They stand in wrappers of one class, such as a norm in front of attention and one in front of an MLP.
+    """
+    inside = len(place_of(root, f"{container}.0")) > 1
+    alike = [numbers for other, numbers in lists.items() if _alike(other, container)]
+    blocks = root.get_submodule(container)
+    attending = [[type(part) for part in blocks[number].modules()] for number in lists[container]]
+    others = [
+        [type(part) for part in block.modules()]
+        for number, block in enumerate(blocks.children())
+        if number not in lists[container]
+    ]
+    return (
+        inside and all(numbers == alike[0] for numbers in alike) and not any(x in attending for x in others)
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,17 +93,18 @@ class Calls(list[Call]):
 class Watch(TorchDispatchMode):
     """The calls of all forward passes while it is on, in order, and how often each module ran.
 
-    graph: whether calls keep the autograd graph, and modules their arguments, for `provenance`.
+    graph: whether calls keep the autograd graph, and modules their arguments, for `provenance`. parameters:
+    of the model; what weighs those is no attention.
     """
 
-    def __init__(self, graph: bool) -> None:
+    def __init__(self, graph: bool, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.graph = graph
         self.calls = Calls()
         self.runs: Counter[str] = Counter()
         self.stack: list[Frame] = []
         self.inside = 0  # attention of PyTorch is running, whose own softmax is no other call
-        self.follower = Follower()
+        self.follower = Follower(parameters)
         self.eager = 0  # calls so far
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -190,7 +191,7 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def watching(root: nn.Module, graph: bool = False) -> Iterator[Watch]:
     """Watches all that runs below `root`; everything is undone at the end."""
-    watch = Watch(graph)
+    watch = Watch(graph, root.parameters())
     with ExitStack() as undone:
         for path, module in root.named_modules():
             if isinstance(module, torch.jit.ScriptModule):

@@ -153,9 +153,11 @@ def saved(module: nn.Module, folder: Path, side: int, arguments: dict[str, Any])
 
 def prefix_of(module: nn.Module, architecture: str) -> int:
     """How many tokens stand before the patches: knowledge of the architectures, not read as attnbias does."""
-    if architecture.startswith(("pit_", "crossvit", "tnt", "convit", "coat_")):
+    if architecture.startswith(("pit_", "crossvit", "tnt", "coat_")):
         return 2 if "distilled" in architecture else 1
-    if architecture.startswith(("cait", "xcit", "volo")):  # class tokens come after the patches' own layers
+    if architecture.startswith(
+        ("cait", "xcit", "volo", "convit")
+    ):  # class tokens come after layers of patches
         return 0
     parameters = dict(module.named_parameters())
     count = 0

@@ -326,7 +326,8 @@ def build(name: str, folder: Path | None) -> Case:
             why = why or str(error)
             continue
         if folder is not None:
-            case.folder = inputs.saved(module, folder)
+            assert not isinstance(case.batch, torch.Tensor)
+            case.folder = inputs.saved(module, folder, case.batch)
         return case
     raise NotBuiltError(why)
 

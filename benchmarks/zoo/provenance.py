@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from zoo.observer import Call, watching
 
-OWN, CROSS, CHANNELS, MIXED, ORDER, UNKNOWN = (
+OWN, POOLED, CROSS, CHANNELS, MIXED, ORDER, UNKNOWN = (
     "own tokens",
+    "the same tokens in other numbers",
     "other tokens",
     "channels",
     "mixed values",
@@ -50,7 +51,28 @@ def kind_of(call: Call) -> str:
         if _kind_of(call, first) == OWN:
             call.own = first
             return OWN
-    return _kind_of(call, 0) if queries == keys else CROSS
+    if queries == keys:
+        return _kind_of(call, 0)
+    return POOLED if queries > 1 and _reads_one(call) else CROSS
+
+
+def _reads_one(call: Call) -> bool:
+    """Whether queries and values follow one and the same tensor that a module around the call was given."""
+    assert call.query is not None
+    assert call.value is not None
+    if not (call.query.requires_grad and call.value.requires_grad):
+        return False
+    for frame in reversed(call.stack):
+        given = [x for x in frame.given if x.is_floating_point() and x.requires_grad and x.ndim >= 2]
+        if not given:
+            continue
+        follow = [
+            [g is not None and bool((g != 0).any()) for g in _gradients(x.double().square().sum(), given)]
+            for x in (call.query, call.value)
+        ]
+        if all(map(any, follow)):
+            return any(map(all, zip(*follow, strict=True)))
+    return False
 
 
 def _kind_of(call: Call, first: int) -> str:

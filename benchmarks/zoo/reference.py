@@ -118,11 +118,36 @@ def numbers(calls: Sequence[Rows]) -> dict[str, Tensor]:
     return {name: torch.where(weight[name] > 0, total[name] / weight[name], math.nan) for name in total}
 
 
+def numbers_of_weights(
+    calls: Sequence[Call], layout: tuple[int, int | None], queries: Tensor
+) -> dict[str, Tensor]:
+    """Of one input, per query head, what is of weights alone, on any keys. queries: those that count."""
+    total: dict[str, Tensor] = {}
+    weight: Tensor | int = 0
+    for call in calls:
+        pattern, visible = (call.pattern, call.seen) if call.eager else weights_of(call)
+        assert pattern is not None
+        assert visible is not None
+        pattern, visible = (split(x, layout)[:, :, queries] for x in (pattern, visible.expand_as(pattern)))
+        counted = visible.sum(-1) > 1  # [row, head, query]
+        weight = weight + counted.sum((0, 2))
+        for name, x in (("entropy", -torch.xlogy(pattern, pattern).sum(-1)), ("row_sum", pattern.sum(-1))):
+            total[name] = total.get(name, 0) + (x * counted).sum((0, 2))
+    return {name: torch.where(weight > 0, x / weight, math.nan) for name, x in total.items()}
+
+
+def _selects(visible: Tensor) -> bool:
+    """Whether each query sees as many keys as all others, or all up to itself: all may leave out a key."""
+    count = visible.sum(-1)
+    upto = torch.arange(1, count.shape[-1] + 1).clamp(max=count.amax())
+    return bool((count == count.amax()).all() or (count == upto).all())
+
+
 def _sums(rows: Rows) -> Iterator[tuple[str, Tensor, Tensor]]:
     visible, pattern, y = rows.visible, rows.pattern, rows.output
     v = rows.value.repeat_interleave(y.shape[1] // rows.value.shape[1], 1)
     seen = visible & rows.among[:, None, :, None]  # by queries that count
-    among = rows.among & seen.any(2).any(1)  # [row, token]
+    among = rows.among & (_selects(visible) | seen.any(2).any(1))  # [row, token]
     counted = among[:, None] & (visible.sum(-1) > 1)  # [row, head, token]
     length_y, length_v = y.norm(dim=-1), v.norm(dim=-1)
     own = pattern.diagonal(dim1=-2, dim2=-1)

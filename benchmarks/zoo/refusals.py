@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from zoo.evidence import Evidence
@@ -41,6 +41,23 @@ def _runs(seen: Evidence, match: re.Match[str]) -> bool:
     return any(_within(path, match[1]) and count > 1 for path, count in runs.items())
 
 
+def _several(seen: Evidence, match: re.Match[str]) -> bool:
+    """Whether a module calls attention several times in one run of it."""
+    calls = Counter((call.path, call.run) for call in seen.together)
+    return any(_within(path, match[1]) and count > 1 for (path, _), count in calls.items())
+
+
+def _none_in_tower(seen: Evidence, match: re.Match[str]) -> bool:
+    """Whether what is named, a layer of the tower that was asked for, is not over its own tokens."""
+    return OWN not in seen.kinds_within(match[1])
+
+
+def _pairs(seen: Evidence, match: re.Match[str]) -> bool:
+    """Whether the model does not take what is said that it does not take: one image for each input."""
+    given = seen.batch.get("pixel_values") if isinstance(seen.batch, Mapping) else None
+    return given is not None and given.ndim == 5 and "5D" in match.string
+
+
 def _silent(seen: Evidence, match: re.Match[str]) -> bool:
     return not any(_within(path, match[1]) for path in seen.seen)
 
@@ -55,6 +72,8 @@ def _differ(told: str) -> bool:
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (
+    (r"no layer of its \w+ tower attends to its own tokens \('([^']*)'", _none_in_tower),
+    (r"'([^']*)': it calls attention several times in one run", _several),
     (r"comput\w+ (softmax )?attention (by )?itself|softmax itself|eager", _eager),
     (r"made no self-attention call|no self-attention layer|no attention layer", _none_of_its_own),
     (r"no layer attends to its own tokens", _none_of_its_own),
@@ -82,7 +101,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
         r"folder '([^']*)' has no preprocessor_config.json",
         lambda seen, match: not (Path(match[1]) / "preprocessor_config.json").exists(),
     ),
-    (r"fails on its own input", lambda seen, match: bool(seen.failed)),
+    (r"fails on its own input", lambda seen, match: bool(seen.failed) or _pairs(seen, match)),
     (r"is not understood|several maps|differential", lambda seen, match: "report" not in match.string),
 )
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ def as_module(case: Case) -> Verdict:
         case.batch = {**case.batch, "attention_mask": whole}
         seen = module_evidence(case)
         seen.notes.append("judged without padding, beside which the model itself gives other outputs")
-    return judged(seen, asked(case.module, [case.batch]))
+    # padding that it makes itself, such as that of durations, is not there in an input alone
+    batches = inputs_of(case) if seen.coupled and not seen.failed else [case.batch]
+    return judged(seen, asked(case.module, batches))
 
 
 def module_evidence(case: Case) -> Evidence:
@@ -94,7 +97,9 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
     from diag.run.shards import tower_samples
 
     tower = loaded.towers[kind]
-    given: list[Any] = TEXTS if tower.input_kind == "text" else images()
+    given: Any = TEXTS if tower.input_kind == "text" else images()
+    if getattr(tower, "frames", None):
+        given = clips_in(Path(name) / "clips", tower.frames)
     length = {}
     if tower.input_kind == "text" and not tower.facts.get("context"):
         length = {"seq_len": 16}
@@ -127,6 +132,15 @@ def of_tower(case: Case, name: str, loaded: Any, kind: str) -> Verdict:
     if tower.input_kind == "text":
         seen.texts = frozenset(call.lengths[0] for call in seen.calls[0]) if seen.calls else frozenset()
     return judged(seen, answer)
+
+
+def clips_in(folder: Path, frames: int) -> str:
+    """A folder of two clips, one of each image, in a folder of frames for each."""
+    for number, image in enumerate(images()):
+        (folder / f"clip-{number}").mkdir(parents=True, exist_ok=True)
+        for frame in range(frames):
+            image.rotate(frame).save(folder / f"clip-{number}" / f"frame-{frame:03d}.png")
+    return str(folder)
 
 
 def images() -> list[Image.Image]:

@@ -67,3 +67,19 @@ def without_extra_keys(
         torch.cat(outside, 2).to(value.dtype),
         torch.cat(normaliser, 2),
     )
+
+
+def without_extra_weights(
+    pattern: Float[Tensor, "batch head token key"],
+    value: Float[Tensor, "batch head key value_dim"],
+    extra: tuple[int, int],
+) -> tuple[Tensor, Tensor, Float[Tensor, "batch head token value_dim"]]:
+    """Pattern and values of the tokens' keys, views, and `outside`, where a call's pattern is known.
+
+    extra: as in `without_extra_keys`.
+    """
+    before, after = extra
+    parts = (before, pattern.shape[-1] - before - after, after)
+    first, own, last = pattern.split(parts, -1)
+    others, values, behind = value.split(parts, -2)
+    return own, values, first @ others + last @ behind

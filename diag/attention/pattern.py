@@ -23,7 +23,7 @@ LN2 = math.log(2)
 BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """How many pattern entries one streamed block may hold: 8 MiB, or 256 MiB."""
 
-SEVERAL_HEADS_ELEMENTS = {"cpu": 1 << 17, "cuda": BLOCK_ELEMENTS["cuda"] // 2}
+SEVERAL_HEADS_ELEMENTS = {"cpu": 1 << 18, "cuda": BLOCK_ELEMENTS["cuda"] // 2}
 """Up to how many pattern entries per thread one block takes several heads: few stay in a core's cache."""
 
 BLOCK_ROWS = {"cpu": 256, "cuda": 4096}
@@ -143,13 +143,15 @@ def log2_pattern_blocks(
 def given_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
     """Yields a given pattern in blocks `[batch, head, row, key]` with their place, float32.
 
-    Where the pattern is float32 blocks are parts of it, not copies: they are read only.
+    Where the pattern is float32 blocks are parts of it, not copies: they are read only. Keys after the last
+    that a causal block sees are left out: their weights are 0.
     """
     assert call.pattern is not None
-    device = call.output.device
+    device, causal = call.output.device, call.visibility.rule == "causal"
     budget = min(of_threads(SEVERAL_HEADS_ELEMENTS, device), BLOCK_ELEMENTS[device.type])
     heads, rows, keys = call.pattern.shape[1:]
-    rows_at_once = max(1, min(rows, budget // max(1, keys)))
+    most = BLOCK_ROWS[device.type] // 2 if causal else rows
+    rows_at_once = max(1, min(rows, most, budget // max(1, keys)))
     number = max(1, budget // (rows_at_once * max(1, keys)))
     heads_at_once, batch_at_once = min(heads, number), max(1, number // heads)
     for b in range(0, call.batch, batch_at_once):
@@ -160,7 +162,7 @@ def given_blocks(call: AttentionCall) -> Iterator[tuple[tuple[slice, slice, slic
                     slice(h, min(h + heads_at_once, heads)),
                     slice(r, min(r + rows_at_once, rows)),
                 )
-                yield where, call.pattern[where].float()
+                yield where, call.pattern[where][..., : where[2].stop if causal else keys].float()
 
 
 def positions(call: AttentionCall, where: tuple[slice, slice, slice]) -> Int[Tensor, " row"]:
@@ -238,8 +240,11 @@ def _all_blocks(
     number = max(1, of_several // (rows_at_once * call.keys))
     heads_at_once = min(call.heads, number)
     batch_at_once = max(1, number // call.heads)
-    upper = torch.ones(rows_at_once, rows_at_once, dtype=torch.bool, device=call.output.device).triu(1)
     mask = None if call.mask is None else four_dimensional(call.mask)
+    # a minimum is many times as fast as a fill by a mask
+    most = torch.full((rows_at_once, rows_at_once), torch.inf, device=call.output.device)
+    most = most.where(torch.ones_like(most, dtype=torch.bool).tril(), -1e30)
+    offsets = lse[..., None] / LN2
     scratch = Scratch(call.output.device)
     for b in range(0, call.batch, batch_at_once):
         in_batch = slice(b, min(b + batch_at_once, call.batch))
@@ -250,14 +255,13 @@ def _all_blocks(
             key = _keys_of_heads(call, in_batch, in_head).float().flatten(0, 1)
             if rows_at_once < call.tokens:  # several blocks of rows read them
                 key = key.contiguous()
-            key = key.transpose(1, 2)
+            key, offset = key.transpose(1, 2), offsets[in_batch, in_head].flatten(0, 1)
             for r in range(0, call.tokens, rows_at_once):
                 stop = min(r + rows_at_once, call.tokens)
                 in_row = slice(r, stop)
                 seen = min(stop, call.keys) if call.causal else call.keys
-                offset = lse[in_batch, in_head, in_row].flatten(0, 1)[..., None] / LN2
                 block = torch.baddbmm(
-                    offset,
+                    offset[:, in_row],
                     query[:, in_row],
                     key[:, :, :seen],
                     beta=-1.0 if known else 0.0,
@@ -269,7 +273,7 @@ def _all_blocks(
                     part = _mask_part(mask, in_batch, in_head, in_row, seen)
                     block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)
                 if call.causal and r < seen:
-                    block[..., r:].masked_fill_(upper[: stop - r, : seen - r], -1e30)
+                    block[..., r:].clamp_(max=most[: stop - r, : seen - r])
                 if not known:
                     top = block.amax(-1, keepdim=True)
                     normaliser = top + (block - top).exp2_().sum(-1, keepdim=True).log2_()

@@ -78,7 +78,7 @@ class Geometry:
         rows, cols = self.grid(tokens) or (0, 0)
         for prefix in (self.prefix, 0):
             places = keys - prefix
-            if places < 1 or rows * cols % places:
+            if places < 1 or not rows * cols or rows * cols % places:
                 continue
             stride = rows * cols // places if rows == 1 else math.isqrt(rows * cols // places)
             fewer = (1 if rows == 1 else rows // stride, cols // stride)

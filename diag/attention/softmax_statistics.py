@@ -60,8 +60,8 @@ class CallStatistics:
 def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     """Every row statistic of a call's pattern in O(token) memory.
 
-    Entropy and Σ A² stream blocks of query rows through one matrix product each, all rows or the call's
-    sampled ones; the weights on single keys need only the log-normaliser and are of all rows.
+    Everything is read off blocks of query rows, one matrix product each. Where rows are sampled, only entropy
+    and Σ A² are: the weights on single keys need the log-normaliser alone and are of all rows.
     Float32 arithmetic whatever the model's format. On CUDA one fused kernel gives the same numbers.
     """
     if call.maps:
@@ -70,30 +70,42 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
         return fused
     if call.pattern is not None:
         return _of_pattern(call)
-    first = first_key(call)
-    batch, heads, tokens = call.output.shape[:3]
+    first, sample = first_key(call), call.sample
     known = call.log_normaliser is not None
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=call.output.device)
+    lse = torch.empty(call.output.shape[:3], dtype=torch.float32, device=call.output.device)
+    own, leading, sums = (torch.full_like(lse, torch.nan) for _ in range(3))
     lse = call.log_normaliser.float() if known else lse  # type: ignore[union-attr]
-    entropy = torch.empty(
-        *(batch, heads, tokens if call.sample is None else call.sample.rows),
-        dtype=torch.float32,
-        device=lse.device,
-    )
+    entropy = lse.new_empty(*lse.shape[:2], call.tokens if sample is None else sample.rows)
     squares = torch.empty_like(entropy)
-    sums = None if call.outside is None else torch.empty_like(lse)
     scratch = Scratch(call.output.device)
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
         pattern = torch.exp2(logs, out=scratch(*logs.shape))
-        squares[where] = vector_norm(pattern, dim=-1).square_()
-        if sums is not None and call.sample is None:
-            sums[where] = pattern.sum(-1)
-        entropy[where] = pattern.mul_(logs).sum(-1).mul_(-LN2)
-    own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))
-    if sums is not None:
-        sums = row_sums(call) if call.sample is not None else sums.where(call.visibility.count > 0, 0.0)
-    return SoftmaxStatistics(lse, entropy, squares, own, leading, sums)
+        vector_norm(pattern, dim=-1, out=squares[where])
+        if sample is None:
+            if call.own_keys:
+                own[where] = pattern.diagonal(where[2].start, -2, -1)
+            if call.visibility.keys is None:
+                leading[where] = pattern[..., 0]
+            else:
+                leading[where] = _on_key(pattern, first[where[0]])
+            if call.outside is not None:
+                torch.sum(pattern, -1, out=sums[where])
+        torch.sum(pattern.mul_(logs), -1, out=entropy[where])
+    squares.square_()
+    entropy.mul_(-LN2)
+    if sample is not None:
+        own, leading = (scores.sub_(lse).exp_() for scores in _scores_of_single_keys(call, first))
+    total = None
+    if call.outside is not None:
+        total = row_sums(call) if sample is not None else sums.where(call.visibility.count > 0, 0.0)
+    return SoftmaxStatistics(lse, entropy, squares, own, leading, total)
+
+
+def _on_key(pattern: Tensor, key: Tensor) -> Tensor:
+    """Of each row of a block its weight on `key[batch]`, or on its last where causality leaves that out."""
+    key = key.clamp(max=pattern.shape[-1] - 1)[:, None, None, None]
+    return pattern.take_along_dim(key, -1)[..., 0]
 
 
 def _of_pattern(call: AttentionCall) -> SoftmaxStatistics:
@@ -103,11 +115,13 @@ def _of_pattern(call: AttentionCall) -> SoftmaxStatistics:
     entropy, squares, sums, least = torch.empty(4, *shape, dtype=torch.float32, device=device)
     scratch, tiny = Scratch(device), torch.finfo(torch.float32).tiny
     for where, block in given_blocks(call):
-        squares[where] = vector_norm(block, dim=-1).square_()
-        sums[where] = block.sum(-1)
-        least[where] = block.amin(-1)
+        vector_norm(block, dim=-1, out=squares[where])
+        torch.sum(block, -1, out=sums[where])
+        torch.amin(block, -1, out=least[where])
         logs = torch.clamp(block, min=tiny, out=scratch(*block.shape)).log2_()  # 0 log 0 is 0
-        entropy[where] = logs.mul_(block).sum(-1).mul_(-LN2)
+        torch.sum(logs.mul_(block), -1, out=entropy[where])
+    squares.square_()
+    entropy.mul_(-LN2)
     seen = call.visibility.count > 0
     index = first_key(call)[:, None, None, None].expand(*shape, 1)
     return SoftmaxStatistics(

@@ -15,6 +15,7 @@ from torch.linalg import vecdot, vector_norm
 from diag.attention.call import AttentionCall, head_chunks
 from diag.attention.containers import ValueStatistics
 from diag.attention.kernels import fused_values
+from diag.attention.pattern import Scratch
 from diag.attention.visibility import of_inputs, part_of
 
 
@@ -65,19 +66,18 @@ def value_blocks(
 ) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "some_batch some_kv_head token value_dim"]]]:
     """Yields the values in float32, contiguous, some KV heads of some inputs at a time, with their place.
 
-    The value of a token that no query sees is 0: padding may hold anything.
+    The value of a token that no query sees is 0: padding may hold anything. A block is overwritten by the
+    next, and is read only.
     """
-    keys = call.visibility.keys
+    keys, scratch = call.visibility.keys, Scratch(call.value.device)
     for in_batch, in_head in head_chunks(call, call.value.shape[-1]):
-        value = call.value[in_batch, in_head].float().contiguous()
-        if keys is not None:
-            value = value.masked_fill(~of_inputs(keys, in_batch)[:, None, :, None], 0.0)
-        yield (in_batch, in_head), value
+        hidden = None if keys is None else ~of_inputs(keys, in_batch)[:, None, :]
+        yield (in_batch, in_head), _float32(call.value[in_batch, in_head], hidden, scratch)
 
 
 def reciprocal(x: Tensor) -> Tensor:
-    """1/x, 0 where x is 0."""
-    return torch.where(x == 0, 0.0, 1 / x)
+    """1/x of numbers that are not negative, 0 where x is 0."""
+    return x.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
 
 
 def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics:
@@ -103,36 +103,34 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
         output_total=new(heads, dim),
         exclusive_total=new(heads, dim),
     )
+    outputs, work = Scratch(call.output.device), Scratch(call.output.device)
     for (in_batch, in_head), value in value_blocks(call):
         own_heads = call.query_heads(in_head)
         of_values, of_outputs = (in_batch, in_head), (in_batch, own_heads)
         of_uniform = of_outputs if apart else of_values
         visible = seen.part(in_batch, own_heads)
-        output = call.output[of_outputs].float().contiguous()
-        if hides:
-            output = output.masked_fill((visible.count == 0)[..., None], 0.0)
+        output = _float32(call.output[of_outputs], visible.count == 0 if hides else None, outputs)
         output = output.unflatten(1, (-1, group))  # [batch, kv_head, group, token, dim]
         in_set = of_inputs(among, in_batch)[:, None]
 
-        norm = vector_norm(value, dim=-1)
+        own, norm = value[:, :, None], vector_norm(value, dim=-1)
         per_norm = reciprocal(norm)  # [batch, kv_head, token]
         found.value_norm[of_values] = norm
         weights = in_set * per_norm
         found.value_total[of_values] = (weights[:, :, None] @ value)[:, :, 0]
         # [batch, kv_head, group or 1, token or 1, dim]
         units = visible.sum(value, weights).unflatten(1, (value.shape[1], -1))
-        found.partner[of_outputs] = _inner(output, units).flatten(1, 2)
+        found.partner[of_outputs] = _inner(output, units, work).flatten(1, 2)
         del units
         plain = visible.sum(value, in_set.float()).unflatten(1, (value.shape[1], -1))
-        found.uniform[of_uniform] = _inner(value[:, :, None], plain).flatten(1, 2)
+        found.uniform[of_uniform] = _inner(own, plain, work).flatten(1, 2)
         found.uniform_norm[of_uniform] = vector_norm(plain, dim=-1).flatten(1, 2)
         del plain
 
-        own = value[:, :, None]
         length = vector_norm(output, dim=-1)  # [batch, kv_head, group, token]
-        product = vecdot(output, own)
+        product = _inner(output, own, work)
         share = product * per_norm[:, :, None] * per_norm[:, :, None]
-        exclusive = torch.addcmul(output, share[..., None], own, value=-1)
+        exclusive = torch.addcmul(output, share[..., None], own, value=-1, out=work(*output.shape))
         left = vector_norm(exclusive, dim=-1)
         counted = part_of(rows, in_batch, own_heads)
         counted = counted.unflatten(1, (-1, group)) if counted.shape[1] > 1 else counted[:, :, None]
@@ -174,6 +172,20 @@ def _of_outputs(call: AttentionCall, rows: Tensor) -> ValueStatistics:
     )
 
 
-def _inner(x: Tensor, total: Tensor) -> Tensor:
+def _float32(x: Tensor, hidden: Tensor | None, scratch: Scratch) -> Tensor:
+    """x in float32, contiguous, 0 where hidden: x itself where it is all that, else a copy in scratch memory.
+
+    hidden: over all axes but the last; None for nothing.
+    """
+    if hidden is None and x.dtype == torch.float32 and x.is_contiguous():
+        return x
+    copy = scratch(*x.shape).copy_(x)
+    return copy if hidden is None else copy.masked_fill_(hidden[..., None], 0.0)
+
+
+def _inner(x: Tensor, total: Tensor, scratch: Scratch) -> Tensor:
     """x_i · total_i, where the token axis of `total` may be 1."""
-    return (x @ total.transpose(-1, -2))[..., 0] if total.shape[-2] == 1 else vecdot(x, total)
+    if total.shape[-2] == 1:
+        return (x @ total.transpose(-1, -2))[..., 0]
+    shape = torch.broadcast_shapes(x.shape, total.shape)
+    return torch.mul(x, total, out=scratch(*shape)).sum(-1)

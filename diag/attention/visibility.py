@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diag.errors import MeasurementError
 
@@ -28,6 +29,9 @@ HIDDEN = -9000.0
 MOST_STEPS = 32
 """How often all entries are read for where the steps lead that a few rows begin; then they are sorted."""
 
+TRIANGLE = 32
+"""How many keys are summed by one product where sums run along them."""
+
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """How many entries of a mask are looked at together."""
 
@@ -37,7 +41,8 @@ class Visibility:
     """Which keys each query sees, kept as structure wherever the mask has one.
 
     rule: "full" (every real key), "causal" (real keys up to oneself) or "general" (`visible_rows`).
-    keys: keys that any query sees, `[batch or 1, key]`; None if all of them. width: how many keys there are.
+    keys: keys that any query sees, `[batch or 1, key]`; None if all of them, or where queries select theirs:
+        one that none selects is a token like others, and no padding. width: how many keys there are.
     count: visible keys of each query, `[batch or 1, head or 1, token]`.
     visible_rows: whether each query sees each key, `[batch or 1, head or 1, token, key]`; of a general
         rule only.
@@ -106,7 +111,8 @@ class Visibility:
                     continue
                 if bool((visible[:, 0] == shape).all()):
                     return Visibility(rule, kept, width, count, None, *read_off)
-        return Visibility("general", visible.any(2).any(1), width, count, visible, *read_off)
+        kept = None if square and _selects(count) else visible.any(2).any(1)
+        return Visibility("general", kept, width, count, visible, *read_off)
 
     @staticmethod
     def of_keys(keys: Bool[Tensor, "batch token"], causal: bool) -> Visibility:
@@ -170,9 +176,9 @@ class Visibility:
             weights = weights * self.keys[:, None, :]
         if self.rule == "full":
             return weights[:, :, None, :] @ x
-        x = x * weights[..., None]
         if self.rule == "causal":
-            return x.cumsum(2)
+            return prefix_sums(x, weights)
+        x = x * weights[..., None]
         assert self.visible_rows is not None
         heads = self.visible_rows.shape[1]
         if heads not in (1, x.shape[1]):
@@ -201,6 +207,32 @@ class Visibility:
         if self.keys is not None:
             return self.keys[:, None, :]
         return torch.ones_like(self.count, dtype=torch.bool)
+
+
+def _selects(count: Int[Tensor, "batch head token"]) -> bool:
+    """Whether each query of a mask without structure sees as many keys as all others do, or all up to itself.
+
+    Padding that is hidden from all leaves fewer to the queries at the edges of a window.
+    """
+    most = count.amax()
+    position = torch.arange(1, count.shape[-1] + 1, device=count.device)
+    return bool((count == most).all() or (count == position.clamp(max=most)).all())
+
+
+def prefix_sums(
+    x: Float[Tensor, "batch head key dim"], weights: Float[Tensor, "#batch #head key"]
+) -> Float[Tensor, "batch head key dim"]:
+    """`Σ_{j ≤ i} w_j x_j` for every i: products with triangles of the weights, which are faster than one sum
+    after the other.
+    """
+    keys = x.shape[2]
+    if missing := -keys % TRIANGLE:
+        x, weights = pad(x, (0, 0, 0, missing)), pad(weights, (0, missing))
+    triangle = torch.ones(TRIANGLE, TRIANGLE, dtype=x.dtype, device=x.device).tril()
+    parts = x.unflatten(2, (-1, TRIANGLE))  # [batch, head, part, TRIANGLE, dim]
+    sums = (triangle * weights.unflatten(2, (-1, 1, TRIANGLE))) @ parts
+    sums[:, :, 1:] += sums[:, :, :-1, -1:].cumsum(2)
+    return sums.flatten(2, 3)[:, :, :keys]
 
 
 def of_inputs(x: Tensor, in_batch: slice) -> Tensor:
@@ -259,8 +291,8 @@ def hiding(mask: Float[Tensor, "*axes"]) -> tuple[Float[Tensor, "*axes"], float]
 
 
 def shown_by(
-    scores: Float[Tensor, "#batch #head token token"],
-) -> Bool[Tensor, "#batch #head token token"] | None:
+    scores: Float[Tensor, "#batch #head token key"],
+) -> Bool[Tensor, "#batch #head token key"] | None:
     """Which keys have weight after a softmax over the last axis, by the rule of `hiding`; None where all do.
 
     Scores of one row are compared with its largest. Block by block: no copy of the scores is made.

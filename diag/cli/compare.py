@@ -19,6 +19,7 @@ from diag.errors import UserError, say
 if TYPE_CHECKING:
     from diag.run.plan import ProbePlan
     from diag.studies.compare import Comparison
+    from diag.studies.comparisons import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +92,28 @@ def compare(given: CompareOptions) -> None:
         _print_plans(runs, plans, given.as_json)
         return
     folders, failed = _measured(plans, quiet)
-    found = _compared([*runs, *folders], between, given.seed, given.published, quiet)
-    from diag.run.environment import command_line
-    from diag.studies.compare import default_folder, screen, write_comparison
+    from diag.studies.comparisons import found_again, request_of
 
-    folder = given.out or default_folder(found)
-    write_comparison(found, folder, command=command_line(), figures=figures)
+    compared = [*runs, *folders]
+    asked: dict[str, Any] = {"growth": between, "seed": given.seed, "published": given.published}
+    asked |= {"measured": list(map(str, folders)), "figures": figures}
+    request = None if failed else request_of(compared, asked)
+    there = found_again(request, compared, given.out) if request else None
+    if there is None:
+        found = _compared(compared, between, given.seed, given.published, quiet)
+        folder, said = _written(found, given, failed, folders, request)
+    else:
+        folder, said = there
+        for note in () if quiet else said.notes:
+            say(note)
     with answer(folder):
         if given.as_json:
-            print(json.dumps(_document(found, folder, failed), indent=1, ensure_ascii=False, default=str))
+            print(json.dumps({**said.document, "folder": str(folder)}, indent=1, ensure_ascii=False))
         elif quiet:
             print(folder)
         else:
-            print(screen(found))
-    failed = {**failed, **found.collection.problems, **_incomplete(found, folders)}
+            print(said.screen)
+    failed = dict(said.failed)
     if failed:
         say_failures(failed)
     if not given.as_json and not quiet:
@@ -173,11 +182,12 @@ def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool
 def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict[str, str]]:
     """The run folders of plans, measured where they are missing, and what failed. UserError if all did."""
     from diag.run.cache import measured
-    from diag.run.plan import specs_of
+    from diag.run.plan import inputs_of, specs_of
     from diag.show.terminal import StderrListener
 
     for plan in plans:
         specs_of(plan)  # a mistyped name ends the command before anything is measured
+    inputs = inputs_of(plans[0]) if plans else None  # all plans name the same
     folders: list[Path] = []
     failed: dict[str, str] = {}
     last: UserError | None = None
@@ -185,7 +195,7 @@ def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict
         for plan in plans:
             name = plan.models[0] + (f" (T = {plan.seq_len})" if plan.seq_len else "")
             try:
-                folders.append(measured(plan, listener=listener))
+                folders.append(measured(plan, inputs=inputs, listener=listener))
             except UserError as error:
                 failed[name], last = str(error), error
     if last is not None and not folders:
@@ -193,10 +203,32 @@ def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict
     return folders, failed
 
 
+def _written(
+    found: tuple[Comparison, Sequence[str]],
+    given: CompareOptions,
+    failed: dict[str, str],
+    measured: Sequence[Path],
+    request: str | None,
+) -> tuple[Path, Answer]:
+    """Writes a comparison with what is said of it; that stays in the folder where there is a request."""
+    from diag.run.environment import command_line
+    from diag.studies.compare import default_folder, screen, write_comparison
+    from diag.studies.comparisons import Answer
+
+    comparison, notes = found
+    folder = given.out or default_folder(comparison)
+    document = json.loads(json.dumps(_document(comparison, folder, failed), default=str))
+    told = {**failed, **comparison.collection.problems, **_incomplete(comparison, measured)}
+    said = Answer(request or "", notes, screen(comparison), document, told)
+    answered = said if request else None
+    write_comparison(comparison, folder, command=command_line(), answer=answered, figures=given.figures)
+    return folder, said
+
+
 def _compared(
     folders: Sequence[Path], growth: tuple[int, int] | None, seed: int, published: bool, quiet: bool
-) -> Comparison:
-    """The comparison of run folders; says what lines lack."""
+) -> tuple[Comparison, list[str]]:
+    """The comparison of run folders, and what its lines lack, which is said."""
     from diag.results.collect import collect
     from diag.studies.compare import compare as compared
     from diag.studies.compare import published_for
@@ -207,10 +239,10 @@ def _compared(
     if published:
         overlay, notes = published_for(collection)
     found = compared(collection, growth=growth, seed=seed, published=overlay)
-    if not quiet:
-        for note in [*notes, *found.notes]:
-            say(note)
-    return found
+    notes += found.notes
+    for note in () if quiet else notes:
+        say(note)
+    return found, notes
 
 
 def _incomplete(found: Comparison, measured: Sequence[Path]) -> dict[str, str]:

@@ -70,7 +70,8 @@ class ProbeOptions:
 @with_options
 def probe(given: ProbeOptions) -> None:
     """Measure the attention bias of pretrained models, layer by layer and head by head."""
-    from diag.run.plan import ProbePlan
+    from diag.metrics.names import metric_names
+    from diag.run.plan import ProbePlan, inputs_of, specs_of
     from diag.run.processes import share_of
 
     models = models_of(given.model, given.series)
@@ -84,8 +85,8 @@ def probe(given: ProbeOptions) -> None:
     if given.dry_run:
         _print_plan(plan, given.as_json)
         return
+    from diag.run.finished import found_again
     from diag.run.progress import Progress
-    from diag.run.run import run_share
     from diag.show.terminal import StderrListener
 
     progress = Progress()
@@ -95,9 +96,22 @@ def probe(given: ProbeOptions) -> None:
         interruptible(lambda: f"stopped after {progress}; run the same command again to resume"),
         StderrListener(quiet=quiet) as listener,
     ):
-        found = run_share(
-            plan, given.out, share, overwrite=given.overwrite, listener=listener, progress=progress
-        )
+        metric_names(plan.metrics)
+        specs_of(plan)  # what is mistyped is told before inputs are listed
+        inputs = inputs_of(plan)
+        found = None if given.overwrite else found_again(plan, inputs, given.out, listener)
+        if found is None:
+            from diag.run.run import run_share  # which brings torch
+
+            found = run_share(
+                plan,
+                given.out,
+                share,
+                overwrite=given.overwrite,
+                inputs=inputs,
+                listener=listener,
+                progress=progress,
+            )
     if found is not None:
         show(found.folder, found.manifest, found.layers, as_json=given.as_json, quiet=given.quiet)
 

@@ -26,8 +26,8 @@ from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.interventions import Edit
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.residual import check_states, projection_error, tolerance
-from diag.models.hooks.seam import Layer
 from diag.results.layer_values import LayerFacts, LayerValues
 
 OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
@@ -131,7 +131,7 @@ class BatchReadings:
     def geometry(self, call: AttentionCall) -> Geometry:
         """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
         if self.tower.name != "vision":
-            return TEXT
+            return TEXT if call.own_keys else Geometry.unknown()  # squares are none of a line
         if self.tower.suffix or len(self.tower.marks) > 1:  # a grid has no places for what is beside it
             return Geometry.unknown(len(self.tower.prefix))
         windows = call.batch // len(self.batch.ids)

@@ -16,9 +16,9 @@ from diag.models.base import Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.output_gates import check_gates, gate_edits
 from diag.models.hooks.residual import branch_edits
-from diag.models.hooks.seam import Layer
 from diag.models.layer_numbers import own_numbers
 
 
@@ -75,18 +75,22 @@ def edited_modules(
 def by_own_numbers(
     edits: Sequence[Edit], layers: Sequence[Layer], places: Sequence[Place] = ()
 ) -> list[Edit]:
-    """The edits with the model's own numbers of layers, where some count from the last; of the softmax layers
-    alone where an edit needs them and names none.
+    """The edits with the model's own numbers of layers, where some count from the last; where an edit names
+    none, of those that have what it needs.
 
     Raises UserError for a layer that is not there or not measured, as `own_numbers` does.
     """
 
     def own(edit: Edit) -> Edit:
         if edit.layers is None:
-            linear = [layer for layer in layers if layer.form.mixer == "linear"]
-            softmax = frozenset(layer.index for layer in layers if layer not in linear)
-            only = linear and softmax and INTERVENTIONS[edit.name].of_softmax
-            return replace(edit, layers=softmax) if only else edit
+            needs = INTERVENTIONS[edit.name]
+            able = frozenset(
+                layer.index
+                for layer in layers
+                if (layer.form.mixer == "softmax" or not needs.of_softmax)
+                and (layer.form.keys_of == "own" or not needs.of_values)
+            )
+            return replace(edit, layers=able) if 0 < len(able) < len(layers) else edit
         before, missing = f"--intervene {edit.text}: ", "there is no layer {}"
         found = own_numbers(sorted(edit.layers), layers, places, before=before, missing=missing)
         return replace(edit, layers=frozenset(found))

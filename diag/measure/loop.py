@@ -34,9 +34,10 @@ from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import Edit
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import nothing_of_its_own
 from diag.models.hooks.residual import stream_states
-from diag.models.hooks.seam import Layer, OnCall, Sightings
+from diag.models.hooks.seam import OnCall, Sightings
 from diag.models.layer_numbers import numbered
 from diag.models.loading import theirs
 from diag.results.layer_values import LayerFacts, LayerValues
@@ -281,11 +282,22 @@ class _BatchWork:
 
 
 def _with_real_keys(call: AttentionCall, batch: Batch) -> AttentionCall:
-    """The call of a layer without softmax, which has no mask, with padding hidden as the batch has it."""
-    real = batch.real
-    if call.has_pattern or real is None or real.shape != (call.batch, call.tokens) or bool(real.all()):
+    """The call with padding as the batch has it, where its mask does not tell.
+
+    A layer without softmax has no mask; where each query has a selection of keys, one that none selects is no
+    padding.
+    """
+    real, seen = batch.real, call.visibility
+    if real is None or not call.own_keys or real.shape != (call.batch, call.tokens):
         return call
-    seen = Visibility.of_keys(real.to(call.output.device), call.causal)
+    real = real.to(call.output.device)
+    if call.has_pattern:
+        if seen.rule != "general" or seen.keys is None or not bool((real & ~seen.keys).any()):
+            return call
+        return replace(call, visibility=replace(seen, keys=seen.keys | real))
+    if bool(real.all()):
+        return call
+    seen = Visibility.of_keys(real, call.causal)
     return replace(call, mask=seen.mask, visibility=seen)
 
 

@@ -15,56 +15,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diag.errors import UnreadableInput
+from diag.errors import MeasurementError, UnreadableInput
 from diag.measure.batch_size import is_out_of_memory
 from diag.measure.loop import told_if_the_model_fails
 from diag.models.base import Batch, Model, Sample, Tower
-from diag.models.hooks.depth import stacks_of
 from diag.models.hooks.meaning import (
-    INPUTS,
     OTHERWISE,
     Meaning,
     Understood,
     meaning_of,
-    nothing_of_its_own,
     refuse_random,
     told,
 )
-from diag.models.hooks.seam import attention_calls, has_closed
+from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.survey import other_than
-
-KNOWN = frozenset(
-    {
-        ("timm", "VisionTransformer", "Attention"),
-        ("open_clip", "CLIP", "MultiheadAttention"),
-        ("transformers", "BertModel", "BertSelfAttention"),
-        ("transformers", "CLIPModel", "CLIPAttention"),
-        ("transformers", "DINOv3ViTModel", "DINOv3ViTAttention"),
-        ("transformers", "Dinov2WithRegistersModel", "Dinov2WithRegistersAttention"),
-        ("transformers", "GPT2Model", "GPT2Attention"),
-        ("transformers", "GPTNeoXModel", "GPTNeoXAttention"),
-        ("transformers", "LlamaModel", "LlamaAttention"),
-        ("transformers", "Qwen3Model", "Qwen3Attention"),
-        ("transformers", "ViTModel", "ViTAttention"),
-    }
-)
-"""Library, class of a model and class of its attention of which the tests find nothing unusual: each layer is
-called once, over its own tokens, in the usual axes, one row per input, in every block. They are not tested
-again; `tests/models/test_conformance.py` holds each line against the tests themselves."""
+from diag.models.known import is_known, trusted
 
 
 def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_random: bool = False) -> Tower:
     """The tower with the layers that it really has, their numbers, and what is not measured of it.
 
     samples: the first one that can be read is looked at; where none can, where another library watches the
-        model, and where it is known (`KNOWN`), the tower comes back as it is.
+        model, and where it is known (`diag.models.known`), the tower comes back as it is.
     allow_random: whether a model may give other numbers for the same input.
     Raises UserError for a model that does without being allowed to, and where no layer can be measured.
     """
     if tower.meaning or tower.capture is not attention_calls:
         return tower
-    if is_known(model, tower):
-        return replace(tower, meaning={"tested": False, "known": type(model.module).__name__, "rows": INPUTS})
+    if is_known(model.module, tower.layers):
+        return replace(tower, meaning=trusted(model.module))
     content = _first_content(tower, samples)
     if content is None:
         return tower
@@ -98,22 +77,6 @@ def _of_others(model: Model, tower: Tower, found: Meaning, chosen: Understood) -
     return {path: why for path, why in told.items() if not _within(path, named)}
 
 
-def is_known(model: Model, tower: Tower) -> bool:
-    """Whether the tests are known to find nothing unusual: by class, and as every block has its layer."""
-    root, paths = model.module, [layer.path for layer in tower.layers]
-    if not kinds_of(model, tower) <= KNOWN or has_closed(root):
-        return False
-    stack, *others = stacks_of(root, dict.fromkeys(paths))
-    return not others and [place.path for place in stack.places] == paths
-
-
-def kinds_of(model: Model, tower: Tower) -> set[tuple[str, str, str]]:
-    """Library, class of the model, and classes of its attention, as `KNOWN` has them."""
-    root = type(model.module)
-    library = root.__module__.partition(".")[0]
-    return {(library, root.__name__, type(layer.module).__name__) for layer in tower.layers}
-
-
 def _first_content(tower: Tower, samples: Iterable[Sample]) -> Any:
     """What the first sample that can be read holds, prepared for the tower."""
     for sample in samples:
@@ -138,9 +101,10 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
             tower.forward(data)
 
     first, other = batch(pairs[0]), batch(pairs[1])
+    last = tower.encode([Sample.holding("test-1", second)]) if inputs == 2 else None
     # the prompt beside an image is the same beside another one, and no padding
     everywhere = not isinstance(content, list) and not tower.marks
-    return meaning_of(model.module, run, first, other, inputs=inputs, everywhere=everywhere)
+    return meaning_of(model.module, run, first, other, inputs=inputs, everywhere=everywhere, last=last)
 
 
 def _other(content: Any, number: int) -> Any:
@@ -173,7 +137,10 @@ def _chosen(tower: Tower, found: Meaning) -> Understood:
         skipped = {path: why for one in found.towers for path, why in one.skipped.items()}
         path = next((path for path in skipped if _within(path, expected)), expected[0])
         why = skipped.get(path, "it makes no attention call that is seen")
-        raise nothing_of_its_own(path, why)
+        raise MeasurementError(
+            f"no layer of its {tower.name} tower attends to its own tokens ('{path}': {why})",
+            "measure the model as a module: diag.probe(module, batches)",
+        )
     return chosen
 
 

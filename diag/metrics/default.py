@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
+from torch.nn.functional import threshold
 
 from diag.attention.call import AttentionCall
 from diag.attention.containers import SoftmaxStatistics, ValueStatistics
@@ -42,6 +43,9 @@ from diag.metrics.registry import Metric, metric, registered
 
 ANCHORS = 16
 """Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
+
+COARSE = 8
+"""Up to which mean of 1/(1 - cos²) partial similarities are computed in float32, with errors below 1e-6."""
 
 
 class Selection:
@@ -262,9 +266,14 @@ def value_similarity_partial(on: Selection) -> Reading:
     other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
     chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
     found = torch.empty(on.call.batch, on.call.kv_heads, device=place.device, dtype=torch.float64)
-    for where, value in value_blocks(on.call):  # float64 copies of all values would be large
+    for where, value in value_blocks(on.call):
         of, there, exist = (of_inputs(x, where[0]) for x in (place, chosen, valid))
-        each = _partial_cosines(value, of, there)
+        cosines, coarse = _partial_cosines(value, of, there)
+        each = cosines.double()
+        if coarse.any():  # only these heads are copied in float64
+            inputs = coarse.nonzero()[:, 0]
+            of, there = (x.expand(len(value), *x.shape[1:])[inputs] for x in (of, there))
+            each[coarse] = _partial_cosines(value[coarse].double()[:, None], of, there)[0][:, 0]
         found[where] = (each * exist[:, None]).sum(-1) / exist.sum(-1)[:, None].clamp(min=1)
     return on.per_kv_head(found, least=3)
 
@@ -273,23 +282,27 @@ def _partial_cosines(
     value: Float[Tensor, "batch kv_head token dim"],
     place: Int[Tensor, "#batch anchor"],
     chosen: Bool[Tensor, "#batch 1 anchor token"],
-) -> Float64[Tensor, "batch kv_head anchor"]:
-    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`.
+) -> tuple[Float[Tensor, "batch kv_head anchor"], Bool[Tensor, "batch kv_head"]]:
+    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`, in the
+    format of the values, and whether float32 is too coarse for it.
 
-    In float64: 1 - cos² loses its digits where values are nearly parallel.
+    1 - cos² loses its digits where values are nearly parallel: the error is about ε · mean of 1/(1 - cos²).
     """
-    norm = vector_norm(value, dim=-1, keepdim=True, dtype=torch.float64)
-    unit = value * reciprocal(norm)
+    per_norm = reciprocal(vector_norm(value, dim=-1))[:, :, None]
     index = place[:, None, :, None].expand(*value.shape[:2], -1, value.shape[-1])
-    anchor = unit.gather(2, index)
-    cosine = anchor @ unit.transpose(-1, -2)  # [batch, kv_head, anchor, token]
+    anchor = value.gather(2, index)
+    anchor = anchor * reciprocal(vector_norm(anchor, dim=-1, keepdim=True))
+    cosine = (anchor @ value.mT).mul_(per_norm)  # [batch, kv_head, anchor, token]
     # what is left of v̂_j without its part along the anchor; of what was not chosen, nothing
-    left = torch.addcmul(chosen.double(), cosine, cosine, value=-1)
-    scale = left.masked_fill_(left <= 1e-12, torch.inf).rsqrt_()
-    total = scale @ unit
+    left = torch.addcmul(chosen.to(value.dtype), cosine, cosine, value=-1)
+    scale = threshold(left, 1e-12, torch.inf, inplace=True).rsqrt_()
+    count = chosen.sum(-1)
+    coarse = vector_norm(scale, dim=-1).square() > COARSE * count
+    scale *= per_norm
+    units = scale.sign().sum(-1)
+    total = scale @ value
     total = torch.addcmul(total, vecdot(total, anchor)[..., None], anchor, value=-1)
-    units = (scale > 0).sum(-1) - (chosen & (norm[..., None, :, 0] == 0)).sum(-1)
-    return _mean_pairwise(total, units, chosen.sum(-1))
+    return _mean_pairwise(total, units, count), (coarse | (units < count)).any(-1)
 
 
 @metric("call", of_own_keys=True)

@@ -122,8 +122,9 @@ def reduce(parts: Sequence[Reading], inputs: int, how: str) -> Float64[Tensor, "
         result = _percentile(value, weight, torch.full_like(total, PERCENTILE))
     else:
         sums = [_sums(part.values, part.weights, inputs) for part in parts]
-        summed, total = (torch.stack(each).sum(0) for each in zip(*sums, strict=True))
-        finite, result = summed.isfinite(), summed / total
+        if len(sums) == 1:
+            return _mean(*sums[0])
+        return _mean(*(torch.stack(each).sum(0) for each in zip(*sums, strict=True)))
     return torch.where(total > 0, torch.where(finite, result, torch.inf), torch.nan)
 
 
@@ -154,8 +155,8 @@ def condensed(part: Reading, inputs: int, how: str) -> Reading:
         return Reading(values, total, variance=(share.square() * spread).sum(-1, keepdim=True))
     if part.variance is not None or how != "mean":
         return part
-    _, total = _sums(part.values, part.weights, inputs)
-    return Reading(reduce([part], inputs, how)[..., None], total[..., None])
+    summed, total = _sums(part.values, part.weights, inputs)
+    return Reading(_mean(summed, total)[..., None], total[..., None])
 
 
 def _estimated(part: Reading, how: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,13 +287,19 @@ def _percentile(values: Tensor, weights: Tensor, at: Tensor) -> Tensor:
     return (low + (high - low) * share)[..., 0]
 
 
+def _mean(summed: Tensor, total: Tensor) -> Tensor:
+    """The mean of what sums to `summed`: NaN where nothing counts, infinite where the sum is not finite."""
+    return torch.where(total > 0, torch.where(summed.isfinite(), summed / total, torch.inf), torch.nan)
+
+
 def _sums(values: Tensor, weights: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
     """The weighted sum over all tokens of an input, and that of its weights, `[input, head]`, float64.
 
     What counts and is not finite makes the sum not finite. Nothing of the size of the values is copied
     in float64 unless their weights differ.
     """
-    counted = torch.where(weights > 0, values, 0.0)
+    counts = weights if weights.dtype == torch.bool else weights > 0
+    counted = torch.where(counts, values, 0.0)
     if weights.dtype != torch.bool:
         counted = counted.double() * weights
     batch, heads, tokens = counted.shape

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from diag.errors import UserError, one_of
 from diag.inputs.items import Inputs
 from diag.models.hooks.depth import Place
-from diag.models.hooks.seam import Layer, OnCall, attention_calls
+from diag.models.hooks.layers import Layer
+from diag.models.hooks.seam import OnCall, attention_calls
 
 
 def device_of_module(module: nn.Module) -> torch.device:

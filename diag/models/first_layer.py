@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.loading import theirs
 from diag.models.sizes import Sides, plain, sides
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from diag.errors import UserError, spans
 from diag.models.hooks.depth import Place
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 
 
 def own_numbers(

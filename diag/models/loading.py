@@ -14,8 +14,8 @@ from torch import nn
 from diag.errors import UserError, did_you_mean
 from diag.inputs.outside import reason
 from diag.models.base import Tower
+from diag.models.hooks.layers import Layer, attention_modules
 from diag.models.hooks.linear import recurrent_modules
-from diag.models.hooks.seam import Layer, attention_modules
 from diag.models.hooks.survey import watched
 from diag.models.names.spec import LOCAL, ModelSpec
 from diag.models.weights import refuse_non_finite

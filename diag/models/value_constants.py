@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.hooks.block_parts import upwards
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

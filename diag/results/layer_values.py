@@ -15,13 +15,14 @@ class LayerFacts:
 
     All but the sizes are read off the first batch.
 
-    n_tokens: keys of one softmax (the largest, if a layer is called once per window).
+    n_tokens: queries of one softmax (the most, if a layer is called once per window), and as a rule its keys.
     attn_scope: "full", or "window" if an input's tokens are split over several softmaxes or a mask
         hides real keys beyond causality.
     first_token: "excluded" where the first token sees only itself (causal), else "included".
     projection: whether the output projection read Y "as captured", "modified" or "unknown".
     gate_error: relative error of A V rebuilt from the call; NaN of a layer without softmax.
-    value_from: whose the values are: "own", another layer's ("layer 12"), or "mixed".
+    value_from: whose the values are: "own", another layer's ("layer 12"), "mixed"; or of no token: "pooled",
+        and "others" (keys that are other tokens than the queries, such as of strided queries).
     row_sum: what the weights of a row sum to, on average over the rows that are checked; 1 unless weights
         are no softmax, or several are added up. NaN of a layer without softmax.
     mixer: what makes its outputs, "softmax", or "linear" of a layer without it.

@@ -12,6 +12,7 @@ are Student's t (`diag.results.moments`). No torch here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diag.errors import UserError
+from diag.errors import LARGEST, UserError
 from diag.inputs.tables import ANY, COUNT, NAME, NUMBER, PLACE, TEXT, WHOLE, Layout, read_table
 from diag.metrics.catalogue import RATIOS
-from diag.results.bootstrap import ratio, ratio_of_means, summary
+from diag.results.bootstrap import Bootstrap, ratio, statistics
 from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES, is_finished
 from diag.results.layer_values import LayerValues
 from diag.results.manifest import PROBE, again
@@ -79,36 +80,72 @@ LAYOUTS = {
 
 
 def samples_frame(
-    measured: LayerValues, ratios: Mapping[str, tuple[str, str]], constants: Mapping[str, Any]
+    measured: Sequence[LayerValues], ratios: Mapping[str, tuple[str, str]], constants: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """One layer's numbers as long-form rows, one per input and head (-1: of the whole layer).
+    """Numbers of layers as long-form rows, in their order: one per input and head (-1: of the whole layer).
 
-    ratios: metrics to add, each the ratio of two that are there.
+    ratios: metrics to add to each layer, each the ratio of two that are there.
     constants: columns that are the same in every row of the tower (model, tower …).
     """
-    names, values = list(measured.metrics), measured.values
-    added = {k: v for k, v in ratios.items() if v[0] in names and v[1] in names}
-    blocks = [values]
-    for above, below in added.values():
-        blocks.append(ratio(values[:, names.index(above)], values[:, names.index(below)])[:, None])
-    values = np.concatenate(blocks, axis=1)
-    names += list(added)
-    token_set, metric, place, head = np.indices(values.shape).reshape(4, -1)
-    frame = pd.DataFrame(
-        {
-            "tokens": _category(measured.token_sets, token_set),
-            "metric": _category(names, metric),
-            "input": _category(measured.ids, place),
-            "input_index": place + measured.first_input,
-            "head": head if measured.of_heads else WHOLE_LAYER,
-            "value": values.reshape(-1),
-        }
+    names, blocks = zip(*(_with_ratios(one, ratios) for one in measured), strict=True)
+    sizes = [block.size for block in blocks]
+    shapes = {block.shape: np.indices(block.shape, np.int32).reshape(4, -1) for block in blocks}
+    places = [shapes[block.shape] for block in blocks]
+    frame = {
+        "tokens": _words([one.token_sets for one in measured], [place[0] for place in places]),
+        "metric": _words(names, [place[1] for place in places]),
+        "input": _words([one.ids for one in measured], [place[2] for place in places]),
+        "input_index": np.concatenate(
+            [place[2] + np.int64(one.first_input) for one, place in zip(measured, places, strict=True)]
+        ),
+        "head": np.concatenate(
+            [
+                place[3] if one.of_heads else np.full(place.shape[1], WHOLE_LAYER)
+                for one, place in zip(measured, places, strict=True)
+            ]
+        ).astype(np.int64),
+        "value": np.concatenate([block.reshape(-1) for block in blocks]),
+    }
+    zeros = [np.zeros(size, np.int32) for size in sizes]
+    columns = [one.columns(constants) for one in measured]
+    for name in columns[0]:
+        of_layers = [column[name] for column in columns]
+        if isinstance(of_layers[0], str):
+            frame[name] = _words([[constant] for constant in of_layers], zeros)
+        else:
+            frame[name] = np.repeat(np.array(of_layers), sizes)
+    return pd.DataFrame(frame)
+
+
+def _with_ratios(
+    measured: LayerValues, ratios: Mapping[str, tuple[str, str]]
+) -> tuple[list[str], np.ndarray]:
+    """The names of metrics and their values `[token set, metric, input, head]`, ratios of them behind."""
+    names, blocks = list(measured.metrics), [measured.values]
+    for name, (above, below) in ratios.items():
+        if above in measured.metrics and below in measured.metrics:
+            parts = (measured.values[:, [names.index(part)]] for part in (above, below))
+            blocks.append(ratio(*parts))
+            names.append(name)
+    return names, np.concatenate(blocks, axis=1)
+
+
+def _words(names: Sequence[Sequence[str]], codes: Sequence[np.ndarray]) -> Any:
+    """A column of texts, given for each part by codes into its names.
+
+    A category where all parts have the same names, else plain text, as `pandas.concat` has it.
+    """
+    known = {name: code for code, name in enumerate(dict.fromkeys(itertools.chain.from_iterable(names)))}
+    column = np.concatenate(
+        [
+            np.array([known[name] for name in own], np.int32)[code]
+            for own, code in zip(names, codes, strict=True)
+        ]
     )
-    for name, constant in measured.columns(constants).items():
-        frame[name] = (
-            _category([constant], np.zeros(len(frame), int)) if isinstance(constant, str) else constant
-        )
-    return frame
+    texts = pd.Index(list(known))
+    if all(len(set(own)) == len(known) for own in names):
+        return pd.Categorical.from_codes(column, categories=texts)
+    return texts.array.take(column)
 
 
 def tables(
@@ -118,12 +155,13 @@ def tables(
 
     Where inputs differ in their number of tokens, the tables give the largest, so that a layer stays one row.
     """
-    samples = largest(samples)
-    of_heads = samples[samples["head"] != WHOLE_LAYER]
-    heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], ratios, seed)
+    samples, bootstrap = largest(samples), Bootstrap(seed)
+    whole_layer = (samples["head"] == WHOLE_LAYER).to_numpy()
+    of_heads = samples[~whole_layer] if whole_layer.any() else samples
+    heads = _summarise(of_heads, [*KEYS, *_constants_in(samples)], ratios, bootstrap)
     keys = [key for key in KEYS if key != "head"]
     layers = layer_samples(samples, ratios)
-    return _summarise(layers, [*keys, *_constants_in(samples)], ratios, seed), heads
+    return _summarise(layers, [*keys, *_constants_in(samples)], ratios, bootstrap), heads
 
 
 def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] = RATIOS) -> pd.DataFrame:
@@ -133,23 +171,25 @@ def layer_samples(samples: pd.DataFrame, ratios: Mapping[str, tuple[str, str]] =
     """
     keys = [key for key in KEYS if key != "head"]
     within = [*keys, *_constants_in(samples), "input", "input_index"]
-    plain = samples[~samples["metric"].isin(list(ratios))]
-    means = plain.groupby(within, observed=True, sort=False, dropna=False)["value"].mean().reset_index()
-    parts = [means]
-    on = [key for key in within if key != "metric"]
-    for name, (above, below) in ratios.items():
-        if not (samples["metric"] == name).any():
-            continue
-        both = means[means["metric"] == above].merge(
-            means[means["metric"] == below], on=on, suffixes=("", "_below")
-        )
-        both["value"] = ratio(both["value"].to_numpy(), both["value_below"].to_numpy())
-        parts.append(both.assign(metric=name)[[*within, "value"]])
-    return pd.concat([_plain(part) for part in parts], ignore_index=True)
+    is_ratio = samples["metric"].isin(list(ratios)).to_numpy()
+    plain = samples[~is_ratio] if is_ratio.any() else samples
+    group, first = _groups(plain, within)
+    value = plain["value"].to_numpy(dtype=float)
+    there = ~np.isnan(value)
+    # a layer of which no head is defined has no mean
+    means = ratio(*(np.bincount(group, x, len(first)) for x in (np.where(there, value, 0.0), there)))
+    found = _rows(plain, within, first).assign(value=means)
+    parts = [found]
+    line, _ = _groups(found, [key for key in within if key != "metric"])
+    for name, components in ratios.items():
+        if (samples["metric"] == name).any():
+            above, below = _side_by_side(found["metric"], line, components)
+            parts.append(found.iloc[above].assign(metric=name, value=ratio(means[above], means[below])))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _summarise(
-    samples: pd.DataFrame, by: list[str], ratios: Mapping[str, tuple[str, str]], seed: int
+    samples: pd.DataFrame, by: list[str], ratios: Mapping[str, tuple[str, str]], bootstrap: Bootstrap
 ) -> pd.DataFrame:
     """Statistics over inputs for every combination of `by`, model by model.
 
@@ -157,39 +197,63 @@ def _summarise(
     near zero would otherwise outweigh all others. It has no standard deviation of its own.
     """
     frames = []
-    for _, part in samples.groupby(["model", "tower"], observed=True, sort=False):
-        grouped = part.groupby(by, observed=True, sort=False, dropna=False)
-        cell = grouped.ngroup().to_numpy()
-        order, column = np.unique(part["input_index"].to_numpy(), return_inverse=True)
-        matrix = np.full((len(order), cell.max() + 1), np.nan)
+    towers, first_rows = _groups(samples, ["model", "tower"])
+    for tower in range(len(first_rows)):
+        part = samples[towers == tower] if len(first_rows) > 1 else samples
+        cell, first = _groups(part, by)
+        column, order = pd.factorize(part["input_index"], sort=True)
+        matrix = np.full((len(order), len(first)), np.nan)
         matrix[column, cell] = part["value"].to_numpy(dtype=float)
-        # ngroup numbers groups in order of appearance, as size() lists them
-        rows = _plain(grouped.size().reset_index()[by])
-        table = pd.concat([rows, summary(matrix, seed=seed)], axis=1)
-        others = [key for key in by if key != "metric"]
-        for name, (above, below) in ratios.items():
-            places = _components(rows, others, name, above, below)
-            if len(places):
-                own, one, other = places.T
-                table.loc[own, STATISTICS] = ratio_of_means(matrix[:, one], matrix[:, other], seed=seed)
-        frames.append(table)
+        rows = _rows(part, by, first)
+        numbers, plain = np.empty((len(first), len(STATISTICS))), np.ones(len(first), bool)
+        line, _ = _groups(rows, [key for key in by if key != "metric"])
+        for name, components in ratios.items():
+            own, above, below = _side_by_side(rows["metric"], line, (name, *components))
+            plain[own] = False
+            numbers[own] = bootstrap.ratio_of_means(matrix[:, above], matrix[:, below])
+        numbers[plain] = bootstrap.summary(matrix[:, plain])
+        frames.append(pd.concat([rows, statistics(numbers)], axis=1))
     front, rest = ([key for key in by if (key in KEYS) == first] for first in (True, False))
     columns = [*front, *STATISTICS, *rest]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
-def _components(rows: pd.DataFrame, keys: list[str], name: str, above: str, below: str) -> np.ndarray:
-    """Where each cell of a ratio is in `rows`, and where its two components are: `[cell, 3]`."""
-    code = rows.groupby(keys, sort=False, dropna=False, observed=True).ngroup()
-    place = {pair: row for row, pair in enumerate(zip(code, rows["metric"], strict=True))}
-    return np.array(
-        [
-            (row, place[group, above], place[group, below])
-            for (group, metric), row in place.items()
-            if metric == name and (group, above) in place and (group, below) in place
-        ],
-        dtype=int,
-    ).reshape(-1, 3)
+def _groups(frame: pd.DataFrame, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The group of each row, those with the same values in all columns, and the first row of each group.
+
+    Groups are numbered in the order in which they appear; what is missing is a value like others.
+    """
+    group, count = np.zeros(len(frame), np.int64), 1
+    for name in columns:
+        column = frame[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            missing = column.hasnans
+            own, size = column.cat.codes.to_numpy() + missing, len(column.cat.categories) + missing
+        else:
+            own, different = pd.factorize(column, use_na_sentinel=False)
+            size = len(different)
+        if size > 1:
+            if count > LARGEST // size:
+                group, there = pd.factorize(group)
+                count = len(there)
+            group, count = group * size + own, count * size
+    group, there = pd.factorize(group)
+    first = np.empty(len(there), np.int64)
+    first[group[::-1]] = np.arange(len(group))[::-1]
+    return group, first
+
+
+def _side_by_side(metric: pd.Series, line: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The rows of several metrics in each line that has them all, `[metric, line]`, ordered as the first.
+
+    line: of each row; none has a metric twice.
+    """
+    rows = [np.flatnonzero(metric == name) for name in names]
+    found = np.full((len(names), line.max(initial=-1) + 1), -1)
+    for place, own in zip(found, rows, strict=True):
+        place[line[own]] = own
+    found = found[:, line[rows[0]]]
+    return found[:, (found >= 0).all(0)]
 
 
 def read_layers(folder: Path) -> pd.DataFrame:
@@ -225,10 +289,18 @@ def _finished(folder: Path) -> Path:
     return folder
 
 
-def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    """Categories as strings: samples need them for their size, tables are easier without."""
-    kinds = {name: str for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)}
-    return frame.astype(kinds)
+def _rows(frame: pd.DataFrame, columns: Sequence[str], places: np.ndarray) -> pd.DataFrame:
+    """Rows of a frame, categories as text: samples need them for their size, tables are easier without."""
+    rows, changed = frame[columns].iloc[places].reset_index(drop=True), dict[str, Any]()
+    for name, column in rows.items():
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            words = column.cat.categories.take(
+                column.cat.codes.to_numpy(), allow_fill=True, fill_value=np.nan
+            )
+            changed[str(name)] = words.array
+        elif column.dtype == object and column.isna().all():  # what a model does not have
+            changed[str(name)] = column.astype(float)
+    return rows.assign(**changed)
 
 
 def one_kind(samples: pd.DataFrame) -> pd.DataFrame:
@@ -254,9 +326,3 @@ def largest(samples: pd.DataFrame) -> pd.DataFrame:
 
 def _constants_in(samples: pd.DataFrame) -> list[str]:
     return [name for name in CONSTANTS if name in samples]
-
-
-def _category(names: Sequence[Any], codes: np.ndarray) -> pd.Categorical:
-    unique = list(dict.fromkeys(names))
-    place = np.array([unique.index(name) for name in names])
-    return pd.Categorical.from_codes(place[codes], categories=pd.Index(unique))

@@ -123,10 +123,8 @@ def probe(
     incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
     for tower in towers:
         job = shards.TowerJob.of(loaded, tower, measurement)
-        frames += [
-            samples_frame(values, measurement.ratios, job.constants)
-            for values in shards.shard_values(job, samples, incidents)
-        ]
+        if found := list(shards.shard_values(job, samples, incidents)):
+            frames.append(samples_frame(found, measurement.ratios, job.constants))
         skipped |= incidents.skipped_layers
     if not frames:
         reason = next(iter(incidents.failed.values()), "there is none")

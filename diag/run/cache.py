@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from diag.errors import UserError
+from diag.inputs.items import Inputs
 from diag.results.folder import is_finished
 from diag.results.manifest import PROBE
 from diag.results.manifest import read as manifest_of
@@ -14,12 +16,14 @@ from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
 from diag.run.progress import Listener
 
 
-def folder_of(plan: ProbePlan, root: Path = RUNS) -> Path:
+def folder_of(plan: ProbePlan, root: Path = RUNS, inputs: Mapping[str, Inputs] | None = None) -> Path:
     """The folder that a plan's run has, whether it is there or not. Does not import torch.
 
+    inputs: the plan's, if they are listed already.
     Raises UserError if an input is not there, or a model's arguments are not understood.
     """
-    stamps = {kind: found.stamp for kind, found in inputs_of(plan).items()}
+    inputs = inputs_of(plan) if inputs is None else inputs
+    stamps = {kind: found.stamp for kind, found in inputs.items()}
     return default_folder(plan, plan.key(stamps), root.expanduser())
 
 
@@ -28,18 +32,25 @@ def is_measured(plan: ProbePlan, root: Path = RUNS) -> bool:
     return is_finished(folder_of(plan, root))
 
 
-def measured(plan: ProbePlan, root: Path = RUNS, *, listener: Listener | None = None) -> Path:
+def measured(
+    plan: ProbePlan,
+    root: Path = RUNS,
+    *,
+    inputs: Mapping[str, Inputs] | None = None,
+    listener: Listener | None = None,
+) -> Path:
     """The run folder of a plan: as it is if it is finished, else measured (or resumed) now.
 
-    Raises UserError as `run.run_probe` does.
+    inputs: the plan's, if they are listed already. Raises UserError as `run.run_probe` does.
     """
-    folder = folder_of(plan, root)
+    inputs = inputs_of(plan) if inputs is None else inputs
+    folder = folder_of(plan, root, inputs)
     if is_finished(folder):
         if listener is not None:
             with suppress(UserError):  # a damaged manifest is told where the folder is read
-                for note in replaced(plan, folder, manifest_of(folder, PROBE)):
+                for note in replaced(plan, inputs, folder, manifest_of(folder, PROBE)):
                     listener.say(note)
         return folder
     from diag.run.run import run_probe
 
-    return run_probe(plan, folder, listener=listener).folder
+    return run_probe(plan, folder, inputs=inputs, listener=listener).folder

@@ -10,27 +10,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diag.inputs.items import content_digest
-from diag.run.plan import ProbePlan, inputs_of
+from diag.inputs.items import Inputs, content_digest
+from diag.run.plan import ProbePlan
 
 
-def replaced(plan: ProbePlan, folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def replaced(
+    plan: ProbePlan, inputs: Mapping[str, Inputs], folder: Path, manifest: Mapping[str, Any]
+) -> list[str]:
     """A sentence for each kind of inputs of which other bytes were measured than are there, else nothing.
 
+    inputs: the plan's, by kind.
     Inputs whose samples were not kept have no hashes, nor have those of older runs: of them nothing is said.
-    Reads as many files as were hashed. Raises UserError as `inputs_of` does.
+    Reads as many files as were hashed.
     """
     told = manifest.get("inputs", {})
     found = []
-    for kind, inputs in inputs_of(plan).items():
+    for kind, given in inputs.items():
         measured = told.get(kind, {}).get("content")
-        if measured is None or inputs.files is None:
+        if measured is None or given.files is None:
             continue
-        hashed = min(plan.limit, plan.keep_samples, len(inputs))
-        ids = [inputs.items[place].id for place in range(hashed)]
-        if measured != content_digest(inputs.files.content(ids)):
+        hashed = min(plan.limit, plan.keep_samples, len(given))
+        ids = [given.items[place].id for place in range(hashed)]
+        if measured != content_digest(given.files.content(ids)):
             found.append(
-                f"'{folder}' is of other {inputs.kind} than lie in '{inputs.source}' now, "
+                f"'{folder}' is of other {given.kind} than lie in '{given.source}' now, "
                 "though of the same names, sizes and times"
             )
     return found

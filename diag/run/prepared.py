@@ -60,13 +60,16 @@ class Prepared:
     dtype: torch.dtype
 
     @staticmethod
-    def of(plan: ProbePlan, local_rank: int | None = None) -> Prepared:
+    def of(
+        plan: ProbePlan, local_rank: int | None = None, inputs: Mapping[str, Inputs] | None = None
+    ) -> Prepared:
         """Everything that can be told without a model. Raises UserError for what is not known or not there.
 
-        local_rank: which of several processes on this machine asks.
+        local_rank: which of several processes on this machine asks. inputs: the plan's, if they are listed.
         """
         measurement, device = Measurement.of(plan), device_of(plan.device, local_rank)
-        return Prepared(plan, measurement, specs_of(plan), inputs_of(plan), device, dtype_of(plan.dtype))
+        specs, inputs = specs_of(plan), inputs_of(plan) if inputs is None else inputs
+        return Prepared(plan, measurement, specs, inputs, device, dtype_of(plan.dtype))
 
     @property
     def key(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from diag.errors import UserError
-from diag.inputs.items import Files
+from diag.inputs.items import Files, Inputs
 from diag.measure.activations import save_activations
 from diag.measure.batch_readings import Incidents
 from diag.measure.meaning import understood
@@ -27,14 +27,14 @@ from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.spec import ModelSpec
 from diag.results.folder import is_finished
-from diag.results.hashes import edited, sha256_of
+from diag.results.hashes import sha256_of
 from diag.results.moments import moments_of
-from diag.results.staging import clear
-from diag.results.tables import read_heads, read_layers, read_manifest, samples_frame
+from diag.results.staging import alone, clear
+from diag.results.tables import samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
-from diag.run.content import replaced
 from diag.run.environment import command_line
-from diag.run.finish import draw_more, finish
+from diag.run.finish import finish
+from diag.run.finished import FinishedRun, open_run, opened, with_figures
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
@@ -53,21 +53,6 @@ from diag.run.shards import TowerJob, shard_values, tower_samples
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run: its folder and what it holds."""
-
-    folder: Path
-    layers: pd.DataFrame
-    heads: pd.DataFrame
-    manifest: Mapping[str, Any]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every model and input was measured."""
-        return self.manifest.get("status") == "complete"
 
 
 @dataclass(frozen=True)
@@ -92,15 +77,19 @@ def run_probe(
     folder: Path | None = None,
     *,
     overwrite: bool = False,
+    inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> FinishedRun:
     """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
+    inputs: the plan's, if they are listed already.
     Raises UserError for anything the user can mend: before any work where that is possible. A model
-    that fails among several is noted in the manifest, and the run goes on.
+    that fails among several, or one of its towers, is noted in the manifest, and the run goes on.
     """
-    found = run_share(plan, folder, WHOLE, overwrite=overwrite, listener=listener, progress=progress)
+    found = run_share(
+        plan, folder, WHOLE, overwrite=overwrite, inputs=inputs, listener=listener, progress=progress
+    )
     assert found is not None, "a process that does everything finishes the run"
     return found
 
@@ -111,6 +100,7 @@ def run_share(
     share: Share,
     *,
     overwrite: bool = False,
+    inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
 ) -> FinishedRun | None:
@@ -119,7 +109,7 @@ def run_share(
     Raises UserError as `run_probe` does, and for `overwrite` where others may have begun already.
     """
     listener, progress = listener or Silent(), progress or Progress()
-    prepared = Prepared.of(plan, share.local_rank)
+    prepared = Prepared.of(plan, share.local_rank, inputs)
     document = _document(prepared)
     folder = folder or default_folder(plan, document["key"])
     if overwrite and share.of > 1:
@@ -130,11 +120,8 @@ def run_share(
     with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
-            found = _drawn(open_run(folder), plan)
-            listener.say(f"already complete: {folder} (measure again with --overwrite)")
-            for note in [*edited(folder, found.manifest), *replaced(plan, folder, found.manifest)]:
-                listener.say(note)
-            return found
+            with alone(folder):
+                return opened(plan, prepared.inputs, folder, listener)
         place, document = work.place, read_plan(work.place)
         try:
             check_room(place, ROOM)
@@ -151,23 +138,13 @@ def run_share(
                 raise
     if is_finished(folder):
         clear(folder, PROBE, PROBE.work)
-        return _drawn(open_run(folder), plan)
+        with alone(folder):
+            return with_figures(open_run(folder), plan.figures)
     listener.say(
         f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "
         f"(attnbias merge '{folder}' does, too)"
     )
     return None
-
-
-def _drawn(found: FinishedRun, plan: ProbePlan) -> FinishedRun:
-    """A run with the figures that a plan asks for, also where its folder was begun with fewer."""
-    manifest = draw_more(found.folder, found.manifest, found.layers, found.heads, plan.figures)
-    return replace(found, manifest=manifest)
-
-
-def open_run(folder: Path) -> FinishedRun:
-    """A finished run folder. Raises UserError if it is not one."""
-    return FinishedRun(folder, read_layers(folder), read_heads(folder), read_manifest(folder))
 
 
 def _document(prepared: Prepared) -> dict[str, Any]:
@@ -215,23 +192,43 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
     if not named:
         kinds = kinds[:1]
     towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
+    failed = dict[str, str]()
     for kind, tower in towers:
-        if not DIVERGENCE_METRICS.keys().isdisjoint(prepared.measurement.metrics):
-            tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
-        given = prepared.inputs[kind]
-        samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
-        tower = understood(model, tower, samples, allow_random=plan.allow_random)
         part = Part(job.folder, number, spec.given, tower.name)
-        shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
-        note = {
-            "towers": [tower.name for _, tower in towers],
-            "shards": len(shards),
-            "source": given.source,
-            "device": str(prepared.device),
-            "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
-        }
-        write_json(note, part.note)
-        _run_tower(job, part, model, tower, shards, given.files if tower.frames is None else None)
+        try:
+            _measure_tower(job, part, model, tower, kind, spec, [one.name for _, one in towers])
+        except CannotWrite:
+            raise
+        except UserError as error:
+            failed[tower.name] = f"the {tower.name} tower: {error}"
+            if len(failed) == len(towers):
+                raise
+    if failed:
+        why = "; ".join(failed.values())
+        write_json({"error": why}, failure_file(job.folder, number, spec.given, job.share))
+        job.listener.say(f"{spec.given} failed: {why}")
+
+
+def _measure_tower(
+    job: _Job, part: Part, model: Model, tower: Tower, kind: str, spec: ModelSpec, towers: Sequence[str]
+) -> None:
+    """Tests what a tower's calls mean, and measures this process's shards of it. towers: the model's."""
+    prepared, plan = job.prepared, job.prepared.plan
+    if not DIVERGENCE_METRICS.keys().isdisjoint(prepared.measurement.metrics):
+        tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
+    given = prepared.inputs[kind]
+    samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
+    tower = understood(model, tower, samples, allow_random=plan.allow_random)
+    shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
+    note = {
+        "towers": towers,
+        "shards": len(shards),
+        "source": given.source,
+        "device": str(prepared.device),
+        "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
+    }
+    write_json(note, part.note)
+    _run_tower(job, part, model, tower, shards, given.files if tower.frames is None else None)
 
 
 def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
@@ -334,8 +331,7 @@ def _write_shard(
         write(moments_of(found, ratios, tower_job.constants).frame(), part.cells(place))
         hashes[part.cells(place).name] = sha256_of(part.cells(place))
     kept_values = list(filter(None, (values.until(keep) for values in found)))
-    frames = [samples_frame(values, ratios, tower_job.constants) for values in kept_values or found[:1]]
-    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    frame = samples_frame(kept_values or found[:1], ratios, tower_job.constants) if found else pd.DataFrame()
     account = {**asdict(incidents), "run": job.key, "content": content, "seconds": time.time() - began}
     account["measured"] = len({name for values in found for name in values.ids})
 

@@ -133,13 +133,16 @@ def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]
 def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block]:
     """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
 
-    Empty where neither needs them. Raises UserError, naming the layer, if a block is not understood.
+    Empty where neither needs them. A layer whose queries are other tokens than its keys makes another stream
+    than it reads, and has no stream metrics. Raises UserError, naming the layer, if a block is not
+    understood.
     """
     if any(edit.where in BRANCHES for edit in asked.edits):
         return find_blocks(model.module, tower.layers)
     if STREAM_METRICS.keys().isdisjoint(asked.metrics):
         return ()
-    return find_blocks(model.module, pick_layers(tower.layers, asked.plan.layers, tower.places))
+    layers = pick_layers(tower.layers, asked.plan.layers, tower.places)
+    return find_blocks(model.module, [layer for layer in layers if layer.form.keys_of != "others"])
 
 
 def _size(size: Any) -> Any:

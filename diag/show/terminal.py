@@ -17,6 +17,7 @@ from diag.metrics.names import GROUPS
 from diag.results.caveats import caveats
 from diag.results.decimals import shown
 from diag.show.figures.tables import span
+from diag.show.words.unusual import OTHER_KEYS
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -71,6 +72,11 @@ def _title(part: pd.DataFrame) -> list[str]:
     title += caveats(first)
     if "mixer" in part and (linear := sorted(set(part["layer"][part["mixer"] == "linear"]))):
         title.append(f"no softmax in layer{'s' if len(linear) > 1 else ''} {spans(linear)}")
+    of_others = part[part["value_from"].isin(OTHER_KEYS)] if "value_from" in part else part.iloc[:0]
+    if some := sorted(set(of_others["layer"])):
+        title.append(
+            f"pooled keys or queries in layer{'s' if len(some) > 1 else ''} {spans(some)}: no v_i there"
+        )
     title += ["t=0 excluded"] if first.get("first_token") == "excluded" else []
     return [visible(str(part)) for part in title]
 

@@ -11,7 +11,6 @@ figures/          curves over relative depth, profiles with their minimum marked
 from __future__ import annotations
 
 import json
-import re
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,8 @@ from diag.results.folder import MANIFEST
 from diag.results.hashes import hashes
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings
-from diag.results.staging import Owner, check_free, is_empty, pictures, staged, verb_of
-from diag.results.writing import file_stem, write, write_json, write_text, writing
+from diag.results.staging import check_free, is_empty, staged, verb_of
+from diag.results.writing import write, write_json, write_text, writing
 from diag.run.plan import RUNS
 from diag.show.figures import ENDINGS
 from diag.show.figures.panels import COMPARISON_METRICS
@@ -41,7 +40,8 @@ from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
-from diag.show.words.unusual import without_softmax
+from diag.show.words.unusual import undefined
+from diag.studies.comparisons import ANSWER, OWNER, TABLES, VERDICT, Answer, named
 
 Row = Mapping[str, str | tuple[str, str]]
 """Of a table on the screen, by heading: a word or number, or a number and its interval."""
@@ -82,7 +82,7 @@ class Comparison:
         """What could not be computed and why, a note per line (and reason)."""
         said = list(self.collection.notes)
         for label, part in self.collection.layers.groupby("label", sort=False):
-            said += [f"{label!s}: {words}" for words in without_softmax(part)]
+            said += [f"{label!s}: {words}" for words in undefined(part)]
         said += [f"{label}: not measured: {', '.join(names)}" for label, names in self.missing.items()]
         if self.settings["growth"] is not None:
             lost = self.profiles[(self.profiles["quantity"] == "growth") & self.profiles["value"].isna()]
@@ -158,29 +158,20 @@ def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
 
 def default_folder(found: Comparison, root: Path = RUNS) -> Path:
     """`runs/compare-NAMES-KEY`: the same comparison has the same folder."""
-    runs = (re.sub(r"-[0-9a-f]{8}$", "", name) for name in found.collection.folders)  # without their own keys
-    names = file_stem("+".join(dict.fromkeys(runs)))[:50].strip("-.+")
-    return root / f"compare-{names}-{found.key[:8]}"
-
-
-TABLES = ("comparison.csv", "profiles.csv", "differences.csv")
-
-OWNER = Owner(
-    "compare",
-    result=(
-        *(MANIFEST, *TABLES, "verdict.txt"),
-        *pictures("comparison", "profiles", "profiles-*"),
-    ),
-)
+    return root / f"{named(found.collection.folders)}-{found.key[:8]}"
 
 
 def write_comparison(
-    found: Comparison, folder: Path, *, command: str | None = None, figures: str = "all"
+    found: Comparison,
+    folder: Path,
+    *,
+    command: str | None = None,
+    answer: Answer | None = None,
+    figures: str = "all",
 ) -> list[Path]:
     """Writes the folder in the place of an earlier comparison; the paths of its figures.
 
-    figures: which are drawn, of `ENDINGS`.
-
+    answer: what is said of it, where it is to be found again. figures: those of `ENDINGS` that are drawn.
     Raises UserError if the folder holds anything else, or cannot be written.
     """
     check_free(folder, OWNER)
@@ -191,9 +182,11 @@ def write_comparison(
         write(found.profiles, place / "profiles.csv")
         write(found.differences, place / "differences.csv")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
-        write_text(text, place / "verdict.txt")
+        write_text(text, place / VERDICT)
         drawn = draw_comparison(found, place / "figures", ENDINGS[figures])
         names = [path.relative_to(place).as_posix() for path in drawn]
+        if answer is not None:
+            write_json(answer.written, place / ANSWER)
         document = {
             "kind": OWNER.verb,
             "key": found.key,
@@ -209,6 +202,8 @@ def write_comparison(
             **found.settings,
             "tables": hashes(place, TABLES),
             "figures": names,
+            "request": answer and answer.request,
+            "files": hashes(place, [*TABLES, VERDICT, ANSWER, *names]),
         }
         write_json(document, place / MANIFEST)
     return [folder / name for name in names]

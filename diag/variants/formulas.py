@@ -96,6 +96,20 @@ class RandomDirection(Change):
         return (y - (y * direction).sum(-1, keepdim=True) * direction).to(output.dtype)
 
 
+class MatchedDirection(RandomDirection):
+    """z = y − (y·w)w, w a random direction at v̂'s angle to y: removes as much of each token as `xsa` does."""
+
+    source = "matched-energy control"
+
+    def forward(self, output: Tensor, value: Tensor, inputs: Tensor) -> Tensor:
+        y = _at_least_float32(output).unflatten(
+            1, (value.shape[1], -1)
+        )  # [batch, kv_head, group, token, dim]
+        v = value.to(y.dtype)[:, :, None]
+        direction = self.direction.to(y.dtype).unflatten(0, y.shape[1:3])
+        return (y - part_at_the_same_angle(y, v, direction)).flatten(1, 2).to(output.dtype)
+
+
 class OutputGate(Change):
     """y ⊙ σ(W_θ x), one gate per channel (elementwise) or per head (headwise)."""
 
@@ -113,6 +127,28 @@ class OutputGate(Change):
             F.linear(inputs, self.gate.to(inputs.dtype)).sigmoid().unflatten(-1, (-1, self.per_head))
         )  # [batch, token, head, dim or 1]
         return output * gate.transpose(1, 2).to(output.dtype)
+
+
+def part_at_the_same_angle(output: Tensor, value: Tensor, direction: Tensor) -> Tensor:
+    """(y·w)w for the unit w that lies between y and a random direction r, at the angle that v has to y.
+
+    y, v, r broadcast against each other, `[…, dim]`; the result is as long as (y·v̂)v̂, and what is left of y
+    as long as what `xsa` leaves. Where y, or what r has beside y, is zero, so is what it adds.
+    """
+    v = _unit(value)
+    along = (output * v).sum(-1, keepdim=True)
+    norm, left = _norm(output), _norm(output - along * v)  # 1 − cos² would lose its digits where y is along v
+    y = output / norm
+    beside = _unit(direction - (direction * y).sum(-1, keepdim=True) * y)
+    return along / norm * (along * y + left * beside)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / _norm(x)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True).clamp_min(LEAST_SQUARE).sqrt()
 
 
 def _without(output: Tensor, value: Tensor, alpha: Tensor | None) -> Tensor:
@@ -155,6 +191,7 @@ CHANGES: dict[str, type[Change]] = {
     "xsa": Exclusive,
     "gated_xsa": GatedExclusive,
     "random_direction": RandomDirection,
+    "matched_direction": MatchedDirection,
     "gated": OutputGate,
 }
 """Variants of attention."""

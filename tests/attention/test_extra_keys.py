@@ -7,7 +7,7 @@ import torch
 
 from diag.attention import extra_keys
 from diag.attention.call import AttentionCall
-from diag.attention.extra_keys import without_extra_keys
+from diag.attention.extra_keys import without_extra_keys, without_extra_weights
 from diag.attention.pattern import attend, pattern_rows
 
 
@@ -47,3 +47,7 @@ def test_tokens_and_others_make_up_the_output(
     own = slice(extra[0], extra[0] + tokens)
     torch.testing.assert_close(pattern_rows(call), weights[..., own].float(), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(attend(call), output, atol=1e-6, rtol=1e-5)
+    pattern, value, outside = without_extra_weights(weights, wide_v, extra)
+    assert torch.equal(pattern, weights[..., own])
+    assert torch.equal(value, wide_v[:, :, own])
+    torch.testing.assert_close(outside, found.outside.double(), atol=1e-6, rtol=1e-5)

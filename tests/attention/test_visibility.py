@@ -27,7 +27,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper
 
 from diag.attention import visibility
 from diag.attention.pattern import pattern_rows
-from diag.attention.visibility import Visibility, hiding, plain
+from diag.attention.visibility import Visibility, hiding, plain, prefix_sums
 from diag.errors import MeasurementError
 from diag.metrics.default import METRICS, per_input
 
@@ -240,3 +240,35 @@ def test_masks_of_other_tokens_are_refused() -> None:
             MeasurementError, match=f"^a mask of {shape} queries and keys is not of 13 tokens$"
         ):
             make_call(mask=mask)
+
+
+SELECTED = {
+    "causal": [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 4, 5], [0, 4, 5], [0, 5, 7]],
+    "of all": [[0, 1], [0, 2], [1, 2], [3, 4], [4, 5], [5, 7], [0, 7], [3, 7]],
+}
+UNEVEN = {
+    "a window over padding": [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 7], [5, 7], [7]],
+    "padding that sees nothing": [[0, 1], [0, 2], [1, 2], [3, 4], [4, 5], [5, 7], [], [3, 7]],
+}
+
+
+@pytest.mark.parametrize("case", SELECTED | UNEVEN)
+def test_a_key_that_no_query_selects_is_no_padding(case: str) -> None:
+    """Nobody sees the seventh key: padding, unless every query has as many keys as it may have."""
+    rows = (SELECTED | UNEVEN)[case]
+    mask = torch.tensor([[key in row for key in range(8)] for row in rows])
+    seen = Visibility.of(mask, False, torch.zeros(1, 1, 8, 2))
+    assert seen.rule == "general"
+    assert not mask[:, 6].any()
+    if case in SELECTED:
+        assert seen.keys is None
+    else:
+        assert seen.keys is not None
+        assert torch.equal(seen.keys[0], mask.any(0))
+
+
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 100])
+def test_prefix_sums_are_those_of_one_weighted_vector_after_the_other(keys: int) -> None:
+    x, weights = torch.randn(2, 3, keys, 5), torch.rand(2, 1, keys)
+    expected = (x.double() * weights.double()[..., None]).cumsum(2)
+    torch.testing.assert_close(prefix_sums(x, weights).double(), expected, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from checkpoints import save_language_model
 from commands import Ended
 from safetensors.torch import load_file
@@ -252,6 +253,29 @@ def test_layers_that_are_not_measured_are_named(attnbias: Attnbias) -> None:
     assert refused.code == 2
     said = f"error: layer -1 is layer 2 ('layers.2'), which is not measured: {convolution}"
     assert refused.lines[-2:] == [said, "tip: layers that are measured: 1"]
+
+
+def test_layers_that_pool_are_measured_and_told(attnbias: Attnbias) -> None:
+    """By name: their rows are in the table, without what needs a value of one's own; compare says so, too."""
+    sizes = {"depths": [1] * 4, "hidden_sizes": [16, 32, 40, 64], "num_attention_heads": [1, 2, 5, 8]}
+    transformers.SegformerModel(transformers.SegformerConfig(**sizes)).save_pretrained("model")
+    transformers.SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained("model")
+    metrics = "cos_y_vself,entropy,attention_distance"
+    given = ("-m", "hf:model", "--images", "demo", "--limit", 3, "--metrics", metrics)
+    ended = attnbias("probe", *given, "-o", "run")
+    assert ended.code == 0, ended.err
+    assert "pooled keys or queries in layers 0-2: no v_i there" in ended.out
+    table = pd.read_csv("run/layers.csv")
+    assert table.groupby("layer")["value_from"].first().tolist() == ["pooled"] * 3 + ["own"]
+    there = table.set_index(["metric", "layer"])["mean"].notna()
+    assert there["cos_y_vself"].tolist() == [False] * 3 + [True]
+    assert there["entropy"].all()
+    assert there["attention_distance"].all()
+    found = json.loads(Path("run/manifest.json").read_text())["models"][0]
+    assert found["skipped_layers"] == {}
+    assert [*found["meaning"]["values_from"].values()] == ["pooled"] * 3
+    assert "In layers 0-2 keys are not the queries' own tokens" in attnbias("compare", "run", "-o", "c").err
+    assert attnbias("report", "run", "-o", "report.html").code == 0
 
 
 @pytest.mark.parametrize(("kind", "linear"), [("qwen3-next", [0, 2]), ("mamba", [0, 1]), ("rwkv", [0, 1])])

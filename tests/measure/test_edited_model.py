@@ -14,7 +14,7 @@ from diag.models.base import Batch, Tower
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import parse
-from diag.models.hooks.seam import attention_modules
+from diag.models.hooks.layers import attention_modules
 from diag.run.api import probe
 
 

@@ -61,8 +61,9 @@ from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.encoding import each
 from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import nothing_of_its_own
-from diag.models.hooks.seam import Layer, OnCall, attention_calls
+from diag.models.hooks.seam import OnCall, attention_calls
 from diag.models.names.resolve import parse
 
 NAMES = list(METRICS)

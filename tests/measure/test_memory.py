@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from diag.measure.loop import measure
 from diag.measure.memory import Widths, peak, predicted, resident, restart_peak
 from diag.models.base import Batch, Sample, Tower
-from diag.models.hooks.seam import attention_modules
+from diag.models.hooks.layers import attention_modules
 
 torch.set_num_threads(1)
 

@@ -583,6 +583,32 @@ def test_sampled_anchors_are_close_to_all_anchors(causal: bool) -> None:
     assert (sampled - everyone).abs().max() > 0  # it is a sample
 
 
+def test_float64_is_for_the_heads_whose_values_are_nearly_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 × 4 heads three: one of close values, one with a value twice, one with a zero value."""
+    call = make_call(tokens=40, seed=3)
+    value = call.value.clone()
+    value[0, 1] = value[0, 1, :1] + 1e-2 * value[0, 1]
+    anchor = metrics.anchors(torch.tensor([40]), metrics.ANCHORS)[0][0, 0]
+    value[1, 2, anchor + 1] = value[1, 2, anchor]
+    value[1, 3, 5] = 0.0
+    call = with_dense_output(replace(call, value=value))
+    computed = []
+
+    def counted(value: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        computed.append((value.dtype, value.shape[0] * value.shape[1]))
+        return partial(value, *others)
+
+    partial = metrics._partial_cosines
+    monkeypatch.setattr(metrics, "_partial_cosines", counted)
+    name = "value_similarity_partial"
+    measured = per_input(call, [name])[name]
+    assert computed == [(torch.float32, 8), (torch.float64, 3)]
+    expected = reference(call, anchors=anchors_used(call, None))[name]
+    np.testing.assert_allclose(measured, expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(metrics, "COARSE", math.inf)  # negative control: float32 alone is not enough
+    assert (per_input(call, [name])[name] - expected)[0, 1].abs() > 1e-5
+
+
 @pytest.mark.parametrize("counts", [[0], [1], [3, 16], [17], [40, 7, 1000]])
 def test_anchors_are_tokens_that_count(counts: list[int]) -> None:
     ranks, exist = metrics.anchors(torch.tensor(counts), 16)

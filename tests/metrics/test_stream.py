@@ -32,8 +32,9 @@ from diag.models.families import transformer_lens as lens
 from diag.models.families.demo import build_vit
 from diag.models.families.timm.load import vision_model
 from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.layers import attention_modules
 from diag.models.hooks.residual import check_states, projection_error, stream_states
-from diag.models.hooks.seam import attention_calls, attention_modules
+from diag.models.hooks.seam import attention_calls
 from diag.models.names.resolve import parse
 from diag.models.names.spec import ModelSpec
 

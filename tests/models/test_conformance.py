@@ -22,8 +22,8 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend
 from diag.errors import UserError
 from diag.inputs.items import Inputs
-from diag.measure import meaning
-from diag.models import load
+from diag.measure.meaning import understood
+from diag.models import known, load
 from diag.models.base import Batch, Model, Tower
 from diag.models.families import FAMILIES
 from diag.models.families.from_module import from_module
@@ -260,11 +260,12 @@ def test_what_is_known_is_what_the_tests_of_meaning_find(
     context = None if tower.name != "text" or tower.facts["context"] == 16 else 12
     samples = list(tower.samples(photographs if case.tower == "vision" else texts, context))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meaning, "KNOWN", frozenset())
-        tested = meaning.understood(model, tower, samples)
-    known = meaning.understood(model, tower, samples)
-    assert (known.meaning["tested"], tested.meaning["tested"]) == (not meaning.is_known(model, tower), True)
-    if meaning.is_known(model, tower):
+        patch.setattr(known, "KNOWN", frozenset())
+        tested = understood(model, tower, samples)
+    is_known = known.is_known(model.module, tower.layers)
+    taken = understood(model, tower, samples)
+    assert (taken.meaning["tested"], tested.meaning["tested"]) == (not is_known, True)
+    if is_known:
         assert [(layer.index, layer.path, layer.form.calls) for layer in tested.layers] == [
             (layer.index, layer.path, None) for layer in tower.layers
         ]
@@ -280,9 +281,9 @@ def test_every_line_of_what_is_known_has_a_case(load_case: Callable[[Case], Mode
     for case in CASES:
         model = load_case(case)
         tower = model.tower(case.tower)
-        if tower.capture is attention_calls and meaning.is_known(model, tower):
-            lines |= meaning.kinds_of(model, tower)
-    assert lines == meaning.KNOWN
+        if tower.capture is attention_calls and known.is_known(model.module, tower.layers):
+            lines |= known.kinds_of(model.module, tower.layers)
+    assert lines == known.KNOWN
 
 
 def test_every_layer_gives_calls_of_the_right_shape(case: Case, tower: Tower, batch: Batch) -> None:

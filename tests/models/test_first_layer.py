@@ -14,7 +14,7 @@ from diag.models import load
 from diag.models.base import Tower
 from diag.models.encoding import image_encoder, image_preparation, image_samples
 from diag.models.first_layer import kinds_of, placed
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.names.resolve import parse
 
 CPU = {"device": "cpu", "dtype": torch.float32}

@@ -7,7 +7,7 @@ from torch import nn
 
 from diag.errors import UserError
 from diag.models.hooks.depth import Place
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.layer_numbers import numbered, own_numbers
 
 LINEAR = "no softmax attention (GatedDeltaNet)"

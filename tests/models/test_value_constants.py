@@ -28,8 +28,9 @@ from diag.errors import UserError
 from diag.models import load
 from diag.models.base import Tower
 from diag.models.families import demo
+from diag.models.hooks.layers import Layer, attention_modules
 from diag.models.hooks.meaning import meaning_of
-from diag.models.hooks.seam import Layer, attention_calls, attention_modules
+from diag.models.hooks.seam import attention_calls
 from diag.models.names.resolve import parse
 from diag.models.value_constants import ROWS, value_constants
 

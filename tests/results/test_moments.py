@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from diag.results import tables as records
+from diag.results.bootstrap import Bootstrap
 from diag.results.layer_values import LayerFacts, LayerValues
 from diag.results.moments import (
     ACCURACY,
@@ -74,7 +75,7 @@ def test_tables_of_moments_are_those_of_samples() -> None:
     """Means, spreads and counts are those of all samples at once, to rounding."""
     values = random()
     cells = merged(cut(values, [1, 17, 18, 40]))
-    samples = pd.concat([samples_frame(made(values), RATIOS, CONSTANTS)], ignore_index=True)
+    samples = samples_frame([made(values)], RATIOS, CONSTANTS)
     expected = records.tables(samples, RATIOS, seed=0)
     for found, table in zip(moment_tables(cells, RATIOS), expected, strict=True):
         assert list(found) == list(table)
@@ -112,7 +113,7 @@ def test_the_interval_of_a_ratio_is_that_of_the_bootstrap() -> None:
     cells = merged([cells_of(measured)])
     row = moment_tables(cells, RATIOS)[1].set_index("metric").loc["fraction"]
     x, y = values[0, 0, :, 0], values[0, 1, :, 0]
-    _, _, low, high, n = records.ratio_of_means(x[:, None], y[:, None], seed=0)[0]
+    _, _, low, high, n = Bootstrap(0).ratio_of_means(x[:, None], y[:, None])[0]
     assert row["mean"] == pytest.approx(x.mean() / y.mean(), rel=1e-12)
     assert row["ci_high"] - row["ci_low"] == pytest.approx(high - low, rel=0.05)
     assert np.isnan(row["std"])

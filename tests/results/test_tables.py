@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 
 from diag.errors import UserError
+from diag.results import bootstrap
 from diag.results import tables as records
-from diag.results.bootstrap import summary
+from diag.results.bootstrap import drawn, summary
 from diag.results.layer_values import LayerFacts, LayerValues
 from diag.results.tables import STATISTICS, samples_frame, tables
 from diag.results.writing import atomically, write, write_json
@@ -42,7 +43,7 @@ def frame(
     facts = replace(FACTS, n_tokens=n_tokens, attn_scope=attn_scope)
     measured = LayerValues(layer, f"blocks.{layer}", facts, token_sets, metrics, ids, first_input, values)
     fixed = {"model": "m", "tower": "vision", "patch_size": None, "values": "as_computed", "seed": 0}
-    return samples_frame(measured, ratios, fixed | constants)
+    return samples_frame([measured], ratios, fixed | constants)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -100,9 +101,28 @@ def test_a_ratio_whose_parts_were_not_measured_is_left_out() -> None:
 
 def test_the_same_input_twice_stays_two_inputs() -> None:
     measured = LayerValues(0, "h.0", FACTS, ["all"], ["above"], ["a", "a"], 0, random(1, 1, 2, 1))
-    table = samples_frame(measured, {}, {"model": "m", "tower": "text"})
+    table = samples_frame([measured], {}, {"model": "m", "tower": "text"})
     assert list(table["input"]) == ["a", "a"]
     assert tables(table, {}, seed=0)[0]["n"].tolist() == [2]
+
+
+def test_a_frame_of_several_batches_is_that_of_each_one_under_the_other() -> None:
+    """Also its types: texts that all batches share are categories."""
+
+    def made(layer: int, first: int, inputs: int, heads: int = 3, **more: Any) -> LayerValues:
+        ids = [f"image-{first + i}" for i in range(inputs)]
+        facts = replace(FACTS, n_tokens=17 + layer, row_sum=1.0 + first)
+        given = {"metrics": ["above", "below"], "values": random(2, 2, inputs, heads, seed=layer)} | more
+        return LayerValues(layer, f"h.{layer}", facts, ["patch", "cls"], ids=ids, first_input=first, **given)
+
+    stream = {"metrics": ["norm"], "values": random(2, 1, 2, 1), "of_heads": False}
+    several = [made(0, 0, 2), made(1, 0, 2, heads=5), made(1, 0, 2, **stream), made(0, 2, 1), made(1, 2, 1)]
+    fixed = {"model": "m", "patch_size": None, "image_size": 64, "seed": 0}
+    for measured in (several, several[:1], several[::3], several[1:2] * 2):
+        found = samples_frame(measured, RATIOS, fixed)
+        parts = [samples_frame([one], RATIOS, fixed) for one in measured]
+        pd.testing.assert_frame_equal(found, pd.concat(parts, ignore_index=True), check_exact=True)
+    assert found["module"].dtype == "category"
 
 
 # --- layers and heads
@@ -166,6 +186,7 @@ def test_the_columns_are_the_contract() -> None:
     assert list(heads) == [*KEYS[:4], "head", *KEYS[4:], *STATISTICS, *constants]
     assert len(layers) == 3
     assert len(heads) == 6
+    assert layers["patch_size"].dtype == heads["patch_size"].dtype == float  # what a model does not have
 
 
 def test_one_input_has_a_mean_and_nothing_else() -> None:
@@ -263,6 +284,14 @@ def test_constants_of_several_models_fit_into_one_parquet_column(tmp_path: Path)
 
 
 # --- intervals
+
+
+def test_inputs_are_drawn_once_for_all_tables_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+    monkeypatch.setattr(bootstrap, "drawn", lambda *given: draws.append(given) or drawn(*given))
+    samples = [frame(random(1, 2, 5, 2)), frame(random(1, 2, 5, 3), model="b")]
+    tables(pd.concat(samples, ignore_index=True), RATIOS, seed=3)
+    assert draws == [(5, 3, bootstrap.RESAMPLES)]
 
 
 def test_the_interval_is_the_same_for_a_seed_and_another_for_another() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkpoints import save_vision_model
 from safetensors import safe_open
 
 from diag.errors import UserError
@@ -403,6 +404,22 @@ def test_a_full_disk_loses_nothing_that_was_written(
     assert_same(folder, undisturbed)
 
 
+def test_a_run_ends_in_the_figures_that_its_last_command_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("diag.run.finish.draw", lambda *given: (asked.append(given[-1]), [])[1])
+    with pytest.raises(KeyboardInterrupt):
+        run_probe(plan(figures="none"), tmp_path / "run", listener=Ears(stop_at=SHARD_INPUTS + 1))
+    found = run_probe(plan(figures="png"), tmp_path / "run")
+    assert asked == [(), ("png",)]
+    assert (
+        found.manifest["plan"]["figures"] == open_run(tmp_path / "run").manifest["plan"]["figures"] == "png"
+    )
+    assert len({*measured}) == 40
+    assert run_probe(plan(figures="none"), tmp_path / "run").manifest == found.manifest
+
+
 def test_a_disk_that_fills_up_while_figures_are_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: Path
 ) -> None:
@@ -507,6 +524,35 @@ def test_a_model_that_fails_does_not_take_the_others_along(tmp_path: Path, noise
     alone = run_probe(vision(noise, models=("demo:vit-p8",), limit=3), tmp_path / "alone")
     mine = found.layers[found.layers["model"] == "demo:vit-p8"].reset_index(drop=True)
     pd.testing.assert_frame_equal(mine, alone.layers, check_exact=True)
+
+
+@pytest.mark.parametrize(("fails", "stays", "shard"), [("text", "vision", 1), ("vision", "text", 2)])
+def test_a_tower_that_fails_does_not_take_the_other_along(
+    tmp_path: Path, noise: Path, monkeypatch: pytest.MonkeyPatch, fails: str, stays: str, shard: int
+) -> None:
+    """Whatever it had measured before; all of them failing is the model's failure."""
+    original, begun = shards.measure, list[str]()
+
+    def failing(tower: Any, *arguments: Any, **options: Any) -> Any:
+        begun.append(tower.name)
+        if "neither" in begun or (tower.name == fails and begun.count(fails) == shard):
+            raise UserError("layer 'layers.1' cannot be rebuilt", "…")
+        return original(tower, *arguments, **options)
+
+    folder = save_vision_model(tmp_path / "clip", "clip")
+    both = vision(noise, models=(str(folder),), texts="demo", limit=20)
+    expected = run_probe(both, tmp_path / "whole").layers.query("tower == @stays").reset_index(drop=True)
+    monkeypatch.setattr(shards, "measure", failing)
+    ears = Ears()
+    found = run_probe(both, tmp_path / "run", listener=ears)
+    why = f"the {fails} tower: layer 'layers.1' cannot be rebuilt"
+    assert found.manifest["failed_models"] == {str(folder): why}
+    assert (found.complete, ears.lines.count(f"{folder} failed: {why}")) == (False, 1)
+    # where texts have no patches, the size of those of images is no whole number
+    pd.testing.assert_frame_equal(found.layers, expected, check_exact=True, check_dtype=False)
+    begun.append("neither")
+    with pytest.raises(UserError, match=r"^layer 'layers\.1' cannot be rebuilt$"):
+        run_probe(both, tmp_path / "none")
 
 
 def test_inputs_that_are_not_finite_are_listed_and_all_others_measured(

@@ -19,7 +19,8 @@ from diag.errors import UserError
 from diag.models.families.demo import build_vit
 from diag.models.hooks.depth import stacks_of
 from diag.models.hooks.interventions import parse as parse_edit
-from diag.models.hooks.seam import attention_calls, attention_modules
+from diag.models.hooks.layers import attention_modules
+from diag.models.hooks.seam import attention_calls
 from diag.variants import (
     METADATA,
     alphas,
@@ -40,7 +41,10 @@ OPEN_CLIP = {
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 SMALL = IMAGES[:, :, :32, :32].contiguous()
 WORDS = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0))
-FORMS = ("xsa", "gated_xsa", "gated_xsa=sigmoid", "random_direction", "gated", "gated=headwise", "cb", "cb_s")
+FORMS = (
+    *("xsa", "gated_xsa", "gated_xsa=sigmoid", "random_direction", "matched_direction"),
+    *("gated", "gated=headwise", "cb", "cb_s"),
+)
 SAME_AT_START = ("gated_xsa", "cb_s")
 """Variants that are the baseline until something is learned."""
 
@@ -229,6 +233,12 @@ def dense(name: str, y: Tensor, v: Tensor, x: Tensor, change: Any) -> Tensor:
                 elif name == "random_direction":
                     direction = change.direction[h, 0].double()
                     result[b, h, t] = own - (own @ direction) * direction
+                elif name == "matched_direction":
+                    straight, cosine = own / own.norm(), own @ unit / own.norm()
+                    beside = change.direction[h, 0].double()
+                    beside = beside - (beside @ straight) * straight
+                    turned = cosine * straight + (1 - cosine**2).sqrt() * beside / beside.norm()
+                    result[b, h, t] = own - (own @ turned) * turned
                 else:
                     gate = torch.sigmoid(change.gate @ x[b, t]).view(heads, -1)[h]
                     result[b, h, t] = own * gate

@@ -13,7 +13,7 @@ from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module
 from diag.models.hooks.meaning import INPUTS, Meaning, Understood, meaning_of, refuse_random, told
 from diag.models.hooks.survey import are_ids, other_than
-from diag.models.weights import digest
+from diag.models.known import known_layers, trusted
 
 TOWER = "module"
 
@@ -35,7 +35,8 @@ def from_module(
     allow_random: whether the module may be in training mode, or give other numbers for the same input.
     apart: whether batches are cut into inputs, a sample each, where their rows are not those of the calls:
         windows, tiles, several views of an input.
-    What the layers are is found by test on two inputs (`diag.models.hooks.meaning`). The module keeps its
+    What the layers are is found by test on two inputs (`diag.models.hooks.meaning`), unless the module is as
+    its library made it and known (`diag.models.known`). The module keeps its
     mode and its device; batches are moved to the device.
 
     Raises UserError if there is no batch, if a batch is neither, if the module is random without being
@@ -58,7 +59,10 @@ def from_module(
         with torch.inference_mode():
             forward(_on_device(Batch((), data), device))
 
-    found = _meaning(module, run, ready, 0)
+    known = known_layers(module)
+    found = (
+        _meaning(module, run, ready, 0) if known is None else Meaning((Understood("", *known, {}),), INPUTS)
+    )
     inputs_axis = int(found.sequence_first)
     if inputs_axis:
         ready = list(_ready((batch.data for batch in ready), limit, inputs_axis))
@@ -70,18 +74,18 @@ def from_module(
         Sample.holding(batch.ids[0] if len(batch.ids) == 1 else f"batch-{number:05d}", batch)
         for number, batch in enumerate(ready)
     ]
-    towers = tuple(_tower(one, found, forward, samples, device) for one in found.towers)
-    facts = {"weights_sha256": digest(module)}
-    name = type(module).__name__
-    model = Model(
-        name, "module", f"module:{name}", module, {tower.name: tower for tower in towers}, facts=facts
+    towers = tuple(
+        _tower(one, told(found, one) if known is None else trusted(module), forward, samples, device)
+        for one in found.towers
     )
+    name = type(module).__name__
+    model = Model(name, "module", f"module:{name}", module, {tower.name: tower for tower in towers})
     return model, towers, samples
 
 
 def _tower(
     one: Understood,
-    found: Meaning,
+    meaning: Mapping[str, Any],
     forward: Callable[[Batch], Any],
     samples: Sequence[Sample],
     device: torch.device,
@@ -103,7 +107,7 @@ def _tower(
         max_batch=1,
         places=one.places,
         skipped=one.skipped,
-        meaning=told(found, one),
+        meaning=meaning,
     )
 
 
@@ -132,12 +136,12 @@ def _tested(
     """The tests on some inputs of a batch, `one` in front and then those that follow it."""
     tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
-    first, other = dict[str, Tensor](), dict[str, Tensor]()
+    first, other, last = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
         beside = [x.narrow(axis, (one + i) % x.shape[axis], 1) for i in range(1, inputs)]
         beside = [another(chosen)] if x.shape[axis] == 1 else beside
-        first[name] = torch.cat([chosen, *beside], axis)
+        first[name], last[name] = torch.cat([chosen, *beside], axis), beside[-1]
         content = x.is_floating_point() or name.endswith("ids") or not of_ids
         other[name] = torch.cat([another(chosen, 2) if content else chosen, *beside], axis)
     whole = isinstance(given, Mapping)
@@ -149,6 +153,7 @@ def _tested(
         inputs=inputs,
         everywhere=not any(map(are_ids, tensors.values())),
         real=_mask_of(first),
+        last=None if inputs != 2 else last if whole else last[""],
     )
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from diag.models.base import Model
-    from diag.models.hooks.seam import Layer, OnCall, Sightings
+    from diag.models.hooks.layers import Layer
+    from diag.models.hooks.seam import OnCall, Sightings
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -41,6 +42,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         load_tokenizer,
         reading,
     )
+    from diag.models.families.hf.formats import ADAPTER, CONFIG
     from diag.models.families.hf.load import text_tower
     from diag.models.loading import ready
 
@@ -49,9 +51,16 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             f"'{spec.resolved}' takes the weights of its folder only",
             "put them beside config.json: -m tl:FOLDER",
         )
+    folder = Path(spec.name)
+    in_gguf = any(folder.glob("*.gguf")) and not (folder / CONFIG).exists()
+    if in_gguf or (folder / ADAPTER).is_file():
+        held = "a model in GGUF" if in_gguf else "an adapter"
+        raise UserError(
+            f"folder '{spec.name}' holds {held}, which tl: names do not read", f"-m hf:{spec.name} reads it"
+        )
     config = load_config(spec)
-    if Path(spec.name).is_dir():
-        check_weights(Path(spec.name))
+    if folder.is_dir():
+        check_weights(folder)
     tokenizer = load_tokenizer(spec)
     tip = "transformer-lens loads language models in Hugging Face format; try -m hf:" + spec.name
     with reading(spec, "model.safetensors", tip=tip):
@@ -142,7 +151,7 @@ def lens_calls(
 
 
 def _layers(bridge: TransformerBridge, spec: ModelSpec) -> tuple[Layer, ...]:
-    from diag.models.hooks.seam import Layer
+    from diag.models.hooks.layers import Layer
 
     attention = [(number, block.attn) for number, block in enumerate(bridge.blocks) if hasattr(block, "attn")]
     if not attention:

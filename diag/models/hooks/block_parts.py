@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 
 PRE, RES_POST, POST, PARALLEL = "pre-norm", "res-post-norm", "post-norm", "parallel"
 ATTENTION = "attn self_attn attention self_attention linear_attn mamba"

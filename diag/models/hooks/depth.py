@@ -254,18 +254,24 @@ def _blocks(tree: _Tree, paths: Iterable[str]) -> dict[str, str]:
     """The block that each attention module is in, under every path of it.
 
     It ends in the last number that differs among its like: in `layers.0.1.fn` and `layers.1.1.fn` the last
-    one does not. What has no number is a block itself.
+    one does not. What has no number is a block itself; one that others are in ends in a later number.
     """
     alike = dict[tuple[str, ...], list[str]]()
     for path in paths:
         for spot in tree.paths[id(tree.modules[path])]:
             alike.setdefault(tree.open[spot], []).append(spot)
     found = dict[str, str]()
-    for spots in alike.values():
+    for form, spots in alike.items():
         parts, numbers = [spot.split(".") for spot in spots], tree.numbers(spots[0])
-        varying = [place for place in numbers if len({each[place] for each in parts}) > 1]
+        # also among those in blocks of a list in which this one stands itself
+        beside = [x.split(".") for own, others in alike.items() if own[: len(form)] == form for x in others]
+        varying = [place for place in numbers if len({each[place] for each in beside}) > 1]
         last = (varying or numbers[:1] or [len(parts[0]) - 1])[-1]
         found |= {spot: ".".join(each[: last + 1]) for spot, each in zip(spots, parts, strict=True)}
+    for spot, block in found.items():
+        for last in tree.numbers(spot):
+            if any(other.startswith(f"{found[spot]}.") for other in found.values()):  # all blocks of a stage
+                found[spot] = max(block, ".".join(spot.split(".")[: last + 1]), key=len)
     return found
 
 
@@ -274,12 +280,19 @@ def _beside(tree: _Tree, inside: Mapping[str, Sequence[tuple[str, int]]], found:
 
     Where blocks of one kind have either, as in a language model whose every fifth layer reads an image, and
     where a stack has nothing else, it holds one. A softmax of which nothing more was seen holds none where
-    its like stands beside attention: it may be of anything, such as DeepSeek-V4's hyper-connections.
+    its like stands beside attention, or beside a stack of blocks: it may be of anything, such as the
+    hyper-connections of DeepSeek-V4.
     """
     paths = {block: [path for path, _ in own] for block, own in inside.items()}
     attending = (own for own in paths.values() if any(found[path] != EAGER for path in own))
     kinds = {tree.open[path] for own in attending for path in own if found[path] == EAGER}
-    unsure = {p: EAGER for own in paths.values() for p in own if found[p] == EAGER and tree.open[p] in kinds}
+    numbered = any(map(tree.is_numbered, inside))
+    unsure = {
+        path: EAGER
+        for block, own in paths.items()
+        for path in own
+        if found[path] == EAGER and (tree.open[path] in kinds or (numbered and not tree.is_numbered(block)))
+    }
     paths = {block: [path for path in own if path not in unsure] for block, own in paths.items()}
     with_own = [block for block, own in paths.items() if any(not _crosses(found[path]) for path in own)]
     kinds = {tree.open[block] for block in with_own if tree.is_numbered(block)}
@@ -310,6 +323,8 @@ def _plain(
             continue
         if any(path.startswith(f"{block}.") for path in paths):
             continue
+        if any(tree.open[part] in kinds for part in tree.modules if part.startswith(f"{block}.")):
+            continue  # it holds blocks
         like = (f"{block}.{name}" for name, kind in seen if type(tree.modules.get(f"{block}.{name}")) is kind)
         if path := next(like, None):
             plain.append((block, path, "no attention call of it was seen"))

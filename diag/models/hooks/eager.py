@@ -27,13 +27,14 @@ from diag.models.hooks.combined import (
     name_of,
     tensors_in,
 )
+from diag.models.hooks.products import PRODUCTS, read_axes
 
 SOFTMAX, LOGARITHM, EXPONENTIAL = {"softmax", "softmin"}, "log_softmax", "exp"
-PRODUCTS = {"matmul", "bmm", "mm", "rmatmul"}
 REORDERED = {"flip", "fliplr", "flipud", "roll", "gather", "take_along_dim"}
+RESHAPED = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
 ATTRIBUTES = {"T", "mT", "H", "mH"}
 MASKING = {"masked_fill", "mul", "imul", "where", "setitem", "tril", "triu", "masked_scatter"}
-"""Names of functions, without underscores: what begins weights, multiplies, moves or masks them."""
+"""Names of functions, without underscores: what begins weights, moves or masks them."""
 ALIGNED = SAME | SCALED | DIVIDED | {"dropout", "softmax", "linear", "conv2d", "clamp", "relu", "nan_to_num"}
 """What leaves zero where scores hide a key; of other functions only weights tell."""
 NO_WEIGHTS = JOINED | {"sum", "mean", "amax", "max", "sigmoid", "bernoulli", "cumsum"}
@@ -91,22 +92,70 @@ class Followed:
 
     def __init__(self) -> None:
         self.known = WeakTensorKeyDictionary()
+        # products of exponentials that nothing has divided yet; None of what has been made of one
+        self.undivided = WeakTensorKeyDictionary()
         self.starts = 0
 
     def product_of(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
-        """The product of weights with values that a function is about to make, if it is one."""
-        if not self.known:
+        """The product of weights with values that a function is about to make, if it is one.
+
+        Exponentials may be multiplied with values first, and divided by their sum afterwards: it is the
+        division that makes it then.
+        """
+        if not (self.known or self.undivided):
             return None
-        name = _name(func)
-        if name == "einsum":
-            read = _einsum(args)
-        elif name == "baddbmm" and len(args) == 3 and (kwargs.get("beta"), kwargs.get("alpha", 1)) == (0, 1):
-            read = _matmul(*args[1:])
-        elif name in PRODUCTS and len(args) + len(kwargs) == 2:
-            one, other = (*args, *kwargs.values())
-            read = _matmul(*((other, one) if name == "rmatmul" else (one, other)))
-        else:
+        if name_of(func) in DIVIDED | SCALED:
+            return self._divided(name_of(func), args)
+        found = self._product(func, args, kwargs)
+        return found if found is not None and _are_weights(found) else None
+
+    def seen(
+        self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+    ) -> torch.Size | None:
+        """A function has run; follows what it returned, if that holds weights.
+
+        Gives the shape of the scores where this was a softmax of what may be some, or the end of one; empty
+        where that is not known.
+        """
+        name = name_in_torch(func)
+        if in_place(func) or kwargs.get("out") is not None:
+            self._written(args[0] if in_place(func) else kwargs["out"])
+        if name in SOFTMAX or name == LOGARITHM:
+            return self._begin(name, args, kwargs, result)
+        if name == EXPONENTIAL:
+            return self._exponential(args, result)
+        if not (self.known or self.undivided):
             return None
+        late = next((x for x in args[:2] if isinstance(x, Tensor) and x in self.undivided), None)
+        if late is not None and name in DIVIDED and late is args[0] and isinstance(args[1], Tensor):
+            self.starts += 1  # by what is not known to be the sum of weights, or several products are
+            return torch.Size()
+        if late is not None and name in MOVED | SAME | SCALED | ADDED.keys():
+            for part in [result] if isinstance(result, Tensor) else result:
+                self.undivided[part] = None
+        of = [x for x in tensors_in(args, kwargs) if self._of(x) is not None]
+        if not of:
+            return None
+        known = self._of(of[0])
+        assert known is not None
+        if known.state == UNDIVIDED and (product := self._product(func, args, kwargs)) is not None:
+            if (product.pattern >= 0).all():
+                self.undivided[result] = product
+        elif in_place(func):
+            if of[0] is args[0]:
+                self._keep(name, known, of[0], args, kwargs, of[0])
+        elif name in MOVED | ATTRIBUTES | REORDERED:
+            if args and args[0] is of[0]:
+                self._move(func, known, of[0], args[1:], kwargs, result)
+        elif isinstance(result, Tensor) and result.is_floating_point() and name not in NO_WEIGHTS:
+            self._keep(name, known, of[0], args, kwargs, result)
+        return None
+
+    # --- products
+
+    def _product(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
+        """A product of what is on its way, whether it holds weights by now or not."""
+        read = read_axes(name_in_torch(func), args, kwargs)
         if read is None:
             return None
         operands, labels, of_result = read
@@ -119,48 +168,38 @@ class Followed:
                 return _product(known, weights, own, value, others, of_result)
         return None
 
-    def seen(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> bool:
-        """A function has run; follows what it returned, if that holds weights. Whether a softmax began."""
-        name = _name(func)
-        if in_place(func) or kwargs.get("out") is not None:
-            self._written(args[0] if in_place(func) else kwargs["out"])
-        if name in SOFTMAX or name == LOGARITHM:
-            return self._begin(name, args, kwargs, result)
-        if name == EXPONENTIAL:
-            return self._exponential(args, result)
-        if not self.known:
-            return False
-        of = [x for x in tensors_in(args, kwargs) if self._of(x) is not None]
-        if not of:
-            return False
-        known = self._of(of[0])
-        assert known is not None
-        if in_place(func):
-            if of[0] is args[0]:
-                self._keep(name, known, of[0], args, kwargs, of[0])
-        elif name in MOVED | ATTRIBUTES | REORDERED:
-            if args and args[0] is of[0]:
-                self._move(func, known, of[0], args[1:], kwargs, result)
-        elif isinstance(result, Tensor) and result.is_floating_point() and name not in NO_WEIGHTS:
-            self._keep(name, known, of[0], args, kwargs, result)
-        return False
+    def _divided(self, name: str, args: Sequence[Any]) -> Product | None:
+        """The product of weights that their sum divides only after they met the values, or one over it."""
+        for given, other in (args[:2], args[1::-1]) if len(args) > 1 else ():
+            found = self.undivided.get(given) if isinstance(given, Tensor) else None
+            if found is None or not isinstance(other, Tensor) or not _broadcasts(other, given):
+                continue
+            factor = found.output(other.expand(given.shape))
+            rows = factor[..., :1]
+            pattern = found.pattern / rows if name in DIVIDED else found.pattern * rows
+            if (factor == rows).all() and _sum_to_one(pattern):
+                return replace(found, pattern=pattern)
+        return None
 
     # --- one function
 
     def _of(self, x: Any) -> Weights | None:
         return self.known.get(x) if isinstance(x, Tensor) else None
 
-    def _begin(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> bool:
+    def _begin(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor
+    ) -> torch.Size | None:
         scores = args[0] if args else kwargs.get("input")
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if not isinstance(scores, Tensor) or not isinstance(dim, int) or not _may_be_scores(scores):
-            return False
+            return None
         state = WEIGHTS if name in SOFTMAX else LOGARITHMS
         known: Tensor | None = -scores if name == "softmin" else scores
         known = None if _shares_memory(scores, result) else known  # written over
         self.known[result] = Weights(self.starts, dim % scores.ndim, known, state)
         self.starts += 1
-        return name in SOFTMAX and (scores.ndim > 3 or scores.shape[-1] == scores.shape[-2])
+        tells = name in SOFTMAX and (scores.ndim > 3 or scores.shape[-1] == scores.shape[-2])
+        return scores.shape if tells else None
 
     def _written(self, x: Any) -> None:
         """Lets go of scores that something is written over."""
@@ -169,17 +208,17 @@ class Followed:
                 if known.scores is not None and _shares_memory(known.scores, x):
                     self.known[of] = replace(known, scores=None)
 
-    def _exponential(self, args: Sequence[Any], result: Any) -> bool:
+    def _exponential(self, args: Sequence[Any], result: Any) -> torch.Size | None:
         before = self._of(args[0]) if args else None
         if before is not None and before.state == LOGARITHMS:
             self.known[result] = replace(before, state=WEIGHTS)
-            return True
+            return result.shape
         if args and isinstance(args[0], Tensor) and _may_be_scores(args[0]):
             # the axis is known when something divides it
             kept = None if _shares_memory(args[0], result) else args[0]
             self.known[result] = Weights(self.starts, result.ndim - 1, kept, UNDIVIDED)
             self.starts += 1
-        return False
+        return None
 
     def _move(
         self,
@@ -191,20 +230,29 @@ class Followed:
         result: Any,
     ) -> None:
         """Follows a function that only rearranges elements, by what it does to numbers of keys."""
+        name = name_of(func)
+        numbers = torch.arange(of.shape[known.axis], device=of.device).view(
+            [-1 if axis == known.axis else 1 for axis in range(of.ndim)]
+        )
+        numbers = numbers.expand(of.shape)  # of each element's key
+        for place, one in enumerate([result] if isinstance(result, Tensor) else [*result]):
+            if name not in RESHAPED and not _shares_memory(one, of):  # picked out: so would scores be, a copy
+                if one.ndim == of.ndim:
+                    self.known[one] = replace(known, scores=None)
+                continue
 
-        def moved(x: Tensor) -> list[Tensor]:
-            # what is expanded cannot always be viewed
-            instead: dict[str, Callable] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
-            found = instead.get(name_of(func), func)(x, *args, **kwargs)
-            return [found] if isinstance(found, Tensor) else [*found]
+            def moved(x: Tensor | None, place: int = place, like: Tensor = one) -> Tensor | None:
+                if x is None or x.shape != of.shape:
+                    return None
+                if name in RESHAPED:
+                    return _viewed(x, like.shape)
+                found = func(x, *args, **kwargs)
+                return found if isinstance(found, Tensor) else found[place]
 
-        results = [result] if isinstance(result, Tensor) else [*result]
-        scores = known.scores
-        aligned = moved(scores) if scores is not None and scores.shape == of.shape else [None] * len(results)
-        for one, numbers, score in zip(results, moved(_numbers(of, known.axis)), aligned, strict=True):
-            axes = [axis for axis in range(one.ndim) if _varies(numbers, axis)]
+            at = moved(numbers)
+            axes = [] if at is None else [a for a, size in enumerate(at.shape) if size > 1 and at.stride(a)]
             if len(axes) == 1:
-                self.known[one] = replace(known, axis=axes[0], scores=score)
+                self.known[one] = replace(known, axis=axes[0], scores=moved(known.scores))
 
     def _keep(
         self,
@@ -218,7 +266,7 @@ class Followed:
         """Follows a function that leaves keys along their axis: of each element, or a mix of heads."""
         axis = known.axis + result.ndim - of.ndim
         if name == "einsum":
-            read = _einsum(args)
+            read = read_axes(name, args, kwargs)
             if read is None:
                 return
             operands, labels, of_result = read
@@ -250,7 +298,7 @@ class Followed:
         )
 
 
-def _name(func: Callable) -> str:
+def name_in_torch(func: Callable) -> str:
     """As `name_of`, without the part of PyTorch where it is; that of the attribute where one is read."""
     name = name_of(func).removeprefix("special_").removeprefix("linalg_")
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "get" else name
@@ -287,69 +335,39 @@ def _summed_axis(args: Sequence[Any], result: Tensor) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _numbers(like: Tensor, axis: int) -> Tensor:
-    """The number of each element's key, expanded to the shape of a tensor."""
-    shape = [1] * like.ndim
-    shape[axis] = like.shape[axis]
-    return torch.arange(like.shape[axis], device=like.device).view(shape).expand(like.shape)
-
-
-def _varies(x: Tensor, axis: int) -> bool:
-    if x.stride(axis) == 0 or x.shape[axis] == 1:
-        return False
-    return bool((x.narrow(axis, 0, 1) != x.narrow(axis, 1, 1)).any())
+def _viewed(x: Tensor, shape: torch.Size) -> Tensor | None:
+    """The tensor in another shape; None where its elements would have to be copied for it."""
+    try:
+        return x.view(shape)
+    except RuntimeError:
+        return None
 
 
 # --- products
 
-Read = tuple[tuple[Tensor, Tensor], tuple[list[str], list[str]], list[str]]
-"""Two operands, the labels of their axes, and those of the result."""
+
+def _broadcasts(x: Tensor, to: Tensor) -> bool:
+    """Whether a tensor expands to the shape of another one."""
+    sizes = zip(reversed(x.shape), reversed(to.shape), strict=False)
+    return x.ndim <= to.ndim and all(size in (1, other) for size, other in sizes)
 
 
-def _matmul(one: Any, other: Any) -> Read | None:
-    """The axes of a product of matrices, which may be many side by side."""
-    if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or min(one.ndim, other.ndim) < 2:
-        return None
-    lead = [f"lead{n}" for n in range(max(one.ndim, other.ndim) - 2, 0, -1)]
-    labels = (
-        [*lead[len(lead) - one.ndim + 2 :], "row", "sum"],
-        [*lead[len(lead) - other.ndim + 2 :], "sum", "col"],
-    )
-    return (one, other), labels, [*lead, "row", "col"]
-
-
-def _einsum(args: Sequence[Any]) -> Read | None:
-    """The axes of an einsum of two operands that is written as an equation."""
-    if len(args) < 2 or not isinstance(args[0], str):
-        return None
-    operands = args[1] if isinstance(args[1], tuple | list) else args[1:]
-    if len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
-        return None
-    given, arrow, result = args[0].replace(" ", "").partition("->")
-    parts = given.split(",")
-    if not arrow or len(parts) != 2:
-        return None
-    dots = [x.ndim - len(part.replace("...", "")) for x, part in zip(operands, parts, strict=True)]
-    most = max(dots)
-
-    def labels(part: str, number: int) -> list[str]:
-        before, between, after = part.partition("...")
-        rest = [f"dot{n}" for n in range(number, 0, -1)] if between else []
-        return [*before, *rest, *after]
-
-    one, other = (labels(part, number) for part, number in zip(parts, dots, strict=True))
-    return (operands[0], operands[1]), (one, other), labels(result, most)
-
-
-def _are_weights(known: Weights, x: Tensor) -> bool:
-    """Whether a tensor holds weights; exponentials do as well where they sum to 1: of s − log Σ exp s.
+def _are_weights(found: Product) -> bool:
+    """Whether weights are what values meet; exponentials are as well where they sum to 1: of s − log Σ exp s.
 
     Decays of a recurrence that forgets at once are ones and zeros.
     """
-    if known.state != UNDIVIDED or not x.numel():
-        return known.state == WEIGHTS
-    spread = bool((x.amax(known.axis) < 1 - 1e-3).any())
-    return spread and bool((x.sum(known.axis) - 1).abs().max() < 1e-3)
+    state, x = found.weights.state, found.pattern
+    if state != UNDIVIDED or not x.numel():
+        return state == WEIGHTS
+    spread = bool((x.amax(-1) < 1 - 1e-3).any())
+    return spread and _sum_to_one(x)
+
+
+def _sum_to_one(x: Tensor) -> bool:
+    """Whether all rows do, but for rounding."""
+    full = torch.promote_types(x.dtype, torch.float32)
+    return bool((x.sum(-1, dtype=full) - 1).abs().max() < max(1e-3, 4 * torch.finfo(x.dtype).eps))
 
 
 def _product(
@@ -357,7 +375,7 @@ def _product(
 ) -> Product | None:
     """The product in the order of attention; None where it does not weigh values along the axis of keys."""
     key = own[known.axis]
-    if key not in others or key in of_result or not _are_weights(known, weights):
+    if key not in others or key in of_result:
         return None
     if any(x in others and x not in of_result for x in own if x != key):  # it is summed over more than keys
         return None

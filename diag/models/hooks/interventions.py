@@ -22,6 +22,7 @@ from diag.attention.row_sums import row_sums
 from diag.errors import MeasurementError, UserError, did_you_mean, ranges
 from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
 from diag.models.names.changes import WRITTEN, strengths_file
+from diag.variants.formulas import part_at_the_same_angle
 
 Strength = Float[Tensor, " head"]
 """How much of a change, per query head."""
@@ -44,10 +45,22 @@ def gated_xsa(call: AttentionCall, strength: Strength) -> Tensor:
 def random_direction(call: AttentionCall, strength: Strength) -> Tensor:
     """y − α(y·r)r, r one fixed random unit direction per layer and head: the control of a projection."""
     output, _ = _grouped(call)
+    return _less(output, _random_direction(call), _per_head(call, strength))
+
+
+def matched_direction(call: AttentionCall, strength: Strength) -> Tensor:
+    """y − α(y·w)w, w a random direction at v̂'s angle to y: removes as much of each token as `gated_xsa=α`."""
+    output, value = _with_own_value(call)
+    part = part_at_the_same_angle(output, value, _random_direction(call))
+    return (output - _per_head(call, strength)[..., None] * part).flatten(1, 2)
+
+
+def _random_direction(call: AttentionCall) -> Float[Tensor, "kv_head group 1 dim"]:
+    """One fixed random unit direction per layer and head."""
     generator = torch.Generator().manual_seed(call.layer)
-    drawn = torch.randn(call.heads, output.shape[-1], generator=generator, dtype=torch.float64)
-    direction = _unit(drawn).to(output).unflatten(0, (call.kv_heads, call.group))[:, :, None]
-    return _less(output, direction, _per_head(call, strength))
+    drawn = torch.randn(call.heads, call.output.shape[-1], generator=generator, dtype=torch.float64)
+    directions = _unit(drawn).to(call.output.device, torch.promote_types(call.output.dtype, torch.float32))
+    return directions.unflatten(0, (call.kv_heads, call.group))[:, :, None]
 
 
 def _less(output: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
@@ -203,7 +216,8 @@ class Intervention:
     change: `(AttentionCall, strength per head) → output` for attention, `gate logits → gate logits` for an
         output gate, for branches `(update, real, strength) → update`.
     strength: what the number after `=` is if none is given; None where there is none to give.
-    of_softmax: whether it needs a softmax layer; then it is of these alone, where no layers are named.
+    of_softmax, of_values: whether it needs a softmax layer, or one whose tokens have values of their own;
+        then it is of these alone, where no layers are named.
     """
 
     where: str
@@ -211,6 +225,7 @@ class Intervention:
     source: str
     strength: float | None = None
     of_softmax: bool = False
+    of_values: bool = False
 
     @property
     def definition(self) -> str:
@@ -219,12 +234,15 @@ class Intervention:
 
 
 INTERVENTIONS: dict[str, Intervention] = {
-    "xsa": Intervention("attention", xsa, "Zhai 2026"),
-    "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5),
+    "xsa": Intervention("attention", xsa, "Zhai 2026", of_values=True),
+    "gated_xsa": Intervention("attention", gated_xsa, "vision post's proposal", 0.5, of_values=True),
     "random_direction": Intervention("attention", random_direction, "public controls study", 1.0),
-    "mask_self": Intervention("attention", mask_self, "-", of_softmax=True),
+    "matched_direction": Intervention(
+        "attention", matched_direction, "matched-energy control", 1.0, of_values=True
+    ),
+    "mask_self": Intervention("attention", mask_self, "-", of_softmax=True, of_values=True),
     "uniform": Intervention("attention", uniform, "Deconstructing Attention"),
-    "identity": Intervention("attention", identity, "SoftPAG", 1.0),
+    "identity": Intervention("attention", identity, "SoftPAG", 1.0, of_values=True),
     "gated": Intervention(GATE, without_gate, "Qiu 2025 (2505.06708)", of_softmax=True),
     "skip": Intervention("attention branch", without_branch, "LayerBoost"),
     "cb": Intervention("mlp branch", context_broadcasting, "Context Broadcasting 2210.08457"),

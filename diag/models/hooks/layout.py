@@ -67,6 +67,8 @@ class Layout:
 
 PLAIN = Layout(1)
 """`[batch, head, token, dim]`."""
+TOKENS_FIRST = Layout(2)
+"""`[batch, token, head, dim]`, as the libraries of recurrences have it."""
 
 
 def plain_layout(output: Tensor) -> Layout | None:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from types import FunctionType
 from typing import Any
 
@@ -28,11 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.models.hooks.eager import Followed
-from diag.models.hooks.layout import PLAIN, Layout
-
-TOKENS_FIRST = Layout(2)
-"""`[batch, token, head, dim]`, as the libraries of recurrences have it."""
+from diag.models.hooks.eager import LOGARITHM, SOFTMAX, Followed, name_in_torch
+from diag.models.hooks.layout import PLAIN, TOKENS_FIRST, Layout
+from diag.models.hooks.products import PRODUCTS
 
 SOFTMAX_NAMES = re.compile(
     r"eager|flash_att|sdpa|scaled_dot|flex|xformers|memory_eff|sage|softmax|multi_head", re.IGNORECASE
@@ -41,14 +39,12 @@ SOFTMAX_NAMES = re.compile(
 STEP_NAMES = re.compile(r"update|step|decod")
 """Functions for one more token of a text that is written; a pass over whole inputs never calls them."""
 RECURRENT_NAMES = re.compile(
-    r"delta|kda|gla|retention|rwkv|wkv|scan|lightning|linear_att|recurren|mamba|ss[dm]|mlstm", re.IGNORECASE
+    r"delta|kda|gla|retention|rwkv|wkv|scan|lightning|linear_?att|recurren|mamba|ss[dm]|mlstm", re.IGNORECASE
 )
 """What a kernel that cannot be looked into is called where it is a recurrence."""
 
-SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-SOFTMAXES |= {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
-SOFTMAXES |= {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum, torch.bmm, Tensor.bmm}
+ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+"""Functions of PyTorch with a softmax inside."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +190,26 @@ def _last_of_three(mixer: Any, made: Tensor) -> Tensor:
     return made.unflatten(-1, (mixer.num_attention_heads, 3, -1))[..., 2, :]
 
 
-WRITTEN_OUT = {"MiniMaxLightningAttention": Parts("act_fn", _last_of_three, "norm")}
-"""Class -> its parts; `tests/models/hooks/test_linear.py` holds each line against the recurrence itself."""
+def _in_heads(mixer: Any, made: Tensor) -> Tensor:
+    """Heads in turn."""
+    return made.unflatten(-1, (mixer.heads, -1))
 
 
+WRITTEN_OUT = {
+    "MiniMaxLightningAttention": Parts("act_fn", _last_of_three, "norm"),
+    "SanaLinearAttnProcessor2_0": Parts("to_v", _in_heads, "to_out.0"),
+}
+"""Class, of a module or of the processor that it runs -> its parts; `tests/models/hooks/test_linear.py` holds
+each line against the recurrence itself."""
+
+
+def _written_out(module: nn.Module) -> str | None:
+    """The class whose recurrence a module's forward writes out, if it is one of the table."""
+    classes = (type(module).__name__, type(getattr(module, "processor", None)).__name__)
+    return next((name for name in classes if name in WRITTEN_OUT), None)
+
+
+@lru_cache(maxsize=4096)
 def role_of(function: Callable) -> Role | None:
     """What a function's arguments are, by their names; None where it is no recurrence."""
     name = function.__name__
@@ -252,15 +264,14 @@ def mixers_told(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
                 undone.enter_context(_placed(space, name, function, TOKENS_FIRST))
         for kind, alike in by_class.items():
             names = _names_in(kind)
-            parts = WRITTEN_OUT.get(kind.__name__)
             for module in alike:
                 own = names | {name for name, _ in _functions(vars(module))}
                 if next(module.parameters(), None) is not None:
                     own -= {"forward"}  # it has projections of its own: what it is handed are no values
                 for name in own:
                     undone.enter_context(_placed(vars(module), name, getattr(module, name), PLAIN))
-                if parts is not None:
-                    undone.enter_context(_parts_told(module, parts))
+                if (written := _written_out(module)) is not None:
+                    undone.enter_context(_parts_told(module, written))
         _HANDLERS.stack.append(handler)
         try:
             yield
@@ -288,7 +299,7 @@ def is_recurrent(module: nn.Module) -> bool:
     called = set(inspect.unwrap(kind.forward).__code__.co_names)
     names = {name for name, _ in _functions(space)} | _names_in(kind)
     own = "forward" in names and next(module.parameters(), None) is None
-    return own or bool(called & (names - {"forward"})) or kind.__name__ in WRITTEN_OUT
+    return own or bool(called & (names - {"forward"})) or _written_out(module) is not None
 
 
 def _namespace(kind: type[nn.Module]) -> dict[str, Any] | None:
@@ -354,8 +365,9 @@ def _handled(handler: Handler, mixing: Mixing) -> Any:
 
 
 @contextmanager
-def _parts_told(module: nn.Module, parts: Parts) -> Iterator[None]:
-    held: list[Tensor] = []
+def _parts_told(module: nn.Module, called: str) -> Iterator[None]:
+    parts, held = WRITTEN_OUT[called], list[Tensor]()
+    maker, reader = (module.get_submodule(path) for path in (parts.made_by, parts.read_by))
 
     def made(_: nn.Module, args: Any, output: Tensor) -> None:
         held[:] = [parts.values(module, output)]
@@ -364,12 +376,12 @@ def _parts_told(module: nn.Module, parts: Parts) -> Iterator[None]:
         handler = _HANDLERS.stack[-1] if _HANDLERS.stack else None
         if handler is None or not held:
             return None
-        return (_handled(handler, WrittenOut(type(module).__name__, held.pop(), args[0])),)
+        return (_handled(handler, WrittenOut(called, held.pop(), args[0])),)
 
     with ExitStack() as undone:
-        undone.callback(getattr(module, parts.made_by).register_forward_hook(made).remove)
+        undone.callback(maker.register_forward_hook(made).remove)
         # before all others, which may take the part that reads for one that calls
-        undone.callback(getattr(module, parts.read_by).register_forward_pre_hook(read, prepend=True).remove)
+        undone.callback(reader.register_forward_pre_hook(read, prepend=True).remove)
         yield
 
 
@@ -387,11 +399,12 @@ class Inside(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weighed = self.followed.product_of(func, args, kwargs)
-        self.softmax |= func in SOFTMAXES or weighed is not None
-        self.products |= func in PRODUCTS
+        name, weighed = name_in_torch(func), self.followed.product_of(func, args, kwargs)
         result = func(*args, **kwargs)
-        self.followed.seen(func, args, kwargs, result)
+        begun = self.followed.seen(func, args, kwargs, result)
+        of_softmax = name in SOFTMAX | ATTENTION | {LOGARITHM}
+        self.softmax |= of_softmax or weighed is not None or begun is not None
+        self.products |= name in PRODUCTS
         return result
 
 

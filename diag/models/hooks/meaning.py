@@ -2,7 +2,9 @@
 
 Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.survey`): whose tokens V is of.
 *Owner*: the first input is replaced; only its own rows may change. *Content*: where windows are filled up,
-their tokens that stay what they were are padding.
+their tokens that stay what they were are padding. Where the second of two inputs, run alone, has the rows
+that it has behind the first, and no token of the two is alike, both are as plain as can be: then this shorter
+pass stands for the second one.
 
 A model that gives other numbers for the same input is found in passing.
 """
@@ -18,15 +20,17 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.depth import EAGER, Place, stacks_of, with_reasons
+from diag.models.hooks.depth import BESIDE, EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.in_python import WHAT_TO_TYPE
-from diag.models.hooks.seam import Form, Layer, refuse_compiled
+from diag.models.hooks.layers import Form, Layer
+from diag.models.hooks.seam import refuse_compiled
 from diag.models.hooks.survey import (
     ELSEWHERE,
     EVERYTHING,
     EXPERTS,
     MIXED,
     OWN,
+    POOLED,
     REASONS,
     SHARED,
     Seen,
@@ -38,6 +42,13 @@ SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
     "that follow each other"
 )
+BESIDE_OWN = (
+    "its values do not follow what its module reads first: it is of another stream, or cross-attention, "
+    "beside the call that is the layer's"
+)
+IN_PARTS = (
+    "it attends to its tokens in parts: a call for each of several parts of its queries, or of its keys"
+)
 SEVERAL_MIXERS = "it mixes its tokens several times in one run without softmax, as for one head after another"
 EAGER_ELSEWHERE = (
     "it computes a softmax itself, over other numbers of queries and keys (cross-attention or pooling)"
@@ -48,6 +59,10 @@ NO_HEADS = "which axis holds its heads could not be told"
 INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
 EVERYWHERE = "everywhere"
 """Whose the rows of calls are, from the plainest on. The last is a change that was seen in rows of others."""
+
+ALONE = 1e-5
+"""By how much of the largest one numbers of an input may differ when it is alone: products of other sizes may
+sum in another order."""
 
 Changed = Mapping[Seen, Bool[Tensor, "row token"]]
 """Which tokens of a call are others when the first input is replaced."""
@@ -105,13 +120,14 @@ def meaning_of(
     inputs: int,
     everywhere: bool = True,
     real: Bool[Tensor, "input token"] | None = None,
+    last: Any = None,
 ) -> Meaning:
     """What the attention calls below `root` mean.
 
     run: runs the model on something. first: some inputs. other: the same, the first of them replaced by
         another of its size. inputs: how many they are. everywhere: whether the other one differs in every
         element; ids in another order may be the same here and there, and then nothing is taken for padding.
-        real: which of their tokens are no padding.
+        real: which of their tokens are no padding. last: of two inputs the second one alone.
     Raises UserError where no layer can be measured, saying why, and for compiled modules.
     """
     refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
@@ -119,13 +135,20 @@ def meaning_of(
     _share(seen.seen)
     calls, changed = _Calls(seen), dict[Seen, Tensor]()
     rows, random, sequence_first = EVERYWHERE, False, False
-    if calls.measured:
-        second = _passed(root, lambda: run(other))
+    plain = None
+    if calls.measured and last is not None and _is_exact(root):
+        alone = _passed(root, lambda: run(last), len(seen.seen))
+        plain = None if alone is None else _plainly_apart(calls, alone, everywhere)
+    if plain is not None:
+        changed = plain
+        rows = _rows(changed.values(), inputs)
+    elif calls.measured:
+        second = _passed(root, lambda: run(other), len(seen.seen))
         changed = {} if second is None else _changed(seen, second)
         rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
         rows = OTHERWISE if second is None else rows
     if rows == EVERYWHERE and seen.seen:
-        again = _changed(seen, watched(root, lambda: run(first), asked=False))
+        again = _changed(seen, watched(root, lambda: run(first), asked=False, most=len(seen.seen)))
         random, rows = any(bool(x.any()) for x in again.values()), OTHERWISE
         if random:  # then what followed what is not known either
             for one in seen.seen:
@@ -142,10 +165,10 @@ def meaning_of(
     return Meaning(_towers(root, calls, own, everywhere, real), rows, random, sequence_first, tuple(untested))
 
 
-def _passed(root: nn.Module, run: Callable[[], object]) -> Survey | None:
-    """A pass on an input that was made up; None where the model does not take it."""
+def _passed(root: nn.Module, run: Callable[[], object], most: int) -> Survey | None:
+    """A pass on an input that was made up, up to as many calls; None where the model does not take it."""
     try:
-        return watched(root, run, asked=False)
+        return watched(root, run, asked=False, most=most)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception:  # a model may say anything of what it was not made for
@@ -210,12 +233,24 @@ def told(found: Meaning, chosen: Understood) -> dict[str, Any]:
 
 
 def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
-    """Which calls of one run of a module are the layer's, by number; and why, if none is."""
+    """Which calls of one run of a module are the layer's, by number; and why, if none is.
+
+    Where a mixer without softmax runs beside attention, those of attention, if one of them can be measured.
+    """
+    attends = [one for one in calls if one.recurrence is None]
+    if 0 < len(attends) < len(calls):
+        numbers, why = _decided(attends)
+        return (numbers, why) if numbers else _decided([one for one in calls if one.recurrence is not None])
     own = [
         one
         for one in calls
         if one.kind in (OWN, MIXED, SHARED) or not (one.kind or one.asked or one.recurrence)
     ]
+    pooled = [one for one in calls if one.kind == POOLED]
+    if pooled and not own:
+        if len(calls) > 1:  # also beside others, as of landmarks, whose outputs are the values of the next
+            return frozenset(), IN_PARTS if _are_parts(calls) else SEVERAL
+        own = pooled
     if not own:
         first = calls[0]
         unknown = UNTOLD if first.recurrence is not None else REASONS[ELSEWHERE]
@@ -233,13 +268,27 @@ def _decided(calls: Sequence[Seen]) -> tuple[frozenset[int], str | None]:
     return frozenset(one.number for one in own), None
 
 
+def _beside(one: Seen) -> str:
+    """Why a call is not the layer's, where another one is."""
+    if one.kind == POOLED and one.sizes is not None:
+        return "{} queries over {} keys of its tokens, beside the call that is the layer's".format(*one.sizes)
+    return one.why or REASONS.get(one.kind or "", BESIDE_OWN)
+
+
+def _are_parts(calls: Sequence[Seen]) -> bool:
+    """Whether the calls of a run have as many queries together as each has keys, or the other way round."""
+    queries, keys = zip(*(one.sizes for one in calls if one.sizes is not None), strict=True)
+    return len({*keys, sum(queries)}) == 1 or len({*queries, sum(keys)}) == 1
+
+
 def nothing_of_its_own(path: str, why: str) -> MeasurementError:
     """That no layer is over its own tokens, or can be told to be, with one that is not as the reason."""
     reason = f"'{path}': {why}" if path else why
-    if why == SEVERAL:
+    if why in (SEVERAL, IN_PARTS):
+        parts = "call attention once, for all queries and keys"
         return MeasurementError(
             f"no layer can be measured ({reason})",
-            "give each of its layers a module of its own to call it in",
+            parts if why == IN_PARTS else "give each of its layers a module of its own to call it in",
         )
     return MeasurementError(
         f"no layer attends to its own tokens ({reason})", "attnbias measures self-attention over tokens"
@@ -289,6 +338,43 @@ def _changed(seen: Survey, again: Survey) -> dict[Seen, Tensor]:
     }
 
 
+def _is_exact(root: nn.Module) -> bool:
+    """Whether an input gives the same numbers alone as beside another one, but for the last digits."""
+    first = next(root.parameters(), None)
+    return first is None or first.dtype in (torch.float32, torch.float64)
+
+
+def _plainly_apart(calls: _Calls, alone: Survey, everywhere: bool) -> dict[Seen, Tensor] | None:
+    """Of two inputs, the tokens of the first one that are others in the second, as `_changed` has them.
+
+    alone: a pass of the second input. None unless each call gives it the rows there that it gives it behind
+    the first one, and it differs from that in every token, but for what may stand at the ends of the first
+    layer's: prefix tokens, or what two images have in common. A third input is to tell the rest.
+    everywhere: as in `meaning_of`.
+    """
+    seen = calls.seen.seen
+    if [one.path for one in seen] != [two.path for two in alone.seen]:
+        return None
+    found, second = dict[Seen, Tensor](), dict(zip(seen, alone.seen, strict=True))
+    of_tokens = [one for one in seen if one in calls.measured or one.kind == OWN]  # all that tell of padding
+    for place, one in enumerate(of_tokens):
+        if one.layout is None or one.print.ndim != second[one].print.ndim:
+            return None
+        of_two, own = (one.split(x) for x in (one.print, one.tokens_of(second[one].print)))
+        rows, scale = len(of_two) // 2, one.print.abs().max()
+        if own.shape != of_two[rows:].shape or not ((own - of_two[rows:]).abs() <= ALONE * scale).all():
+            return None
+        differs = ((of_two[:rows] - of_two[rows:]).abs() > 1e-6 * scale).any(1)
+        places = differs[0].nonzero()[:, 0]
+        if not len(places):
+            return None
+        at_the_ends = place == 0 and rows == 1 and bool(differs[0, places[0] : places[-1]].all())
+        if (everywhere or rows > 1) and not at_the_ends and not differs.all():
+            return None
+        found[one] = torch.cat([differs, torch.zeros_like(differs)])
+    return found
+
+
 def _rows(changed: Iterable[Tensor], inputs: int) -> str:
     """Whose rows calls have: of several verdicts, that of the least plain call."""
     verdicts = [INPUTS]
@@ -308,17 +394,16 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
     """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
 
     Where an input has several rows, and between others, they are what stays the same; in front of all others
-    and behind them only what does so in the last layer as well: prefix tokens are the same in the first one,
-    or in several that stand side by side there. The first token of a causal text is the same in all of them,
-    and is none.
+    and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
+    are the same in the first one, or in several that stand side by side there. The first token of a causal
+    text is the same in all of them, and is none.
 
-    everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only rows of
-        windows count, and only where several layers have such tokens.
+    everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only what
+    several layers have counts, in rows of windows, or in all calls over so many tokens.
     """
     found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
+    calls = [one for one in calls if one in own and own[one].any()]
     for one in calls:
-        if one not in own or not own[one].any():
-            continue
         rows, tokens = own[one].shape
         constant = ~own[one]
         if one.keys is not None and one.keys.shape[-1] == tokens:
@@ -329,12 +414,22 @@ def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen
         elif not one.first_alone:
             at_ends.setdefault(tokens, {})[one] = constant
     if not everywhere:
-        in_windows = {one: constant for one, constant in found.items() if len(constant) > 1}
-        return in_windows if len({(one.path, one.run) for one in in_windows}) > 1 else {}
-    for alike in at_ends.values():
-        *_, last = alike.values()
-        if last.any() and len({(one.path, one.run) for one in alike}) > 1:
-            found |= {one: last for one, constant in alike.items() if torch.equal(constant, last)}
+        alike = {
+            one: all(
+                other in found and torch.equal(found[other], constant)
+                for other in calls
+                if own[other].shape == constant.shape
+            )
+            for one, constant in found.items()
+        }
+        sure = {one: x for one, x in found.items() if len(x) > 1 or (alike[one] and not one.first_alone)}
+        return sure if len({(one.path, one.run) for one in sure}) > 1 else {}
+    in_windows = [constant.all(0) for constant in found.values()]
+    for of_ends in at_ends.values():
+        *_, last = of_ends.values()
+        known = any(torch.equal(constant, last.all(0)) for constant in in_windows)
+        if last.any() and (known or len({(one.path, one.run) for one in of_ends}) > 1):
+            found |= {one: last for one, constant in of_ends.items() if torch.equal(constant, last)}
     return found
 
 
@@ -377,6 +472,7 @@ def _towers(
     towers, unmeasured = list[Understood](), dict[str, str]()
     keys = {one.path: one.print.shape[-1] for one in calls.seen.seen}
     linear = {one.path for one in calls.seen.seen if one.recurrence is not None}
+    linear -= {one.path for one in calls.measured if one.recurrence is None}
     for stack in stacks_of(root, found, ran=calls.of_run, keys=keys, linear=linear):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
         for place in stack.places:
@@ -385,6 +481,11 @@ def _towers(
             if not mine:
                 skipped[place.path] = place.why or calls.refused.get(key, EAGER)
                 continue
+            skipped |= {
+                f"{place.path} (call {one.number})": _beside(one)
+                for one in calls.of_run[key]
+                if one not in mine and one.kind != EXPERTS and one.recurrence is None
+            }
             form = Form(
                 runs=calls.seen.runs[place.path],
                 calls=None if len(mine) == len(calls.of_run[key]) else calls.numbers[key],
@@ -392,20 +493,26 @@ def _towers(
                 adds_up=mine[0].adds_up,
                 extra=mine[0].extra,
                 value_from=_values_of(mine, of_stack),
+                keys_of=mine[0].keys_of,
                 in_turn=place.path in calls.seen.in_turn,
                 recurrence=mine[0].recurrence,
             )
             of_stack |= dict.fromkeys(mine, place.index)
+            for one in calls.of_run[key]:
+                if one.recurrence is not None and mine[0].recurrence is None:
+                    skipped[f"{place.path} ({one.recurrence.called})"] = BESIDE
             layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))
         skipped |= stack.beside
         if not layers:
             unmeasured |= skipped
             continue
-        padding = _padding(list(of_stack), own, everywhere)
-        hides = real is not None and any(_shows(one, real) for one in of_stack)
+        of_tokens = [one for one in of_stack if one.kind != POOLED]  # of keys alone no token is told
+        ran = (one for place in stack.places for one in calls.of_run.get((place.path, place.run), ()))
+        padding = _padding([one for one in ran if one in of_tokens or one.kind == OWN], own, everywhere)
+        hides = real is not None and any(_shows(one, real) for one in of_tokens)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
-        joined = _joined(list(of_stack), own) if everywhere else {}
+        joined = _joined(of_tokens, own) if everywhere else {}
         towers.append(Understood(stack.name, padded, places, skipped, joined, hides))
     # stacks of which nothing is measured are told with the first one
     first, *others = (replace(one, alone=len(towers) == 1 and not unmeasured) for one in towers)
@@ -418,7 +525,9 @@ def _shows(one: Seen, real: Tensor) -> bool:
 
 
 def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
-    """Whose the values of a layer are: "own", "mixed", or those of an earlier layer."""
+    """Whose the values of a layer are: "own", "mixed", "pooled", "others", or those of an earlier layer."""
+    if calls[0].kind == POOLED:
+        return calls[0].keys_of
     if any(one.kind == MIXED for one in calls):
         return "mixed"
     for other, index in before.items():
@@ -428,7 +537,11 @@ def _values_of(calls: Sequence[Seen], before: Mapping[Seen, int]) -> str:
 
 
 def _with_padding(layer: Layer, calls: _Calls, padding: Mapping[Seen, Tensor]) -> Layer:
-    mine = calls.of_run[layer.path, layer.run]
+    mine = [
+        one
+        for one in calls.of_run[layer.path, layer.run]
+        if (one.recurrence is None) == (layer.form.recurrence is None)
+    ]
     if padding.keys().isdisjoint(mine):
         return layer
     return replace(layer, form=replace(layer.form, padding=tuple(padding.get(one) for one in mine)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 
 IN_QUERIES = ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention")
 """transformers: the query projection gives queries and gate logits, side by side for each head."""

@@ -1,118 +1,31 @@
 """The seam: a context manager under which a model's attention calls become `AttentionCall`s.
 
-A function mode sees the calls of `scaled_dot_product_attention`, wherever the function was imported from,
-and the products of values with weights that a model made itself (`diag.models.hooks.eager`).
-`multi_head_attention_forward` is overridable itself, so the mode is off inside it; for the time of that one
-call the functions that it uses switch it on again.
-Forward hooks on the listed modules, kept as a stack, tell which layer a call belongs to. Captures nest.
+What is watched is in `diag.models.hooks.mode`. Captures nest.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from diag.attention.call import AttentionCall
-from diag.attention.extra_keys import without_extra_keys
+from diag.attention.extra_keys import without_extra_keys, without_extra_weights
 from diag.attention.kernels.flash import attention_with_normaliser
 from diag.attention.visibility import Visibility, plain
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.combined import Combination
-from diag.models.hooks.eager import Followed, Product
-from diag.models.hooks.in_python import (
-    WHAT_TO_TYPE,
-    Reader,
-    attends_out_of_sight,
-    in_python,
-    refuse_no_rows,
-)
+from diag.models.hooks.eager import Product
+from diag.models.hooks.in_python import WHAT_TO_TYPE, attends_out_of_sight
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.layout import PLAIN, Layout, plain_layout
-from diag.models.hooks.linear import Mixing, Recurrence, mixers_told
-
-SDPA = F.scaled_dot_product_attention
-MULTI_HEAD = F.multi_head_attention_forward
-PROJECTIONS = {F.linear: 0, torch.addmm: 1, Tensor.addmm: 1}  # function -> which argument is its input
-CONVOLUTIONS = {F.conv1d, F.conv2d}
-INSIDE_MULTI_HEAD = (
-    *((F, name) for name in ("scaled_dot_product_attention", "softmax", "dropout", "linear")),
-    (torch, "bmm"),
-)
-"""What `multi_head_attention_forward` calls, by where it looks for it."""
-BUILT_IN: dict[Callable, Callable] = {F.softmax: torch.softmax, F.dropout: partial(torch.dropout, train=True)}
-"""Instead of functions written in Python, which hand a mode what stands in their own place."""
-
-NAMES = re.compile(r"attention|attn|(?-i:(MLA|MHSA|GPSA)$)", re.IGNORECASE)
-CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
-BESIDE = re.compile(r"drop|norm|embed|output|residual", re.IGNORECASE)
-
-
-@dataclass(frozen=True, eq=False)
-class Form:
-    """How a layer calls attention, as the tests of meaning found it (`diag.models.hooks.meaning`).
-
-    The default is the usual one: one run, one call, `[batch, head, token, dim]`, no padding.
-
-    runs: of its module in one forward pass; each run is a layer of its own.
-    calls: which calls of a run are the layer's, by number; None for all of them.
-    layout: where heads are; None for the usual axes.
-    padding: which tokens of each call are padding, `[row of one input, token]`; None where none are.
-    adds_up: whether its calls are maps that are added up (`diag.models.hooks.combined`); the sum is its call.
-    value_from: "own" where each token has its own value; else what the values are of.
-    extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
-    in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
-    recurrence: how a layer without softmax mixes its tokens; None of attention.
-    """
-
-    runs: int = 1
-    calls: frozenset[int] | None = None
-    layout: Layout | None = None
-    padding: tuple[Tensor | None, ...] = ()
-    adds_up: bool = False
-    value_from: str = "own"
-    extra: tuple[int, int] = (0, 0)
-    in_turn: bool = False
-    recurrence: Recurrence | None = None
-
-    @property
-    def mixer(self) -> str:
-        """What makes a layer's outputs: "softmax" or "linear"."""
-        return "softmax" if self.recurrence is None else "linear"
-
-
-USUAL = Form()
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One self-attention layer.
-
-    index: the model's own number, on the depth axis of its tower. path, module: where it is.
-    run: which run of its module in a forward pass, from 0; depths that share weights differ in it.
-    """
-
-    index: int
-    path: str
-    module: nn.Module
-    run: int = 0
-    form: Form = USUAL
-
-    @property
-    def name(self) -> str:
-        """The path, and which run where there are several."""
-        if self.form.runs == 1:
-            return self.path
-        return f"{self.path} ({'call' if self.form.in_turn else 'run'} {self.run})".lstrip()
-
+from diag.models.hooks.linear import Mixing
+from diag.models.hooks.mode import Arguments, AttentionMode, Frame, Ran, hooked
 
 OnCall = Callable[[AttentionCall], Tensor | None]
 """Sees one call; None goes on with the model's output, a tensor of its shape replaces it."""
@@ -133,36 +46,6 @@ class Sightings:
     calls: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
     projection: dict[str, str] = field(default_factory=dict)
-
-
-def attention_modules(root: nn.Module, *, prefix: str = "") -> tuple[Layer, ...]:
-    """The self-attention modules below `root` in depth order: the innermost modules named as attention.
-
-    Pooling heads, cross-attention and what lies inside them are left out.
-    prefix: put before every path.
-    """
-    named: dict[str, nn.Module] = {}
-    closed: list[str] = []  # where nothing is self-attention
-    for path, module in root.named_modules():
-        kind, own = type(module).__name__, path.rpartition(".")[2]
-        if path.startswith(tuple(closed)):
-            continue
-        if path and CLOSED.search(f"{kind} {own}"):
-            closed.append(f"{path}.")
-        # what stands before belongs to the model's name: RobertaPreLayerNormSelfAttention
-        elif (found := NAMES.search(kind)) and not BESIDE.search(f"{kind[found.end() :]} {own}"):
-            named[path] = module
-    inner = [p for p in named if not any(other.startswith(f"{p}.") for other in named)]
-    return tuple(Layer(i, prefix + path, named[path]) for i, path in enumerate(inner))
-
-
-def has_closed(root: nn.Module) -> bool:
-    """Whether anything below `root` is called pooling or cross-attention."""
-    return any(
-        CLOSED.search(f"{type(module).__name__} {path.rpartition('.')[2]}")
-        and NAMES.search(type(module).__name__)
-        for path, module in root.named_modules()
-    )
 
 
 @contextmanager
@@ -192,203 +75,6 @@ def refuse_compiled(layers: Sequence[Layer]) -> None:
                 "from Python",
                 "pass the original nn.Module, before torch.jit",
             )
-
-
-@dataclass
-class Frame:
-    """One module whose forward is running.
-
-    layer: what is listed of this run of it. calls: how many it has made. unread: the output of the last
-    call, until the projection that should read it is seen. maps: calls that may be added up. turns: how many
-    layers have made theirs, where each call is one.
-    """
-
-    path: str
-    run: int
-    layer: Layer | None = None
-    calls: int = 0
-    unread: Tensor | None = None
-    maps: Combination | None = None
-    turns: int = 0
-
-
-@contextmanager
-def hooked(mode: AttentionMode, modules: Mapping[str, nn.Module], *, without_softmax: bool) -> Iterator[None]:
-    """Attaches a mode to modules, by path, and switches it on; undoes both, whatever happens.
-
-    without_softmax: whether it is told of their mixers without softmax, too.
-    """
-    with ExitStack() as undone:
-        undone.callback(mode.stack.clear)
-        mode.readers = undone.enter_context(in_python())
-        for path, module in modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # takes no hooks
-            entered, left = partial(mode.entered, path), partial(mode.left, path)
-            undone.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
-            kept = module.register_forward_hook(left, always_call=True, with_kwargs=True)
-            undone.callback(kept.remove)
-        if without_softmax:
-            undone.enter_context(mixers_told(modules.values(), mode.mixing))
-        with mode:
-            yield
-
-
-class Arguments(NamedTuple):
-    """What PyTorch's attention is called with."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-
-    def run(self) -> Tensor:
-        """What it returns."""
-        return SDPA(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
-
-    @property
-    def scaling(self) -> float:
-        """What scores are multiplied with."""
-        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-
-
-class Ran(Arguments):
-    """Those of another function, which has run. output: what it gave, in PyTorch's axes."""
-
-    output: Tensor
-
-    def run(self) -> Tensor:
-        """What it gave."""
-        return self.output
-
-
-class AttentionMode(TorchFunctionMode):
-    """Hands on every call of PyTorch's attention, every product of weights with values, and what may be a
-    projection of one.
-
-    A function mode is off inside `multi_head_attention_forward`, which is therefore run with it on for the
-    length of the calls that matter.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack: list[Frame] = []
-        self.followed = Followed()
-        self.readers: Mapping[Any, Reader] = {}
-        self.off = False
-
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """What runs under this is no attention, whatever it looks like: the inside of a recurrence."""
-        before, self.off = self.off, True
-        try:
-            yield
-        finally:
-            self.off = before
-
-    def entered(self, path: str, module: nn.Module, args: Any) -> None:
-        """A hooked module begins to run."""
-        raise NotImplementedError
-
-    def left(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A hooked module has run; its output is None if it raised."""
-        raise NotImplementedError
-
-    def attention(self, given: Arguments) -> Tensor:
-        """What a call of attention returns."""
-        raise NotImplementedError
-
-    def mixing(self, given: Mixing) -> Any:
-        """What a mixer without softmax returns."""
-        raise NotImplementedError
-
-    def product(self, given: Product, result: Tensor) -> Tensor:
-        """What a product of weights with values returns, which has made `result`."""
-        raise NotImplementedError
-
-    def softmax(self, start: int, scores: torch.Size) -> None:
-        """Told of a softmax over what may be scores, and its number (`Weights.start`)."""
-
-    def unread(self, why: str) -> None:
-        """Told why a call of attention cannot be read."""
-        raise NotImplementedError
-
-    def projection(self, read: Tensor) -> None:
-        """Told what a linear map reads, `[…, channel]`."""
-        raise NotImplementedError
-
-    def added_up(self, frame: Frame) -> None:
-        """Told that the sum of a frame's maps is about to be read."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.off:
-            return func(*args, **kwargs)
-        if func is SDPA:
-            given = Arguments(*args, **kwargs)
-            if self.stack:
-                refuse_no_rows(given.query, self.stack[-1].path)
-            return self.attention(given)
-        if func is MULTI_HEAD:
-            return self.multi_head(args, kwargs)
-        if not self.stack:  # between layers weights may be on their way to one
-            result = func(*args, **kwargs)
-            self.followed.seen(func, args, kwargs, result)
-            return result
-        if func in self.readers:
-            return self.of_others(func, args, kwargs)
-        frame = self.stack[-1]
-        if frame.maps is not None and frame.maps.is_read_by(func, args, kwargs):
-            self.added_up(frame)
-        if func in PROJECTIONS and len(args) > PROJECTIONS[func]:
-            self.projection(args[PROJECTIONS[func]])
-        elif func in CONVOLUTIONS and args:
-            self.projection(args[0].movedim(1, -1))
-        weighed = self.followed.product_of(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if weighed is not None:
-            refuse_no_rows(weighed.value, frame.path)
-            return self.product(weighed, result)
-        if frame.maps is not None:
-            frame.maps.seen(func, args, kwargs, result)
-        if self.followed.seen(func, args, kwargs, result):
-            self.softmax(self.followed.starts - 1, result.shape)
-        return result
-
-    def of_others(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an attention function that is not PyTorch's, and sees its call as one of that."""
-        read = self.readers[func](*args, **kwargs)
-        if isinstance(read, str):
-            self.unread(read)
-            return func(*args, **kwargs)
-        refuse_no_rows(read.value if isinstance(read, Product) else read.arguments[2], self.stack[-1].path)
-        result = func(*args, **kwargs)
-        output, *more = result if isinstance(result, tuple) else (result,)
-        if isinstance(read, Product):
-            replaced = self.product(read, output)
-        else:
-            given = Ran(*read.arguments)
-            given.output = read.in_torch_axes(output)
-            returned = self.attention(given)
-            replaced = output if returned is given.output else read.in_own_axes(returned, output)
-        return (replaced, *more) if isinstance(result, tuple) else replaced
-
-    def multi_head(self, args: Any, kwargs: Any) -> Any:
-        """Runs the one function inside which every mode is off, and sees what it does all the same."""
-        with ExitStack() as undone:
-            for where, name in INSIDE_MULTI_HEAD:
-                public = getattr(where, name)
-                undone.callback(setattr, where, name, public)
-                setattr(where, name, partial(self._seen, BUILT_IN.get(public, public)))
-            return MULTI_HEAD(*args, **kwargs)
-
-    def _seen(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return func(*args, **kwargs)
 
 
 class _Seam(AttentionMode):
@@ -459,7 +145,7 @@ class _Seam(AttentionMode):
             keys, values, mask, outside, normaliser = without_extra_keys(
                 queries, keys, values, mask, given.scaling, layer.form.extra
             )
-        seen = self.visibility_of(mask, causal, outputs)
+        seen = self.visibility_of(mask, causal, outputs, values.shape[2])
         call = AttentionCall(
             layer=layer.index,
             module=layer.name,
@@ -472,6 +158,7 @@ class _Seam(AttentionMode):
             scale=given.scaling,
             log_normaliser=normaliser,
             outside=outside,
+            keys_of=layer.form.keys_of,
             padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
@@ -500,12 +187,8 @@ class _Seam(AttentionMode):
             scores, masked = layout.split(given.scores), given.weights.masked
         outside = None
         if any(layer.form.extra):
-            before, tokens = layer.form.extra[0], outputs.shape[2]
-            parts = (before, tokens, pattern.shape[-1] - before - tokens)
-            first, pattern, last = pattern.split(parts, -1)
-            others, values, behind = values.split(parts, -2)
-            scores = scores.narrow(-1, before, tokens)
-            outside = first @ others + last @ behind
+            scores = scores.narrow(-1, layer.form.extra[0], outputs.shape[2])
+            pattern, values, outside = without_extra_weights(pattern, values, layer.form.extra)
         added = pattern if given.weights.altered else None
         seen = Visibility.of_scores(scores, outputs, pattern if masked else None, added)
         call = AttentionCall(
@@ -520,6 +203,7 @@ class _Seam(AttentionMode):
             scale=1.0,
             pattern=pattern,
             outside=outside,
+            keys_of=layer.form.keys_of,
             padding=padding_of(layer, number, outputs),
             visibility=seen,
         )
@@ -542,7 +226,8 @@ class _Seam(AttentionMode):
         """Whether a call is one of those that are the layer's; notes why it is not."""
         if layer.form.calls is not None and number not in layer.form.calls:
             return False
-        if key.shape[-2] - sum(layer.form.extra) != query.shape[-2]:
+        own = layer.form.keys_of == "own"
+        if own and key.shape[-2] - sum(layer.form.extra) != query.shape[-2]:
             self.sightings.skipped[layer.name] = not_its_own(query, key, mask)
             return False
         return True
@@ -601,16 +286,16 @@ class _Seam(AttentionMode):
         if name not in self.sightings.projection:
             frame.unread = call.output
 
-    def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor) -> Visibility:
+    def visibility_of(self, mask: Tensor | None, causal: bool, output: Tensor, keys: int) -> Visibility:
         """What queries see. Layers that get the same mask tensor read it once; the last two are kept."""
         if mask is None:
-            return Visibility.of(mask, causal, output)
-        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, output.shape)
+            return Visibility.of(mask, causal, output, keys)
+        place = (mask.data_ptr(), mask.shape, mask.stride(), causal, output.shape, keys)
         if place not in self.visibilities:
             while len(self.visibilities) >= 2:
                 self.visibilities.pop(next(iter(self.visibilities)))
             # the mask is held, so that its address is not given to another one
-            self.visibilities[place] = mask, Visibility.of(mask, causal, output)
+            self.visibilities[place] = mask, Visibility.of(mask, causal, output, keys)
         return self.visibilities[place][1]
 
     def projection(self, read: Tensor) -> None:

@@ -6,6 +6,9 @@ import pandas as pd
 
 from diag.results.decimals import fixed
 
+OTHER_KEYS = ("pooled", "others")
+"""Whose values are those of no token, as `value_from` has it."""
+
 SUMS_TO_ONE = 5e-4
 """How near 1 the sum of a row is where it is told as 1."""
 
@@ -18,11 +21,11 @@ def unusual(layers: pd.DataFrame) -> list[str]:
         for source, some in each.groupby("value_from", sort=False):
             if source == "mixed":
                 said.append(f"In {_layers(some)} each value is made of several tokens.")
-            elif source != "own":
+            elif source not in ("own", *OTHER_KEYS):
                 said.append(f"{_layers(some, use=True)} the values of {source}.")
     if "projection" in each and (some := each[each["projection"] == "modified"]).size:
         said.append(f"In {_layers(some)} an output gate or a norm stands between y and W_O.")
-    said += without_softmax(layers)
+    said += undefined(layers)
     if "row_sum" in each and (some := each[(each["row_sum"] - 1).abs() > SUMS_TO_ONE]).size:
         low, high = (fixed(end) for end in (some["row_sum"].min(), some["row_sum"].max()))
         number = low if low == high else f"{low} to {high}"
@@ -33,16 +36,26 @@ def unusual(layers: pd.DataFrame) -> list[str]:
     return said
 
 
-def without_softmax(layers: pd.DataFrame) -> list[str]:
-    """Which layers of one line have no softmax, and what that means for its numbers; nothing if all have."""
+def undefined(layers: pd.DataFrame) -> list[str]:
+    """Which layers of one line have no softmax, or no value of a token's own, and what that means for its
+    numbers; nothing if all have both."""
     each = layers.drop_duplicates("layer").sort_values("layer").set_index("layer")
-    some = each[each["mixer"] == "linear"] if "mixer" in each else each.iloc[:0]
-    if some.empty:
-        return []
-    said = f"In {_layers(some)} no softmax mixes the tokens: what needs attention weights is undefined there"
-    if len(some) < len(each):
-        said += ", and other means over layers are of both kinds"
-    return [f"{said}."]
+    kinds = (
+        ("mixer", ["linear"], "no softmax mixes the tokens: what needs attention weights is undefined there"),
+        (
+            "value_from",
+            OTHER_KEYS,
+            "keys are not the queries' own tokens (pooled or strided): no token has a value v_i, and what "
+            "needs one is undefined there",
+        ),
+    )
+    said = []
+    for column, kind, why in kinds:
+        some = each[each[column].isin(kind)] if column in each else each.iloc[:0]
+        if len(some):
+            both = ", and other means over layers are of both kinds" if len(some) < len(each) else ""
+            said.append(f"In {_layers(some)} {why}{both}.")
+    return said
 
 
 def _layers(some: pd.DataFrame, *, use: bool = False) -> str:

@@ -20,7 +20,7 @@ from diag.measure.loop import capture
 from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.layer_numbers import own_numbers
 from diag.models.names.spec import ModelSpec
 from diag.results.caveats import columns_of
@@ -171,7 +171,7 @@ def _in_text(plan: AttendPlan, model: Model, tower: Tower, batch: Batch) -> _Tar
 
 def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | None) -> Layer:
     """The layer with the model's own number, negative from its last, or the one that is nearest to a relative
-    depth among those with attention weights; of two the deeper.
+    depth among those with attention weights on their own tokens; of two the deeper.
 
     Raises UserError for a layer that is not there or not measured.
     """
@@ -181,7 +181,10 @@ def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | N
         return next(each for each in tower.layers if each.index == number)
     assert depth is not None
     deepest = max(len(tower.places), *(each.index + 1 for each in tower.layers)) - 1
-    weighed = [each for each in tower.layers if each.form.mixer == "softmax"] or tower.layers
+    forms = [(each, each.form) for each in tower.layers]
+    weighed = [
+        each for each, form in forms if form.mixer == "softmax" and form.keys_of == "own"
+    ] or tower.layers
     return min(weighed, key=lambda each: (abs(each.index - depth * deepest), -each.index))
 
 

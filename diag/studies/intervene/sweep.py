@@ -24,7 +24,7 @@ from diag.measure.reconstruction import refuse_non_finite
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.hooks.block_parts import Block, find_blocks
 from diag.models.hooks.interventions import Edit
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.studies.intervene.effect import PassOutcome, effects
 
 SCOPES = {

@@ -35,8 +35,9 @@ from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
 from diag.models.hooks.depth import Place
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import OTHERWISE, meaning_of
-from diag.models.hooks.seam import Layer, OnCall, attention_calls
+from diag.models.hooks.seam import OnCall, attention_calls
 from diag.models.hooks.survey import are_ids
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (

@@ -27,7 +27,7 @@ from diag.results.writing import write_json, write_text
 from diag.run.cache import folder_of, measured
 from diag.run.content import replaced
 from diag.run.environment import version
-from diag.run.plan import HOW, RUNS, ProbePlan
+from diag.run.plan import HOW, RUNS, ProbePlan, inputs_of
 from diag.run.progress import Listener, Silent
 from diag.studies.attend import run_attend
 from diag.studies.attend.folder import read_manifest as read_look_manifest
@@ -179,7 +179,7 @@ def _looked(look: AttendPlan, root: Path, listener: Listener) -> Path:
 def _of_what_is_there(plan: ProbePlan, folder: Path) -> dict[str, Any]:
     """The manifest of a run. Raises UserError where other bytes were measured than inputs have now."""
     manifest = read_manifest(folder)
-    if notes := replaced(plan, folder, manifest):
+    if notes := replaced(plan, inputs_of(plan), folder, manifest):
         raise UserError(notes[0], f"measure them again: rm -r '{folder}', then the same command")
     return manifest
 

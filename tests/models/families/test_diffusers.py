@@ -88,6 +88,13 @@ def without_gradients() -> Iterator[None]:
             slice(0, 16),
             {f"transformer_blocks.{i}.attn2": "16 queries over 300 keys: cross-attention" for i in (0, 1)},
         ),
+        (  # its own attention has no softmax, the one over text has
+            "sana",
+            ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
+            4,
+            slice(0, 4),
+            {f"transformer_blocks.{i}.attn2": "4 queries over 300 keys: cross-attention" for i in (0, 1)},
+        ),
     ],
 )
 def test_blocks_are_one_depth_and_tokens_belong_to_their_stream(
@@ -104,7 +111,8 @@ def test_blocks_are_one_depth_and_tokens_belong_to_their_stream(
     assert torch.equal(sets["image"], expected)
     assert tower.marks == (("image", "text") if tokens > 16 else ("image",))
     assert "text" not in sets or torch.equal(sets["text"], ~expected)
-    assert (tower.facts["patch_size"], tower.facts["image_size"]) == (16, 64)
+    assert (tower.facts["patch_size"], tower.facts["image_size"]) == (32 if kind == "sana" else 16, 64)
+    assert {layer.form.mixer for layer in tower.layers} == {"linear" if kind == "sana" else "softmax"}
 
 
 def test_streams_are_told_apart_by_content_and_not_by_where_they_stand(
@@ -317,19 +325,13 @@ def test_what_cannot_be_read_or_run_is_told(
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     error = told(f"diffusers:{folder}")
     assert "holds a UNet2DConditionModel, which is not measured" in str(error)
-    assert error.tip == "measured are 'Stable Diffusion 3', 'Flux' or 'PixArt'"
+    assert error.tip == "measured are 'Stable Diffusion 3', 'Flux', 'PixArt' or 'Sana'"
     assert "names no model_type" in str(told(folder))  # without the prefix it is no folder of this family
     (folder / "config.json").write_text("{")
     assert "it is not JSON" in str(told(f"diffusers:{folder}"))
     assert "cannot be reached" in str(told("diffusers:org/name"))
     monkeypatch.setattr("diag.models.families.diffusers.find_spec", lambda name: None)
     assert "pip install 'attnbias[diffusers]'" in (told(folder_of("pixart")).tip or "")
-
-
-def test_linear_attention_is_told(folder_of: Folders) -> None:
-    error = told(folder_of("sana"))
-    assert "is linear, without a softmax: it is not measured" in str(error)
-    assert error.tip == "measured are 'Stable Diffusion 3', 'Flux' or 'PixArt'"
 
 
 def test_two_time_steps_of_one_model_are_a_controlled_comparison(

@@ -116,6 +116,17 @@ def test_a_layer_that_shows_nothing_is_named(folder_of: Folders, texts: Inputs) 
             tower.forward(batch)
 
 
+@pytest.mark.parametrize(
+    ("file", "held"), [("adapter_config.json", "an adapter"), ("q4.gguf", "a model in GGUF")]
+)
+def test_what_only_the_other_route_reads_is_told(tmp_path: Path, file: str, held: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError) as error:
+        load(ModelSpec("x", "tl", str(tmp_path)), **CPU)
+    assert str(error.value) == f"folder '{tmp_path}' holds {held}, which tl: names do not read"
+    assert error.value.tip == f"-m hf:{tmp_path} reads it"
+
+
 def test_errors(folder_of: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"'config\.json' of 'openai-community/gpt2' is not on this machine"):

@@ -29,6 +29,7 @@ from diag.errors import MeasurementError, UserError
 from diag.models.families.demo import build_vit
 from diag.models.families.timm.load import fuse
 from diag.models.hooks.block_parts import Block, find_blocks, to_stream
+from diag.models.hooks.layers import Layer, attention_modules
 from diag.models.hooks.residual import (
     branch_edits,
     check_states,
@@ -36,7 +37,7 @@ from diag.models.hooks.residual import (
     rebuild_error,
     stream_states,
 )
-from diag.models.hooks.seam import Layer, attention_calls, attention_modules
+from diag.models.hooks.seam import attention_calls
 
 TOKENS = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

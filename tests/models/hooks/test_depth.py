@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from diag.models.hooks.depth import Place, Stack, stacks_of
+from diag.models.hooks.depth import EAGER, Place, Stack, stacks_of
 
 CROSS = "4 queries over 5 keys: cross-attention or pooling"
 CHANNELS = "it attends over channels, not over tokens"
@@ -287,6 +287,27 @@ def test_cross_attention_separates_towers_without_numbers() -> None:
     assert (encoder.name, brief(encoder)) == ("encoder", ["encoder.attn"])
     assert (decoder.name, brief(decoder)) == ("decoder", ["decoder.attn"])
     assert decoder.beside == {"decoder.cross": CROSS}
+
+
+def test_what_ends_a_stage_holds_one_place_in_it() -> None:
+    """LeViT: attention that pools is a block of its own, under the same number in every stage."""
+    stages = [
+        nn.ModuleList([parts(attn=attention()), parts(mlp=nn.Linear(4, 4)), attention()]) for _ in range(2)
+    ]
+    model = parts(stages=nn.ModuleList(stages))
+    (stack,) = stacks(model, {r".*\.attn": None, r"stages\.\d\.2": CROSS})
+    assert [place.path for place in stack.places if place.why is None] == [
+        "stages.0.0.attn",
+        "stages.1.0.attn",
+    ]
+    assert len({place.path for place in stack.places}) == len(stack.places) <= 6
+
+
+def test_a_softmax_outside_of_the_blocks_holds_no_place() -> None:
+    model = parts(detector=attention(), layers=layers_of(2))
+    (stack,) = stacks(model, {r"layers.*attn": None, "detector": EAGER})
+    assert brief(stack) == ["layers.0.attn", "layers.1.attn"]
+    assert stack.beside == {"detector": EAGER}
 
 
 def test_names_tell_stacks_apart_as_shortly_as_they_can() -> None:

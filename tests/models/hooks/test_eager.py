@@ -16,13 +16,17 @@ import transformers
 from attention_modules import Attention, Stack, assert_untouched
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diag
 from diag.attention.call import AttentionCall
 from diag.attention.visibility import Visibility
-from diag.errors import MeasurementError
+from diag.errors import MeasurementError, UserError
+from diag.models.hooks.depth import EAGER
+from diag.models.hooks.eager import Followed
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import SEVERAL
-from diag.models.hooks.seam import Layer, attention_calls
+from diag.models.hooks.seam import attention_calls
 
 Written = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of `[batch, head, token, dim]`, which it returns; the mask is True where a key is seen."""
@@ -66,10 +70,6 @@ def by_exponentials(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
-def by_the_special_function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.special.softmax(scores_of(q, k, mask), -1) @ v
-
-
 def by_softmin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.softmin(-scores_of(q, k, mask), dim=-1) @ v
 
@@ -81,6 +81,17 @@ def by_the_normaliser(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
 def by_the_first_norm(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.normalize(scores_of(q, k, mask).exp(), p=1, dim=-1) @ v
+
+
+def divided_afterwards(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask)
+    return scores.exp() @ v / scores.exp().sum(-1, keepdim=True)
+
+
+def divided_afterwards_by_a_reciprocal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = scores_of(q, k, mask)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (1 / (weights.sum(-1) + 1e-9))[..., None] * torch.einsum("bhij,bhjd->bhid", weights, v)
 
 
 def by_exponentials_in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,21 +125,12 @@ def masked_afterwards_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     return weights @ v
 
 
-def by_the_logarithm_of_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    scores = scores_of(q, k, mask)
-    return (scores - torch.logsumexp(scores, -1)[..., None]).exp() @ v
-
-
 def by_other_names(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.linalg.matmul(torch.special.softmax(scores_of(q, k, mask), -1), v)
 
 
 def by_named_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.matmul(input=torch.softmax(input=scores_of(q, k, mask), dim=-1), other=v)
-
-
-def by_the_opposite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.softmin(-scores_of(q, k, mask), -1) @ v
 
 
 def added_to_nothing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -166,24 +168,67 @@ WRITTEN: list[Written] = [
     with_values_first,
     by_logarithms,
     by_exponentials,
-    by_the_special_function,
     by_softmin,
     by_the_normaliser,
     by_the_first_norm,
+    divided_afterwards,
+    divided_afterwards_by_a_reciprocal,
     by_exponentials_in_place,
     with_casts_and_dropout,
     with_a_column_for_a_sink,
     masked_afterwards,
     masked_afterwards_alone,
-    by_the_logarithm_of_the_sum,
     by_other_names,
     by_named_arguments,
-    by_the_opposite,
     added_to_nothing,
     written_over_their_scores,
     all_in_place,
     with_scores_that_are_used_again,
     with_keys_in_another_order,
+]
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys in turn, as flash attention has them."""
+    output, total = torch.zeros_like(q), torch.zeros_like(q[..., :1])
+    for keys, values in zip(k.split(3, -2), v.split(3, -2), strict=True):
+        weights = scores_of(q, keys, None).exp()
+        output, total = output + weights @ values, total + weights.sum(-1, keepdim=True)
+    return output / total
+
+
+def with_a_column_for_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    output = scores_of(q, k, None).exp() @ F.pad(v, (0, 1), value=1.0)
+    return output[..., :-1] / output[..., -1:]
+
+
+def divided_by_more_than_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    weights = scores_of(q, k, None).exp()
+    return weights @ v / (1 + weights.sum(-1, keepdim=True))
+
+
+def divided_once_for_each_input(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What all inputs share is multiplied first."""
+    weights = scores_of(q[:1], k[:1], None).exp()
+    return weights @ v[:1] / weights.sum(-1, keepdim=True).expand(len(q), -1, -1, -1)
+
+
+def added_to_something(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    weights = scores_of(q, k, None).softmax(-1).flatten(0, 1)
+    return torch.baddbmm(v.flatten(0, 1), weights, v.flatten(0, 1)).view(q.shape)
+
+
+def by_a_sum_of_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return (scores_of(q, k, None).softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
+UNSEEN = [
+    in_blocks,
+    with_a_column_for_the_sum,
+    divided_by_more_than_the_sum,
+    divided_once_for_each_input,
+    added_to_something,
+    by_a_sum_of_products,
 ]
 TOKENS = 9
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -225,6 +270,81 @@ def test_what_is_written_out_is_the_call_of_the_fused_function(written: Written,
     torch.testing.assert_close(again, doubled)
     assert found.visibility.rule == expected.visibility.rule
     assert torch.equal(found.visibility.count, expected.visibility.count.expand_as(found.visibility.count))
+
+
+@pytest.mark.parametrize("written", UNSEEN)
+def test_attention_that_is_not_seen_is_said_to_be_there(written: Written) -> None:
+    """Alone, and beside a layer that is measured."""
+    with pytest.raises(UserError) as told:
+        meaning_on(Stack(Attention(call=written)).eval(), torch.randn(2, TOKENS, 16))
+    said = "the model computes attention itself, in 'layers.0', and what it weighs is not seen"
+    assert str(told.value) == said
+    both = Stack(Attention(), Attention(call=written)).eval()
+    (tower,) = meaning_on(both, torch.randn(2, TOKENS, 16)).towers
+    assert tower.skipped == {"layers.1": EAGER}
+
+
+def test_no_matrix_of_tokens_is_copied_to_follow_it() -> None:
+    """Queries and keys that are merged into one axis are let go of; so are scores that would be copied."""
+    followed, scores = Followed(), torch.randn(2, 4, TOKENS, TOKENS)
+
+    def run(func: Callable[..., Tensor], *args: Any) -> Tensor:
+        result = func(*args)
+        with Largest() as made:
+            followed.seen(func, args, {}, result)
+        assert made.elements <= TOKENS
+        return result
+
+    weights = run(torch.softmax, scores.transpose(0, 1), -1)
+    moved = run(Tensor.permute, weights, (0, 2, 1, 3))
+    assert followed.known[moved].axis == 3
+    assert followed.known[moved].scores.shape == moved.shape
+    merged = run(Tensor.reshape, run(Tensor.transpose, moved, 1, 2), (8, TOKENS, TOKENS))
+    assert followed.known[merged].axis == 2
+    assert followed.known[merged].scores is None
+    alone = run(Tensor.transpose, run(Tensor.narrow, run(Tensor.contiguous, merged), 0, 0, 1), 1, 2)
+    assert followed.known[alone].axis == 1
+    chosen = run(torch.index_select, merged, 1, torch.tensor([2, 3]))
+    assert followed.known[chosen].axis == 2
+    assert run(Tensor.flatten, merged, 1) not in followed.known
+
+
+@pytest.mark.parametrize("written", [by_the_normaliser, divided_afterwards])
+def test_weights_that_are_known_by_their_sums_are_so_in_half_a_format(written: Written) -> None:
+    module, x = Attention(heads=4, call=written).eval().bfloat16(), torch.randn(1, TOKENS, 16).bfloat16()
+    call, _ = one_call(module, x)
+    q, k, v = (part.double() for part in module.heads(x))
+    assert call.pattern is not None
+    torch.testing.assert_close(call.pattern.double(), scores_of(q, k, None).softmax(-1), rtol=0.05, atol=0)
+    torch.testing.assert_close(call.pattern.double() @ v, call.output.double(), rtol=0.02, atol=0.02)
+
+
+def test_an_output_that_is_divided_in_place_is_replaced_in_place() -> None:
+    def divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        weights = scores_of(q, k, mask).detach().exp().flatten(0, 1)
+        output = torch.baddbmm(v.new_zeros(1), weights, v.detach().flatten(0, 1))
+        output.div_(weights.sum(-1, keepdim=True))
+        return output.view(q.shape)
+
+    module, x = Attention(heads=4, call=divided).eval(), torch.randn(2, TOKENS, 16)
+    q, k, v = module.heads(x)
+    expected = scores_of(q, k, None).softmax(-1) @ v
+    outputs = list[Tensor]()
+    _, doubled = one_call(module, x, on_call=lambda call: outputs.append(call.output * 2) or outputs[-1])
+    torch.testing.assert_close(outputs[0], 2 * expected)
+    torch.testing.assert_close(doubled, x + module.out(2 * expected.transpose(1, 2).flatten(2)))
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that is made, and is no view."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
 def shared_value_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -374,7 +494,7 @@ def test_dropped_weights_are_refused() -> None:
         module(torch.randn(2, 9, 16))
 
 
-def test_other_numbers_of_keys_are_named() -> None:
+def test_other_numbers_of_keys_are_told() -> None:
     class Pooled(Attention):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             q, k, v = self.heads(x)
@@ -382,8 +502,11 @@ def test_other_numbers_of_keys_are_named() -> None:
             return x + self.out(y.transpose(1, 2).flatten(2))
 
     (tower,) = meaning_on(Stack(Attention(), Pooled()).eval(), torch.randn(2, 9, 16)).towers
-    assert [layer.path for layer in tower.layers] == ["layers.0"]
-    assert tower.skipped == {"layers.1": "9 queries over 3 keys: cross-attention or pooling"}
+    assert {layer.path: layer.form.keys_of for layer in tower.layers} == {
+        "layers.0": "own",
+        "layers.1": "others",
+    }
+    assert tower.skipped == {}
 
 
 def test_weights_that_are_used_twice_are_not_taken_for_windows() -> None:
@@ -469,6 +592,109 @@ def test_both_ways_give_the_same_table(name: str) -> None:
         assert not probe.skipped
         tables.append(probe.layers)
     pd.testing.assert_frame_equal(*tables, rtol=2e-5, atol=2e-6)
+
+
+# --- what is done to them ---------------------------------------------------------------------------
+
+SINKS = torch.linspace(-1, 2, 4).view(1, 4, 1, 1)
+MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(2)) / 2
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor:
+    return scores_of(q, k.repeat_interleave(2, 1), CAUSAL, torch.finfo(q.dtype).min)
+
+
+def capped(q: Tensor, k: Tensor) -> Tensor:
+    scores = (q @ k.repeat_interleave(2, 1).mT).tanh() * 3
+    return scores.masked_fill(~CAUSAL, torch.finfo(q.dtype).min).softmax(-1)
+
+
+def with_sinks(q: Tensor, k: Tensor) -> Tensor:
+    scores = causal(q, k)
+    sinks = SINKS.to(q.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+def mixed(q: Tensor, k: Tensor) -> Tensor:
+    weights = scores_of(q, k.repeat_interleave(2, 1), None).softmax(-1)
+    return torch.einsum("gh,bhij->bgij", MIX.to(q.dtype), weights)
+
+
+WEIGHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": lambda q, k: causal(q, k).softmax(-1),
+    "late": lambda q, k: causal(q, k).softmax(-1),
+    "capped": capped,
+    "sinks": with_sinks,
+    "mixed": mixed,
+}
+
+
+def masked(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    others = weights * (1 - torch.eye(TOKENS))
+    scale = weights.sum(-1, keepdim=True) / others.sum(-1, keepdim=True)
+    return torch.where(scale.isfinite(), (others * scale) @ v, weights @ v)
+
+
+def even(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return (seen / seen.sum(-1, keepdim=True) * weights.sum(-1, keepdim=True)) @ v
+
+
+def exclusive(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    y, own = weights @ v, F.normalize(v, dim=-1)
+    return y - 0.5 * (y * own).sum(-1, keepdim=True) * own
+
+
+EDITS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "identity=0": lambda weights, v, seen: weights @ v,
+    "mask_self": masked,
+    "uniform": even,
+    "gated_xsa=0.5": exclusive,
+    "identity=0.3": lambda weights, v, seen: 0.7 * (weights @ v) + 0.3 * v,
+}
+
+
+@pytest.mark.parametrize("form", WEIGHED)
+def test_edits_and_sums_are_those_of_the_formula(form: str) -> None:
+    """Of grouped heads, in batches of several inputs and of one: densely, in float64, layer by layer."""
+    weigh = WEIGHED[form]
+
+    def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        v = v.repeat_interleave(2, 1)
+        if form == "late":
+            weights = causal(q, k).exp()
+            return weights @ v / weights.sum(-1, keepdim=True)
+        return weigh(q, k) @ v
+
+    torch.manual_seed(0)
+    module = Stack(*(Attention(heads=4, kv_heads=2, call=written) for _ in range(2))).eval()
+    exact, x = copy.deepcopy(module).double(), torch.randn(3, TOKENS, 16)
+    seen, first = (torch.ones(TOKENS, TOKENS), 0) if form == "mixed" else (CAUSAL.double(), 1)
+    for edit, change in EDITS.items():
+        given = {"metrics": ["cos_y_vself", "row_sum"], "intervene": [edit], "batch_size": 2}
+        if form == "mixed" and edit == "mask_self":
+            with pytest.raises(MeasurementError, match="has weights that are negative"):
+                diag.probe(module, [x], **given)
+            continue
+        found = diag.probe(module, [x], **given).samples.sort_values(["input_index", "head"])
+        stream = x.double()
+        for number, layer in enumerate(exact.layers):
+            q, k, v = layer.heads(stream)
+            weights, v = weigh(q, k).detach(), v.repeat_interleave(2, 1).detach()
+            y = change(weights, v, seen)
+            stream = stream + layer.out(y.transpose(1, 2).flatten(2))
+            cosines = F.cosine_similarity(y, v, dim=-1)
+            for metric, of_token in (("cos_y_vself", cosines), ("row_sum", weights.sum(-1))):
+                told = found[(found["layer"] == number) & (found["metric"] == metric)]["value"]
+                expected = of_token[..., first:].mean(-1).flatten()
+                np.testing.assert_allclose(told, expected, atol=1e-5, err_msg=f"{edit} {metric}")
+    means = diag.probe(module, [x], metrics=["cos_y_vself"]).layers["mean"]
+    with diag.Monitor(module.train(), x, every=1, metrics=["cos_y_vself"]) as monitor:
+        module(x)
+        told = monitor.step(1)
+    expected = [*means, means.mean()]
+    assert [told[f"attnbias/cos_y_vself/{at}"] for at in ("layer_00", "layer_01", "mean")] == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 # --- who sees whom, by scores -----------------------------------------------------------------------

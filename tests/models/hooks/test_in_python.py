@@ -23,7 +23,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from diag.attention.call import AttentionCall
 from diag.errors import MeasurementError, UserError
 from diag.models.hooks.in_python import WHAT_TO_TYPE
-from diag.models.hooks.seam import Layer, attention_calls
+from diag.models.hooks.layers import Layer
+from diag.models.hooks.seam import attention_calls
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without"),

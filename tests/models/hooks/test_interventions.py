@@ -166,6 +166,29 @@ def test_a_random_direction_is_fixed_unit_and_its_own_in_every_layer_and_head() 
     assert 0.2 / 16 < share < 5 / 16  # of 16 dimensions, one
 
 
+@every_case
+def test_a_matched_direction_takes_as_much_of_each_token_as_the_projection(case: str) -> None:
+    call = CASES[case]
+    tolerance = 2e-5 if call.output.dtype == torch.float32 else 4e-2
+    y, projected, matched = (
+        float64(x) for x in (call.output, output("xsa", call), output("matched_direction", call))
+    )
+    for found, wanted in ((y - matched, y - projected), (matched, projected)):
+        found, wanted = np.linalg.norm(found, axis=-1), np.linalg.norm(wanted, axis=-1)
+        np.testing.assert_allclose(found, wanted, atol=5 * tolerance, rtol=tolerance)
+
+
+def test_a_matched_direction_has_nothing_of_v_but_what_both_have_of_y() -> None:
+    call = make_call(tokens=40, dim=64)
+    y, removed = float64(call.output), float64(call.output - output("matched_direction", call))
+    y, v, removed = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (y, values(call), removed))
+    expected = (y * v).sum(-1) * (y * removed).sum(-1)
+    chance = (1 - (y * v).sum(-1) ** 2) / np.sqrt(64)  # of a random direction beside y
+    assert np.abs((removed * v).sum(-1) - expected).mean() < 1.2 * chance.mean()
+    half = float64(call.output - output("matched_direction=0.5", call))
+    np.testing.assert_allclose(half * 2, float64(call.output - output("matched_direction", call)), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ON_ATTENTION)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_flow(name: str, causal: bool) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from checkpoints import DIFFUSION
 from reference import reference
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
@@ -295,6 +298,32 @@ def test_lightning_attention_is_written_out_in_its_forward() -> None:
     assert_metrics_are_those_of(call, weights.detach())
 
 
+def test_linear_attention_of_a_diffusion_transformer_is_written_out_in_its_processor() -> None:
+    """relu(q)·relu(k) over its sum, of Sana; the attention over text beside it is none of the layers."""
+    name, sizes = DIFFUSION["sana"]
+    torch.manual_seed(0)
+    model, latents = getattr(diffusers, name)(**sizes).eval(), torch.randn(2, 4, 4, 4)
+    given = {"encoder_hidden_states": torch.randn(2, 7, 32), "timestep": torch.tensor([500.0, 500.0])}
+    layers, calls, read = layers_on(model, latents, **given), list[AttentionCall](), list[Tensor]()
+    assert [layer.path for layer in layers] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    (layer, _) = layers
+    kept = layer.module.register_forward_pre_hook(lambda _, args: read.append(args[0].double()))
+    with attention_calls([layer], calls.append), torch.no_grad():
+        model(latents, **given)
+    kept.remove()
+    exact = copy.deepcopy(layer.module).double()
+    query, key, value = (
+        part(read[0]).unflatten(-1, (2, 8)).transpose(1, 2).detach()
+        for part in (exact.to_q, exact.to_k, exact.to_v)
+    )
+    weights = query.relu() @ key.relu().transpose(-1, -2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(calls[0].value.double(), value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(calls[0].output.double(), weights @ value, rtol=1e-4, atol=1e-6)
+    assert (calls[0].causal, layer.form.value_from) == (False, "own")
+    assert_metrics_are_those_of(calls[0], weights)
+
+
 def test_relu_attention_over_images_sees_all_tokens_and_its_ones_are_no_values() -> None:
     torch.manual_seed(0)
     model = timm.create_model("efficientvit_b0").eval()
@@ -499,6 +528,57 @@ def test_a_mixer_beside_attention_in_its_block_holds_no_place() -> None:
         (1, "layers.1.self_attn", "softmax"),
     ]
     assert tower.skipped == {f"layers.{i}.mamba": BESIDE for i in range(2)}
+
+
+class Both(Mixer):
+    """Attention and a recurrence side by side in one module (Hymba), in either order."""
+
+    def __init__(self, order: str, queries: int | None = None) -> None:
+        super().__init__("chunk_gla")
+        self.order, self.queries = order, queries
+        self.norms = nn.ModuleList([nn.LayerNorm(24), nn.LayerNorm(24)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        made = dict[str, Tensor]()
+        for what in self.order.split():
+            if what == "recurrence":
+                made[what] = chunk_gla(q, k, v, -q[..., 0].square())[0]
+            else:
+                query, key, value = (each.transpose(1, 2) for each in (q[:, : self.queries], k, v))
+                if what == "attention":
+                    y = F.scaled_dot_product_attention(query, key, value)
+                else:
+                    y = (query @ key.mT * 8**-0.5).softmax(-1) @ value
+                made[what] = y.transpose(1, 2)
+        return x + self.out(
+            sum(norm(y.flatten(2)) for norm, y in zip(self.norms, made.values(), strict=True))
+        )
+
+
+@pytest.mark.parametrize("order", ["attention recurrence", "recurrence attention", "recurrence eager"])
+def test_a_mixer_beside_attention_in_one_module_is_named(order: str) -> None:
+    """What is measured of the layer is its attention, also where others of the model are recurrences."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(Both(order), Mixer("chunk_gla"), Both(order)).eval(), torch.randn(2, 9, 24)
+    found = probe(module, [x], metrics=["cos_y_vself"], batch_size=1)
+    assert list(found.layers["mixer"]) == ["softmax", "linear", "softmax"]
+    assert found.skipped == {f"{i} (chunk_gla)": BESIDE for i in (0, 2)}
+    stream = x.double()
+    for number, layer in enumerate(copy.deepcopy(module).double()):
+        q, k, v = layer.qkv(stream).unflatten(-1, (3, 3, 8)).unbind(2)
+        y = chunk_gla(q, k, v, -q[..., 0].square())[0].transpose(1, 2)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        y, first = (y, 1) if number == 1 else ((q @ k.mT * 8**-0.5).softmax(-1) @ v, 0)
+        expected = F.cosine_similarity(y, v, dim=-1)[..., first:].mean().item()
+        assert found.layers["mean"][number] == pytest.approx(expected, abs=1e-5)
+        stream = layer(stream)
+
+
+def test_a_mixer_beside_attention_of_one_query_is_the_layer() -> None:
+    orders = ("attention recurrence", "recurrence attention")
+    module = nn.Sequential(*(Both(order, queries=1) for order in orders)).eval()
+    assert [layer.form.mixer for layer in layers_on(module, torch.randn(2, 9, 24))] == ["linear", "linear"]
 
 
 def test_padding_on_either_side_is_no_partner() -> None:

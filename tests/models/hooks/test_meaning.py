@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from attention_modules import Attention, Broken, Cross, Stack, TorchAttention, assert_untouched
+from attention_modules import Attention, Broken, Stack, TorchAttention, assert_untouched
 from surveys import layers_on, meaning_on
 from torch import Tensor, nn
 
@@ -20,7 +20,16 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
 from diag.models.hooks.layout import PLAIN, Layout, layout_of
-from diag.models.hooks.meaning import EAGER, INPUTS, OTHERWISE, SEVERAL, WINDOWS, Meaning
+from diag.models.hooks.meaning import (
+    BESIDE_OWN,
+    EAGER,
+    INPUTS,
+    OTHERWISE,
+    SEVERAL,
+    WINDOWS,
+    Meaning,
+    meaning_of,
+)
 from diag.models.hooks.seam import attention_calls
 from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, OVERLAP, REASONS
 
@@ -368,6 +377,53 @@ def test_whose_the_rows_are_is_found(layer: nn.Module, rows: str) -> None:
     assert (found.rows, found.random, found.sequence_first) == (rows, False, False)
 
 
+@pytest.mark.parametrize(
+    ("layer", "alike", "read", "after"),
+    [
+        # two inputs, then the second alone: what comes after the last attention runs once
+        (Attention(), 0, [2, 1], [2]),
+        (Windows(first=False), 0, [2, 1], [2]),
+        # where this is not plain, another first input is put beside the second
+        (Windows(first=True), 0, [2, 1, 2], [2]),
+        (Mixing(), 0, [2, 1, 2, 2], [2]),
+        (Attention(), 9, [2, 1, 2], [2]),
+        (Attention(), 4, [2, 1], [2]),
+        (Windows(first=False), 3, [2, 1, 2], [2]),
+    ],
+)
+def test_a_plain_model_is_told_by_its_second_input_alone(
+    layer: nn.Module, alike: int, read: list[int], after: list[int]
+) -> None:
+    """alike: how many tokens at the beginning are the same in both inputs."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(16, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ran.append(len(x))
+            y = self.layer(x)
+            of_head.append(len(y))
+            return self.head(y)
+
+    ran, of_head = list[int](), list[int]()
+    module, x = Whole().eval(), torch.randn(2, 9, 16)
+    x[1, :alike] = x[0, :alike]
+    other = torch.cat([torch.randn(1, 9, 16), x[1:]])
+    meaning_of(module, module, x, other, inputs=2, last=x[1:])
+    assert (ran, of_head) == (read, after)
+
+
+def test_in_half_precision_an_input_is_not_compared_with_itself_alone() -> None:
+    ran = list[int]()
+    module, x = Attention().eval().bfloat16(), torch.randn(2, 9, 16).bfloat16()
+    module.register_forward_pre_hook(lambda module, args: ran.append(len(args[0])))
+    other = torch.cat([torch.randn(1, 9, 16).bfloat16(), x[1:]])
+    assert meaning_of(module, module, x, other, inputs=2, last=x[1:]).rows == INPUTS
+    assert ran == [2, 2]
+
+
 def test_unequal_tiles_are_not_shared_out_evenly() -> None:
     x = torch.randn(2, 9, 16)
     x[1, 3:] = 0  # three tiles and one: four rows for two inputs
@@ -588,8 +644,8 @@ def test_a_hybrid_keeps_its_numbers_and_tells_its_mixers() -> None:
 @pytest.mark.parametrize(
     ("name", "numbers", "depth"),
     [
-        ("pvt_v2_b0", [6, 7], 8),
-        ("nextvit_small", [19], 20),
+        ("pvt_v2_b0", list(range(8)), 8),
+        ("nextvit_small", [6, 11, 16, 19], 20),
         ("swin_tiny_patch4_window7_224", list(range(12)), 12),
     ],
 )
@@ -697,11 +753,6 @@ def test_everything_is_restored_after_an_exception() -> None:
     assert_untouched(module)
 
 
-def test_another_number_of_queries_is_named() -> None:
-    (tower,) = meaning_on(Stack(Attention(), Cross()).eval(), torch.randn(2, 9, 16)).towers
-    assert tower.skipped == {"layers.1": "5 queries over 9 keys: cross-attention or pooling"}
-
-
 def test_prefix_tokens_of_attention_side_by_side_are_no_padding() -> None:
     """Two attentions of one block read the same states: the class token is constant in both, and counts."""
     module = timm.create_model(
@@ -769,7 +820,8 @@ def test_keys_that_are_made_of_tokens_are_not_extra_keys() -> None:
             return q, *(torch.cat([y, y.unflatten(2, (3, 3)).mean(3)], 2) for y in (k, v))
 
     (tower,) = meaning_on(Stack(Attention(), Compressed()).eval(), torch.randn(2, 9, 16)).towers
-    assert tower.skipped == {"layers.1": "9 queries over 12 keys, of which some are made of several tokens"}
+    forms = [layer.form for layer in tower.layers]
+    assert [(form.keys_of, form.extra) for form in forms] == [("own", (0, 0)), ("others", (0, 0))]
 
 
 def test_windows_that_overlap_are_named() -> None:
@@ -829,6 +881,84 @@ def test_windows_beside_a_text_are_filled_up_too() -> None:
     image, text = meaning_on(Both().eval(), images(32), ids()).towers
     assert any(x is not None for layer in image.layers for x in layer.form.padding)
     assert not any(x is not None for layer in text.layers for x in layer.form.padding)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+def test_keys_of_other_tokens_beside_its_own_are_no_extra_keys(fused: bool) -> None:
+    """A class token that attends to itself and to patches, which are handed over beside it."""
+
+    class Classes(Attention):
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            q = self.heads(x)[0]
+            _, k, v = self.heads(torch.cat([x, context], 1))
+            y = F.scaled_dot_product_attention(q, k, v) if fused else (q @ k.mT).softmax(-1) @ v
+            return x + self.out(y.transpose(1, 2).flatten(2))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.classes = nn.ModuleList([Attention()]), nn.ModuleList([Classes()])
+            self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            return self.classes[0](self.token.expand(len(x), -1, -1), context=x)
+
+    (tower,) = meaning_on(Model().eval(), torch.randn(2, 9, 16)).towers
+    assert [layer.path for layer in tower.layers] == ["blocks.0"]
+    assert tower.skipped == {"classes.0": "1 queries over 10 keys: cross-attention or pooling"}
+
+
+def test_a_call_over_another_stream_is_named() -> None:
+    """LiLT: a layer attends to texts and to layouts, only the call over what it reads first is its own."""
+    config = transformers.LiltConfig(**TEXT, **NARROW | {"hidden_size": 48}, num_hidden_layers=2)
+    boxes = torch.randint(0, 50, (2, 9, 1)).expand(-1, -1, 4)  # valid with coordinates in any order
+    (tower,) = meaning_on(transformers.LiltModel(config).eval(), ids(), bbox=boxes).towers
+    assert [layer.form.calls for layer in tower.layers] == [frozenset({1})] * 2
+    assert tower.skipped == {f"encoder.layer.{n}.attention.self (call 0)": BESIDE_OWN for n in range(2)}
+
+
+def test_tokens_in_front_of_other_streams_are_found_in_every_layer() -> None:
+    """ProphetNet: predicting streams stand behind the main one, and attend to its keys and their own."""
+
+    class Streams(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            (q, k, v), (q2, k2, v2) = (self.heads(part) for part in x.chunk(2, 1))
+            main = F.scaled_dot_product_attention(q, k, v)
+            keys, values = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
+            other = F.scaled_dot_product_attention(q2, keys, values)
+            return x + self.out(torch.cat([main, other], 2).transpose(1, 2).flatten(2))
+
+    (tower,) = meaning_on(Stack(Streams(), Streams()).eval(), torch.randn(2, 24, 16)).towers
+    assert [(layer.path, layer.form.calls) for layer in tower.layers] == [
+        (f"layers.{n}", frozenset({0})) for n in range(2)
+    ]
+    why = "12 queries over 24 keys of its tokens, beside the call that is the layer's"
+    assert tower.skipped == {f"layers.{n} (call 1)": why for n in range(2)}
+
+
+def test_one_window_beside_a_text_is_filled_up_too() -> None:
+    """A single window, which all layers have: nothing of the text is padding, though its ids may stay."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text = Stack(Attention(), Attention()), Stack(Attention(), Attention())
+            self.words = nn.Embedding(60, 16)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Any:
+            filled = F.pad(x.unflatten(1, (2, 2)), (0, 0, 0, 2, 0, 2)).flatten(1, 2)
+            for layer in self.image.layers:
+                x = layer(filled).unflatten(1, (4, 4))[:, :2, :2]
+                filled = F.pad(x, (0, 0, 0, 2, 0, 2)).flatten(1, 2)
+            return filled, self.text(self.words(ids))
+
+    image, text = meaning_on(Both().eval(), torch.randn(2, 4, 16), ids()).towers
+    real = F.pad(torch.ones(2, 2), (0, 2, 0, 2)).flatten().bool()
+    for layer in image.layers:
+        assert layer.form.padding[0] is not None
+        assert torch.equal(layer.form.padding[0], ~real[None])
+    assert all(layer.form.padding == () for layer in text.layers)
 
 
 def test_a_router_of_experts_holds_no_place() -> None:

@@ -19,7 +19,8 @@ from diag.measure.edited_model import check_layers, edited
 from diag.measure.loop import measure
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.interventions import parse
-from diag.models.hooks.seam import Layer, Sightings, attention_calls, attention_modules
+from diag.models.hooks.layers import Layer, attention_modules
+from diag.models.hooks.seam import Sightings, attention_calls
 
 SIZES = {
     "vocab_size": 50,

@@ -35,7 +35,8 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
 from diag.attention.visibility import Visibility
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.seam import Layer, attention_calls, attention_modules, refuse_compiled
+from diag.models.hooks.layers import Layer, attention_modules
+from diag.models.hooks.seam import attention_calls, refuse_compiled
 
 # --- models -----------------------------------------------------------------------------------------
 

@@ -38,6 +38,15 @@ def test_what_is_unusual_is_said_with_its_layers() -> None:
     assert unusual(table[table["layer"] == 4]) == ["Layer 4 uses the values of layer 3."]
 
 
+def test_layers_without_values_of_their_own_are_named() -> None:
+    said = "keys are not the queries' own tokens (pooled or strided): no token has a value v_i, and what "
+    said += "needs one is undefined there"
+    table = layers(value_from=["pooled"] * 3 + ["own"] * 4 + ["others"])
+    assert unusual(table) == [f"In layers 0-2, 7 {said}, and other means over layers are of both kinds."]
+    assert unusual(table[table["layer"] < 3]) == [f"In layers 0-2 {said}."]
+    assert unusual(table[table["layer"] == 3]) == []
+
+
 def test_layers_without_softmax_are_named() -> None:
     said = "no softmax mixes the tokens: what needs attention weights is undefined there"
     table = layers(mixer=["linear"] * 3 + ["softmax"] + ["linear"] * 4)

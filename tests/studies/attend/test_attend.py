@@ -29,7 +29,7 @@ from diag.metrics.default import METRICS, Selection, readings_of
 from diag.models import load
 from diag.models.base import Sample
 from diag.models.hooks.depth import Place
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.names.resolve import parse
 from diag.results.caveats import COLUMNS
 from diag.results.writing import write as write_table

@@ -243,7 +243,7 @@ def test_one_input_that_does_not_fit_is_an_error(loaded: dict[str, Model]) -> No
 
 
 def test_cases() -> None:
-    from diag.models.hooks.seam import Layer
+    from diag.models.hooks.layers import Layer
 
     layers = [Layer(i, f"blocks.{i}", torch.nn.Identity()) for i in range(3)]
     found = cases([parse("xsa"), parse("skip:1-2")], layers, ("one", "first", "last"))

@@ -250,7 +250,16 @@ def test_the_command_line(grid: Path, tmp_path: Path) -> None:
 def test_variants_are_listed() -> None:
     text = run_cli("variants").out
     rows = json.loads(run_cli("variants", "--json").out)
-    assert list(rows) == ["sa", "xsa", "gated_xsa", "random_direction", "gated", "cb", "cb_s"]
+    assert list(rows) == [
+        "sa",
+        "xsa",
+        "gated_xsa",
+        "random_direction",
+        "matched_direction",
+        "gated",
+        "cb",
+        "cb_s",
+    ]
     assert all(name in text for name in rows)
     assert rows["gated_xsa"]["forms"] == ["tanh", "sigmoid"]
 

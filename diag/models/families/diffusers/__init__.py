@@ -31,7 +31,7 @@ CLASSES = {
     "PixArtTransformer2DModel": "PixArt",
     "SanaTransformer2DModel": "Sana",
 }
-"""Classes of diffusers that can be run here -> what people call them; of linear ones nothing is measured."""
+"""Classes of diffusers that can be run here -> what people call them."""
 
 TIME, MOST, USUAL = "t", 1000, 500
 """The argument behind a name that says how far an image is noised; all of it; and where none is given."""

@@ -51,7 +51,7 @@ class Feeding:
     arguments: of its forward. prompt: what its pipeline makes of a prompt. tokens: of a prompt, where nothing
         encodes one. packed: how many latents side by side make one token's channels. side: pixels of a
         latent, where no VAE says it. flows: whether image and noise are mixed in proportion to
-        the time step. linear: whether its self-attention has no softmax.
+        the time step.
     """
 
     arguments: Arguments
@@ -60,7 +60,6 @@ class Feeding:
     packed: int = 1
     side: int = 8
     flows: bool = True
-    linear: bool = False
 
     def shares(self, t: float, scheduler: Any) -> tuple[float, float]:
         """How much of the image and of the noise latents hold at a time step."""
@@ -151,6 +150,6 @@ FEEDINGS = {
     "SD3Transformer2DModel": Feeding(_sd3, _by_several, 77 + 256),
     "FluxTransformer2DModel": Feeding(_flux, _by_two, 512, packed=2),
     "PixArtTransformer2DModel": Feeding(_pixart, _by_one, 300, flows=False),
-    "SanaTransformer2DModel": Feeding(_sana, _by_one, 300, side=32, linear=True),
+    "SanaTransformer2DModel": Feeding(_sana, _by_one, 300, side=32),
 }
 """By class of the transformer. Tokens of a prompt are those of the published pipelines."""

@@ -28,7 +28,7 @@ from diag.models.families.diffusers import CLASSES, MOST, PIPELINE, TIME, TRANSF
 from diag.models.families.diffusers.feeding import FEEDINGS, Feeding, Text
 from diag.models.families.diffusers.streams import in_depth
 from diag.models.families.hf.files import silenced as transformers_silenced
-from diag.models.hooks.meaning import Meaning, meaning_of, refuse_random, told
+from diag.models.hooks.meaning import meaning_of, refuse_random, told
 from diag.models.loading import hub, ready, theirs, unknown_argument
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, refuse_remainder, refuse_unreasonable, square
@@ -40,7 +40,6 @@ PROMPT, USUAL_PROMPT = "prompt", "a photograph"
 NOISE, NO_PROMPT = "noise latents", "no prompt"
 """What a model is given in place of what its folder cannot encode: the column `inputs` says so."""
 
-MEASURED = f"measured are {one_of(CLASSES[name] for name, one in FEEDINGS.items() if not one.linear)}"
 WEIGHTS_TIP = "save it again with save_pretrained, or download the folder again"
 
 
@@ -139,7 +138,7 @@ def _read(spec: ModelSpec, dtype: torch.dtype) -> _Found:
     if named not in CLASSES:
         raise UserError(
             f"'{spec.name}' holds a {named}, which is not measured",
-            MEASURED,
+            f"measured are {one_of(CLASSES.values())}",
         )
     if not local:
         with _reading(spec, PIPELINE, tip):
@@ -278,18 +277,18 @@ def _tower(spec: ModelSpec, fed: _Fed) -> Tower:
     prepare = preparation(resize)
     tests = f"'{spec.resolved}' fails on images of {size} px"
     noise = [torch.randn(3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def run(latents: Tensor, text: Text) -> object:
+        return module(**fed.arguments(latents, text))
+
     with torch.inference_mode(), theirs(tests, f"try another size: {IMAGE}={fed.usual_size}"):
         first, second, other = (fed.latents(pixels[None]) for pixels in noise)
-        module(**fed.arguments(first, fed.text))
+        run(first, fed.text)
     with torch.inference_mode():
-        found = _meaning(spec, fed, torch.cat([first, second]), torch.cat([other, second]))
+        both, replaced = torch.cat([first, second]), torch.cat([other, second])
+        found = meaning_of(module, lambda latents: run(latents, fed.text), both, replaced, inputs=2)
         refuse_random(module, found, False)
-        chosen, sets = in_depth(
-            found,
-            lambda latents, text: module(**fed.arguments(latents, text)),
-            torch.cat([first, other]),
-            fed.text,
-        )
+        chosen, sets = in_depth(found, run, torch.cat([first, other]), fed.text)
 
     def encode(samples: Sequence[Sample]) -> Batch:
         pixels = torch.stack(each(samples, lambda sample: prepare(sample.read())))
@@ -317,25 +316,6 @@ def _tower(spec: ModelSpec, fed: _Fed) -> Tower:
             "preprocessing": {"size": [size, size], "crop": "center", "interpolation": "bicubic"},
         },
     )
-
-
-def _meaning(spec: ModelSpec, fed: _Fed, latents: Tensor, other: Tensor) -> Meaning:
-    """The tests of meaning on two inputs, and on two of which the first is another.
-
-    Raises UserError where no layer can be measured.
-    """
-    module = fed.found.module
-    try:
-        return meaning_of(
-            module, lambda x: module(**fed.arguments(x, fed.text)), latents, other, inputs=len(latents)
-        )
-    except UserError as error:
-        if not fed.feeding.linear:
-            raise
-        raise UserError(
-            f"the self-attention of '{spec.resolved}' is linear, without a softmax: it is not measured",
-            MEASURED,
-        ) from error
 
 
 def _positions(module: Any, latents: int) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.models.families.diffusers.feeding import Text
 from diag.models.hooks.depth import Place
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, Understood
-from diag.models.hooks.seam import Layer, attention_calls
+from diag.models.hooks.seam import attention_calls
 
 IMAGES, TEXTS = "image", "text"
 """The token sets."""

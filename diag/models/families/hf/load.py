@@ -45,7 +45,7 @@ from diag.models.families.hf.vision import config_around, seen
 from diag.models.families.hf.vlm import image_token, language_tower
 from diag.models.families.hf.zero_shot import is_contrastive, zero_shot
 from diag.models.family import SPREAD
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.loading import build_towers, layers_of, ready, theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, refuse_too_large
@@ -337,4 +337,4 @@ def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
     for path, child in module.named_modules():
         if path.endswith("position_embeddings") and getattr(child, "padding_idx", None) is not None:
             return len(child.weight) - child.padding_idx - 1
-    return context
+    return context if context > 0 else None  # XLNet says -1

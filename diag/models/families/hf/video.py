@@ -24,7 +24,7 @@ from diag.models.base import Sample, Tower, device_of_module
 from diag.models.encoding import image_encoder
 from diag.models.families.hf.vision import FLAG, PROCESSOR_TIP, TRIALS, config_around, preprocessing_of
 from diag.models.first_layer import MODEL_TIP, placed
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.loading import first_line, theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, sides

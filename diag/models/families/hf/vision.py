@@ -20,7 +20,7 @@ from diag.errors import UserError
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.encoding import each, image_encoder, image_preparation, image_samples, preparation
 from diag.models.first_layer import placed
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.loading import theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE, NATIVE, Fitted, fitted, grid, plain, refuse_remainder, sides, square

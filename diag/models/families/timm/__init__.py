@@ -1,48 +1,34 @@
 """timm's vision transformers: their names, from timm's registry, a hub repository or a folder.
 
-What a name means is told here without timm where possible; `load.py` loads it.
+What a name means is told here, by timm's registry or its index (`registry.py`); `load.py` loads it.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.inputs.outside import mapping_in
 from diag.models.families.open_clip import open_clip_configs
+from diag.models.families.timm.registry import timm_registry
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import LOCAL, SCHEMAS, ModelSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
 
 
-@cache
-def pretrained() -> tuple[str, ...]:
-    """Every name with published weights, `ARCHITECTURE.TAG`."""
-    import timm
-
-    return tuple(timm.list_pretrained())
-
-
 def _row(name: str) -> Listed:
     """What timm's registry says about one of its names."""
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name)
+    config = timm_registry().config(name)
     patch = re.search(r"patch(\d+)", name)
-    tokens = patches(config.input_size[1:], int(patch[1])) if config and patch else ""
-    return Listed(name, f"timm:{name}", tokens, (config.license if config else "") or "")
+    tokens = patches(config.size[1:], int(patch[1])) if config and patch else ""
+    return Listed(name, f"timm:{name}", tokens, config.licence if config else "")
 
 
 def _claims(spec: ModelSpec) -> bool:
-    if not _NAME.fullmatch(spec.name):
-        return False
-    import timm
-
-    return timm.is_model(spec.name.partition(".")[0])
+    return bool(_NAME.fullmatch(spec.name)) and timm_registry().has(spec.name.partition(".")[0])
 
 
 def _in_folder(folder: Path, given: str) -> str | None:
@@ -54,13 +40,12 @@ def _in_folder(folder: Path, given: str) -> str | None:
 def _named(spec: ModelSpec) -> ModelSpec:
     if spec.name.startswith(SCHEMAS):
         return spec
-    import timm
-
+    known = timm_registry()
     architecture, _, tag = spec.name.partition(".")
-    if not timm.is_model(architecture):
-        near = did_you_mean(spec.name, [*pretrained(), *timm.list_models()])
+    if not known.has(architecture):
+        near = did_you_mean(spec.name, [*known.published(""), *known.models()])
         raise UserError(f"model '{spec.given}' not found in timm", near or LIST_TIP)
-    tags = [name.partition(".")[2] for name in pretrained() if name.partition(".")[0] == architecture]
+    tags = [name.partition(".")[2] for name in known.published(architecture)]
     if tag and tag not in tags:
         some = f"its tags include {one_of(tags[:3])}" if tags else "it has no published weights"
         raise UserError(f"timm's '{architecture}' has no weights '{tag}'", did_you_mean(tag, tags) or some)
@@ -74,18 +59,16 @@ def _native_activation(spec: ModelSpec) -> ModelSpec:
     registry says so in a note. DFN weights carry no note.
     Raises UserError where timm has no such variant.
     """
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(spec.name)
+    known = timm_registry()
+    config = known.config(spec.name)
     architecture, _, tag = spec.name.partition(".")
-    tag = tag or (config and config.tag) or ""
+    tag = tag or (config.tag if config else "")
     if "_clip_" not in architecture or "quickgelu" in architecture or config is None:
         return spec
-    native = any("natively QuickGELU" in note for note in config.notes or ()) or tag in ("dfn2b", "dfn5b")
-    if not native:
+    if not config.quickgelu and tag not in ("dfn2b", "dfn5b"):
         return spec
     variant = architecture.replace("_clip_", "_clip_quickgelu_")
-    if f"{variant}.{tag}" in pretrained():
+    if f"{variant}.{tag}" in known.published(variant):
         note = f"weights trained with QuickGELU: '{variant}' computes it, '{architecture}' does not"
         return replace(spec, name=f"{variant}.{tag}", note=note)
     size = re.match(r"vit_([a-z]+)_patch(\d+)", architecture)
@@ -104,7 +87,7 @@ FAMILY = Family(
     claims=_claims,
     in_folder=_in_folder,
     form="NAME",
-    names=pretrained,
+    names=lambda: timm_registry().published(""),
     row=_row,
     architecture=lambda name: re.split("[./]", name)[0],
     folders=True,

@@ -25,7 +25,7 @@ from diag.models.base import Model, Tower
 from diag.models.checkpoint import read_checkpoint, read_variants
 from diag.models.encoding import image_encoder, image_preparation, image_samples
 from diag.models.first_layer import placed
-from diag.models.hooks.seam import Layer
+from diag.models.hooks.layers import Layer
 from diag.models.loading import constructing, hub, layers_of, quiet, ready, theirs
 from diag.models.names.spec import HUB, LOCAL, SCHEMAS, ModelSpec
 from diag.models.sizes import (

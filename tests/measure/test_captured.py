@@ -1,0 +1,147 @@
+"""`diag.metrics_of`: attention that was captured anywhere gives the numbers of a probe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from reference import make_call
+from torch import Tensor
+
+import diag
+from diag.attention.call import AttentionCall
+from diag.attention.pattern import pattern_rows
+from diag.errors import UserError
+from diag.metrics.default import METRICS, per_input
+
+TEXTS = ["def f(x): return x " * 20, "for i in range(10): print(i) " * 20]
+
+
+@pytest.fixture(scope="module")
+def calls() -> list[AttentionCall]:
+    return diag.capture("demo:lm", TEXTS, seq_len=24)
+
+
+@pytest.fixture(scope="module")
+def probed() -> pd.DataFrame:
+    return diag.probe("demo:lm", TEXTS, seq_len=24).samples
+
+
+def sorted_values(table: pd.DataFrame) -> np.ndarray:
+    table = table.assign(metric=table["metric"].astype(str))
+    return table.sort_values(["layer", "input", "head", "metric"])["value"].to_numpy()
+
+
+def cache_of(calls: list[AttentionCall]) -> dict[str, Tensor]:
+    """As `run_with_cache` of transformer-lens returns it: tokens before heads."""
+    cache = {}
+    for call in calls:
+        place = f"blocks.{call.layer}.attn.hook_"
+        cache |= {f"{place}v": call.value.transpose(1, 2), f"{place}z": call.output.transpose(1, 2)}
+        cache |= {f"{place}pattern": pattern_rows(call), f"{place}q": call.output}
+    return cache
+
+
+def test_a_captured_call_and_a_cache_give_the_numbers_of_the_probe(
+    calls: list[AttentionCall], probed: pd.DataFrame
+) -> None:
+    ours = pd.concat([diag.metrics_of(call) for call in calls])
+    assert list(ours.columns) == ["layer", "input", "head", "metric", "value"]
+    theirs = probed.assign(input=probed["input_index"])
+    theirs = theirs[theirs["metric"].isin(METRICS)]
+    assert len(ours) == len(theirs) > 0
+    np.testing.assert_allclose(sorted_values(ours), sorted_values(theirs), rtol=2e-6, atol=2e-6)
+    of_cache = diag.metrics_of(cache_of(calls))
+    np.testing.assert_allclose(sorted_values(of_cache), sorted_values(ours), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_tensors_in_each_form_give_the_numbers_of_the_call(causal: bool, kv_heads: int) -> None:
+    call = make_call(causal=causal, heads=4, kv_heads=kv_heads)
+    wanted = {name: numbers.numpy() for name, numbers in per_input(call).items()}
+    common: dict[str, Any] = {"value": call.value, "output": call.output}
+    scores = {"query": call.query, "key": call.key, "scale": call.scale}
+    forms: dict[str, dict[str, Any]] = {
+        "pattern": common | {"pattern": pattern_rows(call)},
+        "no output": {"value": call.value, "pattern": pattern_rows(call)},
+        "arrays": {"value": call.value.numpy(), "pattern": pattern_rows(call).numpy()},
+        "query and key": common | scores | {"causal": causal},
+        "a mask": common | scores | {"mask": torch.ones(call.tokens, call.tokens).tril().bool()},
+    }
+    if not causal:
+        forms.pop("a mask")
+    for form, given in forms.items():
+        table = diag.metrics_of(**given)
+        for name, numbers in wanted.items():
+            found = table[table["metric"] == name].pivot(index="input", columns="head", values="value")
+            np.testing.assert_allclose(found.to_numpy(), numbers, atol=2e-5, err_msg=f"{form}: {name}")
+
+
+def test_without_weights_what_needs_none_is_measured() -> None:
+    call = make_call()
+    table = diag.metrics_of(value=call.value, output=call.output).set_index("metric")["value"]
+    assert table.loc[["entropy", "self_part"]].isna().all()
+    np.testing.assert_allclose(
+        table.loc["cos_y_vself"], per_input(call, ["cos_y_vself"])["cos_y_vself"].flatten()
+    )
+
+
+def test_one_head_and_one_input_need_no_axes() -> None:
+    call = make_call(heads=1, kv_heads=1, batch=1)
+    whole = diag.metrics_of(value=call.value, pattern=pattern_rows(call))
+    bare = diag.metrics_of(value=call.value[0, 0], pattern=pattern_rows(call)[0, 0])
+    pd.testing.assert_frame_equal(whole, bare)
+
+
+def test_per_token_numbers_average_to_those_of_the_input() -> None:
+    call = make_call(causal=True)
+    chosen = torch.arange(call.tokens) % 2 == 0
+    names = ["cos_y_vself", "entropy", "sink_strength", "value_similarity"]
+    each = diag.metrics_of(call, metrics=names, per="token", tokens=chosen)
+    assert set(each["metric"]) == {"cos_y_vself", "entropy"}  # the others are of all tokens together
+    assert len(each) == 2 * call.batch * call.heads * call.tokens
+    assert not each.dropna()["token"].isin(np.flatnonzero(~chosen)).any()
+    mean = each.groupby(["metric", "input", "head"])["value"].mean()
+    whole = diag.metrics_of(call, metrics=["cos_y_vself", "entropy"], tokens=chosen)
+    wanted = whole.set_index(["metric", "input", "head"])["value"]
+    np.testing.assert_allclose(mean, wanted.loc[mean.index], atol=1e-6)
+
+
+class Odd:
+    """No tensor."""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "nothing is given"),
+        ({"value": np.eye(3)}, "value= is given"),
+        ({"value": np.eye(3), "query": np.eye(3)}, "value=, query= is given"),
+        ({"value": np.eye(3), "pattern": np.eye(4)}, r"value has the shape \[1, 1, 3, 3\]"),
+        (
+            {"value": np.eye(3), "pattern": np.eye(3), "query": np.eye(3), "key": np.eye(3)},
+            "query= and key= besides",
+        ),
+        ({"value": np.eye(3), "pattern": np.eye(3), "output": np.ones((3, 3))}, "not what the weights make"),
+        ({"value": Odd(), "pattern": np.eye(3)}, "value is a Odd"),
+        ({"value": np.ones(3), "pattern": np.eye(3)}, r"value has the shape \[3\]"),
+        ({"value": np.eye(3), "pattern": np.eye(3), "per": "head"}, "per = 'head'"),
+        ({"value": np.eye(3), "pattern": np.eye(3), "metrics": "entrpy"}, "no metric 'entrpy'"),
+        ({"value": np.eye(3), "pattern": np.eye(3), "tokens": [True]}, r"tokens has the shape \[1, 1\]"),
+        (
+            {"value": np.eye(3), "pattern": np.eye(3), "metrics": "value_similarity", "per": "token"},
+            "all tokens",
+        ),
+        ({"call": {"a": 1}}, "a dict was given, and no values"),
+        ({"call": {"blocks.0.attn.hook_v": 1}}, r"the cache lacks blocks\.0\.attn\.hook_pattern"),
+        ({"call": make_call(), "value": np.eye(3)}, "a call was given, and value besides"),
+    ],
+)
+def test_what_does_not_fit_is_told(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        diag.metrics_of(**given)
+    assert error.value.tip
