@@ -94,9 +94,10 @@ def compare(given: CompareOptions) -> None:
     folders, failed = _measured(plans, quiet)
     from diag.studies.comparisons import found_again, request_of
 
-    asked = {"growth": between, "seed": given.seed, "published": given.published, "figures": figures}
     compared = [*runs, *folders]
-    request = None if failed else request_of(compared, {**asked, "measured": list(map(str, folders))})
+    asked: dict[str, Any] = {"growth": between, "seed": given.seed, "published": given.published}
+    asked |= {"measured": list(map(str, folders)), "figures": figures}
+    request = None if failed else request_of(compared, asked)
     there = found_again(request, compared, given.out) if request else None
     if there is None:
         found = _compared(compared, between, given.seed, given.published, quiet)
@@ -219,8 +220,8 @@ def _written(
     document = json.loads(json.dumps(_document(comparison, folder, failed), default=str))
     told = {**failed, **comparison.collection.problems, **_incomplete(comparison, measured)}
     said = Answer(request or "", notes, screen(comparison), document, told)
-    kept = said if request else None
-    write_comparison(comparison, folder, command=command_line(), answer=kept, figures=given.figures)
+    answered = said if request else None
+    write_comparison(comparison, folder, command=command_line(), answer=answered, figures=given.figures)
     return folder, said
 
 

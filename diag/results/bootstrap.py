@@ -62,7 +62,7 @@ class Bootstrap:
             std = np.sqrt((deviation**2).sum(0) / (count - 1))
         found[:, 0], found[:, 1], found[:, 4] = mean, np.where(count > 1, std, np.nan), count
         some = np.flatnonzero(count > 1)
-        for cells in np.split(some, range(CELLS, len(some), CELLS)):
+        for cells in (some[start : start + CELLS] for start in range(0, len(some), CELLS)):
             means = self._sums(deviation[:, cells])
             whole = count[cells] == len(values)
             means[whole] /= len(values)
@@ -83,7 +83,7 @@ class Bootstrap:
         found = np.full((above.shape[1], 5), np.nan)
         found[:, 0], found[:, 4] = ratio(above.sum(0), below.sum(0)), count
         some = np.flatnonzero(count > 1)
-        for cells in np.split(some, range(CELLS, len(some), CELLS)):
+        for cells in (some[start : start + CELLS] for start in range(0, len(some), CELLS)):
             ratios = ratio(self._sums(above[:, cells]), self._sums(below[:, cells]))
             found[cells, 2:4] = _interval(ratios)
         return found

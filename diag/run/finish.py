@@ -25,11 +25,10 @@ from diag.results.hashes import hashes
 from diag.results.left_out import left_out
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
-from diag.results.staging import alone, remove, settle, sweep
+from diag.results.staging import remove, settle, sweep
 from diag.results.tables import one_kind, tables
 from diag.results.writing import atomically, on_disk, write, write_json, writing
 from diag.run.environment import environment
-from diag.run.finished import has_drawn
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import what_differs
 from diag.run.run_folder import PROBE
@@ -59,23 +58,6 @@ def draw(
     depths = {(entry["given"], entry["tower"]): entry["layers"] for entry in models}
     with writing(folder):
         return save_all(draw_run(layers, heads, depths), folder, endings)
-
-
-def draw_more(
-    folder: Path, manifest: Mapping[str, Any], layers: pd.DataFrame, heads: pd.DataFrame, figures: str
-) -> Mapping[str, Any]:
-    """Draws what a finished run was not asked for before; its manifest, which names what is there now.
-
-    figures: what --figures says now. Raises CannotWrite.
-    """
-    if has_drawn(manifest, figures):
-        return manifest
-    with alone(folder):
-        drawn = draw(layers, heads, folder / "figures", manifest["models"], ENDINGS[figures])
-        names = [str(path.relative_to(folder)) for path in drawn]
-        manifest = {**manifest, "plan": {**manifest["plan"], "figures": figures}, "figures": names}
-        write_json(manifest, folder / MANIFEST)
-    return manifest
 
 
 def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from diag.inputs.items import Inputs
-from diag.results.folder import is_finished
+from diag.results.folder import MANIFEST, is_finished
 from diag.results.hashes import edited
 from diag.results.staging import NEXT, alone, check_free, sweep
 from diag.results.tables import read_heads, read_layers, read_manifest
+from diag.results.writing import write_json
+from diag.run import finish
 from diag.run.content import replaced
 from diag.run.plan import ProbePlan, default_folder
 from diag.run.progress import Listener
@@ -59,26 +61,38 @@ def found_again(
         return None
     check_free(folder, PROBE)
     with alone(folder):
-        # another process puts a new one in its place, or it was begun with fewer figures
-        if not _holds(folder, key) or not has_drawn(read_manifest(folder), plan.figures):
+        if not _holds(folder, key):  # another process puts a new one in its place
             return None
         sweep(folder)
         return opened(plan, inputs, folder, listener)
 
 
 def opened(plan: ProbePlan, inputs: Mapping[str, Inputs], folder: Path, listener: Listener) -> FinishedRun:
-    """Opens a plan's finished run; says that it was there, and what of it or of its inputs has changed."""
-    found = open_run(folder)
+    """Opens a plan's finished run; says that it was there, and what of it or of its inputs has changed.
+
+    Call it `alone` in the folder: figures that the plan asks for and that are not there are drawn.
+    """
+    found = with_figures(open_run(folder), plan.figures)
     listener.say(f"already complete: {folder} (measure again with --overwrite)")
     for note in [*edited(folder, found.manifest), *replaced(plan, inputs, folder, found.manifest)]:
         listener.say(note)
     return found
 
 
-def has_drawn(manifest: Mapping[str, Any], figures: str) -> bool:
-    """Whether a run has the pictures that --figures asks for."""
-    drawn = (manifest.get("plan") or {}).get("figures")
-    return {*ENDINGS[figures]} <= {*ENDINGS.get(str(drawn), ENDINGS["all"])}
+def with_figures(found: FinishedRun, figures: str) -> FinishedRun:
+    """A run with the figures that are asked for, where those that asked before wanted fewer.
+
+    figures: of `ENDINGS`. Call it `alone` in the folder. Raises CannotWrite.
+    """
+    folder, plan = found.folder, found.manifest.get("plan") or {}
+    if {*ENDINGS[figures]} <= {*ENDINGS.get(str(plan.get("figures")), ENDINGS["all"])}:
+        return found
+    models = found.manifest["models"]
+    drawn = finish.draw(found.layers, found.heads, folder / "figures", models, ENDINGS[figures])
+    names = [str(path.relative_to(folder)) for path in drawn]
+    manifest = {**found.manifest, "plan": {**plan, "figures": figures}, "figures": names}
+    write_json(manifest, folder / MANIFEST)
+    return replace(found, manifest=manifest)
 
 
 def _holds(folder: Path, key: str) -> bool:

@@ -29,12 +29,12 @@ from diag.models.names.spec import ModelSpec
 from diag.results.folder import is_finished
 from diag.results.hashes import sha256_of
 from diag.results.moments import moments_of
-from diag.results.staging import clear
+from diag.results.staging import alone, clear
 from diag.results.tables import samples_frame
 from diag.results.writing import WRITERS, CannotWrite, atomically, file_stem, free_stem, write, write_json
 from diag.run.environment import command_line
-from diag.run.finish import draw_more, finish
-from diag.run.finished import FinishedRun, open_run, opened
+from diag.run.finish import finish
+from diag.run.finished import FinishedRun, open_run, opened, with_figures
 from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import ProbePlan, default_folder, shard_inputs
 from diag.run.prepared import Prepared
@@ -120,7 +120,8 @@ def run_share(
     with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
-            return _drawn(opened(plan, prepared.inputs, folder, listener), plan)
+            with alone(folder):
+                return opened(plan, prepared.inputs, folder, listener)
         place, document = work.place, read_plan(work.place)
         try:
             check_room(place, ROOM)
@@ -137,18 +138,13 @@ def run_share(
                 raise
     if is_finished(folder):
         clear(folder, PROBE, PROBE.work)
-        return _drawn(open_run(folder), plan)
+        with alone(folder):
+            return with_figures(open_run(folder), plan.figures)
     listener.say(
         f"{share}: done; {state.done} of {state.total} shards are there. The last process writes the tables "
         f"(attnbias merge '{folder}' does, too)"
     )
     return None
-
-
-def _drawn(found: FinishedRun, plan: ProbePlan) -> FinishedRun:
-    """A run with the figures that a plan asks for, also where its folder was begun with fewer."""
-    manifest = draw_more(found.folder, found.manifest, found.layers, found.heads, plan.figures)
-    return replace(found, manifest=manifest)
 
 
 def _document(prepared: Prepared) -> dict[str, Any]:

@@ -171,9 +171,7 @@ def write_comparison(
 ) -> list[Path]:
     """Writes the folder in the place of an earlier comparison; the paths of its figures.
 
-    figures: which are drawn, of `ENDINGS`.
-
-    answer: what is said of it, where it is to be found again.
+    answer: what is said of it, where it is to be found again. figures: those of `ENDINGS` that are drawn.
     Raises UserError if the folder holds anything else, or cannot be written.
     """
     check_free(folder, OWNER)

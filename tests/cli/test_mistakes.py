@@ -85,6 +85,12 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, str]] = {
     "no layers": ((*VIT, "--layers", ""), "--layers is empty", "leave it out"),
     "metric": ((*VIT, "--metrics", "entrpy"), "unknown metric 'entrpy'", "did you mean 'entropy'"),
     "no metric": ((*VIT, "--metrics", ","), "--metrics names nothing", "given"),
+    "figures": ((*VIT, "--figures", "svg"), "--figures is 'none', 'png' or 'all'", "'svg'"),
+    "figures of a comparison": (
+        ("compare", "run", "--figures", "pdf"),
+        "--figures is 'none', 'png'",
+        "'pdf'",
+    ),
     "dtype": ((*VIT, "--dtype", "float8"), "--dtype is one of float32, bfloat16, float16", "'float8'"),
     "limit": ((*VIT, "--limit", "0"), "--limit", "given: 0"),
     "no number": ((*VIT, "--limit", "many"), "--limit", "attnbias probe --help"),

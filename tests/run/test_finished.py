@@ -82,6 +82,33 @@ def test_a_finished_run_is_found_and_what_has_changed_is_said(run: Path) -> None
     assert found(run) == (True, [complete, f"layers.csv of '{run}' is not as the run wrote it"])
 
 
+def test_figures_that_were_not_asked_for_are_drawn_later(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the tables, without a model; those that are there already stay, whatever is asked for."""
+    written: list[str] = []
+
+    def save(figure: object, data: object, folder: Path, stem: str, endings: tuple[str, ...]) -> list[Path]:
+        written.extend(endings)
+        return [folder / f"{stem}.{ending}" for ending in (*endings, "csv")]
+
+    def asked(figures: str) -> tuple[list[str], object, set[str]]:
+        written.clear()
+        assert found(run, PLAN.model_copy(update={"figures": figures}))[0]
+        manifest = open_run(run).manifest
+        return [*written], manifest["plan"]["figures"], {Path(name).suffix for name in manifest["figures"]}
+
+    whole = open_run(run).manifest
+    for figures in ("none", "png", "all"):
+        assert asked(figures) == ([], "all", {".pdf", ".png", ".csv"})
+    monkeypatch.setattr("diag.show.figures.write.save", save)
+    bare = {**whole, "figures": [], "plan": {**whole["plan"], "figures": "none"}}
+    (run / "manifest.json").write_text(json.dumps(bare))
+    assert asked("none") == ([], "none", set())
+    assert asked("png") == (["png"] * 4, "png", {".png", ".csv"})
+    assert asked("none") == ([], "png", {".png", ".csv"})
+    assert asked("all") == (["pdf", "png"] * 4, "all", {".pdf", ".png", ".csv"})
+    assert open_run(run).manifest == whole
+
+
 def test_what_is_left_to_do_is_left_to_who_does_it(run: Path, tmp_path: Path) -> None:
     nothing = (False, list[str]())
     assert found(run)[0]

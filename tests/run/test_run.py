@@ -404,6 +404,22 @@ def test_a_full_disk_loses_nothing_that_was_written(
     assert_same(folder, undisturbed)
 
 
+def test_a_run_ends_in_the_figures_that_its_last_command_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("diag.run.finish.draw", lambda *given: (asked.append(given[-1]), [])[1])
+    with pytest.raises(KeyboardInterrupt):
+        run_probe(plan(figures="none"), tmp_path / "run", listener=Ears(stop_at=SHARD_INPUTS + 1))
+    found = run_probe(plan(figures="png"), tmp_path / "run")
+    assert asked == [(), ("png",)]
+    assert (
+        found.manifest["plan"]["figures"] == open_run(tmp_path / "run").manifest["plan"]["figures"] == "png"
+    )
+    assert len({*measured}) == 40
+    assert run_probe(plan(figures="none"), tmp_path / "run").manifest == found.manifest
+
+
 def test_a_disk_that_fills_up_while_figures_are_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: Path
 ) -> None:

@@ -18,6 +18,7 @@ from diag.results.collect import collect
 from diag.results.hashes import edited
 from diag.results.tables import read_samples
 from diag.results.writing import write
+from diag.show.figures import ENDINGS
 from diag.show.words.control import series_control
 from diag.studies import compare as module
 from diag.studies.compare import compare, default_folder, published_for, screen, write_comparison
@@ -81,6 +82,19 @@ class TestFolder:
         files = [sorted(p for p in (tmp_path / "out" / name).rglob("*") if p.is_file()) for name in "ab"]
         assert [p.name for p in files[0]] == [p.name for p in files[1]]
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+    @pytest.mark.usefixtures("sketched")
+    @pytest.mark.parametrize(("figures", "endings"), ENDINGS.items())
+    def test_draws_what_is_asked_for(
+        self, figures: str, endings: tuple[str, ...], two: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        written = write_comparison(compare(collect(two)), tmp_path / "out", figures=figures)
+        suffixes = {f".{ending}" for ending in endings} | ({".csv"} if endings else set())
+        assert {path.suffix for path in written} == suffixes
+        there = {path.suffix for path in (tmp_path / "out" / "figures").glob("*")}
+        assert there == suffixes
+        named = json.loads((tmp_path / "out" / "manifest.json").read_text())["figures"]
+        assert [tmp_path / "out" / name for name in named] == written
 
     @pytest.mark.usefixtures("undrawn_comparison")
     def test_takes_the_place_of_a_comparison_and_of_nothing_else(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,9 +38,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders in which figures were drawn, in order."""
     drawn, draw = list[Path](), module.draw_comparison
 
-    def noted(found: module.Comparison, folder: Path) -> list[Path]:
+    def noted(found: module.Comparison, folder: Path, endings: Sequence[str]) -> list[Path]:
         drawn.append(folder)
-        return draw(found, folder)
+        return draw(found, folder, endings)
 
     monkeypatch.setattr(module, "draw_comparison", noted)
     return drawn
