@@ -148,7 +148,9 @@ class TestShippedPlans:
     def test_the_demo_is_drawn_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With few inputs, without the largest model and without PDFs, which take the time."""
 
-        def sketch(figure: Figure, data: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+        def sketch(
+            figure: Figure, data: pd.DataFrame, folder: Path, stem: str, *endings: object
+        ) -> list[Path]:
             with style():
                 figure.draw_without_rendering()
             folder.mkdir(parents=True, exist_ok=True)

@@ -257,7 +257,9 @@ def test_another_stack_does_not_stand_in_for_one_that_is_not_seen(
     processor = transformers.DeformableDetrImageProcessor(**DETR_IMAGES)
     model = saved(tmp_path, detr("DeformableDetr"), processor)
     tower = model.tower("vision")
-    with pytest.raises(UserError, match=r"no layer attends to its own tokens \('encoder\.layers\.0"):
+    with pytest.raises(
+        UserError, match=r"no layer of its vision tower attends to its own tokens \('encoder\.layers\.0"
+    ):
         understood(model, tower, list(tower.samples(photographs, None)))
 
 
