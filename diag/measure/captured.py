@@ -25,7 +25,7 @@ from diag.measure.reconstruction import gate_rows
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import reduce
-from diag.models.hooks.residual import tolerance
+from diag.models.hooks.residual import relative_error, tolerance
 
 KNOWN = METRICS | {name: metric for name, metric in SHAPE_METRICS.items() if "top" not in metric.needs}
 """Those of one call by itself: an overlap is with the layer before."""
@@ -174,8 +174,7 @@ def _of_tensors(given: Mapping[str, Tensor], causal: bool, scale: float | None) 
 def _refuse_other_output(call: AttentionCall) -> None:
     """Raises UserError where the weights do not give the output."""
     rows = gate_rows(call)
-    rebuilt, used = weighted_values(call, pattern_rows(call, rows)), call.output[:, :, rows].float()
-    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    error = relative_error(weighted_values(call, pattern_rows(call, rows)), call.output[:, :, rows])
     if not error < tolerance(call.output.dtype):
         raise UserError(
             f"the output is not what the weights make of the values (relative error {error:.1e})",

@@ -14,7 +14,7 @@ from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows, weighted_values
 from diag.errors import MeasurementError, NotFinite
 from diag.models.base import Batch
-from diag.models.hooks.residual import tolerance
+from diag.models.hooks.residual import relative_error, tolerance
 from diag.results.layer_values import LayerFacts
 
 GATE_ROWS = 32
@@ -99,7 +99,7 @@ def rebuilt_error(call: AttentionCall, rebuilt: Tensor, used: Tensor) -> float:
 
     Raises MeasurementError, naming the layer and where it is known the reason, if it is too large.
     """
-    error = ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    error = relative_error(rebuilt, used)
     allowed = tolerance(call.output.dtype)
     if error < allowed:
         return error

@@ -96,7 +96,7 @@ def rebuild_error(block: Block, states: BlockStates) -> float:
     if block.norms:
         # forward, not the call: a hook on a norm sees only what the model does
         middle, after = block.norms[0].forward(middle), block.norms[1].forward(after)
-    return max(_relative_error(middle, states.middle), _relative_error(after, states.after))
+    return max(relative_error(middle, states.middle), relative_error(after, states.after))
 
 
 def projection_error(block: Block, states: BlockStates) -> float:
@@ -108,7 +108,7 @@ def projection_error(block: Block, states: BlockStates) -> float:
     bias = getattr(block.output_projection, "bias", None)
     if bias is not None:
         rebuilt = rebuilt + bias.float() * (1.0 if block.scale is None else block.scale.float())
-    return _relative_error(rebuilt, states.attention_update)
+    return relative_error(rebuilt, states.attention_update)
 
 
 def check_states(block: Block, states: BlockStates) -> None:
@@ -132,7 +132,8 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
 
 
-def _relative_error(rebuilt: Tensor, used: Tensor) -> float:
+def relative_error(rebuilt: Tensor, used: Tensor) -> float:
+    """How far a rebuilt tensor is from the one that was used, beside the norm of that."""
     rebuilt, used = rebuilt.float(), used.float()
     return ((rebuilt - used).norm() / used.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
 
