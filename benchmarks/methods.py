@@ -268,6 +268,7 @@ def lens_run(shape: Shape, folder: Path) -> Run:
         for layer in layers:
             value, output = (cache[f"blocks.{layer}.attn.hook_{name}"] for name in ("v", "z"))
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+            value = value.repeat_interleave(output.shape[2] // value.shape[2], dim=2)  # grouped heads
             dense_statistics(pattern, value.transpose(1, 2), output.transpose(1, 2))
 
     return run

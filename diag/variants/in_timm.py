@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from torch import Tensor
 
-from diag.variants.formulas import Change, Sizes
+from diag.variants.formulas import Change, Sizes, mean_of_visible
 
 
 class ChangedTimmAttention(Attention):
@@ -30,7 +30,8 @@ class ChangedTimmAttention(Attention):
             dropout_p=self.attn_drop.p if self.training else 0.0,
             is_causal=is_causal,
         )
-        output = self.norm(self.change(output, value, x).transpose(1, 2).flatten(2))
+        changed = self.change(output, value, x, lambda: mean_of_visible(value, attn_mask, is_causal))
+        output = self.norm(changed.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(output if gate is None else output * gate))
 
 

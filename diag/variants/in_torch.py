@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diag.variants.formulas import Change, Sizes
+from diag.variants.formulas import Change, Sizes, mean_of_visible
 
 
 class ChangedMultiheadAttention(nn.MultiheadAttention):
@@ -51,7 +51,8 @@ class ChangedMultiheadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal and mask is None,
         )
-        output = self.out_proj(self.change(output, v, x).transpose(1, 2).flatten(2))
+        changed = self.change(output, v, x, lambda: mean_of_visible(v, mask, is_causal and mask is None))
+        output = self.out_proj(changed.transpose(1, 2).flatten(2))
         return (output if self.batch_first else output.transpose(0, 1)), None
 
 

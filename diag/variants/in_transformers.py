@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from diag.errors import UserError
 from diag.variants.attention import mixed
-from diag.variants.formulas import Change, Sizes
+from diag.variants.formulas import Change, Sizes, mean_of_visible
 
 HF_NAME = "attnbias"
 """What transformers knows the changed attention as: `config._attn_implementation`."""
@@ -42,7 +42,14 @@ def _hf_attention(
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if not isinstance(module, ChangedHf):
         return output, weights
-    changed = module.change(output.transpose(1, 2), value, module.layer_inputs)
+    causal = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal  # as the library decides it
+    changed = module.change(
+        output.transpose(1, 2),
+        value,
+        module.layer_inputs,
+        lambda: mean_of_visible(value, attention_mask, causal),
+    )
     return changed.transpose(1, 2).contiguous(), None
 
 

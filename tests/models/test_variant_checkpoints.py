@@ -26,7 +26,10 @@ from diag.variants import apply, parse, restore, variants_in
 CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 SIZES = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4}
 ARGUMENTS = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=4", "num_classes=3"]
-VARIANTS = ["xsa", "gated_xsa:1", "gated=headwise", "random_direction", "matched_direction", "cb_s"]
+VARIANTS = [
+    *("xsa", "gated_xsa:1", "gated=headwise", "random_direction", "matched_direction", "cb_s"),
+    *("affine", "mixture_of_heads"),
+]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

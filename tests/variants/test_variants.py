@@ -31,11 +31,11 @@ from diag.variants import (
     restore,
     variants_in,
 )
-from diag.variants.formulas import CHANGES, Broadcast, Sizes
+from diag.variants.formulas import BALANCE, CHANGES, Broadcast, Sizes, mean_of_visible
 
 OPEN_CLIP = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 2},
 }
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -44,6 +44,7 @@ WORDS = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0)
 FORMS = (
     *("xsa", "gated_xsa", "gated_xsa=sigmoid", "random_direction", "matched_direction"),
     *("gated", "gated=headwise", "cb", "cb_s"),
+    *("affine", "affine=sigmoid", "mixture_of_heads", "mixture_of_heads=0.5"),
 )
 SAME_AT_START = ("gated_xsa", "cb_s")
 """Variants that are the baseline until something is learned."""
@@ -239,10 +240,31 @@ def dense(name: str, y: Tensor, v: Tensor, x: Tensor, change: Any) -> Tensor:
                     beside = beside - (beside @ straight) * straight
                     turned = cosine * straight + (1 - cosine**2).sqrt() * beside / beside.norm()
                     result[b, h, t] = own - (own @ turned) * turned
+                elif name == "affine":
+                    score = change.scale[h] @ x[b, t]
+                    alpha = score.sigmoid() if change.form == "sigmoid" else 0.1 * score.clip(-5, 5) + 0.5
+                    beta = (change.running[h] - alpha) / tokens  # on every key
+                    result[b, h, t] = alpha * own + beta * v[b, h // group].sum(0)
+                elif name == "mixture_of_heads":
+                    result[b, h, t] = own * head_gates(change.router @ x[b, t], change)[h]
                 else:
                     gate = torch.sigmoid(change.gate @ x[b, t]).view(heads, -1)[h]
                     result[b, h, t] = own * gate
     return result
+
+
+def head_gates(scores: Tensor, change: Any) -> list[float]:
+    """Of one token: the heads that are always on, then the highest others; each group sums to n · w."""
+    heads = len(scores) - 2
+    on = list(range(change.always))
+    on += sorted(range(len(on), heads), key=lambda head: -scores[head])[: change.chosen]
+    split = scores[heads:].exp() / scores[heads:].exp().sum() * 2
+    gates = [0.0] * heads
+    for group, weight in ((on[: change.always], split[0]), (on[change.always :], split[1])):
+        total = sum(scores[head].exp().item() for head in group)
+        for head in group:
+            gates[head] = weight.item() * len(group) * scores[head].exp().item() / total
+    return gates
 
 
 @pytest.mark.parametrize("text", [form for form in FORMS if not form.startswith("cb")])
@@ -250,21 +272,25 @@ def dense(name: str, y: Tensor, v: Tensor, x: Tensor, change: Any) -> Tensor:
 def test_changes_equal_their_formulas(text: str, kv_heads: int) -> None:
     variant = parse(text)
     generator = torch.Generator().manual_seed(1)
-    change: Any = CHANGES[variant.name](Sizes(12, 4, 8), variant.form, generator).double()
-    if variant.name == "gated_xsa":
-        nn.init.normal_(change.gate)
+    change: Any = CHANGES[variant.name](Sizes(12, 4, 8), variant.form, generator).double().eval()
+    for drawn in (*change.parameters(), *(change.running for _ in "." if variant.name == "affine")):
+        nn.init.normal_(drawn)
     y, v, x = (
         torch.randn(2, 4, 5, 8).double(),
         torch.randn(2, kv_heads, 5, 8).double(),
         torch.randn(2, 5, 12).double(),
     )
     v[0, 0, 1] = 0.0
+
+    def mean() -> Tensor:
+        return mean_of_visible(v, None, causal=False)
+
     with torch.no_grad():
         torch.testing.assert_close(
-            change(y, v, x), dense(variant.name, y, v, x, change), atol=1e-7, rtol=1e-6
+            change(y, v, x, mean), dense(variant.name, y, v, x, change), atol=1e-7, rtol=1e-6
         )
-        half = change.float()(y.bfloat16(), v.bfloat16(), x.float())
-        whole = change.bfloat16()(y.bfloat16(), v.bfloat16(), x.bfloat16())
+        half = change.float()(y.bfloat16(), v.bfloat16(), x.float(), mean)
+        whole = change.bfloat16()(y.bfloat16(), v.bfloat16(), x.bfloat16(), mean)
     assert half.dtype == whole.dtype == torch.bfloat16
 
 
@@ -272,9 +298,8 @@ def test_changes_equal_their_formulas(text: str, kv_heads: int) -> None:
 def test_gradients(text: str) -> None:
     variant = parse(text)
     torch.manual_seed(0)
-    change: Any = CHANGES[variant.name](
-        Sizes(6, 4, 3), variant.form, torch.Generator().manual_seed(1)
-    ).double()
+    change: Any = CHANGES[variant.name](Sizes(6, 4, 3), variant.form, torch.Generator().manual_seed(1))
+    change = change.double().eval()
     y, v, x = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in ((1, 4, 3, 3), (1, 2, 3, 3), (1, 3, 6))
@@ -283,7 +308,8 @@ def test_gradients(text: str) -> None:
 
     def run(y: Tensor, v: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
         names = [name for name, _ in change.named_parameters()]
-        return torch.func.functional_call(change, dict(zip(names, weights, strict=True)), (y, v, x))
+        inputs = (y, v, x, lambda: mean_of_visible(v, None, causal=True))
+        return torch.func.functional_call(change, dict(zip(names, weights, strict=True)), inputs)
 
     assert torch.autograd.gradcheck(run, (y, v, x, *parameters))
 
@@ -291,11 +317,59 @@ def test_gradients(text: str) -> None:
 def test_a_zero_value_has_a_finite_gradient() -> None:
     change = CHANGES["xsa"](Sizes(4, 1, 4), "", torch.Generator())
     y, v = torch.randn(1, 1, 2, 4, requires_grad=True), torch.zeros(1, 1, 2, 4, requires_grad=True)
-    change(y, v, torch.zeros(1, 2, 4)).square().sum().backward()
+    change(y, v, torch.zeros(1, 2, 4), lambda: v).square().sum().backward()
     assert y.grad is not None
     assert v.grad is not None
     assert torch.isfinite(y.grad).all()
     assert torch.isfinite(v.grad).all()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_mean_is_of_the_values_that_a_query_sees(kv_heads: int) -> None:
+    """As attention whose scores are all zero."""
+    torch.manual_seed(0)
+    value, zero = torch.randn(3, kv_heads, 6, 5), torch.zeros(3, 4, 6, 5)
+    seen = (torch.rand(3, 1, 6, 6) < 0.6) | torch.eye(6, dtype=torch.bool)
+    of_heads = (torch.rand(3, 4, 6, 6) < 0.6) | torch.eye(6, dtype=torch.bool)
+    additive = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min)
+    repeated = value.repeat_interleave(4 // kv_heads, 1)
+    for mask, causal in ((None, False), (None, True), (seen, False), (of_heads, False), (additive, False)):
+        wanted = F.scaled_dot_product_attention(zero, repeated, repeated, mask, is_causal=causal)
+        found = mean_of_visible(value, mask, causal)
+        found = found.repeat_interleave(4 // found.shape[1], 1).expand_as(wanted)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_running_mean_of_affine_is_that_of_training_batches() -> None:
+    change: Any = CHANGES["affine"](Sizes(6, 2, 3), "linear", torch.Generator().manual_seed(1))
+    y, v, x = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.randn(2, 4, 6)
+    alpha = (0.1 * x @ change.scale.T + 0.5).clamp(0, 1).mean((0, 1))
+    for steps in (1, 2):
+        change(y, v, x, lambda: v)
+        torch.testing.assert_close(change.running, alpha * (1 - 0.9**steps))
+    before = change.running.clone()
+    change.eval()(y, v, x, lambda: v)
+    assert torch.equal(change.running, before)
+
+
+def test_the_balance_of_heads_joins_the_gradient_while_training() -> None:
+    change: Any = CHANGES["mixture_of_heads"](Sizes(6, 4, 3), "0.5", torch.Generator().manual_seed(1))
+    y, v, x = torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3), torch.randn(2, 5, 6)
+    gradients = []
+    for training in (False, True):
+        change.train(training).zero_grad()
+        change(y, v, x, lambda: v).square().mean().backward()
+        gradients.append(change.router.grad.clone())
+    routed = x @ change.router[1:4].T
+    share = F.one_hot(routed.argmax(-1), 3).float().mean((0, 1))
+    loss = BALANCE * 3 * (routed.softmax(-1).mean((0, 1)) * share).sum()
+    (wanted,) = torch.autograd.grad(loss, change.router)
+    torch.testing.assert_close(gradients[1] - gradients[0], wanted, atol=1e-7, rtol=1e-4)
+
+
+def test_a_mixture_of_heads_has_heads_to_choose_from() -> None:
+    with pytest.raises(UserError, match="chooses among heads, and the layer has 2"):
+        CHANGES["mixture_of_heads"](Sizes(6, 2, 3), "0.5", torch.Generator())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -314,9 +388,10 @@ def test_broadcasts(causal: bool, scaled: bool) -> None:
     assert torch.autograd.gradcheck(change, (x,))
 
 
-def test_a_causal_model_does_not_see_its_future() -> None:
+@pytest.mark.parametrize("text", ["cb", "affine"])
+def test_a_causal_model_does_not_see_its_future(text: str) -> None:
     model = built(gpt2)
-    apply(model, parse("cb"))
+    apply(model, parse(text))
     other = WORDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 60
     with torch.inference_mode():
@@ -387,7 +462,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["timm", "open_clip"])
 def test_compiles_whole(name: str) -> None:
     build, run = CASES[name]
-    for text in ("xsa", "gated_xsa", "gated"):
+    for text in ("xsa", "gated_xsa", "gated", "affine", "mixture_of_heads"):
         model = built(build)
         apply(visual(model), parse(text))
         with torch.no_grad():
