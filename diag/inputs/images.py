@@ -7,6 +7,7 @@ with its name.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -47,9 +48,12 @@ PHOTOGRAPHS = {
 }
 """The photographs and textures that ship inside scikit-image's wheel: name -> file."""
 
+CROPS, SMALLEST_CROP = 16, 48
+"""Crops of each photograph in `demo-crops`, and the side of the smallest in pixels."""
+
 
 def images(source: str | Path) -> Inputs:
-    """`demo`, an image, a folder of images (with subfolders), tars, or `hf:NAME[,split=…][,column=…]`.
+    """`demo`, `demo-crops`, an image, a folder of images (with subfolders), tars, or `hf:NAME[,split=…]`.
 
     Tars are one `FILE.tar`, a range `DIR/{00000..00099}.tar`, or a folder with tars and without loose images;
     their images have ids `tar/member`.
@@ -57,6 +61,8 @@ def images(source: str | Path) -> Inputs:
     """
     if str(source) == "demo":
         return demo_images()
+    if str(source) == "demo-crops":
+        return demo_crops()
     if str(source).startswith("hf:"):
         return _hub_images(str(source))
     if named := tars.named_tars(str(source)):
@@ -206,6 +212,26 @@ def demo_images() -> Inputs:
     names = sha256("".join(PHOTOGRAPHS))
     # times would tell machines apart, not versions of the wheel
     return Inputs("images", "demo", items, names, sha256(names + version("scikit-image")))
+
+
+def demo_crops() -> Inputs:
+    """Square crops of the photographs, which are their classes: `astronaut/00.png` …"""
+    items = [
+        Item(f"{name}/{number:02d}.png", partial(_crop, name, number))
+        for name in PHOTOGRAPHS
+        for number in range(CROPS)
+    ]
+    names = sha256("".join(item.id for item in items))
+    return Inputs("images", "demo-crops", items, names, sha256(names + version("scikit-image")))
+
+
+def _crop(name: str, number: int) -> Image.Image:
+    """The same every time; its side is log-uniform from `SMALLEST_CROP` to the photograph's smaller side."""
+    image = open_image(photograph(name))
+    generator = np.random.default_rng([number, *name.encode()])
+    side = round(math.exp(generator.uniform(math.log(SMALLEST_CROP), math.log(min(image.size)))))
+    left, top = (int(generator.integers(0, size - side + 1)) for size in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _tar_images(source: str, named: Sequence[Path], root: Path) -> Inputs:

@@ -120,6 +120,12 @@ class _Intervene(_Any):
     tower: str
 
 
+class _Readout(_Any):
+    model: _Changed
+    classes: int
+    chance: float
+
+
 class _Train(_Any):
     tables: list[str]
     words: list[str]
@@ -130,6 +136,7 @@ KINDS: Mapping[str, tuple[type[_Any], str]] = {
     ATTEND: (_Attend, "measure it again: attnbias attend … -o {folder} --overwrite"),
     "compare": (_Any, "compare again into another folder: attnbias compare … -o FOLDER"),
     "intervene": (_Intervene, "measure it again: attnbias intervene … -o {folder} --overwrite"),
+    "readout": (_Readout, "read it again: attnbias readout … -o {folder} --overwrite"),
     "train": (_Train, "train again: attnbias train … -o {folder} --overwrite"),
 }
 """Verb -> the fields that are read of its manifest, and what makes the folder anew."""

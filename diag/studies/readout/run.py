@@ -1,0 +1,203 @@
+"""A readout carried out: features of every layer, classifiers on them, tables, a figure, a manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from diag.errors import UserError
+from diag.inputs.items import content_digest
+from diag.inputs.labels import class_names
+from diag.inputs.tables import read_table
+from diag.measure.batch_readings import Incidents
+from diag.measure.batch_size import BatchSize
+from diag.measure.loop import pick_layers
+from diag.measure.meaning import understood
+from diag.models import load
+from diag.models.base import Sample, Tower
+from diag.results.caveats import columns_of, with_caveats
+from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
+from diag.results.hashes import edited, hashes
+from diag.results.manifest import again
+from diag.results.manifest import read as manifest_of
+from diag.results.staging import Owner, pictures, remove, settle
+from diag.results.writing import write, write_json, writing
+from diag.run.environment import command_line, environment
+from diag.run.plan import RUNS, default_folder
+from diag.run.prepared import Prepared
+from diag.run.progress import Listener, Silent
+from diag.run.run_folder import alone_at_work
+from diag.run.shards import tower_samples
+from diag.studies.readout.classifiers import held_out, parts_of
+from diag.studies.readout.features import FILES, Features, features_of, metrics_of
+from diag.studies.readout.plan import ReadoutPlan
+from diag.studies.readout.tables import ATTENTIVE, CLS, LAYOUTS, MEAN, PREDICTORS, readout, relations, samples
+
+OWNER = Owner(
+    "readout",
+    result=(PLAN, MANIFEST, SAMPLES, *LAYOUTS, *pictures("readout-*")),
+    work=(f"{FILES}/*.npy",),
+)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A finished readout: its folder and tables.
+
+    readout: per readout, measure and layer: statistics over images. relations: Spearman's ρ over layers
+    between what a probe measures and the accuracy.
+    """
+
+    folder: Path
+    readout: pd.DataFrame
+    relations: pd.DataFrame
+    manifest: Mapping[str, Any]
+
+
+def run_readout(
+    plan: ReadoutPlan,
+    folder: Path | None = None,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Readout:
+    """Carries out a readout in `folder` (default: `runs/readout-NAME-KEY`); one that is there is read.
+
+    Raises UserError for what the user can mend.
+    """
+    listener = listener or Silent()
+    prepared = Prepared.of(plan)
+    if "vision" not in prepared.inputs or plan.images in (None, "demo"):
+        raise UserError(
+            "a readout needs images whose class is known",
+            "--images DIR with DIR/class/*.jpg, or demo-crops",
+        )
+    what = {"kind": OWNER.verb, "key": prepared.key, "plan": plan.model_dump(mode="json")}
+    folder = folder or RUNS / f"readout-{default_folder(plan, prepared.key).name}"
+    document = what | {"command": command_line()}
+    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=listener.say) as place:
+        if place is not None:
+            _carry_out(plan, prepared, place, document, listener)
+        else:
+            for note in edited(folder, manifest_of(folder, OWNER.verb)):
+                listener.say(note)
+    return open_readout(folder)
+
+
+def open_readout(folder: Path) -> Readout:
+    """A finished readout. Raises UserError if it is none."""
+    if not is_finished(folder):
+        raise UserError(f"'{folder}' is not a finished readout", "attnbias readout -m MODEL … -o FOLDER")
+    manifest, tip = manifest_of(folder, OWNER.verb), again(folder, OWNER.verb)
+    if manifest.get("kind") != OWNER.verb:
+        raise UserError(f"'{folder}' was not made by attnbias readout", tip)
+    read, related = (read_table(folder / name, layout, "table", tip=tip) for name, layout in LAYOUTS.items())
+    return Readout(folder, read, related, manifest)
+
+
+def _carry_out(
+    plan: ReadoutPlan, prepared: Prepared, folder: Path, document: Mapping[str, Any], listener: Listener
+) -> None:
+    started, (spec,), given = time.time(), prepared.specs, prepared.inputs["vision"]
+    class_names([item.id for item in given.items])  # before anything is loaded
+    model = load(spec, device=prepared.device, dtype=prepared.dtype)
+    tower = model.tower("vision")
+    chosen, places = _spread(tower, given, plan.limit)
+    tower = understood(model, tower, chosen, allow_random=plan.allow_random)
+    tower.check_set("patch")
+    layers, incidents = pick_layers(tower.layers, plan.layers, tower.places), Incidents()
+    size, note = BatchSize.of(plan.batch_size, model.module), f"{spec.given} read"
+    listener.start(note, 2 * len(chosen))
+    found = features_of(
+        model,
+        tower,
+        chosen,
+        layers,
+        folder / FILES,
+        batch_size=size,
+        incidents=incidents,
+        advance=listener.advance,
+    )
+    measured = metrics_of(tower, chosen, layers, PREDICTORS, batch_size=size, advance=listener.advance)
+    names = class_names(found.ids)
+    labels = np.array([names.index(name.partition("/")[0]) for name in found.ids])
+    parts = parts_of(labels, plan.folds, names, plan.seed)
+    predicted = _predicted(found, labels, parts, next(model.module.parameters()).device, listener)
+    remove(folder, OWNER, [f"{FILES}/{path.name}" for path in (folder / FILES).iterdir()])
+    rows = samples(predicted, found.ids)
+    table = readout(rows, seed=plan.seed)
+    relation = relations(predicted, found.ids, measured, seed=plan.seed)
+    inputs: dict[str, Any] = {"source": given.source, "sha256": given.digest, "n": len(found.ids)}
+    if given.files is not None:
+        ids = [sample.id for sample in chosen]
+        inputs["content"] = content_digest(
+            {name: given.files.sha256(place) for name, place in zip(ids, places, strict=True)}
+        )
+        for place in places:
+            given.files.check(place)
+    caveated = columns_of(model.facts, tower.facts) | {"inputs": plan.named}
+    for name, frame in ((SAMPLES, rows), ("readout.csv", table), ("relations.csv", relation)):
+        write(frame.assign(model=spec.given, tower=tower.name, **caveated), folder / name)
+    chance = float(np.bincount(labels).max() / len(labels))
+    figures = _draw(table, folder / "figures", title=with_caveats(spec.given, caveated), chance=chance)
+    settle(folder)
+    write_json(
+        {
+            **document,
+            "figures": [str(path.relative_to(folder)) for path in figures],
+            "status": "partial" if incidents.failed else "complete",
+            "model": {"given": spec.given, "resolved": model.resolved, **dict(model.facts), **caveated},
+            "tower": tower.name,
+            "classes": len(names),
+            "chance": chance,
+            "inputs": inputs,
+            "tables": hashes(folder, (SAMPLES, *LAYOUTS)),
+            "failed_inputs": incidents.failed,
+            "seconds": round(time.time() - started, 3),
+            "environment": environment(),
+        },
+        folder / MANIFEST,
+    )
+
+
+def _spread(tower: Tower, given: Any, limit: int) -> tuple[list[Sample], list[int]]:
+    """At most so many samples, evenly over all, with their places: folders come class by class."""
+    every = tower_samples(tower, given, limit=len(given), seq_len=None)
+    count = min(limit, len(every))
+    places = np.linspace(0, len(every) - 1, count).round().astype(int).tolist()
+    return [every[place] for place in places], places
+
+
+def _predicted(
+    found: Features, labels: np.ndarray, parts: np.ndarray, device: torch.device, listener: Listener
+) -> dict[str, dict[int, np.ndarray]]:
+    """Readout → layer → what `held_out` gives; tokens take the penalties that were chosen for their mean."""
+    truth, predicted = torch.from_numpy(labels).to(device), dict[str, dict[int, np.ndarray]]()
+    listener.start("classifiers", len(found.tokens))
+    for layer, array in found.tokens.items():
+        tokens = torch.from_numpy(np.array(array)).to(device)
+        right, strengths = held_out(tokens.mean(1), truth, parts)
+        results = {MEAN: right}
+        if layer in found.cls:
+            vectors = torch.from_numpy(np.array(found.cls[layer])).to(device)
+            results[CLS] = held_out(vectors, truth, parts)[0]
+        results[ATTENTIVE] = held_out(tokens, truth, parts, strengths)[0]
+        for name, values in results.items():
+            predicted.setdefault(name, {})[layer] = values.double().cpu().numpy()
+        listener.advance(1)
+    return predicted
+
+
+def _draw(table: pd.DataFrame, folder: Path, *, title: str, chance: float) -> list[Path]:
+    from diag.show.figures.readout import readout_over_depth
+    from diag.show.figures.write import save
+
+    with writing(folder):
+        return save(readout_over_depth(table, title=title, chance=chance), table, folder, "readout-depth")
