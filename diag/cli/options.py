@@ -83,16 +83,22 @@ def listed(words: list[str] | None) -> tuple[str, ...]:
 
 Images = Annotated[
     str | None,
-    Option(help="Image folder or file, hf:NAME, or 'demo'; for video models a folder of frames per clip."),
+    Option(
+        help="Image folder, file or 'pattern', hf:NAME, demo or demo-crops; for video models a folder of "
+        "frames per clip."
+    ),
 ]
-Texts = Annotated[str | None, Option(help="Text file or folder, hf:NAME, or 'demo'.")]
+Texts = Annotated[
+    str | None,
+    Option(help="Text file or folder, table FILE[,column=NAME], hf:NAME, 'some words', - or demo."),
+]
 Limit = Annotated[int, Option(help="At most so many inputs (images, or windows of text).")]
 Length = Annotated[int | None, Option(help="Tokens per window of text [default: 128, or the context].")]
 Series = Annotated[
     list[str] | None, Option(help="Models of a series, repeatable; 'attnbias models --series' lists them.")
 ]
 Metrics = Annotated[
-    str | None, Option(help="Names or groups, comma-separated; see 'attnbias metrics'."), Read(names)
+    str | None, Option(help="Names or groups, comma-separated, or all; see 'attnbias metrics'."), Read(names)
 ]
 Layers = Annotated[
     str | None,
@@ -124,7 +130,7 @@ AllowRandom = Annotated[
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Measure again what the folder holds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
-Dtype = Annotated[str, Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str, Option(help="float32, bfloat16 (bf16) or float16 (fp16).")]
 BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not change the table.")]
 AutoBatchSize = Annotated[
     str,

@@ -1,10 +1,14 @@
-"""What was typed, looked at before a verb begins: what no verb can take is told for all of them here."""
+"""What was typed, looked at before a verb begins: what no verb can take is told for all of them here.
+
+A model may be named without `-m`, also where no verb is: `attnbias gpt2` is `attnbias probe -m gpt2`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,19 @@ from diag.cli.interrupts import Interrupted
 from diag.errors import LARGEST, UserError
 from diag.inputs.outside import reason
 
+QUOTED = "a pattern stands in quotes: --images 'DIR/*.jpg'"
+
+DEFAULT, MODEL = "probe", "--model"
+"""The verb that is meant where none is typed, and the option that a word alone stands for."""
+
 
 class CheckedVerbs(TyperGroup):
     """All verbs. Refuses what would be lost silently: an option given twice, whose last value would count."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The verb and its arguments. Raises UserError for arguments that no verb can take."""
+        if args and self.get_command(ctx, args[0]) is None and not _meant(args[0], self.commands):
+            args = [DEFAULT, *args]
         name, verb, rest = super().resolve_command(ctx, args)
         if verb is None:
             return name, verb, rest
@@ -31,7 +42,10 @@ class CheckedVerbs(TyperGroup):
         for parameter in verb.params:
             parameter.callback = _at_home
         parser = verb.make_parser(typer.Context(verb, parent=ctx, info_name=name))
-        words, _, order = parser.parse_args(args=list(rest))
+        words, alone, order = parser.parse_args(args=list(rest))
+        if alone and any(MODEL in parameter.opts for parameter in verb.params):
+            rest = _named(rest, alone)
+            words, _, order = parser.parse_args(args=list(rest))
         given = {parameter: _listed(words.get(parameter.name)) for parameter in order}
         for parameter, times in Counter(order).items():
             _check_words(parameter, given[parameter], times)
@@ -58,6 +72,25 @@ class CheckedVerbs(TyperGroup):
             raise RuntimeError(f"EOFError: {error}") from error
         except BrokenPipeError as error:
             raise RuntimeError(f"a process that this one wrote to has ended ({reason(error)})") from error
+
+
+def _meant(word: str, verbs: Iterable[str]) -> bool:
+    """Whether a first word is an option, or a verb that was mistyped."""
+    return word.startswith("-") or bool(difflib.get_close_matches(word.lower(), verbs, cutoff=0.7))
+
+
+def _named(arguments: Sequence[str], alone: Sequence[str]) -> list[str]:
+    """Arguments with the words that belong to no option in front, each behind `--model`.
+
+    Raises UserError for files: a pattern that the shell has written out.
+    """
+    found, models = list(arguments), list[str]()
+    for word in alone:
+        if os.path.isfile(word):
+            raise UserError(f"'{_short(word)}' is a file, and belongs to no option", QUOTED)
+        del found[max(place for place, argument in enumerate(found) if argument == word)]
+        models += [MODEL, word]
+    return [*models, *found]
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -6,8 +6,10 @@ with its name.
 
 from __future__ import annotations
 
+import glob
 import io
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -55,6 +57,7 @@ CROPS, SMALLEST_CROP = 16, 48
 def images(source: str | Path) -> Inputs:
     """`demo`, `demo-crops`, an image, a folder of images (with subfolders), tars, or `hf:NAME[,split=…]`.
 
+    A pattern `DIR/*.jpg` is the images that match it.
     Tars are one `FILE.tar`, a range `DIR/{00000..00099}.tar`, or a folder with tars and without loose images;
     their images have ids `tar/member`.
     Raises UserError if there is no image.
@@ -68,6 +71,8 @@ def images(source: str | Path) -> Inputs:
     if named := tars.named_tars(str(source)):
         return _tar_images(str(source), named, tars.common_root(named))
     tip = "--images takes a folder, an image or .tar file, hf:NAME or 'demo'"
+    if glob.has_magic(str(source)) and not os.path.lexists(source):
+        return _matching(str(source))
     path = existing(source, tip)
     unreadable: dict[str, str] = {}
     if path.is_dir():
@@ -85,6 +90,16 @@ def images(source: str | Path) -> Inputs:
             f"no image in '{path}'{why}", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}"
         )
     return _in_files(str(source), root, found, unreadable)
+
+
+def _matching(pattern: str) -> Inputs:
+    """The images of a pattern such as `DIR/*.jpg`, or `DIR/**/*.jpg` with folders below; paths are ids."""
+    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    found = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path)]
+    if not found:
+        why = f": none of {len(paths)} matches is one" if paths else ""
+        raise UserError(f"no image matches '{pattern}'{why}", f"image files end in {one_of(IMAGE_SUFFIXES)}")
+    return _in_files(pattern, Path(), [(path, *_stamp(Path(path))) for path in found], {})
 
 
 def listed_images(files: Sequence[Path]) -> Inputs:

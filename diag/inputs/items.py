@@ -15,6 +15,9 @@ from PIL import Image
 from diag.errors import UnreadableInput, UserError, one_of
 from diag.inputs.outside import named, reason
 
+COLUMNS_OF_TEXT = ("text", "content", "document")
+"""What the column with the texts is called, where nobody says."""
+
 CELLS_AT_ONCE = 1000
 """Rows of a data set that are read at once."""
 

@@ -1,26 +1,30 @@
-"""Documents: a text file, a folder of them, a data set by name, or the demo text."""
+"""Documents: text files, a column of a table, a data set by name, what was typed, or the demo text."""
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import partial
 from pathlib import Path
 
 from diag.errors import UserError, one_of, visible
 from diag.inputs.folders import files_below
-from diag.inputs.items import Inputs, Item, column_of, data_set, existing, sha256
+from diag.inputs.items import COLUMNS_OF_TEXT, Inputs, Item, column_of, data_set, existing, sha256
 from diag.inputs.outside import MEGABYTE, as_utf_8, reason, regular, too_large
+from diag.inputs.text_tables import SUFFIXES, cells, named_table
 
 MOST_TEXT = 1_000 * MEGABYTE
 """Bytes of the texts of one run, which are held in memory."""
 
+PROSE = (".txt", ".md", ".markdown", ".rst")
+"""Endings of the texts of a folder."""
+
 TABLES = ("JSON", "lines of JSON", "a table", "a Parquet file")
-"""Kinds of files with texts in them, which `datasets` reads."""
+"""Kinds of files with texts in them."""
 
 OTHER_SUFFIXES = {
     **dict.fromkeys((".json", ".ipynb"), "JSON"),
-    **dict.fromkeys((".jsonl", ".ndjson"), "lines of JSON"),
-    **dict.fromkeys((".csv", ".tsv", ".xls", ".xlsx", ".ods"), "a table"),
-    **dict.fromkeys((".parquet", ".arrow", ".feather"), "a Parquet file"),
+    **dict.fromkeys((".xls", ".xlsx", ".ods", ".arrow", ".feather"), "a table"),
     **dict.fromkeys((".html", ".htm", ".xhtml"), "a web page"),
     **dict.fromkeys((".pdf", ".ps", ".djvu"), "a printed page"),
     **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".epub"), "a document of a word processor"),
@@ -44,35 +48,46 @@ OTHER_STARTS = {
 }
 """The same by the first bytes, whatever a file is called."""
 
-AS_TABLE = "texts in a column: --texts hf:FOLDER,split=train,column=NAME of the folder that it lies in"
+AS_TABLE = f"texts in a column: --texts FILE,column=NAME, where FILE ends in {one_of(SUFFIXES)}"
 AS_TEXT = "save its text as UTF-8, in a .txt file"
 
 
 def texts(source: str | Path) -> Inputs:
-    """`demo`, a UTF-8 text file, a folder of .txt files, or `hf:NAME[,config=…][,split=…][,column=…]`.
+    """`demo`, a UTF-8 text file, a folder of them, `FILE[,column=NAME]` of a table, `hf:NAME[,config=…]
+    [,split=…][,column=…]`, `-` for standard input, or a text of several words as it is typed.
 
-    A file is one document, empty ones of a folder left out; the rows of a data set are joined by blank lines
-    into one.
+    A file is one document, empty ones of a folder left out; the rows of a table or data set are joined by
+    blank lines into one.
     Raises UserError if there is no text, it is too long or not UTF-8, or a file is none of prose.
     """
     if str(source) == "demo":
         return documents("demo", {"python-help": demo_text()})
     if str(source).startswith("hf:"):
         return _hub_texts(str(source))
-    tip = "--texts takes a text file, a folder of .txt files, hf:NAME or 'demo'"
-    path = existing(source, tip)
+    if str(source) == "-":
+        return documents("-", {"stdin": _decoded(sys.stdin.buffer.read(MOST_TEXT + 1), "standard input")})
+    if _is_typed(str(source)):
+        return documents("typed", {"typed": str(source)})
+    tip = "--texts takes a text file, a folder of them, a table, hf:NAME, 'some words' or 'demo'"
+    table = None if os.path.isdir(source) else named_table(str(source))
+    path = existing(source if table is None else table[0], tip)
+    if table is not None:
+        found = cells(path, _content(path), table[1])
+        if not found:
+            raise UserError(f"'{path}' holds no text in its column", f"give another: {path},column=NAME")
+        return documents(str(source), {visible(path.name): "\n\n".join(map(plain, found))})
     if not path.is_dir():
         return documents(str(source), {visible(path.name): read_text(path)})
-    found, unreadable = files_below(path, lambda name: name.lower().endswith(".txt"))
+    listed, unreadable = files_below(path, lambda name: name.lower().endswith(PROSE))
     for name, why in unreadable.items():
         raise UserError(
             f"cannot read '{visible(str(path / name))}': {why}", "mend it, or leave it out of the folder"
         )
-    if not found:
-        raise UserError(f"no text file in '{path}'{_others(path)}", "text files end in '.txt'")
-    if (size := sum(size for _, size, _ in found)) > MOST_TEXT:
+    if not listed:
+        raise UserError(f"no text file in '{path}'{_others(path)}", f"text files end in {one_of(PROSE)}")
+    if (size := sum(size for _, size, _ in listed)) > MOST_TEXT:
         raise _too_long(f"the texts in '{path}'", size)
-    read = {visible(name): _read(path / name) for name, *_ in found}
+    read = {visible(name): _read(path / name) for name, *_ in listed}
     filled = {name: text for name, text in read.items() if text.strip()}
     if not filled:
         raise UserError(f"'{path}' holds no text: its files are empty", "give a file with text")
@@ -87,27 +102,53 @@ def read_text(file: Path) -> str:
     return text
 
 
+def _is_typed(source: str) -> bool:
+    """Whether it is a text itself: of several words, and no file that is there, or may have been meant."""
+    words, suffix = source.split(), os.path.splitext(source)[1]
+    looks_like_a_file = 1 < len(suffix) <= 6 and suffix[1:].isalnum()
+    return len(words) > 1 and not looks_like_a_file and source[0] not in "/.~" and not _is_there(source)
+
+
+def _is_there(source: str) -> bool:
+    try:
+        return os.path.lexists(source)
+    except ValueError:  # a null character
+        return False
+
+
 def _read(file: Path) -> str:
     """`read_text`, which may be empty."""
-    tip = "--texts takes a UTF-8 text file"
-    regular(file, "text", tip)
     kind = OTHER_SUFFIXES.get(file.suffix.lower())
-    try:
-        if (size := file.stat().st_size) > MOST_TEXT:
-            raise _too_long(f"'{file}'", size)
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read '{file}': {reason(error)}", tip) from error
+    content = _content(file)
     kind = kind or next((kind for start, kind in OTHER_STARTS.items() if content.startswith(start)), None)
     if kind is not None:
         raise UserError(f"'{file}' is {kind}, not a text", AS_TABLE if kind in TABLES else AS_TEXT)
+    return _decoded(content, f"'{file}'")
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a file. Raises UserError where it cannot be read, or is too long."""
+    tip = "--texts takes a UTF-8 text file"
+    regular(file, "text", tip)
+    try:
+        if (size := file.stat().st_size) > MOST_TEXT:
+            raise _too_long(f"'{file}'", size)
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{file}': {reason(error)}", tip) from error
+
+
+def _decoded(content: bytes, what: str) -> str:
+    """A text of its bytes, which may be empty; what: it, in words."""
+    if len(content) > MOST_TEXT:
+        raise _too_long(what, len(content))
     try:
         text = plain(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"'{file}' is not UTF-8 (byte {error.start})", as_utf_8(content)) from error
+        raise UserError(f"{what} is not UTF-8 (byte {error.start})", as_utf_8(content)) from error
     if "\0" in text:
         raise UserError(
-            f"'{file}' holds null characters: it is no text, or UTF-16",
+            f"{what} holds null characters: it is no text, or UTF-16",
             "convert UTF-16 first: iconv -f utf-16 -t utf-8 FILE > NEW",
         )
     return text
@@ -116,7 +157,11 @@ def _read(file: Path) -> str:
 def _others(folder: Path) -> str:
     """What else lies in a folder that somebody may have taken for texts."""
     found = {Path(name).suffix for name, *_ in files_below(folder, lambda name: bool(Path(name).suffix))[0]}
-    return f", only {one_of(sorted(map(visible, found))[:3])}" if found else ""
+    said = [
+        f"'{visible(suffix)}'" + (f" ({kind})" if (kind := OTHER_SUFFIXES.get(suffix.lower())) else "")
+        for suffix in sorted(found)[:3]
+    ]
+    return f", only {' and '.join(said)}" if found else ""
 
 
 def _too_long(what: str, size: int) -> UserError:
@@ -147,7 +192,7 @@ def documents(source: str, documents: dict[str, str]) -> Inputs:
 
 
 def _hub_texts(source: str) -> Inputs:
-    rows, column = data_set(source, ("text", "content", "document"))
+    rows, column = data_set(source, COLUMNS_OF_TEXT)
     kept, size = list[str](), 0
     for place, row in enumerate(column_of(rows, column, source)):
         if row is not None and not isinstance(row, str):

@@ -1,4 +1,4 @@
-"""What `--metrics` may name: metrics and groups of them. Optional ones have to be named."""
+"""What `--metrics` may name: metrics, groups of them, or `all`. Optional ones have to be named."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from diag.metrics.catalogue import CATALOGUE
 GROUPS: dict[str, tuple[str, ...]] = {}
 """What `--metrics` may name beside metrics: name of a group -> its metrics, ratios of others last."""
 
+ALL = "all"
+
 for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not None):
     _group = CATALOGUE[_name].place.group
     GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
 
 
 def metric_names(names: Sequence[str] | None) -> list[str]:
-    """What `--metrics` stands for: the default metrics if None, groups written out.
+    """What `--metrics` stands for: the default metrics if None, groups and `all` written out.
 
     Raises UserError with the nearest name.
     """
-    written = [part for name in names or ("default",) for part in GROUPS.get(name, (name,))]
-    return chosen(written, [*(name for group in GROUPS.values() for name in group), *GROUPS])
+    every = [name for group in GROUPS.values() for name in group]
+    known = {**GROUPS, ALL: tuple(every)}
+    written = [part for name in names or ("default",) for part in known.get(name, (name,))]
+    return chosen(written, [*every, *known])
 
 
 def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:

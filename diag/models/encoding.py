@@ -111,7 +111,8 @@ def text_samples(
         min(128, context). limit: what of the model that is, in words.
     before, after: special tokens put around each window, counted in its length.
     fixed: the model takes exactly `context` tokens.
-    Texts shorter than one window give no sample.
+    Texts shorter than one window give no sample; a text that is the only one, where no length was asked for,
+    is a window of its own.
 
     Raises UserError, on the first sample, if the length is not possible.
     """
@@ -138,9 +139,11 @@ def text_samples(
             text = item.read()
             assert isinstance(text, str)
             tokens = np.asarray(tokenise(text), dtype=np.int32)  # four bytes each; in a list it would be 36
-            for start in range(0, len(tokens) - own + 1, own):
-                window = tokens[start : start + own]
-                yield Sample(f"{item.id}:{start // own:05d}", partial(_framed, before, window, after))
+            shorter = seq_len is None and not fixed and len(inputs) == 1 and length - own + len(tokens) > 1
+            size = min(own, len(tokens)) if shorter else own
+            for start in range(0, len(tokens) - size + 1, size):
+                window = tokens[start : start + size]
+                yield Sample(f"{item.id}:{start // size:05d}", partial(_framed, before, window, after))
 
     return samples
 

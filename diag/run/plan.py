@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -50,10 +50,33 @@ ADAPTER = "adapter_config.json"
 """What lies in a folder whose weights are not all: transformers adds them where peft is installed."""
 
 
+DTYPES = {
+    "float32": ("fp32", "f32", "float", "single"),
+    "bfloat16": ("bf16",),
+    "float16": ("fp16", "f16", "half"),
+}
+"""Formats of numbers, and what else they are called."""
+
+SETS = {
+    "patch": ("patches",),
+    "cls": ("class", "cls_token"),
+    "registers": ("register", "reg"),
+    "image": ("images",),
+    "text": ("texts",),
+}
+"""Token sets, and what else people call them."""
+
+
 def _known_dtype(dtype: str) -> str:
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError("is one of float32, bfloat16, float16")
-    return dtype
+    name = _own_name(dtype.lower().removeprefix("torch."), DTYPES)
+    if name not in DTYPES:
+        raise ValueError(f"is one of {', '.join(DTYPES)}")
+    return name
+
+
+def _own_name(given: str, names: Mapping[str, Sequence[str]]) -> str:
+    """The name that something has here, whatever it was called; what is not known stays."""
+    return next((name for name, others in names.items() if given in others), given)
 
 
 Dtype = Annotated[str, AfterValidator(_known_dtype)]
@@ -160,6 +183,11 @@ class ProbePlan(Plan):
             return given
         read = [ranges(x, "--layers", "0,5-11", from_end=True) if isinstance(x, str) else (x,) for x in given]
         return tuple(itertools.chain.from_iterable(read))
+
+    @field_validator("tokens")
+    @classmethod
+    def _by_own_names(cls, sets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return sets and tuple(dict.fromkeys(_own_name(name, SETS) for name in sets))
 
     @field_validator("metrics", "layers", "tokens")
     @classmethod

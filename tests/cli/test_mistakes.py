@@ -123,7 +123,7 @@ def test_mistakes_are_two_lines(attnbias: Attnbias, mistake: str) -> None:
         (b"", "holds no text", "give a file with text"),
         (b"\n \n", "holds no text", "give a file with text"),
         (b"caf\xe9", "is not UTF-8 (byte 3)", "iconv"),
-        (b"too short", "gives no sample", "--seq-len"),
+        (b"x", "gives no sample", "--seq-len"),
     ],
 )
 def test_texts_that_cannot_be_measured(attnbias: Attnbias, content: bytes, message: str, tip: str) -> None:

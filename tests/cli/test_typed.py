@@ -95,3 +95,68 @@ def test_home_folders_need_no_shell(
 def test_train_does_not_offer_what_it_refuses(attnbias: Attnbias) -> None:
     assert "spread" in attnbias("probe", "--help").out
     assert "spread" not in attnbias("train", "--help").out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("demo:vit-p16", "--limit", 2),
+        ("probe", "demo:vit-p16", "--limit", 2),
+        ("probe", "--limit", 2, "demo:vit-p16"),
+        ("probe", "--limit", 2, "--", "demo:vit-p16"),
+    ],
+)
+def test_a_model_needs_no_option(words: tuple[object, ...], attnbias: Attnbias) -> None:
+    wanted = attnbias("probe", *MODEL, "--limit", 2, "--dry-run", "--json")
+    found = attnbias(*words[:1], "--dry-run", "--json", *words[1:])
+    assert (found.code, found.out) == (0, wanted.out), found.err
+
+
+def test_several_models_and_options_whose_values_are_like_them(attnbias: Attnbias) -> None:
+    found = attnbias("probe", "demo:vit-p16", "-o", "demo:vit-p8", "demo:vit-p8", "--dry-run").out
+    assert [line.split()[1] for line in found.splitlines()[:2]] == ["demo:vit-p16", "demo:vit-p8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "tip"),
+    [
+        (("prboe", "-m", "x"), "No such command 'prboe'", ""),
+        (("gtp2-nothing",), "model 'gtp2-nothing' not found", ""),
+        (
+            ("probe", *MODEL, "--images", "a.png", "b.png"),
+            "'b.png' is a file, and belongs to no option",
+            "DIR/*.jpg",
+        ),
+        (("report", "one", "--nothing"), "No such option", ""),
+    ],
+)
+def test_what_is_no_model_is_told(
+    words: tuple[object, ...], message: str, tip: str, attnbias: Attnbias
+) -> None:
+    for name in ("a.png", "b.png"):
+        Path(name).write_bytes(b"")
+    ended = attnbias(*words)
+    assert ended.code == 2
+    assert message in ended.lines[0], ended.err
+    assert tip in ended.lines[1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (("--dtype", "bf16"), ("--dtype", "bfloat16")),
+        (("--dtype", "torch.float16"), ("--dtype", "float16")),
+        (("--dtype", "FP32"), ("--dtype", "float32")),
+        (("--tokens", "patches,class"), ("--tokens", "patch,cls")),
+        (("--metrics", "cos-y-vself"), ("--metrics", "cos_y_vself")),
+    ],
+)
+def test_one_meaning_is_one_plan(typed: tuple[str, ...], meant: tuple[str, ...], attnbias: Attnbias) -> None:
+    plans = [attnbias("probe", *MODEL, *words, "--dry-run", "--json").out for words in (typed, meant)]
+    assert plans[0] == plans[1] != ""
+
+
+def test_all_metrics_are_every_group() -> None:
+    from diag.metrics.names import GROUPS, metric_names
+
+    assert metric_names(["all"]) == metric_names(list(GROUPS))

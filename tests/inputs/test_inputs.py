@@ -347,7 +347,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path: Path) -> None:
-    for number, name in enumerate(("a/x.txt", "b/x.txt", "c.md")):
+    for number, name in enumerate(("a/x.txt", "b/x.txt", "c.html")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"text {number}")
     found = texts(tmp_path)
@@ -426,11 +426,9 @@ def test_texts_that_cannot_be_read(tmp_path: Path, content: bytes, message: str)
 @pytest.mark.parametrize(
     ("name", "content", "message", "tip"),
     [
-        ("a.jsonl", b'{"text": "a"}', "lines of JSON", "hf:FOLDER"),
-        ("a.JSON", b"[]", "JSON", "hf:FOLDER"),
-        ("a.csv", b"text,n", "a table", "hf:FOLDER"),
-        ("a.parquet", b"text", "a Parquet file", "hf:FOLDER"),
-        ("a", b"PAR1\x15", "a Parquet file", "hf:FOLDER"),
+        ("a.JSON", b"[]", "JSON", "FILE,column=NAME"),
+        ("a.xlsx", b"", "a table", "FILE,column=NAME"),
+        ("a", b"PAR1\x15", "a Parquet file", "FILE,column=NAME"),
         ("a.html", b"<html>", "a web page", ".txt"),
         ("a.txt", b"%PDF-1.7", "a printed page", ".txt"),
         ("a.docx", b"", "a document of a word processor", ".txt"),
@@ -471,7 +469,7 @@ def test_texts_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_folder_of_other_texts_says_what_is_there(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "c.csv", "README"):
         (tmp_path / name).write_text("text")
-    with pytest.raises(UserError, match=r"no text file in '.*', only '\.csv' or '\.jsonl'"):
+    with pytest.raises(UserError, match=r"no text file in '.*', only '\.csv' and '\.jsonl'"):
         texts(tmp_path)
 
 
