@@ -139,4 +139,7 @@ def _leak_rows(table: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _number(value: float) -> str:
-    return "–" if value != value else "0" if value == 0 else f"{value:.1e}"
+    """A relative error; one that is rounding has no digits to show."""
+    if value != value:
+        return "–"
+    return "0" if value == 0 else "<1e-5" if value < 1e-5 else f"{value:.2g}"

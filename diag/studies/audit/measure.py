@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.inputs.items import Inputs
+from diag.inputs.items import Inputs, Item
 from diag.measure.device import device_of, dtype_of
 from diag.measure.meaning import understood
 from diag.models import load
@@ -30,6 +31,11 @@ from diag.studies.audit.leaks import Change, batch_case, changes_of, text_change
 from diag.studies.audit.lens import lens_rows
 from diag.studies.audit.plan import DEFAULT_LENGTH, AuditPlan
 from diag.studies.audit.words import IN_BATCH, OTHER_INPUT, PADDING
+
+
+WINDOWS = 4
+CHARACTERS = 64
+"""So many windows are asked for at most; so many characters are more than any token has on average."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,8 @@ def _of_tower(
     plan: AuditPlan, spec: ModelSpec, model: Model, tower: Tower, given: Inputs, listener: Listener
 ) -> _Found:
     length = _length(tower, plan.seq_len) if tower.input_kind == "text" else None
+    if length is not None:
+        given = _beginnings(given, length)
     samples = list(islice(tower.samples(given, length), 3))
     if not samples:
         raise UserError(
@@ -159,6 +167,15 @@ def _length(tower: Tower, asked: int | None) -> int | None:
         return asked
     context = tower.facts.get("context") or DEFAULT_LENGTH
     return asked or min(DEFAULT_LENGTH, context)
+
+
+def _beginnings(given: Inputs, length: int) -> Inputs:
+    """Texts cut to what a few windows of so many tokens need: each window has the text tokenised anew."""
+
+    def beginning(read: Callable[[], Any]) -> Any:
+        return read()[: CHARACTERS * WINDOWS * length]
+
+    return replace(given, items=[Item(item.id, partial(beginning, item.read)) for item in given.items])
 
 
 def _windows(tower: Tower, given: Inputs, lengths: Sequence[int]) -> list[list[int]]:
