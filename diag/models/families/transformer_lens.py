@@ -84,7 +84,7 @@ def bridge_of(
     tip = "transformer-lens loads language models in Hugging Face format; try -m hf:" + spec.name
     with reading(spec, "model.safetensors", tip=tip):
         bridge = TransformerBridge.boot_transformers(
-            spec.name,
+            str(folder.resolve()) if folder.is_dir() else spec.name,  # `neox` is one of its names for a hub's
             hf_config_overrides=dict(spec.model_args) or None,
             device=str(device),
             dtype=dtype,

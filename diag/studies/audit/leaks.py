@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from diag.studies.audit.words import (
     ROUNDING,
     UNCACHED,
     UNCOUNTED,
+    UNMASKED,
 )
 
 ABOVE_NOISE = 10.0
@@ -75,7 +76,8 @@ class Change:
 class Case:
     """One batch. inputs: how many it holds. place: which tokens of its first input are watched.
 
-    others: what is changed -> the batch then. alone: a batch of what is watched, and of nothing else.
+    others: what is changed -> the batch then. alone: a batch of what is watched, and of nothing else; None
+    where the model takes none.
     """
 
     name: str
@@ -83,7 +85,7 @@ class Case:
     batch: Batch
     place: slice
     others: Mapping[str, Batch]
-    alone: Batch
+    alone: Batch | None = None
 
 
 def untested(case: str, changed: str, why: str) -> Change:
@@ -94,6 +96,15 @@ def untested(case: str, changed: str, why: str) -> Change:
 def batch_case(both: Batch, other: Batch, alone: Batch) -> Case:
     """Two inputs of one size, the first of them watched. other: the second one replaced."""
     return Case(IN_BATCH, 2, both, WHOLE, {OTHER_INPUT: other}, alone)
+
+
+def tail_case(one: Batch, other: Batch) -> Case:
+    """Texts of a model that takes no mask: the last quarter of the one is that of the other, as if it were
+    padding."""
+    ids = one.data
+    kept = max(1, 3 * ids.shape[1] // 4)
+    changed = replace(one, data=torch.cat([ids[:, :kept], other.data[:, kept:]], 1))
+    return Case(UNMASKED, 1, one, slice(0, kept), {PADDING: changed})
 
 
 def text_changes(model: Model, tower: Tower, windows: Windows, seq_len: int) -> Iterator[Change]:
@@ -187,7 +198,9 @@ class TextBatches:
                 seen = seen.tril()
             # added to scores: a boolean mask would be added, too, where a model computes attention itself
             mask = torch.where(seen, 0.0, torch.finfo(self.dtype).min)[None, None].to(self.dtype)
-        batch, other = (self._batch([x + b], mask, positions, name == UNCACHED) for x in (a, c))
+        # a model may take positions that start anew for documents only where it makes no cache
+        cached = {RESTART: True, UNCACHED: False}.get(name)
+        batch, other = (self._batch([x + b], mask, positions, cached) for x in (a, c))
         return Case(name, 1, batch, slice(len(a), len(a) + len(b)), {DOCUMENT: other}, self._batch([b]))
 
     def _batch(
@@ -195,12 +208,12 @@ class TextBatches:
         ids: list[list[int]],
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        uncached: bool = False,
+        cached: bool | None = None,
     ) -> Batch:
         given = {"input_ids": torch.tensor(ids), "attention_mask": mask, "position_ids": positions}
         data: dict[str, Any] = {name: x.to(self.device) for name, x in given.items() if x is not None}
-        if uncached:
-            data["use_cache"] = False
+        if cached is not None and "use_cache" in self.tower.also:
+            data["use_cache"] = cached
         return Batch(tuple(map(str, range(len(ids)))), data)
 
 
@@ -213,11 +226,13 @@ def changes_of(tower: Tower, case: Case) -> list[Change]:
     Raises UserError as the model's run does.
     """
     first, again = seen_of(tower, case.batch, case.inputs), seen_of(tower, case.batch, case.inputs)
-    alone = seen_of(tower, case.alone, 1)
     others = {what: seen_of(tower, batch, case.inputs) for what, batch in case.others.items()}
-    tokens = case.batch.data["input_ids"].shape[1] if case.place != WHOLE else None
+    alone = {} if case.alone is None else {ALONE: seen_of(tower, case.alone, 1)}
+    data = case.batch.data
+    ids = data["input_ids"] if isinstance(data, Mapping) else data
+    tokens = ids.shape[1] if case.place != WHOLE else None
     found = list[Change]()
-    for what, seen in {**others, ALONE: alone}.items():
+    for what, seen in {**others, **alone}.items():
         # in one layer it may be without consequence, as where padding sees nothing
         moved = max(map(apart, (seen.get(layer) for layer in first), first.values()), default=0.0)
         for layer, whole in first.items():

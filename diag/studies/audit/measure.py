@@ -27,11 +27,10 @@ from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
 from diag.studies.audit.folder import HOOKS, LEAKS, Audited, table_of
 from diag.studies.audit.hooks import Row, audit_hooks
-from diag.studies.audit.leaks import Change, batch_case, changes_of, text_changes, untested
+from diag.studies.audit.leaks import Change, batch_case, changes_of, tail_case, text_changes, untested
 from diag.studies.audit.lens import lens_rows
 from diag.studies.audit.plan import DEFAULT_LENGTH, AuditPlan
 from diag.studies.audit.words import IN_BATCH, OTHER_INPUT, PADDING
-
 
 WINDOWS = 4
 CHARACTERS = 64
@@ -146,7 +145,11 @@ def _of_tower(
 
         changes = list(text_changes(model, tower, windows, length))
     else:
-        changes = [*_batch_changes(tower, samples), untested("padded", PADDING, _unpadded(tower))]
+        changes = _batch_changes(tower, samples)
+        if tower.input_kind == "text" and len(samples) > 1:
+            changes += changes_of(tower, tail_case(*(tower.encode([sample]) for sample in samples[:2])))
+        else:
+            changes.append(untested("padded", PADDING, _unpadded(tower)))
     return _Found(facts, rows, changes)
 
 
@@ -196,7 +199,7 @@ def _windows(tower: Tower, given: Inputs, lengths: Sequence[int]) -> list[list[i
 def _unpadded(tower: Tower) -> str:
     """Why there is no padded batch of a tower that takes no mask."""
     if tower.input_kind == "text":
-        return "the tower takes no attention_mask"
+        return "there is one text, where two are needed"
     if tower.max_batch == 1:
         return "one image per batch, as its processor gives each its own size"
     if tower.meaning.get("padded_windows"):

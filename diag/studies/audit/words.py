@@ -11,9 +11,10 @@ from diag.errors import spans
 # --- the cases of leaks
 
 IN_BATCH = "batch"
-RIGHT, LEFT, UNCOUNTED = "padded right", "padded left", "padded left, no positions"
-PLAIN, BLOCKS = "packed", "packed, block mask"
-RESTART, UNCACHED = "packed, positions", "packed, positions, no cache"
+RIGHT, LEFT = "padded right", "padded left"
+UNCOUNTED, UNMASKED = "padded left without positions", "padded right without mask"
+PLAIN, BLOCKS = "packed", "packed with block mask"
+RESTART, UNCACHED = "packed with positions", "packed with positions without cache"
 """Positions of padding on the left are counted from the first real token, as `generate()` does, or left to
 `forward()`. Packed documents: one behind the other and nothing said; with positions that start anew; with a
 mask of a block for each."""
@@ -88,7 +89,7 @@ def _told(why: str, rows: pd.DataFrame) -> str:
 
 def on_leaks(rows: pd.DataFrame) -> str:
     """Whether batches of one tower leak, in a sentence."""
-    tight, leaky, untold, apart = list[str](), list[str](), list[str](), list[str]()
+    exact, close, leaky, untold, apart = (list[str]() for _ in range(5))
     for case, part in rows.groupby("case", sort=False):
         changed, alone = part[part["changed"] != ALONE], part[part["changed"] == ALONE]
         reached = changed[changed["level"] == LEAK]
@@ -102,12 +103,12 @@ def on_leaks(rows: pd.DataFrame) -> str:
         elif (changed["level"] == NOT_TESTED).all():
             untold.append(f"{case} ({changed['why'].iloc[0]})")
         else:
-            exact = (changed["level"].isin((NONE, NOT_TESTED))).all()
-            tight.append(f"{case} ({'to the bit' if exact else 'to rounding'})")
+            (close if (changed["level"] == ROUNDING).any() else exact).append(str(case))
         if (differs := alone[alone["level"] == DIFFERS]).size and not len(reached):
             apart.append(f"{case} ({differs['change'].max():.2g})")
     parts = {
-        "no leak": tight,
+        "no leak, to the bit": exact,
+        "no leak, to rounding": close,
         "LEAK": leaky,
         "other numbers than alone": apart,
         "not tested": untold,

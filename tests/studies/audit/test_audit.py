@@ -18,6 +18,7 @@ from diag.studies.audit import AuditPlan, folder_of, read, run_audit
 from diag.studies.audit.folder import LAYOUTS, OWNER
 from diag.studies.audit.words import (
     ALONE,
+    BLOCKS,
     DIFFERS,
     DOCUMENT,
     FINAL,
@@ -59,14 +60,14 @@ def test_the_folder_holds_tables_and_a_manifest_that_says_it_in_sentences(
     assert manifest["verdicts"]["demo:vit-p16 · vision"] == {
         "hooks": "qkv is V in all layers 0-5; proj input is Y in all layers 0-5",
         "leaks": (
-            "no leak: batch (to the bit); "
+            "no leak, to the bit: batch; "
             "not tested: padded (images are brought to one size: nothing is padded)"
         ),
     }
     text = manifest["verdicts"]["demo:lm · text"]
     assert text["hooks"] == "c_attn is V in all layers 0-5; c_proj input is Y in all layers 0-5"
     assert "LEAK: packed (by design, the other document: " in text["leaks"]
-    assert "other numbers than alone: padded left, no positions (" in text["leaks"]
+    assert "other numbers than alone: padded left without positions (" in text["leaks"]
     found = read(folder)
     for name, table in (("hooks.csv", found.hooks), ("leaks.csv", found.leaks)):
         assert list(table.columns) == list(LAYOUTS[name].needed)
@@ -179,15 +180,15 @@ def test_a_sentence_tells_leaks_by_design_from_others_and_where_they_begin() -> 
         (PLAIN, DOCUMENT, 2, 0.25, LEAK, ""),
         (PLAIN, ALONE, 2, 0.25, DIFFERS, ""),
         (RESTART, DOCUMENT, FINAL, float("nan"), NOT_TESTED, "the model takes no position_ids"),
-        ("packed, block mask", DOCUMENT, FINAL, 0.125, LEAK, ""),
+        (BLOCKS, DOCUMENT, FINAL, 0.125, LEAK, ""),
     ]
     table = pd.DataFrame(rows, columns=["case", "changed", "layer", "change", "level", "why"])
     assert on_leaks(table) == (
-        "no leak: padded right (to rounding), padded left, no positions (to the bit); "
+        "no leak, to the bit: padded left without positions; no leak, to rounding: padded right; "
         "LEAK: packed (by design, the other document: 0.5 from layer 2 on), "
-        "packed, block mask (the other document: 0.12 in the output); "
-        "other numbers than alone: padded left, no positions (0.25); "
-        "not tested: packed, positions (the model takes no position_ids)"
+        "packed with block mask (the other document: 0.12 in the output); "
+        "other numbers than alone: padded left without positions (0.25); "
+        "not tested: packed with positions (the model takes no position_ids)"
     )
 
 

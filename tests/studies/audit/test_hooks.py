@@ -1,4 +1,4 @@
-"""What people hook in models of many kinds, small and random: whether it is what attention uses, and why not."""
+"""What people hook in small random models of many kinds: whether it is what attention uses, or why not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 from checkpoints import OPEN_CLIP_SIZES, TEXT_SIZES, save_language_model
 from torch import Tensor, nn
 
-from diag.studies.audit import AuditPlan, Audited, audit, audit_module
+from diag.studies.audit import Audited, AuditPlan, audit, audit_module
 from diag.studies.audit.words import (
     CONSTANT,
     CONVOLVED,

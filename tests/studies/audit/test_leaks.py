@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import open_clip
 import pandas as pd
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from checkpoints import OPEN_CLIP_SIZES
 from torch import Tensor, nn
 
-from diag.studies.audit import audit_module
+from diag.models.names.spec import ModelSpec
+from diag.studies.audit import AuditPlan, audit, audit_module
 from diag.studies.audit.leaks import apart
 from diag.studies.audit.words import (
     ALONE,
@@ -34,6 +37,7 @@ from diag.studies.audit.words import (
     ROUNDING,
     UNCACHED,
     UNCOUNTED,
+    UNMASKED,
 )
 
 IDS = {"input_ids": torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(1))}
@@ -203,6 +207,18 @@ def test_a_batch_that_a_model_does_not_take_is_named_not_measured() -> None:
     assert untested[RESTART] == "the model takes no position_ids"
     assert untested[BLOCKS].startswith("the model does not take it: ")
     assert leaky(leaks) == {PLAIN}
+
+
+def test_a_text_tower_without_a_mask_hides_what_follows_by_being_causal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """open_clip fills texts up with zeros, and what it returns is one embedding per text."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", OPEN_CLIP_SIZES)
+    spec = ModelSpec("tiny", "open_clip", "tiny", random_init=True)
+    monkeypatch.setattr("diag.studies.audit.measure.specs_of", lambda plan: [spec])
+    leaks = audit(AuditPlan(models=("tiny",), texts="demo")).leaks
+    assert level_of(leaks, UNMASKED, PADDING) == {0: NONE, 1: NONE, FINAL: NOT_TESTED}
+    assert level_of(leaks, IN_BATCH, OTHER_INPUT) == {0: NONE, 1: NONE, FINAL: NONE}
 
 
 def test_images_of_a_batch_are_told_apart() -> None:

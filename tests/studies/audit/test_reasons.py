@@ -123,7 +123,6 @@ def test_heads_that_were_repeated_are_told_from_heads_that_are_alike_now_and_the
 # --- outputs
 
 
-
 FACTORS = 0.5 + torch.rand(V.shape, generator=DRAW)
 GATES = torch.sigmoid(torch.randn(V.shape, generator=DRAW))
 PER_HEAD = torch.sigmoid(torch.randn(ROWS, HEADS, 1, generator=DRAW))
