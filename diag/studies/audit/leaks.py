@@ -107,6 +107,21 @@ def tail_case(one: Batch, other: Batch) -> Case:
     return Case(UNMASKED, 1, one, slice(0, kept), {PADDING: changed})
 
 
+def filled_case(batch: Batch) -> Case | None:
+    """One image whose processor fills its patches up behind it (SigLIP 2), the padding replaced by other
+    numbers; None where none are filled up."""
+    real, data = batch.real, batch.data
+    if real is None or bool(real.all()) or not isinstance(data, Mapping):
+        return None
+    kept = int(real[0].sum())
+    name = next((n for n, x in data.items() if x.is_floating_point() and x.shape[:2] == real.shape), None)
+    if name is None or not bool(real[0, :kept].all()):
+        return None
+    changed = data[name].clone()
+    changed[:, kept:] = changed[:, :1] + 1
+    return Case("padded", 1, batch, slice(0, kept), {PADDING: replace(batch, data={**data, name: changed})})
+
+
 def text_changes(model: Model, tower: Tower, windows: Windows, seq_len: int) -> Iterator[Change]:
     """Padded and packed batches of a text tower that takes a mask or positions by name (`Tower.also`)."""
     first = first_position(model.module)
@@ -229,8 +244,8 @@ def changes_of(tower: Tower, case: Case) -> list[Change]:
     others = {what: seen_of(tower, batch, case.inputs) for what, batch in case.others.items()}
     alone = {} if case.alone is None else {ALONE: seen_of(tower, case.alone, 1)}
     data = case.batch.data
-    ids = data["input_ids"] if isinstance(data, Mapping) else data
-    tokens = ids.shape[1] if case.place != WHOLE else None
+    given = next(iter(data.values())) if isinstance(data, Mapping) else data  # ids, or patches
+    tokens = given.shape[1] if case.place != WHOLE else None
     found = list[Change]()
     for what, seen in {**others, **alone}.items():
         # in one layer it may be without consequence, as where padding sees nothing

@@ -27,7 +27,15 @@ from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
 from diag.studies.audit.folder import HOOKS, LEAKS, Audited, table_of
 from diag.studies.audit.hooks import Row, audit_hooks
-from diag.studies.audit.leaks import Change, batch_case, changes_of, tail_case, text_changes, untested
+from diag.studies.audit.leaks import (
+    Change,
+    batch_case,
+    changes_of,
+    filled_case,
+    tail_case,
+    text_changes,
+    untested,
+)
 from diag.studies.audit.lens import lens_rows
 from diag.studies.audit.plan import DEFAULT_LENGTH, AuditPlan
 from diag.studies.audit.words import IN_BATCH, OTHER_INPUT, PADDING
@@ -146,7 +154,10 @@ def _of_tower(
         changes = list(text_changes(model, tower, windows, length))
     else:
         changes = _batch_changes(tower, samples)
-        if tower.input_kind == "text" and len(samples) > 1:
+        filled = filled_case(batch) if tower.max_batch == 1 else None
+        if filled is not None:
+            changes += changes_of(tower, filled)
+        elif tower.input_kind == "text" and len(samples) > 1:
             changes += changes_of(tower, tail_case(*(tower.encode([sample]) for sample in samples[:2])))
         else:
             changes.append(untested("padded", PADDING, _unpadded(tower)))

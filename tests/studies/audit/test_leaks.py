@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from checkpoints import OPEN_CLIP_SIZES
+from PIL import Image
 from torch import Tensor, nn
 
 from diag.models.names.spec import ModelSpec
@@ -219,6 +221,24 @@ def test_a_text_tower_without_a_mask_hides_what_follows_by_being_causal(
     leaks = audit(AuditPlan(models=("tiny",), texts="demo")).leaks
     assert level_of(leaks, UNMASKED, PADDING) == {0: NONE, 1: NONE, FINAL: NOT_TESTED}
     assert level_of(leaks, IN_BATCH, OTHER_INPUT) == {0: NONE, 1: NONE, FINAL: NONE}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patches_that_fill_an_image_up_do_not_reach_its_own(tmp_path: Path) -> None:
+    """SigLIP 2: 16 patches of 8 pixels are the most, and a wide image has fewer."""
+    torch.manual_seed(0)
+    sizes = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    made = transformers.Siglip2VisionConfig(**sizes, intermediate_size=64, num_patches=16, patch_size=8)
+    transformers.Siglip2VisionModel(made).save_pretrained(tmp_path / "model")
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((80, 40), 90).convert("RGB").save(tmp_path / "images" / "a.png")
+    plan = AuditPlan(models=(f"hf:{tmp_path / 'model'}",), images=str(tmp_path / "images"))
+    leaks = audit(plan).leaks
+    levels = level_of(leaks, "padded", PADDING)
+    assert {levels[0], levels[1]} == {NONE}
+    assert level_of(leaks, IN_BATCH, OTHER_INPUT) == {FINAL: NOT_TESTED}
 
 
 def test_images_of_a_batch_are_told_apart() -> None:
