@@ -43,6 +43,7 @@ _HOME = {
 
 _MODULES = {
     "attend": "diag.studies.attend",
+    "audit": "diag.studies.audit",
     "collect": "diag.results.collect",
     "figures": "diag.show.figures",
     "profiles": "diag.results.profiles",

@@ -6,6 +6,7 @@ a tower "language" besides. A tower is a frozen bundle of plain callables; nothi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,6 +22,14 @@ from diag.inputs.items import Inputs
 from diag.models.hooks.depth import Place
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.seam import OnCall, attention_calls
+
+BESIDE_IDS = ("attention_mask", "position_ids", "use_cache")
+
+
+def taken_beside_ids(module: nn.Module) -> tuple[str, ...]:
+    """What a module's forward takes by name beside `input_ids`, of `BESIDE_IDS`; nothing of others."""
+    taken = inspect.signature(module.forward).parameters
+    return tuple(name for name in BESIDE_IDS if name in taken) if "input_ids" in taken else ()
 
 
 def device_of_module(module: nn.Module) -> torch.device:
@@ -76,6 +85,7 @@ class Tower:
         Raises UnreadableInput. None where there is nothing worth it.
     forward: runs the tower on a batch.
     takes: the kind of inputs that it takes, "vision" or "text", where that is not its name.
+    also: what its `forward` takes beside token ids where `data` is a dict: "attention_mask", "position_ids" …
     prefix, suffix: kinds of the tokens before and behind the patches, in order: "cls", "registers",
         "prompt" or "detection".
     joined: how many tokens stand before and behind the patches in layers of so many tokens, where others have
@@ -101,6 +111,7 @@ class Tower:
     encode: Callable[[Sequence[Sample]], Batch]
     forward: Callable[[Batch], Any]
     takes: str | None = None
+    also: tuple[str, ...] = ()
     prepare: Callable[[Any], Any] | None = None
     prefix: tuple[str, ...] = ()
     suffix: tuple[str, ...] = ()

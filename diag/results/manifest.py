@@ -18,7 +18,7 @@ from diag.results.folder import MANIFEST
 FORMAT = 1
 """Of what probe and attend write; written to the manifest. A folder of another format is not read."""
 
-PROBE, ATTEND = "probe", "attend"
+PROBE, ATTEND, AUDIT = "probe", "attend", "audit"
 """Verbs; the manifest of a probe names none."""
 
 
@@ -111,6 +111,16 @@ class _Attend(_Any):
     input: _Input | None = None
 
 
+class _Audited(_Read):
+    model: str
+    tower: str
+    resolved: str | None = None
+
+
+class _Audit(_Any):
+    models: list[_Audited] = []
+
+
 class _Changed(_Read):
     given: str
 
@@ -134,6 +144,7 @@ class _Train(_Any):
 KINDS: Mapping[str, tuple[type[_Any], str]] = {
     PROBE: (_Probe, "measure it again: attnbias probe … -o {folder} --overwrite"),
     ATTEND: (_Attend, "measure it again: attnbias attend … -o {folder} --overwrite"),
+    AUDIT: (_Audit, "audit again: attnbias audit … -o {folder} --overwrite"),
     "compare": (_Any, "compare again into another folder: attnbias compare … -o FOLDER"),
     "intervene": (_Intervene, "measure it again: attnbias intervene … -o {folder} --overwrite"),
     "readout": (_Readout, "read it again: attnbias readout … -o {folder} --overwrite"),

@@ -13,6 +13,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "probe": ("-m", "demo:vit-p16", "--images", "images", "--limit", "2"),
     "compare": ("run", "other"),
     "attend": ("-m", "demo:vit-p16", "--image", "images/b.png", "--layer", "1", "--patch", "1,1"),
+    "audit": ("-m", "demo:vit-p16", "--images", "images"),
     "intervene": (
         "-m",
         "demo:vit-p16",

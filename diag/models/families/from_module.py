@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import UserError
-from diag.models.base import Batch, Model, Sample, Tower, device_of_module
+from diag.models.base import Batch, Model, Sample, Tower, device_of_module, taken_beside_ids
 from diag.models.hooks.meaning import INPUTS, Meaning, Understood, meaning_of, refuse_random, told
 from diag.models.hooks.survey import are_ids, other_than
 from diag.models.known import known_layers, trusted
@@ -74,8 +74,9 @@ def from_module(
         Sample.holding(batch.ids[0] if len(batch.ids) == 1 else f"batch-{number:05d}", batch)
         for number, batch in enumerate(ready)
     ]
+    also = taken_beside_ids(module)
     towers = tuple(
-        _tower(one, told(found, one) if known is None else trusted(module), forward, samples, device)
+        _tower(one, told(found, one) if known is None else trusted(module), forward, samples, device, also)
         for one in found.towers
     )
     name = type(module).__name__
@@ -89,6 +90,7 @@ def _tower(
     forward: Callable[[Batch], Any],
     samples: Sequence[Sample],
     device: torch.device,
+    also: tuple[str, ...],
 ) -> Tower:
     """One tower of the module. Padding belongs to the tower whose masks hide it."""
     padded = one.alone or one.hides_padding
@@ -104,6 +106,7 @@ def _tower(
         lambda inputs, seq_len: iter(samples),
         encode,
         forward,
+        also=also,
         max_batch=1,
         places=one.places,
         skipped=one.skipped,

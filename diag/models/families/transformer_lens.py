@@ -32,18 +32,37 @@ if TYPE_CHECKING:
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads `tl:NAME` through `TransformerBridge`. Raises UserError as `diag.models.load` does."""
+    from diag.models.base import Model
+    from diag.models.families.hf.files import is_causal, load_config
+    from diag.models.families.hf.load import text_tower
+
+    bridge, tokenizer = bridge_of(spec, device=device, dtype=dtype)
+    config, module = load_config(spec), bridge.original_model
+    causal = is_causal(config)
+    # the calls carry no mask, so a window that hides keys would be read as full causal attention
+    window = getattr(config, "sliding_window", None)
+    tower = replace(
+        text_tower(module, tokenizer, _layers(bridge, spec), source=spec.name, causal=causal, window=window),
+        forward=lambda batch: bridge(batch.data, return_type="logits"),
+        also=(),
+        ending="next-token logits" if causal else "token states",
+        capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
+    )
+    facts = {"model_type": config.model_type, "commit": commit_of(spec)}
+    return Model(spec.given, spec.family, spec.resolved, module, {"text": tower}, facts=facts)
+
+
+def bridge_of(
+    spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
+) -> tuple[TransformerBridge, Any]:
+    """The bridge around a model in Hugging Face format, and its tokenizer.
+
+    Raises UserError as `load` does.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
-    from diag.models.base import Model
-    from diag.models.families.hf.files import (
-        check_weights,
-        is_causal,
-        load_config,
-        load_tokenizer,
-        reading,
-    )
+    from diag.models.families.hf.files import check_weights, load_config, load_tokenizer, reading
     from diag.models.families.hf.formats import ADAPTER, CONFIG
-    from diag.models.families.hf.load import text_tower
     from diag.models.loading import ready
 
     if spec.checkpoint is not None or spec.random_init:
@@ -58,14 +77,14 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         raise UserError(
             f"folder '{spec.name}' holds {held}, which tl: names do not read", f"-m hf:{spec.name} reads it"
         )
-    config = load_config(spec)
+    load_config(spec)
     if folder.is_dir():
         check_weights(folder)
     tokenizer = load_tokenizer(spec)
     tip = "transformer-lens loads language models in Hugging Face format; try -m hf:" + spec.name
     with reading(spec, "model.safetensors", tip=tip):
         bridge = TransformerBridge.boot_transformers(
-            spec.name,
+            str(folder.resolve()) if folder.is_dir() else spec.name,  # `neox` is one of its names for a hub's
             hf_config_overrides=dict(spec.model_args) or None,
             device=str(device),
             dtype=dtype,
@@ -73,20 +92,46 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             trust_remote_code=spec.trust_remote_code,
             revision=spec.revision,
         )
-    module = bridge.original_model
-    ready(module, spec.resolved, device=device, dtype=dtype)
+    ready(bridge.original_model, spec.resolved, device=device, dtype=dtype)
     bridge.eval()
-    causal = is_causal(config)
-    # the calls carry no mask, so a window that hides keys would be read as full causal attention
-    window = getattr(config, "sliding_window", None)
-    tower = replace(
-        text_tower(module, tokenizer, _layers(bridge, spec), source=spec.name, causal=causal, window=window),
-        forward=lambda batch: bridge(batch.data, return_type="logits"),
-        ending="next-token logits" if causal else "token states",
-        capture=lambda layers, on_call: lens_calls(bridge, layers, on_call, causal=causal),
-    )
-    facts = {"model_type": config.model_type, "commit": commit_of(spec)}
-    return Model(spec.given, spec.family, spec.resolved, module, {"text": tower}, facts=facts)
+    return bridge, tokenizer
+
+
+def folded(bridge: TransformerBridge, spec: ModelSpec) -> None:
+    """Folds norms and value biases into the weights, as HookedTransformer did where nothing else was asked.
+
+    Raises UserError where transformer-lens does not do that to such a model.
+    """
+    from diag.models.loading import quiet, theirs
+
+    with quiet(), theirs(f"transformer-lens does not fold '{spec.name}'", "its hooks are right as loaded"):
+        bridge.enable_compatibility_mode(disable_warnings=True)
+
+
+def hooks_shown(bridge: TransformerBridge, ids: Tensor) -> dict[int, dict[str, Tensor]]:
+    """`hook_v` and `hook_z` of each layer with attention, `[batch, token, head, dim]`. ids: `[batch, token]`.
+
+    Raises UserError where transformer-lens does not run the model.
+    """
+    import torch
+
+    from diag.models.loading import theirs
+
+    shown: dict[int, dict[str, Tensor]] = {}
+
+    def keep(number: int, name: str, tensor: Tensor, hook: Any) -> None:
+        shown.setdefault(number, {})[name] = tensor.detach().clone()
+
+    hooks = [
+        (f"blocks.{number}.attn.{name}", partial(keep, number, name))
+        for number, block in enumerate(bridge.blocks)
+        if hasattr(block, "attn")
+        for name in ("hook_v", "hook_z")
+    ]
+    failed = theirs("transformer-lens does not run the model", "it is a route of its own: -m hf:NAME")
+    with torch.inference_mode(), failed, bridge.hooks(fwd_hooks=hooks):
+        bridge(ids, return_type="logits")
+    return shown
 
 
 @contextmanager

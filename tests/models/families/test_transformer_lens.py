@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +137,12 @@ def test_errors(folder_of: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as error:
         load(parse(f"tl:{folder_of('vit')}"), **CPU)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_not_taken_for_a_name_of_the_library(
+    folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformer-lens knows a model of a hub as `neox`."""
+    shutil.copytree(folder_of("neox"), tmp_path / "neox")
+    monkeypatch.chdir(tmp_path)
+    assert len(load(parse("tl:./neox"), **CPU).tower("text").layers) == 2

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from diag.errors import UserError
-from diag.models.base import Model, Tower, device_of_module
+from diag.models.base import Batch, Model, Tower, device_of_module, taken_beside_ids
 from diag.models.checkpoint import checked_variants, read_checkpoint
 from diag.models.encoding import frame, text_encoder, text_facts, text_samples, token_text, vocabulary_digest
 from diag.models.families.hf import commit_of
@@ -316,12 +316,18 @@ def text_tower(
             after=after,
         ),
         encode=text_encoder(device_of_module(module)),
-        forward=lambda batch: module(input_ids=batch.data),
+        forward=partial(_run, module),
+        also=taken_beside_ids(module),
         decode=tokenizer.decode,
         token_text=token_text(tokenizer),
         language_head=head,
         facts={**text_facts(context, before, after), "tokenizer": vocabulary},
     )
+
+
+def _run(module: nn.Module, batch: Batch) -> Any:
+    """A text model on its ids alone, or on ids, mask and positions by name."""
+    return module(**batch.data) if isinstance(batch.data, Mapping) else module(input_ids=batch.data)
 
 
 def _context_of(module: nn.Module, tokenizer: Any) -> int | None:
