@@ -11,15 +11,17 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.models.names.changes import is_control, labelled
 from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, style
 
-CONTROL = "random_direction"
 COLOURS = LINE_COLOURS[:6]
-"""Black is the control's."""
+"""Black is the controls'."""
 MARKERS = "os^DvP"
+DASHES = ("--", ":", "-.")
+"""Of one control after the other."""
 SCOPES = {"one": "one layer", "first": "first to this layer", "last": "this to last layer"}
 LABELS = {
     "loss_change": "loss, after − before (nats per token)",
@@ -32,6 +34,9 @@ LABELS = {
     "embedding_norm": "norm of the embedding, ratio",
     "token_change": "1 − cos of the last tokens",
     "token_norm": "norm of the last tokens, ratio",
+    "loss_increase": "loss, after / before − 1",
+    "state_change": "relative change of the last tokens",
+    "kept_mass": "share of attention that stays",
 }
 PREDICTORS = {
     name: CATALOGUE[name].labelled
@@ -65,7 +70,7 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
         for number, (name, strength) in enumerate(names):
             alike = part["strength"].isna() if pd.isna(strength) else part["strength"] == strength
             curve = part[(part["intervention"] == name) & alike].sort_values("layer")
-            line(ax, curve, _look(name, strength, number), marks=len(curve))
+            line(ax, curve, _look(name, strength, number, names), marks=len(curve))
         rule(ax, _unchanged(effect))
         ax.set_title(letter(place) + SCOPES[scope])
         ax.set_ylabel(LABELS[effect])
@@ -129,11 +134,12 @@ def bias_against_effect(
     return figure
 
 
-def _look(intervention: str, strength: float, number: int) -> DrawnAs:
-    words = intervention.replace("_", " ")
-    label = words if pd.isna(strength) or strength == 1 else f"{words} {strength:g}"
-    if intervention == CONTROL:
-        return DrawnAs(label, "black", "--", "")
+def _look(intervention: str, strength: float, number: int, names: Sequence[tuple[str, float]]) -> DrawnAs:
+    label = labelled(intervention, strength)
+    if is_control(intervention):
+        before = sum(is_control(name) for name, _ in names[:number])
+        return DrawnAs(label, "black", DASHES[before % len(DASHES)], "")
+    number -= sum(is_control(name) for name, _ in names[:number])
     return DrawnAs(label, COLOURS[number % len(COLOURS)], "-", MARKERS[number % len(MARKERS)])
 
 
@@ -151,4 +157,4 @@ def _said(row: pd.Series) -> str:
 
 
 def _unchanged(effect: str) -> float:
-    return 1.0 if effect in ("same_class", "embedding_norm", "token_norm") else 0.0
+    return 1.0 if effect in ("same_class", "embedding_norm", "token_norm", "kept_mass") else 0.0

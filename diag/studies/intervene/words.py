@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
+from diag.models.names.changes import CONTROLS, is_control, labelled
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
 from diag.show.terminal import WIDTH, aligned, filled
@@ -18,7 +18,6 @@ from diag.studies.intervene.sweep import SCOPES
 FIRST_EFFECTS = ("loss_change", "top1_change", "class_divergence", "embedding_change", "token_change")
 """The effect that is shown first is the first of these that was measured."""
 
-CONTROL = "random_direction"
 PREDICTORS = {"cos_y_vself": "bias", "excess": "excess over partner"}
 SIDE_BY_SIDE = 3
 """Interventions that fit beside each other in a terminal."""
@@ -50,8 +49,7 @@ def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
     """A row per layer, the interventions side by side as many as fit, the control last."""
     keys = ["intervention", "strength"]
     parts = {_label(name): part for name, part in rows.groupby(keys, sort=False, dropna=False)}
-    parts = dict(sorted(parts.items(), key=lambda item: item[0].startswith(CONTROL.replace("_", " "))))
-    names = list(parts)
+    names = _side_by_side({name: part["intervention"].iloc[0] for name, part in parts.items()})
     layers = sorted(rows["layer"].unique())
     for start in range(0, len(names), SIDE_BY_SIDE):
         cells = {"layer": [str(layer) for layer in layers]}
@@ -63,10 +61,24 @@ def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
             yield ""
 
 
+def _side_by_side(names: Mapping[str, str]) -> list[str]:
+    """Interventions by their labels, each control behind the last one that it is for; a random direction, of
+    all projections, is the last.
+    """
+    given, last = list(names), {CONTROLS.get(name): place for place, name in enumerate(names.values())}
+
+    def place(label: str) -> tuple[bool, int, bool]:
+        name = names[label]
+        number = last.get(name, given.index(label)) if is_control(name) else given.index(label)
+        return name == "random_direction", number, is_control(name)
+
+    return sorted(given, key=place)
+
+
 def _predicted(relations: pd.DataFrame) -> Iterator[str]:
     """Whether the bias, and its excess, predict the effect, layer by layer and head by head."""
     for level, part in relations.groupby("level", sort=False):
-        shown = part[(part["intervention"] != CONTROL) & part["predictor"].isin(list(PREDICTORS))]
+        shown = part[~part["intervention"].map(is_control) & part["predictor"].isin(list(PREDICTORS))]
         if shown.empty:
             continue
         places = int(shown["places"].max())
@@ -93,9 +105,7 @@ def _predicted(relations: pd.DataFrame) -> Iterator[str]:
 
 def _label(name: Any) -> str:
     intervention, strength = name
-    number = float(strength)
-    words = str(intervention).replace("_", " ")
-    return words if math.isnan(number) or number == 1 else f"{words} {number:g}"
+    return labelled(str(intervention), float(strength))
 
 
 def _cell(row: pd.Series) -> str:
