@@ -41,6 +41,7 @@ from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
 from diag.run.run_folder import alone_at_work
 from diag.run.shards import tower_samples
+from diag.studies.intervene.costs import costs
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
 from diag.studies.intervene.tables import LAYOUTS, relations, sensitivity
@@ -50,7 +51,7 @@ OWNER = Owner(
     "intervene",
     result=(
         *(PLAN, MANIFEST, SAMPLES, *LAYOUTS),
-        *pictures("sensitivity-*", "relation-*"),
+        *pictures("sensitivity-*", "relation-*", "costs"),
     ),
 )
 
@@ -238,12 +239,15 @@ def draw(
     table: pd.DataFrame, relation: pd.DataFrame, layers: pd.DataFrame, folder: Path, *, title: str
 ) -> list[Path]:
     """Layer sensitivity, and what the untouched model measures against it, as PDF, PNG and CSV."""
-    from diag.show.figures.sensitivity import bias_against_effect, layer_sensitivity
+    from diag.show.figures.sensitivity import bias_against_effect, layer_costs, layer_sensitivity
     from diag.show.figures.write import save
 
     effect = main_effect(table)
     paths = []
     with writing(folder):
+        ranked = costs(table)
+        if len(ranked) > 1:
+            paths += save(layer_costs(ranked, title=title), ranked, folder, "costs")
         figure = layer_sensitivity(table, title=title, effects=[effect])
         paths += save(figure, table[table["effect"] == effect], folder, file_stem("sensitivity", effect))
         if relation.empty:

@@ -12,6 +12,7 @@ from diag.models.names.changes import CONTROLS, is_control, labelled
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
 from diag.show.terminal import WIDTH, aligned, filled
+from diag.studies.intervene.costs import costs, ranking, wrapped
 from diag.studies.intervene.effect import EFFECTS
 from diag.studies.intervene.sweep import SCOPES
 
@@ -19,6 +20,12 @@ FIRST_EFFECTS = ("loss_change", "top1_change", "class_divergence", "embedding_ch
 """The effect that is shown first is the first of these that was measured."""
 
 PREDICTORS = {"cos_y_vself": "bias", "excess": "excess over partner"}
+STUDY = "state_change"
+OF_SINKS = [name for name in CONTROLS if name.startswith("sink_")]
+OF_SINKS += dict.fromkeys(CONTROLS[name] for name in OF_SINKS)
+PROJECTIONS = [name for name, control in CONTROLS.items() if control == "random_direction"]
+"""Their control stands beside them in the table; more words would be the same."""
+
 SIDE_BY_SIDE = 3
 """Interventions that fit beside each other in a terminal."""
 
@@ -29,8 +36,17 @@ def main_effect(table: pd.DataFrame) -> str:
     return next(name for name in FIRST_EFFECTS if name in there)
 
 
-def table(sensitivity: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
-    """The sweep on at most 80 columns: a row per layer, a column per intervention, and what predicts it."""
+def table(
+    sensitivity: pd.DataFrame,
+    relations: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    *,
+    within: float | None = None,
+) -> str:
+    """The sweep on at most 80 columns: a row per layer, a column per intervention, and what predicts it.
+
+    within: at which cost in per cent a layer can be spared; layers are ranked where it is given.
+    """
     effect = main_effect(sensitivity)
     rows = sensitivity[(sensitivity["effect"] == effect) & (sensitivity["head"] < 0)]
     model = manifest["model"]
@@ -42,7 +58,43 @@ def table(sensitivity: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[
         part = rows[rows["scope"] == scope]
         if not part.empty:
             lines += ["", said, *_by_layer(part)]
+    lines += _of_sinks(sensitivity)
+    lines += [line for said in _beside_controls(sensitivity, effect) for line in wrapped(said)]
+    if within is not None:
+        lines += ["", ranking(costs(sensitivity), within)]
     return "\n".join([*lines, "", *_predicted(relations[relations["effect"] == effect])])
+
+
+def _of_sinks(sensitivity: pd.DataFrame) -> Iterator[str]:
+    """What edits of sinks do to the final tokens, beside their controls: the measure of 2606.08105."""
+    rows = sensitivity[(sensitivity["effect"] == STUDY) & (sensitivity["head"] < 0)]
+    rows = rows[(rows["scope"] == "one") & rows["intervention"].isin(OF_SINKS)]
+    if not rows["intervention"].str.startswith("sink_").any():
+        return
+    yield ""
+    yield from textwrap.wrap(f"{STUDY}: {EFFECTS[STUDY].definition}", WIDTH)
+    yield from _by_layer(rows)
+
+
+def _beside_controls(sensitivity: pd.DataFrame, effect: str) -> Iterator[str]:
+    """A sentence for each intervention: what it costs in the mean over layers, and what its control costs;
+    and how much of the attention it leaves where it was.
+    """
+    rows = sensitivity[(sensitivity["scope"] == "one") & (sensitivity["head"] < 0)]
+    keys = ["intervention", "strength", "effect"]
+    means = rows.groupby(keys, dropna=False)["mean"].mean()
+    for name, strength in rows[["intervention", "strength"]].drop_duplicates().itertuples(index=False):
+        control = CONTROLS.get(name)
+        if (name, strength, effect) not in means or is_control(name) or name in PROJECTIONS:
+            continue
+        said, kept = [], (name, strength, "kept_mass")
+        if control is not None and (control, strength, effect) in means:
+            cost, other = (fixed(means[one, strength, effect], 4, sign=True) for one in (name, control))
+            said.append(f"{cost} in the mean over layers, its control {labelled(control, strength)} {other}")
+        if kept in means and not pd.isna(means[kept]):
+            said.append(f"{100 * means[kept]:.0f} % of the attention stays where it was")
+        if said:
+            yield f"{labelled(name, strength)}: {'; '.join(said)}."
 
 
 def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
@@ -69,8 +121,7 @@ def _side_by_side(names: Mapping[str, str]) -> list[str]:
 
     def place(label: str) -> tuple[bool, int, bool]:
         name = names[label]
-        number = last.get(name, given.index(label)) if is_control(name) else given.index(label)
-        return name == "random_direction", number, is_control(name)
+        return name == "random_direction", last.get(name, given.index(label)), name in last
 
     return sorted(given, key=place)
 
