@@ -110,9 +110,9 @@ def _dominant(call: AttentionCall, strength: Strength, beside: Beside, name: str
     queries = beside.queries(call)
     place, other = dominant_keys(call, queries, beside.seed)
     weight = _column(call, place)
-    least = strength.to(weight.device, weight.dtype)[:, None]
-    enough = over_queries((weight.detach() >= least).to(weight.dtype), queries) >= EVENT_QUERIES
-    chosen = enough & queries.any(-1, keepdim=True)
+    least = strength.to(weight.device, weight.dtype)  # [head]
+    enough = over_queries((weight.detach() >= least[..., None]).to(weight.dtype), queries) >= EVENT_QUERIES
+    chosen = (enough | (least == 0)) & queries.any(-1, keepdim=True)
     return Dominant(place, other, weight, chosen, over_queries(weight.detach(), queries))
 
 

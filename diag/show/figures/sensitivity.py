@@ -17,6 +17,7 @@ from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, style
+from diag.show.figures.tables import span
 
 COLOURS = LINE_COLOURS[:6]
 """Black is the controls'."""
@@ -128,7 +129,9 @@ def layer_costs(costs: pd.DataFrame, *, title: str) -> Figure:
         ax.set_title(letter(number, len(parts)) + labelled(name, strength))
         ax.set_xlabel("layer, cheapest first")
         ax.set_ylabel(COST_LABELS[part["measure"].iloc[0]])
-        ax.legend()
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.2 * (high - low))  # room for the legend
+        ax.legend(loc="upper left", ncols=2)
     return figure
 
 
@@ -145,8 +148,7 @@ def costs_of_models(costs: pd.DataFrame) -> Figure:
         len(parts),
         row_height=2.3,
         title=f"{len(models)} models, one layer changed at a time",
-        caption=f"n = {int(costs['n'].min())} to {int(costs['n'].max())} inputs · bands: 95 % bootstrap over "
-        "inputs · dotted: the control",
+        caption=f"n = {span(costs['n'])} inputs · bands: 95 % bootstrap over inputs · dotted: the control",
         extra=0.35,
     )
     for number, (part, ax) in enumerate(zip(parts, axes, strict=True)):

@@ -19,17 +19,21 @@ from diag.show.terminal import WIDTH, aligned
 
 @dataclass(frozen=True)
 class Cost:
-    """How a cost follows from an effect: `start + sign · effect`, a share; said: of what it is a share."""
+    """How a cost follows from an effect: `start + sign · effect`, a share.
+
+    said: of what it is a share. counted: whether each input either has it or not.
+    """
 
     start: float
     sign: float
     said: str
+    counted: bool = False
 
 
 COSTS = {
     "loss_increase": Cost(0, 1, "of the loss"),
-    "top1_change": Cost(0, -1, "of top-1 accuracy"),
-    "same_class": Cost(1, -1, "of the inputs' classes"),
+    "top1_change": Cost(0, -1, "of top-1 accuracy", counted=True),
+    "same_class": Cost(1, -1, "of the inputs' classes", counted=True),
     "embedding_change": Cost(0, 1, "of the embedding's cosine"),
     "state_change": Cost(0, 1, "of the final tokens' size"),
 }
@@ -64,6 +68,8 @@ def costs(sensitivity: pd.DataFrame) -> pd.DataFrame:
     ends = ["ci_low", "ci_high"] if how.sign > 0 else ["ci_high", "ci_low"]
     for name, column in zip(("cost", "cost_low", "cost_high"), ("mean", *ends), strict=True):
         rows[name] = how.start + how.sign * rows[column]
+    if how.counted:  # none of n inputs is no proof of none: the rule of three
+        rows["cost_high"] = rows["cost_high"].fillna(rows["cost"]).clip(lower=3 / rows["n"])
     parts = []
     for (name, strength), part in rows.groupby(["intervention", "strength"], sort=False, dropna=False):
         if is_control(str(name)):
@@ -129,7 +135,7 @@ def spared(found: pd.DataFrame, within: float) -> Iterator[str]:
             beside += " in the mean" if several else ""
         layers = spans(int(layer) for layer in cheap["layer"])
         yield f"Layer{'s' if several else ''} {layers} can be {done} {at}{end}{beside}."
-    yield "That is the upper end of the interval. Costs of single layers do not add up."
+    yield "A layer counts by the upper end of its interval. Costs of single layers do not add up."
 
 
 def beside_each_other(found: pd.DataFrame) -> list[str]:
