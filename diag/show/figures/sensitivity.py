@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.metrics.catalogue import CATALOGUE, Dashes, DrawnAs
 from diag.models.names.changes import is_control, labelled
 from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
@@ -22,7 +21,7 @@ from diag.show.figures.tables import span
 COLOURS = LINE_COLOURS[:6]
 """Black is the controls'."""
 MARKERS = "os^DvP"
-DASHES = ("--", ":", "-.")
+DASHES: tuple[Dashes, ...] = ("--", ":", "-.")
 """Of one control after the other."""
 SCOPES = {"one": "one layer", "first": "first to this layer", "last": "this to last layer"}
 LABELS = {
@@ -129,8 +128,8 @@ def layer_costs(costs: pd.DataFrame, *, title: str) -> Figure:
         ax.set_title(letter(number, len(parts)) + labelled(name, strength))
         ax.set_xlabel("layer, cheapest first")
         ax.set_ylabel(COST_LABELS[part["measure"].iloc[0]])
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high + 0.2 * (high - low))  # room for the legend
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the legend
         ax.legend(loc="upper left", ncols=2)
     return figure
 
@@ -154,8 +153,9 @@ def costs_of_models(costs: pd.DataFrame) -> Figure:
     for number, (part, ax) in enumerate(zip(parts, axes, strict=True)):
         for model, curve in part.sort_values("layer").groupby("model", sort=False):
             place = models.index(model)
-            look = DrawnAs(str(model), COLOURS[place % len(COLOURS)], "-", MARKERS[place % len(MARKERS)])
-            for prefix, one in (("", look), ("control_", replace(look, label="_", dashes=":", marker=""))):
+            colour = COLOURS[place % len(COLOURS)]
+            look = DrawnAs(str(model), colour, "-", MARKERS[place % len(MARKERS)])
+            for prefix, one in (("", look), ("control_", DrawnAs("_", colour, ":", ""))):
                 ends = [f"{prefix or 'cost_'}{end}" for end in ("low", "high")]
                 shares = curve[["layer", f"{prefix}cost", *ends]].set_axis(
                     ["layer", "mean", "ci_low", "ci_high"], axis=1

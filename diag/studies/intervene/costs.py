@@ -71,14 +71,14 @@ def costs(sensitivity: pd.DataFrame) -> pd.DataFrame:
     if how.counted:  # none of n inputs is no proof of none: the rule of three
         rows["cost_high"] = rows["cost_high"].fillna(rows["cost"]).clip(lower=3 / rows["n"])
     parts = []
-    for (name, strength), part in rows.groupby(["intervention", "strength"], sort=False, dropna=False):
-        if is_control(str(name)):
+    for name, strength, part in _each(rows):
+        if is_control(name):
             continue
-        control = CONTROLS.get(str(name))
+        control = CONTROLS.get(name)
         beside = rows[(rows["intervention"] == control) & (rows["strength"] == strength)].set_index("layer")
         part = part.sort_values(["cost", "layer"], ignore_index=True)
-        control = control if len(beside) else None
-        part = part.assign(rank=part.index + 1, control=control, measure=measure)
+        part = part.assign(rank=part.index + 1, control=control if len(beside) else None)
+        part = part.assign(measure=measure)
         for column in ("cost", "low", "high"):
             of = beside["cost" if column == "cost" else f"cost_{column}"]
             part[f"control_{column}"] = part["layer"].map(of).astype(float)
@@ -92,15 +92,15 @@ def ranking(found: pd.DataFrame, within: float) -> str:
         return "No layer was changed alone: which can be spared is not known (--scope one)."
     said = COSTS[found["measure"].iloc[0]].said
     lines = [f"what one layer costs, % {said} [95 % CI over inputs], cheapest first"]
-    for (name, strength), part in found.groupby(["intervention", "strength"], sort=False, dropna=False):
+    for name, strength, part in _each(found):
         cells = {
             "rank": [str(rank) for rank in part["rank"]],
             "layer": [str(layer) for layer in part["layer"]],
-            labelled(str(name), float(strength)): [*_percents(part, "cost", "cost_low", "cost_high")],
+            labelled(name, strength): [*_percents(part, "cost", "cost_low", "cost_high")],
         }
         control = part["control"].iloc[0]
         if isinstance(control, str):
-            cells[labelled(control, float(strength))] = [
+            cells[labelled(control, strength)] = [
                 *_percents(part, "control_cost", "control_low", "control_high")
             ]
         lines += ["", *aligned(cells)]
@@ -111,17 +111,18 @@ def spared(found: pd.DataFrame, within: float) -> Iterator[str]:
     """A sentence for each intervention: which layers it costs less than `within` per cent, and what their
     control costs.
     """
-    for (name, strength), part in found.groupby(["intervention", "strength"], sort=False, dropna=False):
+    for name, strength, part in _each(found):
         said = COSTS[part["measure"].iloc[0]].said
-        done = DONE.get(str(name), f"changed by {labelled(str(name), float(strength))}").format(strength)
+        done = DONE.get(name, f"changed by {labelled(name, strength)}").format(strength)
         most = part["cost_high"].fillna(part["cost"])
         cheap = part[most < within / 100]
         at = f"at under {within:g} % {said}"
         if cheap.empty:
             best = part.iloc[0]
+            up_to = "" if pd.isna(best["cost_high"]) else f", up to {fixed(100 * best['cost_high'], 2)} %"
             yield (
-                f"No layer can be {done} {at}; the cheapest is layer {best['layer']}, "
-                f"{fixed(100 * best['cost'], 2)} %."
+                f"No layer can be {done} {at}; the cheapest is layer {best['layer']}: "
+                f"{fixed(100 * best['cost'], 2)} %{up_to}."
             )
             continue
         several = len(cheap) > 1
@@ -131,7 +132,7 @@ def spared(found: pd.DataFrame, within: float) -> Iterator[str]:
         if isinstance(control, str):
             mean = 100 * cheap["control_cost"].mean()
             words = "their" if several else "its"
-            beside = f"; {words} control, {labelled(control, float(strength))}, costs {fixed(mean, 2)} %"
+            beside = f"; {words} control, {labelled(control, strength)}, costs {fixed(mean, 2)} %"
             beside += " in the mean" if several else ""
         layers = spans(int(layer) for layer in cheap["layer"])
         yield f"Layer{'s' if several else ''} {layers} can be {done} {at}{end}{beside}."
@@ -141,14 +142,13 @@ def spared(found: pd.DataFrame, within: float) -> Iterator[str]:
 def beside_each_other(found: pd.DataFrame) -> list[str]:
     """Several models: a line for each model and intervention, from the costs with a column `model`."""
     cells: dict[str, list[str]] = {}
-    for (model, name, strength), part in found.groupby(
-        ["model", "intervention", "strength"], sort=False, dropna=False
-    ):
+    of_models = ((model, *case) for model, rows in found.groupby("model", sort=False) for case in _each(rows))
+    for model, name, strength, part in of_models:
         ends = part.sort_values("cost").iloc[[0, -1]]
         control = part["control_cost"].mean()
         row = {
             "model": str(model),
-            "intervention": labelled(str(name), float(strength)),
+            "intervention": labelled(name, strength),
             "mean %": fixed(100 * part["cost"].mean(), 2),
             "control %": "–" if pd.isna(control) else fixed(100 * control, 2),
             "least (layer)": f"{fixed(100 * ends['cost'].iloc[0], 2)} ({ends['layer'].iloc[0]})",
@@ -163,6 +163,13 @@ def beside_each_other(found: pd.DataFrame) -> list[str]:
         f"what one layer costs, % {' or '.join(measures)}: over the layers of each model",
         *aligned(cells),
     ]
+
+
+def _each(rows: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
+    """The rows of each intervention with its strength."""
+    for case, part in rows.groupby(["intervention", "strength"], sort=False, dropna=False):
+        name, strength = case
+        yield str(name), float(str(strength)), part
 
 
 def _percents(part: pd.DataFrame, mean: str, low: str, high: str) -> Iterator[str]:

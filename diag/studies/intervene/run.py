@@ -45,7 +45,7 @@ from diag.studies.intervene.costs import costs
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
 from diag.studies.intervene.tables import LAYOUTS, relations, sensitivity
-from diag.studies.intervene.words import main_effect
+from diag.studies.intervene.words import OF_SINKS, STUDY, main_effect
 
 OWNER = Owner(
     "intervene",
@@ -248,8 +248,10 @@ def draw(
         ranked = costs(table)
         if len(ranked) > 1:
             paths += save(layer_costs(ranked, title=title), ranked, folder, "costs")
-        figure = layer_sensitivity(table, title=title, effects=[effect])
-        paths += save(figure, table[table["effect"] == effect], folder, file_stem("sensitivity", effect))
+        of_sinks = bool(table["intervention"].isin(OF_SINKS).any())
+        for shown in dict.fromkeys([effect, STUDY] if of_sinks else [effect]):
+            figure = layer_sensitivity(table, title=title, effects=[shown])
+            paths += save(figure, table[table["effect"] == shown], folder, file_stem("sensitivity", shown))
         if relation.empty:
             return paths
         for name in relation.loc[relation["effect"] == effect, "intervention"].unique():

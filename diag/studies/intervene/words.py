@@ -92,7 +92,12 @@ def _beside_controls(sensitivity: pd.DataFrame, effect: str) -> Iterator[str]:
             cost, other = (fixed(means[one, strength, effect], 4, sign=True) for one in (name, control))
             said.append(f"{cost} in the mean over layers, its control {labelled(control, strength)} {other}")
         if kept in means and not pd.isna(means[kept]):
-            said.append(f"{100 * means[kept]:.0f} % of the attention stays where it was")
+            share = means[kept]
+            said.append(
+                f"the sink holds {100 * (1 - share):.0f} % of the attention"
+                if name in OF_SINKS
+                else f"{100 * share:.0f} % of the attention stays where it was"
+            )
         if said:
             yield f"{labelled(name, strength)}: {'; '.join(said)}."
 
