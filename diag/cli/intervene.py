@@ -13,12 +13,22 @@ from typer import Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say_failures
-from diag.cli.options import Read, fields_of, output, with_options
+from diag.cli.options import Read, fields_of, models_of, output, with_options
 from diag.cli.streams import answer
 from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     from diag.studies.intervene.run import Sweep
+    from diag.studies.intervene.together import Together
+
+
+SCOPES = ("one", "first", "last")
+SPARING = ("skip", "window")
+"""What is done where it is asked which layers can be spared."""
+
+
+def _scopes(text: str | None) -> tuple[str, ...]:
+    return SCOPES if text is None else tuple(part.strip() for part in text.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +36,35 @@ class InterveneOptions:
     """What `attnbias intervene` can be told."""
 
     model: Annotated[
-        list[str],
+        list[str] | None,
         Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
-    ]
+    ] = None
+    series: options.Series = None
     interventions: Annotated[
         list[str] | None,
-        Option("--intervene", help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa]."),
+        Option(
+            "--intervene",
+            help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa; skip, window with --within].",
+        ),
         Read(lambda words: tuple(words or ("xsa",))),
     ] = None
     scopes: Annotated[
-        str,
-        Option("--scope", help="One layer at a time, from the first on, up to the last."),
-        Read(lambda text: tuple(part.strip() for part in text.split(","))),
-    ] = "one,first,last"
+        str | None,
+        Option(
+            "--scope",
+            help="One layer at a time, from the first on, up to the last "
+            "[default: one,first,last; one with --within].",
+        ),
+        Read(_scopes),
+    ] = None
     heads: Annotated[
         bool,
         Option("--heads", help="Also every head alone: layers × heads more passes."),
     ] = False
+    within: Annotated[
+        float | None,
+        Option(min=0, help="Rank layers by cost, and name those that cost less than so many per cent."),
+    ] = None
     images: options.Images = None
     texts: options.Texts = None
     labelled: Annotated[
@@ -63,7 +85,7 @@ class InterveneOptions:
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     batch_size: options.BatchSize = 8
-    seed: Annotated[int, Option(help="Seed of the bootstrap and of random directions.")] = 0
+    seed: Annotated[int, Option(help="Seed of the bootstrap and of all that interventions draw.")] = 0
     as_json: options.AsJson = False
     quiet: options.QuietFolder = False
 
@@ -76,8 +98,17 @@ def intervene(given: InterveneOptions) -> None:
     from diag.show.terminal import StderrListener
     from diag.studies.intervene.plan import IntervenePlan
     from diag.studies.intervene.run import run_intervene, sweep_folder
+    from diag.studies.intervene.together import together
 
-    models, fields = dict.fromkeys(given.model), fields_of(given, IntervenePlan)
+    models, fields = models_of(given.model, given.series), fields_of(given, IntervenePlan)
+    if not models:
+        raise UserError(
+            "name what to change with -m/--model NAME or --series NAME",
+            "for example -m demo:lm, or --series demo; attnbias intervene --help shows more",
+        )
+    if given.within is not None:
+        fields["interventions"] = tuple(given.interventions or SPARING)
+        fields["scopes"] = ("one",) if given.scopes is None else fields["scopes"]
     plans = {name: IntervenePlan.checked(models=(name,), **fields) for name in models}
     for plan in plans.values():
         specs_of(plan)  # a mistyped name ends the command before anything is measured
@@ -93,19 +124,25 @@ def intervene(given: InterveneOptions) -> None:
                 failed[name] = str(error)
                 if len(failed) == len(plans):
                     raise
+    beside = together(found, root) if len(found) > 1 else None
     with answer(root if several else found[0].folder):
-        _print(found, given, several)
+        _print(found, given, several, beside)
     for sweep in found:
         failed |= sweep.manifest["failed_inputs"]
         if not given.as_json and not given.quiet:
             say(f"folder: {sweep.folder}")
+    if beside is not None and not given.as_json and not given.quiet:
+        say(f"together: {beside.folder}")
     if failed:
         say_failures(failed)
         raise SystemExit(3)
 
 
-def _print(sweeps: Sequence[Sweep], given: InterveneOptions, several: bool) -> None:
-    """The sweeps one after the other; as JSON a document, or of several models a list of them."""
+def _print(sweeps: Sequence[Sweep], given: InterveneOptions, several: bool, beside: Together | None) -> None:
+    """The sweeps one after the other, and beside each other; as JSON a document, or of several models a list
+    of them.
+    """
+    from diag.studies.intervene.costs import beside_each_other, costs
     from diag.studies.intervene.words import table
 
     if given.as_json:
@@ -115,6 +152,7 @@ def _print(sweeps: Sequence[Sweep], given: InterveneOptions, several: bool) -> N
                 "manifest": sweep.manifest,
                 "sensitivity": records(sweep.sensitivity),
                 "relations": records(sweep.relations),
+                "costs": records(costs(sweep.sensitivity)),
             }
             for sweep in sweeps
         ]
@@ -122,7 +160,10 @@ def _print(sweeps: Sequence[Sweep], given: InterveneOptions, several: bool) -> N
     elif given.quiet:
         print(*(sweep.folder for sweep in sweeps), sep="\n")
     else:
-        print(*(table(s.sensitivity, s.relations, s.manifest) for s in sweeps), sep="\n\n")
+        told = [table(s.sensitivity, s.relations, s.manifest, within=given.within) for s in sweeps]
+        if beside is not None and (lines := beside_each_other(beside.costs)):
+            told.append("\n".join(lines))
+        print(*told, sep="\n\n")
 
 
 @app.command()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
+from diag.measure.edited_model import geometry_of
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
@@ -98,7 +98,7 @@ class BatchReadings:
         selections = selections_of(self.sampled(call, masks), masks)
         found = [readings_of(on, self.plain) for on in selections]
         if self.shape:
-            geometry = self.geometry(call)
+            geometry = geometry_of(self.tower, len(self.batch.ids), call)
             shape = shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
         if self.diverging:
@@ -134,18 +134,6 @@ class BatchReadings:
         place = len(self.sizes[call.layer])
         keys = [f"{name}/{place}/{window}" for name in self.batch.ids for window in windows]
         return replace(call, sample=sample_rows(sets, keys, self.sampling))
-
-    def geometry(self, call: AttentionCall) -> Geometry:
-        """Where the tokens of a call lie: a grid of patches in a vision tower, else one line."""
-        if self.tower.name != "vision":
-            return TEXT if call.own_keys else Geometry.unknown()  # squares are none of a line
-        if self.tower.suffix or len(self.tower.marks) > 1:  # a grid has no places for what is beside it
-            return Geometry.unknown(len(self.tower.prefix))
-        windows = call.batch // len(self.batch.ids)
-        if self.tower.windows_in_a_row(call.tokens, windows) > 1:  # prefix tokens stand between patches
-            return Geometry.unknown()
-        size = self.tower.facts.get("image_size")
-        return Geometry.of_image(call.tokens, self.tower.beside(call.tokens)[0], size, windows)
 
     def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
         """A layer's facts with the sizes of this batch: images of native resolution differ."""

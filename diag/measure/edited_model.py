@@ -11,8 +11,10 @@ from typing import Literal
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
+from diag.attention.positions import TEXT, Geometry
 from diag.errors import UserError
-from diag.models.base import Tower
+from diag.models.base import Batch, Tower
+from diag.models.hooks.beside import NOTHING, Beside, HeldOut, Noted
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import BRANCHES, GATE, INTERVENTIONS, Edit
@@ -29,26 +31,78 @@ def edited(
     blocks: Sequence[Block],
     edits: Sequence[Edit],
     real: Tensor | None = None,
+    beside: Beside = NOTHING,
 ) -> Iterator[None]:
     """Under this, the tower runs with the edits, in the order given; afterwards it is as it was.
 
-    real: False at padding, for the batches that run inside; None if there is none.
+    real: False at padding, for the batches that run inside; None if there is none. beside: what edits are
+    told of that batch (`beside_of`).
     Layers that no edit names run the library's own code, bit for bit.
     """
     on_heads = [edit for edit in edits if edit.where == "attention"]
     touched = [layer for layer in layers if any(edit.at(layer.index) for edit in on_heads)]
     with ExitStack() as stack:
         if touched:
-            stack.enter_context(tower.capture(touched, partial(heads_return, on_heads)))
+            stack.enter_context(tower.capture(touched, partial(heads_return, on_heads, beside=beside)))
         stack.enter_context(edited_modules(layers, blocks, edits, real))
         yield
 
 
-def heads_return(edits: Sequence[Edit], call: AttentionCall) -> Tensor:
-    """What the heads return after the edits that name the call's layer, one after the other."""
+def beside_of(
+    tower: Tower, batch: Batch, held_out: HeldOut | None = None, noted: Noted | None = None
+) -> Beside:
+    """What edits are told of a batch.
+
+    held_out: what other inputs gave. noted: where edits say what they did.
+    """
+    inputs = len(batch.ids)
+    return Beside(
+        ids=batch.ids,
+        geometry=lambda call: geometry_of(tower, inputs, call),
+        image=lambda call: _of_an_image(tower, batch, call),
+        real=batch.real,
+        held_out=held_out,
+        noted=noted,
+    )
+
+
+def geometry_of(tower: Tower, inputs: int, call: AttentionCall) -> Geometry:
+    """Where the tokens of a call lie: a grid of patches in a vision tower, else one line.
+
+    inputs: how many there are in the batch.
+    """
+    if tower.name != "vision":
+        return TEXT if call.own_keys else Geometry.unknown()  # squares are none of a line
+    if tower.suffix or len(tower.marks) > 1:  # a grid has no places for what is beside it
+        return Geometry.unknown(len(tower.prefix))
+    windows = call.batch // inputs
+    if tower.windows_in_a_row(call.tokens, windows) > 1:  # prefix tokens stand between patches
+        return Geometry.unknown()
+    size = tower.facts.get("image_size")
+    return Geometry.of_image(call.tokens, tower.beside(call.tokens)[0], size, windows)
+
+
+def _of_an_image(tower: Tower, batch: Batch, call: AttentionCall) -> Tensor | None:
+    """Which keys of a call are of an image, `[row or 1, key]`; None where that is not known."""
+    if not call.own_keys:
+        return None
+    if "image" in batch.sets:
+        marked = batch.sets["image"]
+        return marked if marked.shape == (call.batch, call.tokens) else None
+    if "patch" in tower.token_sets:
+        return tower.tokens_in("patch", call.tokens, call.batch // max(1, len(batch.ids)))[None]
+    return None
+
+
+def heads_return(edits: Sequence[Edit], call: AttentionCall, beside: Beside = NOTHING) -> Tensor:
+    """What the heads return after the edits that name the call's layer, one after the other.
+
+    beside: what the edits are told of the batch. An edit is of the pattern and the values that the model has,
+    and of the output that the edit before it left.
+    """
     for edit in edits:
         if edit.where == "attention" and edit.at(call.layer):
-            call = replace(call, output=edit.output(call))
+            call = replace(call, output=edit.output(call, beside))
     return call.output
 
 
@@ -67,7 +121,9 @@ def edited_modules(
                 stack.enter_context(gate_edits(gated, INTERVENTIONS[edit.name].change))
             elif edit.where in BRANCHES:
                 which: Literal["attention", "mlp"] = "mlp" if edit.where == "mlp branch" else "attention"
-                changed = {block.index: partial(_changed, edit) for block in blocks if edit.at(block.index)}
+                changed = {
+                    block.index: partial(edit.update, block.index) for block in blocks if edit.at(block.index)
+                }
                 stack.enter_context(branch_edits(blocks, changed, which, real))
         yield
 
@@ -108,7 +164,3 @@ def check_layers(edits: Sequence[Edit], layers: Sequence[Layer]) -> None:
             )
         if edit.where == GATE:
             check_gates([layer for layer in layers if edit.at(layer.index)])
-
-
-def _changed(edit: Edit, update: Tensor, real: Tensor | None) -> Tensor:
-    return INTERVENTIONS[edit.name].change(update, real, edit.strength)

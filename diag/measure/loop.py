@@ -25,12 +25,13 @@ from diag.errors import BadInputs, MeasurementError, NotFinite, UnreadableInput,
 from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
 from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
-from diag.measure.edited_model import by_own_numbers, check_layers, edited_modules, heads_return
+from diag.measure.edited_model import beside_of, by_own_numbers, check_layers, edited_modules, heads_return
 from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower
+from diag.models.hooks.beside import Beside
 from diag.models.hooks.block_parts import Block
 from diag.models.hooks.depth import Place
 from diag.models.hooks.interventions import Edit
@@ -226,11 +227,13 @@ class _BatchWork:
                 self.of_stream, of_heads, around, self.edits, self.incidents, gate is not None
             )
 
+        told = beside_of(self.tower, batch)
+
         def on_call(call: AttentionCall) -> Tensor | None:
             call = _with_real_keys(call, batch)
             if gate is not None and call.layer in measured:
                 gate.check(call, batch.ids)
-            call, changed = _edited_call(call, self.edits)
+            call, changed = _edited_call(call, self.edits, told)
             if call.layer in measured:
                 used = self.without_constant(call)
                 of_heads.add(used)
@@ -249,12 +252,14 @@ class _BatchWork:
         outputs: dict[int, list[Tensor]] = {}
 
         def on_call(call: AttentionCall) -> Tensor | None:
-            call, changed = _edited_call(call, self.edits)
+            call, changed = _edited_call(call, self.edits, told)
             outputs.setdefault(call.layer, []).append(self.without_constant(call).output)
             return call.output if changed else None
 
         twins = [Sample(sample.id, partial(_neutral, sample)) for sample in samples]
-        self.run(self.tower.encode(twins), on_call)
+        batch = self.tower.encode(twins)
+        told = beside_of(self.tower, batch)
+        self.run(batch, on_call)
         return outputs
 
     def run(
@@ -301,11 +306,11 @@ def _with_real_keys(call: AttentionCall, batch: Batch) -> AttentionCall:
     return replace(call, mask=seen.mask, visibility=seen)
 
 
-def _edited_call(call: AttentionCall, edits: Sequence[Edit]) -> tuple[AttentionCall, bool]:
+def _edited_call(call: AttentionCall, edits: Sequence[Edit], beside: Beside) -> tuple[AttentionCall, bool]:
     """The call as the model goes on with it, and whether that is another one."""
     if not any(edit.where == "attention" and edit.at(call.layer) for edit in edits):
         return call, False
-    return replace(call, output=heads_return(edits, call)), True
+    return replace(call, output=heads_return(edits, call, beside)), True
 
 
 def _neutral(sample: Sample) -> object:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
+from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.measure.device import device_of, dtype_of
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.names import metric_names
 from diag.models.family import SPREAD
-from diag.models.hooks.interventions import Edit, parse
+from diag.models.hooks.interventions import INTERVENTIONS, Edit, parse
 from diag.models.names.spec import ModelSpec
 from diag.run.plan import ProbePlan, inputs_of, specs_of
 
@@ -43,9 +44,21 @@ class Measurement:
             metrics,
             list(dict.fromkeys(part for name in metrics for part in RATIOS.get(name, (name,)))),
             {name: parts for name, parts in RATIOS.items() if name in metrics},
-            [parse(text) for text in plan.intervene],
+            _edits_of(plan),
             RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed),
         )
+
+
+def _edits_of(plan: ProbePlan) -> list[Edit]:
+    """What is done to attention while it is probed. Raises UserError for what takes other inputs first."""
+    edits = [parse(text, plan.seed) for text in plan.intervene]
+    for edit in edits:
+        if INTERVENTIONS[edit.name].of_others:
+            raise UserError(
+                f"--intervene {edit.text}: '{edit.name}' takes what held-out inputs gave: a probe has none",
+                f"attnbias intervene -m MODEL --intervene {edit.text}",
+            )
+    return edits
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
-from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.metrics.catalogue import CATALOGUE, Dashes, DrawnAs
+from diag.models.names.changes import is_control, labelled
 from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, style
+from diag.show.figures.tables import span
 
-CONTROL = "random_direction"
 COLOURS = LINE_COLOURS[:6]
-"""Black is the control's."""
+"""Black is the controls'."""
 MARKERS = "os^DvP"
+DASHES: tuple[Dashes, ...] = ("--", ":", "-.")
+"""Of one control after the other."""
 SCOPES = {"one": "one layer", "first": "first to this layer", "last": "this to last layer"}
 LABELS = {
     "loss_change": "loss, after − before (nats per token)",
@@ -32,6 +35,16 @@ LABELS = {
     "embedding_norm": "norm of the embedding, ratio",
     "token_change": "1 − cos of the last tokens",
     "token_norm": "norm of the last tokens, ratio",
+    "loss_increase": "loss, after / before − 1",
+    "state_change": "relative change of the last tokens",
+    "kept_mass": "share of attention that stays",
+}
+COST_LABELS = {
+    "loss_increase": "cost (% of the loss)",
+    "top1_change": "cost (% of top-1 accuracy)",
+    "same_class": "cost (% in another class)",
+    "embedding_change": "cost (% of the cosine)",
+    "state_change": "cost (% of the tokens' size)",
 }
 PREDICTORS = {
     name: CATALOGUE[name].labelled
@@ -65,7 +78,7 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
         for number, (name, strength) in enumerate(names):
             alike = part["strength"].isna() if pd.isna(strength) else part["strength"] == strength
             curve = part[(part["intervention"] == name) & alike].sort_values("layer")
-            line(ax, curve, _look(name, strength, number), marks=len(curve))
+            line(ax, curve, _look(name, strength, number, names), marks=len(curve))
         rule(ax, _unchanged(effect))
         ax.set_title(letter(place) + SCOPES[scope])
         ax.set_ylabel(LABELS[effect])
@@ -73,6 +86,92 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    return figure
+
+
+@style()
+def layer_costs(costs: pd.DataFrame, *, title: str) -> Figure:
+    """What each layer costs, from the cheapest on, a panel per intervention, the control at the same layers.
+
+    costs: the ranked rows of one sweep (`rank`, `layer`, `cost` …), shares; drawn in per cent.
+    """
+    parts = [part for _, part in costs.groupby(["intervention", "strength"], sort=False, dropna=False)]
+    figure, axes = page(
+        len(parts),
+        row_height=2.3,
+        title=title,
+        caption=f"one layer changed · n = {int(costs['n'].max())} inputs · bars: 95 % bootstrap over inputs",
+        extra=0.35,
+    )
+    for number, (part, ax) in enumerate(zip(parts, axes, strict=True)):
+        name, strength = part["intervention"].iloc[0], part["strength"].iloc[0]
+        control = part["control"].iloc[0]
+        drawn = [("cost", "cost_low", "cost_high", labelled(name, strength), OKABE_ITO["blue"], "o", -0.1)]
+        if isinstance(control, str):
+            ends = ("control_cost", "control_low", "control_high")
+            drawn.append((*ends, labelled(control, strength), "black", "x", 0.1))
+        for mean, low, high, label, colour, marker, aside in drawn:
+            rows = part[[mean, low, high]].mul(100)
+            reach = [(rows[mean] - rows[low]).fillna(0), (rows[high] - rows[mean]).fillna(0)]
+            ax.errorbar(
+                part["rank"] + aside,
+                rows[mean],
+                yerr=[length.clip(lower=0) for length in reach],
+                fmt=marker,
+                color=colour,
+                markersize=3.5,
+                elinewidth=0.7,
+                label=label,
+            )
+        ax.set_xticks(part["rank"], [str(layer) for layer in part["layer"]])
+        rule(ax)
+        ax.set_title(letter(number, len(parts)) + labelled(name, strength))
+        ax.set_xlabel("layer, cheapest first")
+        ax.set_ylabel(COST_LABELS[part["measure"].iloc[0]])
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the legend
+        ax.legend(loc="upper left", ncols=2)
+    return figure
+
+
+@style()
+def costs_of_models(costs: pd.DataFrame) -> Figure:
+    """What each layer costs over depth, a panel per intervention, a line per model, its control dotted.
+
+    costs: the ranked rows of several sweeps with a column `model`; shares; drawn in per cent.
+    """
+    places = ["intervention", "strength", "measure"]
+    parts = [part for _, part in costs.groupby(places, sort=False, dropna=False)]
+    models = list(dict.fromkeys(costs["model"]))
+    figure, axes = page(
+        len(parts),
+        row_height=2.3,
+        title=f"{len(models)} models, one layer changed at a time",
+        caption=f"n = {span(costs['n'])} inputs · bands: 95 % bootstrap over inputs · dotted: the control",
+        extra=0.35,
+    )
+    for number, (part, ax) in enumerate(zip(parts, axes, strict=True)):
+        for model, curve in part.sort_values("layer").groupby("model", sort=False):
+            place = models.index(model)
+            colour = COLOURS[place % len(COLOURS)]
+            look = DrawnAs(str(model), colour, "-", MARKERS[place % len(MARKERS)])
+            for prefix, one in (("", look), ("control_", DrawnAs("_", colour, ":", ""))):
+                ends = [f"{prefix or 'cost_'}{end}" for end in ("low", "high")]
+                shares = curve[["layer", f"{prefix}cost", *ends]].set_axis(
+                    ["layer", "mean", "ci_low", "ci_high"], axis=1
+                )
+                shares[["mean", "ci_low", "ci_high"]] *= 100
+                line(ax, shares, one, marks=len(shares))
+        rule(ax)
+        first = part.iloc[0]
+        ax.set_title(letter(number, len(parts)) + labelled(first["intervention"], first["strength"]))
+        ax.set_xlabel("layer")
+        ax.set_ylabel(COST_LABELS[first["measure"]])
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    drawn = {
+        text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=min(len(drawn), 3))
     return figure
 
 
@@ -129,11 +228,12 @@ def bias_against_effect(
     return figure
 
 
-def _look(intervention: str, strength: float, number: int) -> DrawnAs:
-    words = intervention.replace("_", " ")
-    label = words if pd.isna(strength) or strength == 1 else f"{words} {strength:g}"
-    if intervention == CONTROL:
-        return DrawnAs(label, "black", "--", "")
+def _look(intervention: str, strength: float, number: int, names: Sequence[tuple[str, float]]) -> DrawnAs:
+    label = labelled(intervention, strength)
+    if is_control(intervention):
+        before = sum(is_control(name) for name, _ in names[:number])
+        return DrawnAs(label, "black", DASHES[before % len(DASHES)], "")
+    number -= sum(is_control(name) for name, _ in names[:number])
     return DrawnAs(label, COLOURS[number % len(COLOURS)], "-", MARKERS[number % len(MARKERS)])
 
 
@@ -151,4 +251,4 @@ def _said(row: pd.Series) -> str:
 
 
 def _unchanged(effect: str) -> float:
-    return 1.0 if effect in ("same_class", "embedding_norm", "token_norm") else 0.0
+    return 1.0 if effect in ("same_class", "embedding_norm", "token_norm", "kept_mass") else 0.0

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -25,6 +25,9 @@ class PassOutcome:
     class_logits: `[batch, class]` of a classifier, or similarities to class names (zero-shot).
     embedding: `[batch, dim]`, pooled. states: `[batch, token, dim]`, tokens after the last block.
     labels: `[batch]`, the true class, -1 where it is not known.
+    counted: `[batch, token]`, those of `states` that are patches, or all that are real where there are none;
+        without the keys that an edit took for sinks.
+    kept: `[batch]`, the share of attention weight that an edit left where it was; 1 of the untouched model.
     """
 
     next_logits: Tensor | None = None
@@ -34,6 +37,8 @@ class PassOutcome:
     embedding: Tensor | None = None
     states: Tensor | None = None
     labels: Tensor | None = None
+    counted: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def next_token_loss(
@@ -85,6 +90,19 @@ def norm_ratio(
     return ratio.flatten(1).mean(1) if ratio.ndim > 1 else ratio
 
 
+def relative_change(
+    before: Float[Tensor, "batch *token dim"],
+    after: Float[Tensor, "batch *token dim"],
+    counted: Bool[Tensor, "batch some_token"],
+) -> Float[Tensor, " batch"]:
+    """√(mean ‖after − before‖²) / √(mean ‖before‖²) over the tokens that count; NaN where none does, or
+    where they are 0.
+    """
+    first, second = (x.double().reshape(*counted.shape, -1) for x in (before, after))
+    squares = [x.square().sum(-1).masked_fill(~counted, 0.0).sum(-1) for x in (second - first, first)]
+    return torch.where(squares[1] > 0, (squares[0] / squares[1]).sqrt(), torch.nan)
+
+
 @dataclass(frozen=True)
 class Effect:
     """One line of the table.
@@ -106,6 +124,18 @@ def _loss_change_per_byte(logits: Tensor, ids: Tensor, size: Tensor, changed: Te
     return _loss_change(logits, ids, changed, ids) * (ids.shape[1] - 1) / size.double()
 
 
+def _loss_increase(logits: Tensor, ids: Tensor, changed: Tensor, _: Tensor) -> Tensor:
+    return next_token_loss(changed, ids) / next_token_loss(logits, ids) - 1
+
+
+def _state_change(before: Tensor, _: Tensor, after: Tensor, counted: Tensor) -> Tensor:
+    return relative_change(before, after, counted)
+
+
+def _kept(_: Tensor, after: Tensor) -> Tensor:
+    return after.double()
+
+
 def _top_change(k: int, logits: Tensor, labels: Tensor, changed: Tensor, _: Tensor) -> Tensor:
     return in_top(changed, labels, k) - in_top(logits, labels, k)
 
@@ -119,6 +149,7 @@ EFFECTS: dict[str, Effect] = {
         ("next_logits", "ids", "bytes"),
         _loss_change_per_byte,
     ),
+    "loss_increase": Effect("next-token loss after / before − 1", ("next_logits", "ids"), _loss_increase),
     "top1_change": Effect(
         "share of inputs whose most likely class is the true one, after − before",
         ("class_logits", "labels"),
@@ -148,6 +179,15 @@ EFFECTS: dict[str, Effect] = {
         "norm of each token after the last block over the untouched one, averaged over tokens",
         ("states",),
         norm_ratio,
+    ),
+    "state_change": Effect(
+        "root mean square change of the patches (or tokens) after the last block over their root mean "
+        "square, sinks that were edited left out",
+        ("states", "counted"),
+        _state_change,
+    ),
+    "kept_mass": Effect(
+        "share of the changed heads' attention weight that stays where it was", ("kept",), _kept
     ),
 }
 

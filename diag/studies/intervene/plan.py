@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from diag.errors import one_of
 from diag.models.hooks.interventions import Edit, parse
+from diag.models.names.changes import CONTROLS
 from diag.run.plan import ProbePlan
 from diag.studies.intervene.sweep import SCOPES
 
@@ -48,12 +49,12 @@ class IntervenePlan(ProbePlan):
         return (*self.intervene, *self.interventions)
 
     def edits(self) -> list[Edit]:
-        """The interventions, each with its matched control behind it where it is a projection."""
-        found = [parse(text) for text in self.interventions]
+        """The interventions, and behind them the matched control of each that has one."""
+        found = [parse(text, self.seed) for text in self.interventions]
         controls = [
-            replace(edit, name="random_direction", text=f"random_direction={edit.strength}")
+            replace(edit, name=CONTROLS[edit.name], text=f"{CONTROLS[edit.name]}={edit.strength}")
             for edit in found
-            if edit.name in ("xsa", "gated_xsa") and isinstance(edit.strength, float)
+            if edit.name in CONTROLS and isinstance(edit.strength, float)
         ]
         unique = {(edit.name, str(edit.strength)): edit for edit in [*found, *controls]}
         return list(unique.values())

@@ -18,10 +18,14 @@ from diag.inputs.tables import read_table
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import by_own_numbers, check_layers
+from diag.measure.held_out import HELD_OUT, held_out, held_out_samples
 from diag.measure.loop import pick_layers
 from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
+from diag.models.hooks.beside import HeldOut
+from diag.models.hooks.interventions import INTERVENTIONS
+from diag.models.names.changes import is_control
 from diag.results.caveats import columns_of, with_caveats
 from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
 from diag.results.hashes import edited, hashes
@@ -37,16 +41,17 @@ from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
 from diag.run.run_folder import alone_at_work
 from diag.run.shards import tower_samples
+from diag.studies.intervene.costs import costs
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
 from diag.studies.intervene.tables import LAYOUTS, relations, sensitivity
-from diag.studies.intervene.words import CONTROL, main_effect
+from diag.studies.intervene.words import OF_SINKS, STUDY, main_effect
 
 OWNER = Owner(
     "intervene",
     result=(
         *(PLAN, MANIFEST, SAMPLES, *LAYOUTS),
-        *pictures("sensitivity-*", "relation-*"),
+        *pictures("sensitivity-*", "relation-*", "costs"),
     ),
 )
 
@@ -131,15 +136,22 @@ def _carry_out(
     if tower.language_head is not None and any(edit.where == "mlp branch" for edit in edits):
         listener.say("cb averages over later tokens as well: the changed loss has seen what it predicts")
     listener.start(f"{spec.given} changed", len(samples))
-    incidents = Incidents()
+    incidents, size = Incidents(), BatchSize.of(plan.batch_size, model.module)
+    others: HeldOut | None = None
+    if taking := [edit for edit in edits if INTERVENTIONS[edit.name].of_others]:
+        more = tower_samples(tower, given[kind], limit=plan.limit + HELD_OUT, seq_len=plan.seq_len)
+        taken = [layer for layer in layers if any(edit.at(layer.index) for edit in taking)]
+        chosen = held_out_samples(more)
+        others = held_out(tower, chosen, taken, seed=plan.seed, batch_size=size)
     rows = sweep(
         model,
         tower,
         samples,
         todo,
-        batch_size=BatchSize.of(plan.batch_size, model.module),
+        batch_size=size,
         labels=truth,
         classify=classify,
+        held_out=others,
         incidents=incidents,
         advance=listener.advance,
     )
@@ -149,10 +161,11 @@ def _carry_out(
         for number in range(len(samples)):
             files.check(number)
     table = sensitivity(rows, seed=plan.seed)
+    predicted = rows[rows["effect"] != "kept_mass"]  # which is no cost
     relation = pd.concat(
         [
-            relations(rows[rows["head"] < 0], layer_samples(before), seed=plan.seed),
-            relations(rows[rows["head"] >= 0], before, seed=plan.seed),
+            relations(predicted[predicted["head"] < 0], layer_samples(before), seed=plan.seed),
+            relations(predicted[predicted["head"] >= 0], before, seed=plan.seed),
         ],
         ignore_index=True,
     ).reindex(columns=list(LAYOUTS["relations.csv"].needed))  # it has them also where it has no rows
@@ -174,6 +187,7 @@ def _carry_out(
             "ends_in": tower.ending,
             "probe": probed.name,
             "inputs": inputs,
+            **_told(others, samples),
             "tables": hashes(folder, (SAMPLES, *LAYOUTS)),
             "failed_inputs": incidents.failed,
             "seconds": round(time.time() - started, 3),
@@ -181,6 +195,14 @@ def _carry_out(
         },
         folder / MANIFEST,
     )
+
+
+def _told(others: HeldOut | None, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a manifest says of held-out inputs: which they are, and how many of them are measured as well."""
+    if others is None:
+        return {}
+    again = len({sample.id for sample in samples} & set(others.ids))
+    return {"held_out": {"ids": list(others.ids), "measured_as_well": again}}
 
 
 def _truth(
@@ -217,18 +239,23 @@ def draw(
     table: pd.DataFrame, relation: pd.DataFrame, layers: pd.DataFrame, folder: Path, *, title: str
 ) -> list[Path]:
     """Layer sensitivity, and what the untouched model measures against it, as PDF, PNG and CSV."""
-    from diag.show.figures.sensitivity import bias_against_effect, layer_sensitivity
+    from diag.show.figures.sensitivity import bias_against_effect, layer_costs, layer_sensitivity
     from diag.show.figures.write import save
 
     effect = main_effect(table)
     paths = []
     with writing(folder):
-        figure = layer_sensitivity(table, title=title, effects=[effect])
-        paths += save(figure, table[table["effect"] == effect], folder, file_stem("sensitivity", effect))
+        ranked = costs(table)
+        if len(ranked) > 1:
+            paths += save(layer_costs(ranked, title=title), ranked, folder, "costs")
+        of_sinks = bool(table["intervention"].isin(OF_SINKS).any())
+        for shown in dict.fromkeys([effect, STUDY] if of_sinks else [effect]):
+            figure = layer_sensitivity(table, title=title, effects=[shown])
+            paths += save(figure, table[table["effect"] == shown], folder, file_stem("sensitivity", shown))
         if relation.empty:
             return paths
         for name in relation.loc[relation["effect"] == effect, "intervention"].unique():
-            if name == CONTROL:
+            if is_control(name):
                 continue
             figure = bias_against_effect(
                 table, relation, layers, title=title, effect=effect, intervention=name

@@ -7,6 +7,7 @@ Effects are paired: each input is run both ways. A case is one intervention with
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
-from diag.measure.edited_model import edited
+from diag.measure.edited_model import beside_of, edited
 from diag.measure.loop import pick_layers, run_batches, told_if_the_model_fails
 from diag.measure.reconstruction import refuse_non_finite
 from diag.models.base import Batch, Model, Sample, Tower
+from diag.models.hooks.beside import HeldOut, Noted
 from diag.models.hooks.block_parts import Block, find_blocks
 from diag.models.hooks.interventions import Edit
 from diag.models.hooks.layers import Layer
@@ -81,19 +83,21 @@ def sweep(
     batch_size: int | BatchSize = 8,
     labels: Mapping[str, int] | None = None,
     classify: Callable[[Tensor], Tensor] | None = None,
+    held_out: HeldOut | None = None,
     incidents: Incidents | None = None,
     advance: Callable[[int], object] = lambda inputs: None,
 ) -> pd.DataFrame:
     """Runs every input untouched and under every case: one row per case, effect and input.
 
     labels: the true class by input id, where it is known. classify: embeddings → class logits (zero-shot).
+    held_out: what other inputs gave, where an edit takes it.
     batch_size, incidents: as in `diag.measure.loop.run_batches`.
     Columns: intervention, strength, scope, layer, head (-1: all), effect, input, input_index, value.
     Raises UserError where a single input does not fit into memory.
     """
     layers = pick_layers(tower.layers, None)
     head = None if tower.language_head is None else tower.language_head()
-    runner = _Runner(tower, layers, find_blocks(model.module, layers), head, classify)
+    runner = _Runner(tower, layers, find_blocks(model.module, layers), head, classify, held_out)
 
     def changed(chunk: Sequence[Sample], batch: Batch, first_input: int) -> list[pd.DataFrame]:
         truth = torch.tensor([(labels or {}).get(sample.id, -1) for sample in chunk])
@@ -134,17 +138,19 @@ class _Runner:
     blocks: Sequence[Block]
     head: nn.Module | None
     classify: Callable[[Tensor], Tensor] | None
+    held_out: HeldOut | None
 
     def outcome(self, batch: Batch, edits: Sequence[Edit], labels: Tensor) -> PassOutcome:
         """What one forward pass with the edits ends in."""
-        tower, states = self.tower, []
+        tower, states, noted = self.tower, [], Noted()
+        beside = beside_of(tower, batch, self.held_out, noted)
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             states.append(output[0] if isinstance(output, tuple) else output)
 
         handle = self.blocks[-1].module.register_forward_hook(keep)
         try:
-            changed = edited(tower, self.layers, self.blocks, edits, batch.real)
+            changed = edited(tower, self.layers, self.blocks, edits, batch.real, beside)
             with torch.inference_mode(), told_if_the_model_fails(tower, batch), changed:
                 result = tower.forward(batch)
                 ended = result if isinstance(result, Tensor) else None
@@ -167,7 +173,35 @@ class _Runner:
             embedding=embedding,
             states=states[-1],
             labels=labels.to(states[-1].device) if (labels >= 0).any() else None,
+            counted=_counted(tower, batch, states[-1], noted.sinks),
+            kept=_kept(len(batch.ids), noted.kept) if edits else states[-1].new_ones(len(batch.ids)),
         )
+
+
+def _counted(tower: Tower, batch: Batch, states: Tensor, sinks: Sequence[Tensor]) -> Tensor | None:
+    """Which states are of patches, or of real tokens where there are none, and are no edited sinks.
+
+    `[input, token]`; None where rows are no inputs. Sinks of windows, and of keys that are others than the
+    last block's tokens, are nowhere among them.
+    """
+    inputs, tokens = len(batch.ids), math.prod(states.shape[1:-1])
+    if len(states) != inputs:
+        return None
+    counted = torch.ones(inputs, tokens, dtype=torch.bool, device=states.device)
+    if "patch" in tower.token_sets:
+        counted &= tower.tokens_in("patch", tokens).to(states.device)
+    if batch.real is not None and batch.real.shape == counted.shape:
+        counted &= batch.real.to(states.device)
+    for found in sinks:
+        if found.shape == counted.shape:
+            counted &= ~found
+    return counted
+
+
+def _kept(inputs: int, kept: Sequence[Tensor]) -> Tensor | None:
+    """The mean over calls, layers and windows of what each row kept; None where no edit says."""
+    each = [x.double().unflatten(0, (inputs, -1)).mean(1) for x in kept]
+    return torch.stack(each).mean(0) if each else None
 
 
 def predicted_bytes(decode: Callable[[Sequence[int]], str], ids: Tensor) -> Tensor:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
+from diag.models.names.changes import CONTROLS, is_control, labelled
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
 from diag.show.terminal import WIDTH, aligned, filled
+from diag.studies.intervene.costs import costs, ranking, wrapped
 from diag.studies.intervene.effect import EFFECTS
 from diag.studies.intervene.sweep import SCOPES
 
 FIRST_EFFECTS = ("loss_change", "top1_change", "class_divergence", "embedding_change", "token_change")
 """The effect that is shown first is the first of these that was measured."""
 
-CONTROL = "random_direction"
 PREDICTORS = {"cos_y_vself": "bias", "excess": "excess over partner"}
+STUDY = "state_change"
+OF_SINKS = [name for name in CONTROLS if name.startswith("sink_")]
+OF_SINKS += dict.fromkeys(CONTROLS[name] for name in OF_SINKS)
+PROJECTIONS = [name for name, control in CONTROLS.items() if control == "random_direction"]
+"""Their control stands beside them in the table; more words would be the same."""
+
 SIDE_BY_SIDE = 3
 """Interventions that fit beside each other in a terminal."""
 
@@ -30,8 +36,17 @@ def main_effect(table: pd.DataFrame) -> str:
     return next(name for name in FIRST_EFFECTS if name in there)
 
 
-def table(sensitivity: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
-    """The sweep on at most 80 columns: a row per layer, a column per intervention, and what predicts it."""
+def table(
+    sensitivity: pd.DataFrame,
+    relations: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    *,
+    within: float | None = None,
+) -> str:
+    """The sweep on at most 80 columns: a row per layer, a column per intervention, and what predicts it.
+
+    within: at which cost in per cent a layer can be spared; layers are ranked where it is given.
+    """
     effect = main_effect(sensitivity)
     rows = sensitivity[(sensitivity["effect"] == effect) & (sensitivity["head"] < 0)]
     model = manifest["model"]
@@ -43,15 +58,55 @@ def table(sensitivity: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[
         part = rows[rows["scope"] == scope]
         if not part.empty:
             lines += ["", said, *_by_layer(part)]
+    lines += _of_sinks(sensitivity)
+    lines += [line for said in _beside_controls(sensitivity, effect) for line in wrapped(said)]
+    if within is not None:
+        lines += ["", ranking(costs(sensitivity), within)]
     return "\n".join([*lines, "", *_predicted(relations[relations["effect"] == effect])])
+
+
+def _of_sinks(sensitivity: pd.DataFrame) -> Iterator[str]:
+    """What edits of sinks do to the final tokens, beside their controls: the measure of 2606.08105."""
+    rows = sensitivity[(sensitivity["effect"] == STUDY) & (sensitivity["head"] < 0)]
+    rows = rows[(rows["scope"] == "one") & rows["intervention"].isin(OF_SINKS)]
+    if not rows["intervention"].str.startswith("sink_").any():
+        return
+    yield ""
+    yield from textwrap.wrap(f"{STUDY}: {EFFECTS[STUDY].definition}", WIDTH)
+    yield from _by_layer(rows)
+
+
+def _beside_controls(sensitivity: pd.DataFrame, effect: str) -> Iterator[str]:
+    """A sentence for each intervention: what it costs in the mean over layers, and what its control costs;
+    and how much of the attention it leaves where it was.
+    """
+    rows = sensitivity[(sensitivity["scope"] == "one") & (sensitivity["head"] < 0)]
+    keys = ["intervention", "strength", "effect"]
+    means = rows.groupby(keys, dropna=False)["mean"].mean()
+    for name, strength in rows[["intervention", "strength"]].drop_duplicates().itertuples(index=False):
+        control = CONTROLS.get(name)
+        if (name, strength, effect) not in means or is_control(name) or name in PROJECTIONS:
+            continue
+        said, kept = [], (name, strength, "kept_mass")
+        if control is not None and (control, strength, effect) in means:
+            cost, other = (fixed(means[one, strength, effect], 4, sign=True) for one in (name, control))
+            said.append(f"{cost} in the mean over layers, its control {labelled(control, strength)} {other}")
+        if kept in means and not pd.isna(means[kept]):
+            share = means[kept]
+            said.append(
+                f"the sink holds {100 * (1 - share):.0f} % of the attention"
+                if name in OF_SINKS
+                else f"{100 * share:.0f} % of the attention stays where it was"
+            )
+        if said:
+            yield f"{labelled(name, strength)}: {'; '.join(said)}."
 
 
 def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
     """A row per layer, the interventions side by side as many as fit, the control last."""
     keys = ["intervention", "strength"]
     parts = {_label(name): part for name, part in rows.groupby(keys, sort=False, dropna=False)}
-    parts = dict(sorted(parts.items(), key=lambda item: item[0].startswith(CONTROL.replace("_", " "))))
-    names = list(parts)
+    names = _side_by_side({name: part["intervention"].iloc[0] for name, part in parts.items()})
     layers = sorted(rows["layer"].unique())
     for start in range(0, len(names), SIDE_BY_SIDE):
         cells = {"layer": [str(layer) for layer in layers]}
@@ -63,10 +118,23 @@ def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
             yield ""
 
 
+def _side_by_side(names: Mapping[str, str]) -> list[str]:
+    """Interventions by their labels, each control behind the last one that it is for; a random direction, of
+    all projections, is the last.
+    """
+    given, last = list(names), {CONTROLS.get(name): place for place, name in enumerate(names.values())}
+
+    def place(label: str) -> tuple[bool, int, bool]:
+        name = names[label]
+        return name == "random_direction", last.get(name, given.index(label)), name in last
+
+    return sorted(given, key=place)
+
+
 def _predicted(relations: pd.DataFrame) -> Iterator[str]:
     """Whether the bias, and its excess, predict the effect, layer by layer and head by head."""
     for level, part in relations.groupby("level", sort=False):
-        shown = part[(part["intervention"] != CONTROL) & part["predictor"].isin(list(PREDICTORS))]
+        shown = part[~part["intervention"].map(is_control) & part["predictor"].isin(list(PREDICTORS))]
         if shown.empty:
             continue
         places = int(shown["places"].max())
@@ -93,9 +161,7 @@ def _predicted(relations: pd.DataFrame) -> Iterator[str]:
 
 def _label(name: Any) -> str:
     intervention, strength = name
-    number = float(strength)
-    words = str(intervention).replace("_", " ")
-    return words if math.isnan(number) or number == 1 else f"{words} {number:g}"
+    return labelled(str(intervention), float(strength))
 
 
 def _cell(row: pd.Series) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diag.attention.call import AttentionCall
 from diag.errors import MeasurementError, UserError
-from diag.models.hooks.interventions import INTERVENTIONS, parse
+from diag.models.hooks.beside import Beside, HeldOut, HeldOutLayer
+from diag.models.hooks.interventions import INTERVENTIONS, SHARE, WHOLE, parse
 
 ON_ATTENTION = [name for name, entry in INTERVENTIONS.items() if entry.where == "attention"]
 every_case = pytest.mark.parametrize("case", CASES)
@@ -24,7 +25,19 @@ def values(call: AttentionCall) -> np.ndarray:
 
 
 def output(text: str, call: AttentionCall) -> Tensor:
-    return parse(text).output(call)
+    return parse(text).output(call, beside(call))
+
+
+def beside(call: AttentionCall, **more: object) -> Beside:
+    """What edits are told: every second key is an image's, and what three other inputs gave."""
+    image = torch.arange(call.keys) % 2 == 0
+    drawn = torch.randn(
+        3, 3, call.heads, call.value.shape[-1], generator=torch.Generator().manual_seed(3)
+    ).double()
+    others = HeldOut(("x", "y", "z"), {call.layer: HeldOutLayer(*drawn.unbind(0))})
+    ids = tuple(f"own {number}" for number in range(call.batch))
+    told = Beside(ids=ids, image=lambda call: image[None], held_out=others)
+    return replace(told, **more)  # type: ignore[arg-type]
 
 
 def outside(call: AttentionCall) -> np.ndarray:
@@ -197,13 +210,16 @@ def test_gradients_flow(name: str, causal: bool) -> None:
         torch.randn(1, heads, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, 2, 2)
     )
-    text = name if INTERVENTIONS[name].strength is None else f"{name}=0.3"
+    strength = {WHOLE: "=2", SHARE: "=0.1" if "sink" in name else "=0.3"}.get(
+        str(INTERVENTIONS[name].allowed), "=0.3"
+    )
+    text = name if INTERVENTIONS[name].strength is None else name + strength
 
     def changed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         y = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=causal, enable_gqa=True
         )
-        return parse(text).output(AttentionCall(0, "a", query, key, value, y, None, causal, 0.5))
+        return output(text, AttentionCall(0, "a", query, key, value, y, None, causal, 0.5))
 
     assert torch.autograd.gradcheck(changed, (query, key, value))
 
@@ -302,6 +318,11 @@ def test_spelling(text: str, layers: set[int] | None, heads: set[int] | None, st
         ("xsa=0.5", "'xsa' takes no strength", "write xsa"),
         ("xsa:5-2", "does not understand '5-2'", "for example xsa:0,5-11"),
         ("gated_xsa=much", "'much' is neither a number nor a file", "for example gated_xsa=0.5"),
+        ("window=0", "0 is not a whole number above 0", "for example window=64"),
+        ("top_keys=2.5", "2.5 is not a whole number above 0", "for example top_keys=64"),
+        ("redistribute=1.5", "1.5 is not a number from 0 to 1", "for example redistribute=0.5"),
+        ("sink_zero=nan", "nan is not a number from 0 to 1", "for example sink_zero=0.5"),
+        ("zero=0.5", "'zero' takes no strength", "write zero"),
         ("skip:1/2", "'skip' changes a whole branch, not heads", "give layers only"),
     ],
 )

@@ -16,9 +16,10 @@ from diag.studies.intervene.effect import (
     in_top,
     next_token_loss,
     norm_ratio,
+    relative_change,
 )
 
-UNCHANGED = dict.fromkeys(("same_class", "embedding_norm", "token_norm"), 1.0)
+UNCHANGED = dict.fromkeys(("same_class", "embedding_norm", "token_norm", "kept_mass"), 1.0)
 """What an effect is where nothing changed; 0 for the others."""
 
 
@@ -36,6 +37,8 @@ def whole(seed: int) -> PassOutcome:
         embedding=drawn(3, 8),
         states=drawn(3, 6, 8),
         labels=torch.tensor([2, 6, -1]),
+        counted=torch.ones(3, 6, dtype=torch.bool),
+        kept=torch.ones(3) / seed,
     )
 
 
@@ -79,6 +82,27 @@ def test_direction_and_norm() -> None:
     assert math.isnan(norm_ratio(torch.zeros(1, 2), x[:1]).item())
     # tokens are averaged
     assert direction_change(x[None], torch.stack([x[0], -x[1]])[None]).item() == pytest.approx(1)
+
+
+def test_the_relative_change_is_of_the_tokens_that_count() -> None:
+    before = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]])
+    after = torch.tensor([[[3.0, 1.0], [2.0, 4.0], [0.0, 0.0]]])
+    counted = torch.tensor([[True, True, False]])
+    assert relative_change(before, after, counted).item() == pytest.approx(math.sqrt((1 + 4) / (9 + 16)))
+    assert relative_change(before, 2 * before, ~counted).item() == pytest.approx(1)
+    assert math.isnan(relative_change(before, after, torch.zeros_like(counted)).item())
+    picture = before.view(1, 3, 1, 2)  # blocks may keep rows and columns apart
+    assert relative_change(picture, after.view(1, 3, 1, 2), counted).item() == pytest.approx(math.sqrt(0.2))
+
+
+def test_the_loss_in_shares_is_the_same_loss() -> None:
+    before, after = whole(1), whole(2)
+    found = effects(before, after)
+    assert before.next_logits is not None
+    assert before.ids is not None
+    loss = next_token_loss(before.next_logits, before.ids)
+    torch.testing.assert_close(found["loss_increase"], found["loss_change"] / loss)
+    assert found["kept_mass"].tolist() == [0.5] * 3
 
 
 def test_where_nothing_changed() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from commands import Ended
 from matplotlib.figure import Figure
 
 from diag.attention.call import AttentionCall
+from diag.attention.pattern import pattern_rows
 from diag.errors import UserError
 from diag.inputs.images import demo_images
 from diag.inputs.items import content_digest
@@ -28,6 +31,8 @@ from diag.inputs.texts import texts
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.edited_model import edited, heads_return
+from diag.measure.held_out import held_out, held_out_samples
+from diag.measure.loop import capture
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.families.demo import EMBEDDED
@@ -37,10 +42,20 @@ from diag.models.names.resolve import parse as parse_name
 from diag.results.caveats import BY_DEFAULT
 from diag.run.progress import Silent
 from diag.run.shards import tower_samples
+from diag.studies.intervene.costs import costs, spared
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.run import run_intervene
-from diag.studies.intervene.sweep import cases, predicted_bytes, sweep
+from diag.studies.intervene.sweep import Case, cases, predicted_bytes, sweep
 from diag.studies.intervene.tables import relations, sensitivity
+
+ALL = [
+    {"window": "window=4", "random_window": "random_window=4"}.get(name, name)
+    for name, entry in INTERVENTIONS.items()
+    if entry.where != GATE and not entry.of_others and "redistribute" not in name
+]
+"""Those that need no other inputs; redistribution finds no sinks in noise. Sizes change something."""
+for name in ("neighbourhood", "random_neighbourhood", "top_keys", "random_keys"):
+    ALL[ALL.index(name)] = f"{name}=2"
 
 LM = ("demo:lm", "text")
 VIT = ("demo:vit-p16", "vision")
@@ -100,7 +115,7 @@ def test_layers_before_an_edit_are_bit_identical(
 
 
 @pytest.mark.parametrize(("name", "kind"), [LM, VIT])
-@pytest.mark.parametrize("text", [name for name, entry in INTERVENTIONS.items() if entry.where != GATE])
+@pytest.mark.parametrize("text", ALL)
 def test_the_model_is_left_as_it_was(name: str, kind: str, text: str, loaded: dict[str, Model]) -> None:
     model = loaded[name]
     tower = model.tower(kind)
@@ -277,6 +292,17 @@ def test_every_projection_has_its_control_beside_it() -> None:
         ("skip", 1.0),
         ("random_direction", 1.0),
         ("random_direction", 0.3),
+        ("random_skip", 1.0),
+    ]
+    plan = IntervenePlan.checked(
+        models=("demo:lm",), interventions=("zero", "window=8:1", "sink_zero", "sink_mean=0.5"), seed=3
+    )
+    controls = plan.edits()[4:]
+    assert [(e.name, e.strength, e.layers, e.seed) for e in controls] == [
+        ("mean", 1.0, None, 3),
+        ("random_window", 8.0, {1}, 3),
+        ("random_zero", 0.0, None, 3),
+        ("random_zero", 0.5, None, 3),
     ]
 
 
@@ -306,6 +332,137 @@ def test_tables_are_those_of_the_rows() -> None:
         6,
         5,
     )
+
+
+# --- held-out inputs, sinks, and what a layer costs
+
+
+def test_held_out_inputs_give_means_and_donors(loaded: dict[str, Model]) -> None:
+    """Each mean and value against the calls of each input alone, whatever the batch."""
+    tower = loaded["demo:vit-p16"].tower("vision")
+    samples = list(islice(tower.samples(demo_images(), None), 5))
+    found = held_out(tower, samples, tower.layers[2:4], batch_size=2, seed=1)
+    assert found.ids == tuple(sample.id for sample in samples)
+    assert set(found.layers) == {2, 3}
+    for number, sample in enumerate(samples):
+        (call,) = capture(tower, tower.encode([sample]), [3])
+        layer, pattern = found.layers[3], pattern_rows(call)[0].double()
+        torch.testing.assert_close(layer.output[number], call.output[0].mean(1), atol=1e-5, rtol=1e-5)
+        sinks = pattern.sum(1).argmax(-1)
+        each = torch.arange(call.heads)
+        torch.testing.assert_close(layer.sink[number], call.value[0, each, sinks], atol=1e-5, rtol=1e-5)
+        others = (layer.ordinary[number][:, None] - call.value[0]).norm(dim=-1).argmin(-1)
+        assert (others != sinks).all()
+    whole = held_out(tower, samples, tower.layers[2:4], batch_size=5, seed=1)
+    torch.testing.assert_close(whole.layers[2].ordinary, found.layers[2].ordinary)
+    means = found.mean(found.layers[2].sink, (samples[1].id, "another"))
+    torch.testing.assert_close(means[0], found.layers[2].sink[[0, 2, 3, 4]].mean(0))
+    torch.testing.assert_close(means[1], found.layers[2].sink.mean(0))
+    donors = [found.donors((sample.id,), 0).item() for sample in samples]
+    assert all(number != donor for number, donor in enumerate(donors))
+    assert found.donors(found.ids, 0).tolist() == donors
+
+
+def test_held_out_inputs_are_those_behind_the_measured_ones() -> None:
+    samples = [Sample(str(number), lambda: None) for number in range(40)]
+    assert [sample.id for sample in held_out_samples(samples)] == [str(number) for number in range(24, 40)]
+    assert held_out_samples(samples[:5]) == samples[:5]
+    with pytest.raises(UserError, match="there is one alone") as caught:
+        held_out_samples(samples[:1])
+    assert caught.value.tip == "give two inputs or more"
+
+
+def keep(states: list[torch.Tensor], module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+    states.append(output)
+
+
+def itself(output: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    return output
+
+
+def test_the_change_of_final_patches_leaves_out_the_sink(loaded: dict[str, Model]) -> None:
+    """√(mean ‖P′−P‖²)/√(mean ‖P‖²), against a pass with the sink's value changed by hand."""
+    model = loaded["demo:vit-p16"]
+    tower = model.tower("vision")
+    samples = list(islice(tower.samples(demo_images(), None), 2))
+    todo = [Case(parse("sink_zero:4/1"), "one", 4, 1), Case(parse("random_zero:4/1"), "one", 4, 1)]
+    rows = sweep(model, tower, samples, todo, batch_size=2)
+    norm = find_blocks(model.module, tower.layers)[-1].module
+    for number, sample in enumerate(samples):
+        states, batch = list[torch.Tensor](), tower.encode([sample])
+        (call,) = capture(tower, batch, [4])
+        pattern, value = pattern_rows(call), call.value.clone()
+        sink = int(pattern[0, 1].sum(0).argmax())
+        value[0, 1, sink] = 0
+        handle = norm.register_forward_hook(partial(keep, states))
+        with torch.inference_mode():
+            tower.forward(batch)
+            with tower.capture(tower.layers[4:5], partial(itself, pattern @ value)):
+                tower.forward(batch)
+        handle.remove()
+        kept = [place for place in range(1, states[0].shape[1]) if place != sink]  # 0 is the class token
+        before, after = (x[0, kept].double() for x in states)
+        expected = ((after - before).square().sum() / before.square().sum()).sqrt().item()
+        mine = rows[(rows["input_index"] == number) & (rows["effect"] == "state_change")].set_index(
+            "intervention"
+        )
+        assert mine.loc["sink_zero", "value"] == pytest.approx(expected, rel=1e-3)
+        assert mine.loc["random_zero", "value"] != pytest.approx(expected, rel=1e-3)
+
+
+def of_costs(effect: str, values: dict[str, list[float]], n: int = 20) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"intervention": name, "strength": 8.0, "scope": "one", "layer": layer, "head": -1}
+            | {"effect": effect, "mean": x, "std": 0.0, "ci_low": x - 0.001, "ci_high": x + 0.001, "n": n}
+            for name, each in values.items()
+            for layer, x in enumerate(each)
+        ]
+    )
+
+
+def test_layers_are_ranked_by_what_they_cost() -> None:
+    table = of_costs("loss_increase", {"window": [0.03, 0.004, 0.0095], "random_window": [0.1, 0.2, 0.3]})
+    found = costs(table)
+    assert found["layer"].tolist() == [1, 2, 0]
+    assert found["rank"].tolist() == [1, 2, 3]
+    assert found["control_cost"].tolist() == [0.2, 0.3, 0.1]
+    assert found["control"].unique().tolist() == ["random_window"]
+    first, second = spared(found, 1)
+    assert first == (
+        "Layer 1 can be windowed (|i−j| < 8) at under 1 % of the loss; its control, random window 8, costs "
+        "20.00 %."
+    )
+    assert "upper end" in second
+    (several, _) = spared(found, 2)
+    assert several.startswith("Layers 1-2 can be windowed (|i−j| < 8) at under 2 % of the loss each, alone; ")
+    (none, _) = spared(found, 0.1)
+    assert none == (
+        "No layer can be windowed (|i−j| < 8) at under 0.1 % of the loss; the cheapest is layer 1: 0.40 %, "
+        "up to 0.50 %."
+    )
+
+
+def test_none_of_few_inputs_is_no_proof() -> None:
+    """Not one of 20 inputs changes its class: the true share may well be 3/20."""
+    found = costs(of_costs("same_class", {"skip": [1.0, 0.5]}))
+    assert found["cost"].tolist() == [0.0, 0.5]
+    assert found["cost_high"].tolist() == pytest.approx([0.15, 0.501])
+    assert found["control"].isna().all()
+    assert costs(of_costs("token_norm", {"skip": [1.0]})).empty
+
+
+def test_seeds_reach_what_is_drawn(loaded: dict[str, Model]) -> None:
+    tower = loaded["demo:vit-p16"].tower("vision")
+    batch, blocks = pictures(tower), find_blocks(loaded["demo:vit-p16"].module, tower.layers)
+
+    def run(text: str, seed: int) -> torch.Tensor:
+        with torch.inference_mode(), edited(tower, tower.layers, blocks, (parse(text, seed),)):
+            return tower.forward(batch)
+
+    for name in ("random_direction:2", "random_skip:2", "random_keys=3:2"):
+        assert torch.equal(run(name, 0), run(name, 0))
+        assert not torch.equal(run(name, 0), run(name, 1)), name
 
 
 def test_labels() -> None:
@@ -428,7 +585,7 @@ def test_caveats_stand_in_table_columns_titles_and_manifest(
         f"{model} · vision · n = 2 · interpolated positions · demo inputs"
     )
     assert max(map(len, done.out.splitlines())) <= 80
-    assert titles == [f"{model} · interpolated positions · demo inputs"] * 2
+    assert titles == [f"{model} · interpolated positions · demo inputs"] * 3
     for name in ("sensitivity.csv", "relations.csv", "samples.parquet"):
         file = Path("out", name)
         table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
@@ -453,11 +610,23 @@ def test_several_models_are_swept_one_after_the_other(attnbias: Callable[..., En
     )
     done = attnbias(*given, "-m", "demo:vit-p8", "-o", "out")
     assert done.code == 0, done.err
-    folders = sorted(Path("out").iterdir())
-    assert [line for line in done.lines if line.startswith("folder: ")] == [
-        f"folder: {folder}" for folder in folders
+    *folders, beside = sorted(Path("out").iterdir())
+    assert [line for line in done.lines if line.startswith(("folder: ", "together: "))] == [
+        *(f"folder: {folder}" for folder in folders),
+        f"together: {beside}",
     ]
     assert [block.split(" ")[0] for block in done.out.split("\n\ndemo:")] == ["demo:vit-p16", "vit-p8"]
+    table = pd.read_csv(beside / "sensitivity.csv")
+    alone = [pd.read_csv(folder / "sensitivity.csv") for folder in folders]
+    pd.testing.assert_frame_equal(table, pd.concat(alone, ignore_index=True))
+    assert (
+        set(table["model"])
+        == {"demo:vit-p16", "demo:vit-p8"}
+        == set(pd.read_csv(beside / "costs.csv")["model"])
+    )
+    assert {path.name for path in (beside / "figures").iterdir()} == {"costs.csv", "costs.pdf", "costs.png"}
+    assert "what one layer costs" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
     again = attnbias(*given, "-m", "demo:vit-p8", "-o", "out", "--json")
     assert {document["folder"] for document in json.loads(again.out)} == set(map(str, folders))
     partly = attnbias(*given, "-m", "demo:lm", "-o", "out", "-q")
@@ -481,6 +650,39 @@ def test_mistakes(arguments: tuple[str, ...], message: str, attnbias: Callable[.
     assert done.code == 2
     assert message in done.err
     assert len([line for line in done.lines if line.startswith(("error:", "tip:"))]) == 2
+
+
+def test_a_probe_has_no_other_inputs(attnbias: Callable[..., Ended]) -> None:
+    done = attnbias("probe", "-m", "demo:vit-p16", "--images", "demo", "--intervene", "sink_mean:2")
+    assert (done.code, done.lines) == (
+        2,
+        [
+            "error: --intervene sink_mean:2: 'sink_mean' takes what held-out inputs gave: a probe has none",
+            "tip: attnbias intervene -m MODEL --intervene sink_mean:2",
+        ],
+    )
+
+
+@pytest.mark.usefixtures("sketched")
+def test_which_layers_can_be_spared(attnbias: Callable[..., Ended]) -> None:
+    given = ("-m", "demo:lm", "--texts", "demo", "--seq-len", 24, "--limit", 3, "--layers", "0-3")
+    done = attnbias(
+        "intervene", *given, "--intervene", "zero", "--intervene", "top_keys=4", "--within", 1, "-o", "out"
+    )
+    assert done.code == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= 80
+    words = " ".join(done.out.split())
+    assert "what one layer costs, % of the loss" in words
+    assert "from this layer up to the last" not in words
+    assert re.search(r"zero: [+−-][0-9.]+ in the mean over layers, its control mean", words)
+    assert re.search(r"top keys 4: .* its control random keys 4 .*; \d+ % of the attention stays", words)
+    manifest = json.loads(Path("out", "manifest.json").read_text())
+    assert len(manifest["held_out"]["ids"]) == 16
+    assert manifest["held_out"]["measured_as_well"] == 0
+    assert Path("out", "figures", "costs.csv").exists()
+    one = attnbias("intervene", "--images", "demo")
+    assert (one.code, len(one.lines)) == (2, 2)
+    assert "name what to change with -m/--model NAME or --series NAME" in one.err
 
 
 def test_a_corrected_command_can_have_the_folder(attnbias: Callable[..., Ended]) -> None:
