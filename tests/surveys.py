@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diag.models.families.from_module import another
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, meaning_of
-from diag.models.hooks.survey import are_ids
+from diag.models.hooks.other_inputs import are_ids
 
 
 def meaning_on(

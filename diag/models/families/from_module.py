@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module
-from diag.models.hooks.meaning import INPUTS, Meaning, Understood, meaning_of, refuse_random, told
-from diag.models.hooks.survey import are_ids, other_than
+from diag.models.by_size import BySize
+from diag.models.hooks.content import INPUTS
+from diag.models.hooks.meaning import Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.other_inputs import are_ids, other_than
 from diag.models.known import known_layers, trusted
 
 TOWER = "module"
@@ -60,14 +62,23 @@ def from_module(
             forward(_on_device(Batch((), data), device))
 
     known = known_layers(module)
+    tested = _most_padded(ready)
     found = (
-        _meaning(module, run, ready, 0) if known is None else Meaning((Understood("", *known, {}),), INPUTS)
+        _meaning(module, run, tested, 0) if known is None else Meaning((Understood("", *known, {}),), INPUTS)
     )
     inputs_axis = int(found.sequence_first)
     if inputs_axis:
         ready = list(_ready((batch.data for batch in ready), limit, inputs_axis))
-        found = _meaning(module, run, ready, inputs_axis)
+        tested = _most_padded(ready)
+        found = _meaning(module, run, tested, inputs_axis)
     refuse_random(module, found, allow_random)
+    sizes = BySize(found.towers, tested, inputs_axis) if known is None else None
+
+    def look_again(group: Sequence[Sample]) -> None:
+        assert sizes is not None
+        (sample,) = group
+        sizes.keep(sample.read(), _meaning(module, run, sample.read(), inputs_axis))
+
     if apart and found.rows != INPUTS:
         ready = [one for batch in ready for one in _apart(batch, inputs_axis)]
     samples = [
@@ -75,7 +86,17 @@ def from_module(
         for number, batch in enumerate(ready)
     ]
     towers = tuple(
-        _tower(one, told(found, one) if known is None else trusted(module), forward, samples, device)
+        replace(
+            _tower(
+                one,
+                told(found, one) if known is None else trusted(module),
+                forward,
+                samples,
+                device,
+                sizes,
+            ),
+            look_again=None if sizes is None else look_again,
+        )
         for one in found.towers
     )
     name = type(module).__name__
@@ -89,6 +110,7 @@ def _tower(
     forward: Callable[[Batch], Any],
     samples: Sequence[Sample],
     device: torch.device,
+    sizes: BySize | None,
 ) -> Tower:
     """One tower of the module. Padding belongs to the tower whose masks hide it."""
     padded = one.alone or one.hides_padding
@@ -96,6 +118,7 @@ def _tower(
     def encode(group: Sequence[Sample]) -> Batch:
         (sample,) = group
         batch = _on_device(sample.read(), device)
+        batch = batch if sizes is None else sizes.sized(batch)
         return batch if padded else replace(batch, real=None)
 
     return Tower(
@@ -111,23 +134,28 @@ def _tower(
     )
 
 
-def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Batch], axis: int) -> Meaning:
-    """The tests on two inputs of the batch with most padding; where it has one, a second one is made.
+def _most_padded(ready: Sequence[Batch]) -> Batch:
+    """The batch with most padding; the first one where there are no masks."""
+    masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
+    return ready[min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)]
+
+
+def _meaning(module: nn.Module, run: Callable[[Any], object], batch: Batch, axis: int) -> Meaning:
+    """The tests on the input of a batch with most padding and one beside it; where there is none, it is made.
 
     A module that does not take two inputs, such as one that was exported, is given the whole batch.
     """
-    masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
-    place = min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)
-    one = int(masks[place].sum(1).argmin()) if masks else 0
+    mask = _mask_of(batch.data)
+    one = 0 if mask is None else int(mask.sum(1).argmin())
     try:
-        return _tested(module, run, ready[place].data, axis, one, 2)
+        return _tested(module, run, batch.data, axis, one, 2)
     except UserError:
         raise
     except Exception:  # a module's own code, on what it may not have been made for
-        count = len(ready[place].ids)
+        count = len(batch.ids)
         if count <= 2:
             raise
-        return _tested(module, run, ready[place].data, axis, one, count)
+        return _tested(module, run, batch.data, axis, one, count)
 
 
 def _tested(
