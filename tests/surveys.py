@@ -28,8 +28,12 @@ def meaning_on(
     def second(x: Any) -> Any:
         return x[1:] if isinstance(x, Tensor) and x.ndim and len(x) == 2 else x
 
+    def third(x: Any) -> Any:
+        return another(x[:1], 2) if isinstance(x, Tensor) and x.ndim and len(x) == 2 else x
+
     first = (arguments, named)
     last = ([second(x) for x in arguments], {name: second(x) for name, x in named.items()})
+    instead = ([third(x) for x in arguments], {name: third(x) for name, x in named.items()})
     other = ([replaced(x) for x in arguments], {name: replaced(x) for name, x in named.items()})
     everywhere = not any(isinstance(x, Tensor) and are_ids(x) for x in (*arguments, *named.values()))
 
@@ -43,6 +47,7 @@ def meaning_on(
             everywhere=everywhere,
             real=real,
             last=last,
+            instead=None if last is None else instead,
         )
 
     both = found(None)

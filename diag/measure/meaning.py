@@ -105,10 +105,16 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
             tower.forward(data)
 
     first, other = batch(pairs[0]), batch(pairs[1])
-    last = tower.encode([Sample.holding("test-1", second)]) if inputs == 2 else None
+    last, instead = (
+        (tower.encode([Sample.holding("test-1", each)]) for each in (second, third))
+        if inputs == 2
+        else (None, None)
+    )
     # the prompt beside an image is the same beside another one, and no padding
     everywhere = not isinstance(content, list) and not tower.marks
-    return meaning_of(model.module, run, first, other, inputs=inputs, everywhere=everywhere, last=last)
+    return meaning_of(
+        model.module, run, first, other, inputs=inputs, everywhere=everywhere, last=last, instead=instead
+    )
 
 
 def _other(content: Any, number: int) -> Any:

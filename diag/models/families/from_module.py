@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module
 from diag.models.by_size import BySize
-from diag.models.hooks.content import INPUTS
+from diag.models.hooks.content import INPUTS, OTHERWISE
+from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, Understood, meaning_of, refuse_random, told
 from diag.models.hooks.other_inputs import are_ids, other_than
 from diag.models.known import known_layers, trusted
@@ -72,6 +73,8 @@ def from_module(
         tested = _most_padded(ready)
         found = _meaning(module, run, tested, inputs_axis)
     refuse_random(module, found, allow_random)
+    if not apart and found.rows == OTHERWISE and len(tested.ids) > 1:
+        found = _without_padding(found)  # it is known of inputs that run alone
     sizes = BySize(found.towers, tested, inputs_axis) if known is None else None
 
     def look_again(group: Sequence[Sample]) -> None:
@@ -102,6 +105,13 @@ def from_module(
     name = type(module).__name__
     model = Model(name, "module", f"module:{name}", module, {tower.name: tower for tower in towers})
     return model, towers, samples
+
+
+def _without_padding(found: Meaning) -> Meaning:
+    def layers(one: Understood) -> tuple[Layer, ...]:
+        return tuple(replace(layer, form=replace(layer.form, padding=())) for layer in one.layers)
+
+    return replace(found, towers=tuple(replace(one, layers=layers(one)) for one in found.towers))
 
 
 def _tower(
@@ -164,24 +174,30 @@ def _tested(
     """The tests on some inputs of a batch, `one` in front and then those that follow it."""
     tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
-    first, other, last = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    first, other, last, instead = ({} for _ in range(4))
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
         beside = [x.narrow(axis, (one + i) % x.shape[axis], 1) for i in range(1, inputs)]
         beside = [another(chosen)] if x.shape[axis] == 1 else beside
         first[name], last[name] = torch.cat([chosen, *beside], axis), beside[-1]
         content = x.is_floating_point() or name.endswith("ids") or not of_ids
-        other[name] = torch.cat([another(chosen, 2) if content else chosen, *beside], axis)
+        instead[name] = another(chosen, 2) if content else chosen
+        other[name] = torch.cat([instead[name], *beside], axis)
     whole = isinstance(given, Mapping)
+    # ids in another order may be the same here and there
+    everywhere = all(
+        not are_ids(x) or bool((instead[name] != x.narrow(axis, one, 1)).all()) for name, x in tensors.items()
+    )
     return meaning_of(
         module,
         run,
         first if whole else first[""],
         other if whole else other[""],
         inputs=inputs,
-        everywhere=not any(map(are_ids, tensors.values())),
+        everywhere=everywhere,
         real=_mask_of(first),
         last=None if inputs != 2 else last if whole else last[""],
+        instead=None if inputs != 2 else instead if whole else instead[""],
     )
 
 

@@ -76,11 +76,18 @@ def ask(frame: Running, args: Sequence[Any], kwargs: Mapping[str, Any], run: Aga
     own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
     mine = [seen for seen in frame.made if seen.path == frame.path]
     unmoved = [seen for seen in mine if seen.asked and seen.kind is None]
-    if unmoved and len(mine) > 1 and not own:  # the element was of another of its calls, as of a stream
+    # the element was of another of its calls, as of a stream; or its query sees what fills a window alone
+    unmoved = unmoved if len(mine) > 1 and not own else []
+    unmoved += [seen for seen in mine if seen.kind == NO_QUERIES]
+    if unmoved:
         further = run(with_changed(args, kwargs, part=6)) or []
         for seen, (query, value) in zip(frame.made, further, strict=False):
             if seen in unmoved and seen.value is not None and seen.value.shape == value.shape:
-                seen.kind = _kind(seen, query, value, direct=True)
+                kind = _kind(seen, query, value, direct=True)
+                if seen.kind is None or kind is not None:
+                    seen.kind, seen.why = kind, REASONS.get(kind or "", seen.why)
+                    seen.why = None if kind in (OWN, MIXED) else seen.why
+    own = {(seen.path, seen.run) for seen in frame.made if seen.kind in (OWN, MIXED)}
     others = [seen for seen in frame.made if seen.kind is None and (seen.path, seen.run) in own]
     unequal = [
         seen
@@ -316,7 +323,7 @@ def _queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor:
 def _known_queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor | None:
     """Which queries changed, where some keys did: what a row of scores is elsewhere tells it.
 
-    None where scores are not known, or every key changed.
+    None where scores are not known, or every key changed that they see.
     """
     if seen.query is not None and again is not None:
         return _followed(seen.query, again)[-2]
@@ -328,6 +335,9 @@ def _known_queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor | N
         return None
     # where a key is hidden in one of them, as outside of the largest scores, that is no change of its query
     hidden = ~((seen.scores > HIDDEN) & (again > HIDDEN))
+    mine = keys[keys < again.shape[-2]]
+    if hidden[..., mine, :][..., others].all():  # such a query sees its own key alone, as the first of a text
+        return None
     return _followed(*(x.masked_fill(hidden, 0.0)[..., others] for x in (seen.scores, again)))[-2]
 
 

@@ -49,6 +49,20 @@ def changed_tokens(
     }
 
 
+def changed_alone(seen: Sequence[Seen], alone: Sequence[Seen], instead: Sequence[Seen]) -> dict[Seen, Tensor]:
+    """As `changed_tokens`, of one input that is run alone, and of another one in its place.
+
+    seen: the calls of several inputs, which tell where heads are; nothing where one alone makes others.
+    """
+    found = dict[Seen, Tensor]()
+    for one, *two in zip(seen, alone, instead, strict=False):
+        first, second = (one.tokens_of(each.print) for each in two)
+        if {one.path} != {each.path for each in two} or first.shape != second.shape or one.layout is None:
+            return {}
+        found[one] = one.rows(_differs((first - second).abs(), first.abs().max(), closely=True))
+    return found if len(seen) == len(alone) == len(instead) else {}
+
+
 def _differs(apart: Tensor, scale: Tensor, *, closely: bool) -> Tensor:
     """Where fingerprints are apart by more than rounding, which is told by their largest.
 
@@ -114,23 +128,49 @@ def padding_in(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Se
     Where an input has several rows, and between others, they are what stays the same, but for prefix tokens,
     which windows may each have of their own; in front of all others
     and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
-    are the same in the first one, or in several that stand side by side there. The first token of a causal
-    text is the same in all of them, and is none.
+    are the same in the first one, or in several that stand side by side there. The first tokens of a causal
+    text are the same in all of them, and are none.
 
     everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only what
     several layers have counts, in rows of windows, or in all calls over so many tokens.
     """
+    groups = dict[tuple[str, int, int, int], list[Seen]]()
+    for one in calls:
+        if one in own:
+            apart = one.number if one.adds_up else 0  # maps of a sum are over the same tokens
+            groups.setdefault((one.path, one.run, apart, own[one].shape[1]), []).append(one)
+    together = {group[0]: group for group in groups.values()}  # windows in turn are rows of one layer
+    of_group = {first: torch.cat([own[one] for one in group]) for first, group in together.items()}
+    found = {
+        one: rows
+        for first, constant in _padding_in(together, of_group, everywhere).items()
+        for one, rows in zip(
+            together[first], constant.split([len(own[one]) for one in together[first]]), strict=True
+        )
+    }
+    return {one: rows for one, rows in found.items() if rows.any()}
+
+
+def _padding_in(
+    together: Mapping[Seen, Sequence[Seen]], own: Changed, everywhere: bool
+) -> dict[Seen, Tensor]:
+    """As `padding_in`, of the first call of each group, with the rows of all."""
     found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
-    calls = [one for one in calls if one in own and own[one].any()]
+    calls = [one for one in together if own[one].any()]
     for place, one in enumerate(calls):
         rows, tokens = own[one].shape
         constant = ~own[one] & ~_others_later(one, calls[place + 1 :], own)
-        if one.keys is not None and one.keys.shape[-1] == tokens:
-            constant = constant & one.keys[:rows]  # what a mask hides needs no test
-        places = own[one][0].nonzero()[:, 0]
+        keys = [each.keys for each in together[one] if each.keys is not None]
+        if len(keys) == len(together[one]) and all(each.shape[-1] == tokens for each in keys):
+            each_rows = rows // len(keys)
+            constant = constant & torch.cat([each[:each_rows] for each in keys])  # hidden ones need no test
+        places = own[one].any(1).nonzero()[:1, 0]
+        places = own[one][places[0]].nonzero()[:, 0]
         if constant.any() and (rows > 1 or constant[0, places[0] : places[-1]].any()):
             found[one] = constant
-        elif not one.first_alone:
+        else:
+            if one.first_alone:
+                constant = constant & (torch.arange(tokens, device=constant.device) > places[-1])
             at_ends.setdefault(tokens, {})[one] = constant
     if not everywhere:
         alike = {
@@ -144,9 +184,11 @@ def padding_in(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Se
         sure = {one: x for one, x in found.items() if len(x) > 1 or (alike[one] and not one.first_alone)}
         return sure if len({(one.path, one.run) for one in sure}) > 1 else {}
     in_windows = [constant.all(0) for constant in found.values()]
+    counts = {(constant.numel(), int(constant.sum())) for constant in found.values()}  # where these shift
     for of_ends in at_ends.values():
         *_, last = of_ends.values()
         known = any(torch.equal(constant, last.all(0)) for constant in in_windows)
+        known = known or (last.numel(), int(last.sum())) in counts
         if last.any() and (known or len({(one.path, one.run) for one in of_ends}) > 1):
             found |= {one: last for one, constant in of_ends.items() if torch.equal(constant, last)}
     return found

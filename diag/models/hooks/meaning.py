@@ -24,6 +24,7 @@ from diag.models.hooks.content import (
     EVERYWHERE,
     OTHERWISE,
     Changed,
+    changed_alone,
     changed_tokens,
     joining,
     of_groups,
@@ -128,13 +129,15 @@ def meaning_of(
     everywhere: bool = True,
     real: Bool[Tensor, "input token"] | None = None,
     last: Any = None,
+    instead: Any = None,
 ) -> Meaning:
     """What the attention calls below `root` mean.
 
     run: runs the model on something. first: some inputs. other: the same, the first of them replaced by
         another of its size. inputs: how many they are. everywhere: whether the other one differs in every
         element; ids in another order may be the same here and there, and then nothing is taken for padding.
-        real: which of their tokens are no padding. last: of two inputs the second one alone.
+        real: which of their tokens are no padding. last: of two inputs the second one alone. instead:
+        another one in the place of that, alone.
     Raises UserError where no layer can be measured, saying why, and for compiled modules.
     """
     refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
@@ -142,7 +145,7 @@ def meaning_of(
     _share(seen.seen)
     calls, changed, closely = _Calls(seen), dict[Seen, Tensor](), dict[Seen, Tensor]()
     rows, random, sequence_first = EVERYWHERE, False, False
-    plain = None
+    plain, of_one = None, dict[Seen, Tensor]()
     if calls.measured and last is not None and _is_exact(root):
         alone = _passed(root, lambda: run(last), len(seen.seen))
         plain = None if alone is None else plainly_apart(seen.seen, alone.seen, calls.measured, everywhere)
@@ -165,14 +168,26 @@ def meaning_of(
             calls, changed, closely = _Calls(seen), {}, {}
         elif calls.measured:
             ahead = changed.get(calls.measured[0])
-            sequence_first = ahead is not None and bool(~ahead[:, 1:].any() & ahead[:, 0].all())
+            sequence_first = ahead is not None and _in_one_column(ahead)
     if not calls.measured:
         raise _nothing(root, seen, calls.refused)
+    if rows == OTHERWISE and not random and instead is not None:  # then inputs are measured one by one
+        passes = (
+            _passed(root, lambda: run(last), len(seen.seen)),
+            _passed(root, lambda: run(instead), len(seen.seen)),
+        )
+        of_one = {} if None in passes else changed_alone(seen.seen, *(each.seen for each in passes if each))
     own = {one: x[: len(x) // inputs] for one, x in (closely or changed).items()}
-    own = own if rows != OTHERWISE else {}
+    own = own if rows != OTHERWISE else of_one
     untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
     towers = _towers(root, calls, own, everywhere, real, inputs)
     return Meaning(towers, rows, random, sequence_first, tuple(untested))
+
+
+def _in_one_column(changed: Tensor) -> bool:
+    """Whether it is the same token of each row that is another one: one of a sequence, and no input."""
+    columns = changed.any(0).nonzero()[:, 0]
+    return changed.shape[1] > 1 and len(columns) == 1 and bool(changed[:, columns].all())
 
 
 def _passed(root: nn.Module, run: Callable[[], object], most: int) -> Survey | None:

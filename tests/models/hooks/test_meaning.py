@@ -524,6 +524,26 @@ def test_padding_that_shifts_is_padding_in_each_layer() -> None:
     assert second.form.padding[0].tolist() == [[True, False], [False, False]]
 
 
+def test_layers_that_are_not_measured_tell_of_padding_too() -> None:
+    """SepViT: one layer with constant tokens at its end may have prefix tokens there; a second one, which
+    calls attention in a way that is not understood, shows that they are none.
+    """
+
+    class FilledUp(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.inner(F.pad(x, (0, 0, 0, 1)))[:, :-1]
+
+    module = Stack(FilledUp(Attention()), FilledUp(TwoBranches())).eval()
+    (tower,) = meaning_on(module, torch.randn(2, 3, 16)).towers
+    (layer,) = tower.layers
+    assert (layer.path, tower.skipped) == ("layers.0.inner", {"layers.1.inner": SEVERAL})
+    assert layer.form.padding[0].tolist() == [[False, False, False, True]]
+
+
 @pytest.mark.parametrize("stages", [[1, 3], [0, 2]], ids=["windows first", "all tokens first"])
 def test_class_tokens_of_windows_count_where_they_stand(stages: list[int]) -> None:
     """RF-DETR: layers over all tokens see four windows side by side, each behind its class token."""
