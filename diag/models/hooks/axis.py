@@ -343,11 +343,19 @@ def _known_queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor | N
 
 def _apart(x: Tensor, again: Tensor) -> Tensor:
     """Where anything changed."""
-    apart = (x.double() - again.double()).abs()
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    apart = (x.to(exact) - again.to(exact)).abs()
     return apart > 1e-5 * apart.max()
 
 
 def _followed(x: Tensor, again: Tensor) -> list[Tensor]:
     """On each axis, where anything changed."""
-    changed, axes = _apart(x, again), range(x.ndim)
-    return [changed.any(tuple(a for a in axes if a != axis)).nonzero()[:, 0] for axis in axes]
+    changed, found = _apart(x, again), list[Tensor]()
+    for _ in range(x.ndim):
+        found.append(
+            changed.flatten(1).any(1).nonzero()[:, 0] if changed.ndim > 1 else changed.nonzero()[:, 0]
+        )
+        changed = changed[found[-1]].movedim(
+            0, -1
+        )  # where nothing changed along an axis need not be looked at
+    return found

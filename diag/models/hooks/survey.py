@@ -88,6 +88,14 @@ class Survey(AttentionMode):
         if self.again is not None or self.off:
             return
         frame = self.stack.pop()
+        with self.unseen():  # what is computed to compare two runs
+            self._left(frame, module, args, kwargs, output)
+        if self.stack:
+            self.stack[-1].made += frame.made
+            self.stack[-1].waiting += frame.waiting
+
+    def _left(self, frame: Running, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Asks what a module has called, and lets go of what no other one is to be asked of."""
         if output is not None and self.asked and any(x.is_open(frame) or x.unequal for x in frame.waiting):
             ask(frame, args, kwargs, partial(self._again, frame, module), self._print)
         if output is not None and frame.maps is not None and frame.maps.adds_up:
@@ -101,9 +109,7 @@ class Survey(AttentionMode):
         for seen in frame.waiting:
             if seen not in left:
                 seen.close()
-        if self.stack:
-            self.stack[-1].made += frame.made
-            self.stack[-1].waiting += left
+        frame.waiting = left
 
     @property
     def eager(self) -> dict[str, torch.Size]:
@@ -265,6 +271,7 @@ class Survey(AttentionMode):
             return None
         self.disturbed = disturbed
         self.again, self.most_again = [], len(frame.made)
+        before, self.off = self.off, False
         self.stack.append(Running(frame.path, frame.run))
         try:
             with suppress(_Enough):
@@ -273,5 +280,6 @@ class Survey(AttentionMode):
             return None
         finally:
             self.stack.pop()
+            self.off = before
             again, self.again, self.disturbed = self.again, None, None
         return again if len(again) == len(frame.made) else None
