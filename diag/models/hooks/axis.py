@@ -336,7 +336,9 @@ def _known_queries(seen: Seen, again: Tensor | None, keys: Tensor) -> Tensor | N
     # where a key is hidden in one of them, as outside of the largest scores, that is no change of its query
     hidden = ~((seen.scores > HIDDEN) & (again > HIDDEN))
     mine = keys[keys < again.shape[-2]]
-    if hidden[..., mine, :][..., others].all():  # such a query sees its own key alone, as the first of a text
+    if (
+        len(mine) and hidden[..., mine, :][..., others].all()
+    ):  # such a query sees its own key alone, as the first of a text
         return None
     return _followed(*(x.masked_fill(hidden, 0.0)[..., others] for x in (seen.scores, again)))[-2]
 
