@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from diag.models.families.from_module import another
+from diag.models.hooks.content import OTHERWISE
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, meaning_of
-from diag.models.hooks.survey import are_ids
+from diag.models.hooks.other_inputs import are_ids
 
 
 def meaning_on(
@@ -28,8 +29,12 @@ def meaning_on(
     def second(x: Any) -> Any:
         return x[1:] if isinstance(x, Tensor) and x.ndim and len(x) == 2 else x
 
+    def third(x: Any) -> Any:
+        return another(x[:1], 2) if isinstance(x, Tensor) and x.ndim and len(x) == 2 else x
+
     first = (arguments, named)
     last = ([second(x) for x in arguments], {name: second(x) for name, x in named.items()})
+    instead = ([third(x) for x in arguments], {name: third(x) for name, x in named.items()})
     other = ([replaced(x) for x in arguments], {name: replaced(x) for name, x in named.items()})
     everywhere = not any(isinstance(x, Tensor) and are_ids(x) for x in (*arguments, *named.values()))
 
@@ -43,11 +48,17 @@ def meaning_on(
             everywhere=everywhere,
             real=real,
             last=last,
+            instead=None if last is None else instead,
         )
 
     both = found(None)
     if inputs == 2:
-        assert summary(found(last)) == summary(both)
+        shorter = found(last)
+        if both.rows != OTHERWISE:
+            assert summary(shorter) == summary(both)
+        # where rows are laid out otherwise, tokens are told of inputs that run alone
+        assert summary(shorter)[:4] == summary(both)[:4]
+        return shorter if both.rows == OTHERWISE else both
     return both
 
 

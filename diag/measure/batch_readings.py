@@ -79,7 +79,8 @@ class BatchReadings:
         self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
         self.sizes: dict[int, list[int]] = {}
         self.padded = {
-            layer.index: [x for x in layer.form.padding if x is not None] for layer in tower.layers
+            layer.index: [x for x in layer.form.padding if x is not None]
+            for layer in batch.layers(tower.layers)
         }
 
     def add(self, call: AttentionCall) -> None:

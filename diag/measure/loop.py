@@ -38,7 +38,7 @@ from diag.models.hooks.interventions import Edit
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import nothing_of_its_own
 from diag.models.hooks.residual import stream_states
-from diag.models.hooks.seam import OnCall, Sightings
+from diag.models.hooks.seam import OnCall, OtherSize, Sightings
 from diag.models.layer_numbers import numbered
 from diag.models.loading import theirs
 from diag.results.layer_values import LayerFacts, LayerValues
@@ -73,6 +73,13 @@ def run_batches(
     first_input, non_finite = 0, dict[str, str]()
 
     def done(chunk: Sequence[Sample]) -> tuple[Result, int]:
+        batch = tower.encode(chunk)
+        try:
+            return work(chunk, batch, first_input), len(batch.ids)
+        except OtherSize:
+            if tower.look_again is None:
+                raise
+        tower.look_again(chunk)
         batch = tower.encode(chunk)
         return work(chunk, batch, first_input), len(batch.ids)
 
@@ -275,7 +282,7 @@ class _BatchWork:
             torch.inference_mode(),
             told_if_the_model_fails(self.tower, batch),
             edited_modules(self.tower.layers, self.blocks, self.edits, batch.real),
-            self.tower.capture(watched, on_call) as sightings,
+            self.tower.capture(batch.layers(watched), on_call) as sightings,
             beside or nullcontext(),
         ):
             self.tower.forward(batch)
@@ -325,7 +332,8 @@ def capture(tower: Tower, batch: Batch, layers: Sequence[int] | None = None) -> 
     weights of chosen query rows.
     """
     calls: list[AttentionCall] = []
-    watched = tower.capture(pick_layers(tower.layers, layers, tower.places), calls.append)
+    listed = batch.layers(pick_layers(tower.layers, layers, tower.places))
+    watched = tower.capture(listed, calls.append)
     with torch.inference_mode(), told_if_the_model_fails(tower, batch), watched:
         tower.forward(batch)
     return calls

@@ -19,16 +19,11 @@ from diag.errors import MeasurementError, UnreadableInput
 from diag.measure.batch_size import is_out_of_memory
 from diag.measure.loop import told_if_the_model_fails
 from diag.models.base import Batch, Model, Sample, Tower
-from diag.models.hooks.meaning import (
-    OTHERWISE,
-    Meaning,
-    Understood,
-    meaning_of,
-    refuse_random,
-    told,
-)
+from diag.models.by_size import BySize
+from diag.models.hooks.content import OTHERWISE
+from diag.models.hooks.meaning import Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.other_inputs import other_than
 from diag.models.hooks.seam import attention_calls
-from diag.models.hooks.survey import other_than
 from diag.models.known import is_known, trusted
 
 
@@ -55,8 +50,16 @@ def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_r
         found = _meaning(model, tower, content, 1)
     refuse_random(model.module, found, allow_random)
     chosen = _chosen(tower, found)
+    sizes = BySize([chosen], tower.encode([Sample.holding("test", content)]))
+
+    def look_again(samples: Sequence[Sample]) -> None:
+        again = _meaning(model, tower, samples[0].read(), 1 if tower.max_batch == 1 else 2)
+        sizes.keep(tower.encode(samples), again)
+
     return replace(
         tower,
+        encode=lambda samples: sizes.sized(tower.encode(samples)),
+        look_again=look_again,
         layers=chosen.layers,
         places=chosen.places,
         skipped={**chosen.skipped, **_of_others(model, tower, found, chosen)},
@@ -102,10 +105,16 @@ def _meaning(model: Model, tower: Tower, content: Any, inputs: int) -> Meaning:
             tower.forward(data)
 
     first, other = batch(pairs[0]), batch(pairs[1])
-    last = tower.encode([Sample.holding("test-1", second)]) if inputs == 2 else None
+    last, instead = (
+        (tower.encode([Sample.holding("test-1", each)]) for each in (second, third))
+        if inputs == 2
+        else (None, None)
+    )
     # the prompt beside an image is the same beside another one, and no padding
     everywhere = not isinstance(content, list) and not tower.marks
-    return meaning_of(model.module, run, first, other, inputs=inputs, everywhere=everywhere, last=last)
+    return meaning_of(
+        model.module, run, first, other, inputs=inputs, everywhere=everywhere, last=last, instead=instead
+    )
 
 
 def _other(content: Any, number: int) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diag.errors import UserError, one_of
 from diag.inputs.items import Inputs
 from diag.models.hooks.depth import Place
-from diag.models.hooks.layers import Layer
+from diag.models.hooks.layers import Form, Layer
 from diag.models.hooks.seam import OnCall, attention_calls
 
 BESIDE_IDS = ("attention_mask", "position_ids", "use_cache")
@@ -62,12 +62,18 @@ class Batch:
     real: False at padding; None if there is none.
     sets: which positions belong to a token set, for those that the tower does not know by position
         (`Tower.marks`); without padding.
+    forms: how layers call attention in inputs of this size, by name, where that is not as the tower has it.
     """
 
     ids: tuple[str, ...]
     data: Any
     real: Bool[Tensor, "batch token"] | None = None
     sets: Mapping[str, Bool[Tensor, "batch token"]] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+
+    def layers(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Layers as they call attention here."""
+        return [replace(layer, form=self.forms.get(layer.name, layer.form)) for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ class Tower:
     max_batch: the most samples that one forward may hold.
     frames: how many images one input is, of a tower of clips; None where it is a single one.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
+    look_again: finds how layers call attention in inputs of the size of some samples, for `encode` to say so
+        from then on. None where it cannot.
     decode: token ids -> their text; None for images.
     token_text: token id -> the text of that token alone, with the space before it; None for images.
     language_head: loads what turns the last states of a causal language model into next-token logits.
@@ -123,6 +131,7 @@ class Tower:
     max_batch: int | None = None
     frames: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
+    look_again: Callable[[Sequence[Sample]], None] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
     token_text: Callable[[int], str] | None = None
     language_head: Callable[[], nn.Module] | None = None

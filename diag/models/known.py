@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from diag.models.hooks.content import INPUTS
 from diag.models.hooks.depth import Place, stacks_of
 from diag.models.hooks.layers import Layer, attention_modules, has_closed
-from diag.models.hooks.meaning import INPUTS
 
 KNOWN = frozenset(
     {

@@ -27,8 +27,8 @@ from diag.models import known, load
 from diag.models.base import Batch, Model, Tower
 from diag.models.families import FAMILIES
 from diag.models.families.from_module import from_module
+from diag.models.hooks.content import INPUTS
 from diag.models.hooks.layout import PLAIN
-from diag.models.hooks.meaning import INPUTS
 from diag.models.hooks.seam import attention_calls
 from diag.models.names.resolve import listing, parse
 from diag.models.names.spec import ModelSpec

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module, taken_beside_ids
-from diag.models.hooks.meaning import INPUTS, Meaning, Understood, meaning_of, refuse_random, told
-from diag.models.hooks.survey import are_ids, other_than
+from diag.models.by_size import BySize
+from diag.models.hooks.content import INPUTS, OTHERWISE
+from diag.models.hooks.layers import Layer
+from diag.models.hooks.meaning import Meaning, Understood, meaning_of, refuse_random, told
+from diag.models.hooks.other_inputs import are_ids, other_than
 from diag.models.known import known_layers, trusted
 
 TOWER = "module"
@@ -60,14 +63,25 @@ def from_module(
             forward(_on_device(Batch((), data), device))
 
     known = known_layers(module)
+    tested = _most_padded(ready)
     found = (
-        _meaning(module, run, ready, 0) if known is None else Meaning((Understood("", *known, {}),), INPUTS)
+        _meaning(module, run, tested, 0) if known is None else Meaning((Understood("", *known, {}),), INPUTS)
     )
     inputs_axis = int(found.sequence_first)
     if inputs_axis:
         ready = list(_ready((batch.data for batch in ready), limit, inputs_axis))
-        found = _meaning(module, run, ready, inputs_axis)
+        tested = _most_padded(ready)
+        found = _meaning(module, run, tested, inputs_axis)
     refuse_random(module, found, allow_random)
+    if not apart and found.rows == OTHERWISE and len(tested.ids) > 1:
+        found = _without_padding(found)  # it is known of inputs that run alone
+    sizes = BySize(found.towers, tested, inputs_axis) if known is None else None
+
+    def look_again(group: Sequence[Sample]) -> None:
+        assert sizes is not None
+        (sample,) = group
+        sizes.keep(sample.read(), _meaning(module, run, sample.read(), inputs_axis))
+
     if apart and found.rows != INPUTS:
         ready = [one for batch in ready for one in _apart(batch, inputs_axis)]
     samples = [
@@ -76,12 +90,30 @@ def from_module(
     ]
     also = taken_beside_ids(module)
     towers = tuple(
-        _tower(one, told(found, one) if known is None else trusted(module), forward, samples, device, also)
+        replace(
+            _tower(
+                one,
+                told(found, one) if known is None else trusted(module),
+                forward,
+                samples,
+                device,
+                sizes,
+            ),
+            look_again=None if sizes is None else look_again,
+            also=also,
+        )
         for one in found.towers
     )
     name = type(module).__name__
     model = Model(name, "module", f"module:{name}", module, {tower.name: tower for tower in towers})
     return model, towers, samples
+
+
+def _without_padding(found: Meaning) -> Meaning:
+    def layers(one: Understood) -> tuple[Layer, ...]:
+        return tuple(replace(layer, form=replace(layer.form, padding=())) for layer in one.layers)
+
+    return replace(found, towers=tuple(replace(one, layers=layers(one)) for one in found.towers))
 
 
 def _tower(
@@ -90,7 +122,7 @@ def _tower(
     forward: Callable[[Batch], Any],
     samples: Sequence[Sample],
     device: torch.device,
-    also: tuple[str, ...],
+    sizes: BySize | None,
 ) -> Tower:
     """One tower of the module. Padding belongs to the tower whose masks hide it."""
     padded = one.alone or one.hides_padding
@@ -98,6 +130,7 @@ def _tower(
     def encode(group: Sequence[Sample]) -> Batch:
         (sample,) = group
         batch = _on_device(sample.read(), device)
+        batch = batch if sizes is None else sizes.sized(batch)
         return batch if padded else replace(batch, real=None)
 
     return Tower(
@@ -106,7 +139,6 @@ def _tower(
         lambda inputs, seq_len: iter(samples),
         encode,
         forward,
-        also=also,
         max_batch=1,
         places=one.places,
         skipped=one.skipped,
@@ -114,23 +146,28 @@ def _tower(
     )
 
 
-def _meaning(module: nn.Module, run: Callable[[Any], object], ready: Sequence[Batch], axis: int) -> Meaning:
-    """The tests on two inputs of the batch with most padding; where it has one, a second one is made.
+def _most_padded(ready: Sequence[Batch]) -> Batch:
+    """The batch with most padding; the first one where there are no masks."""
+    masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
+    return ready[min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)]
+
+
+def _meaning(module: nn.Module, run: Callable[[Any], object], batch: Batch, axis: int) -> Meaning:
+    """The tests on the input of a batch with most padding and one beside it; where there is none, it is made.
 
     A module that does not take two inputs, such as one that was exported, is given the whole batch.
     """
-    masks = [mask for batch in ready if (mask := _mask_of(batch.data)) is not None]
-    place = min(range(len(masks)), key=lambda number: float(masks[number].float().mean()), default=0)
-    one = int(masks[place].sum(1).argmin()) if masks else 0
+    mask = _mask_of(batch.data)
+    one = 0 if mask is None else int(mask.sum(1).argmin())
     try:
-        return _tested(module, run, ready[place].data, axis, one, 2)
+        return _tested(module, run, batch.data, axis, one, 2)
     except UserError:
         raise
     except Exception:  # a module's own code, on what it may not have been made for
-        count = len(ready[place].ids)
+        count = len(batch.ids)
         if count <= 2:
             raise
-        return _tested(module, run, ready[place].data, axis, one, count)
+        return _tested(module, run, batch.data, axis, one, count)
 
 
 def _tested(
@@ -139,24 +176,30 @@ def _tested(
     """The tests on some inputs of a batch, `one` in front and then those that follow it."""
     tensors = dict(given) if isinstance(given, Mapping) else {"": given}
     of_ids = any(name.endswith("ids") for name in tensors)  # then other integers are boxes, sizes, places
-    first, other, last = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    first, other, last, instead = ({} for _ in range(4))
     for name, x in tensors.items():
         chosen = x.narrow(axis, one, 1)
         beside = [x.narrow(axis, (one + i) % x.shape[axis], 1) for i in range(1, inputs)]
         beside = [another(chosen)] if x.shape[axis] == 1 else beside
         first[name], last[name] = torch.cat([chosen, *beside], axis), beside[-1]
         content = x.is_floating_point() or name.endswith("ids") or not of_ids
-        other[name] = torch.cat([another(chosen, 2) if content else chosen, *beside], axis)
+        instead[name] = another(chosen, 2) if content else chosen
+        other[name] = torch.cat([instead[name], *beside], axis)
     whole = isinstance(given, Mapping)
+    # ids in another order may be the same here and there
+    everywhere = all(
+        not are_ids(x) or bool((instead[name] != x.narrow(axis, one, 1)).all()) for name, x in tensors.items()
+    )
     return meaning_of(
         module,
         run,
         first if whole else first[""],
         other if whole else other[""],
         inputs=inputs,
-        everywhere=not any(map(are_ids, tensors.values())),
+        everywhere=everywhere,
         real=_mask_of(first),
         last=None if inputs != 2 else last if whole else last[""],
+        instead=None if inputs != 2 else instead if whole else instead[""],
     )
 
 

@@ -10,8 +10,9 @@ between them. The model's own code and weights are untouched. What a layer used 
 format, on its device; the output with somebody watching is the output without, to the bit.
 
 What it tests. `survey` watches every module in one pass and runs those that called attention again with one
-element changed; `meaning` compares two passes, and tells whose tokens, rows and values calls are of; `layout`
-finds heads by what the projection reads, `depth` gives layers the model's own numbers.
+element changed; `axis` tells from that whose tokens a call is of, `content` from two passes whose rows it has
+and which of its tokens are of no input, and `meaning` what is measured then. `layout` finds heads by what the
+projection reads, `depth` gives layers the model's own numbers.
 
 What it trusts. Names, for what is loaded before anything runs, and for what a block's parts are called.
 Numbers in paths, for the order of blocks. Addresses, for masks: the tensor that one layer got, given again to

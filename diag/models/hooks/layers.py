@@ -16,6 +16,9 @@ CLOSED = re.compile(r"pool|cross|encdec|encoder_attn", re.IGNORECASE)
 BESIDE = re.compile(r"drop|norm|embed|output|residual", re.IGNORECASE)
 
 
+UNCLEAR = -1
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """How a layer calls attention, as the tests of meaning found it (`diag.models.hooks.meaning`).
@@ -32,6 +35,8 @@ class Form:
     extra: how many keys in front of its tokens, and behind them, are no tokens: memory, zero and bias keys.
     in_turn: whether each call of its module is a layer of its own, one after the other, and counts as a run.
     recurrence: how a layer without softmax mixes its tokens; None of attention.
+    total: how many tokens all calls of one run must have together, where that is to be checked: of inputs of
+        another size than those that were looked at. `UNCLEAR` where none is right.
     """
 
     runs: int = 1
@@ -44,6 +49,7 @@ class Form:
     extra: tuple[int, int] = (0, 0)
     in_turn: bool = False
     recurrence: Recurrence | None = None
+    total: int | None = None
 
     @property
     def mixer(self) -> str:

@@ -83,9 +83,14 @@ def layout_of(output: Tensor, read: Tensor) -> Layout | None:
     None where it reads something else.
     """
     width, rows = read.shape[-1], read.reshape(-1, read.shape[-1])
-    found = [(_found(layout.split(output), rows), layout) for layout in _candidates(output, width)]
-    best, layout = max(found, key=lambda pair: pair[0], default=(0, PLAIN))
-    return layout if best else None
+    most, best = 0, None
+    for layout in _candidates(output, width):
+        found, looked_for = _found(layout.split(output), rows)
+        if found > most:
+            most, best = found, layout
+        if found == looked_for:
+            break
+    return best
 
 
 def sized_layout(output: Tensor, width: int) -> Layout | None:
@@ -129,8 +134,11 @@ def _candidates(output: Tensor, width: int) -> Iterator[Layout]:
             yield Layout(0, heads)
 
 
-def _found(split: Tensor, rows: Tensor) -> int:
-    """How many of a few tokens, their heads side by side, are among the rows."""
-    tokens = split.transpose(1, 2).flatten(2).flatten(0, 1)  # [row · token, channel]
-    places = torch.linspace(0, len(tokens) - 1, min(ROWS, len(tokens))).long().tolist()
-    return sum(bool((rows == tokens[place]).all(-1).any()) for place in places)
+def _found(split: Tensor, rows: Tensor) -> tuple[int, int]:
+    """How many of a few tokens, their heads side by side, are among the rows, and how many were sought."""
+    inputs, heads, tokens, dim = split.shape
+    places = torch.linspace(0, inputs * tokens - 1, min(ROWS, inputs * tokens)).long()
+    few = split[places // tokens, :, places % tokens].reshape(len(places), heads * dim)
+    first = rows[:, 0]
+    alike = (rows[first == token[0]] == token for token in few)  # most rows differ in the first channel
+    return sum(bool(each.all(-1).any()) for each in alike), len(few)

@@ -7,7 +7,7 @@ functions are looked up by the arguments that they take, where the forward of a 
 behind a dispatcher while a model is watched. Where the recurrence is written out in the forward itself, a
 table says which parts of the module hold V and Y.
 
-That the arguments are what they are called is tested (`diag.models.hooks.survey`): Y is linear in V, and V
+That the arguments are what they are called is tested (`diag.models.hooks.axis`): Y is linear in V, and V
 follows the token that it is of.
 """
 

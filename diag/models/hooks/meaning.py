@@ -1,6 +1,6 @@
 """What the attention calls of a model mean, found by test on its first inputs and not by names.
 
-Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.survey`): whose tokens V is of.
+Three tests, in two forward passes of a few inputs. *Axis* (`diag.models.hooks.axis`): whose tokens V is of.
 *Owner*: the first input is replaced; only its own rows may change. *Content*: where windows are filled up,
 their tokens that stay what they were in all layers are padding. Where the second of two inputs, run alone,
 has the rows that it has behind the first, and no token of the two is alike, both are as plain as can be: then
@@ -11,7 +11,7 @@ A model that gives other numbers for the same input is found in passing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,11 +20,24 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from diag.errors import MeasurementError, UserError
+from diag.models.hooks.content import (
+    EVERYWHERE,
+    OTHERWISE,
+    Changed,
+    changed_alone,
+    changed_tokens,
+    joining,
+    of_groups,
+    padding_in,
+    plainly_apart,
+    whose_rows,
+    windows_in_a_row,
+)
 from diag.models.hooks.depth import BESIDE, EAGER, Place, stacks_of, with_reasons
 from diag.models.hooks.in_python import WHAT_TO_TYPE
 from diag.models.hooks.layers import Form, Layer
 from diag.models.hooks.seam import refuse_compiled
-from diag.models.hooks.survey import (
+from diag.models.hooks.seen import (
     ELSEWHERE,
     EVERYTHING,
     EXPERTS,
@@ -34,9 +47,8 @@ from diag.models.hooks.survey import (
     REASONS,
     SHARED,
     Seen,
-    Survey,
-    watched,
 )
+from diag.models.hooks.survey import Survey, watched
 
 SEVERAL = (
     "it calls attention several times in one run, and these are neither windows of its tokens nor layers "
@@ -56,21 +68,6 @@ EAGER_ELSEWHERE = (
 UNTOLD = "whose values its mixer without softmax is handed could not be told"
 NO_HEADS = "which axis holds its heads could not be told"
 
-INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
-EVERYWHERE = "everywhere"
-"""Whose the rows of calls are, from the plainest on. The last is a change that was seen in rows of others."""
-
-ALONE = 1e-5
-"""By how much of the largest one numbers of an input may differ when it is alone: products of other sizes may
-sum in another order."""
-
-RESTS, CLOSELY = 1e-6, 1e-3
-"""A token stays the same where it is apart by no more than this beside the largest number, and beside the
-largest change."""
-
-Changed = Mapping[Seen, Bool[Tensor, "row token"]]
-"""Which tokens of a call are others when the first input is replaced."""
-
 
 @dataclass(frozen=True, eq=False)
 class Understood:
@@ -83,6 +80,8 @@ class Understood:
     joined: tokens that join those of the first layer later, before and behind them, by how many then are.
     side_by_side: how many windows of an input, each with prefix tokens of its own, stand in one row in layers
         that see all of them.
+    totals: how many tokens all calls of a layer have together for one input, by name. prefix: how many of the
+        first layer's are the same for all inputs.
     hides_padding: whether its masks hide what is padding in the inputs that were looked at. alone: whether no
         other stack attends, which padding may be of.
     """
@@ -95,6 +94,8 @@ class Understood:
     side_by_side: int = 1
     hides_padding: bool = False
     alone: bool = True
+    totals: Mapping[str, int] = field(default_factory=dict)
+    prefix: int = 0
 
     @property
     def depth(self) -> int:
@@ -128,13 +129,15 @@ def meaning_of(
     everywhere: bool = True,
     real: Bool[Tensor, "input token"] | None = None,
     last: Any = None,
+    instead: Any = None,
 ) -> Meaning:
     """What the attention calls below `root` mean.
 
     run: runs the model on something. first: some inputs. other: the same, the first of them replaced by
         another of its size. inputs: how many they are. everywhere: whether the other one differs in every
         element; ids in another order may be the same here and there, and then nothing is taken for padding.
-        real: which of their tokens are no padding. last: of two inputs the second one alone.
+        real: which of their tokens are no padding. last: of two inputs the second one alone. instead:
+        another one in the place of that, alone.
     Raises UserError where no layer can be measured, saying why, and for compiled modules.
     """
     refuse_compiled([Layer(0, path, module) for path, module in root.named_modules()])
@@ -142,21 +145,22 @@ def meaning_of(
     _share(seen.seen)
     calls, changed, closely = _Calls(seen), dict[Seen, Tensor](), dict[Seen, Tensor]()
     rows, random, sequence_first = EVERYWHERE, False, False
-    plain = None
+    plain, of_one = None, dict[Seen, Tensor]()
     if calls.measured and last is not None and _is_exact(root):
         alone = _passed(root, lambda: run(last), len(seen.seen))
-        plain = None if alone is None else _plainly_apart(calls, alone, everywhere)
+        plain = None if alone is None else plainly_apart(seen.seen, alone.seen, calls.measured, everywhere)
     if plain is not None:
         changed = plain
-        rows = _rows(changed.values(), inputs)
+        rows = whose_rows(changed.values(), inputs)
     elif calls.measured:
         second = _passed(root, lambda: run(other), len(seen.seen))
-        changed = {} if second is None else _changed(seen, second)
-        closely = {} if second is None else _changed(seen, second, closely=True)
-        rows = _rows((changed[one] for one in calls.measured if one in changed), inputs)
+        changed = {} if second is None else changed_tokens(seen.seen, second.seen)
+        closely = {} if second is None else changed_tokens(seen.seen, second.seen, closely=True)
+        rows = whose_rows((changed[one] for one in calls.measured if one in changed), inputs)
         rows = OTHERWISE if second is None else rows
     if rows == EVERYWHERE and seen.seen:
-        again = _changed(seen, watched(root, lambda: run(first), asked=False, most=len(seen.seen)))
+        twice = watched(root, lambda: run(first), asked=False, most=len(seen.seen))
+        again = changed_tokens(seen.seen, twice.seen)
         random, rows = any(bool(x.any()) for x in again.values()), OTHERWISE
         if random:  # then what followed what is not known either
             for one in seen.seen:
@@ -164,13 +168,26 @@ def meaning_of(
             calls, changed, closely = _Calls(seen), {}, {}
         elif calls.measured:
             ahead = changed.get(calls.measured[0])
-            sequence_first = ahead is not None and bool(~ahead[:, 1:].any() & ahead[:, 0].all())
+            sequence_first = ahead is not None and _in_one_column(ahead)
     if not calls.measured:
         raise _nothing(root, seen, calls.refused)
+    if rows == OTHERWISE and not random and instead is not None:  # then inputs are measured one by one
+        passes = (
+            _passed(root, lambda: run(last), len(seen.seen)),
+            _passed(root, lambda: run(instead), len(seen.seen)),
+        )
+        of_one = {} if None in passes else changed_alone(seen.seen, *(each.seen for each in passes if each))
     own = {one: x[: len(x) // inputs] for one, x in (closely or changed).items()}
-    own = own if rows != OTHERWISE else {}
+    own = own if rows != OTHERWISE else of_one
     untested = dict.fromkeys(one.path for one in calls.measured if not one.asked)
-    return Meaning(_towers(root, calls, own, everywhere, real), rows, random, sequence_first, tuple(untested))
+    towers = _towers(root, calls, own, everywhere, real, inputs)
+    return Meaning(towers, rows, random, sequence_first, tuple(untested))
+
+
+def _in_one_column(changed: Tensor) -> bool:
+    """Whether it is the same token of each row that is another one: one of a sequence, and no input."""
+    columns = changed.any(0).nonzero()[:, 0]
+    return changed.shape[1] > 1 and len(columns) == 1 and bool(changed[:, columns].all())
 
 
 def _passed(root: nn.Module, run: Callable[[], object], most: int) -> Survey | None:
@@ -329,212 +346,17 @@ def _nothing(root: nn.Module, seen: Survey, why: Mapping[tuple[str, int], str]) 
     )
 
 
-# --- owner and content
-
-
-def _changed(seen: Survey, again: Survey, *, closely: bool = False) -> dict[Seen, Tensor]:
-    """The tokens of each call that are others in a second pass; nothing where the passes differ in calls.
-
-    closely: as in `_differs`.
-    """
-    both = [(one, two, one.tokens_of(two.print)) for one, two in zip(seen.seen, again.seen, strict=False)]
-    if len(seen.seen) != len(again.seen) or any(
-        (one.path, one.print.shape) != (two.path, of_two.shape) for one, two, of_two in both
-    ):
-        return {}
-    return {
-        one: one.rows(_differs((one.print - of_two).abs(), one.print.abs().max(), closely=closely))
-        for one, _, of_two in both
-        if one.layout is not None
-    }
-
-
-def _differs(apart: Tensor, scale: Tensor, *, closely: bool) -> Tensor:
-    """Where fingerprints are apart by more than rounding, which is told by their largest.
-
-    closely: where values hardly depend on the input, all of them are apart by that little: then those stay
-        the same that do so beside the others, as padding does to the last digit.
-    """
-    differs = apart > RESTS * scale
-    # where nothing differs by more, what is left is rounding, and tells nothing
-    return differs | (apart > CLOSELY * apart.nan_to_num().max()) if closely and differs.any() else differs
-
-
 def _is_exact(root: nn.Module) -> bool:
     """Whether an input gives the same numbers alone as beside another one, but for the last digits."""
     first = next(root.parameters(), None)
     return first is None or first.dtype in (torch.float32, torch.float64)
 
 
-def _plainly_apart(calls: _Calls, alone: Survey, everywhere: bool) -> dict[Seen, Tensor] | None:
-    """Of two inputs, the tokens of the first one that are others in the second, as `_changed` has them.
-
-    alone: a pass of the second input. None unless each call gives it the rows there that it gives it behind
-    the first one, and it differs from that in every token, but for what may stand at the ends of the first
-    layer's: prefix tokens, or what two images have in common. A third input is to tell the rest.
-    everywhere: as in `meaning_of`.
-    """
-    seen = calls.seen.seen
-    if [one.path for one in seen] != [two.path for two in alone.seen]:
-        return None
-    found, second = dict[Seen, Tensor](), dict(zip(seen, alone.seen, strict=True))
-    of_tokens = [one for one in seen if one in calls.measured or one.kind == OWN]  # all that tell of padding
-    for place, one in enumerate(of_tokens):
-        if one.layout is None or one.print.ndim != second[one].print.ndim:
-            return None
-        of_two, own = (one.split(x) for x in (one.print, one.tokens_of(second[one].print)))
-        rows, scale = len(of_two) // 2, one.print.abs().max()
-        if own.shape != of_two[rows:].shape or not ((own - of_two[rows:]).abs() <= ALONE * scale).all():
-            return None
-        differs = _differs((of_two[:rows] - of_two[rows:]).abs(), scale, closely=True).any(1)
-        places = differs[0].nonzero()[:, 0]
-        if not len(places):
-            return None
-        at_the_ends = place == 0 and rows == 1 and bool(differs[0, places[0] : places[-1]].all())
-        if (everywhere or rows > 1) and not at_the_ends and not differs.all():
-            return None
-        found[one] = torch.cat([differs, torch.zeros_like(differs)])
-    return found
-
-
-def _rows(changed: Iterable[Tensor], inputs: int) -> str:
-    """Whose rows calls have: of several verdicts, that of the least plain call."""
-    verdicts = [INPUTS]
-    for each in changed:
-        touched, rows = each.any(1), len(each)
-        if not touched.any():
-            continue
-        plain = rows % inputs == 0 and not touched[rows // inputs :].any()
-        if plain:
-            verdicts.append(INPUTS if rows == inputs else WINDOWS)
-        else:
-            verdicts.append(EVERYWHERE if touched[-1] else OTHERWISE)
-    return max(verdicts, key=[INPUTS, WINDOWS, OTHERWISE, EVERYWHERE].index)
-
-
-def _padding(calls: Sequence[Seen], own: Changed, everywhere: bool) -> dict[Seen, Tensor]:
-    """Which tokens are padding, `[row of an input, token]`, of the calls of a tower that have any.
-
-    Where an input has several rows, and between others, they are what stays the same, but for prefix tokens,
-    which windows may each have of their own; in front of all others
-    and behind them only what does so in the last layer as well, or in windows of other layers: prefix tokens
-    are the same in the first one, or in several that stand side by side there. The first token of a causal
-    text is the same in all of them, and is none.
-
-    everywhere: as in `meaning_of`; else it may be the same ids that stay, in a first layer: then only what
-    several layers have counts, in rows of windows, or in all calls over so many tokens.
-    """
-    found, at_ends = dict[Seen, Tensor](), dict[int, dict[Seen, Tensor]]()
-    calls = [one for one in calls if one in own and own[one].any()]
-    for place, one in enumerate(calls):
-        rows, tokens = own[one].shape
-        constant = ~own[one] & ~_others_later(one, calls[place + 1 :], own)
-        if one.keys is not None and one.keys.shape[-1] == tokens:
-            constant = constant & one.keys[:rows]  # what a mask hides needs no test
-        places = own[one][0].nonzero()[:, 0]
-        if constant.any() and (rows > 1 or constant[0, places[0] : places[-1]].any()):
-            found[one] = constant
-        elif not one.first_alone:
-            at_ends.setdefault(tokens, {})[one] = constant
-    if not everywhere:
-        alike = {
-            one: all(
-                other in found and torch.equal(found[other], constant)
-                for other in calls
-                if own[other].shape == constant.shape
-            )
-            for one, constant in found.items()
-        }
-        sure = {one: x for one, x in found.items() if len(x) > 1 or (alike[one] and not one.first_alone)}
-        return sure if len({(one.path, one.run) for one in sure}) > 1 else {}
-    in_windows = [constant.all(0) for constant in found.values()]
-    for of_ends in at_ends.values():
-        *_, last = of_ends.values()
-        known = any(torch.equal(constant, last.all(0)) for constant in in_windows)
-        if last.any() and (known or len({(one.path, one.run) for one in of_ends}) > 1):
-            found |= {one: last for one, constant in of_ends.items() if torch.equal(constant, last)}
-    return found
-
-
-def _others_later(one: Seen, later: Sequence[Seen], own: Changed) -> Tensor:
-    """Which tokens of a call are the same for all inputs, and others in calls behind it: prefix tokens.
-
-    None where nothing shows it. Layers over as many tokens in all have as many that are padding, though it
-    may stand elsewhere in them, as in shifted windows.
-    """
-    constant = ~own[one]
-    behind = [~own[x].reshape(constant.shape) for x in later if own[x].numel() == constant.numel()]
-    if not behind:
-        return torch.zeros_like(constant)
-    gone = constant & ~torch.stack(behind).any(0)
-    fewer = int(constant.sum()) - max(int(x.sum()) for x in behind)
-    return gone if int(gone.sum()) == fewer else torch.zeros_like(constant)
-
-
-def _side_by_side(calls: Sequence[Seen], own: Changed) -> int:
-    """How many windows with prefix tokens of their own stand in one row in some layers."""
-    calls = [one for one in calls if one in own and own[one].any()]
-    shapes = dict.fromkeys(tuple(own[one].shape) for one in calls)
-    for place, one in enumerate(calls):
-        prefix = _others_later(one, calls[place + 1 :], own)
-        for rows, tokens in shapes:
-            if rows > 1 and rows * tokens == prefix.numel() and (1, rows * tokens) in shapes:
-                each = prefix.reshape(rows, tokens)
-                if bool(each[0].any() & (each == each[0]).all()):
-                    return rows
-    return 1
-
-
-def _joined(calls: Sequence[Seen], own: Changed, groups: set[int]) -> dict[int, tuple[int, int]]:
-    """Tokens that join the others behind the first layer, such as a class token: as `Understood.joined`.
-
-    They are the same for all inputs in the first layer that has so many tokens, and not in its last. Where an
-    input has several rows, windows of it, none of them has any, unless such tokens are found; nor have
-    groups of patches.
-
-    groups: as in `_of_groups`.
-    """
-    found, alike = dict[int, tuple[int, int]](), dict[int, list[Tensor]]()
-    for one in calls:
-        if one in own and own[one].any():
-            alike.setdefault(own[one].shape[1], []).append(own[one])
-    in_windows = _side_by_side(calls, own) > 1
-    for place, (tokens, (first, *later)) in enumerate(alike.items()):
-        places = first[0].nonzero()[:, 0].tolist() or [0, tokens - 1]
-        front, back = places[0], tokens - 1 - places[-1]
-        if front + back and later and bool(later[-1].all()):
-            found |= {tokens: (front, back)} if place else {}
-        elif not front + back and (tokens in groups or (len(first) > 1 and not in_windows)):
-            found[tokens] = (0, 0)
-    return found
-
-
-def _of_groups(calls: Sequence[Seen], own: Changed) -> set[int]:
-    """How many tokens there are where another call has made groups of the patches.
-
-    Its keys are the patches alone, without what stood beside them.
-    calls: all of them, in order; tokens are told of those in `own`.
-    """
-    patches, before, found = set[int](), set[int](), set[int]()
-    grouped = False
-    for one in calls:
-        if one.sizes is not None:
-            grouped = grouped or one.sizes[1] in patches
-        elif one in own and own[one].any():
-            tokens, beside = own[one].shape[1], int((~own[one][0]).sum())
-            if grouped and tokens not in before:
-                found.add(tokens)
-            if beside and tokens not in before:
-                patches.add(tokens - beside)
-            before.add(tokens)
-    return found
-
-
 # --- towers
 
 
 def _towers(
-    root: nn.Module, calls: _Calls, own: Changed, everywhere: bool, real: Tensor | None
+    root: nn.Module, calls: _Calls, own: Changed, everywhere: bool, real: Tensor | None, inputs: int
 ) -> tuple[Understood, ...]:
     found = dict[str, str | None]()
     for key, numbers in calls.numbers.items():
@@ -552,6 +374,7 @@ def _towers(
     linear -= {one.path for one in calls.measured if one.recurrence is None}
     for stack in stacks_of(root, found, ran=calls.of_run, keys=keys, linear=linear):
         layers, skipped, of_stack = list[Layer](), dict[str, str](), dict[Seen, int]()
+        totals = dict[str, int]()
         for place in stack.places:
             key = (place.path, place.run)
             mine = [one for one in calls.of_run.get(key, ()) if one.number in calls.numbers[key]]
@@ -578,21 +401,39 @@ def _towers(
             for one in calls.of_run[key]:
                 if one.recurrence is not None and mine[0].recurrence is None:
                     skipped[f"{place.path} ({one.recurrence.called})"] = BESIDE
-            layers.append(Layer(place.index, place.path, root.get_submodule(place.path), place.run, form))
+            layer = Layer(place.index, place.path, root.get_submodule(place.path), place.run, form)
+            layers.append(layer)
+            total = sum(one.queries for one in (mine[:1] if form.adds_up else mine))
+            if total % inputs == 0:
+                totals[layer.name] = total // inputs
         skipped |= stack.beside
         if not layers:
             unmeasured |= skipped
             continue
         of_tokens = [one for one in of_stack if one.kind != POOLED]  # of keys alone no token is told
         ran = (one for place in stack.places for one in calls.of_run.get((place.path, place.run), ()))
-        padding = _padding([one for one in ran if one in of_tokens or one.kind == OWN], own, everywhere)
+        padding = padding_in([one for one in ran if one in of_tokens or one.kind == OWN], own, everywhere)
         hides = real is not None and any(_shows(one, real) for one in of_tokens)
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
         of_stack_or_pooled = [one for one in calls.seen.seen if one in of_stack or one.sizes is not None]
-        joined = _joined(of_tokens, own, _of_groups(of_stack_or_pooled, own)) if everywhere else {}
-        in_a_row = _side_by_side(of_tokens, own) if everywhere else 1
-        towers.append(Understood(stack.name, padded, places, skipped, joined, in_a_row, hides))
+        joined = joining(of_tokens, own, of_groups(of_stack_or_pooled, own)) if everywhere else {}
+        in_a_row = windows_in_a_row(of_tokens, own) if everywhere else 1
+        ahead = next((own[one] for one in of_tokens if one in own), None)
+        prefix = int((~ahead).sum()) if everywhere and ahead is not None and len(ahead) == 1 else 0
+        towers.append(
+            Understood(
+                stack.name,
+                padded,
+                places,
+                skipped,
+                joined,
+                in_a_row,
+                hides,
+                totals=totals,
+                prefix=prefix,
+            )
+        )
     # stacks of which nothing is measured are told with the first one
     first, *others = (replace(one, alone=len(towers) == 1 and not unmeasured) for one in towers)
     return (replace(first, skipped={**first.skipped, **unmeasured}), *others)

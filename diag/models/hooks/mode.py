@@ -45,7 +45,7 @@ class Frame:
 
     layer: what is listed of this run of it. calls: how many it has made. unread: the output of the last
     call, until the projection that should read it is seen. maps: calls that may be added up. turns: how many
-    layers have made theirs, where each call is one.
+    layers have made theirs, where each call is one. tokens: how many the calls of its layer have had.
     """
 
     path: str
@@ -55,6 +55,7 @@ class Frame:
     unread: Tensor | None = None
     maps: Combination | None = None
     turns: int = 0
+    tokens: int = 0
 
 
 @contextmanager

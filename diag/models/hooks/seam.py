@@ -27,6 +27,8 @@ from diag.models.hooks.layout import PLAIN, Layout, plain_layout
 from diag.models.hooks.linear import Mixing
 from diag.models.hooks.mode import Arguments, AttentionMode, Frame, Ran, hooked
 
+ONE_SIZE = "give inputs of one size, and those of another size in a run of their own"
+
 OnCall = Callable[[AttentionCall], Tensor | None]
 """Sees one call; None goes on with the model's output, a tensor of its shape replaces it."""
 
@@ -46,6 +48,10 @@ class Sightings:
     calls: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
     projection: dict[str, str] = field(default_factory=dict)
+
+
+class OtherSize(MeasurementError):  # noqa: N818  it is no mistake of anybody's
+    """Inputs are of another size than those that were looked at, and a layer attends otherwise for it."""
 
 
 @contextmanager
@@ -113,6 +119,12 @@ class _Seam(AttentionMode):
             raise MeasurementError(
                 f"layer '{name}' finished without a call of attention that is seen",
                 "leave the layer out with --layers",
+            )
+        if frame.layer.form.total not in (None, frame.tokens):
+            raise OtherSize(
+                f"layer '{name}' has {frame.tokens} tokens, which do not follow from the size of the inputs: "
+                "what is padding is known for the size of the first input alone",
+                ONE_SIZE,
             )
         self.sightings.projection.setdefault(name, "unknown")
 
@@ -217,6 +229,7 @@ class _Seam(AttentionMode):
                 self._close(frame)
                 self.sightings.runs[frame.path] += 1
             frame.layer, frame.calls = self.listed.get((frame.path, frame.run + frame.turns)), 0
+            frame.tokens = 0
             frame.turns += 1
         return frame
 
@@ -237,6 +250,7 @@ class _Seam(AttentionMode):
     ) -> Tensor:
         """What the model goes on with."""
         self.sightings.calls[layer.name] += 1
+        frame.tokens += call.batch * call.tokens
         replaced = self.on_call(call)
         if replaced is not None:
             output = layout.joined(replaced.to(output.dtype), output)
@@ -280,6 +294,7 @@ class _Seam(AttentionMode):
         maps, frame.maps = frame.maps, None
         call, name = maps.combined(), frame.layer.name
         self.sightings.calls[name] += 1
+        frame.tokens += call.batch * call.tokens
         replaced = self.on_call(call)
         if replaced is not None:
             maps.replace(call, replaced)
@@ -372,15 +387,15 @@ def padding_of(layer: Layer, number: int, output: Tensor) -> Tensor | None:
     return known.to(output.device).repeat(output.shape[0] // rows, 1)
 
 
-def other_windows(name: str, known: Tensor, rows: int, tokens: int) -> MeasurementError:
+def other_windows(name: str, known: Tensor, rows: int, tokens: int) -> OtherSize:
     """That windows are others than those of which it is known what fills them up: inputs of another size.
 
     known: as in `Form.padding`. What fills up other windows cannot be told from these, even where it is alike
     in all of them: the single window of a small image says nothing of the nine of a larger one.
     """
     windows = "window" if len(known) == 1 else "windows"
-    return MeasurementError(
+    return OtherSize(
         f"layer '{name}' fills its windows up, {len(known)} {windows} of {known.shape[1]} tokens for the "
         f"first input and not {rows} of {tokens} as here: what is padding is known for that size alone",
-        "give inputs of one size, and those of another size in a run of their own",
+        ONE_SIZE,
     )

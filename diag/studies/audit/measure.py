@@ -19,8 +19,8 @@ from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.models.families.from_module import from_module
+from diag.models.hooks.other_inputs import other_than
 from diag.models.hooks.residual import tolerance
-from diag.models.hooks.survey import other_than
 from diag.models.names.spec import ModelSpec
 from diag.results.caveats import columns_of
 from diag.run.plan import specs_of

@@ -32,13 +32,15 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import metric_names
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
+from diag.models.by_size import BySize
 from diag.models.families.from_module import TOWER, another
 from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.content import OTHERWISE
 from diag.models.hooks.depth import Place
 from diag.models.hooks.layers import Layer
-from diag.models.hooks.meaning import OTHERWISE, meaning_of
+from diag.models.hooks.meaning import Meaning, meaning_of
+from diag.models.hooks.other_inputs import are_ids
 from diag.models.hooks.seam import OnCall, attention_calls
-from diag.models.hooks.survey import are_ids
 from diag.results.layer_values import LayerValues
 from diag.studies.monitor.training_pass import (
     Given,
@@ -214,20 +216,27 @@ class Monitor:
 
     def _tower_for(self, given: Given) -> Tower:
         if self._tower is None:
-            layers, places = _layers_of(self.module, given)
+            found = _meaning(self.module, given)
+            layers, places = _layers_of(found)
             pick_layers(layers, self._chosen, places)
+            sizes = BySize(found.towers, _encoded([Sample.holding("", given)]), tensors=Given.tensors)
+
+            def look_again(group: Sequence[Sample]) -> None:
+                sizes.keep(_encoded(group), _meaning(self.module, group[0].read()))
+
             # leading tokens are told apart in a vision tower only
             name, leading = ("vision", ("cls",) * self._prefix_tokens) if self._prefix_tokens else (TOWER, ())
             self._tower = Tower(
                 name,
                 layers,
                 lambda inputs, seq_len: iter(()),
-                _encoded,
+                lambda group: sizes.sized(_encoded(group)),
                 lambda batch: _run(self.module, batch.data),
                 prefix=leading,
                 max_batch=1,
                 places=places,
                 capture=_captured,
+                look_again=look_again,
             )
         return self._tower
 
@@ -250,8 +259,8 @@ class Monitor:
         return numbers
 
 
-def _layers_of(module: nn.Module, given: Given) -> tuple[tuple[Layer, ...], tuple[Place, ...]]:
-    """The layers that a pass runs through, and all places; towers follow each other, numbered through.
+def _meaning(module: nn.Module, given: Given) -> Meaning:
+    """What the calls of a pass mean.
 
     Raises UserError where it is not clear whose rows those of a call are. Warns of a module that draws at
     random in evaluation mode, too.
@@ -272,6 +281,11 @@ def _layers_of(module: nn.Module, given: Given) -> tuple[tuple[Layer, ...], tupl
             f"the rows of {type(module).__name__}'s attention calls are not those of its inputs",
             "measure it with diag.probe, which takes inputs one by one",
         )
+    return found
+
+
+def _layers_of(found: Meaning) -> tuple[tuple[Layer, ...], tuple[Place, ...]]:
+    """The layers that a pass runs through, and all places; towers follow each other, numbered through."""
     layers, places = list[Layer](), list[Place]()
     for tower in found.towers:
         before = len(places)

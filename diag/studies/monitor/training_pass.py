@@ -62,6 +62,10 @@ class Given:
         mask = self.named.get("attention_mask")
         return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
+    def tensors(self) -> dict[str, Any]:
+        """Its arguments by name; those that have none, by place."""
+        return {**{str(place): x for place, x in enumerate(self.positional)}, **self.named}
+
     def on(self, device: torch.device) -> Given:
         """The same with its tensors on a device."""
         move = partial(Tensor.to, device=device)

@@ -27,7 +27,7 @@ from diag.metrics.default import ANCHORS, METRICS, per_input
 from diag.models.hooks.depth import BESIDE
 from diag.models.hooks.linear import FunctionMixing, Mixing, Role, mixers_told, role_of
 from diag.models.hooks.seam import attention_calls
-from diag.models.hooks.survey import EVERYTHING, NOT_LINEAR, REASONS
+from diag.models.hooks.seen import EVERYTHING, NOT_LINEAR, REASONS
 from diag.run.api import probe
 
 TOKENS = 11

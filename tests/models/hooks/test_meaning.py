@@ -22,19 +22,11 @@ from diag.attention.pattern import attend, pattern_rows
 from diag.errors import UserError
 from diag.measure.loop import measure
 from diag.models.families.from_module import from_module
+from diag.models.hooks.content import INPUTS, OTHERWISE, WINDOWS
 from diag.models.hooks.layout import PLAIN, Layout, layout_of
-from diag.models.hooks.meaning import (
-    BESIDE_OWN,
-    EAGER,
-    INPUTS,
-    OTHERWISE,
-    SEVERAL,
-    WINDOWS,
-    Meaning,
-    meaning_of,
-)
+from diag.models.hooks.meaning import BESIDE_OWN, EAGER, SEVERAL, Meaning, meaning_of
 from diag.models.hooks.seam import attention_calls
-from diag.models.hooks.survey import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, OVERLAP, REASONS
+from diag.models.hooks.seen import CHANNELS, ELSEWHERE, EVERYTHING, HEADS, ORDER, OVERLAP, REASONS
 
 TEXT = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
@@ -532,6 +524,26 @@ def test_padding_that_shifts_is_padding_in_each_layer() -> None:
     assert second.form.padding[0].tolist() == [[True, False], [False, False]]
 
 
+def test_layers_that_are_not_measured_tell_of_padding_too() -> None:
+    """SepViT: one layer with constant tokens at its end may have prefix tokens there; a second one, which
+    calls attention in a way that is not understood, shows that they are none.
+    """
+
+    class FilledUp(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.inner(F.pad(x, (0, 0, 0, 1)))[:, :-1]
+
+    module = Stack(FilledUp(Attention()), FilledUp(TwoBranches())).eval()
+    (tower,) = meaning_on(module, torch.randn(2, 3, 16)).towers
+    (layer,) = tower.layers
+    assert (layer.path, tower.skipped) == ("layers.0.inner", {"layers.1.inner": SEVERAL})
+    assert layer.form.padding[0].tolist() == [[False, False, False, True]]
+
+
 @pytest.mark.parametrize("stages", [[1, 3], [0, 2]], ids=["windows first", "all tokens first"])
 def test_class_tokens_of_windows_count_where_they_stand(stages: list[int]) -> None:
     """RF-DETR: layers over all tokens see four windows side by side, each behind its class token."""
@@ -579,7 +591,7 @@ def test_a_class_token_beside_fewer_patches_still_stands_there() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(20, 64), (64, 20)])
-def test_windows_of_another_size_are_refused(first: int, second: int) -> None:
+def test_windows_of_another_size_are_refused_where_they_cannot_be_looked_at(first: int, second: int) -> None:
     """One window of 7 × 7 over 5 × 5 patches says nothing of nine over 16 × 16."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_channels": 8}
     config = transformers.SamVisionConfig(
@@ -591,8 +603,11 @@ def test_windows_of_another_size_are_refused(first: int, second: int) -> None:
     ).permute(0, 2, 3, 1)
     counts = {20: "1 window", 64: "9 windows"}
     text = rf"fills its windows up, {counts[first]} of 49 tokens for the first input and not "
+    _, (tower,), samples = from_module(module, [images(first), images(second)])
+    assert tower.look_again is not None
+    unasked = replace(tower, look_again=None)
     with pytest.raises(UserError, match=text) as error:
-        diag.probe(module, [images(first), images(second)], metrics=["cos_y_vself"])
+        list(measure(unasked, samples, metrics=["cos_y_vself"]))
     assert error.value.tip == "give inputs of one size, and those of another size in a run of their own"
 
 

@@ -26,8 +26,8 @@ from diag.models.families.from_module import from_module
 from diag.models.hooks.interventions import parse
 from diag.models.hooks.meaning import IN_PARTS, Meaning, meaning_of
 from diag.models.hooks.seam import attention_calls
+from diag.models.hooks.seen import LEARNED, NO_QUERIES, OVERLAP, REASONS
 from diag.models.hooks.squares import in_squares
-from diag.models.hooks.survey import LEARNED, NO_QUERIES, OVERLAP, REASONS
 from diag.run.api import probe
 
 
