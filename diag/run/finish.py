@@ -152,6 +152,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             continue
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
         _say_told(models[-1], told["unprojected"], say)
+        _say_sinks(models[-1], told.get("sinks_unprojected", ()), say)
         parts.append((part, note, kept))
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
@@ -215,6 +216,15 @@ def _say_told(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying)
         say(
             f"{given}: value_stream_cosine and output_value_cosine are empty where the way from "
             f"heads to the stream is not understood: {unprojected[0]}{more}"
+        )
+
+
+def _say_sinks(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying) -> None:
+    if unprojected:
+        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
+        say(
+            f"{entry['given']}: what sinks do (no-op, broadcast) is empty where the output projection is not "
+            f"known, or does not read the heads' outputs as they are: {unprojected[0]}{more}"
         )
 
 
