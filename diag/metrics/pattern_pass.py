@@ -149,7 +149,7 @@ def pattern_pass(
 def received_by(
     statistics: CallStatistics, rows: Sequence[Bool[Tensor, "#batch #head token"]]
 ) -> Float[Tensor, "set batch head key"]:
-    """What each key receives from the rows of each set, `Σ_i A_ij`: by a pass of its own if it is not known."""
+    """What each key receives from the rows of each set, `Σ_i A_ij`: by a pass of its own if need be."""
     if statistics.received is not None:
         return statistics.received
     if statistics.known_log_normaliser is None and statistics.softmax.received is not None:
