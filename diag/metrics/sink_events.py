@@ -116,8 +116,8 @@ class SinkEvents:
             b, h = part.unbind(-1)
             root, keys = roots[h].to(found.device), self.keys[b]  # [event, dim, root_dim], [event, key]
             # padding may hold anything
-            value = call.value[b, h // call.group].double().masked_fill(~keys[..., None], 0.0)
-            norms = vector_norm(value @ root, dim=-1)
+            value = call.value[b, h // call.group].float().masked_fill(~keys[..., None], 0.0)
+            norms = vector_norm(value @ root.float(), dim=-1).double()
             sink = self.sink[b, h][:, None]
             others = norms.scatter(-1, sink, 0.0).sum(-1) / (keys.sum(-1) - 1)
             ratio = norms.gather(-1, sink)[:, 0] / torch.where(others > 0, others, torch.nan)
