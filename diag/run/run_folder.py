@@ -41,7 +41,7 @@ PROBE = Owner(
     "probe",
     result=(
         *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, "activations/*/*.safetensors"),
-        *pictures("curves-*", "heads-*", "comparison", "comparison-*"),
+        *pictures("curves-*", "heads-*", "sinks-*", "comparison", "comparison-*"),
     ),
     work=SHARDS,
     kept=("shards/*.parquet",),

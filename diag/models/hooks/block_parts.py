@@ -260,13 +260,13 @@ def head_projections(block: Block, heads: int) -> Tensor | None:
 
     Float32 at least, a view of the weights where these are and nothing is scaled.
     """
-    project, projection = to_stream(block), block.output_projection
-    weight = getattr(getattr(projection, "original_component", projection), "weight", None)
+    projection: Any = getattr(block.output_projection, "original_component", block.output_projection)
+    weight = getattr(projection, "weight", None)
     plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
-    if project is None or not plain or hasattr(weight, "__tensor_flatten__"):
+    if to_stream(block) is None or not plain or hasattr(weight, "__tensor_flatten__"):
         return None
-    flipped = type(getattr(projection, "original_component", projection)).__name__ == "Conv1D"
-    matrix = (weight if flipped else weight.T).detach()
+    assert isinstance(weight, Tensor)
+    matrix = (weight if type(projection).__name__ == "Conv1D" else weight.T).detach()
     if len(matrix) % heads:
         return None
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).unflatten(0, (heads, -1))
