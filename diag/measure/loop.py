@@ -245,17 +245,22 @@ class _BatchWork:
                 of_heads.add(used)
                 if of_stream is not None:
                     of_stream.calls.setdefault(call.layer, []).append((call, used))
+                if gate is not None and of_heads.sinks:
+                    self.projections.saw(call.layer, call.output)
             return call.output if changed else None
 
         beside = None if of_stream is None else stream_states(around, of_stream.add)
-        return of_heads, of_stream, self.run(batch, on_call, beside)
+        seen = self.projections.watched() if gate is not None and of_heads.sinks else nullcontext()
+        with seen:
+            return of_heads, of_stream, self.run(batch, on_call, beside)
 
     def note_unprojected(
         self, of_heads: BatchReadings, layers: Sequence[Layer], sightings: Sightings
     ) -> None:
         """Leaves out what needs W_O where that reads anything but what heads return, and names the layers."""
         for layer in layers:
-            if sightings.projection.get(layer.name, "unknown") != "as captured":
+            read = sightings.projection.get(layer.name, "unknown")
+            if read == "modified" or (read == "unknown" and layer.index not in self.projections.read):
                 of_heads.unprojected.add(layer.index)
             if layer.index in of_heads.unprojected and layer.path not in self.incidents.sinks_unprojected:
                 self.incidents.sinks_unprojected.append(layer.path)
