@@ -20,11 +20,12 @@ from pyarrow import ArrowInvalid
 from diag.errors import UserError
 from diag.inputs.items import content_digest
 from diag.metrics.catalogue import RATIOS
-from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
+from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, SINK_PLACES, is_finished
 from diag.results.hashes import hashes
 from diag.results.left_out import left_out
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
+from diag.results.sinks import places as places_of
 from diag.results.staging import remove, settle, sweep
 from diag.results.tables import one_kind, tables
 from diag.results.writing import atomically, on_disk, write, write_json, writing
@@ -170,6 +171,9 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     write(samples, folder / SAMPLES)
     write(layers, folder / LAYERS)
     write(heads, folder / HEADS)
+    remove(folder, PROBE, [SINK_PLACES])
+    if len(places := places_of(samples)):
+        write(places, folder / SINK_PLACES)
     endings = ENDINGS[document["plan"].get("figures", "all")]
     figures = draw(layers, heads, folder / "figures", models, endings)
     sweep(folder)
@@ -188,7 +192,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             "device": ", ".join(dict.fromkeys(note["device"] for _, note, _ in parts)),
             "seconds": round(seconds + time.time() - began, 3),
             "environment": environment(),
-            "tables": hashes(folder, (SAMPLES, LAYERS, HEADS, QUANTILES)),
+            "tables": hashes(folder, (SAMPLES, LAYERS, HEADS, QUANTILES, SINK_PLACES)),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
         folder / MANIFEST,
