@@ -46,7 +46,7 @@ def test_columns_are_stacked_up_to_all_events() -> None:
     bottoms = [bottom for bottom, _ in columns(ax, "sink_unclassified")]
     np.testing.assert_allclose(bottoms, [0, 0.3, 0.3])
     assert not columns(ax, "rest")
-    ends = [part.get_segments() for part in ax.collections][0]
+    ends = ax.collections[0].get_segments()  # type: ignore[attr-defined]
     np.testing.assert_allclose([end[:, 1].mean() for end in ends], [0.1, 0.3, 0.4])
 
 
