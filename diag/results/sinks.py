@@ -59,7 +59,7 @@ def places(samples: pd.DataFrame) -> pd.DataFrame:
     """
     rows = samples[samples["metric"].isin(["sink_event", "sink_index", "sink_row", "sink_column", *KINDS])]
     keys = [*LINE, "layer", "head", "input_index"]
-    if not (rows["metric"] == "sink_index").any():
+    if rows.loc[rows["metric"] == "sink_index", "value"].isna().all():  # also where there is none
         return pd.DataFrame(columns=PLACES)
     wide = rows.pivot_table(
         index=keys, columns="metric", values="value", aggfunc="first", observed=True, sort=False
