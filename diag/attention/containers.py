@@ -30,6 +30,8 @@ class SoftmaxStatistics:
     negative: Tensor | None = None
     """whether a row that sees a key has a negative weight, `[batch, head]`; None where none can have one, or
     where several maps are added up"""
+    received: Tensor | None = None
+    """Σ_i A_ij over some sets of rows, `[set, batch, head, key]`, where that was asked for on the way"""
 
 
 @dataclass(frozen=True, eq=False)

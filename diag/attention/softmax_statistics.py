@@ -5,11 +5,12 @@ Whoever measures a call makes one `CallStatistics` of it: what is computed there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
@@ -31,13 +32,30 @@ class CallStatistics:
         """softmax: where it is known already."""
         self.call = call
         self._softmax = softmax
+        self._givers: Tensor | None = None
 
     @property
     def softmax(self) -> SoftmaxStatistics:
         """The softmax statistics of every row, or of the call's sampled ones."""
         if self._softmax is None:
-            self._softmax = softmax_statistics(self.call)
+            self._softmax = softmax_statistics(self.call, self._givers)
         return self._softmax
+
+    def gather(self, rows: Sequence[Bool[Tensor, "#batch #head token"]]) -> None:
+        """Asks, before anything is computed, for what each key receives from these sets of rows.
+
+        It costs little on the way, and a pass of its own later. Where a query sees nothing, or some keys are
+        padding, whose rows may hold anything, it is not summed up on the way.
+        """
+        call, seen = self.call, self.call.visibility
+        plain = call.query is not None and call.sample is None and seen.keys is None
+        if plain and self._softmax is None and bool((seen.count > 0).all()):
+            self._givers = torch.stack([part.expand(call.output.shape[:3]) for part in rows], 2).float()
+
+    @property
+    def received(self) -> Float[Tensor, "set batch head key"] | None:
+        """What keys receive from the sets of rows that `gather` named, where that is there by now."""
+        return None if self._softmax is None else self._softmax.received
 
     @property
     def known_log_normaliser(self) -> Float[Tensor, "batch head token"] | None:
@@ -57,8 +75,12 @@ class CallStatistics:
         return CallStatistics(whole)
 
 
-def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
+def softmax_statistics(
+    call: AttentionCall, givers: Float[Tensor, "batch head set token"] | None = None
+) -> SoftmaxStatistics:
     """Every row statistic of a call's pattern in O(token) memory.
+
+    givers: how much each row counts in `received`, for each set of rows; None if that is not asked for.
 
     Everything is read off blocks of query rows, one matrix product each. Where rows are sampled, only entropy
     and Σ A² are: the weights on single keys need the log-normaliser alone and are of all rows.
@@ -77,10 +99,16 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     lse = call.log_normaliser.float() if known else lse  # type: ignore[union-attr]
     entropy = lse.new_empty(*lse.shape[:2], call.tokens if sample is None else sample.rows)
     squares = torch.empty_like(entropy)
-    scratch = Scratch(call.output.device)
+    scratch, received = Scratch(call.output.device), None
+    if givers is not None:
+        received = torch.zeros(givers.shape[2], *lse.shape[:2], call.keys, device=lse.device)
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
         pattern = torch.exp2(logs, out=scratch(*logs.shape))
+        if received is not None and givers is not None:
+            in_batch, in_head, in_row = where
+            given = (givers[in_batch, in_head, :, in_row] @ pattern).movedim(2, 0)
+            received[:, in_batch, in_head, : pattern.shape[-1]] += given
         vector_norm(pattern, dim=-1, out=squares[where])
         if sample is None:
             if call.own_keys:
@@ -99,7 +127,7 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     total = None
     if call.outside is not None:
         total = row_sums(call) if sample is not None else sums.where(call.visibility.count > 0, 0.0)
-    return SoftmaxStatistics(lse, entropy, squares, own, leading, total)
+    return SoftmaxStatistics(lse, entropy, squares, own, leading, total, received=received)
 
 
 def _on_key(pattern: Tensor, key: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,8 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
             print(folder)
         else:
             print(result_table(layers))
+            if "sink_event" in set(layers["metric"]):
+                print(_sinks(folder))
     failures = {**manifest["failed_models"], **manifest["failed_inputs"]}
     if failures:
         say_failures(failures, ", in manifest.json")
@@ -135,6 +138,19 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
         say(f"run: {folder}")
     if failures:
         raise SystemExit(3)
+
+
+def _sinks(folder: Path) -> str:
+    """What the samples of a run say about its sinks, in words."""
+    from diag.results.tables import read_samples
+    from diag.show.terminal import WIDTH
+    from diag.show.words.sinks import sink_sentences
+
+    said = [
+        "\n".join(textwrap.wrap(f"{line}: {'. '.join(sentences)}.", WIDTH, break_on_hyphens=False))
+        for line, sentences in sink_sentences(read_samples(folder)).items()
+    ]
+    return "\n".join(["", "sinks", *said])
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

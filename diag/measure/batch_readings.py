@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -15,6 +17,7 @@ from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
 from diag.measure.edited_model import geometry_of
+from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
@@ -22,6 +25,7 @@ from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
+from diag.metrics.sink_events import OF_PROJECTION, SINK_METRICS, sink_readings
 from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
 from diag.models.hooks.block_parts import Block
@@ -31,7 +35,7 @@ from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import other_windows
 from diag.results.layer_values import LayerFacts, LayerValues
 
-OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
+OF_HEADS = METRICS | SHAPE_METRICS | SINK_METRICS | DIVERGENCE_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 FEW_KEYS = 64
@@ -44,12 +48,14 @@ class Incidents:
 
     failed: inputs that could not be read or measured, by id, and why. skipped_layers: layers that do not
         attend to their own tokens, by path, and why. unprojected: layers whose output projection is not
-        understood, so that what needs it is undefined there.
+        understood, so that what needs it is undefined there; of stream metrics. sinks_unprojected: the same
+        of what sinks do, and where a gate or norm comes between heads and projection.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
     skipped_layers: dict[str, str] = field(default_factory=dict)
     unprojected: list[str] = field(default_factory=list)
+    sinks_unprojected: list[str] = field(default_factory=list)
 
 
 class BatchReadings:
@@ -57,6 +63,7 @@ class BatchReadings:
 
     neutral: outputs of the same inputs with a neutral image, by layer in the order of its calls; for
         divergence metrics.
+    projections: W_O of the layers, for what their sinks do.
     """
 
     def __init__(
@@ -67,11 +74,16 @@ class BatchReadings:
         batch: Batch,
         sampling: RowSampling,
         neutral: Mapping[int, list[Tensor]] | None = None,
+        projections: OutputProjections | None = None,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.sampling = sampling
         self.plain = [name for name in names if name in METRICS]
         self.shape = [name for name in names if name in SHAPE_METRICS]
+        self.sinks = [name for name in names if name in SINK_METRICS]
+        self.receives = self.sinks or any("received" in SHAPE_METRICS[name].needs for name in self.shape)
+        self.projections = projections or OutputProjections(())
+        self.unprojected = set[int]()
         self.diverging = [name for name in names if name in DIVERGENCE_METRICS]
         self.neutral = neutral or {}
         self.neighbour = Neighbour(len(batch.ids))
@@ -97,11 +109,25 @@ class BatchReadings:
         of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
         masks = [self.tokens(token_set, call) for token_set in self.sets]
         selections = selections_of(self.sampled(call, masks), masks)
+        if self.receives:
+            selections[0].statistics.gather([on.rows for on in selections])
         found = [readings_of(on, self.plain) for on in selections]
         if self.shape:
             geometry = geometry_of(self.tower, len(self.batch.ids), call)
             shape = shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
+        if self.sinks:
+            roots = self.projections.of(call)
+            if roots is None:
+                self.unprojected.add(call.layer)
+            events = sink_readings(
+                selections,
+                self.sinks,
+                roots=roots,
+                kinds=self.kinds(call),
+                geometry=geometry_of(self.tower, len(self.batch.ids), call),
+            )
+            found = [plain | optional for plain, optional in zip(found, events, strict=True)]
         if self.diverging:
             other = self.neutral[call.layer].pop(0)
             more = [divergence_readings(on, other, self.diverging) for on in selections]
@@ -135,6 +161,25 @@ class BatchReadings:
         place = len(self.sizes[call.layer])
         keys = [f"{name}/{place}/{window}" for name in self.batch.ids for window in windows]
         return replace(call, sample=sample_rows(sets, keys, self.sampling))
+
+    def kinds(self, call: AttentionCall) -> dict[str, Tensor]:
+        """Which keys are of which kind (`diag.metrics.sink_events.KINDS`); empty where that is not known."""
+        if not call.own_keys:
+            return {}
+        sets = self.tower.token_sets
+        if self.tower.marks:
+            return {name: self.tokens(name, call) for name in ("image", "text") if name in sets}
+        if self.tower.name != "vision":
+            return {"text": self.tokens("all", call)}
+        if "patch" not in sets:
+            return {}
+        found = {
+            kind: self.tokens(name, call)
+            for kind, name in (("image", "patch"), ("cls", "cls"))
+            if name in sets
+        }
+        known = functools.reduce(torch.logical_or, found.values())
+        return found | {"registers": self.tokens("all", call) & ~known}
 
     def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
         """A layer's facts with the sizes of this batch: images of native resolution differ."""
@@ -175,6 +220,9 @@ class BatchReadings:
         inputs = len(self.batch.ids)
         for layer in layers:
             of_layer = self.readings.pop(layer.index)
+            if layer.index in self.unprojected:
+                for part in itertools.chain.from_iterable(of_layer.values()):
+                    part |= {name: _undefined(part[name]) for name in OF_PROJECTION if name in part}
             parts = {
                 (token_set, name): [part[name] for part in of_layer[token_set]]
                 for token_set in self.sets
@@ -190,6 +238,10 @@ class BatchReadings:
             ]
             names = (*self.names, *(name + SAMPLING_ERROR for name in sampled))
             yield layer, names, torch.stack(rows).view(len(self.sets), len(names), inputs, rows[0].shape[-1])
+
+
+def _undefined(reading: Reading) -> Reading:
+    return reading._replace(weights=torch.zeros_like(reading.weights))
 
 
 class BatchStreamReadings:

@@ -26,6 +26,7 @@ from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
 from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
 from diag.measure.edited_model import beside_of, by_own_numbers, check_layers, edited_modules, heads_return
+from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
@@ -129,14 +130,14 @@ def measure(
 ) -> Iterator[list[LayerValues]]:
     """Runs a tower over samples and yields each batch's numbers, layer by layer.
 
-    metrics: names from `METRICS`, `SHAPE_METRICS`, `STREAM_METRICS` and `DIVERGENCE_METRICS` (a second
-        forward pass, with neutral images); all of `METRICS` if None.
+    metrics: names from `METRICS`, `SHAPE_METRICS`, `SINK_METRICS`, `STREAM_METRICS` and `DIVERGENCE_METRICS`
+        (a second forward pass, with neutral images); all of `METRICS` if None.
     layers: numbers of layers, as `pick_layers` reads them; all if None.
     token_sets: the tower's default sets if None.
     value_constants: what is taken out of the values and outputs of each layer before they are measured
         (`diag.models.value_constants`), by depth index; the model itself goes on with them. Nothing if None.
     edits: what is done to the model while it runs; what it goes on with is what is measured.
-    blocks: the layers' blocks, for stream metrics and where an edit changes a whole branch.
+    blocks: the layers' blocks, for stream metrics, what sinks do, and where an edit changes a whole branch.
     sampling: which query rows stand for all of them in long sequences; as `RowSampling` has it if None.
     batch_size: inputs per forward pass. A batch that does not fit into memory is run again in halves.
     whole: as in `run_batches`.
@@ -193,6 +194,10 @@ class _BatchWork:
     sampling: RowSampling
     incidents: Incidents
     facts: dict[int, LayerFacts] = field(default_factory=dict)
+    projections: OutputProjections = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.projections = OutputProjections(self.blocks)
 
     def numbers(self, samples: Sequence[Sample], batch: Batch, first_input: int) -> list[LayerValues]:
         """Runs the tower over one batch and reads its numbers; every call of the first one is checked."""
@@ -203,6 +208,8 @@ class _BatchWork:
             self.incidents.skipped_layers = {**self.tower.skipped, **others}
         layers = [layer for layer in self.listed if layer.name not in self.incidents.skipped_layers]
         _all_called(layers, sightings)
+        if of_heads.sinks:
+            self.note_unprojected(of_heads, layers, sightings)
         facts = self.facts
         if gate is not None:
             projection = sightings.projection
@@ -226,7 +233,9 @@ class _BatchWork:
         neutral = None
         if not DIVERGENCE_METRICS.keys().isdisjoint(self.names):
             neutral = self.neutral_outputs(samples)
-        of_heads = BatchReadings(self.names, self.sets, self.tower, batch, self.sampling, neutral)
+        of_heads = BatchReadings(
+            self.names, self.sets, self.tower, batch, self.sampling, neutral, self.projections
+        )
         around = [block for block in self.blocks if block.index in measured]
         of_stream = None
         if self.of_stream:
@@ -246,10 +255,25 @@ class _BatchWork:
                 of_heads.add(used)
                 if of_stream is not None:
                     of_stream.calls.setdefault(call.layer, []).append((call, used))
+                if gate is not None and of_heads.sinks:
+                    self.projections.saw(call.layer, call.output)
             return call.output if changed else None
 
         beside = None if of_stream is None else stream_states(around, of_stream.add)
-        return of_heads, of_stream, self.run(batch, on_call, beside)
+        seen = self.projections.watched() if gate is not None and of_heads.sinks else nullcontext()
+        with seen:
+            return of_heads, of_stream, self.run(batch, on_call, beside)
+
+    def note_unprojected(
+        self, of_heads: BatchReadings, layers: Sequence[Layer], sightings: Sightings
+    ) -> None:
+        """Leaves out what needs W_O where that reads anything but what heads return, and names the layers."""
+        for layer in layers:
+            read = sightings.projection.get(layer.name, "unknown")
+            if read == "modified" or (read == "unknown" and layer.index not in self.projections.read):
+                of_heads.unprojected.add(layer.index)
+            if layer.index in of_heads.unprojected and layer.path not in self.incidents.sinks_unprojected:
+                self.incidents.sinks_unprojected.append(layer.path)
 
     def neutral_outputs(self, samples: Sequence[Sample]) -> dict[int, list[Tensor]]:
         """What heads return for the same inputs with neutral images, by layer in the order of its calls.

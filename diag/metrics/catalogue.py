@@ -107,6 +107,7 @@ SINKS, DISTANCE, NMI, OVERLAP, POSITION, SUM, NORMS = (
     Place(group, "The shape of attention")
     for group in ("sinks", "distance", "nmi", "overlap", "position", "sum", "norms")
 )
+SINK_EVENTS = Place("sink_events", "Sink events: what a sink does")
 DIVERGENCE = Place("divergence", "Head divergence: what the image changes")
 
 _XSA = "Exclusive Self Attention (Zhai 2026, arXiv 2603.09078), Fig. 1"
@@ -114,12 +115,14 @@ _POST = "the vision post's generalisation"
 _SECONDARY = "arXiv 2512.22213 and its code"
 _GU = "Gu 2024 (arXiv 2410.10781): ε = .3, T = 64"
 _SINKS = "studies of sinks in ViTs"
+_FESSER = "Fesser 2026 (2606.08105) and its code"
 _RAGHU = "Dosovitskiy 2021 (2010.11929), Fig. 7; Raghu 2021 (2108.08810)"
 _POSITION = "relative position"
 _KOBAYASHI = "Kobayashi 2020 (2004.10102), there f(v) = v W_O"
 _VISION = "after vision-aware head divergence (2412.13949), there with the image taken out"
 
 _COSINE, _SHARE, _RATIO, _NATS = "cosine", "share, 0 to 1", "ratio", "nats"
+_PER_EVENT = "0 or 1 per event"
 _LENGTH, _UNIFORM = "pixels (images), tokens (texts)", "1 = uniform"
 
 # a table: three or four lines to a metric, which the formatter would make twelve
@@ -449,6 +452,84 @@ _TABLE = (
         "norm_weighted_entropy", NORMS, "H‖v‖", "entropy, weighted with norms",
         "norm-weighted entropy", "entropy over j of Aᵢⱼ‖f(vⱼ)‖ / Σⱼ Aᵢⱼ‖f(vⱼ)‖",
         "How widely what is added up is spread.", _NATS, _KOBAYASHI, rank=2,
+    ),
+    # --- sink events
+    MetricEntry(
+        "sink_event", SINK_EVENTS, "events", "share of heads with a sink event",
+        "sink event", "1 if Aᵢₛ ≥ .5 for at least 90 % of the queries i, s = argmaxⱼ meanᵢ Aᵢⱼ",
+        "Whether nearly all queries of a head attend to one key, any key that they see; the mean is a rate.",
+        "0 or 1 per head", _FESSER, rank=0,
+    ),
+    MetricEntry(
+        "sink_no_op", SINK_EVENTS, "no-op", "share of heads whose sink adds hardly anything",
+        "no-op sink", "1 if there is an event and value_norm_ratio_out ≤ .2",
+        "Whether a head idles: it attends to a key whose value adds hardly anything to the stream.",
+        "0 or 1 per head", _FESSER, rank=0, line=DrawnAs("no-op", "blue"),
+    ),
+    MetricEntry(
+        "sink_broadcast", SINK_EVENTS, "broadc", "share of heads whose sink gives all queries the same",
+        "broadcast sink", "1 if there is an event, value_norm_ratio_out ≥ .5 and stable_rank ≤ 1.5",
+        "Whether a head hands the sink's value on to all queries: what it adds has about one direction.",
+        "0 or 1 per head", _FESSER, rank=0, line=DrawnAs("broadcast", "vermillion"),
+    ),
+    MetricEntry(
+        "sink_unclassified", SINK_EVENTS, "other", "share of heads with an event that is neither",
+        "unclassified sink", "1 if there is an event that is neither no-op nor broadcast",
+        "Whether a head has an event of neither class.",
+        "0 or 1 per head", _FESSER, rank=0, line=DrawnAs("unclassified", "0.72"),
+    ),
+    MetricEntry(
+        "value_norm_ratio_out", SINK_EVENTS, "‖u_s‖", "norm of the sink's value after W_O over the mean",
+        "value norm ratio after W_O", "‖uₛ‖ / mean of ‖uⱼ‖ over j ≠ s, uⱼ = γ W_O vⱼ, γ the layer scale",
+        "How much the sink's value adds to the stream beside those of other keys; of heads with an event.",
+        "1 = as much as the others", _FESSER,
+    ),
+    MetricEntry(
+        "stable_rank", SINK_EVENTS, "s-rank", "stable rank of what heads with an event add",
+        "stable rank", "‖U‖_F² / σ₁(U)², U = A u over the queries",
+        "How many directions what a head adds to the stream has: 1 where all queries get the same; of heads "
+        "with an event.", "directions, from 1", _FESSER,
+    ),
+    MetricEntry(
+        "sink_index", SINK_EVENTS, "index", "place of the sink in the sequence",
+        "index of the sink", "s, counted from 0 in the sequence; of events",
+        "Where the sink is; its standard deviation over inputs is 0 where it is the same key in all of them.",
+        "index", rank=2,
+    ),
+    MetricEntry(
+        "sink_row", SINK_EVENTS, "row", "row of the patch that is the sink",
+        "row of the sink", "row of patch s, from 0 at the top",
+        "Where the sink is in the image, downwards.", "patches", rank=2,
+    ),
+    MetricEntry(
+        "sink_column", SINK_EVENTS, "column", "column of the patch that is the sink",
+        "column of the sink", "column of patch s, from 0 at the left",
+        "Where the sink is in the image, sideways.", "patches", rank=2,
+    ),
+    MetricEntry(
+        "sink_on_first", SINK_EVENTS, "s=0", "share of sinks that are the first key",
+        "sink is the first key", "1 if s is the first key that any query sees; of events",
+        "How many sinks are the first key: class token, BOS, first word or patch.", _PER_EVENT, rank=2,
+    ),
+    MetricEntry(
+        "sink_on_cls", SINK_EVENTS, "s=cls", "share of sinks that are the class token",
+        "sink is the class token", "1 if s is the class token; of events",
+        "How many sinks are the class token.", _PER_EVENT, rank=2,
+    ),
+    MetricEntry(
+        "sink_on_registers", SINK_EVENTS, "s=reg", "share of sinks that are registers",
+        "sink is a register", "1 if s is a register or another token beside the patches; of events",
+        "How many sinks are registers.", _PER_EVENT, rank=2,
+    ),
+    MetricEntry(
+        "sink_on_image", SINK_EVENTS, "s=img", "share of sinks that are patches or image tokens",
+        "sink is a patch", "1 if s is a patch, or a token that stands for a piece of an image; of events",
+        "How many sinks lie in the image.", _PER_EVENT, rank=2,
+    ),
+    MetricEntry(
+        "sink_on_text", SINK_EVENTS, "s=txt", "share of sinks that are tokens of text",
+        "sink is a text token", "1 if s is a token of text; of events",
+        "How many sinks lie in the text.", _PER_EVENT, rank=2,
     ),
     # --- what the image changes
     MetricEntry(

@@ -7,6 +7,7 @@ for the block at hand, and O(token) for what is kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch.linalg import vecdot
 from diag.attention.call import AttentionCall, first_key
 from diag.attention.kernels import fused_quantities
 from diag.attention.pattern import BLOCK_ELEMENTS, LN2, given_blocks, log2_pattern_blocks, positions
-from diag.attention.positions import Distances, Geometry
+from diag.attention.positions import TEXT, Distances, Geometry
 from diag.attention.softmax_statistics import CallStatistics
 from diag.attention.value_statistics import value_blocks
 
@@ -67,7 +68,10 @@ def pattern_pass(
     tokens, device = call.tokens, call.output.device
     of_keys = key_places(call, geometry)
     wanted = set(wanted) - (set() if of_keys.grid(call.keys) else {"distance", "near"})
-    fused = _fused(statistics, wanted, rows, live, geometry)
+    known = {}
+    if "received" in wanted and statistics.received is not None:
+        known["received"] = statistics.received
+    fused = known | _fused(statistics, wanted - known.keys(), rows, live, geometry)
     wanted -= fused.keys()  # what is left needs the blocks
     if not wanted:
         return fused
@@ -140,6 +144,18 @@ def pattern_pass(
             found["norm_total"][where] = sums[..., 0]
             found["norm_entropy"][where] = total.log() - (weighted + sums[..., 1]) / total
     return fused | found
+
+
+def received_by(
+    statistics: CallStatistics, rows: Sequence[Bool[Tensor, "#batch #head token"]]
+) -> Float[Tensor, "set batch head key"]:
+    """What each key receives from the rows of each set, `Σ_i A_ij`: by a pass of its own if need be."""
+    if statistics.received is not None:
+        return statistics.received
+    if statistics.known_log_normaliser is None and statistics.softmax.received is not None:
+        return statistics.softmax.received  # a pass that would need the normaliser gives both
+    live = functools.reduce(torch.logical_or, rows)
+    return pattern_pass(statistics, {"received"}, rows, live, geometry=TEXT)["received"]
 
 
 def _of_maps(

@@ -17,6 +17,9 @@ MANIFEST = "manifest.json"
 LAYERS, HEADS, SAMPLES, QUANTILES = "layers.csv", "heads.parquet", "samples.parquet", "quantiles.parquet"
 """The tables of a run; quantiles only where samples are not all kept."""
 
+SINK_PLACES = "sink_places.csv"
+"""Where the sinks of heads are, and whether they stay there; of runs that measured sink events."""
+
 
 def once(folders: Iterable[Path]) -> list[Path]:
     """Folders, each once however it is spelled: as it was named first."""

@@ -30,6 +30,8 @@ ACCURACY = Layout(
     {"label": NAME, "model": NAME, "training_run": COUNT, "baseline": NUMBER, "xsa": NUMBER, "source": TEXT}
 )
 
+SINKS = Layout({"model": NAME, "broadcast": NUMBER, "no_op": NUMBER, "images": COUNT, "source": TEXT})
+
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "FrancescoPaoloL/xsa_POC": {"values": "bias_free", "n_tokens": 128, "n": 32, "first_token": "excluded"},
     "RohanMulay1/xsa-controls": {"values": "as_computed", "n_tokens": 384, "first_token": "excluded"},
@@ -81,6 +83,14 @@ def accuracy() -> pd.DataFrame:
         similarity_baseline=table["model"].map(similar),
         similarity_xsa=(table["model"] + "-xsa").map(similar),
     )
+
+
+def sinks() -> pd.DataFrame:
+    """Broadcast and no-op events per image of models whose sinks were studied, in blocks 1 to 23 of 24.
+
+    Columns model, broadcast, no_op (heads with such an event, mean over images of ADE20K), images, source.
+    """
+    return _read(FOLDER / "published_sinks.csv", SINKS)
 
 
 def name_of(model: str) -> str | None:

@@ -20,11 +20,12 @@ from pyarrow import ArrowInvalid
 from diag.errors import UserError
 from diag.inputs.items import content_digest
 from diag.metrics.catalogue import RATIOS
-from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, is_finished
+from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, SINK_PLACES, is_finished
 from diag.results.hashes import hashes
 from diag.results.left_out import left_out
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
+from diag.results.sinks import places as places_of
 from diag.results.staging import remove, settle, sweep
 from diag.results.tables import one_kind, tables
 from diag.results.writing import atomically, on_disk, write, write_json, writing
@@ -152,6 +153,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             continue
         models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
         _say_told(models[-1], told["unprojected"], say)
+        _say_sinks(models[-1], told.get("sinks_unprojected", ()), say)
         parts.append((part, note, kept))
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
@@ -169,6 +171,9 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     write(samples, folder / SAMPLES)
     write(layers, folder / LAYERS)
     write(heads, folder / HEADS)
+    remove(folder, PROBE, [SINK_PLACES])
+    if len(places := places_of(samples)):
+        write(places, folder / SINK_PLACES)
     endings = ENDINGS[document["plan"].get("figures", "all")]
     figures = draw(layers, heads, folder / "figures", models, endings)
     sweep(folder)
@@ -187,7 +192,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
             "device": ", ".join(dict.fromkeys(note["device"] for _, note, _ in parts)),
             "seconds": round(seconds + time.time() - began, 3),
             "environment": environment(),
-            "tables": hashes(folder, (SAMPLES, LAYERS, HEADS, QUANTILES)),
+            "tables": hashes(folder, (SAMPLES, LAYERS, HEADS, QUANTILES, SINK_PLACES)),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
         folder / MANIFEST,
@@ -215,6 +220,15 @@ def _say_told(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying)
         say(
             f"{given}: value_stream_cosine and output_value_cosine are empty where the way from "
             f"heads to the stream is not understood: {unprojected[0]}{more}"
+        )
+
+
+def _say_sinks(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying) -> None:
+    if unprojected:
+        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
+        say(
+            f"{entry['given']}: what sinks do (no-op, broadcast) is empty where the output projection is not "
+            f"known, or does not read the heads' outputs as they are: {unprojected[0]}{more}"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.inputs.outside import json_of, mapping_in
-from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, is_finished
+from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, SINK_PLACES, is_finished
 from diag.results.staging import (
     NEXT,
     Owner,
@@ -40,8 +40,8 @@ SHARDS = ("shards/*.parquet", "shards/*.json", "shards/.lock")
 PROBE = Owner(
     "probe",
     result=(
-        *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, "activations/*/*.safetensors"),
-        *pictures("curves-*", "heads-*", "comparison", "comparison-*"),
+        *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, SINK_PLACES, "activations/*/*.safetensors"),
+        *pictures("curves-*", "heads-*", "sinks-*", "comparison", "comparison-*"),
     ),
     work=SHARDS,
     kept=("shards/*.parquet",),

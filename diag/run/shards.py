@@ -15,9 +15,10 @@ from diag.inputs.items import Inputs
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
 from diag.measure.loop import measure, pick_layers
+from diag.metrics.sink_events import OF_PROJECTION
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Model, Sample, Tower
-from diag.models.hooks.block_parts import Block, find_blocks
+from diag.models.hooks.block_parts import Block, find_blocks, understood_blocks
 from diag.models.hooks.interventions import BRANCHES
 from diag.models.value_constants import value_constants
 from diag.results.caveats import columns_of
@@ -131,7 +132,8 @@ def _constants_of(model: Model, tower: Tower, plan: ProbePlan) -> dict[str, Any]
 
 
 def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block]:
-    """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics.
+    """The tower's blocks where the plan changes whole branches, those of its layers for stream metrics, and
+    those that are understood for what sinks do.
 
     Empty where neither needs them. A layer whose queries are other tokens than its keys makes another stream
     than it reads, and has no stream metrics. Raises UserError, naming the layer, if a block is not
@@ -139,9 +141,9 @@ def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block
     """
     if any(edit.where in BRANCHES for edit in asked.edits):
         return find_blocks(model.module, tower.layers)
-    if STREAM_METRICS.keys().isdisjoint(asked.metrics):
-        return ()
     layers = pick_layers(tower.layers, asked.plan.layers, tower.places)
+    if STREAM_METRICS.keys().isdisjoint(asked.metrics):
+        return () if set(OF_PROJECTION).isdisjoint(asked.metrics) else understood_blocks(model.module, layers)
     return find_blocks(model.module, [layer for layer in layers if layer.form.keys_of != "others"])
 
 

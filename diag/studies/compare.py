@@ -28,7 +28,7 @@ from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST
 from diag.results.hashes import hashes
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
-from diag.results.published import curves, name_of, other_settings
+from diag.results.published import curves, name_of, other_settings, sinks
 from diag.results.staging import check_free, is_empty, staged, verb_of
 from diag.results.writing import write, write_json, write_text, writing
 from diag.run.plan import RUNS
@@ -137,6 +137,12 @@ def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
     A table without rows where nothing is published for any of them.
     """
     parts, notes = [], []
+    if (collection.layers["metric"] == "sink_event").any():
+        notes += [
+            f"published ({row['source']}): {row['model']}: {row['broadcast']:.2f} broadcast and "
+            f"{row['no_op']:.2f} no-op events per image, blocks 1 to 23, {row['images']} images"
+            for _, row in sinks().iterrows()
+        ]
     lines = collection.layers.drop_duplicates("label")
     for label, model in zip(lines["label"], lines["model"], strict=True):
         name = name_of(str(model))

@@ -28,6 +28,7 @@ from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import GROUPS
 from diag.metrics.pattern_shape import SHAPE_METRICS
+from diag.metrics.sink_events import SINK_METRICS
 from diag.metrics.stream import STREAM_METRICS
 
 Attnbias = Callable[..., Ended]
@@ -435,7 +436,7 @@ def test_metrics_are_listed_with_their_definitions(attnbias: Attnbias) -> None:
     groups = [line.removeprefix("--metrics ") for line in heads if line.startswith("--metrics ")]
     names = [line for line in heads if not line.startswith("--metrics ")]
     assert groups == list(GROUPS)
-    assert names == [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS]
+    assert names == [*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *SINK_METRICS, *DIVERGENCE_METRICS]
     assert max(map(len, ended.out.splitlines())) <= 80
     found = strict(attnbias("metrics", "--json").out)
     assert list(found) == names

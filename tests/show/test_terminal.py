@@ -14,6 +14,7 @@ from diag.metrics.catalogue import RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
+from diag.metrics.sink_events import SINK_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.show import terminal
 from diag.show.terminal import COLUMNS, WIDTH, StderrListener, columns, result_table
@@ -41,7 +42,7 @@ def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
 
 
 def test_every_metric_has_a_heading_of_its_own() -> None:
-    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
+    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS, *SINK_METRICS, *DIVERGENCE_METRICS}
     headings = [heading for heading, _ in COLUMNS.values()]
     assert len(set(headings)) == len(headings)
 

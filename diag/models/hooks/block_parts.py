@@ -8,9 +8,11 @@ from the names of a block's parts which modules return them. What names promise 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -161,6 +163,15 @@ def find_blocks(root: nn.Module, layers: Sequence[Layer]) -> tuple[Block, ...]:
     return tuple(_block_of(layer, root, paths) for layer in layers)
 
 
+def understood_blocks(root: nn.Module, layers: Sequence[Layer]) -> tuple[Block, ...]:
+    """As `find_blocks`, without the layers whose block is not understood."""
+    paths, found = {module: path for path, module in root.named_modules()}, []
+    for layer in layers:
+        with suppress(UserError):
+            found.append(_block_of(layer, root, paths))
+    return tuple(found)
+
+
 def _block_of(layer: Layer, root: nn.Module, paths: Mapping[nn.Module, str]) -> Block:
     if layer.module not in paths:
         raise UserError(f"layer '{layer.path}' is not part of the model", "give the model that it is from")
@@ -241,6 +252,25 @@ def _scale_of(module: nn.Module) -> Tensor | None:
             if isinstance(found, Tensor):
                 return found
     return None
+
+
+def head_projections(block: Block, heads: int) -> Tensor | None:
+    """W_O of each head with layer scale, `[head, dim, width]`, so that u = v W; None as in `to_stream`, and
+    where it is no plain matrix over `heads` heads side by side (quantised, or with an adapter).
+
+    Float32 at least, a view of the weights where these are and nothing is scaled.
+    """
+    projection: Any = getattr(block.output_projection, "original_component", block.output_projection)
+    weight = getattr(projection, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    if to_stream(block) is None or not plain or hasattr(weight, "__tensor_flatten__"):
+        return None
+    assert isinstance(weight, Tensor)
+    matrix = (weight if type(projection).__name__ == "Conv1D" else weight.T).detach()
+    if len(matrix) % heads:
+        return None
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).unflatten(0, (heads, -1))
+    return matrix if block.scale is None else matrix * block.scale.detach()
 
 
 def to_stream(block: Block) -> Callable[[Tensor], Tensor] | None:

@@ -74,3 +74,6 @@ COMPARISON_METRICS = ("cos_y_vself", "excess", "value_similarity", "self_weight"
 """Only one of the two self weights is drawn."""
 
 HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
+
+SINK_CLASSES = ("sink_no_op", "sink_broadcast", "sink_unclassified")
+SINK_METRICS = ("sink_event", *SINK_CLASSES)

@@ -30,11 +30,12 @@ from diag.measure.loop import measure, pick_layers
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.names import metric_names
+from diag.metrics.sink_events import OF_PROJECTION
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.by_size import BySize
 from diag.models.families.from_module import TOWER, another
-from diag.models.hooks.block_parts import find_blocks
+from diag.models.hooks.block_parts import find_blocks, understood_blocks
 from diag.models.hooks.content import OTHERWISE
 from diag.models.hooks.depth import Place
 from diag.models.hooks.layers import Layer
@@ -157,6 +158,8 @@ class Monitor:
         device = device_of_module(self.module)
         given = replace(given.on(device), precision=given.precision or Precision.now(device))
         of_stream = not STREAM_METRICS.keys().isdisjoint(self.metrics)
+        blocks = find_blocks if of_stream else understood_blocks
+        needs_blocks = of_stream or not set(OF_PROJECTION).isdisjoint(self.metrics)
         needed = dict.fromkeys(part for name in self.metrics for part in RATIOS.get(name, (name,)))
         with untouched(self.module):
             tower = self._tower_for(given)
@@ -166,7 +169,7 @@ class Monitor:
                     [Sample("batch", lambda: given)],
                     metrics=list(needed),
                     layers=self._chosen,
-                    blocks=find_blocks(self.module, self.layers) if of_stream else (),
+                    blocks=blocks(self.module, self.layers) if needs_blocks else (),
                     batch_size=1,
                 )
             )

@@ -21,6 +21,7 @@ from diag.show.figures.curves import layer_curves, model_comparison
 from diag.show.figures.depth import depth_profiles
 from diag.show.figures.heatmaps import head_heatmaps
 from diag.show.figures.lengths import AXES, against
+from diag.show.figures.sinks import sink_events
 from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
 from diag.studies.attend.plan import AttendPlan
@@ -171,6 +172,25 @@ class EntropyFigure(OfProbe):
             "the bound ln T of uniform attention."
         )
         return [DrawnFigure(stem, entropy.entropy_over_depth(rows), rows, words)]
+
+
+class SinksFigure(OfProbe):
+    """Sink events over depth, a panel per line, stacked by what the sink does."""
+
+    kind: Literal["sinks"]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What it shows."""
+        return FIGURES[self.kind].metrics
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        rows = known_metrics(check_columns(material.table(self)), self.metrics, self.probe)
+        words = (
+            "Share of heads with a sink event over layers: no-op (the sink's value adds hardly anything), "
+            "broadcast (all queries get the same of it), or neither."
+        )
+        return [DrawnFigure(stem, sink_events(rows), rows, words)]
 
 
 class LengthsFigure(OfProbe):

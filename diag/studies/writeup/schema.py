@@ -59,6 +59,7 @@ AnyFigure = Annotated[
     | drawing.ComparisonFigure
     | drawing.DepthFigure
     | drawing.EntropyFigure
+    | drawing.SinksFigure
     | drawing.LengthsFigure
     | drawing.AttendFigure
     | drawing.EffectFigure

@@ -562,6 +562,7 @@ class TestDrawRun:
         assert {kind: drawing.table for kind, drawing in FIGURES.items()} == {
             "curves": "layers",
             "heads": "heads",
+            "sinks": "layers",
             "comparison": "layers",
         }
 
