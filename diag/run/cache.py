@@ -14,6 +14,7 @@ from diag.results.manifest import read as manifest_of
 from diag.run.content import replaced
 from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
 from diag.run.progress import Listener
+from diag.show.figures.drawer import Drawer
 
 
 def folder_of(plan: ProbePlan, root: Path = RUNS, inputs: Mapping[str, Inputs] | None = None) -> Path:
@@ -38,10 +39,12 @@ def measured(
     *,
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
+    drawer: Drawer | None = None,
 ) -> Path:
     """The run folder of a plan: as it is if it is finished, else measured (or resumed) now.
 
-    inputs: the plan's, if they are listed already. Raises UserError as `run.run_probe` does.
+    inputs: the plan's, if they are listed already. drawer: draws its figures, and is started if it is needed.
+    Raises UserError as `run.run_probe` does.
     """
     inputs = inputs_of(plan) if inputs is None else inputs
     folder = folder_of(plan, root, inputs)
@@ -51,6 +54,8 @@ def measured(
                 for note in replaced(plan, inputs, folder, manifest_of(folder, PROBE)):
                     listener.say(note)
         return folder
+    if drawer is not None and plan.figures != "none":
+        drawer.start()
     from diag.run.run import run_probe
 
-    return run_probe(plan, folder, inputs=inputs, listener=listener).folder
+    return run_probe(plan, folder, inputs=inputs, listener=listener, drawer=drawer).folder

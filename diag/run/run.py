@@ -50,6 +50,7 @@ from diag.run.shard_ledger import (
     standing,
 )
 from diag.run.shards import TowerJob, shard_values, tower_samples
+from diag.show.figures.drawer import Drawer
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
@@ -80,15 +81,23 @@ def run_probe(
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
+    drawer: Drawer | None = None,
 ) -> FinishedRun:
     """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
-    inputs: the plan's, if they are listed already.
+    inputs: the plan's, if they are listed already. drawer: draws its figures, if it was started.
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several, or one of its towers, is noted in the manifest, and the run goes on.
     """
     found = run_share(
-        plan, folder, WHOLE, overwrite=overwrite, inputs=inputs, listener=listener, progress=progress
+        plan,
+        folder,
+        WHOLE,
+        overwrite=overwrite,
+        inputs=inputs,
+        listener=listener,
+        progress=progress,
+        drawer=drawer,
     )
     assert found is not None, "a process that does everything finishes the run"
     return found
@@ -103,6 +112,7 @@ def run_share(
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
+    drawer: Drawer | None = None,
 ) -> FinishedRun | None:
     """One process's part of `run_probe`. None where the run is left to others: their shards are missing yet.
 
@@ -130,7 +140,7 @@ def run_share(
             _run_models(_Job(prepared, place, share, key, size, work.locks, listener, progress))
             state = standing(place, document)
             if not state.missing and not is_finished(place):
-                finish(place, work.locks, wait=share.of == 1, say=listener.say)
+                finish(place, work.locks, wait=share.of == 1, say=listener.say, drawer=drawer)
             elif state.missing and share.of == 1 and not is_finished(place):
                 raise Vanished(f"'{place}' lost what was measured", "run the same command again")
         except FileNotFoundError:

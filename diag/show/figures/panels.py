@@ -74,3 +74,6 @@ COMPARISON_METRICS = ("cos_y_vself", "excess", "value_similarity", "self_weight"
 """Only one of the two self weights is drawn."""
 
 HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
+
+PROFILE_METRICS = ("cos_y_vself", "value_similarity", "self_weight")
+"""The three curves of Exclusive Self Attention's first figure."""
