@@ -206,10 +206,12 @@ def _measured(plans: Sequence[ProbePlan], quiet: bool, drawer: Drawer) -> tuple[
     failed: dict[str, str] = {}
     last: UserError | None = None
     with StderrListener(quiet=quiet) as listener:
-        for plan in plans:
+        for plan, following in zip(plans, [*plans[1:], None], strict=True):
             name = plan.models[0] + (f" (T = {plan.seq_len})" if plan.seq_len else "")
             try:
-                folders.append(measured(plan, inputs=inputs, listener=listener, drawer=drawer))
+                folders.append(
+                    measured(plan, inputs=inputs, listener=listener, drawer=drawer, following=following)
+                )
             except UserError as error:
                 failed[name], last = str(error), error
     if last is not None and not folders:

@@ -12,7 +12,7 @@ from diag.results.folder import is_finished
 from diag.results.manifest import PROBE
 from diag.results.manifest import read as manifest_of
 from diag.run.content import replaced
-from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
+from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of, specs_of
 from diag.run.progress import Listener
 from diag.show.figures.drawer import Drawer
 
@@ -40,10 +40,12 @@ def measured(
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     drawer: Drawer | None = None,
+    following: ProbePlan | None = None,
 ) -> Path:
     """The run folder of a plan: as it is if it is finished, else measured (or resumed) now.
 
     inputs: the plan's, if they are listed already. drawer: draws its figures, and is started if it is needed.
+    following: what will be measured next, of which the weights are read ahead.
     Raises UserError as `run.run_probe` does.
     """
     inputs = inputs_of(plan) if inputs is None else inputs
@@ -58,4 +60,5 @@ def measured(
         drawer.start()
     from diag.run.run import run_probe
 
-    return run_probe(plan, folder, inputs=inputs, listener=listener, drawer=drawer).folder
+    behind = None if following is None else specs_of(following)[0]
+    return run_probe(plan, folder, inputs=inputs, listener=listener, drawer=drawer, following=behind).folder
