@@ -297,7 +297,7 @@ def _run_tower(
     tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets, plan.named)
     job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
     missing = [place for place in own if part.problem(place, job.key) is not None]
-    workers = workers_for(plan.workers, on_gpu=on_gpu)
+    workers = workers_for(plan.workers, sum(len(shards[place]) for place in missing), on_gpu=on_gpu)
     with shards_ahead(tower, shards, missing, workers=workers, pin=on_gpu) as take:
         said, checked = False, False
         while own and not is_finished(job.folder):
