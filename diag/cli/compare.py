@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _measured(plans: Sequence[ProbePlan], quiet: bool, drawer: Drawer) -> tuple[
     failed: dict[str, str] = {}
     last: UserError | None = None
     with StderrListener(quiet=quiet) as listener:
-        for plan, following in zip(plans, [*plans[1:], None], strict=True):
+        for plan, following in itertools.zip_longest(plans, plans[1:]):
             name = plan.models[0] + (f" (T = {plan.seq_len})" if plan.seq_len else "")
             try:
                 folders.append(
