@@ -12,6 +12,11 @@ all of it is timed, imports and figures included; one round before the others is
 the disk. With `--threads 1` time is that of the processor, which other programs on the machine hardly
 disturb; with more threads, or on a GPU, it is the clock's. Memory is the peak beyond the loaded model, in a
 row of the command line that of the process. Weights are random. Linux only.
+
+The row of a folder runs over photographs as JPEGs that this program makes (`--images` of them). *plain* is a
+loop over a torch DataLoader with `--loaders` workers, *probe* a run with its folder and tables, without
+figures; both build their model in the time that is told. With one thread let no worker decode, whose
+processor time is not in the sum: `--loaders 0 --workers 0`.
 """
 
 from __future__ import annotations
@@ -36,10 +41,16 @@ HERE = Path(__file__).resolve()
 MODEL = "vit_base_patch16_224"
 
 
+SMALL = "vit_small_patch16_224"
+FOLDER = "ATTNBIAS_FOLDER"
+"""The variable of the environment that tells a process where the JPEGs are."""
+
+
 class Row(NamedTuple):
     """What is measured. told: in words. case: of a model in this process (`methods.py`). batches: how many.
 
     inputs: in each of them. target: how many times the plain forward the issue of speed allows.
+    in_process: whether a process measures itself, not this one a whole process.
     """
 
     told: str
@@ -47,6 +58,7 @@ class Row(NamedTuple):
     case: str = ""
     inputs: int = 1
     batches: int = 1
+    in_process: bool = True
 
 
 ROWS = {
@@ -54,8 +66,9 @@ ROWS = {
     "vit-8": Row("diag.probe, ViT-B/16, 8 batches of 8", 1.12, "vit-196", 8, 8),
     "gpt2-1": Row("diag.probe, GPT-2 small, 1 input of 1,024 tokens", 1.20, "gpt2-1024"),
     "gpt2-8": Row("diag.probe, GPT-2 small, 8 inputs of 1,024 tokens", 1.08, "gpt2-1024", 1, 8),
-    "command": Row(f"attnbias probe -m timm:{MODEL} --random-init --images demo", 1.20),
-    "names": Row("attnbias models QUERY, beside import timm", None),
+    "command": Row(f"attnbias probe -m timm:{MODEL} --random-init --images demo", 1.20, in_process=False),
+    "names": Row("attnbias models QUERY, beside import timm", None, in_process=False),
+    "folder": Row(f"a run of timm:{SMALL} over a folder of JPEGs, beside model and DataLoader", 1.11),
 }
 LONG = {
     "vit-256": Row("diag.probe, ViT-B/16, 4 batches of 256", None, "vit-196", 256, 4),
@@ -94,31 +107,42 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: every core)")
     parser.add_argument("--device", default="cpu", help="of the rows of diag.probe (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of their models (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=256, help="of the row of a folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loaders", type=int, default=1, help="workers of its DataLoader (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, help="of its probe (default: what a run takes)")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(*options.one, options.device, options.dtype)))
+        print(json.dumps(one(*options.one, options)))
         return
     methods = options.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"unknown method '{unknown.pop()}'; methods are {', '.join(METHODS)}")
     if options.against is not None and not (options.against / "diag").is_dir():
         parser.error(f"--against: no package 'diag' in '{options.against}'")
-    found = []
-    for name in options.row or ROWS:
-        chosen = [method for method in methods if _is_able(name, method, options.against)]
-        rows = compare(name, chosen, options)
-        found += rows
-        if not options.json:
-            show(rows)
+    found, asked = [], options.row or ROWS
+    with tempfile.TemporaryDirectory() as folder:
+        if "folder" in asked:
+            os.environ[FOLDER] = folder
+            make_photographs(Path(folder), options.images)
+        for name in asked:
+            chosen = [method for method in methods if _is_able(name, method, options.against)]
+            rows = compare(name, chosen, options)
+            found += rows
+            if not options.json:
+                show(rows)
     if options.json:
         print(json.dumps({**_told(options), "rows": found}, indent=1))
 
 
 def compare(name: str, methods: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One table row per method, with ratios to plain where plain was measured; what fails is told."""
-    of_process = not (ROWS | LONG)[name].case
+    of_process = not (ROWS | LONG)[name].in_process
     costs, left = dict[str, list[Cost]](), list(methods)
     for number in range(options.rounds + of_process):
         for method in list(left):
@@ -166,7 +190,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def of_call(name: str, method: str, options: argparse.Namespace) -> Cost:
     """One call in a process of its own, which measures itself. Raises RuntimeError with its last words."""
-    own = ["--device", options.device, "--dtype", options.dtype, "--one", name, method]
+    own = ["--device", options.device, "--dtype", options.dtype, "--loaders", str(options.loaders)]
+    own += [] if options.workers is None else ["--workers", str(options.workers)]
+    own += ["--one", name, method]
     done = subprocess.run(
         [sys.executable, str(HERE), *own],
         env=_environment(method, options),
@@ -230,6 +256,8 @@ def _refuse(code: int, what: str, told: str) -> None:
 def _is_able(name: str, method: str, against: Path | None) -> bool:
     """Whether a method is measured in a row here."""
     case = (ROWS | LONG)[name].case
+    if name == "folder" and method == "dense":
+        return False
     if method == BEFORE:
         return against is not None
     if method == "lens":
@@ -246,10 +274,13 @@ def _told(options: argparse.Namespace) -> dict[str, Any]:
 # --- in a process of its own
 
 
-def one(name: str, method: str, device: str, dtype: str) -> Cost | None:
+def one(name: str, method: str, options: argparse.Namespace) -> Cost | None:
     """One measurement, in this process."""
+    device, dtype = options.device, options.dtype
     if name == "command":
         return script()
+    if name == "folder":
+        return over_folder(method, options)
     row = (ROWS | LONG)[name]
     import torch
 
@@ -294,6 +325,68 @@ def _timed(warm: Callable[[], object], call: Callable[[], object], device: str) 
         torch.cuda.synchronize()
     seconds = clock() - began
     return Cost(seconds, (torch.cuda.max_memory_allocated() if on_gpu else peak()) - before)
+
+
+def make_photographs(folder: Path, count: int) -> None:
+    """So many JPEGs of 500 x 375 pixels: the demo's photographs, cut out at places of their own."""
+    import numpy as np
+    from PIL import Image
+
+    sys.path.insert(0, str(HERE.parents[1]))
+    from diag.inputs.images import PHOTOGRAPHS, photograph
+
+    sources = [Image.open(photograph(name)).convert("RGB").resize((700, 600)) for name in PHOTOGRAPHS]
+    places = np.random.default_rng(0).integers(0, (200, 225), (count, 2))
+    for number, (left, top) in enumerate(places.tolist()):
+        cut = sources[number % len(sources)].crop((left, top, left + 500, top + 375))
+        cut.save(folder / f"{number:06d}.jpg", quality=90)
+
+
+def over_folder(method: str, options: argparse.Namespace) -> Cost:
+    """One model over a folder of JPEGs, imports apart."""
+    import timm
+    import torch
+    from PIL import Image
+
+    from diag.run.plan import ProbePlan
+    from diag.run.run import run_probe
+
+    folder = Path(os.environ[FOLDER])
+    files = sorted(folder.iterdir())
+
+    def loop() -> None:
+        model = timm.create_model(SMALL).eval().to(options.device, getattr(torch, options.dtype))
+        prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        # a list is a data set to torch's loader, and what is made of its items is made by the workers
+        loader = torch.utils.data.DataLoader(
+            list(range(len(files))),
+            batch_size=8 if options.device == "cpu" else 256,
+            num_workers=options.loaders,
+            pin_memory=options.device != "cpu",
+            collate_fn=lambda places: torch.stack(
+                [prepare(Image.open(files[place]).convert("RGB")) for place in places]
+            ),
+        )
+        with torch.inference_mode():
+            for batch in loader:
+                model(batch.to(options.device, getattr(torch, options.dtype), non_blocking=True))
+
+    def probe() -> None:
+        plan = ProbePlan(
+            models=(f"timm:{SMALL}",),
+            random_init=True,
+            images=str(folder),
+            limit=len(files),
+            batch_size=8 if options.device == "cpu" else 256,
+            device=options.device,
+            dtype=options.dtype,
+            figures="none",
+            workers=options.workers,
+        )
+        with tempfile.TemporaryDirectory() as out:
+            run_probe(plan, Path(out) / "run")
+
+    return _timed(lambda: None, loop if method == "plain" else probe, options.device)
 
 
 def script() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from diag.errors import UserError, say
 
 if TYPE_CHECKING:
     from diag.run.plan import ProbePlan
+    from diag.show.figures.drawer import Drawer
     from diag.studies.compare import Comparison
     from diag.studies.comparisons import Answer
 
@@ -71,7 +73,7 @@ class CompareOptions:
 def compare(given: CompareOptions) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
     between, runs, quiet = _pair(given.growth), given.runs or [], given.quiet
-    figures = drawn(given.figures)
+    drawn(given.figures)
     sweeps = {
         "seq_len": numbers(given.lengths, "--seq-len"),
         "img_size": numbers(given.image_size, "--image-size"),
@@ -91,21 +93,10 @@ def compare(given: CompareOptions) -> None:
     if given.dry_run:
         _print_plans(runs, plans, given.as_json)
         return
-    folders, failed = _measured(plans, quiet)
-    from diag.studies.comparisons import found_again, request_of
+    from diag.show.figures.drawer import Drawer
 
-    compared = [*runs, *folders]
-    asked: dict[str, Any] = {"growth": between, "seed": given.seed, "published": given.published}
-    asked |= {"measured": list(map(str, folders)), "figures": figures}
-    request = None if failed else request_of(compared, asked)
-    there = found_again(request, compared, given.out) if request else None
-    if there is None:
-        found = _compared(compared, between, given.seed, given.published, quiet)
-        folder, said = _written(found, given, failed, folders, request)
-    else:
-        folder, said = there
-        for note in () if quiet else said.notes:
-            say(note)
+    with Drawer() as drawer:
+        folder, said = _answered(given, plans, between, drawer)
     with answer(folder):
         if given.as_json:
             print(json.dumps({**said.document, "folder": str(folder)}, indent=1, ensure_ascii=False))
@@ -120,6 +111,30 @@ def compare(given: CompareOptions) -> None:
         say(f"folder: {folder}")
     if failed:
         raise SystemExit(3)
+
+
+def _answered(
+    given: CompareOptions,
+    plans: Sequence[ProbePlan],
+    between: tuple[int, int] | None,
+    drawer: Drawer,
+) -> tuple[Path, Answer]:
+    """The folder of the comparison and what is said of it, measured and written where it is not there."""
+    runs, quiet = given.runs or [], given.quiet
+    folders, failed = _measured(plans, quiet, drawer)
+    from diag.studies.comparisons import found_again, request_of
+
+    compared = [*runs, *folders]
+    asked: dict[str, Any] = {"growth": between, "seed": given.seed, "published": given.published}
+    asked |= {"measured": list(map(str, folders)), "figures": given.figures}
+    request = None if failed else request_of(compared, asked)
+    there = found_again(request, compared, given.out) if request else None
+    if there is None:
+        found = _compared(compared, between, given.seed, given.published, quiet)
+        return _written(found, given, failed, folders, request, drawer)
+    for note in () if quiet else there[1].notes:
+        say(note)
+    return there
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...]:
@@ -179,7 +194,7 @@ def _print_plans(runs: Sequence[Path], plans: Sequence[ProbePlan], as_json: bool
         print(f"{'there   ' if row['measured'] else missing}{row['run']}{what}")
 
 
-def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict[str, str]]:
+def _measured(plans: Sequence[ProbePlan], quiet: bool, drawer: Drawer) -> tuple[list[Path], dict[str, str]]:
     """The run folders of plans, measured where they are missing, and what failed. UserError if all did."""
     from diag.run.cache import measured
     from diag.run.plan import inputs_of, specs_of
@@ -192,10 +207,12 @@ def _measured(plans: Sequence[ProbePlan], quiet: bool) -> tuple[list[Path], dict
     failed: dict[str, str] = {}
     last: UserError | None = None
     with StderrListener(quiet=quiet) as listener:
-        for plan in plans:
+        for plan, following in itertools.zip_longest(plans, plans[1:]):
             name = plan.models[0] + (f" (T = {plan.seq_len})" if plan.seq_len else "")
             try:
-                folders.append(measured(plan, inputs=inputs, listener=listener))
+                folders.append(
+                    measured(plan, inputs=inputs, listener=listener, drawer=drawer, following=following)
+                )
             except UserError as error:
                 failed[name], last = str(error), error
     if last is not None and not folders:
@@ -209,6 +226,7 @@ def _written(
     failed: dict[str, str],
     measured: Sequence[Path],
     request: str | None,
+    drawer: Drawer,
 ) -> tuple[Path, Answer]:
     """Writes a comparison with what is said of it; that stays in the folder where there is a request."""
     from diag.run.environment import command_line
@@ -221,7 +239,9 @@ def _written(
     told = {**failed, **comparison.collection.problems, **_incomplete(comparison, measured)}
     said = Answer(request or "", notes, screen(comparison), document, told)
     answered = said if request else None
-    write_comparison(comparison, folder, command=command_line(), answer=answered, figures=given.figures)
+    write_comparison(
+        comparison, folder, command=command_line(), answer=answered, figures=given.figures, drawer=drawer
+    )
     return folder, said
 
 

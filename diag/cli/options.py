@@ -142,7 +142,8 @@ SampledRows = Annotated[
     int | None, Option(help="Query rows that stand for all of them beyond 2,048 tokens [default: 1024].")
 ]
 Workers = Annotated[
-    int | None, Option(help="Processes that decode images ahead [default: by cores on CUDA, 0 on a CPU].")
+    int | None,
+    Option(help="Processes that decode images ahead [default: by cores on CUDA; on a CPU 1 for many]."),
 ]
 Figures = Annotated[
     str, Option(help="all: PDF and PNG; png: no PDFs; none: no figures. Draws the others later."), Read(drawn)

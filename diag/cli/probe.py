@@ -88,6 +88,7 @@ def probe(given: ProbeOptions) -> None:
         return
     from diag.run.finished import found_again
     from diag.run.progress import Progress
+    from diag.show.figures.drawer import Drawer
     from diag.show.terminal import StderrListener
 
     progress = Progress()
@@ -96,12 +97,15 @@ def probe(given: ProbeOptions) -> None:
     with (
         interruptible(lambda: f"stopped after {progress}; run the same command again to resume"),
         StderrListener(quiet=quiet) as listener,
+        Drawer() as drawer,
     ):
         metric_names(plan.metrics)
         specs_of(plan)  # what is mistyped is told before inputs are listed
         inputs = inputs_of(plan)
         found = None if given.overwrite else found_again(plan, inputs, given.out, listener)
         if found is None:
+            if plan.figures != "none" and share.of == 1:  # of several processes only the last one draws
+                drawer.start()
             from diag.run.run import run_share  # which brings torch
 
             found = run_share(
@@ -112,6 +116,7 @@ def probe(given: ProbeOptions) -> None:
                 inputs=inputs,
                 listener=listener,
                 progress=progress,
+                drawer=drawer,
             )
     if found is not None:
         show(found.folder, found.manifest, found.layers, as_json=given.as_json, quiet=given.quiet)

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diag.models.names.spec import ModelSpec
+from diag.models.names.spec import HUB, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,7 @@ class Family:
     spreads: its models can lie on several devices.
     packages: what it is loaded with, for the record of versions.
     commit: of a name on the hub the commit that would be loaded; None where that is not known.
+    repository: where on the hub a model's weights lie; None where that is not known without loading it.
     """
 
     prefix: str
@@ -84,6 +85,7 @@ class Family:
     spreads: bool = False
     packages: tuple[str, ...] = ()
     commit: Callable[[ModelSpec], str | None] = lambda spec: None
+    repository: Callable[[ModelSpec], str | None] = lambda spec: spec.name.removeprefix(HUB)
 
 
 def loaded_by(module: str) -> Callable[..., Model]:

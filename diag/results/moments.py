@@ -131,13 +131,13 @@ def _layer_cells(
     x, y, drawn = (
         np.concatenate(parts, axis=1).reshape(-1, every.shape[3]) for parts in (above, below, itself)
     )
-    cells = pd.MultiIndex.from_product([first.token_sets, names, heads], names=["tokens", "metric", "head"])
-    rows = cells.to_frame(index=False)
     # of what may differ between inputs, the largest, as in tables of samples
     sized = {name: max(getattr(one.facts, name) for one in measured) for name in SIZES}
     columns = first.columns(constants) | sized
-    rows = rows.assign(**{name: columns[name] for name in (*KEYS, *CONSTANTS) if name in columns})
-    rows = rows[[*KEYS, *(name for name in CONSTANTS if name in columns)]]
+    of_cells = zip(*itertools.product(first.token_sets, names, heads), strict=True)
+    columns |= dict(zip(("tokens", "metric", "head"), map(list, of_cells), strict=True))
+    # at once: a column added to a frame costs as much as the numbers of a layer
+    rows = pd.DataFrame({name: columns[name] for name in (*KEYS, *CONSTANTS) if name in columns})
     numbers = _numbers(x, y, drawn)
     there = ~np.isnan(drawn)
     places = np.repeat(np.arange(len(rows)), x.shape[1]).reshape(x.shape)[there]

@@ -12,8 +12,9 @@ from diag.results.folder import is_finished
 from diag.results.manifest import PROBE
 from diag.results.manifest import read as manifest_of
 from diag.run.content import replaced
-from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of
+from diag.run.plan import RUNS, ProbePlan, default_folder, inputs_of, specs_of
 from diag.run.progress import Listener
+from diag.show.figures.drawer import Drawer
 
 
 def folder_of(plan: ProbePlan, root: Path = RUNS, inputs: Mapping[str, Inputs] | None = None) -> Path:
@@ -38,10 +39,14 @@ def measured(
     *,
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
+    drawer: Drawer | None = None,
+    following: ProbePlan | None = None,
 ) -> Path:
     """The run folder of a plan: as it is if it is finished, else measured (or resumed) now.
 
-    inputs: the plan's, if they are listed already. Raises UserError as `run.run_probe` does.
+    inputs: the plan's, if they are listed already. drawer: draws its figures, and is started if it is needed.
+    following: what will be measured next, of which the weights are read ahead.
+    Raises UserError as `run.run_probe` does.
     """
     inputs = inputs_of(plan) if inputs is None else inputs
     folder = folder_of(plan, root, inputs)
@@ -51,6 +56,9 @@ def measured(
                 for note in replaced(plan, inputs, folder, manifest_of(folder, PROBE)):
                     listener.say(note)
         return folder
+    if drawer is not None and plan.figures != "none":
+        drawer.start()
     from diag.run.run import run_probe
 
-    return run_probe(plan, folder, inputs=inputs, listener=listener).folder
+    behind = None if following is None else specs_of(following)[0]
+    return run_probe(plan, folder, inputs=inputs, listener=listener, drawer=drawer, following=behind).folder

@@ -34,7 +34,8 @@ from diag.run.locks import PATIENCE, Locks
 from diag.run.plan import what_differs
 from diag.run.run_folder import PROBE
 from diag.run.shard_ledger import MERGE, TOWERS, Part, Standing, read_plan, standing
-from diag.show.figures import ENDINGS
+from diag.show.figures import ENDINGS, figures_of
+from diag.show.figures.drawer import Drawer, draw_all
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 Saying = Callable[[str], object]
@@ -46,25 +47,31 @@ def draw(
     folder: Path,
     models: Sequence[Mapping[str, Any]] = (),
     endings: Sequence[str] = ENDINGS["all"],
+    drawer: Drawer | None = None,
 ) -> list[Path]:
     """Every figure of a run, written as the pictures of `ENDINGS` and the CSV behind them.
 
     models: their entries. endings: the pictures; where there are none, nothing is drawn or written.
+    drawer: who draws, if it was started; this process else.
     """
     if not endings:
         return []
-    from diag.show.figures import draw_run
-    from diag.show.figures.write import save_all
-
     depths = {(entry["given"], entry["tower"]): entry["layers"] for entry in models}
     with writing(folder):
-        return save_all(draw_run(layers, heads, depths), folder, endings)
+        return draw_all(figures_of(layers, heads, depths), folder, endings, drawer)
 
 
-def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambda text: None) -> bool:
+def finish(
+    folder: Path,
+    locks: Locks,
+    *,
+    wait: bool = True,
+    say: Saying = lambda text: None,
+    drawer: Drawer | None = None,
+) -> bool:
     """Writes what a run ends in; False if another process is at it. Its shards can be removed then.
 
-    wait: for that other process, if there is one. say: told what was left out.
+    wait: for that other process, if there is one. say: told what was left out. drawer: as in `draw`.
     Raises UserError if shards are missing or cannot be read, and if no input of any model could be.
     """
     while not locks.take(MERGE):
@@ -73,7 +80,7 @@ def finish(folder: Path, locks: Locks, *, wait: bool = True, say: Saying = lambd
         time.sleep(PATIENCE)
     try:
         if not is_finished(folder):
-            _finish(folder, read_plan(folder), say)
+            _finish(folder, read_plan(folder), say, drawer)
     finally:
         locks.give(MERGE)
     return True
@@ -133,7 +140,7 @@ def _copy(file: Path, to: Path) -> None:
     atomically(to, partial(shutil.copyfile, file))
 
 
-def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
+def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawer: Drawer | None) -> None:
     began = time.time()
     found = check_whole(folder, document)
     failed_models, failed_inputs = dict(found.failed), dict[str, str]()
@@ -175,7 +182,7 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying) -> None:
     if len(places := places_of(samples)):
         write(places, folder / SINK_PLACES)
     endings = ENDINGS[document["plan"].get("figures", "all")]
-    figures = draw(layers, heads, folder / "figures", models, endings)
+    figures = draw(layers, heads, folder / "figures", models, endings, drawer)
     sweep(folder)
     taken = {entry["takes"] for entry in models}
     plain = {name: value for name, value in document.items() if name not in ("inputs", "shard_inputs")}

@@ -318,7 +318,7 @@ def _given(source: str | None) -> str | None:
 
 def _stamp(path: Path) -> list[list[str | int]]:
     """Names, sizes and times of a file, or of what a model can be loaded from in a folder."""
-    files = sorted(_model_files(path)) if path.is_dir() else [path]
+    files = sorted(model_files(path)) if path.is_dir() else [path]
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
@@ -358,7 +358,7 @@ def _peft() -> str | None:
         return None
 
 
-def _model_files(folder: Path, below: int = 0) -> Iterator[Path]:
+def model_files(folder: Path, below: int = 0) -> Iterator[Path]:
     """All files that lie directly in a folder, and the weights below it: an index may name them there.
 
     What attnbias wrote below it, such as saved activations, is not the model's. Raises no error for what
@@ -374,4 +374,4 @@ def _model_files(folder: Path, below: int = 0) -> Iterator[Path]:
             yield path
         elif entry.is_dir() and below < WEIGHTS_BELOW and not entry.name.startswith("."):
             ours = (path / PLAN).exists() or (path / MANIFEST).exists()
-            yield from () if ours else _model_files(path, below + 1)
+            yield from () if ours else model_files(path, below + 1)

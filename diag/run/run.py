@@ -50,6 +50,8 @@ from diag.run.shard_ledger import (
     standing,
 )
 from diag.run.shards import TowerJob, shard_values, tower_samples
+from diag.run.weights_ahead import WeightsAhead, weights_ahead
+from diag.show.figures.drawer import Drawer
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
@@ -59,7 +61,8 @@ ROOM = 32_000_000
 class _Job:
     """What all models of a run share.
 
-    key: the run's. size: inputs per shard, as the folder's first process chose it.
+    key: the run's. size: inputs per shard, as the folder's first process chose it. ahead: reads the weights
+    of the next model, of this run or `following` it.
     """
 
     prepared: Prepared
@@ -70,6 +73,8 @@ class _Job:
     locks: Locks
     listener: Listener
     progress: Progress
+    ahead: WeightsAhead
+    following: ModelSpec | None
 
 
 def run_probe(
@@ -80,15 +85,26 @@ def run_probe(
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
+    drawer: Drawer | None = None,
+    following: ModelSpec | None = None,
 ) -> FinishedRun:
     """Carries out a plan in `folder` (its `default_folder` if None), resuming what is already there.
 
-    inputs: the plan's, if they are listed already.
+    inputs: the plan's, if they are listed already. drawer: draws its figures, if it was started.
+    following: a model that will be loaded next, by another run.
     Raises UserError for anything the user can mend: before any work where that is possible. A model
     that fails among several, or one of its towers, is noted in the manifest, and the run goes on.
     """
     found = run_share(
-        plan, folder, WHOLE, overwrite=overwrite, inputs=inputs, listener=listener, progress=progress
+        plan,
+        folder,
+        WHOLE,
+        overwrite=overwrite,
+        inputs=inputs,
+        listener=listener,
+        progress=progress,
+        drawer=drawer,
+        following=following,
     )
     assert found is not None, "a process that does everything finishes the run"
     return found
@@ -103,6 +119,8 @@ def run_share(
     inputs: Mapping[str, Inputs] | None = None,
     listener: Listener | None = None,
     progress: Progress | None = None,
+    drawer: Drawer | None = None,
+    following: ModelSpec | None = None,
 ) -> FinishedRun | None:
     """One process's part of `run_probe`. None where the run is left to others: their shards are missing yet.
 
@@ -117,7 +135,10 @@ def run_share(
             "--overwrite would remove what other processes have just measured",
             f"remove the folder first: rm -r '{folder}'",
         )
-    with at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work:
+    with (
+        weights_ahead() as ahead,
+        at_work(folder, PROBE, document, lock=SHARDS_LOCK, overwrite=overwrite, keep=share.of > 1) as work,
+    ):
         if work is None:
             clear(folder, PROBE, PROBE.work)  # of a process that was killed at the very end
             with alone(folder):
@@ -127,10 +148,11 @@ def run_share(
             check_room(place, ROOM)
             forget_failures(place, share)
             key, size = document["key"], document["shard_inputs"]
-            _run_models(_Job(prepared, place, share, key, size, work.locks, listener, progress))
+            job = _Job(prepared, place, share, key, size, work.locks, listener, progress, ahead, following)
+            _run_models(job)
             state = standing(place, document)
             if not state.missing and not is_finished(place):
-                finish(place, work.locks, wait=share.of == 1, say=listener.say)
+                finish(place, work.locks, wait=share.of == 1, say=listener.say, drawer=drawer)
             elif state.missing and share.of == 1 and not is_finished(place):
                 raise Vanished(f"'{place}' lost what was measured", "run the same command again")
         except FileNotFoundError:
@@ -183,6 +205,8 @@ def _run_models(job: _Job) -> None:
 def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
     prepared, plan = job.prepared, job.prepared.plan
     model = load(spec, device=prepared.device, dtype=prepared.dtype)
+    if (behind := [*prepared.specs[number + 1 :], job.following][0]) is not None:
+        job.ahead.read(behind)
     for line in (f"{spec.given} → {model.resolved}", *model.notes):
         job.listener.say(line)
     kinds = [kind for kind in prepared.inputs if model.takers(kind)]
@@ -273,7 +297,7 @@ def _run_tower(
     tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets, plan.named)
     job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
     missing = [place for place in own if part.problem(place, job.key) is not None]
-    workers = workers_for(plan.workers, on_gpu=on_gpu)
+    workers = workers_for(plan.workers, sum(len(shards[place]) for place in missing), on_gpu=on_gpu)
     with shards_ahead(tower, shards, missing, workers=workers, pin=on_gpu) as take:
         said, checked = False, False
         while own and not is_finished(job.folder):

@@ -32,8 +32,9 @@ from diag.results.published import curves, name_of, other_settings, sinks
 from diag.results.staging import check_free, is_empty, staged, verb_of
 from diag.results.writing import write, write_json, write_text, writing
 from diag.run.plan import RUNS
-from diag.show.figures import ENDINGS
-from diag.show.figures.panels import COMPARISON_METRICS
+from diag.show.figures import ENDINGS, Asked
+from diag.show.figures.drawer import Drawer, draw_all
+from diag.show.figures.panels import COMPARISON_METRICS, PROFILE_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
 from diag.show.terminal import WIDTH, filled
 from diag.show.words import comparison as compared_words
@@ -174,10 +175,12 @@ def write_comparison(
     command: str | None = None,
     answer: Answer | None = None,
     figures: str = "all",
+    drawer: Drawer | None = None,
 ) -> list[Path]:
     """Writes the folder in the place of an earlier comparison; the paths of its figures.
 
     answer: what is said of it, where it is to be found again. figures: those of `ENDINGS` that are drawn.
+    drawer: as in `draw_comparison`.
     Raises UserError if the folder holds anything else, or cannot be written.
     """
     check_free(folder, OWNER)
@@ -189,7 +192,7 @@ def write_comparison(
         write(found.differences, place / "differences.csv")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
         write_text(text, place / VERDICT)
-        drawn = draw_comparison(found, place / "figures", ENDINGS[figures])
+        drawn = draw_comparison(found, place / "figures", ENDINGS[figures], drawer)
         names = [path.relative_to(place).as_posix() for path in drawn]
         if answer is not None:
             write_json(answer.written, place / ANSWER)
@@ -215,27 +218,30 @@ def write_comparison(
     return [folder / name for name in names]
 
 
-def draw_comparison(found: Comparison, folder: Path, endings: Sequence[str] = ENDINGS["all"]) -> list[Path]:
-    """The figures that the lines' metrics allow, as such pictures and CSV, if any; the paths."""
+def draw_comparison(
+    found: Comparison,
+    folder: Path,
+    endings: Sequence[str] = ENDINGS["all"],
+    drawer: Drawer | None = None,
+) -> list[Path]:
+    """The figures that the lines' metrics allow, as such pictures and CSV, if any; the paths.
+
+    drawer: who draws, if it was started; this process else.
+    """
     if not endings:
         return []
-    from diag.show.figures.curves import model_comparison
-    from diag.show.figures.depth import METRICS, depth_profiles
-    from diag.show.figures.write import save
-
-    layers, paths = found.collection.layers, []
+    layers, asked = found.collection.layers, dict[str, Asked]()
+    rows = rows_of(layers, COMPARISON_METRICS)
+    if not rows.empty and len(found.labels) > 1:
+        asked["comparison"] = Asked("curves:model_comparison", (rows, found.published), rows)
+    for start in range(0, len(found.labels), PROFILES_PER_FIGURE):
+        part = layers[layers["label"].isin(found.labels[start : start + PROFILES_PER_FIGURE])]
+        rows = rows_of(part, PROFILE_METRICS)
+        if not rows.empty:
+            stem = "profiles" if len(found.labels) <= PROFILES_PER_FIGURE else f"profiles-{start + 1}"
+            asked[stem] = Asked("depth:depth_profiles", (rows, found.published), rows)
     with writing(folder):
-        rows = rows_of(layers, COMPARISON_METRICS)
-        if not rows.empty and len(found.labels) > 1:
-            figure = model_comparison(rows, found.published)
-            paths += save(figure, rows, folder, "comparison", endings)
-        for start in range(0, len(found.labels), PROFILES_PER_FIGURE):
-            part = layers[layers["label"].isin(found.labels[start : start + PROFILES_PER_FIGURE])]
-            rows = rows_of(part, METRICS)
-            if not rows.empty:
-                stem = "profiles" if len(found.labels) <= PROFILES_PER_FIGURE else f"profiles-{start + 1}"
-                paths += save(depth_profiles(rows, found.published), rows, folder, stem, endings)
-    return paths
+        return draw_all(asked, folder, endings, drawer)
 
 
 # --- the screen

@@ -266,22 +266,31 @@ def test_ctrl_c_ends_the_workers_without_a_word() -> None:
 def test_numbers_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
-    assert workers_for(None, on_gpu=False) == 0
-    assert workers_for(0, on_gpu=True) == 0
-    assert workers_for(3, on_gpu=False) == 3
-    assert workers_for(None, on_gpu=True) == 11
+    assert workers_for(0, 100_000, on_gpu=True) == 0
+    assert workers_for(3, 2, on_gpu=False) == 3
+    assert workers_for(None, 100_000, on_gpu=True) == 11
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert workers_for(None, on_gpu=True) == 2
+    assert workers_for(None, 100_000, on_gpu=True) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert workers_for(None, on_gpu=True) == 0
+    assert workers_for(None, 100_000, on_gpu=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("threads", "pictures", "workers"), [(1, 100_000, 0), (2, 255, 0), (2, 256, 1), (64, 100_000, 1)]
+)
+def test_a_cpu_has_one_worker_for_many_images(
+    threads: int, pictures: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    assert workers_for(None, pictures, on_gpu=False) == workers
 
 
 def test_a_system_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
-    assert workers_for(None, on_gpu=True) == 0
-    assert workers_for(0, on_gpu=False) == 0
+    assert workers_for(None, 100_000, on_gpu=True) == 0
+    assert workers_for(0, 100_000, on_gpu=False) == 0
     with pytest.raises(UserError, match="cannot fork") as caught:
-        workers_for(2, on_gpu=False)
+        workers_for(2, 100_000, on_gpu=False)
     assert caught.value.tip == "use --workers 0"
 
 

@@ -408,7 +408,7 @@ def test_a_run_ends_in_the_figures_that_its_last_command_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
 ) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr("diag.run.finish.draw", lambda *given: (asked.append(given[-1]), [])[1])
+    monkeypatch.setattr("diag.run.finish.draw", lambda *given: (asked.append(given[4]), [])[1])
     with pytest.raises(KeyboardInterrupt):
         run_probe(plan(figures="none"), tmp_path / "run", listener=Ears(stop_at=SHARD_INPUTS + 1))
     found = run_probe(plan(figures="png"), tmp_path / "run")
@@ -427,7 +427,6 @@ def test_a_disk_that_fills_up_while_figures_are_written_is_told(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.undo()
-    monkeypatch.setattr("diag.show.figures.draw_run", lambda *tables: {"curves": (None, None)})
     monkeypatch.setattr("diag.show.figures.write.save", full)
     with pytest.raises(UserError, match="figures': No space left on device"):
         run_probe(vision(noise, limit=1), tmp_path / "run")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Ended
@@ -38,9 +39,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders in which figures were drawn, in order."""
     drawn, draw = list[Path](), module.draw_comparison
 
-    def noted(found: module.Comparison, folder: Path, endings: Sequence[str]) -> list[Path]:
+    def noted(found: module.Comparison, folder: Path, *how: Any) -> list[Path]:
         drawn.append(folder)
-        return draw(found, folder, endings)
+        return draw(found, folder, *how)
 
     monkeypatch.setattr(module, "draw_comparison", noted)
     return drawn

@@ -32,11 +32,6 @@ class Drawing:
     function: str
     compares: bool = False
 
-    def draw(self, rows: pd.DataFrame) -> Figure:
-        """The figure of these rows."""
-        figure: Figure = resolve_name(f"diag.show.figures.{self.function}")(rows)
-        return figure
-
 
 FIGURES: dict[str, Drawing] = {
     "curves": Drawing("layers", CURVE_METRICS, "curves:layer_curves"),
@@ -50,10 +45,35 @@ ENDINGS: dict[str, tuple[str, ...]] = {"none": (), "png": ("png",), "all": ("pdf
 """What --figures may say -> the pictures of each figure; where there are none, its rows are not written."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A figure that is to be drawn, here or in another process.
+
+    function: where it is drawn, as in `Drawing`. taken: the tables that it takes. rows: those behind it, as
+    they are written beside it.
+    """
+
+    function: str
+    taken: tuple[pd.DataFrame | None, ...]
+    rows: pd.DataFrame
+
+    def draw(self) -> Figure:
+        """The figure."""
+        figure: Figure = resolve_name(f"diag.show.figures.{self.function}")(*self.taken)
+        return figure
+
+
 def draw_run(
     layers: pd.DataFrame, heads: pd.DataFrame, depths: Mapping[tuple[str, str], int] | None = None
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    """Every figure of a run with the rows behind it, by file stem, such as `curves-demo-vit-p8-vision-patch`.
+    """Every figure of a run with the rows behind it, by file stem: what `figures_of` lists, drawn."""
+    return {stem: (asked.draw(), asked.rows) for stem, asked in figures_of(layers, heads, depths).items()}
+
+
+def figures_of(
+    layers: pd.DataFrame, heads: pd.DataFrame, depths: Mapping[tuple[str, str], int] | None = None
+) -> dict[str, Asked]:
+    """Every figure that a run has, by file stem, such as `curves-demo-vit-p8-vision-patch`.
 
     depths: how many layers each model and tower has, also where only some of them are measured.
 
@@ -63,7 +83,7 @@ def draw_run(
     from diag.show.figures.tables import check_columns, rows_of
 
     tables = {"layers": check_columns(layers), "heads": check_columns(heads, ["head"])}
-    drawn: dict[str, tuple[Figure, pd.DataFrame]] = {}
+    found: dict[str, Asked] = {}
     taken: set[str] = set()
     for kind, drawing in FIGURES.items():
         table = tables[drawing.table]
@@ -72,8 +92,8 @@ def draw_run(
             rows = rows_of(part, drawing.metrics)
             if not rows.empty:
                 stem = free_stem(file_stem(kind, *suffix), taken)
-                drawn[stem] = (drawing.draw(_with_depths(rows, depths)), rows)
-    return drawn
+                found[stem] = Asked(drawing.function, (_with_depths(rows, depths),), rows)
+    return found
 
 
 def _with_depths(rows: pd.DataFrame, depths: Mapping[tuple[str, str], int] | None) -> pd.DataFrame:

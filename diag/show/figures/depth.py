@@ -27,23 +27,20 @@ from diag.show.figures.lines import (
     rule,
 )
 from diag.show.figures.page import columns_for, page
-from diag.show.figures.panels import CURVES
+from diag.show.figures.panels import CURVES, PROFILE_METRICS
 from diag.show.figures.style import OKABE_ITO, RULE, style
 from diag.show.figures.tables import caption, check_columns, drawable, rows_of
 
-METRICS = ("cos_y_vself", "value_similarity", "self_weight")
-"""The three curves of Exclusive Self Attention's first figure."""
-
-LABELS = {name: CATALOGUE[name].labelled for name in METRICS} | {
+LABELS = {name: CATALOGUE[name].labelled for name in PROFILE_METRICS} | {
     "value_similarity": "value similarity cos(vᵢ, vⱼ)"
 }
-COLOURS = tuple(CATALOGUE[name].line.colour for name in METRICS)
+COLOURS = tuple(CATALOGUE[name].line.colour for name in PROFILE_METRICS)
 MARKERS = "oDs^vP"
 
 
 @style()
 def depth_profiles(
-    layers: pd.DataFrame, published: pd.DataFrame | None = None, *, metrics: Sequence[str] = METRICS
+    layers: pd.DataFrame, published: pd.DataFrame | None = None, *, metrics: Sequence[str] = PROFILE_METRICS
 ) -> Figure:
     """A panel per line with its curves over layers; all panels share their limits.
 
@@ -118,7 +115,7 @@ def _look(metric: str, number: int) -> DrawnAs:
     names = {name: look.label for panel in CURVES for name, look in panel.lines.items()}
     label = LABELS.get(metric) or names.get(metric) or entry_of(metric).heading
     spare = [name for name in OKABE_ITO if name not in (*COLOURS, "yellow")]
-    colour = CATALOGUE[metric].line.colour if metric in METRICS else spare[number % len(spare)]
+    colour = CATALOGUE[metric].line.colour if metric in PROFILE_METRICS else spare[number % len(spare)]
     return DrawnAs(label, OKABE_ITO[str(colour)], "-", MARKERS[number % len(MARKERS)])
 
 

@@ -77,3 +77,6 @@ HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
 
 SINK_CLASSES = ("sink_no_op", "sink_broadcast", "sink_unclassified")
 SINK_METRICS = ("sink_event", *SINK_CLASSES)
+
+PROFILE_METRICS = ("cos_y_vself", "value_similarity", "self_weight")
+"""The three curves of Exclusive Self Attention's first figure."""

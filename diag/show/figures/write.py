@@ -1,4 +1,7 @@
-"""Writing a figure: PDF for the paper, PNG for the screen, CSV with its rows; the same bytes each time."""
+"""Writing a figure: PDF for the paper, PNG for the screen, CSV with its rows; the same bytes each time.
+
+What only writes what another process has drawn (`drawer.py`) needs no matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-import pandas as pd
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from diag.inputs.csv_injection import to_csv
 from diag.results.writing import replacing
-from diag.show.figures.style import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 PICTURES: dict[str, dict[str, Any]] = {
     "pdf": {"metadata": {"CreationDate": None, "ModDate": None}},
@@ -45,6 +47,10 @@ def save_all(
 
 def pictures(figure: Figure, endings: Sequence[str] = tuple(PICTURES)) -> dict[str, bytes]:
     """The files of a figure by their endings. Its layout is solved once, for all of them, and stays."""
+    import matplotlib
+
+    from diag.show.figures.style import style
+
     written = {ending: BytesIO() for ending in endings}
     # a figure without an engine for its layout takes the one that is set here
     with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):

@@ -14,7 +14,7 @@ from diag.inputs.outside import mapping_in
 from diag.models.families.open_clip import open_clip_configs
 from diag.models.families.timm.registry import timm_registry
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
-from diag.models.names.spec import LOCAL, SCHEMAS, ModelSpec
+from diag.models.names.spec import HUB, LOCAL, SCHEMAS, ModelSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
 
@@ -80,6 +80,14 @@ def _native_activation(spec: ModelSpec) -> ModelSpec:
     )
 
 
+def _repository(spec: ModelSpec) -> str:
+    """timm keeps each of its weights in a repository of its own."""
+    if spec.name.startswith(HUB) or "." in spec.name:
+        return spec.name.removeprefix(HUB) if spec.name.startswith(HUB) else f"timm/{spec.name}"
+    config = timm_registry().config(spec.name)
+    return f"timm/{spec.name}.{config.tag}" if config and config.tag else spec.name
+
+
 FAMILY = Family(
     "timm",
     load=loaded_by("diag.models.families.timm.load"),
@@ -93,4 +101,5 @@ FAMILY = Family(
     folders=True,
     hub=True,
     packages=("timm",),
+    repository=_repository,
 )
