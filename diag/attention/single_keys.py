@@ -49,14 +49,13 @@ class SingleWeights:
         """`A_i,i+s` for each step s."""
 
         def of_part(call: AttentionCall, lse: Tensor | None, b: slice, h: slice) -> Tensor:
-            found = lse if lse is not None else call.output[..., 0]
-            found = torch.zeros(*found[b, h].shape, len(steps), dtype=torch.float32, device=found.device)
+            found = torch.zeros(*call.output[b, h].shape[:3], len(steps), device=call.output.device)
             if lse is not None:
                 query, key = _grouped(call, b, in_kv_head, h)
                 mask = _mask(call, b, h)
             for place, step in enumerate(steps):
-                rows, keys = _apart(step, call.tokens)
-                if rows.stop <= rows.start:
+                rows, keys = apart(step, call.tokens)
+                if call.causal and step > 0:
                     continue
                 if lse is None:
                     assert call.pattern is not None
@@ -65,8 +64,7 @@ class SingleWeights:
                 scores = vecdot(query[..., rows, :], key[..., keys, :]).flatten(1, 2) * call.scale
                 if mask is not None:
                     scores = masked(scores, mask.diagonal(step, -2, -1), call.hidden, -torch.inf)
-                if not (call.causal and step > 0):
-                    found[:, :, rows, place] = scores.sub_(lse[b, h, rows]).exp_()
+                found[:, :, rows, place] = scores.sub_(lse[b, h, rows]).exp_()
             return found
 
         return self._summed(of_part, in_batch, in_kv_head)
@@ -108,7 +106,20 @@ class SingleWeights:
         return found
 
 
-def _apart(step: int, tokens: int) -> tuple[slice, slice]:
+def sum_of_steps(
+    weights: Float[Tensor, "batch head group token step"],
+    values: Float[Tensor, "batch head token dim"],
+    steps: Sequence[int],
+) -> Float[Tensor, "batch head group token dim"]:
+    """`Σ_s w_is v_i+s` over the steps s, where there is such a token."""
+    total = values.new_zeros(*weights.shape[:4], values.shape[-1])
+    for place, step in enumerate(steps):
+        rows, keys = apart(step, values.shape[2])
+        total[..., rows, :].addcmul_(weights[..., rows, place, None], values[:, :, None, keys])
+    return total
+
+
+def apart(step: int, tokens: int) -> tuple[slice, slice]:
     """The rows that have a key so many steps away, and those keys."""
     return slice(max(0, -step), tokens - max(0, step)), slice(max(0, step), tokens + min(0, step))
 

@@ -26,7 +26,7 @@ from torch.linalg import vecdot
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import given_blocks, log2_pattern_blocks
 from diag.attention.positions import TEXT, Geometry
-from diag.attention.single_keys import SingleWeights
+from diag.attention.single_keys import SingleWeights, sum_of_steps
 from diag.attention.softmax_statistics import CallStatistics
 from diag.attention.value_statistics import reciprocal, value_blocks
 from diag.attention.visibility import of_inputs, part_of
@@ -160,7 +160,8 @@ class _Places:
         self.few = functools.reduce(torch.logical_or, few, torch.zeros_like(free[:1]))
         self.many = [name for name in MANY if name in self.kinds]
         around = geometry.around(call.tokens) if self.near else torch.zeros(0, dtype=torch.long)
-        self.steps = [step for step in around.tolist() if step and abs(step) < call.tokens]
+        most = 0 if call.causal else call.tokens - 1
+        self.steps = [step for step in around.tolist() if step and -call.tokens < step <= most]
 
     @functools.cached_property
     def on_steps(self) -> Bool[Tensor, "#batch token step"]:
@@ -251,7 +252,9 @@ def _sums(
             return along.flatten(2, 3)
 
         itself = on.softmax.self_weight[in_batch, in_head]
-        sums["self"][where] = own_share = itself * products(own.expand_as(output))
+        of_itself = on.values.value_norm[in_batch, in_kv_head].square().repeat_interleave(call.group, 1)
+        of_itself = torch.stack([on.values.product[in_batch, in_head], of_itself])
+        sums["self"][where] = own_share = itself * of_itself
         kinds = {name: of_inputs(mask, in_batch)[:, None] for name, mask in places.kinds.items()}
         if len(few):
             on_few = weights.on_keys(in_batch, in_kv_head, few.expand(*itself.shape[:2], -1))
@@ -265,10 +268,10 @@ def _sums(
         if places.steps:
             around = weights.on_steps(in_batch, in_kv_head, places.steps)
             around = around * of_inputs(places.on_steps, in_batch)[:, None]
-            near = _along_steps(around, own, places.steps, None)
-            sums["near"][where] = products(near)
+            around = around.unflatten(1, (-1, call.group))
+            sums["near"][where] = products(sum_of_steps(around, value, places.steps))
             for name in places.many:
-                some = _along_steps(around, own, places.steps, kinds[name][:, :, None])
+                some = sum_of_steps(around, value * kinds[name][..., None], places.steps)
                 sums[name][where] = -products(some)
         for name in places.many:  # whose own keys, and near ones, are of other classes
             sums[name][where] -= own_share * kinds[name]
@@ -283,30 +286,12 @@ def _sums(
             on_sink = weights.on_keys(in_batch, in_kv_head, at.clamp(min=0)[..., None])[..., 0]
             on_sink = on_sink.masked_fill((rows == at[..., None]) | (at < 0)[..., None], 0.0)
             grouped = at.clamp(min=0).unflatten(1, (-1, call.group))[..., None, None]
-            chosen = own.expand(-1, -1, call.group, -1, -1).take_along_dim(grouped, 3)
-            into[where] = on_sink * products(chosen.expand_as(output))
+            chosen = own.expand(-1, -1, call.group, -1, -1).take_along_dim(grouped, 3).mT
+            into[where] = on_sink * torch.stack([output @ chosen, own @ chosen])[..., 0].flatten(2, 3)
     if places.many:
         for name, found in _of_many(on.statistics, places).items():
             sums[name] += found
     return sums, of_sinks
-
-
-def _along_steps(
-    weights: Float[Tensor, "batch head token step"],
-    value: Float[Tensor, "batch kv_head 1 token dim"],
-    steps: Sequence[int],
-    among: Bool[Tensor, "#batch 1 1 token"] | None,
-) -> Float[Tensor, "batch kv_head group token dim"]:
-    """`Σ_s A_i,i+s v_i+s` over the steps, of the keys among some."""
-    batch, kv_heads, _, tokens, dim = value.shape
-    weights = weights.unflatten(1, (kv_heads, -1))
-    value = value if among is None else value * among[..., None]
-    total = value.new_zeros(batch, kv_heads, weights.shape[2], tokens, dim)
-    for place, step in enumerate(steps):
-        rows = slice(max(0, -step), tokens - max(0, step))
-        keys = slice(max(0, step), tokens + min(0, step))
-        total[..., rows, :].addcmul_(weights[..., rows, place, None], value[..., keys, :])
-    return total
 
 
 def _of_many(statistics: CallStatistics, places: _Places) -> dict[str, Float[Tensor, "2 batch head token"]]:
