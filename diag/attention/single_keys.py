@@ -1,6 +1,7 @@
 """The weights of every query row on single keys: on those so many steps away, or on a few chosen ones.
 
-They need the log-normaliser alone, and so no row of the pattern: `A_ij = exp(s_ij - lse_i)`, O(token · dim) per key.
+They need the log-normaliser alone, and no row of the pattern: `A_ij = exp(s_ij - lse_i)`, O(token · dim)
+for each key.
 """
 
 from __future__ import annotations

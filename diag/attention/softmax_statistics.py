@@ -65,8 +65,8 @@ def softmax_statistics(
 ) -> SoftmaxStatistics:
     """Every row statistic of a call's pattern in O(token) memory.
 
-    givers: sets of rows whose weights are summed up key by key on the way (`received`), where blocks are read;
-        of sampled rows, each counts for those that it stands for.
+    givers: sets of rows whose weights are summed up key by key on the way (`received`), where blocks are
+        read; of sampled rows, each counts for those that it stands for.
 
     Everything is read off blocks of query rows, one matrix product each. Where rows are sampled, only entropy
     and Σ A² are: the weights on single keys need the log-normaliser alone and are of all rows.

@@ -3,13 +3,15 @@
 `output_from_C = Σ_{j∈C} A_ij (v_j·y_i)/‖y_i‖²` sums to 1 over the classes C, and
 `bias_from_C = Σ_{j∈C} A_ij (v_j·v̂_i)/‖y_i‖` to cos(y_i, v_i): both exactly, because y_i = Σ_j A_ij v_j + o_i.
 
-A key belongs to the first class that fits, in the order of `CLASSES`. What is no key of a token (`extra`) is o_i.
-What no other class takes is `rest`, which is read as what is left: the sums are exact in any format, and under edits
-that make y something else than A V. A class of which a model has no key in a layer is undefined there.
+A key belongs to the first class that fits, in the order of `CLASSES`. What is no key of a token (`extra`) is
+o_i. What no other class takes is `rest`, which is read as what is left: the sums are exact in any format, and
+under edits that make y something else than A V. A class of which a model has no key in a layer is
+undefined.
 
-No row of the pattern is kept, and as a rule none is made: weights on single keys need the log-normaliser alone.
-Which token is the sink is told by what keys receive, which the sweep for the default metrics sums up on its way. Only
-image and text classes are read off blocks of their own. Which rows count is as in `diag.metrics.default`.
+No row of the pattern is kept, and as a rule none is made: weights on single keys need the log-normaliser
+alone. Which token is the sink is told by what keys receive, which the sweep for the default metrics sums up
+on its way. Only image and text classes are read off blocks of their own. Which rows count is as in
+`diag.metrics.default`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ OUTPUT, BIAS = 0, 1
 """Places of the two ledgers in an axis of 2: v_j·y_i, and v_j·v_i."""
 
 Kinds = Mapping[str, Bool[Tensor, "#batch token"]]
-"""Class of `FEW` or `MANY` -> which tokens are of it; classes that a model or layer does not have are not there."""
+"""Class of `FEW` or `MANY` -> which tokens are of it; without classes that a model or layer does not have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,7 @@ def ledger_readings(
     call, kinds = selections[0].call, kinds or {}
     defined = [name for name in names if LEDGER_METRICS[name].defined_for(call)]
     if not defined:
-        return [{name: on.nothing for name in names} for on in selections]
+        return [dict.fromkeys(names, on.nothing) for on in selections]
     sinks = _sinks(selections, geometry) if not call.maps else [None for _ in selections]
     places = _Places(call, geometry, kinds)
     shared, of_sinks = _sums(selections[0], places, sinks)
@@ -295,7 +297,7 @@ def _sums(
 
 
 def _of_many(statistics: CallStatistics, places: _Places) -> dict[str, Float[Tensor, "2 batch head token"]]:
-    """Σ A (v·y) and Σ A (v·v) over all keys of the classes of `MANY`, in one sweep over blocks of all rows."""
+    """Σ A (v·y) and Σ A (v·v) over all keys of the classes of `MANY`, in one sweep over all rows."""
     call = statistics.call
     if call.maps:
         parts = []

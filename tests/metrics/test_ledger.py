@@ -1,4 +1,4 @@
-"""The ledger against a slow dense float64 reference, hand-made patterns with known shares, and its exact sums."""
+"""The ledger against a slow dense float64 reference, patterns of known shares, and its exact sums."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_text_matches_the_reference(case: str) -> None:
     ],
 )
 def test_an_image_matches_the_reference(case: str) -> None:
-    """One class token and two registers, of which one is in the place of a patch's: places decide, not kinds."""
+    """With a class token before a grid, and with tokens of every kind where no place is known."""
     call, kinds = CASES[case], {"cls": places(13, 0)}
     found = measured(call, geometry=IMAGE, kinds=kinds)
     assert_close(found, reference(call, geometry=IMAGE, kinds=kinds), call)

@@ -23,7 +23,7 @@ WIDTH = 0.84
 
 
 class Piece(NamedTuple):
-    """What one class has in one layer: a bar from `start` to `end`, which lies below it where it is negative."""
+    """What one class has in one layer: a bar from `start` to `end`, below it where it is negative."""
 
     name: str
     layer: int
@@ -64,22 +64,23 @@ def ledger_over_depth(layers: pd.DataFrame) -> Figure:
 
 
 def pieces(rows: pd.DataFrame, of: str) -> list[Piece]:
-    """The bars of a ledger, `output` or `bias`: classes in order, away from zero on the side of their sign."""
+    """The bars of a ledger, `output` or `bias`: classes in order, away from zero on their side."""
     return list(_pieces(rows, of))
 
 
 def _pieces(rows: pd.DataFrame, of: str) -> Iterator[Piece]:
     known = rows[rows["mean"].notna()]
-    for layer, part in known.groupby("layer", sort=True):
+    for layer in sorted(known["layer"].astype(int).unique()):
+        part = known[known["layer"] == layer]
         means = dict(zip(part["metric"], part["mean"], strict=True))
         up = down = 0.0
         for name in LEDGER_CLASSES:
             if (share := means.get(f"{of}_from_{name}")) is None:
                 continue
             if share >= 0:
-                yield Piece(name, int(layer), up, up := up + share)  # type: ignore[call-overload]
+                yield Piece(name, int(layer), up, up := up + share)
             else:
-                yield Piece(name, int(layer), down, down := down + share)  # type: ignore[call-overload]
+                yield Piece(name, int(layer), down, down := down + share)
 
 
 def totals(found: list[Piece]) -> dict[int, float]:

@@ -91,8 +91,8 @@ LEDGERS = (
         "output",
         "Whose is y?",
         "share of y",
-        "What attention returns, by the keys that it comes from: exact, signed shares that sum to 1. A key is of "
-        "the first class that fits, in the order of the legend.",
+        "What attention returns, by the keys that it comes from: exact, signed shares that sum to 1. A key "
+        "is of the first class that fits, in the order of the legend.",
     ),
     LedgerPanel(
         "bias",
@@ -114,4 +114,4 @@ LEDGER_COLOURS = {
     "extra": "#6e6e6e",
     "rest": "#c4c4c4",
 }
-"""Class of keys -> the Okabe-Ito colour of its bars, or a grey. No model has both text and tokens beside patches."""
+"""Class of keys -> the Okabe-Ito colour of its bars, or a grey. No model has both classes that are yellow."""

@@ -32,8 +32,8 @@ from diag.show.figures.tables import (
 from diag.show.report.charts import Chart, ChartLine, chart, limits_of
 from diag.show.report.ledger import LedgerChart, ledger_charts
 from diag.show.report.maps import Map, head_maps, number
-from diag.show.words.ledger import ledger_sentence
 from diag.show.report.palette import compared_colours
+from diag.show.words.ledger import ledger_sentence
 
 COMPARED_MARKERS = "osD^vPX"
 """Those of figures that are drawn on a page as well."""

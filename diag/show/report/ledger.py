@@ -34,7 +34,7 @@ class DrawnClass:
 
 @dataclass(frozen=True)
 class LedgerChart:
-    """One ledger of one line. sums: what the classes of each layer sum to, as one path. rule: where zero is."""
+    """One ledger of one line. sums: what the classes of each layer sum to. rule: where zero is."""
 
     name: str
     title: str
@@ -92,7 +92,7 @@ def _chart(panel: LedgerPanel, parts: Sequence[Piece], rows: pd.DataFrame, slug:
         rule=round(up(0.0), 1),
         classes=tuple(
             _drawn(panel, name, [piece for piece in parts if piece.name == name], rows, across, up)
-            for name in dict.fromkeys(LEDGER_CLASSES)
+            for name in LEDGER_CLASSES
             if any(piece.name == name for piece in parts)
         ),
         sums="".join(
@@ -108,7 +108,8 @@ def _drawn(
     points = profile(rows, f"{panel.of}_from_{name}")
     colour = f"ledger-{OF_GREYS[name]}" if name in OF_GREYS else LEDGER_COLOURS[name]
     path = "".join(
-        f"M{across(p.layer - BAR / 2):.1f} {up(p.start):.1f}H{across(p.layer + BAR / 2):.1f}V{up(p.end):.1f}H{across(p.layer - BAR / 2):.1f}z"
+        f"M{across(p.layer - BAR / 2):.1f} {up(p.start):.1f}H{across(p.layer + BAR / 2):.1f}"
+        f"V{up(p.end):.1f}H{across(p.layer - BAR / 2):.1f}z"
         for p in parts
     )
     data: dict[str, Any] = {

@@ -65,7 +65,8 @@ def page(
         paper=PAPER,
         data=_embedded(
             {
-                "charts": {drawn.name: drawn.data for drawn in [*ledgers, *charts]},
+                "charts": {drawn.name: drawn.data for drawn in ledgers}
+                | {drawn.name: drawn.data for drawn in charts},
                 "heads": {line.slug: {"label": line.label, **line.heads} for line in lines if line.heads},
                 "metrics": {name: {"heading": entry_of(name).heading} for name in metrics},
             }

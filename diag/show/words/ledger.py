@@ -1,4 +1,4 @@
-"""Whose y is, in one sentence: the class of keys that has most of the output, and in which layer. No torch."""
+"""Whose y is, in one sentence: the class of keys that has most of the output, and where. No torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def ledger_sentence(layers: pd.DataFrame) -> str:
     shares = shares_of(layers)
     if shares.empty or not shares.notna().any(axis=None):
         return ""
-    layer, name = shares.stack().idxmax()  # type: ignore[misc]
+    name = str(shares.max().idxmax())
+    layer, most = int(str(shares[name].idxmax())), float(shares[name].max())
     rows = layers[(layers["layer"] == layer) & layers["mean"].notna()]
-    said = f"In layer {layer}, {share(shares.at[layer, name])} of what comes back is {NAMED[name]}"
+    said = f"In layer {layer}, {share(most)} of what comes back is {NAMED[name]}"
     n = int(rows.loc[rows["metric"].str.startswith("output_from_"), "n"].max())
     over = f"; {share(shares[name].mean())} over all layers" if len(shares) > 1 else ""
     means = rows.set_index("metric")["mean"]

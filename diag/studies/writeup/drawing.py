@@ -130,8 +130,8 @@ class LedgerFigure(OfProbe):
     def made(self, stem: str, material: Material) -> list[DrawnFigure]:
         table = check_columns(material.table(self))
         words = (
-            "The ledger over layers: signed shares of the attention output, and parts of the alignment bias, by "
-            "class of keys; a key is of the first class that fits. The black line is their sum."
+            "The ledger over layers: signed shares of the attention output, and parts of the alignment bias, "
+            "by class of keys; a key is of the first class that fits. The black line is their sum."
         )
         return [
             DrawnFigure(name, ledger_over_depth(rows), rows, words)
