@@ -1,4 +1,4 @@
-"""The ledger as the loop measures it: tokens of every class, windows, padding, and a model that reads both."""
+"""The ledger as the loop measures it: tokens of every class, windows, padding, a model that reads both."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def test_the_bias_of_the_layer_is_told_beside_it(tmp_path: Path) -> None:
         tmp_path / "run", curves=CURVES | own | {"bias_from_self": SHARES["bias_from_self"]}, noise=0.0
     )
     assert ledger_sentence(collect([run]).layers) == (
-        "In layer 0, 80 % of what comes back is the token itself (n = 8); 70 % over all layers. Of the bias of "
-        "0.600 there, 0.060 is from the token itself."
+        "In layer 0, 80 % of what comes back is the token itself (n = 8); 70 % over all layers. Of the bias "
+        "of 0.600 there, 0.060 is from the token itself."
     )
 
 
