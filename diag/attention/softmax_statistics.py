@@ -31,31 +31,16 @@ class CallStatistics:
     def __init__(self, call: AttentionCall, softmax: SoftmaxStatistics | None = None) -> None:
         """softmax: where it is known already."""
         self.call = call
+        self.givers: Sequence[Bool[Tensor, "#batch #head token"]] = ()
+        """for each token set, the rows whose weights are summed up key by key while `softmax` is computed"""
         self._softmax = softmax
-        self._givers: Tensor | None = None
 
     @property
     def softmax(self) -> SoftmaxStatistics:
         """The softmax statistics of every row, or of the call's sampled ones."""
         if self._softmax is None:
-            self._softmax = softmax_statistics(self.call, self._givers)
+            self._softmax = softmax_statistics(self.call, self.givers)
         return self._softmax
-
-    def gather(self, rows: Sequence[Bool[Tensor, "#batch #head token"]]) -> None:
-        """Asks, before anything is computed, for what each key receives from these sets of rows.
-
-        It costs little on the way, and a pass of its own later. Where a query sees nothing, or some keys are
-        padding, whose rows may hold anything, it is not summed up on the way.
-        """
-        call, seen = self.call, self.call.visibility
-        plain = call.query is not None and call.sample is None and seen.keys is None
-        if plain and self._softmax is None and bool((seen.count > 0).all()):
-            self._givers = torch.stack([part.expand(call.output.shape[:3]) for part in rows], 2).float()
-
-    @property
-    def received(self) -> Float[Tensor, "set batch head key"] | None:
-        """What keys receive from the sets of rows that `gather` named, where that is there by now."""
-        return None if self._softmax is None else self._softmax.received
 
     @property
     def known_log_normaliser(self) -> Float[Tensor, "batch head token"] | None:
@@ -76,11 +61,12 @@ class CallStatistics:
 
 
 def softmax_statistics(
-    call: AttentionCall, givers: Float[Tensor, "batch head set token"] | None = None
+    call: AttentionCall, givers: Sequence[Bool[Tensor, "#batch #head token"]] = ()
 ) -> SoftmaxStatistics:
     """Every row statistic of a call's pattern in O(token) memory.
 
-    givers: how much each row counts in `received`, for each set of rows; None if that is not asked for.
+    givers: sets of rows whose weights are summed up key by key on the way (`received`), where blocks are
+        read; of sampled rows, each counts for those that it stands for.
 
     Everything is read off blocks of query rows, one matrix product each. Where rows are sampled, only entropy
     and Σ A² are: the weights on single keys need the log-normaliser alone and are of all rows.
@@ -99,16 +85,11 @@ def softmax_statistics(
     lse = call.log_normaliser.float() if known else lse  # type: ignore[union-attr]
     entropy = lse.new_empty(*lse.shape[:2], call.tokens if sample is None else sample.rows)
     squares = torch.empty_like(entropy)
-    scratch, received = Scratch(call.output.device), None
-    if givers is not None:
-        received = torch.zeros(givers.shape[2], *lse.shape[:2], call.keys, device=lse.device)
+    scratch = Scratch(call.output.device)
+    received = Received(call, givers) if givers else None
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
         pattern = torch.exp2(logs, out=scratch(*logs.shape))
-        if received is not None and givers is not None:
-            in_batch, in_head, in_row = where
-            given = (givers[in_batch, in_head, :, in_row] @ pattern).movedim(2, 0)
-            received[:, in_batch, in_head, : pattern.shape[-1]] += given
         vector_norm(pattern, dim=-1, out=squares[where])
         if sample is None:
             if call.own_keys:
@@ -119,6 +100,8 @@ def softmax_statistics(
                 leading[where] = _on_key(pattern, first[where[0]])
             if call.outside is not None:
                 torch.sum(pattern, -1, out=sums[where])
+        if received is not None:
+            received.add(pattern, where)
         torch.sum(pattern.mul_(logs), -1, out=entropy[where])
     squares.square_()
     entropy.mul_(-LN2)
@@ -127,7 +110,33 @@ def softmax_statistics(
     total = None
     if call.outside is not None:
         total = row_sums(call) if sample is not None else sums.where(call.visibility.count > 0, 0.0)
-    return SoftmaxStatistics(lse, entropy, squares, own, leading, total, received=received)
+    summed = None if received is None else received.found
+    return SoftmaxStatistics(lse, entropy, squares, own, leading, total, summed)
+
+
+class Received:
+    """What keys receive from several sets of rows, summed up block by block.
+
+    found: `Σ_i A_ij`, `[set, batch, head, key]`, float32. With sampled rows, an estimate of it.
+    """
+
+    def __init__(self, call: AttentionCall, givers: Sequence[Bool[Tensor, "#batch #head token"]]) -> None:
+        shape, seen, sample = call.output.shape[:3], call.visibility, call.sample
+        rows = [part.expand(shape) for part in givers]
+        if sample is not None:
+            rows = [sample.at(part) * sample.weight[:, None] for part in rows]
+        self.givers = torch.stack(rows, 2).float()  # [batch, head, set, row]
+        self.found = self.givers.new_zeros(len(rows), *shape[:2], call.keys)
+        # rows of padding, and rows that see nothing, may hold anything
+        self.guarded = seen.keys is not None or seen.rule == "general" or call.padding is not None
+
+    def add(self, pattern: Float[Tensor, "batch head row key"], where: tuple[slice, slice, slice]) -> None:
+        """Adds a block of weights, which is left as it is."""
+        in_batch, in_head, in_row = where
+        givers = self.givers[in_batch, in_head, :, in_row]
+        if self.guarded and bool((silent := (givers == 0).all(2)).any()):
+            pattern = pattern.masked_fill(silent[..., None], 0.0)
+        self.found[:, in_batch, in_head, : pattern.shape[-1]] += (givers @ pattern).movedim(2, 0)
 
 
 def _on_key(pattern: Tensor, key: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import eigvalsh, vector_norm
 
-from diag.attention.columns import pattern_columns
 from diag.attention.positions import TEXT, Geometry
+from diag.attention.single_keys import pattern_columns
 from diag.metrics.default import Selection, without_negative
 from diag.metrics.pattern_pass import received_by
 from diag.metrics.readings import Reading

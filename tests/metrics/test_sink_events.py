@@ -26,9 +26,9 @@ from reference import (
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
-from diag.attention.columns import pattern_columns
 from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
+from diag.attention.single_keys import pattern_columns
 from diag.attention.softmax_statistics import CallStatistics
 from diag.metrics import sink_events
 from diag.metrics.default import Selection, readings_of, selections_of
@@ -280,17 +280,15 @@ def test_sampled_rows_change_nothing() -> None:
 def test_what_keys_receive_is_summed_up_on_the_way(
     mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One pass gives the default statistics and it; where padding is, it has a pass of its own."""
+    """One pass gives the default statistics and it, where padding is, too."""
     call = sunk(make_call(mask=mask))
     sets = [None, torch.arange(13)[None] < 7]
     alone = sink_readings(selections_of(call, sets), NAMES, roots=lambda: roots_of(projection_of(call)))
     together = selections_of(call, sets)
     statistics = together[0].statistics
-    statistics.gather([on.rows for on in together])
+    statistics.givers = [on.rows for on in together]
     readings_of(together[0], ["entropy"])
-    assert (statistics.received is not None) == (mask is None)
-    if mask is None:
-        monkeypatch.setattr("diag.metrics.pattern_pass._live_blocks", None)  # no second pass
+    monkeypatch.setattr("diag.metrics.pattern_pass._live_blocks", None)  # no second pass
     found = sink_readings(together, NAMES, roots=lambda: roots_of(projection_of(call)))
     shape = shape_readings(together, ["sink_share"])
     for one, other in zip(found, alone, strict=True):
