@@ -15,10 +15,12 @@ from diag.attention.positions import TEXT, Geometry
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
+from diag.measure.next_inputs import NextInputs
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
+from diag.metrics.nulls import NULL_METRICS, null_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
@@ -31,7 +33,7 @@ from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import other_windows
 from diag.results.layer_values import LayerFacts, LayerValues
 
-OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
+OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS | NULL_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 FEW_KEYS = 64
@@ -56,7 +58,7 @@ class BatchReadings:
     """Readings of one forward pass, by layer, until every call of a layer has been seen.
 
     neutral: outputs of the same inputs with a neutral image, by layer in the order of its calls; for
-        divergence metrics.
+        divergence metrics. following: where the next input of each one is, for the null across inputs.
     """
 
     def __init__(
@@ -67,13 +69,16 @@ class BatchReadings:
         batch: Batch,
         sampling: RowSampling,
         neutral: Mapping[int, list[Tensor]] | None = None,
+        following: NextInputs | None = None,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.sampling = sampling
         self.plain = [name for name in names if name in METRICS]
         self.shape = [name for name in names if name in SHAPE_METRICS]
         self.diverging = [name for name in names if name in DIVERGENCE_METRICS]
+        self.nulls = [name for name in names if name in NULL_METRICS]
         self.neutral = neutral or {}
+        self.following = following
         self.neighbour = Neighbour(len(batch.ids))
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
@@ -105,6 +110,14 @@ class BatchReadings:
             other = self.neutral[call.layer].pop(0)
             more = [divergence_readings(on, other, self.diverging) for on in selections]
             found = [plain | optional for plain, optional in zip(found, more, strict=True)]
+        if self.nulls:
+            others = [None] * len(masks) if self.following is None else self.following.of(call, masks)
+            geometry = self.geometry(call)
+            beside = [
+                null_readings(on, self.nulls, geometry=geometry, other=other)
+                for on, other in zip(selections, others, strict=True)
+            ]
+            found = [plain | optional for plain, optional in zip(found, beside, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
             of_layer[token_set].append(
                 {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}

@@ -320,10 +320,11 @@ def _write_shard(
     plan, ratios = job.prepared.plan, job.prepared.measurement.ratios
     began, incidents = time.time(), Incidents()
     first, keep = place * job.size, plan.keep_samples
-    found = list(shard_values(tower_job, samples, incidents, first_input=first, advance=job.listener.advance))
+    every, advance = [sample for shard in shards for sample in shard], job.listener.advance
+    found = list(shard_values(tower_job, samples, incidents, first_input=first, order=every, advance=advance))
     if place == 0 and plan.save_activations:
         kept = job.folder / "activations" / f"{_stem(plan, part.number)}-{part.tower}"
-        first_ones = [sample for shard in shards for sample in shard][: plan.save_activations]
+        first_ones = every[: plan.save_activations]
         save_activations(tower_job.tower, first_ones, kept, plan.layers)
     content = {} if files is None else _read_from(files, shards[place], first, keep)
     hashes = dict[str, str]()
