@@ -201,7 +201,7 @@ def cos_y_vother_group(beside: Beside) -> Reading:
 @metric("nulls", of_own_keys=True)
 def excess_over_other_group(beside: Beside) -> Reading:
     found = beside.of_groups
-    return beside.of_rows(found and beside.on.cosine - found[0])
+    return beside.of_rows(None if found is None else beside.on.cosine - found[0])
 
 
 @metric("nulls", of_own_keys=True)

@@ -41,7 +41,7 @@ PROBE = Owner(
     "probe",
     result=(
         *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, "activations/*/*.safetensors"),
-        *pictures("curves-*", "heads-*", "comparison", "comparison-*"),
+        *pictures("curves-*", "nulls-*", "heads-*", "comparison", "comparison-*"),
     ),
     work=SHARDS,
     kept=("shards/*.parquet",),

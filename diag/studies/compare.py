@@ -295,9 +295,9 @@ def _left(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
     columns = ["label", "null", "bias", "value", "left", "ci_low", "ci_high", "share_left", "n"]
     measured = table[table["state"] == MEASURED][columns]
     for label, null, bias, value, left, low, high, share, n in measured.itertuples(index=False):
-        said = {"bias": fixed(bias), "null": fixed(value), "left": _with_interval(Found(left, low, high, n))}
+        row = {"": f"{keys[str(label)]} {null}", "bias": fixed(bias), "null": fixed(value)}
         of_bias = "–" if pd.isna(share) else percent(share)
-        rows.append({"": f"{keys[str(label)]} {null}", **said, "share left": of_bias})
+        rows.append({**row, "left": _with_interval(Found(left, low, high, n)), "share left": of_bias})
     title = "What each null leaves of the bias, bias - null, with 95 % CI\n"
     return title + _table(rows) if rows else ""
 

@@ -13,7 +13,13 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from diag.results.writing import file_stem, free_stem
-from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS
+from diag.show.figures.panels import (
+    COMPARISON_METRICS,
+    CURVE_METRICS,
+    FURTHER_NULLS,
+    HEAD_METRICS,
+    NULL_METRICS,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,12 +31,14 @@ class Drawing:
     """A figure: the table it takes (`layers` or `heads`), the metrics it shows, and where it is drawn.
 
     `compares`: it takes the rows of several models; otherwise those of one (model, tower, tokens).
+    `needs`: it is drawn where one of these was measured; nothing for where any of its metrics was.
     """
 
     table: str
     metrics: tuple[str, ...]
     function: str
     compares: bool = False
+    needs: tuple[str, ...] = ()
 
     def draw(self, rows: pd.DataFrame) -> Figure:
         """The figure of these rows."""
@@ -40,6 +48,7 @@ class Drawing:
 
 FIGURES: dict[str, Drawing] = {
     "curves": Drawing("layers", CURVE_METRICS, "curves:layer_curves"),
+    "nulls": Drawing("layers", NULL_METRICS, "nulls:null_curves", needs=FURTHER_NULLS),
     "heads": Drawing("heads", HEAD_METRICS, "heatmaps:head_heatmaps"),
     "comparison": Drawing("layers", COMPARISON_METRICS, "curves:model_comparison", compares=True),
 }
@@ -69,7 +78,7 @@ def draw_run(
         parts = _comparable(table) if drawing.compares else _separate(table)
         for suffix, part in parts:
             rows = rows_of(part, drawing.metrics)
-            if not rows.empty:
+            if not rows.empty and (not drawing.needs or not rows_of(part, drawing.needs).empty):
                 stem = free_stem(file_stem(kind, *suffix), taken)
                 drawn[stem] = (drawing.draw(_with_depths(rows, depths)), rows)
     return drawn
