@@ -173,14 +173,7 @@ def test_links_and_files_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module",
-    [
-        "diag.errors",
-        "diag.models.names.resolve",
-        "diag.inputs.csv_injection",
-        "diag.run.api",
-        "diag.show.words.control",
-    ],
+    "module", ["diag.errors", "diag.models.names.resolve", "diag.inputs.csv_injection", "diag.run.api"]
 )
 def test_examples_in_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(module))
