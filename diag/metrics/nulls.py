@@ -211,8 +211,8 @@ def cos_y_vother_group_partner(beside: Beside) -> Reading:
 
 @metric("nulls", of_own_keys=True)
 def excess_across_groups(beside: Beside) -> Reading:
-    place, null, defined = beside.of_groups or (None, None, None)
-    return beside.of_rows(None if place is None else place - null, defined)
+    found = beside.of_groups
+    return beside.of_rows(*((found[0] - found[1], found[2]) if found is not None else (None, None)))
 
 
 def _where_there(beside: Beside, values: Tensor | None) -> Reading:

@@ -399,7 +399,7 @@ class TestProjectionsWithoutTheirControl:
     def test_are_named_with_what_to_type(self, make: Make, changes: str, control: str) -> None:
         runs = [make("none"), make("changed", intervention=changes)]
         words = said(collect(runs))
-        assert f"A projection without its control: demo:vit-p8 · {changes}." in words
+        assert f"A projection without its control: demo:vit-p8 · {changes.replace('_', ' ')}." in words
         assert words.endswith(f"--intervene {control}.")
         beside = said(collect([*runs, make("control", intervention=control)]))
         assert "without its control" not in beside
