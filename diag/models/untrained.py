@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,13 @@ from diag.models.names.spec import ModelSpec
 from diag.variants import restore
 
 TIP = "give the model by its name, or its modules a reset_parameters() that sets every parameter"
+
+RECIPES = (("reset_parameters", "_reset_parameters"), ("init_weights",))
+"""Methods that set parameters, of PyTorch's modules (with an underscore in its multi-head attention) and of
+libraries, in their order."""
+
+HAS_BEGUN = "_is_hf_initialized"
+"""What transformers marks as initialised, it does not initialise again."""
 
 
 def untrained_twin(
@@ -43,8 +51,8 @@ def untrained_twin(
 
 
 def reinitialised(module: nn.Module, seed: int) -> nn.Module:
-    """A copy of one's own module with fresh weights: each submodule's `reset_parameters`, then the whole
-    module's `init_weights`, where there are such.
+    """A copy of one's own module with fresh weights: each part's `reset_parameters`, then its `init_weights`,
+    where there are such, parts before what they are parts of.
 
     Every parameter has to be set by one of them, and without reading what was there: the copy is filled with
     NaN first, and what still is NaN was not set. Raises UserError, naming the first such parameter.
@@ -54,11 +62,12 @@ def reinitialised(module: nn.Module, seed: int) -> nn.Module:
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
-        for part in twin.modules():
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
-        if callable(begin := getattr(twin, "init_weights", None)):
-            begin()
+        for one in (*twin.parameters(), *twin.modules()):
+            one.__dict__.pop(HAS_BEGUN, None)
+        for names in RECIPES:
+            for part in reversed([*twin.modules()]):
+                if begin := next((found for name in names if (found := _recipe(part, name))), None):
+                    begin()
     left = [name for name, parameter in twin.named_parameters() if not bool(parameter.isfinite().all())]
     if left:
         more = f", nor of {len(left) - 1} more parameters" if len(left) > 1 else ""
@@ -68,3 +77,12 @@ def reinitialised(module: nn.Module, seed: int) -> nn.Module:
             TIP,
         )
     return twin.train(module.training)
+
+
+def _recipe(part: nn.Module, name: str) -> Callable[[], object] | None:
+    """A module's method of that name, where it needs nothing to be given."""
+    found = getattr(part, name, None)
+    if not callable(found):
+        return None
+    needs = (one for one in inspect.signature(found).parameters.values() if one.default is one.empty)
+    return None if any(one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in needs) else found

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from attention_modules import Attention, Stack
 from commands import Ended
 from torch import nn
@@ -218,3 +219,16 @@ def test_a_parameter_whose_beginning_nobody_knows_is_named() -> None:
     twin = reinitialised(Begun().eval(), 0)
     assert all(x.isfinite().all() for x in twin.parameters())
     assert not twin.training
+
+
+def test_transformers_begin_as_their_library_has_it() -> None:
+    """Not as PyTorch's layers would alone: what is marked as initialised is initialised again."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, vocab_size=50, initializer_range=0.5)
+    module = transformers.AutoModel.from_config(config).eval()
+    twin = reinitialised(nn.Sequential(module).eval(), 0)[0]
+    weights = [one.layers[0].self_attn.q_proj.weight for one in (module, twin)]
+    assert not torch.equal(*weights)
+    assert [float(weight.detach().std()) for weight in weights] == pytest.approx([0.5, 0.5], rel=0.1)
+    plain = reinitialised(nn.TransformerEncoderLayer(16, 2, batch_first=True).eval(), 0)
+    assert all(x.isfinite().all() for x in plain.parameters())
