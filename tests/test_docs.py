@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from commands import Ended, run_cli
 
-from diag.metrics.catalogue import RATIOS
+from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.ledger import LEDGER_METRICS
+from diag.metrics.nulls import NULL_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.sink_events import SINK_METRICS
 from diag.metrics.stream import STREAM_METRICS
@@ -138,15 +139,9 @@ def test_the_monitor_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
     listed = set(re.findall(r"^\| `(\w+)`", PAGES["metrics.md"], re.MULTILINE))
-    assert listed == {
-        *METRICS,
-        *RATIOS,
-        *STREAM_METRICS,
-        *SHAPE_METRICS,
-        *SINK_METRICS,
-        *DIVERGENCE_METRICS,
-        *LEDGER_METRICS,
-    }
+    measured = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS, *NULL_METRICS}
+    measured |= {*SINK_METRICS, *LEDGER_METRICS}
+    assert listed == measured | {*OF_UNTRAINED.values(), OVER_UNTRAINED}
 
 
 def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class CompareOptions:
     published: Annotated[
         bool, Option("--published", help="Lay published curves of these models over the figures.")
     ] = False
+    null: options.Null = None
     random_init: options.RandomInit = False
     out: Annotated[Path | None, output("Folder [default: runs/compare-NAMES-KEY].")] = None
     device: options.Device = "auto"
@@ -276,6 +277,7 @@ def _incomplete(found: Comparison, measured: Sequence[Path]) -> dict[str, str]:
 
 
 def _document(found: Comparison, folder: Path, failed: dict[str, str]) -> dict[str, Any]:
+    from diag.show.words.nulls import verdicts
     from diag.studies.compare import DIFFERENCE
 
     return {
@@ -288,5 +290,6 @@ def _document(found: Comparison, folder: Path, failed: dict[str, str]) -> dict[s
         "profiles": records(found.profiles),
         "difference": DIFFERENCE,
         "differences": records(found.differences),
+        "nulls": records(found.nulls.assign(verdict=verdicts(found.nulls))),
         "verdict": found.verdict,
     }

@@ -122,6 +122,12 @@ ModelArgs = Annotated[
     Read(listed),
 ]
 RandomInit = Annotated[bool, Option("--random-init", help="Build the model without pretrained weights.")]
+Null = Annotated[
+    str | None,
+    Option(
+        help="untrained, or untrained=5: beside each model, 3 (or 5) of its architecture with fresh weights."
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Let a hub repository run its own code.")
 ]

@@ -46,6 +46,7 @@ class ProbeOptions:
     ] = None
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
+    null: options.Null = None
     random_init: options.RandomInit = False
     trust_remote_code: options.TrustRemoteCode = False
     allow_random: options.AllowRandom = False

@@ -17,12 +17,14 @@ from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
 from diag.measure.edited_model import geometry_of
+from diag.measure.next_inputs import NextInputs
 from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.ledger import FEW, LEDGER_METRICS, MANY, ledger_readings
+from diag.metrics.nulls import NULL_METRICS, null_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
@@ -36,7 +38,7 @@ from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import other_windows
 from diag.results.layer_values import LayerFacts, LayerValues
 
-OF_HEADS = METRICS | SHAPE_METRICS | SINK_METRICS | DIVERGENCE_METRICS | LEDGER_METRICS
+OF_HEADS = METRICS | SHAPE_METRICS | SINK_METRICS | DIVERGENCE_METRICS | LEDGER_METRICS | NULL_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 FEW_KEYS = 64
@@ -65,6 +67,7 @@ class BatchReadings:
     neutral: outputs of the same inputs with a neutral image, by layer in the order of its calls; for
         divergence metrics.
     projections: W_O of the layers, for what their sinks do.
+    following: where the next input of each one is, for the null across inputs.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class BatchReadings:
         sampling: RowSampling,
         neutral: Mapping[int, list[Tensor]] | None = None,
         projections: OutputProjections | None = None,
+        following: NextInputs | None = None,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.sampling = sampling
@@ -89,7 +93,9 @@ class BatchReadings:
         receiving = any("received" in SHAPE_METRICS[name].needs for name in self.shape)
         of_rows = any(METRICS[name].of_weights for name in self.plain)
         self.in_one_sweep = bool(self.ledger) or ((receiving or bool(self.sinks)) and of_rows)
+        self.nulls = [name for name in names if name in NULL_METRICS]
         self.neutral = neutral or {}
+        self.following = following
         self.neighbour = Neighbour(len(batch.ids))
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
@@ -116,8 +122,8 @@ class BatchReadings:
         if self.in_one_sweep:
             selections[0].statistics.givers = [on.rows for on in selections]
         found = [readings_of(on, self.plain) for on in selections]
+        geometry = geometry_of(self.tower, len(self.batch.ids), call)
         if self.shape:
-            geometry = geometry_of(self.tower, len(self.batch.ids), call)
             shape = shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
         if self.sinks:
@@ -129,17 +135,23 @@ class BatchReadings:
                 self.sinks,
                 roots=roots,
                 kinds=self.sink_kinds(call),
-                geometry=geometry_of(self.tower, len(self.batch.ids), call),
+                geometry=geometry,
             )
             found = [plain | optional for plain, optional in zip(found, events, strict=True)]
         if self.ledger:
-            geometry = geometry_of(self.tower, len(self.batch.ids), call)
             whose = ledger_readings(selections, self.ledger, geometry=geometry, kinds=self.kinds(call))
             found = [plain | optional for plain, optional in zip(found, whose, strict=True)]
         if self.diverging:
             other = self.neutral[call.layer].pop(0)
             more = [divergence_readings(on, other, self.diverging) for on in selections]
             found = [plain | optional for plain, optional in zip(found, more, strict=True)]
+        if self.nulls:
+            others = [None] * len(masks) if self.following is None else self.following.of(call, masks)
+            beside = [
+                null_readings(on, self.nulls, geometry=geometry, other=other)
+                for on, other in zip(selections, others, strict=True)
+            ]
+            found = [plain | optional for plain, optional in zip(found, beside, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
             of_layer[token_set].append(
                 {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}

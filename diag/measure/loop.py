@@ -26,10 +26,12 @@ from diag.inputs.images import neutral_image
 from diag.measure.batch_readings import OF_HEADS, BatchReadings, BatchStreamReadings, Incidents, layer_values
 from diag.measure.batch_size import Batches, BatchSize, is_out_of_memory
 from diag.measure.edited_model import beside_of, by_own_numbers, check_layers, edited_modules, heads_return
+from diag.measure.next_inputs import Seen, next_inputs
 from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.nulls import OF_OTHER_INPUTS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.beside import Beside
@@ -127,11 +129,13 @@ def measure(
     batch_size: int | BatchSize = 8,
     incidents: Incidents | None = None,
     whole: bool = True,
+    order: Sequence[Sample] | None = None,
 ) -> Iterator[list[LayerValues]]:
     """Runs a tower over samples and yields each batch's numbers, layer by layer.
 
-    metrics: names from `METRICS`, `SHAPE_METRICS`, `SINK_METRICS`, `STREAM_METRICS` and `DIVERGENCE_METRICS`
-        (a second forward pass, with neutral images); all of `METRICS` if None.
+    metrics: names from `METRICS`, `SHAPE_METRICS`, `SINK_METRICS`, `STREAM_METRICS`, `LEDGER_METRICS`,
+        `NULL_METRICS` and `DIVERGENCE_METRICS` (a second forward pass, with neutral images); all of `METRICS`
+        if None.
     layers: numbers of layers, as `pick_layers` reads them; all if None.
     token_sets: the tower's default sets if None.
     value_constants: what is taken out of the values and outputs of each layer before they are measured
@@ -141,6 +145,8 @@ def measure(
     sampling: which query rows stand for all of them in long sequences; as `RowSampling` has it if None.
     batch_size: inputs per forward pass. A batch that does not fit into memory is run again in halves.
     whole: as in `run_batches`.
+    order: all inputs of the run, of which `samples` may be a part: each is compared with the next one where a
+        metric needs another input; `samples` if None.
     Inputs that cannot be read, or whose values are not finite, are noted in `incidents.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
     output, NotFinite where no input has finite values, and UserError where divergence metrics are asked of a
@@ -155,6 +161,8 @@ def measure(
         )
     if diverging:  # the neutral twin is made of the image itself, not of what was prepared for the model
         tower = replace(tower, prepare=None)
+    if order is None and not OF_OTHER_INPUTS.isdisjoint(names):
+        samples = order = list(samples)
     sets = list(token_sets) if token_sets is not None else list(tower.default_sets)
     for token_set in sets:
         tower.check_set(token_set)  # an unknown set is told before any work
@@ -173,6 +181,7 @@ def measure(
         blocks,
         sampling or RowSampling(),
         incidents,
+        order or (),
     )
     yield from run_batches(
         tower, samples, work.numbers, batch_size=batch_size, incidents=incidents, whole=whole
@@ -193,6 +202,7 @@ class _BatchWork:
     blocks: Sequence[Block]
     sampling: RowSampling
     incidents: Incidents
+    order: Sequence[Sample]
     facts: dict[int, LayerFacts] = field(default_factory=dict)
     projections: OutputProjections = field(init=False)
 
@@ -233,8 +243,11 @@ class _BatchWork:
         neutral = None
         if not DIVERGENCE_METRICS.keys().isdisjoint(self.names):
             neutral = self.neutral_outputs(samples)
+        following = None
+        if not OF_OTHER_INPUTS.isdisjoint(self.names):
+            following = next_inputs(self.tower, batch, samples, self.order, self.values_seen)
         of_heads = BatchReadings(
-            self.names, self.sets, self.tower, batch, self.sampling, neutral, self.projections
+            self.names, self.sets, self.tower, batch, self.sampling, neutral, self.projections, following
         )
         around = [block for block in self.blocks if block.index in measured]
         of_stream = None
@@ -292,6 +305,27 @@ class _BatchWork:
         told = beside_of(self.tower, batch)
         self.run(batch, on_call)
         return outputs
+
+    def values_seen(self, batch: Batch) -> dict[int, list[Seen]]:
+        """The values of the layers that are measured in a forward pass of its own, in the order of its calls.
+
+        The model is changed, and constants are taken out, as in the pass that is measured.
+        """
+        measured = {layer.index for layer in self.listed}
+        masks = BatchReadings((), self.sets, self.tower, batch, self.sampling)
+        found: dict[int, list[Seen]] = {}
+        told = beside_of(self.tower, batch)
+
+        def on_call(call: AttentionCall) -> Tensor | None:
+            call, changed = _edited_call(_with_real_keys(call, batch), self.edits, told)
+            if call.layer in measured and call.own_keys:
+                used = self.without_constant(call)
+                sets = [masks.tokens(name, used) for name in self.sets]
+                found.setdefault(call.layer, []).append(Seen.of(used, batch, sets))
+            return call.output if changed else None
+
+        self.run(batch, on_call)
+        return found
 
     def run(
         self, batch: Batch, on_call: OnCall, beside: AbstractContextManager[object] | None = None

@@ -110,6 +110,8 @@ SINKS, DISTANCE, NMI, OVERLAP, POSITION, SUM, NORMS = (
 SINK_EVENTS = Place("sink_events", "Sink events: what a sink does")
 DIVERGENCE = Place("divergence", "Head divergence: what the image changes")
 LEDGER = Place("ledger", "The ledger: whose is y?")
+NULLS = Place("nulls", "Further nulls of the bias")
+UNTRAINED = Place("untrained", "The untrained null")
 
 _XSA = "Exclusive Self Attention (Zhai 2026, arXiv 2603.09078), Fig. 1"
 _POST = "the vision post's generalisation"
@@ -120,6 +122,7 @@ _FESSER = "Fesser 2026 (2606.08105) and its code"
 _RAGHU = "Dosovitskiy 2021 (2010.11929), Fig. 7; Raghu 2021 (2108.08810)"
 _POSITION = "relative position"
 _KOBAYASHI = "Kobayashi 2020 (2004.10102), there f(v) = v W_O"
+_ACROSS = "a public study's excess across groups"
 _VISION = "after vision-aware head divergence (2412.13949), there with the image taken out"
 
 _COSINE, _SHARE, _RATIO, _NATS = "cosine", "share, 0 to 1", "ratio", "nats"
@@ -620,6 +623,75 @@ _TABLE = (
     ),
     # --- whose y is
     *_ledger(),
+    # --- further nulls
+    MetricEntry(
+        "cos_y_vnear", NULLS, "near v", "null, a near token's value",
+        "neighbourhood null", "mean over near visible j ≠ i of cos(yᵢ, vⱼ)",
+        "What the cosine is with the value of a token within 16 (text) or of the next patches (image).",
+        _COSINE, rank=2, axis="cos(yᵢ, vⱼ), j near", line=DrawnAs("near token", "green", "--", "^"),
+    ),
+    MetricEntry(
+        "excess_over_near", NULLS, "over near", "cos(y,v) - near v",
+        "excess over neighbourhood null", "bias − neighbourhood null",
+        "What is specific to the token, and not to the place where it lies.", "difference of cosines", rank=2,
+    ),
+    MetricEntry(
+        "cos_y_vother_input", NULLS, "other v", "null, another input's value at the same place",
+        "across-inputs null", "cos(yᵢ, vᵢ of the next input)",
+        "What the cosine is with the value that another input has at the same place.",
+        _COSINE, rank=2, axis="cos(yᵢ, vᵢ of another input)",
+        line=DrawnAs("same place, next input", "vermillion", "--", "s"),
+    ),
+    MetricEntry(
+        "excess_over_other_input", NULLS, "over other", "cos(y,v) - other v",
+        "excess over across-inputs null", "bias − across-inputs null",
+        "What depends on the input at all.", "difference of cosines", rank=2,
+    ),
+    MetricEntry(
+        "cos_y_vother_group", NULLS, "group v", "null, v_i of the other KV heads",
+        "across-groups null", "mean over the other KV heads g of cos(yᵢ, vᵢ of g)",
+        "What the cosine is with the token's own value in another KV head, or head where each has its own.",
+        _COSINE, rank=2, axis="cos(yᵢ, vᵢ of another KV head)",
+        line=DrawnAs("own token, other KV head", "purple", "--", "D"),
+    ),
+    MetricEntry(
+        "excess_over_other_group", NULLS, "over group", "cos(y,v) - group v",
+        "excess over across-groups null", "bias − across-groups null",
+        "What belongs to the head's own values.", "difference of cosines", rank=2,
+    ),
+    MetricEntry(
+        "cos_y_vother_group_partner", NULLS, "group vj", "another token's value in the other KV heads",
+        "across-groups partner null", "mean over other KV heads g and other visible j of cos(yᵢ, vⱼ of g)",
+        "What the across-groups null would be with another token.", _COSINE, _ACROSS, rank=2,
+    ),
+    MetricEntry(
+        "excess_across_groups", NULLS, "across", "group v - group vj",
+        "excess across groups", "across-groups null − across-groups partner null",
+        "Whether the output knows its own token in the other KV heads, too: the excess, across groups.",
+        "difference of cosines", _ACROSS, rank=2,
+    ),
+    # --- of the same architecture with fresh weights (--null untrained)
+    MetricEntry(
+        "cos_y_vself_untrained", UNTRAINED, "untrained", "null, the bias of the untrained model",
+        "untrained null", "cos(yᵢ, vᵢ) of the same architecture, freshly initialised; mean over seeds",
+        "What the bias is before training, on the same inputs.",
+        _COSINE, rank=2, axis="cos(yᵢ, vᵢ), untrained", line=DrawnAs("untrained", "orange", "--", "o"),
+    ),
+    MetricEntry(
+        "excess_over_untrained", UNTRAINED, "over untr", "cos(y,v) - untrained",
+        "excess over untrained null", "bias − untrained null",
+        "What training made of the bias; below 0 where it took some away.", "difference of cosines", rank=2,
+    ),
+    MetricEntry(
+        "value_similarity_untrained", UNTRAINED, "v~v untr", "similarity of values of the untrained model",
+        "value similarity, untrained", "mean over i ≠ j of cos(vᵢ, vⱼ), untrained; mean over seeds",
+        "How alike values are before training.", _COSINE, rank=2, axis="mean pairwise cosine",
+    ),
+    MetricEntry(
+        "self_weight_untrained", UNTRAINED, "A_ii untr", "self weight of the untrained model",
+        "self weight, untrained", "Aᵢᵢ of the untrained model; mean over seeds",
+        "Attention to oneself before training.", _SHARE, rank=2, axis="Aᵢᵢ",
+    ),
 )
 # fmt: on
 
@@ -630,6 +702,12 @@ RATIOS: dict[str, tuple[str, str]] = {
     name: entry.ratio for name, entry in CATALOGUE.items() if entry.ratio is not None
 }
 """Metrics that are a ratio of two others' means over inputs: name -> (numerator, denominator)."""
+
+OF_UNTRAINED: dict[str, str] = {
+    name: f"{name}_untrained" for name in ("cos_y_vself", "value_similarity", "self_weight")
+}
+"""What is measured of untrained models (`--null untrained`) -> what it is called beside the trained one's."""
+OVER_UNTRAINED = "excess_over_untrained"
 
 SAMPLING_ERROR = "_sampling_error"
 """What follows the name of a metric in the name of its standard error from sampled query rows."""

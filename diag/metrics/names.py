@@ -17,14 +17,20 @@ for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not Non
     GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
 
 
+OF_OTHERS = [entry for entry in CATALOGUE.values() if entry.place.group == "untrained"]
+"""Metrics that are not measured by name, but come of untrained twins."""
+
+
 def metric_names(names: Sequence[str] | None) -> list[str]:
     """What `--metrics` stands for: the default metrics if None, groups and `all` written out.
 
     Raises UserError with the nearest name.
     """
     every = [name for group in GROUPS.values() for name in group]
-    known = {**GROUPS, ALL: tuple(every)}
+    known = {**GROUPS, ALL: tuple(name for name in every if CATALOGUE[name] not in OF_OTHERS)}
     written = [part for name in names or ("default",) for part in known.get(name, (name,))]
+    if of_others := next((name for name in written if CATALOGUE.get(name) in OF_OTHERS), None):
+        raise UserError(f"metric '{of_others}' is of another model, beside this one", "--null untrained")
     return chosen(written, [*every, *known])
 
 

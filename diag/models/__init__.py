@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
     model can be seen.
     """
-    from diag.models.loading import single_precision
+    from diag.models.loading import seeded, single_precision
     from diag.models.weights import digest
 
     family = family_of(spec.family)
@@ -32,7 +33,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
             f"'{spec.given}' is loaded onto one device, only {able} models can be spread",
             "--device auto or cuda:0",
         )
-    with single_precision():
+    # random weights are the same in every process, and whenever a run goes on
+    with single_precision(), seeded(spec.seed) if spec.random_init else nullcontext():
         model = family.load(spec, device=device, dtype=dtype)
     towers = {name: _in_single_precision(tower) for name, tower in model.towers.items()}
     facts = {

@@ -137,6 +137,14 @@ def single_precision() -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What libraries draw in here follows from a seed; afterwards torch's generators are as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def theirs(what: str, tip: str) -> Iterator[None]:
     """Where a library is at work on files of others: any of its errors becomes two lines.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,13 @@ from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families.from_module import from_module
 from diag.models.names.resolve import parse
+from diag.models.untrained import reinitialised, untrained_twin
 from diag.results.tables import samples_frame, tables
+from diag.results.untrained import beside
 from diag.run import shards
 from diag.run.plan import ProbePlan
 from diag.run.prepared import Measurement
+from diag.variants import variants_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +74,7 @@ def probe(
     layers: Sequence[int] | str | None = None,
     values: str = "as_computed",
     intervene: Sequence[str] = (),
+    null: str | None = None,
     limit: int = 64,
     seq_len: int | None = None,
     batch_size: int = 8,
@@ -94,6 +98,9 @@ def probe(
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
+    null: "untrained", or "untrained=5": beside the model, three (or five) of its architecture with fresh
+        weights (docs/nulls.md). A module is initialised by the `reset_parameters` and `init_weights` that its
+        parts have; where these leave a parameter, it is refused, by its name.
     allow_random: measure also what is in training mode, or gives other numbers for the same input.
 
     Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
@@ -109,6 +116,7 @@ def probe(
         layers=_listed(layers),
         values=values,
         intervene=_listed(intervene),
+        null=null,
         limit=limit,
         seq_len=seq_len,
         batch_size=batch_size,
@@ -119,13 +127,18 @@ def probe(
         allow_random=allow_random,
     )
     measurement = Measurement.of(plan)
+    if plan.seeds and isinstance(inputs, Iterator):
+        inputs = list(inputs)  # every twin is given all of them
     loaded, towers, samples = _prepare(model, inputs, plan)
-    incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
-    for tower in towers:
-        job = shards.TowerJob.of(loaded, tower, measurement)
-        if found := list(shards.shard_values(job, samples, incidents)):
-            frames.append(samples_frame(found, measurement.ratios, job.constants))
-        skipped |= incidents.skipped_layers
+    twins = list[dict[str, pd.DataFrame]]()
+    for seed in range(plan.seeds):
+        twin = _prepare(_twin(model, loaded, plan, seed), inputs, plan)
+        twins.append(_frames(*twin, measurement.of_untrained(), Incidents(), {}))
+    incidents, skipped = Incidents(), dict[str, str]()
+    of_towers = _frames(loaded, towers, samples, measurement, incidents, skipped)
+    frames = [
+        beside(frame, [twin[name] for twin in twins]) if twins else frame for name, frame in of_towers.items()
+    ]
     if not frames:
         reason = next(iter(incidents.failed.values()), "there is none")
         raise UserError(f"no input could be read: {reason}", "give images in JPEG, PNG or WebP")
@@ -180,8 +193,34 @@ def capture(
     return calls
 
 
+def _frames(
+    loaded: Model,
+    towers: Sequence[Tower],
+    samples: Sequence[Sample],
+    measurement: Measurement,
+    incidents: Incidents,
+    skipped: dict[str, str],
+) -> dict[str, pd.DataFrame]:
+    """Samples by tower, of those that have any. incidents, skipped: what happened is added to them."""
+    frames = {}
+    for tower in towers:
+        job = shards.TowerJob.of(loaded, tower, measurement)
+        if found := list(shards.shard_values(job, samples, incidents)):
+            frames[tower.name] = samples_frame(found, measurement.ratios, job.constants)
+        skipped |= incidents.skipped_layers
+    return frames
+
+
+def _twin(model: str | nn.Module, loaded: Model, plan: ProbePlan, seed: int) -> nn.Module | Model:
+    """An untrained twin of a model. Raises UserError where none can be made."""
+    if isinstance(model, nn.Module):
+        return reinitialised(model, seed)
+    where: dict[str, Any] = {"device": device_of(plan.device), "dtype": dtype_of(plan.dtype)}
+    return untrained_twin(parse(model), seed, variants_in(loaded.module), **where)
+
+
 def _prepare(
-    model: str | nn.Module, inputs: Any, plan: ProbePlan, *, apart: bool = True
+    model: str | nn.Module | Model, inputs: Any, plan: ProbePlan, *, apart: bool = True
 ) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
     """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
     if isinstance(model, nn.Module):
@@ -192,11 +231,11 @@ def _prepare(
                 "pass a list of batches, also where it is one: [batch]",
             )
         return from_module(model, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
-    if not isinstance(model, str):
+    if not isinstance(model, str | Model):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UserError(f"the model is {what}", "give its name as text, or an nn.Module that is built")
-    spec = parse(model)
-    loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
+    where: dict[str, Any] = {"device": device_of(plan.device), "dtype": dtype_of(plan.dtype)}
+    loaded = model if isinstance(model, Model) else load(parse(model), **where)
     kind = next(iter(loaded.towers))
     if isinstance(inputs, Inputs):
         kind = inputs.tower

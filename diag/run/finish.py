@@ -19,7 +19,7 @@ from pyarrow import ArrowInvalid
 
 from diag.errors import UserError
 from diag.inputs.items import content_digest
-from diag.metrics.catalogue import RATIOS
+from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, SINK_PLACES, is_finished
 from diag.results.hashes import hashes
 from diag.results.left_out import left_out
@@ -28,10 +28,11 @@ from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.sinks import places as places_of
 from diag.results.staging import remove, settle, sweep
 from diag.results.tables import one_kind, tables
+from diag.results.untrained import beside
 from diag.results.writing import atomically, on_disk, write, write_json, writing
 from diag.run.environment import environment
 from diag.run.locks import PATIENCE, Locks
-from diag.run.plan import what_differs
+from diag.run.plan import seeds_in, what_differs
 from diag.run.run_folder import PROBE
 from diag.run.shard_ledger import MERGE, TOWERS, Part, Standing, read_plan, standing
 from diag.show.figures import ENDINGS, figures_of
@@ -111,9 +112,11 @@ def gather(folder: Path, others: Sequence[Path], say: Saying = lambda text: None
                 f"'{other}' holds another run than '{folder}'{what_differs(own, theirs)}",
                 "measure with the same command, --shard and -o apart",
             )
+        seeds = seeds_in(own["plan"].get("null"))
         for number, given in enumerate(own["plan"]["models"]):
             for tower in TOWERS:
-                _copy_part(Part(other, number, given.strip(), tower), folder, own["key"], say)
+                for part in Part(other, number, given.strip(), tower).and_twins(seeds):
+                    _copy_part(part, folder, own["key"], say)
         for file in (other / "shards").glob("*.failed-*-of-*.json"):
             _copy(file, folder / "shards" / file.name)
 
@@ -147,12 +150,22 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawer: Draw
     models, seconds, inputs = list[dict[str, Any]](), 0.0, dict(document["inputs"])
     parts = list[tuple[Part, dict[str, Any], pd.DataFrame]]()
     nothing = dict[str, UserError]()
+    seeds = seeds_in(document["plan"].get("null"))
     for part, note in found.parts:
+        if part.seed is not None:  # read beside the model that it is a twin of
+            continue
         told = _told(part, note["shards"])
         failed_inputs |= told["failed"]
         seconds += told["seconds"]
         try:
             kept = _samples(part, note, told["failed"])
+            twins = [(twin, its) for twin, its in found.parts if twin in part.and_twins(seeds)[1:]]
+            if seeds and len(twins) == seeds:
+                kept = beside(
+                    kept, [_samples(*one, _told(one[0], one[1]["shards"])["failed"]) for one in twins]
+                )
+                note["entry"]["untrained"] = [its["entry"]["weights_sha256"] for _, its in twins]
+                seconds += sum(_told(twin, its["shards"])["seconds"] for twin, its in twins)
         except _NoNumbers as error:
             nothing[part.given] = error
             # they hold nothing, and what the user mends is another run
@@ -298,6 +311,8 @@ def _tables(
         files = [file for file in map(part.cells, range(note["shards"])) if file.exists()]
         cells = merged(Moments.from_frame(_read(file)) for file in files)
         found.append(moment_tables(cells, RATIOS))
+        if (of_twins := own[own["metric"].isin([*OF_UNTRAINED.values(), OVER_UNTRAINED])]).size:
+            found.append(tables(of_twins, seed=seed))
         spread.append(quantiles(cells))
     write(pd.concat(spread, ignore_index=True), folder / QUANTILES)
     layers, heads = (pd.concat(each, ignore_index=True) for each in zip(*found, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,9 @@ SHARD_INPUTS = 16
 MOST_SHARD_INPUTS = 256
 MANY_SHARDS, FEW_SHARDS = 1024, 16
 
+
+UNTRAINED, SEEDS, MOST_SEEDS = "untrained", 3, 16
+"""What `--null` may name, and how many seeds that is, unless it says so."""
 
 MOST_TOKENS = 2**31 - 1
 MOST_WORKERS = 4096
@@ -158,6 +162,7 @@ class ProbePlan(Plan):
     tokens: tuple[str, ...] | None = None
     values: str = "as_computed"
     intervene: tuple[str, ...] = ()
+    null: str | None = None
     checkpoint: Path | None = None
     model_args: tuple[str, ...] = ()
     random_init: bool = False
@@ -203,6 +208,15 @@ class ProbePlan(Plan):
             raise ValueError("is as-computed or bias-free")
         return values.replace("-", "_")
 
+    @field_validator("null")
+    @classmethod
+    def _known_null(cls, null: str | None) -> str | None:
+        name, _, count = (null or "").partition("=")
+        seeds = int(count) if re.fullmatch("[0-9]{1,3}", count) else 0 if "=" in (null or "") else SEEDS
+        if null is not None and not (name.strip() == UNTRAINED and 1 <= seeds <= MOST_SEEDS):
+            raise ValueError(f"is {UNTRAINED}, or {UNTRAINED}=N, N seeds from 1 to {MOST_SEEDS}")
+        return null and f"{UNTRAINED}={seeds}"
+
     @field_validator("sampled_rows")
     @classmethod
     def _pairs_of_rows(cls, rows: int | None) -> int | None:
@@ -215,6 +229,11 @@ class ProbePlan(Plan):
         """The column `inputs`: whether anybody named any."""
         return BY_DEFAULT if self.images is None and self.texts is None else "given"
 
+    @property
+    def seeds(self) -> int:
+        """Of the untrained twins that each model is measured beside."""
+        return seeds_in(self.null)
+
     def key(self, inputs: dict[str, str]) -> str:
         """Identifies the result: the plan without its `how`, the inputs' stamps, and the files that it names.
 
@@ -224,6 +243,8 @@ class ProbePlan(Plan):
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
         what |= {kind: _given(what[kind]) for kind in ("images", "texts")}
+        if self.null is None:
+            del what["null"]  # runs without one have the keys that they had
         commits = {name: commit for name in self.models if (commit := _commit(name))}
         local = [path for name in self.models for path in local_files(name)]
         local += [base for path in local if (base := _base_of(path))]
@@ -242,6 +263,11 @@ class ProbePlan(Plan):
     def changes(self) -> tuple[str, ...]:
         """Everything that is done to attention, as typed."""
         return self.intervene
+
+
+def seeds_in(null: str | None) -> int:
+    """How many seeds the `null` of a plan is of: `untrained=3` → 3, None → 0."""
+    return 0 if null is None else int(null.partition("=")[2])
 
 
 def what_differs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

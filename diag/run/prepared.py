@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
-from diag.errors import UserError
+from diag.errors import UserError, one_of
 from diag.inputs.items import Inputs
 from diag.measure.device import device_of, dtype_of
-from diag.metrics.catalogue import RATIOS
+from diag.metrics.catalogue import OF_UNTRAINED, RATIOS
 from diag.metrics.names import metric_names
 from diag.models.family import SPREAD
 from diag.models.hooks.interventions import INTERVENTIONS, Edit, parse
@@ -37,8 +37,11 @@ class Measurement:
 
     @staticmethod
     def of(plan: ProbePlan) -> Measurement:
-        """Raises UserError for a metric or an intervention that is not known."""
+        """Raises UserError for a metric or an intervention that is not known, and for an untrained null of
+        nothing."""
         metrics = metric_names(plan.metrics)
+        if plan.null is not None:
+            _refuse_null(plan, metrics)
         return Measurement(
             plan,
             metrics,
@@ -46,6 +49,28 @@ class Measurement:
             {name: parts for name, parts in RATIOS.items() if name in metrics},
             _edits_of(plan),
             RowSampling(plan.sampled_rows or SAMPLED_ROWS, None if plan.exact else EXACT_TOKENS, plan.seed),
+        )
+
+    def of_untrained(self) -> Measurement:
+        """What is measured of untrained twins: those of the metrics that have a null there."""
+        names = [name for name in self.metrics if name in OF_UNTRAINED]
+        return replace(self, metrics=names, computed=names, ratios={})
+
+
+def _refuse_null(plan: ProbePlan, metrics: Sequence[str]) -> None:
+    if plan.random_init:
+        raise UserError(
+            "--null untrained compares with random weights, and --random-init has no others",
+            "leave one of them out",
+        )
+    if not plan.keep_samples:
+        raise UserError(
+            "--null untrained is taken input by input, and --keep-samples 0 keeps none", "--keep-samples 64"
+        )
+    if OF_UNTRAINED.keys().isdisjoint(metrics):
+        raise UserError(
+            f"--null untrained is of {one_of(OF_UNTRAINED)}, and none is measured",
+            "name one with --metrics, or leave --metrics out",
         )
 
 

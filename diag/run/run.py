@@ -26,6 +26,7 @@ from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.models import load
 from diag.models.base import Model, Sample, Tower
 from diag.models.names.spec import ModelSpec
+from diag.models.untrained import untrained_twin
 from diag.results.folder import is_finished
 from diag.results.hashes import sha256_of
 from diag.results.moments import moments_of
@@ -52,6 +53,7 @@ from diag.run.shard_ledger import (
 from diag.run.shards import TowerJob, shard_values, tower_samples
 from diag.run.weights_ahead import WeightsAhead, weights_ahead
 from diag.show.figures.drawer import Drawer
+from diag.variants import variants_in
 
 ROOM = 32_000_000
 """Bytes that must be free before anything begins: a small run with its figures."""
@@ -203,11 +205,29 @@ def _run_models(job: _Job) -> None:
 
 
 def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
+    """A model, and behind it its untrained twins. That it has any is tried before anything is measured."""
+    prepared, seeds = job.prepared, job.prepared.plan.seeds
+    where: dict[str, Any] = {"device": prepared.device, "dtype": prepared.dtype}
+    if seeds:
+        untrained_twin(spec, 0, {}, **where)
+    variants = _measure_model(job, load(spec, **where), spec, number)
+    for seed in range(seeds):
+        if is_finished(job.folder):
+            return
+        twin = replace(job, prepared=replace(prepared, measurement=prepared.measurement.of_untrained()))
+        _measure_model(twin, untrained_twin(spec, seed, variants, **where), spec, number, seed)
+
+
+def _measure_model(
+    job: _Job, model: Model, spec: ModelSpec, number: int, seed: int | None = None
+) -> dict[str, str]:
+    """Measures the towers of a model; what training changed in its attention. seed: of an untrained twin."""
     prepared, plan = job.prepared, job.prepared.plan
-    model = load(spec, device=prepared.device, dtype=prepared.dtype)
-    if (behind := [*prepared.specs[number + 1 :], job.following][0]) is not None:
+    behind = [*prepared.specs[number + 1 :], job.following][0]
+    if seed is None and behind is not None:
         job.ahead.read(behind)
-    for line in (f"{spec.given} → {model.resolved}", *model.notes):
+    said = f"{spec.given} → {model.resolved}" if seed is None else f"{spec.given}, untrained, seed {seed}"
+    for line in (said, *(model.notes if seed is None else ())):
         job.listener.say(line)
     kinds = [kind for kind in prepared.inputs if model.takers(kind)]
     if not kinds:
@@ -218,7 +238,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
     towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
     failed = dict[str, str]()
     for kind, tower in towers:
-        part = Part(job.folder, number, spec.given, tower.name)
+        part = Part(job.folder, number, spec.given, tower.name, seed)
         try:
             _measure_tower(job, part, model, tower, kind, spec, [one.name for _, one in towers])
         except CannotWrite:
@@ -231,6 +251,7 @@ def _run_model(job: _Job, spec: ModelSpec, number: int) -> None:
         why = "; ".join(failed.values())
         write_json({"error": why}, failure_file(job.folder, number, spec.given, job.share))
         job.listener.say(f"{spec.given} failed: {why}")
+    return variants_in(model.module)
 
 
 def _measure_tower(
@@ -241,7 +262,9 @@ def _measure_tower(
     if not DIVERGENCE_METRICS.keys().isdisjoint(prepared.measurement.metrics):
         tower = replace(tower, prepare=None)  # the neutral twin is made of the image itself
     given = prepared.inputs[kind]
-    samples = tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
+    # an untrained twin is compared input by input, with those whose samples are kept
+    limit = plan.limit if part.seed is None else min(plan.limit, plan.keep_samples)
+    samples = tower_samples(tower, given, limit=limit, seq_len=plan.seq_len)
     tower = understood(model, tower, samples, allow_random=plan.allow_random)
     shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
     note = {
@@ -295,7 +318,8 @@ def _run_tower(
     plan, on_gpu = job.prepared.plan, job.prepared.on_gpu
     token_sets = [name for name in plan.tokens or () if name in tower.token_sets]
     tower_job = TowerJob.of(model, tower, job.prepared.measurement, token_sets, plan.named)
-    job.listener.start(f"{part.given} {part.tower}", sum(len(shards[place]) for place in own))
+    twin = "" if part.seed is None else f", untrained, seed {part.seed}"
+    job.listener.start(f"{part.given} {part.tower}{twin}", sum(len(shards[place]) for place in own))
     missing = [place for place in own if part.problem(place, job.key) is not None]
     workers = workers_for(plan.workers, sum(len(shards[place]) for place in missing), on_gpu=on_gpu)
     with shards_ahead(tower, shards, missing, workers=workers, pin=on_gpu) as take:
@@ -344,12 +368,13 @@ def _write_shard(
     plan, ratios = job.prepared.plan, job.prepared.measurement.ratios
     began, incidents = time.time(), Incidents()
     first, keep = place * job.size, plan.keep_samples
-    found = list(shard_values(tower_job, samples, incidents, first_input=first, advance=job.listener.advance))
-    if place == 0 and plan.save_activations:
+    every, advance = [sample for shard in shards for sample in shard], job.listener.advance
+    found = list(shard_values(tower_job, samples, incidents, first_input=first, order=every, advance=advance))
+    if place == 0 and plan.save_activations and part.seed is None:
         kept = job.folder / "activations" / f"{_stem(plan, part.number)}-{part.tower}"
-        first_ones = [sample for shard in shards for sample in shard][: plan.save_activations]
+        first_ones = every[: plan.save_activations]
         save_activations(tower_job.tower, first_ones, kept, plan.layers)
-    content = {} if files is None else _read_from(files, shards[place], first, keep)
+    content = {} if files is None or part.seed is not None else _read_from(files, shards[place], first, keep)
     hashes = dict[str, str]()
     if found and sum(map(len, shards)) > keep:
         write(moments_of(found, ratios, tower_job.constants).frame(), part.cells(place))

@@ -41,7 +41,7 @@ PROBE = Owner(
     "probe",
     result=(
         *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, SINK_PLACES, "activations/*/*.safetensors"),
-        *pictures("curves-*", "heads-*", "sinks-*", "comparison", "comparison-*"),
+        *pictures("curves-*", "nulls-*", "heads-*", "sinks-*", "ledger-*", "comparison", "comparison-*"),
     ),
     work=SHARDS,
     kept=("shards/*.parquet",),

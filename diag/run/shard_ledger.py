@@ -6,6 +6,7 @@
                                        hashes of its files, what could not be read
     shards/00-NAME-TOWER-00007.cells.parquet   moments, where samples are not all kept; before the shard
     shards/00-NAME-TOWER-00007.parquet samples; a shard is done when it is there and as its account says
+    shards/00-NAME-TOWER-untrained-0…  the same of an untrained twin, by its seed
     shards/00-NAME.failed-1-of-4.json  why a model failed in one of four processes
 
 Every file is renamed into place, and two processes that write one write the same. What a shard's account does
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from diag.results.folder import PLAN
 from diag.results.hashes import sha256_of
 from diag.results.staging import remove
 from diag.results.writing import file_stem
+from diag.run.plan import seeds_in
 from diag.run.processes import Share
 from diag.run.run_folder import PROBE
 
@@ -118,17 +120,29 @@ def _check(document: Mapping[str, Any], file: Path, fields: Fields, tip: str) ->
 class Part:
     """One tower of one model within a run, and its files.
 
-    number: the model's place in the plan. given: its name there.
+    number: the model's place in the plan. given: its name there. seed: of an untrained twin of it; None for
+    the model itself.
     """
 
     folder: Path
     number: int
     given: str
     tower: str
+    seed: int | None = None
 
     @cached_property
     def name(self) -> str:
-        return f"{self.number:02d}-{file_stem(self.given)}-{self.tower}"
+        twin = "" if self.seed is None else f"-untrained-{self.seed}"
+        return f"{self.number:02d}-{file_stem(self.given)}-{self.tower}{twin}"
+
+    @property
+    def said(self) -> str:
+        """The model, in words."""
+        return f"'{self.given}'" + ("" if self.seed is None else f" (untrained, seed {self.seed})")
+
+    def and_twins(self, seeds: int) -> list[Part]:
+        """Itself, and the same tower of so many untrained twins."""
+        return [self, *(replace(self, seed=seed) for seed in range(seeds))]
 
     @property
     def note(self) -> Path:
@@ -187,7 +201,9 @@ class Part:
 
     def lock(self, place: int) -> int:
         """The lock of a shard: its number among all that a run can have."""
-        return 1 + ((self.number * len(TOWERS) + TOWERS.index(self.tower)) << 32) + place
+        twin = 0 if self.seed is None else self.seed + 1
+        number = (twin << 24) + self.number * len(TOWERS) + TOWERS.index(self.tower)
+        return 1 + (number << 32) + place
 
 
 def failure_file(folder: Path, number: int, given: str, share: Share) -> Path:
@@ -210,9 +226,9 @@ def forget_failures(folder: Path, share: Share) -> None:
 class Standing:
     """How far a run has come, all processes together.
 
-    parts: towers whose shards are all there, in the order of the plan, with their notes. failed: models
-    that failed and why. missing: what is still to be measured, in words; nothing if the run can be finished.
-    done, total: shards of the models that were begun.
+    parts: towers whose shards are all there, in the order of the plan, with their notes; the untrained twins
+    of one stand behind it. failed: models that failed and why. missing: what is still to be measured, in
+    words; nothing if the run can be finished. done, total: shards of the models that were begun.
     """
 
     parts: list[tuple[Part, dict[str, Any]]]
@@ -230,6 +246,7 @@ def standing(folder: Path, document: Mapping[str, Any]) -> Standing:
     again = f"run its command again: {document['command']}"
     shards = folder / "shards"
     there = set(os.listdir(shards)) if shards.is_dir() else set()
+    seeds = seeds_in(document["plan"].get("null"))
     found = Standing([], {}, [], 0, 0)
     done = total = 0
     for number, given in enumerate(document["plan"]["models"]):
@@ -239,19 +256,21 @@ def standing(folder: Path, document: Mapping[str, Any]) -> Standing:
         notes = {tower: parts[tower].read_note(again) for tower in begun}
         why = sorted(name for name in there if name.startswith(f"{number:02d}-{file_stem(given)}.failed-"))
         missing = [] if notes else [f"'{given}' was not begun"]
-        for tower in next(iter(notes.values()))["towers"] if notes else ():
-            if tower not in notes:
-                missing.append(f"the {tower} tower of '{given}' was not begun")
+        towers = next(iter(notes.values()))["towers"] if notes else ()
+        for part in (part for tower in towers for part in parts[tower].and_twins(seeds)):
+            if part.note.name not in there:
+                missing.append(f"the {part.tower} tower of {part.said} was not begun")
                 continue
-            count = notes[tower]["shards"]
-            wrong = parts[tower].problems(there, count, document["key"])
+            note = part.read_note(again)
+            count = note["shards"]
+            wrong = part.problems(there, count, document["key"])
             have = sum(problem is None for problem in wrong.values())
             done, total = done + have, total + count
             if have == count:
-                found.parts.append((parts[tower], notes[tower]))
+                found.parts.append((part, note))
             else:
                 told = [f" ({name}: {problem})" for name, problem in wrong.items() if problem]
-                missing.append(f"{count - have} of {count} shards of '{given}'{''.join(told[:1])}")
+                missing.append(f"{count - have} of {count} shards of {part.said}{''.join(told[:1])}")
         if missing and why:
             tip = f"rm '{shards / why[0]}', then run the same command again"
             note = _read(shards / why[0], "why a model failed", {"error": str}, tip)

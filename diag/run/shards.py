@@ -88,11 +88,13 @@ def shard_values(
     incidents: Incidents,
     *,
     first_input: int = 0,
+    order: Sequence[Sample] | None = None,
     advance: Callable[[int], object] = lambda inputs: None,
 ) -> Iterator[LayerValues]:
     """Measures samples and yields the numbers of each batch and layer.
 
-    first_input: the number of the first sample within the run. advance: told how many inputs are done.
+    first_input: the number of the first sample within the run. order: all samples of the run, these if None.
+    advance: told how many inputs are done.
     Raises NotFinite where no input of a run's first shard has finite values: running on would tell no more.
     """
     asked = job.measurement
@@ -109,6 +111,7 @@ def shard_values(
         batch_size=job.size,
         incidents=incidents,
         whole=first_input == 0,
+        order=order,
     ):
         for values in batch:
             yield replace(values, first_input=first_input + values.first_input)

@@ -3,6 +3,7 @@
 comparison.csv    the per-layer tables of all runs, with `label`
 profiles.csv      every line's curves in numbers (`diag.results.profiles`)
 differences.csv   between lines
+nulls.csv, .tex   what is left of each line's bias after each null (`diag.results.nulls`)
 verdict.txt       in sentences (`diag.show.words`)
 manifest.json     what was compared; written last
 figures/          curves over relative depth, profiles with their minimum marked
@@ -27,6 +28,7 @@ from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.folder import MANIFEST
 from diag.results.hashes import hashes
+from diag.results.nulls import MEASURED, for_people, left_after
 from diag.results.profiles import UNCLEAR, differences, missing, profiles
 from diag.results.published import curves, name_of, other_settings, sinks
 from diag.results.staging import check_free, is_empty, staged, verb_of
@@ -40,6 +42,7 @@ from diag.show.terminal import WIDTH, filled
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
+from diag.show.words.nulls import null_sentences, verdicts
 from diag.show.words.phrases import Found, Profile, doubt_of, percent, profile_of
 from diag.show.words.unusual import undefined
 from diag.studies.comparisons import ANSWER, OWNER, TABLES, VERDICT, Answer, named
@@ -60,7 +63,8 @@ SHORT_DIFFERENCES = {"bias": "bias", "excess_over_partner": "over partner", "val
 class Comparison:
     """Lines side by side.
 
-    profiles, differences: tables of `results.profiles`. verdict: sentences. missing: metrics that lines lack.
+    profiles, differences: tables of `results.profiles`. nulls: that of `results.nulls`. verdict: sentences.
+    missing: metrics that lines lack.
     published: values to lay over the figures, with the `label` of the line that they belong to; or None.
     settings: how it was computed: seed, growth, control.
     """
@@ -68,6 +72,7 @@ class Comparison:
     collection: Collection
     profiles: pd.DataFrame
     differences: pd.DataFrame
+    nulls: pd.DataFrame
     verdict: tuple[str, ...]
     missing: Mapping[str, tuple[str, ...]]
     published: pd.DataFrame | None
@@ -123,13 +128,15 @@ def compare(
     control = control or series_control(collection)
     found = profiles(collection.samples, seed=seed, growth=growth)
     apart = differences(collection.samples, seed=seed)
+    left = left_after(collection.samples, seed=seed)
     if len(collection.labels) > 1:
         verdict = compared_words(collection, found, apart, control=control, seed=seed)
     else:
         verdict = summary(collection, found, collection.labels[0])
+    verdict = [*verdict, *null_sentences(left)]
     settings = {"seed": seed, "growth": growth, "control": control}
     lacking = missing(collection.samples)
-    return Comparison(collection, found, apart, tuple(verdict), lacking, published, settings)
+    return Comparison(collection, found, apart, left, tuple(verdict), lacking, published, settings)
 
 
 def published_for(collection: Collection) -> tuple[pd.DataFrame, list[str]]:
@@ -190,6 +197,9 @@ def write_comparison(
         write(found.collection.layers, place / "comparison.csv")
         write(found.profiles, place / "profiles.csv")
         write(found.differences, place / "differences.csv")
+        said = verdicts(found.nulls)
+        write(found.nulls.assign(verdict=said), place / "nulls.csv")
+        write(for_people(found.nulls, said), place / "nulls.tex")
         text = "\n\n".join(map(_filled, found.verdict)) + "\n"
         write_text(text, place / VERDICT)
         drawn = draw_comparison(found, place / "figures", ENDINGS[figures], drawer)
@@ -256,7 +266,7 @@ def screen(found: Comparison) -> str:
     )
     keys = dict(zip(found.labels, names, strict=False))
     shown = {keys[label]: profile_of(found.profiles, label) for label in found.labels}
-    blocks = [_lines(found, keys), _means(shown)]
+    blocks = [_lines(found, keys), _means(shown), _left(found.nulls, keys)]
     blocks += [_depth(shown), _similarity(shown), _unclear(shown), _apart(found.differences, keys)]
     blocks.append("\n".join(map(_filled, found.verdict)))
     return "\n\n".join(block for block in blocks if block)
@@ -290,6 +300,18 @@ def _means(shown: Mapping[str, Profile]) -> str:
         rows.append({"": key, **said, "self": own})
     title = "Mean over layers: bias cos(y,v) with 95 % CI, its excess over two nulls, share\n"
     return title + "of it that is the token attending to itself\n" + _table(rows)
+
+
+def _left(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
+    rows: list[Row] = []
+    columns = ["label", "null", "bias", "value", "left", "ci_low", "ci_high", "share_left", "n"]
+    measured = table[table["state"] == MEASURED][columns]
+    for label, null, bias, value, left, low, high, share, n in measured.itertuples(index=False):
+        row = {"": f"{keys[str(label)]} {null}", "bias": fixed(bias), "null": fixed(value)}
+        of_bias = "–" if pd.isna(share) else percent(share)
+        rows.append({**row, "left": _with_interval(Found(left, low, high, n)), "share left": of_bias})
+    title = "What each null leaves of the bias, bias - null, with 95 % CI\n"
+    return title + _table(rows) if rows else ""
 
 
 def _depth(shown: Mapping[str, Profile]) -> str:

@@ -26,7 +26,7 @@ from diag.results.writing import file_stem
 from diag.run.environment import version
 from diag.run.plan import RUNS
 
-TABLES = ("comparison.csv", "profiles.csv", "differences.csv")
+TABLES = ("comparison.csv", "profiles.csv", "differences.csv", "nulls.csv", "nulls.tex")
 VERDICT, ANSWER = "verdict.txt", "answer.json"
 
 OWNER = Owner(

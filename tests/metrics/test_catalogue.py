@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 
 import diag
-from diag.metrics import default, divergence, ledger, pattern_shape, sink_events, stream
-from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, SAMPLING_ERROR, entry_of
+from diag.metrics import default, divergence, ledger, nulls, pattern_shape, sink_events, stream
+from diag.metrics.catalogue import (
+    CATALOGUE,
+    OF_UNTRAINED,
+    OTHER,
+    OVER_UNTRAINED,
+    RATIOS,
+    SAMPLING_ERROR,
+    entry_of,
+)
 from diag.metrics.names import GROUPS
 from diag.metrics.registry import REGISTRY, metric, registered
 
@@ -131,7 +139,8 @@ class TestOneLineAndOneFunction:
 
 
 def test_every_line_has_a_function_or_is_a_ratio() -> None:
-    assert REGISTRY.keys() | RATIOS.keys() == set(CATALOGUE)
+    of_other_models = {*OF_UNTRAINED.values(), OVER_UNTRAINED}
+    assert REGISTRY.keys() | RATIOS.keys() | of_other_models == set(CATALOGUE)
     assert REGISTRY.keys().isdisjoint(RATIOS)
     tables = (
         default.METRICS,
@@ -140,6 +149,7 @@ def test_every_line_has_a_function_or_is_a_ratio() -> None:
         sink_events.SINK_METRICS,
         divergence.DIVERGENCE_METRICS,
         ledger.LEDGER_METRICS,
+        nulls.NULL_METRICS,
     )
     assert sum(map(len, tables)) == len(REGISTRY)
     assert [name for names in GROUPS.values() for name in names if name in default.METRICS] == list(

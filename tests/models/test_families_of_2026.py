@@ -462,7 +462,8 @@ def test_what_the_calls_of_a_family_mean(case: Case) -> None:
 def test_nulls_range_over_the_selected_keys(
     name: str, selected: int, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past the seam, in float64: the mean of the values that the mask shows, and its cosine with one's own.
+    """Past the seam, in float64: the mean of the values that the mask shows, and its cosine with one's own;
+    and the mean cosine of the output with each of the others.
 
     A token that no query selects is one like others. As everywhere, a row of one key does not count.
     """
@@ -473,7 +474,9 @@ def test_nulls_range_over_the_selected_keys(
         module = transformers.AutoModel.from_config(sizes).eval()
     shown = (torch.arange(9) >= padding).long()[None]
     data = {"input_ids": ids(1), "attention_mask": shown} if padding else ids(1)
-    table = diag.probe(module, [data], metrics=["cos_y_vuniform", "self_weight_ratio"]).layers
+    table = diag.probe(
+        module, [data], metrics=["cos_y_vuniform", "cos_y_vpartner", "self_weight_ratio"]
+    ).layers
     found = table.set_index(["layer", "metric"])["mean"]
     given: list[Any] = []
     real = F.scaled_dot_product_attention
@@ -496,6 +499,12 @@ def test_nulls_range_over_the_selected_keys(
         cosine = F.cosine_similarity(mean, value.double(), dim=-1)[..., rows].mean()
         assert found[layer, "cos_y_vuniform"] == pytest.approx(float(cosine), abs=1e-6)
         pattern = (query.double() @ key.double().mT * scale + bias).softmax(-1)
+        output, others = pattern @ value.double(), visible & ~torch.eye(9, dtype=torch.bool)
+        cosines = F.normalize(output, dim=-1) @ F.normalize(value.double(), dim=-1).mT  # [.., query, key]
+        partner = (cosines * others).sum(-1) / others.sum(-1).clamp(min=1)
+        assert (others.sum(-1)[rows] > 0).all()
+        expected = float(partner[..., rows].mean())
+        assert found[layer, "cos_y_vpartner"] == pytest.approx(expected, abs=1e-6)
         ratio = (pattern.diagonal(dim1=-2, dim2=-1) * counts)[..., rows].mean()
         assert found[layer, "self_weight_ratio"] == pytest.approx(float(ratio), abs=1e-5)
 

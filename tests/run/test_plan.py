@@ -34,6 +34,7 @@ CHANGES: dict[str, Any] = {
     "tokens": ("cls",),
     "values": "bias_free",
     "intervene": ("xsa",),
+    "null": "untrained",
     "checkpoint": Path("weights.safetensors"),
     "model_args": ("img_size=96",),
     "random_init": True,

@@ -22,6 +22,7 @@ from diag.show.figures import ENDINGS
 from diag.show.words.control import series_control
 from diag.studies import compare as module
 from diag.studies.compare import compare, default_folder, published_for, screen, write_comparison
+from diag.studies.comparisons import TABLES
 
 Attnbias = Callable[..., Ended]
 LOW = CURVES | {"cos_y_vself": [0.4, 0.3, 0.35]}
@@ -55,6 +56,8 @@ class TestFolder:
             "comparison.csv",
             "profiles.csv",
             "differences.csv",
+            "nulls.csv",
+            "nulls.tex",
             "verdict.txt",
             "manifest.json",
             "figures",
@@ -142,7 +145,7 @@ class TestFolder:
         folder = tmp_path / "out"
         write_comparison(compare(collect(two)), folder)
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["tables"].keys() == {"comparison.csv", "profiles.csv", "differences.csv"}
+        assert manifest["tables"].keys() == {*TABLES}
         assert edited(folder, manifest) == []
         (folder / "profiles.csv").write_text("x")
         assert edited(folder, manifest) == [f"profiles.csv of '{folder}' is not as the run wrote it"]

@@ -65,12 +65,12 @@ def build_lm() -> GPT2LMHeadModel:
 
 
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    """Loads `demo:vit-pN`, `demo:grid-pN-sa|xsa` (N = 16, 8, 4) or `demo:lm`.
+    """Loads `demo:vit-pN`, `demo:grid-pN-sa|xsa` (N = 16, 8, 4) or `demo:lm`, or its architecture alone.
 
     Raises UserError if the package lacks its weights.
     """
     taken = set() if spec.name == "lm" else {"img_size"}
-    if spec.checkpoint is not None or spec.random_init or spec.model_args.keys() - taken:
+    if spec.checkpoint is not None or spec.model_args.keys() - taken:
         also = f", or with an image size: -m {spec.base},img_size=128" if taken else ""
         raise UserError(
             f"'{spec.base}' comes with its own weights and sizes", f"use it alone: -m {spec.base}{also}"
@@ -84,14 +84,16 @@ def _load_vit(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype
     from torchvision.transforms import v2
 
     from diag.models.families.timm.load import filled, vision_model
-    from diag.models.sizes import refuse_remainder, square
+    from diag.models.sizes import NATIVE, refuse_remainder, square
 
     patch = int(re.search(r"-p(\d+)", spec.name)[1])  # type: ignore[index]
     size = square(spec.model_args, spec.base) or VIT_CONFIG["img_size"]
     refuse_remainder((size, size), (patch, patch), spec.base)
     module = build_vit(patch, size)
     weights = EMBEDDED / f"{spec.name}.safetensors"
-    fit_to = filled(module, weights, f"embedded model '{weights.name}'", resampled_as=spec.name)
+    fit_to = NATIVE
+    if not spec.random_init:
+        fit_to = filled(module, weights, f"embedded model '{weights.name}'", resampled_as=spec.name)
     preprocessing = {
         "size": [size, size],
         "crop": "shortest side, centre",

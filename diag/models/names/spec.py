@@ -29,7 +29,7 @@ class ModelSpec:
 
     given: what the user typed. name: the name inside the family.
     checkpoint: a file with the weights; None for the published ones. checkpoint_key: which part of it.
-    random_init: no weights at all, for tests and floors.
+    random_init: no weights at all, for tests and floors. seed: of what is drawn in their place.
     trust_remote_code: whether code inside a hub repository may run.
     note: what the user should know about the resolution; printed with it.
     """
@@ -42,6 +42,7 @@ class ModelSpec:
     checkpoint_key: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     random_init: bool = False
+    seed: int = 0
     trust_remote_code: bool = False
     note: str | None = None
 

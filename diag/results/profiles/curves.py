@@ -17,6 +17,10 @@ from diag.results.bootstrap import drawn
 DERIVED: dict[str, tuple[str, str]] = {
     "excess": ("cos_y_vself", "cos_y_vpartner"),
     "excess_over_uniform": ("cos_y_vself", "cos_y_vuniform"),
+    "excess_over_near": ("cos_y_vself", "cos_y_vnear"),
+    "excess_over_other_input": ("cos_y_vself", "cos_y_vother_input"),
+    "excess_over_other_group": ("cos_y_vself", "cos_y_vother_group"),
+    "excess_over_untrained": ("cos_y_vself", "cos_y_vself_untrained"),
 }
 """Curves that are a difference of two metrics within each input: name -> (of, over)."""
 

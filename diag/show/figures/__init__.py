@@ -16,8 +16,10 @@ from diag.results.writing import file_stem, free_stem
 from diag.show.figures.panels import (
     COMPARISON_METRICS,
     CURVE_METRICS,
+    FURTHER_NULLS,
     HEAD_METRICS,
     LEDGER_METRICS,
+    NULL_METRICS,
     SINK_METRICS,
 )
 
@@ -31,16 +33,19 @@ class Drawing:
     """A figure: the table it takes (`layers` or `heads`), the metrics it shows, and where it is drawn.
 
     `compares`: it takes the rows of several models; otherwise those of one (model, tower, tokens).
+    `needs`: it is drawn where one of these was measured; nothing for where any of its metrics was.
     """
 
     table: str
     metrics: tuple[str, ...]
     function: str
     compares: bool = False
+    needs: tuple[str, ...] = ()
 
 
 FIGURES: dict[str, Drawing] = {
     "curves": Drawing("layers", CURVE_METRICS, "curves:layer_curves"),
+    "nulls": Drawing("layers", NULL_METRICS, "nulls:null_curves", needs=FURTHER_NULLS),
     "heads": Drawing("heads", HEAD_METRICS, "heatmaps:head_heatmaps"),
     "sinks": Drawing("layers", SINK_METRICS, "sinks:sink_events"),
     "ledger": Drawing("layers", LEDGER_METRICS, "ledger:ledger_over_depth"),
@@ -97,7 +102,7 @@ def figures_of(
         parts = _comparable(table) if drawing.compares else _separate(table)
         for suffix, part in parts:
             rows = rows_of(part, drawing.metrics)
-            if not rows.empty:
+            if not rows.empty and (not drawing.needs or not rows_of(part, drawing.needs).empty):
                 stem = free_stem(file_stem(kind, *suffix), taken)
                 found[stem] = Asked(drawing.function, (_with_depths(rows, depths),), rows)
     return found

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from diag.metrics.catalogue import CATALOGUE, LEDGER_CLASSES, DrawnAs
+from diag.results.nulls import NULLS
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ CURVE_METRICS = tuple(dict.fromkeys(metric for panel in CURVES for metric in pan
 
 COMPARISON_METRICS = ("cos_y_vself", "excess", "value_similarity", "self_weight", "self_weight_ratio")
 """Only one of the two self weights is drawn."""
+
+FURTHER_NULLS = tuple(name for null in NULLS if null.option for name in (null.metric, null.excess))
+"""What only an option measures; without any of them there is no figure of nulls."""
+
+NULL_METRICS = ("cos_y_vself", *(name for null in NULLS for name in (null.metric, null.excess)))
 
 HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
 

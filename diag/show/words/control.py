@@ -73,6 +73,42 @@ def control_sentence(collection: Collection, control: str | None) -> Iterator[st
         whose = _whose(untrained, collection)
         yield f"Random weights, nothing was learned: {whose}. Such numbers show the architecture alone."
     yield from _other_caveats(collection)
+    yield from _without_matched(collection)
+
+
+def _without_matched(collection: Collection) -> Iterator[str]:
+    """Lines under a projection beside which no direction of matched energy stands."""
+    if "intervention" not in collection.layers:
+        return
+    lines = collection.layers.drop_duplicates("label").set_index("label")["intervention"].astype(str)
+    alone = [str(label) for label, changes in lines.items() if matched(changes) not in (None, *lines)]
+    if alone:
+        control = matched(str(lines[alone[0]]))
+        yield (
+            f"A projection without its control: {_whose(alone, collection)}. A random direction that removes "
+            f"as much of each token tells what is special about it: --intervene {control}."
+        )
+
+
+def matched(changes: str) -> str | None:
+    """Interventions, as a table has them, with the matched-energy control in place of each projection.
+
+    None where there is none. A fixed random direction is no control: it removes next to nothing.
+
+    >>> matched("xsa:8-11 skip:0"), matched("gated_xsa=0.3"), matched("uniform")
+    ('matched_direction:8-11 skip:0', 'matched_direction=0.3', None)
+    """
+    found = [_control_of(text) for text in changes.split()]
+    return " ".join(found) if found != changes.split() else None
+
+
+def _control_of(text: str) -> str:
+    """One intervention, or the control in place of a projection; a gated one is of a half unless it says."""
+    name, *rest = re.split("(?=[=:])", text, maxsplit=1)
+    if name not in ("xsa", "gated_xsa"):
+        return text
+    half = "=0.5" if name == "gated_xsa" and not "".join(rest).startswith("=") else ""
+    return f"matched_direction{half}{''.join(rest)}"
 
 
 def _other_caveats(collection: Collection) -> Iterator[str]:

@@ -53,7 +53,7 @@ def test_the_language_model(texts: Inputs) -> None:
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="comes with its own weights"):
-        load(parse("demo:lm", random_init=True), **CPU)
+        load(parse("demo:lm", model_args=["n_layer=3"]), **CPU)
     monkeypatch.setattr("diag.models.families.demo.EMBEDDED", tmp_path)
     with pytest.raises(UserError, match="holds no weights of 'demo:lm'"):
         load(parse("demo:lm"), **CPU)

@@ -389,3 +389,25 @@ def test_widening() -> None:
     """Of the normal's quantile to the t distribution's: 2.365 at 7 degrees of freedom, 2.093 at 19."""
     for n, quantile in ((8, 2.365), (20, 2.093)):
         assert widening(n) == pytest.approx(quantile / 1.96 * (n / (n - 1)) ** 0.5, rel=0.03)
+
+
+class TestProjectionsWithoutTheirControl:
+    @pytest.mark.parametrize(
+        ("changes", "control"),
+        [("xsa", "matched_direction"), ("gated_xsa=0.3:1", "matched_direction=0.3:1")],
+    )
+    def test_are_named_with_what_to_type(self, make: Make, changes: str, control: str) -> None:
+        runs = [make("none"), make("changed", intervention=changes)]
+        words = said(collect(runs))
+        assert f"A projection without its control: demo:vit-p8 · {changes.replace('_', ' ')}." in words
+        assert words.endswith(f"--intervene {control}.")
+        beside = said(collect([*runs, make("control", intervention=control)]))
+        assert "without its control" not in beside
+
+    def test_a_fixed_random_direction_is_none(self, make: Make) -> None:
+        runs = [make("changed", intervention="xsa"), make("random", intervention="random_direction")]
+        assert "without its control: demo:vit-p8 · xsa." in said(collect(runs))
+
+    def test_what_is_no_projection_needs_none(self, make: Make) -> None:
+        words = said(collect([make("none"), make("changed", intervention="uniform mask_self:3")]))
+        assert "without its control" not in words
