@@ -27,8 +27,8 @@ def in_threads(
 ) -> None:
     """Has `work` take the blocks one after the other, on a CPU in as many threads as PyTorch may use.
 
-    The threads live as long as this call, and after it products are shared as they were before. With gradients
-    or autocast, which belong to one thread, and within one of the threads, all blocks are taken here.
+    The threads live as long as this call, and after it products are shared as they were before it. With
+    gradients or autocast, which belong to one thread, and within one of the threads, all are taken here.
 
     work: writes what it finds of a block to that block's place; its memory is its own.
     blocks: lists them, as of one thread where each has its own. small: whether a block is small enough for
