@@ -21,7 +21,7 @@ from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
-from diag.metrics.readings import Reading, all_condensed, reduce, sampling_error
+from diag.metrics.readings import Reading, condensed, reduce, sampling_error
 from diag.metrics.stream import StreamReadings
 from diag.models.base import Batch, Tower
 from diag.models.hooks.block_parts import Block
@@ -106,8 +106,9 @@ class BatchReadings:
             more = [divergence_readings(on, other, self.diverging) for on in selections]
             found = [plain | optional for plain, optional in zip(found, more, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
-            how = {name: OF_HEADS[name].reduce for name in part}
-            of_layer[token_set].append(all_condensed(part, inputs, how))
+            of_layer[token_set].append(
+                {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
+            )
 
     def sampled(self, call: AttentionCall, masks: Sequence[Tensor]) -> AttentionCall:
         """The call with the query rows that stand for all of them, where its sequence is long.

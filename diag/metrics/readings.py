@@ -8,7 +8,7 @@ bias beyond that of a fitted slope, which is small against its standard error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,31 +157,6 @@ def condensed(part: Reading, inputs: int, how: str) -> Reading:
         return part
     summed, total = _sums(part.values, part.weights, inputs)
     return Reading(_mean(summed, total)[..., None], total[..., None])
-
-
-def all_condensed(parts: Mapping[str, Reading], inputs: int, how: Mapping[str, str]) -> dict[str, Reading]:
-    """`condensed` of several readings by name: what has the same weights is summed up together.
-
-    how: "mean" or "percentile", by name.
-    """
-    alike: dict[tuple[int, torch.Size], list[str]] = {}
-    for name, part in parts.items():
-        plain = how[name] == "mean" and part.sample is None and part.variance is None
-        alike.setdefault((id(part.weights if plain else part), part.values.shape), []).append(name)
-    found = {}
-    for names in alike.values():
-        first = parts[names[0]]
-        if len(names) == 1:
-            found[names[0]] = condensed(first, inputs, how[names[0]])
-            continue
-        each = first.weights.shape[1]  # of these numbers lie side by side, as if of more heads
-        weights = first.weights if each == 1 else first.weights.repeat(1, len(names), 1)
-        values = torch.cat([parts[name].values for name in names], 1)
-        together = condensed(Reading(values, weights), inputs, "mean")
-        heads = first.values.shape[1]
-        split = (x.split(heads, 1) for x in (together.values, together.weights))
-        found |= dict(zip(names, map(Reading, *split), strict=True))
-    return {name: found[name] for name in parts}
 
 
 def _estimated(part: Reading, how: str) -> tuple[Tensor, Tensor, Tensor]:
