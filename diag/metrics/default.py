@@ -305,7 +305,9 @@ def entropy(on: Selection) -> Reading:
 
 @metric("call", of_shares=True, of_weights=True)
 def entropy_normalized(on: Selection) -> Reading:
-    bound, total = on.at(on.call.visibility.count).clamp(min=2).float().log(), on.row_sum
+    # ln n; log goes through a library that may wake all threads for a few numbers
+    bound = torch.xlogy(1.0, on.at(on.call.visibility.count).clamp(min=2).float())
+    total = on.row_sum
     if total is None:
         return on.of_pattern(on.softmax.entropy / bound)
     total = on.at(total)
