@@ -56,7 +56,7 @@ def value_spread(
     similarity = torch.empty(*shape, ANCHORS, dtype=torch.float64, device=device)
     trace, squares = torch.empty(2, *shape, dtype=torch.float32, device=device)
     weights = among[:, None, :, None].float()
-    share = weights.mT / count[:, None, None, None].clamp(min=1)
+    number = count[:, None, None, None].clamp(min=1)
 
     def read(blocks: Iterator[tuple[tuple[slice, slice], Tensor]]) -> None:
         scratch = Scratch(device)
@@ -70,11 +70,12 @@ def value_spread(
                 exact = value[coarse].double()[:, None]
                 lengths = reciprocal(vector_norm(exact, dim=-1))
                 each[coarse] = _partial_cosines(exact, lengths, of, there)[0][:, 0]
-            mean = of_inputs(share, where[0]) @ value
-            centred = torch.sub(value, mean, out=scratch(*value.shape)).mul_(of_inputs(weights, where[0]))
+            inside = of_inputs(weights, where[0])
+            mean = inside.mT @ value / of_inputs(number, where[0])
+            centred = torch.sub(value, mean, out=scratch(*value.shape)).mul_(inside)
             covariance = centred.mT @ centred  # [batch, kv_head, dim, dim]
             trace[where] = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-            squares[where] = vector_norm(covariance, dim=(-2, -1))
+            squares[where] = covariance.square_().sum((-2, -1))
 
     each_value_block(call, read)
     exist = valid[:, None]
@@ -82,7 +83,7 @@ def value_spread(
     energy = (among[:, None] * norm.square()).sum(-1)
     return ValueSpread(
         partial_similarity=(similarity * exist).sum(-1) / exist.sum(-1).clamp(min=1),
-        participation_ratio=(trace * reciprocal(squares)).square(),
+        participation_ratio=trace.square() * reciprocal(squares),
         is_spread=~(trace <= 1e-12 * energy),
     )
 
