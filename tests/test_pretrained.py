@@ -17,10 +17,11 @@ from reference import reference
 
 from diag.attention.call import AttentionCall
 from diag.attention.softmax_statistics import softmax_statistics
+from diag.attention.value_spread import anchors
 from diag.inputs.items import Inputs, Item
 from diag.inputs.texts import demo_text
 from diag.measure.loop import capture, measure
-from diag.metrics.default import METRICS, anchors, per_input
+from diag.metrics.default import METRICS, per_input
 from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.models.names.resolve import parse

@@ -5,18 +5,19 @@ Notation: per head, `v_i` values, `y_i` outputs, `v̂ = v/‖v‖`, `z_i = y_i -
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention.call import AttentionCall, head_chunks
+from diag.attention.call import TENSOR_ELEMENTS, AttentionCall, head_chunks
 from diag.attention.containers import ValueStatistics
 from diag.attention.kernels import fused_values
 from diag.attention.pattern import Scratch
-from diag.attention.visibility import of_inputs, part_of
+from diag.attention.threads import in_threads
+from diag.attention.visibility import Visibility, of_inputs, part_of
 
 
 def value_statistics(
@@ -62,17 +63,32 @@ def uniform_outputs(
 
 
 def value_blocks(
-    call: AttentionCall,
+    call: AttentionCall, places: Iterable[tuple[slice, slice]] | None = None
 ) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "some_batch some_kv_head token value_dim"]]]:
     """Yields the values in float32, contiguous, some KV heads of some inputs at a time, with their place.
 
     The value of a token that no query sees is 0: padding may hold anything. A block is overwritten by the
     next, and is read only.
+
+    places: those to be read, of `head_chunks`; all if None.
     """
     keys, scratch = call.visibility.keys, Scratch(call.value.device)
-    for in_batch, in_head in head_chunks(call, call.value.shape[-1]):
+    for in_batch, in_head in places or head_chunks(call, call.value.shape[-1]):
         hidden = None if keys is None else ~of_inputs(keys, in_batch)[:, None, :]
         yield (in_batch, in_head), _float32(call.value[in_batch, in_head], hidden, scratch)
+
+
+def each_value_block(
+    call: AttentionCall, work: Callable[[Iterator[tuple[tuple[slice, slice], Tensor]]], None]
+) -> None:
+    """Has `work` read all `value_blocks`, in several threads where there are (`in_threads`)."""
+    width = call.value.shape[-1]
+    in_threads(
+        lambda places: work(value_blocks(call, places)),
+        lambda: head_chunks(call, width),
+        call.value.device,
+        small=call.group * call.keys * width <= TENSOR_ELEMENTS["cpu"],
+    )
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -82,7 +98,7 @@ def reciprocal(x: Tensor) -> Tensor:
 
 def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -> ValueStatistics:
     """The statistics in plain PyTorch, block by block: nothing of the size of the values is made."""
-    batch, heads, tokens, dim = call.output.shape
+    batch, _, tokens, dim = call.output.shape
     group, seen = call.group, call.visibility
     hides = seen.keys is not None or seen.rule == "general"
     apart = seen.visible_rows is not None and seen.visible_rows.shape[1] > 1
@@ -90,61 +106,73 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
     def new(*shape: int) -> Tensor:
         return torch.empty(batch, *shape, dtype=torch.float32, device=call.output.device)
 
-    of_sums = (heads if apart else call.kv_heads, tokens)
-    found = ValueStatistics(
-        value_norm=new(call.kv_heads, tokens),
-        uniform=new(*of_sums),
-        uniform_norm=new(*of_sums),
-        output_norm=new(heads, tokens),
-        product=new(heads, tokens),
-        partner=new(heads, tokens),
-        exclusive_norm=new(heads, tokens),
-        value_total=new(call.kv_heads, dim),
-        output_total=new(heads, dim),
-        exclusive_total=new(heads, dim),
+    kv_heads, several = call.kv_heads, seen.visible_rows is not None or seen.keys is not None
+    # numbers of query heads lie beside those of the KV head that they share: [batch, kv_head, group, ...]
+    value_norm, value_total = new(kv_heads, tokens), new(kv_heads, dim)
+    uniform, uniform_norm = (new(kv_heads, group if apart else 1, tokens) for _ in range(2))
+    output_norm, product, partner, exclusive_norm = (new(kv_heads, group, tokens) for _ in range(4))
+    output_total, exclusive_total = (new(kv_heads, group, dim) for _ in range(2))
+    counted = rows.unflatten(1, (-1, group)) if rows.shape[1] > 1 else rows[:, :, None]
+
+    def read(blocks: Iterator[tuple[tuple[slice, slice], Tensor]]) -> None:
+        outputs, work = Scratch(call.output.device), Scratch(call.output.device)
+        for where, value in blocks:
+            own_heads = (where[0], call.query_heads(where[1]))
+            visible = seen.part(*own_heads) if several else seen
+            output = _float32(call.output[own_heads], visible.count == 0 if hides else None, outputs)
+            output = output.unflatten(1, (-1, group))  # [batch, kv_head, group, token, dim]
+            in_set = of_inputs(among, where[0])[:, None]
+
+            own, norm = value[:, :, None], vector_norm(value, dim=-1)
+            per_norm = reciprocal(norm)  # [batch, kv_head, token]
+            value_norm[where] = norm
+            # Σ v̂ and Σ v over what each query sees, [batch, kv_head, group or 1, token or 1, dim]
+            units, plain = _sums(visible, value, in_set * per_norm, in_set.float())
+            if visible.rule == "general":
+                value_total[where] = ((in_set * per_norm)[:, :, None] @ value)[:, :, 0]
+            else:  # the last query sees all
+                value_total[where] = units[:, :, 0, -1]
+            partner[where] = _inner(output, units, work)
+            uniform[where] = _inner(own, plain, work)
+            uniform_norm[where] = vector_norm(plain, dim=-1)
+            del units, plain
+
+            length = vector_norm(output, dim=-1)  # [batch, kv_head, group, token]
+            along = _inner(output, own, work)
+            output_norm[where], product[where] = length, along
+            share = along * per_norm[:, :, None] * per_norm[:, :, None]
+            rest = torch.addcmul(output, share[..., None], own, value=-1, out=work(*output.shape))
+            left = vector_norm(rest, dim=-1)
+            exclusive_norm[where] = left
+            count = part_of(counted, *where)
+            per_length = torch.where(count, reciprocal(length), 0.0)
+            per_left = torch.where(count & (left > least * length), reciprocal(left), 0.0)
+            output_total[where] = (per_length[..., None, :] @ output)[..., 0, :]
+            exclusive_total[where] = (per_left[..., None, :] @ rest)[..., 0, :]
+
+    each_value_block(call, read)
+    return ValueStatistics(
+        value_norm=value_norm,
+        uniform=uniform.flatten(1, 2),
+        uniform_norm=uniform_norm.flatten(1, 2),
+        output_norm=output_norm.flatten(1, 2),
+        product=product.flatten(1, 2),
+        partner=partner.flatten(1, 2),
+        exclusive_norm=exclusive_norm.flatten(1, 2),
+        value_total=value_total,
+        output_total=output_total.flatten(1, 2),
+        exclusive_total=exclusive_total.flatten(1, 2),
     )
-    outputs, work = Scratch(call.output.device), Scratch(call.output.device)
-    for (in_batch, in_head), value in value_blocks(call):
-        own_heads = call.query_heads(in_head)
-        of_values, of_outputs = (in_batch, in_head), (in_batch, own_heads)
-        of_uniform = of_outputs if apart else of_values
-        visible = seen.part(in_batch, own_heads)
-        output = _float32(call.output[of_outputs], visible.count == 0 if hides else None, outputs)
-        output = output.unflatten(1, (-1, group))  # [batch, kv_head, group, token, dim]
-        in_set = of_inputs(among, in_batch)[:, None]
 
-        own, norm = value[:, :, None], vector_norm(value, dim=-1)
-        per_norm = reciprocal(norm)  # [batch, kv_head, token]
-        found.value_norm[of_values] = norm
-        weights = in_set * per_norm
-        found.value_total[of_values] = (weights[:, :, None] @ value)[:, :, 0]
-        # [batch, kv_head, group or 1, token or 1, dim]
-        units = visible.sum(value, weights).unflatten(1, (value.shape[1], -1))
-        found.partner[of_outputs] = _inner(output, units, work).flatten(1, 2)
-        del units
-        plain = visible.sum(value, in_set.float()).unflatten(1, (value.shape[1], -1))
-        found.uniform[of_uniform] = _inner(own, plain, work).flatten(1, 2)
-        found.uniform_norm[of_uniform] = vector_norm(plain, dim=-1).flatten(1, 2)
-        del plain
 
-        length = vector_norm(output, dim=-1)  # [batch, kv_head, group, token]
-        product = _inner(output, own, work)
-        share = product * per_norm[:, :, None] * per_norm[:, :, None]
-        exclusive = torch.addcmul(output, share[..., None], own, value=-1, out=work(*output.shape))
-        left = vector_norm(exclusive, dim=-1)
-        counted = part_of(rows, in_batch, own_heads)
-        counted = counted.unflatten(1, (-1, group)) if counted.shape[1] > 1 else counted[:, :, None]
-        per_length = torch.where(counted, reciprocal(length), 0.0)
-        per_left = torch.where(counted & (left > least * length), reciprocal(left), 0.0)
-        for into, x in (
-            (found.output_norm, length),
-            (found.product, product),
-            (found.exclusive_norm, left),
-            (found.output_total, (per_length[..., None, :] @ output)[..., 0, :]),
-            (found.exclusive_total, (per_left[..., None, :] @ exclusive)[..., 0, :]),
-        ):
-            into[of_outputs] = x.flatten(1, 2)
-    return found
+def _sums(
+    visible: Visibility, value: Tensor, *weights: Tensor
+) -> Iterable[Float[Tensor, "batch kv_head some_group some_token dim"]]:
+    """`visible.sum` for each of several weights, query heads beside their KV head."""
+    if visible.rule == "full":  # a hidden key has no weight, and its value is 0
+        both = torch.stack(torch.broadcast_tensors(*weights), 2) @ value  # [batch, kv_head, weight, dim]
+        return (x[:, :, None, None] for x in both.unbind(2))
+    return (visible.sum(value, x).unflatten(1, (value.shape[1], -1)) for x in weights)
 
 
 def _of_outputs(call: AttentionCall, rows: Tensor) -> ValueStatistics:

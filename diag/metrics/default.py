@@ -28,24 +28,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
-from torch.linalg import vecdot, vector_norm
-from torch.nn.functional import threshold
 
 from diag.attention.call import AttentionCall
 from diag.attention.containers import SoftmaxStatistics, ValueStatistics
 from diag.attention.softmax_statistics import CallStatistics
-from diag.attention.value_statistics import reciprocal, uniform_outputs, value_blocks, value_statistics
-from diag.attention.visibility import of_inputs
+from diag.attention.value_spread import ValueSpread, mean_pairwise, value_spread
+from diag.attention.value_statistics import reciprocal, uniform_outputs, value_statistics
 from diag.metrics.readings import Controls, Reading, reduce
 from diag.metrics.registry import Metric, metric, registered
-
-ANCHORS = 16
-"""Sampled anchor tokens of `value_similarity_partial`; all tokens where there are no more than these."""
-
-COARSE = 8
-"""Up to which mean of 1/(1 - cos²) partial similarities are computed in float32, with errors below 1e-6."""
 
 
 class Selection:
@@ -113,7 +105,12 @@ class Selection:
     @cached_property
     def value_similarity(self) -> Float[Tensor, "batch kv_head"]:
         units = self.among[:, None] & (self.values.value_norm > 0)
-        return _mean_pairwise(self.values.value_total, units.sum(-1), self.count[:, None])
+        return mean_pairwise(self.values.value_total, units.sum(-1), self.count[:, None])
+
+    @cached_property
+    def spread(self) -> ValueSpread:
+        """How values lie about each other."""
+        return value_spread(self.call, self.among, self.values.value_norm)
 
     @cached_property
     def partner(self) -> tuple[Tensor, Tensor]:
@@ -261,48 +258,7 @@ def value_similarity(on: Selection) -> Reading:
 
 @metric("call", of_own_keys=True)
 def value_similarity_partial(on: Selection) -> Reading:
-    ranks, valid = anchors(on.count, ANCHORS)  # [batch, anchor]
-    place = on.among.int().argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
-    other = torch.arange(on.call.tokens, device=place.device) != place[..., None]
-    chosen = (on.among[:, None, :] & other)[:, None]  # [batch, 1, anchor, token]
-    found = torch.empty(on.call.batch, on.call.kv_heads, device=place.device, dtype=torch.float64)
-    for where, value in value_blocks(on.call):
-        of, there, exist = (of_inputs(x, where[0]) for x in (place, chosen, valid))
-        cosines, coarse = _partial_cosines(value, of, there)
-        each = cosines.double()
-        if coarse.any():  # only these heads are copied in float64
-            inputs = coarse.nonzero()[:, 0]
-            of, there = (x.expand(len(value), *x.shape[1:])[inputs] for x in (of, there))
-            each[coarse] = _partial_cosines(value[coarse].double()[:, None], of, there)[0][:, 0]
-        found[where] = (each * exist[:, None]).sum(-1) / exist.sum(-1)[:, None].clamp(min=1)
-    return on.per_kv_head(found, least=3)
-
-
-def _partial_cosines(
-    value: Float[Tensor, "batch kv_head token dim"],
-    place: Int[Tensor, "#batch anchor"],
-    chosen: Bool[Tensor, "#batch 1 anchor token"],
-) -> tuple[Float[Tensor, "batch kv_head anchor"], Bool[Tensor, "batch kv_head"]]:
-    """Mean cosine over pairs of the chosen values without their parts along the anchor at `place`, in the
-    format of the values, and whether float32 is too coarse for it.
-
-    1 - cos² loses its digits where values are nearly parallel: the error is about ε · mean of 1/(1 - cos²).
-    """
-    per_norm = reciprocal(vector_norm(value, dim=-1))[:, :, None]
-    index = place[:, None, :, None].expand(*value.shape[:2], -1, value.shape[-1])
-    anchor = value.gather(2, index)
-    anchor = anchor * reciprocal(vector_norm(anchor, dim=-1, keepdim=True))
-    cosine = (anchor @ value.mT).mul_(per_norm)  # [batch, kv_head, anchor, token]
-    # what is left of v̂_j without its part along the anchor; of what was not chosen, nothing
-    left = torch.addcmul(chosen.to(value.dtype), cosine, cosine, value=-1)
-    scale = threshold(left, 1e-12, torch.inf, inplace=True).rsqrt_()
-    count = chosen.sum(-1)
-    coarse = vector_norm(scale, dim=-1).square() > COARSE * count
-    scale *= per_norm
-    units = scale.sign().sum(-1)
-    total = scale @ value
-    total = torch.addcmul(total, vecdot(total, anchor)[..., None], anchor, value=-1)
-    return _mean_pairwise(total, units, count), (coarse | (units < count)).any(-1)
+    return on.per_kv_head(on.spread.partial_similarity, least=3)
 
 
 @metric("call", of_own_keys=True)
@@ -325,20 +281,9 @@ def exclusive_output_similarity(on: Selection) -> Reading:
 
 @metric("call", of_own_keys=True)
 def value_participation_ratio(on: Selection) -> Reading:
-    ratio = torch.empty(on.call.batch, on.call.kv_heads, dtype=torch.float32, device=on.among.device)
-    some = torch.empty_like(ratio, dtype=torch.bool)
-    for where, value in value_blocks(on.call):
-        weights, count = (of_inputs(x, where[0]) for x in (on.among[:, None, None, :].float(), on.count))
-        mean = weights @ value / count[:, None, None, None].clamp(min=1)
-        centred = (value - mean).mul_(weights.transpose(-1, -2))
-        covariance = centred.transpose(-1, -2) @ centred  # [batch, kv_head, dim, dim]
-        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-        ratio[where] = trace.square() * reciprocal(covariance.square().sum((-1, -2)))
-        # what rounding of the mean leaves is no spread; NaN stays, to be found out
-        energy = weights[:, :, 0] * on.values.value_norm[where].square()
-        some[where] = ~(trace <= 1e-12 * energy.sum(-1))
-    reading = on.per_kv_head(ratio)
-    return Reading(reading.values, reading.weights * some.repeat_interleave(on.call.group, 1)[..., None])
+    reading = on.per_kv_head(on.spread.participation_ratio)
+    spread = on.spread.is_spread.repeat_interleave(on.call.group, 1)[..., None]
+    return reading._replace(weights=reading.weights * spread)
 
 
 @metric("call", of_own_keys=True, of_weights=True)
@@ -360,7 +305,9 @@ def entropy(on: Selection) -> Reading:
 
 @metric("call", of_shares=True, of_weights=True)
 def entropy_normalized(on: Selection) -> Reading:
-    bound, total = on.at(on.call.visibility.count).clamp(min=2).float().log(), on.row_sum
+    # ln n; log goes through a library that may wake all threads for a few numbers
+    bound = torch.xlogy(1.0, on.at(on.call.visibility.count).clamp(min=2).float())
+    total = on.row_sum
     if total is None:
         return on.of_pattern(on.softmax.entropy / bound)
     total = on.at(total)
@@ -428,35 +375,10 @@ def per_input(
     return {name: reduce([found[name]], call.batch, METRICS[name].reduce) for name in names}
 
 
-def anchors(count: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Ranks of the anchor tokens among those that count, and which of them exist, `[batch, number]` each.
-
-    All tokens where there are at most `number`; otherwise one drawn at random from each of `number`
-    equal strata (neighbouring strata may share a token where there are few more), the same for every
-    input and run, so that a table does not depend on batches.
-    """
-    stratum = torch.arange(number, device=count.device)
-    draw = torch.rand(number, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(
-        count.device
-    )
-    sampled = ((stratum + draw) / number * count[:, None]).long()
-    ranks = torch.where(count[:, None] <= number, stratum, sampled)
-    valid = ranks < count[:, None]
-    return torch.where(valid, ranks, 0), valid
-
-
-def _mean_pairwise(total: Tensor, units: Tensor, count: Tensor) -> Tensor:
-    """Mean cosine over ordered pairs, from the sum of the unit vectors: (‖Σ û‖² - units)/(n(n-1)).
-
-    units: how many of the n vectors are not zero.
-    """
-    return (total.square().sum(-1) - units) / (count * (count - 1)).clamp(min=1)
-
-
 def _pairwise_rows(
     on: Selection, total: Float[Tensor, "batch head dim"], directed: Bool[Tensor, "batch head token"]
 ) -> Reading:
     """Mean cosine of the rows that count, from the sum of their unit vectors; directed: which have any."""
     count = on.rows.sum(-1)  # [batch or 1, head or 1]
-    mean = _mean_pairwise(total, (on.rows & directed).sum(-1), count)
+    mean = mean_pairwise(total, (on.rows & directed).sum(-1), count)
     return Reading(mean[..., None], torch.where(count > 1, count, 0)[..., None])

@@ -25,10 +25,11 @@ from reference import (
 )
 from torch import Tensor
 
-from diag.attention import pattern
+from diag.attention import pattern, value_spread
 from diag.attention.call import AttentionCall
 from diag.attention.row_sums import row_sums
 from diag.attention.softmax_statistics import softmax_statistics
+from diag.attention.value_spread import ANCHORS, anchors
 from diag.errors import UserError
 from diag.metrics import default as metrics
 from diag.metrics.catalogue import CATALOGUE, RATIOS
@@ -48,7 +49,7 @@ def anchors_used(call: AttentionCall, tokens: Tensor | None) -> list[list[int]]:
     keys = call.visibility.keys
     counted = torch.ones(batch, length, dtype=torch.bool) if keys is None else keys.expand(batch, length)
     counted = counted if tokens is None else counted & tokens
-    ranks, exist = metrics.anchors(counted.sum(-1), metrics.ANCHORS)
+    ranks, exist = anchors(counted.sum(-1), ANCHORS)
     return [counted[b].nonzero().flatten()[ranks[b][exist[b]]].tolist() for b in range(batch)]
 
 
@@ -588,7 +589,7 @@ def test_float64_is_for_the_heads_whose_values_are_nearly_parallel(monkeypatch: 
     call = make_call(tokens=40, seed=3)
     value = call.value.clone()
     value[0, 1] = value[0, 1, :1] + 1e-2 * value[0, 1]
-    anchor = metrics.anchors(torch.tensor([40]), metrics.ANCHORS)[0][0, 0]
+    anchor = anchors(torch.tensor([40]), ANCHORS)[0][0, 0]
     value[1, 2, anchor + 1] = value[1, 2, anchor]
     value[1, 3, 5] = 0.0
     call = with_dense_output(replace(call, value=value))
@@ -598,20 +599,20 @@ def test_float64_is_for_the_heads_whose_values_are_nearly_parallel(monkeypatch: 
         computed.append((value.dtype, value.shape[0] * value.shape[1]))
         return partial(value, *others)
 
-    partial = metrics._partial_cosines
-    monkeypatch.setattr(metrics, "_partial_cosines", counted)
+    partial = value_spread._partial_cosines
+    monkeypatch.setattr(value_spread, "_partial_cosines", counted)
     name = "value_similarity_partial"
     measured = per_input(call, [name])[name]
     assert computed == [(torch.float32, 8), (torch.float64, 3)]
     expected = reference(call, anchors=anchors_used(call, None))[name]
     np.testing.assert_allclose(measured, expected, rtol=0, atol=1e-6)
-    monkeypatch.setattr(metrics, "COARSE", math.inf)  # negative control: float32 alone is not enough
+    monkeypatch.setattr(value_spread, "COARSE", math.inf)  # negative control: float32 alone is not enough
     assert (per_input(call, [name])[name] - expected)[0, 1].abs() > 1e-5
 
 
 @pytest.mark.parametrize("counts", [[0], [1], [3, 16], [17], [40, 7, 1000]])
 def test_anchors_are_tokens_that_count(counts: list[int]) -> None:
-    ranks, exist = metrics.anchors(torch.tensor(counts), 16)
+    ranks, exist = anchors(torch.tensor(counts), 16)
     for count, rank, there in zip(counts, ranks, exist, strict=True):
         drawn = rank[there].tolist()
         assert len(drawn) == min(count, 16)
@@ -619,7 +620,7 @@ def test_anchors_are_tokens_that_count(counts: list[int]) -> None:
             assert drawn == list(range(count))
         else:  # one from each of 16 equal parts
             assert all(int(k * count / 16) <= r < (k + 1) * count / 16 for k, r in enumerate(drawn))
-    again, _ = metrics.anchors(torch.tensor(counts), 16)
+    again, _ = anchors(torch.tensor(counts), 16)
     assert torch.equal(ranks, again)
 
 

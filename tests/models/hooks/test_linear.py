@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
+from diag.attention.value_spread import ANCHORS
 from diag.errors import MeasurementError, UserError
-from diag.metrics.default import ANCHORS, METRICS, per_input
+from diag.metrics.default import METRICS, per_input
 from diag.models.hooks.depth import BESIDE
 from diag.models.hooks.linear import FunctionMixing, Mixing, Role, mixers_told, role_of
 from diag.models.hooks.seam import attention_calls
