@@ -151,7 +151,12 @@ def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:
     from diag.studies.train.clip_arguments import known_flags
 
     verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
-    known = {option for verb in verbs for parameter in verb.params for option in parameter.opts}
+    known = {
+        option
+        for verb in verbs
+        for parameter in verb.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     # of other programs, as are all of the pages of benchmarks and of coverage
     known |= {
         "--tries",

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diag.metrics.catalogue import RATIOS
+from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
 from diag.metrics.ledger import LEDGER_METRICS
+from diag.metrics.nulls import NULL_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.sink_events import SINK_METRICS
 from diag.metrics.stream import STREAM_METRICS
@@ -44,6 +45,7 @@ def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
 
 def test_every_metric_has_a_heading_of_its_own() -> None:
     optional = {*STREAM_METRICS, *SHAPE_METRICS, *SINK_METRICS, *DIVERGENCE_METRICS, *LEDGER_METRICS}
+    optional |= {*NULL_METRICS, *OF_UNTRAINED.values(), OVER_UNTRAINED}
     assert set(COLUMNS) == {*EVERY, *optional}
     headings = [heading for heading, _ in COLUMNS.values()]
     assert len(set(headings)) == len(headings)

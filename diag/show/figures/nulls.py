@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diag.metrics.catalogue import CATALOGUE
-from diag.results.nulls import NULLS
+from diag.results.null_names import NULLS
 from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, rule
 from diag.show.figures.page import letter, page
 from diag.show.figures.panels import NULL_METRICS

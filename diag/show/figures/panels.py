@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from diag.metrics.catalogue import CATALOGUE, LEDGER_CLASSES, DrawnAs
-from diag.results.nulls import NULLS
+from diag.results.null_names import NULLS
 
 
 @dataclass(frozen=True)

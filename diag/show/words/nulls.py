@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from diag.results.decimals import fixed
-from diag.results.nulls import MEASURED, NULLS, Null, missing_nulls
+from diag.results.null_names import NULLS, Null
+from diag.results.nulls import MEASURED, missing_nulls
 from diag.show.words.phrases import Found, listed, share
 
 THAN = {null.name: null.than for null in NULLS}

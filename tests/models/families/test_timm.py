@@ -34,11 +34,15 @@ def test_a_checkpoint_is_what_runs(tmp_path: Path) -> None:
     file = save_timm(tmp_path, "vit_tiny_patch16_224", **SIZES)
     torch.manual_seed(1)
     model = small(checkpoint=file)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # as it was saved, and as random weights are drawn
     assert model.facts["weights_sha256"] == digest(timm.create_model("vit_tiny_patch16_224", **SIZES))
     assert model.facts["checkpoint"] == str(file)
     torch.manual_seed(2)
-    assert small(random_init=True).facts["weights_sha256"] != model.facts["weights_sha256"]
+    assert small(random_init=True).facts["weights_sha256"] == model.facts["weights_sha256"]
+    other = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    found = small(checkpoint=tmp_path / "other.pt").facts["weights_sha256"]
+    assert found == digest(other) != model.facts["weights_sha256"]
 
 
 def test_preprocessing_is_that_of_the_weights(photographs: Inputs) -> None:

@@ -561,8 +561,10 @@ class TestDrawRun:
     def test_the_list_of_figures(self) -> None:
         assert {kind: drawing.table for kind, drawing in FIGURES.items()} == {
             "curves": "layers",
+            "nulls": "layers",
             "heads": "heads",
             "sinks": "layers",
+            "ledger": "layers",
             "comparison": "layers",
         }
 

@@ -257,6 +257,8 @@ def test_variants_are_listed() -> None:
         "random_direction",
         "matched_direction",
         "gated",
+        "affine",
+        "mixture_of_heads",
         "cb",
         "cb_s",
     ]
