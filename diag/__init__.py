@@ -53,14 +53,23 @@ _MODULES = {
 __all__ = list(_HOME)
 
 
+ALIAS = "attnbias"
+"""What the package is called besides, with all that is in it."""
+
+
 class _Public(MetaPathFinder, Loader):
     """Finds a public module, and what is inside it, where it lives: under both names it is one module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         package, *inside = name.split(".")
-        if package != __name__ or not inside or inside[0] not in _MODULES:
+        if not inside or inside[-1] == "__main__":  # which is run, not imported
             return None
-        home = find_spec(".".join([_MODULES[inside[0]], *inside[1:]]))
+        if package == ALIAS:
+            home = find_spec(".".join([__name__, *inside]))
+        elif package == __name__ and inside[0] in _MODULES:
+            home = find_spec(".".join([_MODULES[inside[0]], *inside[1:]]))
+        else:
+            return None
         return home and ModuleSpec(name, self, origin=home.origin, loader_state=home.name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

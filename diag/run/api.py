@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from PIL import Image
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
-from diag.inputs.given import as_inputs
-from diag.inputs.items import Inputs
+from diag.inputs.given import as_inputs, kind_of, listed
+from diag.inputs.texts import is_typed
 from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
 from diag.measure.device import device_of, dtype_of
 from diag.measure.meaning import understood
-from diag.models import load
+from diag.models import in_single_precision, load
 from diag.models.base import Model, Sample, Tower
-from diag.models.families.from_module import from_module
-from diag.models.names.resolve import parse
+from diag.models.families.from_module import from_module, refuse_training
+from diag.models.families.from_object import Fed, from_object
+from diag.models.known import known_layers
 from diag.results.tables import samples_frame, tables
 from diag.run import shards
-from diag.run.plan import ProbePlan
+from diag.run.plan import ProbePlan, specs_of
 from diag.run.prepared import Measurement
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ def probe(
     model: str | nn.Module,
     inputs: Any,
     *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    preprocess: Any = None,
+    name: str | None = None,
+    checkpoint: str | Path | None = None,
+    random_init: bool = False,
     metrics: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
     layers: Sequence[int] | str | None = None,
@@ -80,14 +88,18 @@ def probe(
     seed: int = 0,
     allow_random: bool = False,
 ) -> Probe:
-    """Measures a named model on images or texts, or your own module on ready batches.
+    """Measures a model, named or as an object, on images or texts; or your own module on ready batches.
 
-    model: a name as on the command line, or an `nn.Module` that uses PyTorch attention.
-    inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
-        images, of paths of images (`pathlib`), or of strings; for a model of videos, a folder of frames for
-        each clip, or a list of lists of PIL images. For a module, an iterable of batches, each a
-        tensor or a dict of tensors that the module takes; every row of a batch is one input. A module runs
-        where it is, as it is.
+    model: a name as on the command line, or an `nn.Module` that uses PyTorch attention. A module runs where
+        it is, as it is.
+    inputs: a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, a PIL image or a text, or a list of
+        these, or of paths of images; for a model of videos, a folder of frames for each clip, or a list of
+        lists of PIL images. For a module alone, an iterable of batches, each a tensor or a dict of tensors
+        that the module takes; every row of a batch is one input.
+    tokenizer, processor, preprocess: what makes a module's inputs of texts or images, as for a name: a
+        tokenizer or processor of transformers, a tokenizer of open_clip, a transform of timm, open_clip or
+        torchvision. Models of these libraries have the token sets that they have by name.
+    name: what the model is called in the tables. checkpoint, random_init: weights for a name.
     metrics, tokens, layers: names, token sets, and the model's own numbers of layers, where -1 or "last" is
         its last; defaults are the `default` group, the tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
@@ -104,6 +116,8 @@ def probe(
     """
     plan = ProbePlan.checked(
         models=(model if isinstance(model, str) else type(model).__name__,),
+        checkpoint=checkpoint,
+        random_init=random_init,
         metrics=_listed(metrics),
         tokens=_listed(tokens),
         layers=_listed(layers),
@@ -119,7 +133,8 @@ def probe(
         allow_random=allow_random,
     )
     measurement = Measurement.of(plan)
-    loaded, towers, samples = _prepare(model, inputs, plan)
+    loaded, towers, samples = _prepare(model, inputs, plan, Fed(tokenizer, processor, preprocess))
+    loaded = loaded if name is None else replace(loaded, name=name)
     incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
     for tower in towers:
         job = shards.TowerJob.of(loaded, tower, measurement)
@@ -145,6 +160,11 @@ def capture(
     model: str | nn.Module,
     batch: Any,
     *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    preprocess: Any = None,
+    checkpoint: str | Path | None = None,
+    random_init: bool = False,
     layers: Sequence[int] | str | None = None,
     limit: int = 64,
     seq_len: int | None = None,
@@ -153,27 +173,30 @@ def capture(
 ) -> list[AttentionCall]:
     """The attention calls of one forward pass, in order: queries, keys, values, output, mask and scale.
 
-    batch: for a name, images or strings as in `probe`, the first `limit` of them in one forward pass;
-        for a module, a tensor or a dict of tensors, whole.
+    batch: images or strings as in `probe`, the first `limit` of them in one forward pass; for a module
+        without tokenizer, processor or preprocess, a tensor or a dict of tensors, whole.
     `diag.pattern_rows(call, rows)` gives attention weights of chosen query rows, or all of them.
 
     Raises UserError as `probe` does, and for more inputs than the model takes at once.
     """
-    own_module = isinstance(model, nn.Module)
+    fed = Fed(tokenizer, processor, preprocess)
+    own_module = isinstance(model, nn.Module) and not fed
     plan = ProbePlan.checked(
-        models=(type(model).__name__ if own_module else model,),
+        models=(model if isinstance(model, str) else type(model).__name__,),
+        checkpoint=checkpoint,
+        random_init=random_init,
         layers=_listed(layers),
         limit=sys.maxsize if own_module else limit,
         seq_len=seq_len,
         device=device,
         dtype=dtype,
     )
-    _, towers, samples = _prepare(model, [batch] if own_module else batch, plan, apart=False)
+    _, towers, samples = _prepare(model, [batch] if own_module else batch, plan, fed, apart=False)
     calls = list[AttentionCall]()
     for tower in towers:
         if tower.max_batch is not None and len(samples) > tower.max_batch:
             raise UserError(
-                f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
+                f"'{plan.models[0]}' takes {tower.max_batch} input at once, {len(samples)} were given",
                 f"limit={tower.max_batch}, or diag.probe for all of them",
             )
         calls += measure.capture(tower, tower.encode(samples), plan.layers)
@@ -181,31 +204,68 @@ def capture(
 
 
 def _prepare(
-    model: str | nn.Module, inputs: Any, plan: ProbePlan, *, apart: bool = True
+    model: str | nn.Module, inputs: Any, plan: ProbePlan, fed: Fed, *, apart: bool = True
 ) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
     """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
-    if isinstance(model, nn.Module):
+    module = model if isinstance(model, nn.Module) else None
+    if module is None and not isinstance(model, str):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(f"the model is {what}", "give its name as text, or an nn.Module that is built")
+    if module is None and fed:
+        raise UserError(
+            f"'{model}' is a name, and a tokenizer, processor or preprocess is given",
+            "a name brings its own: leave it out, or give the model as an object",
+        )
+    if module is not None and (plan.checkpoint is not None or plan.random_init):
+        raise UserError(
+            f"the model is an object ({type(module).__name__}), and checkpoint or random_init is given",
+            "those are for a name; load the weights into the object before",
+        )
+    if module is None or fed:
+        _refuse_tensors(inputs, plan.models[0])
+    if module is None or fed or isinstance(inputs, Image.Image | list | tuple):  # a stream is not read ahead
+        inputs = listed(inputs)
+    kind, typed = kind_of(inputs), isinstance(inputs, str) and is_typed(inputs)
+    if module is not None and not fed:
+        if kind is not None or isinstance(inputs, str | Path):
+            what = {"vision": "images", "text": "texts"}.get(kind or "", "named")
+            raise UserError(
+                f"the model is an object ({type(module).__name__}) alone, and its inputs are {what}",
+                "give tokenizer= for texts, processor= or preprocess= for images, or batches of tensors",
+            )
         if isinstance(inputs, Tensor | Mapping):
             # a loop over it would take rows for batches, and tokens for inputs
             raise UserError(
                 f"one batch was given (a {type(inputs).__name__}), where several are due",
                 "pass a list of batches, also where it is one: [batch]",
             )
-        return from_module(model, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
-    if not isinstance(model, str):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UserError(f"the model is {what}", "give its name as text, or an nn.Module that is built")
-    spec = parse(model)
-    loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
-    kind = next(iter(loaded.towers))
-    if isinstance(inputs, Inputs):
-        kind = inputs.tower
-    elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Path | Mapping):
-        inputs = list(inputs)
-        kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
+        return from_module(module, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
+    if module is not None:
+        refuse_training(module, plan.allow_random)
+        kind = kind or ("text" if typed else fed.kind)
+        loaded, as_made = from_object(module, kind, fed), known_layers(module) is not None
+        loaded = replace(loaded, towers={n: in_single_precision(t) for n, t in loaded.towers.items()})
+    else:
+        (spec,), as_made = specs_of(plan), True
+        loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
+        kind = kind or ("text" if typed and "text" in loaded.towers else next(iter(loaded.towers)))
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
     samples = shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len)
-    return loaded, [understood(loaded, tower, samples, allow_random=plan.allow_random)], samples
+    found = understood(loaded, tower, samples, allow_random=plan.allow_random, as_made=as_made)
+    return loaded, [found], samples
+
+
+def _refuse_tensors(inputs: Any, name: str) -> None:
+    """Raises UserError for ready tensors, or numbers, where images and texts are due."""
+    first = inputs[0] if isinstance(inputs, list | tuple) and inputs else inputs
+    first = next(iter(first.values()), None) if isinstance(first, Mapping) else first
+    ids = isinstance(first, int) or (isinstance(first, list) and bool(first) and isinstance(first[0], int))
+    if isinstance(first, Tensor) or ids:
+        what = "numbers" if ids else "tensors"
+        raise UserError(
+            f"inputs are {what}, and '{name}' makes its own of texts or images",
+            "give texts or images; ready batches go with the model as an object alone: probe(model, [batch])",
+        )
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

@@ -662,7 +662,7 @@ def test_nothing_but_inputs_that_are_not_finite_is_an_error_of_the_whole(whole: 
     incidents = Incidents()
     batches = measure(vision_tower(), given, batch_size=3, incidents=incidents, whole=whole)
     if whole:
-        with pytest.raises(UserError, match=r"'layers\.0' .* not finite \(input '0' and 3 more\)$"):
+        with pytest.raises(UserError, match=r"(?m)'layers\.0' .* not finite \(input '0' and 3 more\)$"):
             list(batches)
     else:
         assert not list(batches)

@@ -331,8 +331,9 @@ def test_one_batch_is_not_a_list_of_batches(mixer: Mixer) -> None:
     """Its rows would be taken for batches, and their tokens for inputs."""
     (batch,) = batches(3)
     for given, kind in ((batch, "Tensor"), ({"x": batch}, "dict")):
-        with pytest.raises(UserError, match=rf"^one batch was given \(a {kind}\), where several are due$"):
+        with pytest.raises(UserError) as told:
             diag.probe(mixer, given)
+        assert str(told.value) == f"one batch was given (a {kind}), where several are due"
 
 
 def test_rows_are_counted_from_the_end_too() -> None:
@@ -355,7 +356,7 @@ def test_rows_are_counted_from_the_end_too() -> None:
         ("demo:lm", [Image.new("RGB", (8, 8))], "has no vision tower"),
         ("demo:vit-p16", ["text"], "has no text tower"),
         ("demo:vit-p16", [], "neither all PIL images nor all strings"),
-        ("demo:lm", ["short"], "gives no sample"),
+        ("demo:lm", ["short", "too"], "gives no sample"),
     ],
 )
 def test_inputs_that_do_not_fit(model: str, given: list, message: str) -> None:

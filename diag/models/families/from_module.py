@@ -45,10 +45,7 @@ def from_module(
     ready = list(_ready(batches, limit, 0))
     if not ready:
         raise UserError("no batch was given", "pass an iterable of tensors, or of dicts of tensors")
-    if module.training and not allow_random:
-        raise UserError(
-            f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
-        )
+    refuse_training(module, allow_random)
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     device = device_of_module(module)
 
@@ -81,6 +78,14 @@ def from_module(
     name = type(module).__name__
     model = Model(name, "module", f"module:{name}", module, {tower.name: tower for tower in towers})
     return model, towers, samples
+
+
+def refuse_training(module: nn.Module, allow_random: bool) -> None:
+    """Raises UserError for a module in training mode that is not allowed to be."""
+    if module.training and not allow_random:
+        raise UserError(
+            f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
+        )
 
 
 def _tower(
