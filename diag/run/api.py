@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
 from diag.inputs.given import as_inputs, kind_of, listed
+from diag.inputs.items import sha256
 from diag.inputs.texts import is_typed
 from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
@@ -27,41 +30,9 @@ from diag.models.families.from_object import Fed, from_object
 from diag.models.known import known_layers
 from diag.results.tables import samples_frame, tables
 from diag.run import shards
+from diag.run.in_memory import Probe
 from diag.run.plan import ProbePlan, specs_of
 from diag.run.prepared import Measurement
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was measured.
-
-    layers: one row per (model, tower, layer, tokens, metric): mean over heads within each input, then
-        mean, std, 95 % bootstrap interval and n over inputs.
-    heads: the same per head. samples: one value per input, layer, head and metric.
-    failed: inputs that could not be read, or gave values that are not finite, with the reason.
-    skipped: layers that are not measured, by path, with the reason.
-    depths: how many layers each tower has, also where only some are measured.
-    meaning: what was found about the calls of each tower: whose their rows are, whether the model is random …
-    """
-
-    layers: pd.DataFrame
-    heads: pd.DataFrame
-    samples: pd.DataFrame
-    failed: dict[str, str]
-    skipped: dict[str, str] = field(default_factory=dict)
-    meaning: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    depths: dict[str, int] = field(default_factory=dict)
-
-    def plot(self) -> dict[str, Figure]:
-        """The figures of a run folder, by name: curves per layer and layer × head maps."""
-        from diag.show.figures import draw_run
-
-        lines = self.layers[["model", "tower"]].drop_duplicates().itertuples(index=False)
-        depths = {(model, tower): self.depths[tower] for model, tower in lines if tower in self.depths}
-        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads, depths).items()}
 
 
 def probe(
@@ -133,7 +104,7 @@ def probe(
         allow_random=allow_random,
     )
     measurement = Measurement.of(plan)
-    loaded, towers, samples = _prepare(model, inputs, plan, Fed(tokenizer, processor, preprocess))
+    loaded, towers, samples, given = _prepare(model, inputs, plan, Fed(tokenizer, processor, preprocess))
     loaded = loaded if name is None else replace(loaded, name=name)
     incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
     for tower in towers:
@@ -153,7 +124,18 @@ def probe(
         )
     meaning = {tower.name: tower.meaning for tower in towers}
     depths = {tower.name: tower.depth for tower in towers}
-    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths)
+    entries = [
+        shards.entry_of(loaded, tower, loaded.name, len(samples))
+        | {"skipped_layers": skipped, "tokenizer": tower.facts.get("tokenizer") or _windows(tower, samples)}
+        for tower in towers
+    ]
+    given = given or {"source": "batches", "sha256": _content(samples)}
+    manifest = {
+        "plan": plan.model_dump(mode="json"),
+        "inputs": {tower.input_kind: dict(given) for tower in towers},
+        "models": entries,
+    }
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths, manifest)
 
 
 def capture(
@@ -191,7 +173,7 @@ def capture(
         device=device,
         dtype=dtype,
     )
-    _, towers, samples = _prepare(model, [batch] if own_module else batch, plan, fed, apart=False)
+    _, towers, samples, _ = _prepare(model, [batch] if own_module else batch, plan, fed, apart=False)
     calls = list[AttentionCall]()
     for tower in towers:
         if tower.max_batch is not None and len(samples) > tower.max_batch:
@@ -205,8 +187,11 @@ def capture(
 
 def _prepare(
     model: str | nn.Module, inputs: Any, plan: ProbePlan, fed: Fed, *, apart: bool = True
-) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
-    """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
+) -> tuple[Model, Sequence[Tower], Sequence[Sample], Mapping[str, str]]:
+    """The model, the towers that take the inputs, these, and what a manifest says of them, unless batches.
+
+    apart: as in `from_module`.
+    """
     module = model if isinstance(model, nn.Module) else None
     if module is None and not isinstance(model, str):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
@@ -239,7 +224,8 @@ def _prepare(
                 f"one batch was given (a {type(inputs).__name__}), where several are due",
                 "pass a list of batches, also where it is one: [batch]",
             )
-        return from_module(module, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
+        own = from_module(module, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
+        return *own, {}
     if module is not None:
         refuse_training(module, plan.allow_random)
         kind = kind or ("text" if typed else fed.kind)
@@ -250,9 +236,29 @@ def _prepare(
         loaded = load(spec, device=device_of(plan.device), dtype=dtype_of(plan.dtype))
         kind = kind or ("text" if typed and "text" in loaded.towers else next(iter(loaded.towers)))
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
-    samples = shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len)
+    given = as_inputs(inputs, kind)
+    samples = shards.tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
     found = understood(loaded, tower, samples, allow_random=plan.allow_random, as_made=as_made)
-    return loaded, [found], samples
+    return loaded, [found], samples, {"source": given.source, "sha256": given.digest}
+
+
+def _content(samples: Sequence[Sample]) -> str:
+    """Identifies ready batches by their numbers."""
+    content = hashlib.sha256()
+    for sample in samples:
+        data = sample.read().data
+        for name, x in data.items() if isinstance(data, Mapping) else [("", data)]:
+            told = f"{name}\0{x.dtype}{list(x.shape)}\n".encode()
+            content.update(told + x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+def _windows(tower: Tower, samples: Sequence[Sample]) -> str | None:
+    """Tells whether two towers cut their inputs alike where no vocabulary does: by the tokens themselves."""
+    if tower.input_kind == "vision":
+        return None
+    read = [sample.read() for sample in samples] if tower.input_kind == "text" else []
+    return sha256(repr(read))[:16]
 
 
 def _refuse_tensors(inputs: Any, name: str) -> None:
