@@ -79,15 +79,17 @@ def kind_of(given: object) -> str | None:
 
 
 def _all_paths(given: Sequence[object], endings: tuple[str, ...]) -> bool:
-    """Whether they are paths of such files. A string is one if it is one word with such an end.
+    """Whether they are paths of such files. A string is one where the file is there.
 
-    A text that names a text file is a path only where that file is there.
+    One word that ends as an image does is one, too: it is told if it is not there.
     """
 
     def is_path(one: object) -> bool:
         text = str(one)
-        ends = isinstance(one, str | Path) and text.lower().endswith(endings) and "\n" not in text
-        return ends and (endings != PROSE or isinstance(one, Path) or os.path.isfile(text))
+        if not isinstance(one, str | Path) or not text.lower().endswith(endings):
+            return False
+        word = endings is IMAGE_SUFFIXES and len(text.split()) == 1
+        return isinstance(one, Path) or word or os.path.isfile(text)
 
     return bool(given) and all(map(is_path, given))
 

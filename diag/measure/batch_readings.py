@@ -16,6 +16,7 @@ from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
+from diag.measure.token_values import Part, TokenValues, parts_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
@@ -44,19 +45,21 @@ class Incidents:
 
     failed: inputs that could not be read or measured, by id, and why. skipped_layers: layers that do not
         attend to their own tokens, by path, and why. unprojected: layers whose output projection is not
-        understood, so that what needs it is undefined there.
+        understood, so that what needs it is undefined there. tokens: where numbers of single tokens are kept;
+        nowhere if None.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
     skipped_layers: dict[str, str] = field(default_factory=dict)
     unprojected: list[str] = field(default_factory=list)
+    tokens: TokenValues | None = None
 
 
 class BatchReadings:
     """Readings of one forward pass, by layer, until every call of a layer has been seen.
 
     neutral: outputs of the same inputs with a neutral image, by layer in the order of its calls; for
-        divergence metrics.
+        divergence metrics. per_token: whether numbers of single tokens are kept as well, in `each`.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class BatchReadings:
         batch: Batch,
         sampling: RowSampling,
         neutral: Mapping[int, list[Tensor]] | None = None,
+        per_token: bool = False,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.sampling = sampling
@@ -78,6 +82,7 @@ class BatchReadings:
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
         self.sizes: dict[int, list[int]] = {}
+        self.per_token, self.each = per_token, list[Part]()
         self.padded = {
             layer.index: [x for x in layer.form.padding if x is not None] for layer in tower.layers
         }
@@ -106,6 +111,9 @@ class BatchReadings:
             more = [divergence_readings(on, other, self.diverging) for on in selections]
             found = [plain | optional for plain, optional in zip(found, more, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
+            if self.per_token:
+                first = sum(self.sizes[call.layer][:-1]) * windows
+                self.each += parts_of(call, token_set, part, inputs, first)
             of_layer[token_set].append(
                 {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
             )

@@ -207,6 +207,8 @@ class _BatchWork:
                 for layer in layers
             }
         found = layer_values(of_heads, of_stream, layers, facts, first_input)
+        if self.incidents.tokens is not None:
+            self.incidents.tokens.add(batch.ids, of_heads.each)
         self.facts = facts  # now that the numbers are read, memory has not run out
         return found
 
@@ -218,7 +220,8 @@ class _BatchWork:
         neutral = None
         if not DIVERGENCE_METRICS.keys().isdisjoint(self.names):
             neutral = self.neutral_outputs(samples)
-        of_heads = BatchReadings(self.names, self.sets, self.tower, batch, self.sampling, neutral)
+        per_token = self.incidents.tokens is not None
+        of_heads = BatchReadings(self.names, self.sets, self.tower, batch, self.sampling, neutral, per_token)
         around = [block for block in self.blocks if block.index in measured]
         of_stream = None
         if self.of_stream:

@@ -17,6 +17,9 @@ MANIFEST = "manifest.json"
 LAYERS, HEADS, SAMPLES, QUANTILES = "layers.csv", "heads.parquet", "samples.parquet", "quantiles.parquet"
 """The tables of a run; quantiles only where samples are not all kept."""
 
+TOKENS = "tokens.parquet"
+"""Numbers of single tokens, where they were kept (`diag.probe`)."""
+
 
 def once(folders: Iterable[Path]) -> list[Path]:
     """Folders, each once however it is spelled: as it was named first."""

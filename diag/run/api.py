@@ -23,6 +23,7 @@ from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
 from diag.measure.device import device_of, dtype_of
 from diag.measure.meaning import understood
+from diag.measure.token_values import TokenValues
 from diag.models import in_single_precision, load
 from diag.models.base import Model, Sample, Tower
 from diag.models.families.from_module import from_module, refuse_training
@@ -54,6 +55,7 @@ def probe(
     seq_len: int | None = None,
     batch_size: int = 8,
     exact: bool = False,
+    per_token: bool = False,
     device: str = "auto",
     dtype: str = "float32",
     seed: int = 0,
@@ -76,6 +78,7 @@ def probe(
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
+    per_token: keep the numbers of single tokens as well, in `Probe.tokens`: a row for every one of them.
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
     allow_random: measure also what is in training mode, or gives other numbers for the same input.
 
@@ -106,7 +109,8 @@ def probe(
     measurement = Measurement.of(plan)
     loaded, towers, samples, given = _prepare(model, inputs, plan, Fed(tokenizer, processor, preprocess))
     loaded = loaded if name is None else replace(loaded, name=name)
-    incidents, skipped, frames = Incidents(), dict[str, str](), list[pd.DataFrame]()
+    incidents = Incidents(tokens=TokenValues() if per_token else None)
+    skipped, frames = dict[str, str](), list[pd.DataFrame]()
     for tower in towers:
         job = shards.TowerJob.of(loaded, tower, measurement)
         if found := list(shards.shard_values(job, samples, incidents)):
@@ -135,7 +139,8 @@ def probe(
         "inputs": {tower.input_kind: dict(given) for tower in towers},
         "models": entries,
     }
-    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths, manifest)
+    each = None if incidents.tokens is None else incidents.tokens.frame()
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths, manifest, each)
 
 
 def capture(

@@ -12,10 +12,11 @@ import pandas as pd
 from diag.errors import UserError
 from diag.inputs.items import sha256
 from diag.inputs.outside import mapping_in
+from diag.inputs.tables import NUMBER, PLACE, Layout, read_table
 from diag.results.collect import Run
-from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES
+from diag.results.folder import HEADS, LAYERS, MANIFEST, SAMPLES, TOKENS
 from diag.results.hashes import hashes
-from diag.results.manifest import FORMAT
+from diag.results.manifest import FORMAT, again
 from diag.results.manifest import PROBE as VERB
 from diag.results.staging import is_empty, staged
 from diag.results.tables import layer_samples, read_heads, read_layers, read_manifest, read_samples, tables
@@ -41,6 +42,8 @@ class Probe:
     skipped: layers that are not measured, by path, with the reason.
     depths: how many layers each tower has, also where only some are measured.
     meaning: what was found about the calls of each tower: whose their rows are, whether the model is random …
+    tokens: one value per layer, token set, metric, input, head and token that counts; of
+        `probe(…, per_token=True)`, and of metrics that have one for each token.
     manifest: the plan, the inputs and the models, as a run folder has them.
     """
 
@@ -52,6 +55,7 @@ class Probe:
     meaning: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    tokens: pd.DataFrame | None = None
 
     def __repr__(self) -> str:
         """In one line: the model, and how much of what there is; the numbers are in the tables."""
@@ -87,6 +91,8 @@ class Probe:
         with staged(folder, PROBE) as place:
             for name, table in ((SAMPLES, self.samples), (LAYERS, self.layers), (HEADS, self.heads)):
                 write(table, place / name)
+            if self.tokens is not None:
+                write(self.tokens, place / TOKENS)
             document = {
                 "format": FORMAT,
                 "kind": VERB,
@@ -99,7 +105,7 @@ class Probe:
                 "meaning": self.meaning,
                 "depths": self.depths,
                 "environment": environment(),
-                "tables": hashes(place, (SAMPLES, LAYERS, HEADS)),
+                "tables": hashes(place, (SAMPLES, LAYERS, HEADS, TOKENS)),
             }
             write_json(document, place / MANIFEST)
         return folder
@@ -127,12 +133,20 @@ class Probe:
             found.get("meaning") or {entry["tower"]: entry["meaning"] for entry in entries},
             found.get("depths") or {entry["tower"]: entry["layers"] for entry in entries},
             {name: found[name] for name in ("plan", "inputs", "models", "device") if name in found},
+            _tokens(folder),
         )
 
     def as_run(self) -> Run:
         """As runs of folders are compared; nothing is written."""
         manifest = {"key": sha256(json_text(self.manifest)), **self.manifest, "failed_inputs": self.failed}
         return Run(self.layers, self.heads, layer_samples(self.samples), manifest, Path("memory"))
+
+
+def _tokens(folder: Path) -> pd.DataFrame | None:
+    """The numbers of single tokens of a folder, where they were kept."""
+    layout = Layout({**dict.fromkeys(("layer", "head", "token"), PLACE), "value": NUMBER}, {})
+    file = folder / TOKENS
+    return read_table(file, layout, "table", tip=again(folder, VERB)) if file.exists() else None
 
 
 def _count(number: int, what: str, of: str = "") -> str:

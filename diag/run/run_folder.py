@@ -16,7 +16,7 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.inputs.outside import json_of, mapping_in
-from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, is_finished
+from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, TOKENS, is_finished
 from diag.results.staging import (
     NEXT,
     Owner,
@@ -40,7 +40,7 @@ SHARDS = ("shards/*.parquet", "shards/*.json", "shards/.lock")
 PROBE = Owner(
     "probe",
     result=(
-        *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, "activations/*/*.safetensors"),
+        *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, TOKENS, "activations/*/*.safetensors"),
         *pictures("curves-*", "heads-*", "comparison", "comparison-*"),
     ),
     work=SHARDS,
