@@ -5,13 +5,17 @@
     run.layers        # one row per layer and metric: mean, std, 95 % interval, n
     run.plot()        # {name: matplotlib Figure}
 
+    run.save("runs/mine") # and diag.Probe.load; diag.compare(run, other), diag.report(run) take either
+    diag.probe(model, ["a text …"], tokenizer=tokenizer)   # an object of transformers, timm, open_clip
+
     calls = diag.capture("demo:lm", ["some text …"], layers=[0], seq_len=16)
     diag.pattern_rows(calls[0])   # attention weights
 
     folder = diag.measured(diag.ProbePlan(models=("demo:vit-p16", "demo:vit-p8"), images="demo"))
     pandas.read_csv(folder / "layers.csv")
 
-Names are imported when first used: `import diag` costs nothing.
+Names are imported when first used: `import diag` costs nothing. `diag.attend`, `diag.collect`,
+`diag.figures`, `diag.profiles` and `diag.published` are modules. `import attnbias` is the same package.
 """
 
 from __future__ import annotations

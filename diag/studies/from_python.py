@@ -37,8 +37,9 @@ def compare(
 
     Raises UserError where there is no run, or a folder holds none.
 
-    >>> found = compare(probe("demo:vit-p16", "demo", limit=2), probe("demo:vit-p8", "demo", limit=2))
-    >>> found.differences["paired"].all()
+    >>> from diag.run.api import probe
+    >>> found = compare(*(probe(f"demo:vit-p{size}", "demo", limit=2) for size in (16, 8)))
+    >>> bool(found.differences["paired"].all())
     True
     """
     return compared(_side_by_side(runs), growth=growth, seed=seed, control=control)
