@@ -5,13 +5,17 @@
     run.layers        # one row per layer and metric: mean, std, 95 % interval, n
     run.plot()        # {name: matplotlib Figure}
 
+    run.save("runs/mine") # and diag.Probe.load; diag.compare(run, other), diag.report(run) take either
+    diag.probe(model, ["a text …"], tokenizer=tokenizer)   # an object of transformers, timm, open_clip
+
     calls = diag.capture("demo:lm", ["some text …"], layers=[0], seq_len=16)
     diag.pattern_rows(calls[0])   # attention weights
 
     folder = diag.measured(diag.ProbePlan(models=("demo:vit-p16", "demo:vit-p8"), images="demo"))
     pandas.read_csv(folder / "layers.csv")
 
-Names are imported when first used: `import diag` costs nothing.
+Names are imported when first used: `import diag` costs nothing. `diag.attend`, `diag.collect`,
+`diag.figures`, `diag.profiles` and `diag.published` are modules. `import attnbias` is the same package.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ _HOME = {
     "probe": "diag.run.api",
     "capture": "diag.run.api",
     "metrics_of": "diag.measure.captured",
-    "Probe": "diag.run.api",
+    "compare": "diag.studies.from_python",
+    "intervene": "diag.studies.from_python",
+    "report": "diag.studies.from_python",
+    "Probe": "diag.run.in_memory",
     "ProbePlan": "diag.run.plan",
     "measured": "diag.run.cache",
     "Monitor": "diag.studies.monitor.monitor",
@@ -54,14 +61,23 @@ _MODULES = {
 __all__ = list(_HOME)
 
 
+ALIAS = "attnbias"
+"""What the package is called besides, with all that is in it."""
+
+
 class _Public(MetaPathFinder, Loader):
     """Finds a public module, and what is inside it, where it lives: under both names it is one module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         package, *inside = name.split(".")
-        if package != __name__ or not inside or inside[0] not in _MODULES:
+        if not inside or inside[-1] == "__main__":  # which is run, not imported
             return None
-        home = find_spec(".".join([_MODULES[inside[0]], *inside[1:]]))
+        if package == ALIAS:
+            home = find_spec(".".join([__name__, *inside]))
+        elif package == __name__ and inside[0] in _MODULES:
+            home = find_spec(".".join([_MODULES[inside[0]], *inside[1:]]))
+        else:
+            return None
         return home and ModuleSpec(name, self, origin=home.origin, loader_state=home.name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

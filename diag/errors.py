@@ -19,13 +19,18 @@ DIGITS = 5
 
 
 class UserError(Exception):
-    """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the code."""
+    """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the code.
+
+    The tip is a note of the exception, too: a traceback shows both lines.
+    """
 
     exit_code = 2
 
     def __init__(self, message: str, tip: str | None = None) -> None:
         super().__init__(message)
         self.tip = tip
+        if tip:
+            self.add_note(f"tip: {tip}")
 
 
 class UnreadableInput(UserError):  # noqa: N818  it is no mistake of anybody's

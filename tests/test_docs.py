@@ -181,7 +181,11 @@ def test_links_and_files_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["diag.errors", "diag.models.names.resolve", "diag.inputs.csv_injection", "diag.run.api"]
+    "module",
+    [
+        *("diag.errors", "diag.models.names.resolve", "diag.inputs.csv_injection", "diag.run.api"),
+        "diag.studies.from_python",
+    ],
 )
 def test_examples_in_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(module))

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
+import traceback
 
 import pytest
 
-from diag.errors import MeasurementError, UnreadableInput, UserError, did_you_mean, one_of, ranges, say, spans
+from diag.errors import (
+    BadInputs,
+    MeasurementError,
+    UnreadableInput,
+    UserError,
+    did_you_mean,
+    one_of,
+    ranges,
+    say,
+    spans,
+)
 
 
 def test_ranges_end_where_models_do() -> None:
@@ -55,6 +67,17 @@ def test_message_and_tip_are_apart() -> None:
     error = UserError("what was given", "what to type")
     assert (str(error), error.tip) == ("what was given", "what to type")
     assert UserError("alone").tip is None
+    assert pickle.loads(pickle.dumps(error)).__notes__ == error.__notes__ == ["tip: what to type"]
+
+
+def test_a_traceback_shows_both_lines() -> None:
+    for error, last in (
+        (UserError("what was given", "what to type"), ["what was given", "tip: what to type"]),
+        (BadInputs({"a": "why"}, "what to type"), ["why (input 'a')", "tip: what to type"]),
+        (UserError("alone"), ["alone"]),
+    ):
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        assert lines == [f"diag.errors.{type(error).__name__}: {last[0]}", *last[1:]]
 
 
 @pytest.mark.parametrize(

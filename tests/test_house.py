@@ -256,7 +256,7 @@ def test_neither_names_nor_inputs_load_torch() -> None:
     assert loaded_after("diag.metrics.registry").isdisjoint({"numpy", "pandas"})
 
 
-@pytest.mark.parametrize("module", ["diag", "diag.cli"])
+@pytest.mark.parametrize("module", ["diag", "attnbias", "diag.cli"])
 def test_help_is_instant(module: str) -> None:
     assert loaded_after(module).isdisjoint({"torch", "numpy", "pandas", "matplotlib", "PIL", "pydantic"})
 

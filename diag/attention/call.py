@@ -42,7 +42,7 @@ class WeightMap:
     log_normaliser: Float[Tensor, "batch head token"] | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionCall:
     """One call of one layer's attention, before the output projection.
 
@@ -103,6 +103,14 @@ class AttentionCall:
             read = Visibility.of(self.mask, self.causal, self.output, self.keys)
             for name, value in (("visibility", read), ("mask", read.mask), ("causal", read.causal)):
                 object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        """In one line: whose call it is, and the sizes of what it returns; tensors are in the fields."""
+        heads = f"{self.heads} heads" + (f" ({self.kv_heads} of values)" if self.group > 1 else "")
+        size = f"{self.batch} × {heads} × {self.tokens} tokens × {self.output.shape[-1]}"
+        seen = ", causal" if self.causal else ", masked" if self.mask is not None else ""
+        kind = f"{str(self.output.dtype).removeprefix('torch.')} on {self.output.device}"
+        return f"AttentionCall(layer {self.layer} '{self.module}': {size}{seen}, {kind})"
 
     @property
     def has_pattern(self) -> bool:

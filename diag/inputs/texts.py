@@ -66,7 +66,7 @@ def texts(source: str | Path) -> Inputs:
         return _hub_texts(str(source))
     if str(source) == "-":
         return documents("-", {"stdin": _decoded(sys.stdin.buffer.read(MOST_TEXT + 1), "standard input")})
-    if _is_typed(str(source)):
+    if is_typed(str(source)):
         return documents("typed", {"typed": str(source)})
     tip = "--texts takes a text file, a folder of them, a table, hf:NAME, 'some words' or 'demo'"
     table = None if os.path.isdir(source) else named_table(str(source))
@@ -102,7 +102,7 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _is_typed(source: str) -> bool:
+def is_typed(source: str) -> bool:
     """Whether it is a text itself: of several words, and no file that is there, or may have been meant."""
     words, suffix = source.split(), os.path.splitext(source)[1]
     looks_like_a_file = 1 < len(suffix) <= 6 and suffix[1:].isalnum()

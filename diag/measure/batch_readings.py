@@ -20,6 +20,7 @@ from diag.measure.edited_model import geometry_of
 from diag.measure.next_inputs import NextInputs
 from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
+from diag.measure.token_values import Part, TokenValues, parts_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
@@ -52,13 +53,15 @@ class Incidents:
     failed: inputs that could not be read or measured, by id, and why. skipped_layers: layers that do not
         attend to their own tokens, by path, and why. unprojected: layers whose output projection is not
         understood, so that what needs it is undefined there; of stream metrics. sinks_unprojected: the same
-        of what sinks do, and where a gate or norm comes between heads and projection.
+        of what sinks do, and where a gate or norm comes between heads and projection. tokens: where numbers
+        of single tokens are kept; nowhere if None.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
     skipped_layers: dict[str, str] = field(default_factory=dict)
     unprojected: list[str] = field(default_factory=list)
     sinks_unprojected: list[str] = field(default_factory=list)
+    tokens: TokenValues | None = None
 
 
 class BatchReadings:
@@ -68,6 +71,7 @@ class BatchReadings:
         divergence metrics.
     projections: W_O of the layers, for what their sinks do.
     following: where the next input of each one is, for the null across inputs.
+    per_token: whether numbers of single tokens are kept as well, in `each`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class BatchReadings:
         neutral: Mapping[int, list[Tensor]] | None = None,
         projections: OutputProjections | None = None,
         following: NextInputs | None = None,
+        per_token: bool = False,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
         self.sampling = sampling
@@ -100,6 +105,7 @@ class BatchReadings:
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
         self.masks: dict[tuple[str, int, int, torch.device], Tensor] = {}
         self.sizes: dict[int, list[int]] = {}
+        self.per_token, self.each = per_token, list[Part]()
         self.padded = {
             layer.index: [x for x in layer.form.padding if x is not None]
             for layer in batch.layers(tower.layers)
@@ -153,6 +159,9 @@ class BatchReadings:
             ]
             found = [plain | optional for plain, optional in zip(found, beside, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
+            if self.per_token:
+                first = sum(self.sizes[call.layer][:-1]) * windows
+                self.each += parts_of(call, token_set, part, inputs, first)
             of_layer[token_set].append(
                 {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
             )

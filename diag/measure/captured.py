@@ -62,6 +62,8 @@ def metrics_of(
     pattern: the weights that multiplied it, `[batch, head, query, key]`; or query and key, with mask (True
         where a key is seen, or what is added to scores), causal and scale (1/√dim if None) as in PyTorch.
     output: before the output projection; computed where weights are there and it is not given.
+        A list or tuple of any of these is of one layer after the other, as `output_attentions` of
+        transformers has patterns; what an nnsight trace saved is taken as it is, or as its `.value`.
     metrics: names; the default ones if None. tokens: True for the tokens that count, `[token]` or
         `[batch, token]`; all if None.
     per: "input", or "token" for every token by itself, of metrics that have a number for each.
@@ -81,12 +83,12 @@ def metrics_of(
         if name not in KNOWN:
             near = did_you_mean(name, KNOWN) or "`attnbias metrics` lists them"
             raise UserError(f"there is no metric '{name}' of one call", near)
-    given = {"value": value, "output": output, "pattern": pattern, "query": query, "key": key, "mask": mask}
-    tensors = {name: _tensor(name, x) for name, x in given.items() if x is not None}
+    all_of = {"value": value, "output": output, "pattern": pattern, "query": query, "key": key, "mask": mask}
+    given = {name: x for name, x in all_of.items() if x is not None}
     if call is None:
-        calls = iter([_of_tensors(tensors, causal, scale)])
-    elif tensors:
-        raise UserError(f"a call was given, and {', '.join(tensors)} besides", "give the one or the others")
+        calls = _of_layers(given, causal, scale)
+    elif given:
+        raise UserError(f"a call was given, and {', '.join(given)} besides", "give the one or the others")
     elif isinstance(call, AttentionCall):
         calls = iter([call])
     else:
@@ -95,8 +97,40 @@ def metrics_of(
         return pd.concat([_table(each, names, tokens, per) for each in calls], ignore_index=True)
 
 
+def _of_layers(given: Mapping[str, Any], causal: bool, scale: float | None) -> Iterator[AttentionCall]:
+    """A call for each layer of lists of layers, or the only one. Raises UserError as `metrics_of` does."""
+    listed = {name: x for name, x in given.items() if _is_listed(x)}
+    counts = {name: len(x) for name, x in listed.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"layers differ in number: {counts}", "give one tensor for every layer, in order")
+    for layer in range(next(iter(counts.values()), 1)):
+        here = {name: x[layer] if name in listed else x for name, x in given.items()}
+        if missing := next((name for name, x in here.items() if x is None), None):
+            raise UserError(
+                f"{missing} of layer {layer} is None",
+                'attn_implementation="eager" makes patterns; leave layers out that have none',
+            )
+        call = _of_tensors({name: _tensor(name, x) for name, x in here.items()}, causal, scale)
+        yield replace(call, layer=layer)
+
+
+def _is_listed(given: Any) -> bool:
+    """Whether it is a list of tensors or arrays of at least two axes, one for each layer."""
+    if not isinstance(given, list | tuple):
+        return False
+    axes = [getattr(_plain(x), "ndim", 0) for x in given]
+    return max(axes, default=0) >= 2
+
+
+def _plain(given: Any) -> Any:
+    """What a proxy of nnsight stands for; anything else is itself."""
+    value = getattr(given, "value", None)
+    return value if isinstance(value, Tensor) and not isinstance(given, Tensor) else given
+
+
 def _tensor(name: str, given: Any) -> Tensor:
     """With four axes. Raises UserError for what is no tensor or array, or has other axes."""
+    given = _plain(given)
     try:
         x = given.detach() if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError):

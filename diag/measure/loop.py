@@ -232,6 +232,8 @@ class _BatchWork:
                 for layer in layers
             }
         found = layer_values(of_heads, of_stream, layers, facts, first_input)
+        if self.incidents.tokens is not None:
+            self.incidents.tokens.add(batch.ids, of_heads.each)
         self.facts = facts  # now that the numbers are read, memory has not run out
         return found
 
@@ -246,8 +248,10 @@ class _BatchWork:
         following = None
         if not OF_OTHER_INPUTS.isdisjoint(self.names):
             following = next_inputs(self.tower, batch, samples, self.order, self.values_seen)
+        per_token = self.incidents.tokens is not None
         of_heads = BatchReadings(
-            self.names, self.sets, self.tower, batch, self.sampling, neutral, self.projections, following
+            *(self.names, self.sets, self.tower, batch, self.sampling),
+            *(neutral, self.projections, following, per_token),
         )
         around = [block for block in self.blocks if block.index in measured]
         of_stream = None

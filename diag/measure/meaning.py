@@ -27,17 +27,25 @@ from diag.models.hooks.seam import attention_calls
 from diag.models.known import is_known, trusted
 
 
-def understood(model: Model, tower: Tower, samples: Iterable[Sample], *, allow_random: bool = False) -> Tower:
+def understood(
+    model: Model,
+    tower: Tower,
+    samples: Iterable[Sample],
+    *,
+    allow_random: bool = False,
+    as_made: bool = True,
+) -> Tower:
     """The tower with the layers that it really has, their numbers, and what is not measured of it.
 
     samples: the first one that can be read is looked at; where none can, where another library watches the
         model, and where it is known (`diag.models.known`), the tower comes back as it is.
     allow_random: whether a model may give other numbers for the same input.
+    as_made: whether its library made the model just now; one that was in other hands may be changed.
     Raises UserError for a model that does without being allowed to, and where no layer can be measured.
     """
     if tower.meaning or tower.capture is not attention_calls:
         return tower
-    if is_known(model.module, tower.layers):
+    if as_made and is_known(model.module, tower.layers):
         return replace(tower, meaning=trusted(model.module))
     content = _first_content(tower, samples)
     if content is None:

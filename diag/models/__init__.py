@@ -36,7 +36,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     # random weights are the same in every process, and whenever a run goes on
     with single_precision(), seeded(spec.seed) if spec.random_init else nullcontext():
         model = family.load(spec, device=device, dtype=dtype)
-    towers = {name: _in_single_precision(tower) for name, tower in model.towers.items()}
+    towers = {name: in_single_precision(tower) for name, tower in model.towers.items()}
     facts = {
         "revision": spec.revision,
         "checkpoint": None if spec.checkpoint is None else str(spec.checkpoint),
@@ -50,7 +50,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     return replace(model, towers=towers, notes=tuple(dict.fromkeys(notes)), facts={**facts, **model.facts})
 
 
-def _in_single_precision(tower: Tower) -> Tower:
+def in_single_precision(tower: Tower) -> Tower:
     """The tower as its library meant it: what it makes as it runs is float32 unless it says else."""
     from diag.models.loading import single_precision
 

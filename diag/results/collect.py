@@ -53,42 +53,75 @@ class Collection:
         return list(self.layers["label"].unique())
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run, of a folder or in memory. samples: as `tables.layer_samples` has them. folder: where it lies.
+
+    notes: sentences about it.
+    """
+
+    layers: pd.DataFrame
+    heads: pd.DataFrame
+    samples: pd.DataFrame
+    manifest: Mapping[str, Any]
+    folder: Path
+    notes: Sequence[str] = ()
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run folder. Raises UserError if it is none."""
+    manifest = read_manifest(folder)
+    if (kind := manifest.get("kind", PROBE)) != PROBE:
+        raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
+    tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
+    return Run(*tables, manifest, folder, edited(folder, manifest))
+
+
 def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) -> Collection:
     """Reads finished run folders, each once; those that cannot be read are listed under `problems`.
 
     names: what runs are called where that is not their folder's name.
     Raises UserError if none can be read.
     """
-    parts: list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = []
-    found: dict[str, Path] = {}
-    manifests: dict[str, Mapping[str, Any]] = {}
+    runs = list[tuple[str, Run]]()
     problems: dict[str, str] = {}
-    notes: list[str] = []
-    contents = _Contents()
     first: UserError | None = None
     for folder in once(folders):
         try:
-            manifest = read_manifest(folder)
-            if (kind := manifest.get("kind", PROBE)) != PROBE:
-                raise UserError(f"'{folder}' was made by attnbias {kind}", "give folders of attnbias probe")
-            tables = read_layers(folder), read_heads(folder), layer_samples(read_samples(folder))
-            notes += edited(folder, manifest)
+            run = read_run(folder)
         except UserError as error:
             problems[str(folder)] = " ".join(str(error).split())
             first = first or error
             continue
-        name = _free((names or {}).get(folder) or folder.resolve().name, found)
-        found[name], manifests[name] = folder, manifest
+        runs.append(((names or {}).get(folder) or folder.resolve().name, run))
+    if first is not None and not runs:
+        raise first
+    return collected(runs, problems)
+
+
+def collected(runs: Iterable[tuple[str, Run]], problems: Mapping[str, str] | None = None) -> Collection:
+    """Runs by name as one collection; of those of one name, later ones get a number.
+
+    problems: of folders that could not be read. Raises UserError where there is no run.
+    """
+    parts: list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = []
+    found: dict[str, Path] = {}
+    manifests: dict[str, Mapping[str, Any]] = {}
+    notes: list[str] = []
+    contents = _Contents()
+    for called, run in runs:
+        name, manifest = _free(called, found), run.manifest
+        found[name], manifests[name] = run.folder, manifest
+        notes += run.notes
+        tables = run.layers, run.heads, run.samples
         layers, heads, samples = (_counted(table.assign(run=name), manifest) for table in tables)
         parts.append((layers, heads, samples.assign(source=_sources(samples, manifest, contents))))
-    if first is not None and not parts:
-        raise first
     if not parts:
         raise UserError("no run was given", "give run folders, for example runs/demo-vision")
     layers, heads, samples = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     labels = _labels(layers)
     layers, heads, samples = (table.join(labels, on=list(LINE)) for table in (layers, heads, samples))
-    return Collection(layers, heads, samples, found, manifests, problems, notes)
+    return Collection(layers, heads, samples, found, manifests, problems or {}, notes)
 
 
 def _entries(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:

@@ -20,6 +20,9 @@ LAYERS, HEADS, SAMPLES, QUANTILES = "layers.csv", "heads.parquet", "samples.parq
 SINK_PLACES = "sink_places.csv"
 """Where the sinks of heads are, and whether they stay there; of runs that measured sink events."""
 
+TOKENS = "tokens.parquet"
+"""Numbers of single tokens, where they were kept (`diag.probe`)."""
+
 
 def once(folders: Iterable[Path]) -> list[Path]:
     """Folders, each once however it is spelled: as it was named first."""

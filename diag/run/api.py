@@ -2,73 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
 from diag.errors import UserError
-from diag.inputs.given import as_inputs
-from diag.inputs.items import Inputs
+from diag.inputs.given import as_inputs, kind_of, listed
+from diag.inputs.items import sha256
+from diag.inputs.texts import is_typed
 from diag.measure import loop as measure
 from diag.measure.batch_readings import Incidents
 from diag.measure.device import device_of, dtype_of
 from diag.measure.meaning import understood
-from diag.models import load
+from diag.measure.token_values import TokenValues
+from diag.models import in_single_precision, load
 from diag.models.base import Model, Sample, Tower
-from diag.models.families.from_module import from_module
-from diag.models.names.resolve import parse
+from diag.models.families.from_module import from_module, refuse_training
+from diag.models.families.from_object import Fed, from_object
+from diag.models.known import known_layers
 from diag.models.untrained import reinitialised, untrained_twin
 from diag.results.tables import samples_frame, tables
 from diag.results.untrained import beside
 from diag.run import shards
-from diag.run.plan import ProbePlan
+from diag.run.in_memory import Probe
+from diag.run.plan import ProbePlan, specs_of
 from diag.run.prepared import Measurement
 from diag.variants import variants_in
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was measured.
-
-    layers: one row per (model, tower, layer, tokens, metric): mean over heads within each input, then
-        mean, std, 95 % bootstrap interval and n over inputs.
-    heads: the same per head. samples: one value per input, layer, head and metric.
-    failed: inputs that could not be read, or gave values that are not finite, with the reason.
-    skipped: layers that are not measured, by path, with the reason.
-    depths: how many layers each tower has, also where only some are measured.
-    meaning: what was found about the calls of each tower: whose their rows are, whether the model is random …
-    """
-
-    layers: pd.DataFrame
-    heads: pd.DataFrame
-    samples: pd.DataFrame
-    failed: dict[str, str]
-    skipped: dict[str, str] = field(default_factory=dict)
-    meaning: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    depths: dict[str, int] = field(default_factory=dict)
-
-    def plot(self) -> dict[str, Figure]:
-        """The figures of a run folder, by name: curves per layer and layer × head maps."""
-        from diag.show.figures import draw_run
-
-        lines = self.layers[["model", "tower"]].drop_duplicates().itertuples(index=False)
-        depths = {(model, tower): self.depths[tower] for model, tower in lines if tower in self.depths}
-        return {name: figure for name, (figure, _) in draw_run(self.layers, self.heads, depths).items()}
 
 
 def probe(
     model: str | nn.Module,
     inputs: Any,
     *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    preprocess: Any = None,
+    name: str | None = None,
+    checkpoint: str | Path | None = None,
+    random_init: bool = False,
     metrics: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
     layers: Sequence[int] | str | None = None,
@@ -79,24 +59,30 @@ def probe(
     seq_len: int | None = None,
     batch_size: int = 8,
     exact: bool = False,
+    per_token: bool = False,
     device: str = "auto",
     dtype: str = "float32",
     seed: int = 0,
     allow_random: bool = False,
 ) -> Probe:
-    """Measures a named model on images or texts, or your own module on ready batches.
+    """Measures a model, named or as an object, on images or texts; or your own module on ready batches.
 
-    model: a name as on the command line, or an `nn.Module` that uses PyTorch attention.
-    inputs: for a name, a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, or a list of PIL
-        images, of paths of images (`pathlib`), or of strings; for a model of videos, a folder of frames for
-        each clip, or a list of lists of PIL images. For a module, an iterable of batches, each a
-        tensor or a dict of tensors that the module takes; every row of a batch is one input. A module runs
-        where it is, as it is.
+    model: a name as on the command line, or an `nn.Module` that uses PyTorch attention. A module runs where
+        it is, as it is.
+    inputs: a folder, a file, "demo", `diag.images(…)`, `diag.texts(…)`, a PIL image or a text, or a list of
+        these, or of paths of images; for a model of videos, a folder of frames for each clip, or a list of
+        lists of PIL images. For a module alone, an iterable of batches, each a tensor or a dict of tensors
+        that the module takes; every row of a batch is one input.
+    tokenizer, processor, preprocess: what makes a module's inputs of texts or images, as for a name: a
+        tokenizer or processor of transformers, a tokenizer of open_clip, a transform of timm, open_clip or
+        torchvision. Models of these libraries have the token sets that they have by name.
+    name: what the model is called in the tables. checkpoint, random_init: weights for a name.
     metrics, tokens, layers: names, token sets, and the model's own numbers of layers, where -1 or "last" is
         its last; defaults are the `default` group, the tower's default token sets, and all layers.
     values: "as_computed", or "bias_free": without the constant that biases add to every value.
     batch_size: inputs per forward pass; 0 for as many as memory allows.
     exact: compute every query row, also beyond 2,048 tokens (docs/metrics.md, Sampled rows).
+    per_token: keep the numbers of single tokens as well, in `Probe.tokens`: a row for every one of them.
     intervene: what is done to attention, as on the command line: "xsa:8-11", "gated_xsa=0.5".
     null: "untrained", or "untrained=5": beside the model, three (or five) of its architecture with fresh
         weights (docs/nulls.md). A module is initialised by the `reset_parameters` and `init_weights` that its
@@ -111,6 +97,8 @@ def probe(
     """
     plan = ProbePlan.checked(
         models=(model if isinstance(model, str) else type(model).__name__,),
+        checkpoint=checkpoint,
+        random_init=random_init,
         metrics=_listed(metrics),
         tokens=_listed(tokens),
         layers=_listed(layers),
@@ -129,15 +117,18 @@ def probe(
     measurement = Measurement.of(plan)
     if plan.seeds and isinstance(inputs, Iterator):
         inputs = list(inputs)  # every twin is given all of them
-    loaded, towers, samples = _prepare(model, inputs, plan)
+    fed = Fed(tokenizer, processor, preprocess)
+    loaded, towers, samples, given = _prepare(model, inputs, plan, fed)
+    loaded = loaded if name is None else replace(loaded, name=name)
     twins = list[dict[str, pd.DataFrame]]()
     for seed in range(plan.seeds):
-        twin = _prepare(_twin(model, loaded, plan, seed), inputs, plan)
+        twin = _prepare(_twin(model, loaded, plan, seed), inputs, plan, fed)[:3]
         twins.append(_frames(*twin, measurement.of_untrained(), Incidents(), {}))
-    incidents, skipped = Incidents(), dict[str, str]()
+    incidents, skipped = Incidents(tokens=TokenValues() if per_token else None), dict[str, str]()
     of_towers = _frames(loaded, towers, samples, measurement, incidents, skipped)
     frames = [
-        beside(frame, [twin[name] for twin in twins]) if twins else frame for name, frame in of_towers.items()
+        beside(frame, [twin[tower] for twin in twins]) if twins else frame
+        for tower, frame in of_towers.items()
     ]
     if not frames:
         reason = next(iter(incidents.failed.values()), "there is none")
@@ -151,13 +142,30 @@ def probe(
         )
     meaning = {tower.name: tower.meaning for tower in towers}
     depths = {tower.name: tower.depth for tower in towers}
-    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths)
+    entries = [
+        shards.entry_of(loaded, tower, loaded.name, len(samples))
+        | {"skipped_layers": skipped, "tokenizer": tower.facts.get("tokenizer") or _windows(tower, samples)}
+        for tower in towers
+    ]
+    given = given or {"source": "batches", "sha256": _content(samples)}
+    manifest = {
+        "plan": plan.model_dump(mode="json"),
+        "inputs": {tower.input_kind: dict(given) for tower in towers},
+        "models": entries,
+    }
+    each = None if incidents.tokens is None else incidents.tokens.frame()
+    return Probe(*tables(frame, seed=seed), frame, incidents.failed, skipped, meaning, depths, manifest, each)
 
 
 def capture(
     model: str | nn.Module,
     batch: Any,
     *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    preprocess: Any = None,
+    checkpoint: str | Path | None = None,
+    random_init: bool = False,
     layers: Sequence[int] | str | None = None,
     limit: int = 64,
     seq_len: int | None = None,
@@ -166,27 +174,30 @@ def capture(
 ) -> list[AttentionCall]:
     """The attention calls of one forward pass, in order: queries, keys, values, output, mask and scale.
 
-    batch: for a name, images or strings as in `probe`, the first `limit` of them in one forward pass;
-        for a module, a tensor or a dict of tensors, whole.
+    batch: images or strings as in `probe`, the first `limit` of them in one forward pass; for a module
+        without tokenizer, processor or preprocess, a tensor or a dict of tensors, whole.
     `diag.pattern_rows(call, rows)` gives attention weights of chosen query rows, or all of them.
 
     Raises UserError as `probe` does, and for more inputs than the model takes at once.
     """
-    own_module = isinstance(model, nn.Module)
+    fed = Fed(tokenizer, processor, preprocess)
+    own_module = isinstance(model, nn.Module) and not fed
     plan = ProbePlan.checked(
-        models=(type(model).__name__ if own_module else model,),
+        models=(model if isinstance(model, str) else type(model).__name__,),
+        checkpoint=checkpoint,
+        random_init=random_init,
         layers=_listed(layers),
         limit=sys.maxsize if own_module else limit,
         seq_len=seq_len,
         device=device,
         dtype=dtype,
     )
-    _, towers, samples = _prepare(model, [batch] if own_module else batch, plan, apart=False)
+    _, towers, samples, _ = _prepare(model, [batch] if own_module else batch, plan, fed, apart=False)
     calls = list[AttentionCall]()
     for tower in towers:
         if tower.max_batch is not None and len(samples) > tower.max_batch:
             raise UserError(
-                f"'{model}' takes {tower.max_batch} input at once, {len(samples)} were given",
+                f"'{plan.models[0]}' takes {tower.max_batch} input at once, {len(samples)} were given",
                 f"limit={tower.max_batch}, or diag.probe for all of them",
             )
         calls += measure.capture(tower, tower.encode(samples), plan.layers)
@@ -216,35 +227,98 @@ def _twin(model: str | nn.Module, loaded: Model, plan: ProbePlan, seed: int) -> 
     if isinstance(model, nn.Module):
         return reinitialised(model, seed)
     where: dict[str, Any] = {"device": device_of(plan.device), "dtype": dtype_of(plan.dtype)}
-    return untrained_twin(parse(model), seed, variants_in(loaded.module), **where)
+    (spec,) = specs_of(plan)
+    return untrained_twin(spec, seed, variants_in(loaded.module), **where)
 
 
 def _prepare(
-    model: str | nn.Module | Model, inputs: Any, plan: ProbePlan, *, apart: bool = True
-) -> tuple[Model, Sequence[Tower], Sequence[Sample]]:
-    """The model, the towers that take the inputs, and these. apart: as in `from_module`."""
-    if isinstance(model, nn.Module):
+    model: str | nn.Module | Model, inputs: Any, plan: ProbePlan, fed: Fed, *, apart: bool = True
+) -> tuple[Model, Sequence[Tower], Sequence[Sample], Mapping[str, str]]:
+    """The model, the towers that take the inputs, these, and what a manifest says of them, unless batches.
+
+    apart: as in `from_module`.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    if module is None and not isinstance(model, str | Model):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(f"the model is {what}", "give its name as text, or an nn.Module that is built")
+    if module is None and fed:
+        raise UserError(
+            f"'{model}' is a name, and a tokenizer, processor or preprocess is given",
+            "a name brings its own: leave it out, or give the model as an object",
+        )
+    if module is not None and (plan.checkpoint is not None or plan.random_init):
+        raise UserError(
+            f"the model is an object ({type(module).__name__}), and checkpoint or random_init is given",
+            "those are for a name; load the weights into the object before",
+        )
+    if module is None or fed:
+        _refuse_tensors(inputs, plan.models[0])
+    if module is None or fed or isinstance(inputs, Image.Image | list | tuple):  # a stream is not read ahead
+        inputs = listed(inputs)
+    kind, typed = kind_of(inputs), isinstance(inputs, str) and is_typed(inputs)
+    if module is not None and not fed:
+        if kind is not None or isinstance(inputs, str | Path):
+            what = {"vision": "images", "text": "texts"}.get(kind or "", "named")
+            raise UserError(
+                f"the model is an object ({type(module).__name__}) alone, and its inputs are {what}",
+                "give tokenizer= for texts, processor= or preprocess= for images, or batches of tensors",
+            )
         if isinstance(inputs, Tensor | Mapping):
             # a loop over it would take rows for batches, and tokens for inputs
             raise UserError(
                 f"one batch was given (a {type(inputs).__name__}), where several are due",
                 "pass a list of batches, also where it is one: [batch]",
             )
-        return from_module(model, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
-    if not isinstance(model, str | Model):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UserError(f"the model is {what}", "give its name as text, or an nn.Module that is built")
-    where: dict[str, Any] = {"device": device_of(plan.device), "dtype": dtype_of(plan.dtype)}
-    loaded = model if isinstance(model, Model) else load(parse(model), **where)
-    kind = next(iter(loaded.towers))
-    if isinstance(inputs, Inputs):
-        kind = inputs.tower
-    elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Path | Mapping):
-        inputs = list(inputs)
-        kind = "text" if inputs and isinstance(inputs[0], str) else "vision"
+        own = from_module(module, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
+        return *own, {}
+    if module is not None:
+        refuse_training(module, plan.allow_random)
+        kind = kind or ("text" if typed else fed.kind)
+        loaded, as_made = from_object(module, kind, fed), known_layers(module) is not None
+        loaded = replace(loaded, towers={n: in_single_precision(t) for n, t in loaded.towers.items()})
+    else:
+        (spec,), as_made = specs_of(plan), True
+        where: dict[str, Any] = {"device": device_of(plan.device), "dtype": dtype_of(plan.dtype)}
+        loaded = model if isinstance(model, Model) else load(spec, **where)
+        kind = kind or ("text" if typed and "text" in loaded.towers else next(iter(loaded.towers)))
     tower = next(iter(loaded.takers(kind, plan.tokens)), None) or loaded.tower(kind)
-    samples = shards.tower_samples(tower, as_inputs(inputs, kind), limit=plan.limit, seq_len=plan.seq_len)
-    return loaded, [understood(loaded, tower, samples, allow_random=plan.allow_random)], samples
+    given = as_inputs(inputs, kind)
+    samples = shards.tower_samples(tower, given, limit=plan.limit, seq_len=plan.seq_len)
+    found = understood(loaded, tower, samples, allow_random=plan.allow_random, as_made=as_made)
+    return loaded, [found], samples, {"source": given.source, "sha256": given.digest}
+
+
+def _content(samples: Sequence[Sample]) -> str:
+    """Identifies ready batches by their numbers."""
+    content = hashlib.sha256()
+    for sample in samples:
+        data = sample.read().data
+        for name, x in data.items() if isinstance(data, Mapping) else [("", data)]:
+            told = f"{name}\0{x.dtype}{list(x.shape)}\n".encode()
+            content.update(told + x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+def _windows(tower: Tower, samples: Sequence[Sample]) -> str | None:
+    """Tells whether two towers cut their inputs alike where no vocabulary does: by the tokens themselves."""
+    if tower.input_kind == "vision":
+        return None
+    read = [sample.read() for sample in samples] if tower.input_kind == "text" else []
+    return sha256(repr(read))[:16]
+
+
+def _refuse_tensors(inputs: Any, name: str) -> None:
+    """Raises UserError for ready tensors, or numbers, where images and texts are due."""
+    first = inputs[0] if isinstance(inputs, list | tuple) and inputs else inputs
+    first = next(iter(first.values()), None) if isinstance(first, Mapping) else first
+    ids = isinstance(first, int) or (isinstance(first, list) and bool(first) and isinstance(first[0], int))
+    if isinstance(first, Tensor) or ids:
+        what = "numbers" if ids else "tensors"
+        raise UserError(
+            f"inputs are {what}, and '{name}' makes its own of texts or images",
+            "give texts or images; ready batches go with the model as an object alone: probe(model, [batch])",
+        )
 
 
 def _listed(given: Any) -> tuple[Any, ...] | None:

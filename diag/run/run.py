@@ -50,7 +50,7 @@ from diag.run.shard_ledger import (
     read_plan,
     standing,
 )
-from diag.run.shards import TowerJob, shard_values, tower_samples
+from diag.run.shards import TowerJob, entry_of, shard_values, tower_samples
 from diag.run.weights_ahead import WeightsAhead, weights_ahead
 from diag.show.figures.drawer import Drawer
 from diag.variants import variants_in
@@ -267,36 +267,19 @@ def _measure_tower(
     samples = tower_samples(tower, given, limit=limit, seq_len=plan.seq_len)
     tower = understood(model, tower, samples, allow_random=plan.allow_random)
     shards = [samples[i : i + job.size] for i in range(0, len(samples), job.size)]
+    entry = entry_of(model, tower, spec.given, len(samples))
+    if len(samples) > plan.keep_samples:
+        of_moments = "Student's t, of the moments of all inputs"
+        entry |= {"samples_kept": plan.keep_samples, "interval": of_moments}
     note = {
         "towers": towers,
         "shards": len(shards),
         "source": given.source,
         "device": str(prepared.device),
-        "entry": _entry(model, tower, spec, len(samples), plan.keep_samples),
+        "entry": entry,
     }
     write_json(note, part.note)
     _run_tower(job, part, model, tower, shards, given.files if tower.frames is None else None)
-
-
-def _entry(model: Model, tower: Tower, spec: ModelSpec, inputs: int, keep: int) -> dict[str, Any]:
-    """What the manifest says of one tower."""
-    entry = {
-        "given": spec.given,
-        "resolved": model.resolved,
-        "family": model.family,
-        "tower": tower.name,
-        "takes": tower.input_kind,
-        "layers": tower.depth,
-        "skipped_numbers": {place.path: place.index for place in tower.places if place.why is not None},
-        "meaning": dict(tower.meaning),
-        "inputs": inputs,
-        "notes": list(model.notes),
-        **dict(model.facts),
-        **dict(tower.facts),
-    }
-    if inputs > keep:
-        entry |= {"samples_kept": keep, "interval": "Student's t, of the moments of all inputs"}
-    return entry
 
 
 def _run_tower(

@@ -16,7 +16,17 @@ from typing import Any
 
 from diag.errors import UserError
 from diag.inputs.outside import json_of, mapping_in
-from diag.results.folder import HEADS, LAYERS, MANIFEST, PLAN, QUANTILES, SAMPLES, SINK_PLACES, is_finished
+from diag.results.folder import (
+    HEADS,
+    LAYERS,
+    MANIFEST,
+    PLAN,
+    QUANTILES,
+    SAMPLES,
+    SINK_PLACES,
+    TOKENS,
+    is_finished,
+)
 from diag.results.staging import (
     NEXT,
     Owner,
@@ -40,7 +50,17 @@ SHARDS = ("shards/*.parquet", "shards/*.json", "shards/.lock")
 PROBE = Owner(
     "probe",
     result=(
-        *(PLAN, MANIFEST, LAYERS, HEADS, SAMPLES, QUANTILES, SINK_PLACES, "activations/*/*.safetensors"),
+        *(
+            PLAN,
+            MANIFEST,
+            LAYERS,
+            HEADS,
+            SAMPLES,
+            QUANTILES,
+            SINK_PLACES,
+            TOKENS,
+            "activations/*/*.safetensors",
+        ),
         *pictures("curves-*", "nulls-*", "heads-*", "sinks-*", "ledger-*", "comparison", "comparison-*"),
     ),
     work=SHARDS,

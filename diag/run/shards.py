@@ -82,6 +82,24 @@ def tower_samples(tower: Tower, given: Inputs, *, limit: int, seq_len: int | Non
     return found
 
 
+def entry_of(model: Model, tower: Tower, given: str, inputs: int) -> dict[str, Any]:
+    """What a manifest says of one tower. given: what the model is called. inputs: how many it was given."""
+    return {
+        "given": given,
+        "resolved": model.resolved,
+        "family": model.family,
+        "tower": tower.name,
+        "takes": tower.input_kind,
+        "layers": tower.depth,
+        "skipped_numbers": {place.path: place.index for place in tower.places if place.why is not None},
+        "meaning": dict(tower.meaning),
+        "inputs": inputs,
+        "notes": list(model.notes),
+        **dict(model.facts),
+        **dict(tower.facts),
+    }
+
+
 def shard_values(
     job: TowerJob,
     samples: Iterable[Sample],

@@ -59,7 +59,7 @@ SHORT_DIFFERENCES = {"bias": "bias", "excess_over_partner": "over partner", "val
 """Differences on the screen; all are in differences.csv. Name -> heading."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Lines side by side.
 
@@ -77,6 +77,13 @@ class Comparison:
     missing: Mapping[str, tuple[str, ...]]
     published: pd.DataFrame | None
     settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """Its lines; `print` shows what the command line does."""
+        return f"Comparison({'; '.join(self.labels)})"
+
+    def __str__(self) -> str:
+        return screen(self)
 
     @property
     def labels(self) -> list[str]:

@@ -237,7 +237,7 @@ def test_masks_of_other_tokens_are_refused() -> None:
     assert plain(aligned, False) == (aligned, False)
     for mask, shape in ((aligned, "4 x 13"), (torch.ones(5, 5).bool(), "5 x 5")):
         with pytest.raises(
-            MeasurementError, match=f"^a mask of {shape} queries and keys is not of 13 tokens$"
+            MeasurementError, match=f"(?m)^a mask of {shape} queries and keys is not of 13 tokens$"
         ):
             make_call(mask=mask)
 

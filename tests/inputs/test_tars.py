@@ -331,7 +331,7 @@ def test_a_tar_without_images(tmp_path: Path, content: dict[str, bytes] | bytes,
     ("name", "message"),
     [
         ("{00000..00004}.tar", r"00003.tar' does not exist \(2 of 5 tars are missing\)"),
-        ("x.tar", r"x.tar' does not exist$"),
+        ("x.tar", r"(?m)x.tar' does not exist$"),
         ("{3..1}.tar", "is an empty range"),
         ("{0..9999999999}.tar", "stands for more than 1,000,000 tars"),
         ("{0..%s}.tar" % ("9" * 5000), "stands for more than 1,000,000 tars"),

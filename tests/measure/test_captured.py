@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from reference import make_call
-from torch import Tensor
+from torch import Tensor, nn
 
 import diag
 from diag.attention.call import AttentionCall
@@ -145,3 +146,44 @@ def test_what_does_not_fit_is_told(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
         diag.metrics_of(**given)
     assert error.value.tip
+
+
+class Saved:
+    """As nnsight hands out what a trace saved: the tensor is its `value`."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_output_attentions_with_values_give_the_numbers_of_the_probe() -> None:
+    """Of every layer at once; values are caught by hooks on the projections, as anybody would."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 50}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager"
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaModel(config).eval()
+    ids = torch.randint(0, 50, (2, 12))
+    values = list[Tensor]()
+
+    def caught(module: nn.Module, args: object, output: Tensor) -> None:
+        values.append(output.unflatten(-1, (2, 8)).transpose(1, 2))
+
+    hooks = [layer.self_attn.v_proj.register_forward_hook(caught) for layer in model.layers]
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    for hook in hooks:
+        hook.remove()
+    ours = diag.metrics_of(value=values, pattern=attentions)
+    assert sorted(set(ours["layer"])) == [0, 1, 2]
+    theirs = diag.probe(model, [{"input_ids": ids}]).samples
+    theirs = theirs[theirs["metric"].isin(METRICS)].assign(input=lambda table: table["input_index"])
+    np.testing.assert_allclose(sorted_values(ours), sorted_values(theirs), rtol=2e-5, atol=2e-5)
+    proxies = {"value": [Saved(x) for x in values], "pattern": tuple(map(Saved, attentions))}
+    pd.testing.assert_frame_equal(diag.metrics_of(**proxies), ours)
+    one = diag.metrics_of(value=Saved(values[0]), pattern=Saved(attentions[0]))
+    pd.testing.assert_frame_equal(one, ours[ours["layer"] == 0])
+    with pytest.raises(UserError, match=r"layers differ in number: \{'value': 2, 'pattern': 3\}"):
+        diag.metrics_of(value=values[:2], pattern=attentions)
+    with pytest.raises(UserError, match="pattern of layer 1 is None"):
+        diag.metrics_of(value=values[:2], pattern=[attentions[0], None])

@@ -266,7 +266,7 @@ def test_rows_that_belong_to_no_input_are_refused() -> None:
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             return super().forward(torch.cat([x, x[:1]]))[:-1]
 
-    message = r"^layer 'layers\.1' ran 6 rows for 5 inputs: whose they are is unclear$"
+    message = r"(?m)^layer 'layers\.1' ran 6 rows for 5 inputs: whose they are is unclear$"
     with pytest.raises(MeasurementError, match=message) as error:
         list(measure(vision_tower(Attention(), Doubled()), IMAGES))
     assert "--batch-size 1" in error.value.tip
@@ -485,7 +485,7 @@ def test_a_call_that_does_not_rebuild_its_output_is_refused(lie: str) -> None:
     honest = replace(tower, capture=tampering(replace))
     np.testing.assert_array_equal(run(honest, IMAGES), run(tower, IMAGES))
     message = (
-        r"^layer 'layers\.1': A V rebuilt from the call differs from what the model used "
+        r"(?m)^layer 'layers\.1': A V rebuilt from the call differs from what the model used "
         r"\(relative error \d\.\de[-+]\d+, allowed 1e-05\)$"
     )
     with pytest.raises(MeasurementError, match=message):
@@ -577,7 +577,7 @@ def test_what_the_model_fails_of_itself_is_told_and_a_fault_of_ours_is_not(
         raise KeyError("no such state")
 
     tower = replace(vision_tower(), forward=broken)
-    message = "^the model's vision tower fails on its own input: it lacks 'no such state'$"
+    message = "(?m)^the model's vision tower fails on its own input: it lacks 'no such state'$"
     for work in (lambda: run(tower, IMAGES), lambda: capture(tower, tower.encode(IMAGES[:1]))):
         with pytest.raises(UserError, match=message) as error:
             work()
@@ -662,7 +662,7 @@ def test_nothing_but_inputs_that_are_not_finite_is_an_error_of_the_whole(whole: 
     incidents = Incidents()
     batches = measure(vision_tower(), given, batch_size=3, incidents=incidents, whole=whole)
     if whole:
-        with pytest.raises(UserError, match=r"'layers\.0' .* not finite \(input '0' and 3 more\)$"):
+        with pytest.raises(UserError, match=r"(?m)'layers\.0' .* not finite \(input '0' and 3 more\)$"):
             list(batches)
     else:
         assert not list(batches)
@@ -710,7 +710,10 @@ def test_depths_that_share_weights_are_not_mixed() -> None:
     shared = Attention()
     tower = tower_of(Stack(Attention(), shared, shared))
     tower = replace(tower, layers=tower.layers[:2])
-    message = r"^layer 'layers\.1' ran 2 times in one forward pass: depths that share weights would be mixed$"
+    message = (
+        r"(?m)^layer 'layers\.1' ran 2 times in one forward pass: "
+        r"depths that share weights would be mixed$"
+    )
     with pytest.raises(MeasurementError, match=message):
         list(measure(tower, IMAGES))
     assert len(capture(tower, tower.encode(IMAGES))) == 3

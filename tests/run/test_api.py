@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import tarfile
 from collections.abc import Callable, Iterator
@@ -331,8 +332,9 @@ def test_one_batch_is_not_a_list_of_batches(mixer: Mixer) -> None:
     """Its rows would be taken for batches, and their tokens for inputs."""
     (batch,) = batches(3)
     for given, kind in ((batch, "Tensor"), ({"x": batch}, "dict")):
-        with pytest.raises(UserError, match=rf"^one batch was given \(a {kind}\), where several are due$"):
+        with pytest.raises(UserError) as told:
             diag.probe(mixer, given)
+        assert str(told.value) == f"one batch was given (a {kind}), where several are due"
 
 
 def test_rows_are_counted_from_the_end_too() -> None:
@@ -355,7 +357,7 @@ def test_rows_are_counted_from_the_end_too() -> None:
         ("demo:lm", [Image.new("RGB", (8, 8))], "has no vision tower"),
         ("demo:vit-p16", ["text"], "has no text tower"),
         ("demo:vit-p16", [], "neither all PIL images nor all strings"),
-        ("demo:lm", ["s"], "gives no sample"),
+        ("demo:lm", ["short", "too"], "gives no sample"),
     ],
 )
 def test_inputs_that_do_not_fit(model: str, given: list, message: str) -> None:
@@ -615,6 +617,64 @@ def test_the_package_hands_out_its_names() -> None:
         assert getattr(diag, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'prob'"):
         _ = diag.prob
+
+
+def test_the_package_is_known_by_the_name_that_it_is_installed_by() -> None:
+    import attnbias
+    import attnbias.collect
+    import attnbias.errors
+    from attnbias.studies.compare import compare
+
+    assert attnbias is diag
+    assert attnbias.errors.UserError is UserError is attnbias.UserError
+    assert attnbias.collect is diag.collect
+    assert compare.__module__ == "diag.studies.compare"
+    with pytest.raises(ModuleNotFoundError, match=r"attnbias\.nothing"):
+        importlib.import_module("attnbias.nothing")
+
+
+def test_a_text_and_an_image_alone_and_paths_as_words(noise: Path) -> None:
+    text = "the cat sat on the mat . " * 20
+    one, listed = (
+        diag.probe("demo:lm", given, metrics=FAST, seq_len=16, limit=2) for given in (text, [text])
+    )
+    pd.testing.assert_series_equal(means(one), means(listed), check_exact=True)
+    files = sorted(noise.iterdir())[:2]
+    picture = Image.open(files[0]).convert("RGB")
+    alone, several, paths = (
+        diag.probe("demo:vit-p16", given, metrics=FAST) for given in (picture, [picture], [str(files[0])])
+    )
+    for run in (alone, paths):
+        pd.testing.assert_series_equal(means(run), means(several), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (torch.zeros(2, 9, dtype=torch.long), "tensors"),
+        ({"input_ids": torch.zeros(2, 9)}, "tensors"),
+        ([torch.zeros(2, 9)], "tensors"),
+        ([1, 2, 3], "numbers"),
+        ([[1, 2], [3, 4]], "numbers"),
+    ],
+)
+def test_ready_tensors_do_not_go_with_a_name(given: Any, what: str) -> None:
+    with pytest.raises(UserError) as told:
+        diag.probe("demo:lm", given)
+    assert str(told.value) == f"inputs are {what}, and 'demo:lm' makes its own of texts or images"
+    assert "the model as an object" in str(told.value.tip)
+
+
+def test_names_and_weights_of_a_name() -> None:
+    options: dict[str, Any] = {"limit": 1, "metrics": FAST}
+    trained = diag.probe("demo:vit-p16", "demo", **options)
+    called = diag.probe("demo:vit-p16", "demo", name="mine", **options)
+    assert set(called.layers["model"]) == {"mine"}
+    pd.testing.assert_series_equal(means(called), means(trained), check_exact=True)
+    random = diag.probe("timm:vit_tiny_patch16_224", "demo", random_init=True, layers=0, **options)
+    assert set(random.layers["weights"]) == {"random"}
+    with pytest.raises(UserError, match=r"nowhere\.pt"):
+        diag.probe("timm:vit_tiny_patch16_224", "demo", checkpoint="nowhere.pt", **options)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.float16])

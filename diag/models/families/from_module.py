@@ -48,10 +48,7 @@ def from_module(
     ready = list(_ready(batches, limit, 0))
     if not ready:
         raise UserError("no batch was given", "pass an iterable of tensors, or of dicts of tensors")
-    if module.training and not allow_random:
-        raise UserError(
-            f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
-        )
+    refuse_training(module, allow_random)
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     device = device_of_module(module)
 
@@ -114,6 +111,14 @@ def _without_padding(found: Meaning) -> Meaning:
         return tuple(replace(layer, form=replace(layer.form, padding=())) for layer in one.layers)
 
     return replace(found, towers=tuple(replace(one, layers=layers(one)) for one in found.towers))
+
+
+def refuse_training(module: nn.Module, allow_random: bool) -> None:
+    """Raises UserError for a module in training mode that is not allowed to be."""
+    if module.training and not allow_random:
+        raise UserError(
+            f"{type(module).__name__} is in training mode", "call its eval() first, or pass allow_random=True"
+        )
 
 
 def _tower(

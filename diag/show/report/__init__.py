@@ -13,14 +13,14 @@ from pathlib import Path
 
 from diag.errors import UserError
 from diag.inputs.outside import mapping_in
-from diag.results.collect import collect
+from diag.results.collect import Collection, collect
 from diag.results.folder import MANIFEST
 from diag.results.manifest import ATTEND
 from diag.results.writing import sweep_beside, write_text
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
 
-__all__ = ["Report", "default_title", "page", "write_report"]
+__all__ = ["Report", "default_title", "page", "write_page", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,14 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
             "no run was given" + (", only attend folders" if looks else ""),
             "give at least one run folder, for example: attnbias report runs/demo-vision",
         )
-    collection = collect(runs)
+    return write_page(collect(runs), looks, path, title=title)
+
+
+def write_page(
+    collection: Collection, looks: Sequence[Path], path: Path, *, title: str | None = None
+) -> Report:
+    """`write_report` of runs that are read already. looks: attend folders."""
+    check_free(path)
     attended, problems = read_attended(looks)
     notes = [*collection.notes, *(note for look in attended for note in look.notes)]
     collection = replace(collection, notes=notes)

@@ -169,7 +169,7 @@ def test_sizes_in_arguments_are_bounded_before_anything_is_built() -> None:
     assert "depth is 1000000000" in str(refusal(name, model_args=["depth=1000000000"]))
     assert "parameters" in str(refusal(name, model_args=["embed_dim=9000000"], random_init=True))
     refuse_unreasonable({"depth": [2, 2, 18], "num_classes": 0, "patch_size": (4, 4), "head_dim": None}, "it")
-    with pytest.raises(UserError, match=r"^it: a\.depth is 0$") as error:
+    with pytest.raises(UserError, match=r"(?m)^it: a\.depth is 0$") as error:
         refuse_unreasonable({"a": {"depth": [2, 0]}}, "it")
     assert error.value.tip == "it can be from 1 to 1,000"
     with torch.device("meta"):

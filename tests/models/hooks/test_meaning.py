@@ -872,7 +872,7 @@ def test_a_module_whose_weights_are_lost_is_named() -> None:
 
 def test_where_there_is_no_attention_that_is_said() -> None:
     module = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1))
-    with pytest.raises(UserError, match=r"^Sequential made no self-attention call$"):
+    with pytest.raises(UserError, match=r"(?m)^Sequential made no self-attention call$"):
         meaning_on(module, torch.randn(2, 5, 16))
 
 

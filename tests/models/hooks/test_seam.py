@@ -433,7 +433,7 @@ class Bypassed(nn.Module):
 def test_a_layer_without_a_call_is_named() -> None:
     module = Stack(Attention(), Bypassed()).eval()
     layers = listed(module, (Attention, Bypassed))
-    message = r"^layer 'layers\.1' finished without a call of attention that is seen$"
+    message = r"(?m)^layer 'layers\.1' finished without a call of attention that is seen$"
     with (
         pytest.raises(MeasurementError, match=message) as error,
         attention_calls(layers, lambda call: None),

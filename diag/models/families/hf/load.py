@@ -82,7 +82,8 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
     ready(module, spec.resolved, device=None if spread else device, dtype=None)
     notes: list[str] = []
     sized = "vision" if IMAGE in spec.model_args else None  # the size was asked for by name
-    towers = build_towers(_builders(spec, module, lacks, notes, dtype=dtype), notes, needed=sized)
+    fed = Feeding.of_files(spec, config)
+    towers = build_towers(builders_of(spec, module, lacks, fed, notes, dtype=dtype), notes, needed=sized)
     notes += described(module)
     facts = {"model_type": config.model_type, "commit": commit_of(spec)}
     if not spec.random_init and (Path(spec.name) / "adapter_config.json").is_file():
@@ -213,8 +214,28 @@ def _restore_variants(module: Any, folder: Path) -> None:
 # --- towers
 
 
-def _builders(
-    spec: ModelSpec, module: Any, lacks: Lacking, notes: list[str], *, dtype: torch.dtype
+@dataclass(frozen=True)
+class Feeding:
+    """How to get what makes inputs of texts and images, where a tower needs it. Each raises UserError."""
+
+    tokenizer: Callable[[], Any]
+    image_processor: Callable[[], Any]
+    video_processor: Callable[[], Any]
+    processor: Callable[[], Any]
+
+    @staticmethod
+    def of_files(spec: ModelSpec, config: transformers.PretrainedConfig) -> Feeding:
+        """What was saved with a model."""
+        return Feeding(
+            partial(load_tokenizer, spec),
+            partial(load_image_processor, spec),
+            partial(load_video_processor, spec, config),
+            partial(load_processor, spec),
+        )
+
+
+def builders_of(
+    spec: ModelSpec, module: Any, lacks: Lacking, fed: Feeding, notes: list[str], *, dtype: torch.dtype
 ) -> dict[str, Build]:
     """How to build each tower that a model has; a tower adds to `notes` what was done to its sizes.
 
@@ -233,16 +254,16 @@ def _builders(
         ahead = tuple(layer for layer in layers if not layer.path.startswith(beside))
         layers = ahead if hasattr(part, "encoder") else layers
         if frames_of(config_around(part, module)) is not None:
-            return clip_tower(spec, module, part, layers, load_video_processor(spec, config), dtype)
-        return seen(spec, module, part, layers, load_image_processor(spec), notes, dtype)
+            return clip_tower(spec, module, part, layers, fed.video_processor(), dtype)
+        return seen(spec, module, part, layers, fed.image_processor(), notes, dtype)
 
     def read(part: Any, prefix: str, causal: bool, head: Callable[[], nn.Module] | None = None) -> Tower:
         layers = layers_of(part, spec.resolved, "text", prefix=prefix)
-        tokenizer = load_tokenizer(spec)
+        tokenizer = fed.tokenizer()
         return text_tower(part, tokenizer, layers, source=spec.name, causal=causal, head=head)
 
     def answer(token: int) -> Tower:
-        return language_tower(spec, module, f"{text}.", load_processor(spec), token, dtype)
+        return language_tower(spec, module, f"{text}.", fed.processor(), token, dtype)
 
     def whole(build: Build, prefix: str = "") -> Build:
         def checked() -> Tower:

@@ -17,6 +17,7 @@ import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor, nn
 
 from diag.errors import UserError, did_you_mean, one_of
@@ -111,43 +112,61 @@ def _zero_shot(spec: ModelSpec, module: Any, names: Sequence[str]) -> Callable[[
 
 def _vision(spec: ModelSpec, module: Any, fit_to: Fitted, dtype: torch.dtype) -> Tower:
     visual = module.visual
-    trunk = getattr(visual, "trunk", None)
     with theirs(f"the preprocessing of '{spec.base}' cannot be used", "check its preprocess_cfg"):
         settings = PreprocessCfg(**visual.preprocess_cfg)
         transform = image_transform_v2(settings, is_train=False)
         mean, std = list(settings.mean), list(settings.std)
-    patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
     size = settings.size
+    facts = {
+        "image_size": size if isinstance(size, int) else plain(size),
+        **fit_to.facts,
+        "preprocessing": {
+            "size": size,
+            "crop": settings.resize_mode,
+            "interpolation": settings.interpolation,
+            "mean": mean,
+            "std": std,
+        },
+    }
+    return vision_tower(module, transform, spec.resolved, facts, dtype)
+
+
+def vision_tower(
+    module: Any,
+    transform: Callable[[Image.Image], Tensor],
+    source: str,
+    facts: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Tower:
+    """The vision tower of a model; `transform` takes an RGB image to pixels. source: its name, for errors."""
+    visual = module.visual
+    trunk = getattr(visual, "trunk", None)
     prepare = image_preparation(transform, dtype)
     tower = Tower(
         name="vision",
-        layers=layers_of(visual, spec.resolved, "vision", prefix="visual."),
+        layers=layers_of(visual, source, "vision", prefix="visual."),
         samples=image_samples,
         prepare=prepare,
         encode=image_encoder(prepare, device_of_module(module)),
         forward=lambda batch: module.encode_image(batch.data),
         ending="embedding",
-        facts={
-            "image_size": size if isinstance(size, int) else plain(size),
-            **fit_to.facts,
-            "preprocessing": {
-                "size": size,
-                "crop": settings.resize_mode,
-                "interpolation": settings.interpolation,
-                "mean": mean,
-                "std": std,
-            },
-        },
+        facts=facts,
     )
+    patch_size = getattr(visual, "patch_size", None) if trunk is None else patch_size_of(trunk)
     return placed(tower, visual, patch_size)
 
 
 def _text(spec: ModelSpec, module: Any) -> Tower:
+    with quiet(), hub(_text_config(spec).get("hf_tokenizer_name", spec.resolved), "tokenizer.json"):
+        tokenizer = open_clip.get_tokenizer(_hub_form(spec))
+    return text_tower(module, tokenizer, spec.resolved)
+
+
+def text_tower(module: Any, tokenizer: Any, source: str) -> Tower:
+    """The text tower of a model, with a tokenizer as open_clip makes one. source: its name, for errors."""
     separate = getattr(module, "text", None)  # CustomTextCLIP; a plain CLIP holds its text tower itself
     holder = module if separate is None else separate
     root, prefix = (module.transformer, "transformer.") if separate is None else (separate, "text.")
-    with quiet(), hub(_text_config(spec).get("hf_tokenizer_name", spec.resolved), "tokenizer.json"):
-        tokenizer = open_clip.get_tokenizer(_hub_form(spec))
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is None:
         before, after, tokenise = [tokenizer.sot_token_id], [tokenizer.eot_token_id], tokenizer.encode
@@ -162,7 +181,7 @@ def _text(spec: ModelSpec, module: Any) -> Tower:
     fixed = separate is None or getattr(separate, "attn_mask", None) is not None
     return Tower(
         name="text",
-        layers=layers_of(root, spec.resolved, "text", prefix=prefix),
+        layers=layers_of(root, source, "text", prefix=prefix),
         # a causal mask or a plain CLIP's position embeddings are added whole, whatever the length of the text
         samples=text_samples(tokenise, context=context, before=before, after=after, fixed=fixed),
         encode=text_encoder(device_of_module(module)),
