@@ -1,4 +1,4 @@
-"""What `--metrics` may name: metrics, groups of them, or `all`. Optional ones have to be named."""
+"""What `--metrics` may name: metrics, groups of them, or `all` that any model has. Optional ones have to be named."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not Non
     GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
 
 
+NOT_OF_ALL = ("divergence", "untrained")
+"""Groups that have to be named: they take images and a pass of their own, or other models."""
+
 OF_OTHERS = [entry for entry in CATALOGUE.values() if entry.place.group == "untrained"]
 """Metrics that are not measured by name, but come of untrained twins."""
 
@@ -27,7 +30,7 @@ def metric_names(names: Sequence[str] | None) -> list[str]:
     Raises UserError with the nearest name.
     """
     every = [name for group in GROUPS.values() for name in group]
-    known = {**GROUPS, ALL: tuple(name for name in every if CATALOGUE[name] not in OF_OTHERS)}
+    known = {**GROUPS, ALL: tuple(name for name in every if CATALOGUE[name].place.group not in NOT_OF_ALL)}
     written = [part for name in names or ("default",) for part in known.get(name, (name,))]
     if of_others := next((name for name in written if CATALOGUE.get(name) in OF_OTHERS), None):
         raise UserError(f"metric '{of_others}' is of another model, beside this one", "--null untrained")
