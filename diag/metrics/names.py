@@ -1,4 +1,4 @@
-"""What `--metrics` may name: metrics, groups of them, or `all` that any model has. Optional ones have to be named."""
+"""What `--metrics` may name: metrics, groups, or `all` of any model. Optional ones have to be named."""
 
 from __future__ import annotations
 
