@@ -25,7 +25,7 @@ def test_of_several_those_of_others_are_left_out(capsys: pytest.CaptureFixture[s
     kept = plans_for("figures", CONFIGS)
     assert [verb_of(file) for file in kept] == ["figures"] * len(kept)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(CONFIGS) - len(kept) == 6
+    assert len(said) == len(CONFIGS) - len(kept) == 7
     assert said[0].startswith("left out: ")
     assert said[0].endswith("clip-cc12m-b14.yaml is for attnbias train-clip")
 
