@@ -79,16 +79,16 @@ def test_so_many_threads_share_each_product() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_an_error_of_any_thread_is_raised_and_the_number_of_threads_is_as_before() -> None:
-    here = threading.get_ident()
+    here, begun = threading.get_ident(), threading.Event()
 
     def work(blocks: Iterator[int]) -> None:
-        for _ in blocks:
-            if threading.get_ident() != here:
-                raise MemoryError("of another thread")
-            threading.Event().wait(0.001)
+        if threading.get_ident() != here:
+            begun.set()
+            raise MemoryError("of another thread")
+        assert begun.wait(timeout=20)
 
     with torch.no_grad(), pytest.raises(MemoryError, match="another"):
-        in_threads(work, lambda: range(10_000), CPU)
+        in_threads(work, lambda: range(2), CPU)
     assert torch.get_num_threads() == 2
 
 
