@@ -6,7 +6,7 @@ Nothing here holds a whole token × token matrix, except `pattern_rows` when it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diag.attention.call import AttentionCall, of_threads
 from diag.attention.sampling import RowSample
-from diag.attention.threads import in_threads
 from diag.attention.visibility import four_dimensional
 from diag.errors import MeasurementError, UserError
 
@@ -118,7 +117,7 @@ def weighted_values(
 
 
 def log2_pattern_blocks(
-    call: AttentionCall, lse: Tensor, known: bool, heads: Iterable[tuple[slice, slice]] | None = None
+    call: AttentionCall, lse: Tensor, known: bool
 ) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
     """Yields `log₂ A` in blocks `[batch, head, row, key]` with their place; fills `lse` where not known.
 
@@ -128,17 +127,15 @@ def log2_pattern_blocks(
     Rows are those of the call's sample, where it has one; `lse` is that of all rows. Keys after the last
     that a causal block sees are left out. Hidden entries hold a large negative number instead of -inf, so
     that `A log₂ A` is 0 and not NaN.
-
-    heads: some inputs and heads at a time, in which all rows are read, of `pattern_heads`; all if None.
     """
     assert call.query is not None
     assert call.key is not None
     call, lse = replace(call, query=call.query.detach(), key=call.key.detach()), lse.detach()
     if call.sample is None:
-        yield from _all_blocks(call, lse, known, pattern_heads(call) if heads is None else heads)
+        yield from _all_blocks(call, lse, known)
         return
     if not known:
-        for _ in _all_blocks(call, lse, known, pattern_heads(call)):
+        for _ in _all_blocks(call, lse, known):
             pass
     yield from _sampled_blocks(call, call.sample, lse)
 
@@ -228,92 +225,62 @@ def _sampled_blocks(
                 yield (in_batch, in_head, in_row), block[None]
 
 
-def _rows_at_once(call: AttentionCall) -> int:
-    """Query rows of one block."""
-    device = "cuda" if call.output.is_cuda else "cpu"
-    rows = min(BLOCK_ROWS[device], max(128, call.tokens // LEAST_BLOCKS), call.tokens)
-    if call.tokens <= 2 * rows:
-        rows = call.tokens
-    return max(1, min(rows, max(BLOCK_ELEMENTS[device] // call.keys, 16)))
-
-
-def pattern_heads(call: AttentionCall) -> Iterator[tuple[slice, slice]]:
-    """The inputs and heads of which one block holds rows, in order."""
-    budget = BLOCK_ELEMENTS["cuda" if call.output.is_cuda else "cpu"]
-    of_several = min(of_threads(SEVERAL_HEADS_ELEMENTS, call.output.device), budget)
-    number = max(1, of_several // (_rows_at_once(call) * call.keys))
-    heads_at_once = min(call.heads, number)
-    batch_at_once = max(1, number // call.heads)
-    for b in range(0, call.batch, batch_at_once):
-        for h in range(0, call.heads, heads_at_once):
-            yield (
-                slice(b, min(b + batch_at_once, call.batch)),
-                slice(h, min(h + heads_at_once, call.heads)),
-            )
-
-
-def each_pattern_block(
-    call: AttentionCall,
-    lse: Tensor,
-    known: bool,
-    work: Callable[[Iterator[tuple[tuple[slice, slice, slice], Tensor]]], None],
-) -> None:
-    """Has `work` read all `log2_pattern_blocks`, in several threads where there are and blocks are small."""
-    if call.sample is not None:
-        work(log2_pattern_blocks(call, lse, known))
-        return
-    in_threads(
-        lambda heads: work(log2_pattern_blocks(call, lse, known, heads)),
-        lambda: pattern_heads(call),
-        call.output.device,
-        small=_rows_at_once(call) * call.keys <= SEVERAL_HEADS_ELEMENTS["cpu"],
-    )
-
-
 def _all_blocks(
-    call: AttentionCall, lse: Tensor, known: bool, heads: Iterable[tuple[slice, slice]]
+    call: AttentionCall, lse: Tensor, known: bool
 ) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
     assert call.query is not None
     assert call.key is not None
-    rows_at_once = _rows_at_once(call)
+    device = "cuda" if call.output.is_cuda else "cpu"
+    budget = BLOCK_ELEMENTS[device]
+    rows_at_once = min(BLOCK_ROWS[device], max(128, call.tokens // LEAST_BLOCKS), call.tokens)
+    if call.tokens <= 2 * rows_at_once:
+        rows_at_once = call.tokens
+    rows_at_once = max(1, min(rows_at_once, max(budget // call.keys, 16)))
+    of_several = min(of_threads(SEVERAL_HEADS_ELEMENTS, call.output.device), budget)
+    number = max(1, of_several // (rows_at_once * call.keys))
+    heads_at_once = min(call.heads, number)
+    batch_at_once = max(1, number // call.heads)
     mask = None if call.mask is None else four_dimensional(call.mask)
     # a minimum is many times as fast as a fill by a mask
     most = torch.full((rows_at_once, rows_at_once), torch.inf, device=call.output.device)
     most = most.where(torch.ones_like(most, dtype=torch.bool).tril(), -1e30)
     offsets = lse[..., None] / LN2
     scratch = Scratch(call.output.device)
-    for in_batch, in_head in heads:
-        query = call.query[in_batch, in_head].float()
-        shape, query = query.shape[:2], query.flatten(0, 1)
-        key = _keys_of_heads(call, in_batch, in_head).float().flatten(0, 1)
-        if rows_at_once < call.tokens:  # several blocks of rows read them
-            key = key.contiguous()
-        key, offset = key.transpose(1, 2), offsets[in_batch, in_head].flatten(0, 1)
-        for r in range(0, call.tokens, rows_at_once):
-            stop = min(r + rows_at_once, call.tokens)
-            in_row = slice(r, stop)
-            seen = min(stop, call.keys) if call.causal else call.keys
-            block = torch.baddbmm(
-                offset[:, in_row],
-                query[:, in_row],
-                key[:, :, :seen],
-                beta=-1.0 if known else 0.0,
-                alpha=call.scale / LN2,
-                out=scratch(len(query), stop - r, seen),
-            )
-            block = block.unflatten(0, shape)  # [batch, head, row, key]
-            if mask is not None:
-                part = _mask_part(mask, in_batch, in_head, in_row, seen)
-                block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)
-            if call.causal and r < seen:
-                block[..., r:].clamp_(max=most[: stop - r, : seen - r])
-            if not known:
-                top = block.amax(-1, keepdim=True)
-                normaliser = top + (block - top).exp2_().sum(-1, keepdim=True).log2_()
-                normaliser *= LN2
-                lse[in_batch, in_head, in_row] = normaliser[..., 0]
-                block = block.sub_(normaliser / LN2)  # as rounded: to the last bit what a known one gives
-            yield (in_batch, in_head, in_row), block
+    for b in range(0, call.batch, batch_at_once):
+        in_batch = slice(b, min(b + batch_at_once, call.batch))
+        for h in range(0, call.heads, heads_at_once):
+            in_head = slice(h, min(h + heads_at_once, call.heads))
+            query = call.query[in_batch, in_head].float()
+            shape, query = query.shape[:2], query.flatten(0, 1)
+            key = _keys_of_heads(call, in_batch, in_head).float().flatten(0, 1)
+            if rows_at_once < call.tokens:  # several blocks of rows read them
+                key = key.contiguous()
+            key, offset = key.transpose(1, 2), offsets[in_batch, in_head].flatten(0, 1)
+            for r in reversed(range(0, call.tokens, rows_at_once)):  # the largest first: memory is taken once
+                stop = min(r + rows_at_once, call.tokens)
+                in_row = slice(r, stop)
+                seen = min(stop, call.keys) if call.causal else call.keys
+                block = torch.baddbmm(
+                    offset[:, in_row],
+                    query[:, in_row],
+                    key[:, :, :seen],
+                    beta=-1.0 if known else 0.0,
+                    alpha=call.scale / LN2,
+                    out=scratch(len(query), stop - r, seen),
+                )
+                block = block.unflatten(0, shape)  # [batch, head, row, key]
+                if mask is not None:
+                    part = _mask_part(mask, in_batch, in_head, in_row, seen)
+                    block = masked(block, part, call.hidden, -1e30, unit=1 / LN2)
+                if call.causal and r < seen:
+                    block[..., r:].clamp_(max=most[: stop - r, : seen - r])
+                if not known:
+                    top = block.amax(-1, keepdim=True)
+                    normaliser = top + (block - top).exp2_().sum(-1, keepdim=True).log2_()
+                    normaliser *= LN2
+                    lse[in_batch, in_head, in_row] = normaliser[..., 0]
+                    block = block.sub_(normaliser / LN2)  # as rounded: to the last bit what a known one gives
+                yield (in_batch, in_head, in_row), block
 
 
 def _keys_of_heads(call: AttentionCall, in_batch: slice, in_head: slice) -> Tensor:

@@ -5,7 +5,7 @@ Whoever measures a call makes one `CallStatistics` of it: what is computed there
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch.linalg import vecdot, vector_norm
 from diag.attention.call import AttentionCall, first_key, head_chunks
 from diag.attention.containers import SoftmaxStatistics
 from diag.attention.kernels import fused_statistics
-from diag.attention.pattern import LN2, Scratch, each_pattern_block, given_blocks, masked
+from diag.attention.pattern import LN2, Scratch, given_blocks, log2_pattern_blocks, masked
 from diag.attention.row_sums import row_sums
 from diag.attention.visibility import four_dimensional
 
@@ -86,27 +86,23 @@ def softmax_statistics(
     entropy = lse.new_empty(*lse.shape[:2], call.tokens if sample is None else sample.rows)
     squares = torch.empty_like(entropy)
     received = Received(call, givers) if givers else None
-
-    def read(blocks: Iterator[tuple[tuple[slice, slice, slice], Tensor]]) -> None:
-        scratch = Scratch(call.output.device)
-        for where, logs in blocks:
-            # logs: [block batch, block head, block row, key]
-            pattern = torch.exp2(logs, out=scratch(*logs.shape))
-            vector_norm(pattern, dim=-1, out=squares[where])
-            if sample is None:
-                if call.own_keys:
-                    own[where] = pattern.diagonal(where[2].start, -2, -1)
-                if call.visibility.keys is None:
-                    leading[where] = pattern[..., 0]
-                else:
-                    leading[where] = _on_key(pattern, first[where[0]])
-                if call.outside is not None:
-                    torch.sum(pattern, -1, out=sums[where])
-            if received is not None:  # heads are apart, and so are threads
-                received.add(pattern, where)
-            torch.sum(pattern.mul_(logs), -1, out=entropy[where])
-
-    each_pattern_block(call, lse, known, read)
+    scratch = Scratch(call.output.device)
+    for where, logs in log2_pattern_blocks(call, lse, known):
+        # logs: [block batch, block head, block row, key]
+        pattern = torch.exp2(logs, out=scratch(*logs.shape))
+        vector_norm(pattern, dim=-1, out=squares[where])
+        if sample is None:
+            if call.own_keys:
+                own[where] = pattern.diagonal(where[2].start, -2, -1)
+            if call.visibility.keys is None:
+                leading[where] = pattern[..., 0]
+            else:
+                leading[where] = _on_key(pattern, first[where[0]])
+            if call.outside is not None:
+                torch.sum(pattern, -1, out=sums[where])
+        if received is not None:
+            received.add(pattern, where)
+        torch.sum(pattern.mul_(logs), -1, out=entropy[where])
     squares.square_()
     entropy.mul_(-LN2)
     if sample is not None:

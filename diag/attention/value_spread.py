@@ -5,7 +5,6 @@ Both are read off the same blocks of values, in one pass after that of `value_st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.functional import threshold
 
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import Scratch
-from diag.attention.value_statistics import each_value_block, reciprocal
+from diag.attention.value_statistics import reciprocal, value_blocks
 from diag.attention.visibility import of_inputs
 
 ANCHORS = 16
@@ -58,26 +57,23 @@ def value_spread(
     weights = among[:, None, :, None].float()
     number = count[:, None, None, None].clamp(min=1)
 
-    def read(blocks: Iterator[tuple[tuple[slice, slice], Tensor]]) -> None:
-        scratch = Scratch(device)
-        for where, value in blocks:
-            of, there = (of_inputs(x, where[0]) for x in (place, chosen))
-            cosines, coarse = _partial_cosines(value, per_norm[where], of, there)
-            each = similarity[where].copy_(cosines)
-            if coarse.any():  # only these heads are copied in float64
-                inputs = coarse.nonzero()[:, 0]
-                of, there = (x.expand(len(value), *x.shape[1:])[inputs] for x in (of, there))
-                exact = value[coarse].double()[:, None]
-                lengths = reciprocal(vector_norm(exact, dim=-1))
-                each[coarse] = _partial_cosines(exact, lengths, of, there)[0][:, 0]
-            inside = of_inputs(weights, where[0])
-            mean = inside.mT @ value / of_inputs(number, where[0])
-            centred = torch.sub(value, mean, out=scratch(*value.shape)).mul_(inside)
-            covariance = centred.mT @ centred  # [batch, kv_head, dim, dim]
-            trace[where] = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-            squares[where] = covariance.square_().sum((-2, -1))
-
-    each_value_block(call, read)
+    scratch = Scratch(device)
+    for where, value in value_blocks(call):
+        of, there = (of_inputs(x, where[0]) for x in (place, chosen))
+        cosines, coarse = _partial_cosines(value, per_norm[where], of, there)
+        each = similarity[where].copy_(cosines)
+        if coarse.any():  # only these heads are copied in float64
+            inputs = coarse.nonzero()[:, 0]
+            of, there = (x.expand(len(value), *x.shape[1:])[inputs] for x in (of, there))
+            exact = value[coarse].double()[:, None]
+            lengths = reciprocal(vector_norm(exact, dim=-1))
+            each[coarse] = _partial_cosines(exact, lengths, of, there)[0][:, 0]
+        inside = of_inputs(weights, where[0])
+        mean = inside.mT @ value / of_inputs(number, where[0])
+        centred = torch.sub(value, mean, out=scratch(*value.shape)).mul_(inside)
+        covariance = centred.mT @ centred  # [batch, kv_head, dim, dim]
+        trace[where] = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        squares[where] = covariance.square_().sum((-2, -1))
     exist = valid[:, None]
     # what rounding of the mean leaves is no spread; NaN stays, to be found out
     energy = (among[:, None] * norm.square()).sum(-1)

@@ -5,18 +5,17 @@ Notation: per head, `v_i` values, `y_i` outputs, `v̂ = v/‖v‖`, `z_i = y_i -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from diag.attention.call import TENSOR_ELEMENTS, AttentionCall, head_chunks
+from diag.attention.call import AttentionCall, head_chunks
 from diag.attention.containers import ValueStatistics
 from diag.attention.kernels import fused_values
 from diag.attention.pattern import Scratch
-from diag.attention.threads import in_threads
 from diag.attention.visibility import Visibility, of_inputs, part_of
 
 
@@ -63,32 +62,17 @@ def uniform_outputs(
 
 
 def value_blocks(
-    call: AttentionCall, places: Iterable[tuple[slice, slice]] | None = None
+    call: AttentionCall,
 ) -> Iterator[tuple[tuple[slice, slice], Float[Tensor, "some_batch some_kv_head token value_dim"]]]:
     """Yields the values in float32, contiguous, some KV heads of some inputs at a time, with their place.
 
     The value of a token that no query sees is 0: padding may hold anything. A block is overwritten by the
     next, and is read only.
-
-    places: those to be read, of `head_chunks`; all if None.
     """
     keys, scratch = call.visibility.keys, Scratch(call.value.device)
-    for in_batch, in_head in places or head_chunks(call, call.value.shape[-1]):
+    for in_batch, in_head in head_chunks(call, call.value.shape[-1]):
         hidden = None if keys is None else ~of_inputs(keys, in_batch)[:, None, :]
         yield (in_batch, in_head), _float32(call.value[in_batch, in_head], hidden, scratch)
-
-
-def each_value_block(
-    call: AttentionCall, work: Callable[[Iterator[tuple[tuple[slice, slice], Tensor]]], None]
-) -> None:
-    """Has `work` read all `value_blocks`, in several threads where there are (`in_threads`)."""
-    width = call.value.shape[-1]
-    in_threads(
-        lambda places: work(value_blocks(call, places)),
-        lambda: head_chunks(call, width),
-        call.value.device,
-        small=call.group * call.keys * width <= TENSOR_ELEMENTS["cpu"],
-    )
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -114,43 +98,43 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
     output_total, exclusive_total = (new(kv_heads, group, dim) for _ in range(2))
     counted = rows.unflatten(1, (-1, group)) if rows.shape[1] > 1 else rows[:, :, None]
 
-    def read(blocks: Iterator[tuple[tuple[slice, slice], Tensor]]) -> None:
-        outputs, work = Scratch(call.output.device), Scratch(call.output.device)
-        for where, value in blocks:
-            own_heads = (where[0], call.query_heads(where[1]))
-            visible = seen.part(*own_heads) if several else seen
-            output = _float32(call.output[own_heads], visible.count == 0 if hides else None, outputs)
-            output = output.unflatten(1, (-1, group))  # [batch, kv_head, group, token, dim]
-            in_set = of_inputs(among, where[0])[:, None]
+    outputs, work = Scratch(call.output.device), Scratch(call.output.device)
+    for where, value in value_blocks(call):
+        own_heads = (where[0], call.query_heads(where[1]))
+        visible = seen.part(*own_heads) if several else seen
+        output = _float32(call.output[own_heads], visible.count == 0 if hides else None, outputs)
+        output = output.unflatten(1, (-1, group))  # [batch, kv_head, group, token, dim]
+        in_set = of_inputs(among, where[0])[:, None]
 
-            own, norm = value[:, :, None], vector_norm(value, dim=-1)
-            per_norm = reciprocal(norm)  # [batch, kv_head, token]
-            value_norm[where] = norm
-            # Σ v̂ and Σ v over what each query sees, [batch, kv_head, group or 1, token or 1, dim]
-            units, plain = _sums(visible, value, in_set * per_norm, in_set.float())
-            if visible.rule == "general":
-                value_total[where] = ((in_set * per_norm)[:, :, None] @ value)[:, :, 0]
-            else:  # the last query sees all
-                value_total[where] = units[:, :, 0, -1]
-            partner[where] = _inner(output, units, work)
-            uniform[where] = _inner(own, plain, work)
-            uniform_norm[where] = vector_norm(plain, dim=-1)
-            del units, plain
+        own, norm = value[:, :, None], vector_norm(value, dim=-1)
+        per_norm = reciprocal(norm)  # [batch, kv_head, token]
+        value_norm[where] = norm
+        # Σ v̂ and Σ v over what each query sees, [batch, kv_head, group or 1, token or 1, dim]
+        sums = _sums(visible, value, in_set * per_norm, in_set.float())
+        units = next(sums)
+        if visible.rule == "general":
+            value_total[where] = ((in_set * per_norm)[:, :, None] @ value)[:, :, 0]
+        else:  # the last query sees all
+            value_total[where] = units[:, :, 0, -1]
+        partner[where] = _inner(output, units, work)
+        del units  # before the other sums are made
+        plain = next(sums)
+        uniform[where] = _inner(own, plain, work)
+        uniform_norm[where] = vector_norm(plain, dim=-1)
+        del plain
 
-            length = vector_norm(output, dim=-1)  # [batch, kv_head, group, token]
-            along = _inner(output, own, work)
-            output_norm[where], product[where] = length, along
-            share = along * per_norm[:, :, None] * per_norm[:, :, None]
-            rest = torch.addcmul(output, share[..., None], own, value=-1, out=work(*output.shape))
-            left = vector_norm(rest, dim=-1)
-            exclusive_norm[where] = left
-            count = part_of(counted, *where)
-            per_length = torch.where(count, reciprocal(length), 0.0)
-            per_left = torch.where(count & (left > least * length), reciprocal(left), 0.0)
-            output_total[where] = (per_length[..., None, :] @ output)[..., 0, :]
-            exclusive_total[where] = (per_left[..., None, :] @ rest)[..., 0, :]
-
-    each_value_block(call, read)
+        length = vector_norm(output, dim=-1)  # [batch, kv_head, group, token]
+        along = _inner(output, own, work)
+        output_norm[where], product[where] = length, along
+        share = along * per_norm[:, :, None] * per_norm[:, :, None]
+        rest = torch.addcmul(output, share[..., None], own, value=-1, out=work(*output.shape))
+        left = vector_norm(rest, dim=-1)
+        exclusive_norm[where] = left
+        count = part_of(counted, *where)
+        per_length = torch.where(count, reciprocal(length), 0.0)
+        per_left = torch.where(count & (left > least * length), reciprocal(left), 0.0)
+        output_total[where] = (per_length[..., None, :] @ output)[..., 0, :]
+        exclusive_total[where] = (per_left[..., None, :] @ rest)[..., 0, :]
     return ValueStatistics(
         value_norm=value_norm,
         uniform=uniform.flatten(1, 2),
@@ -167,12 +151,13 @@ def _in_blocks(call: AttentionCall, among: Tensor, rows: Tensor, least: float) -
 
 def _sums(
     visible: Visibility, value: Tensor, *weights: Tensor
-) -> Iterable[Float[Tensor, "batch kv_head some_group some_token dim"]]:
-    """`visible.sum` for each of several weights, query heads beside their KV head."""
+) -> Iterator[Float[Tensor, "batch kv_head some_group some_token dim"]]:
+    """Yields `visible.sum` for each of several weights, query heads beside their KV head."""
     if visible.rule == "full":  # a hidden key has no weight, and its value is 0
         both = torch.stack(torch.broadcast_tensors(*weights), 2) @ value  # [batch, kv_head, weight, dim]
-        return (x[:, :, None, None] for x in both.unbind(2))
-    return (visible.sum(value, x).unflatten(1, (value.shape[1], -1)) for x in weights)
+        yield from (x[:, :, None, None] for x in both.unbind(2))
+        return
+    yield from (visible.sum(value, x).unflatten(1, (value.shape[1], -1)) for x in weights)
 
 
 def _of_outputs(call: AttentionCall, rows: Tensor) -> ValueStatistics:

@@ -217,6 +217,19 @@ def test_the_budget_bounds_a_block(budget: int, rows_at_once: int, monkeypatch: 
     assert_statistics_match(call)
 
 
+def test_blocks_of_a_causal_call_are_written_to_memory_that_is_taken_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The largest comes first: as they grow, each would take fresh pages."""
+    monkeypatch.setitem(pattern.BLOCK_ROWS, "cpu", 8)
+    monkeypatch.setitem(pattern.SEVERAL_HEADS_ELEMENTS, "cpu", 8 * 40)
+    call = make_call(batch=1, heads=2, tokens=40, causal=True)
+    blocks = pattern.log2_pattern_blocks(call, torch.empty(1, 2, 40), known=False)
+    places, sizes = zip(*((logs.data_ptr(), logs.numel()) for _, logs in blocks), strict=True)
+    assert len(set(sizes)) == 5
+    assert len(set(places)) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("budget", [1, 2000, 1 << 26])
