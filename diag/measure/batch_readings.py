@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diag.attention.call import AttentionCall
+from diag.attention.positions import TEXT
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
@@ -22,7 +23,7 @@ from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.measure.token_values import Part, TokenValues, parts_of
 from diag.metrics.catalogue import SAMPLING_ERROR
-from diag.metrics.default import METRICS, readings_of, selections_of
+from diag.metrics.default import METRICS, Selection, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
 from diag.metrics.ledger import FEW, LEDGER_METRICS, MANY, ledger_readings
 from diag.metrics.nulls import NULL_METRICS, null_readings
@@ -128,36 +129,8 @@ class BatchReadings:
         if self.in_one_sweep:
             selections[0].statistics.givers = [on.rows for on in selections]
         found = [readings_of(on, self.plain) for on in selections]
-        geometry = geometry_of(self.tower, len(self.batch.ids), call)
-        if self.shape:
-            shape = shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
-            found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
-        if self.sinks:
-            roots = self.projections.of(call)
-            if roots is None:
-                self.unprojected.add(call.layer)
-            events = sink_readings(
-                selections,
-                self.sinks,
-                roots=roots,
-                kinds=self.sink_kinds(call),
-                geometry=geometry,
-            )
-            found = [plain | optional for plain, optional in zip(found, events, strict=True)]
-        if self.ledger:
-            whose = ledger_readings(selections, self.ledger, geometry=geometry, kinds=self.kinds(call))
-            found = [plain | optional for plain, optional in zip(found, whose, strict=True)]
-        if self.diverging:
-            other = self.neutral[call.layer].pop(0)
-            more = [divergence_readings(on, other, self.diverging) for on in selections]
-            found = [plain | optional for plain, optional in zip(found, more, strict=True)]
-        if self.nulls:
-            others = [None] * len(masks) if self.following is None else self.following.of(call, masks)
-            beside = [
-                null_readings(on, self.nulls, geometry=geometry, other=other)
-                for on, other in zip(selections, others, strict=True)
-            ]
-            found = [plain | optional for plain, optional in zip(found, beside, strict=True)]
+        for more in self.optional(call, selections, masks):
+            found = [known | others for known, others in zip(found, more, strict=True)]
         for token_set, part in zip(self.sets, found, strict=True):
             if self.per_token:
                 first = sum(self.sizes[call.layer][:-1]) * windows
@@ -165,6 +138,31 @@ class BatchReadings:
             of_layer[token_set].append(
                 {name: condensed(one, inputs, OF_HEADS[name].reduce) for name, one in part.items()}
             )
+
+    def optional(
+        self, call: AttentionCall, selections: Sequence[Selection], masks: Sequence[Tensor]
+    ) -> Iterator[list[dict[str, Reading]]]:
+        """Yields what each optional group says of a call, for each token set; nothing of groups not asked."""
+        placed = self.shape or self.sinks or self.ledger or self.nulls
+        geometry = geometry_of(self.tower, len(self.batch.ids), call) if placed else TEXT
+        if self.shape:
+            yield shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
+        if self.sinks:
+            roots, kinds = self.projections.of(call), self.sink_kinds(call)
+            if roots is None:
+                self.unprojected.add(call.layer)
+            yield sink_readings(selections, self.sinks, roots=roots, kinds=kinds, geometry=geometry)
+        if self.ledger:
+            yield ledger_readings(selections, self.ledger, geometry=geometry, kinds=self.kinds(call))
+        if self.diverging:
+            other = self.neutral[call.layer].pop(0)
+            yield [divergence_readings(on, other, self.diverging) for on in selections]
+        if self.nulls:
+            others = [None] * len(masks) if self.following is None else self.following.of(call, masks)
+            yield [
+                null_readings(on, self.nulls, geometry=geometry, other=one)
+                for on, one in zip(selections, others, strict=True)
+            ]
 
     def sampled(self, call: AttentionCall, masks: Sequence[Tensor]) -> AttentionCall:
         """The call with the query rows that stand for all of them, where its sequence is long.

@@ -250,8 +250,15 @@ class _BatchWork:
             following = next_inputs(self.tower, batch, samples, self.order, self.values_seen)
         per_token = self.incidents.tokens is not None
         of_heads = BatchReadings(
-            *(self.names, self.sets, self.tower, batch, self.sampling),
-            *(neutral, self.projections, following, per_token),
+            self.names,
+            self.sets,
+            self.tower,
+            batch,
+            self.sampling,
+            neutral=neutral,
+            projections=self.projections,
+            following=following,
+            per_token=per_token,
         )
         around = [block for block in self.blocks if block.index in measured]
         of_stream = None
