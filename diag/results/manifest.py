@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diag.errors import UserError
 from diag.inputs.outside import json_of
-from diag.results.folder import MANIFEST
+from diag.results.folder import MANIFEST, is_finished
 
 FORMAT = 1
 """Of what probe and attend write; written to the manifest. A folder of another format is not read."""
@@ -177,6 +177,20 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"cannot read manifest '{folder / MANIFEST}': '{place}' {why}", tip) from error
     lacking = [name for name in FILLED if name in fields.model_fields and name not in found]
     return {name: getattr(checked, name) for name in lacking} | found
+
+
+def finished(folder: Path, kind: str, what: str, tip: str) -> dict[str, Any]:
+    """The manifest of a folder that the verb `kind` finished.
+
+    what: a result of it, in words. tip: what makes one. Raises UserError where there is none, or it is of
+    another verb.
+    """
+    if not is_finished(folder):
+        raise UserError(f"'{folder}' is not a finished {what}", tip)
+    manifest = read(folder, kind)
+    if manifest.get("kind") != kind:
+        raise UserError(f"'{folder}' was not made by attnbias {kind}", again(folder, kind))
+    return manifest
 
 
 def again(folder: Path, kind: str) -> str:

@@ -15,12 +15,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from diag.inputs.items import Inputs
-from diag.results.hashes import edited
-from diag.run.environment import command_line
 from diag.run.progress import Listener, Silent
-from diag.run.run_folder import alone_at_work
-from diag.studies.attend.folder import OWNER, Attended, read, read_manifest, write
+from diag.studies.attend.folder import OWNER, Attended, read, write
 from diag.studies.attend.plan import AttendPlan, folder_of
+from diag.studies.once import once
 
 __all__ = ["AttendPlan", "Attended", "attend", "folder_of", "read", "run_attend", "write"]
 
@@ -50,13 +48,14 @@ def run_attend(
     """
     given = plan.inputs()
     folder = folder or folder_of(plan, given=given)
-    what = {"kind": OWNER.verb, "key": plan.key(given), "plan": plan.model_dump(mode="json")}
-    document, say = what | {"command": command_line()}, (listener or Silent()).say
-    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=say) as place:
-        if place is None:
-            say(f"already complete: {folder} (measure again with --overwrite)")
-            for note in edited(folder, read_manifest(folder)):
-                say(note)
-        else:
-            write(attend(plan, listener, given=given), plan, place)
+    once(
+        plan,
+        plan.key(given),
+        folder,
+        OWNER,
+        lambda place, document: write(attend(plan, listener, given=given), plan, place),
+        overwrite=overwrite,
+        listener=listener or Silent(),
+        complete=f"already complete: {folder} (measure again with --overwrite)",
+    )
     return folder

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diag.inputs.items import Inputs
-from diag.results.hashes import edited
-from diag.run.environment import command_line
 from diag.run.progress import Listener, Silent
-from diag.run.run_folder import alone_at_work
-from diag.studies.audit.folder import OWNER, Audited, read, read_manifest, write
+from diag.studies.audit.folder import OWNER, Audited, read, write
 from diag.studies.audit.plan import AuditPlan, folder_of
+from diag.studies.once import once
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,13 +69,14 @@ def run_audit(
     """
     given = plan.inputs()
     folder = folder or folder_of(plan, given=given)
-    what = {"kind": OWNER.verb, "key": plan.key(given), "plan": plan.model_dump(mode="json")}
-    document, say = what | {"command": command_line()}, (listener or Silent()).say
-    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=say) as place:
-        if place is None:
-            say(f"already complete: {folder} (measure again with --overwrite)")
-            for note in edited(folder, read_manifest(folder)):
-                say(note)
-        else:
-            write(audit(plan, listener, given=given), plan, place, given)
+    once(
+        plan,
+        plan.key(given),
+        folder,
+        OWNER,
+        lambda place, document: write(audit(plan, listener, given=given), plan, place, given),
+        overwrite=overwrite,
+        listener=listener or Silent(),
+        complete=f"already complete: {folder} (measure again with --overwrite)",
+    )
     return folder

@@ -27,25 +27,24 @@ from diag.models.hooks.beside import HeldOut
 from diag.models.hooks.interventions import INTERVENTIONS
 from diag.models.names.changes import is_control
 from diag.results.caveats import columns_of, with_caveats
-from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
+from diag.results.folder import MANIFEST, PLAN, SAMPLES
 from diag.results.hashes import edited, hashes
-from diag.results.manifest import again
-from diag.results.manifest import read as manifest_of
+from diag.results.manifest import again, finished
 from diag.results.staging import Owner, pictures, settle
 from diag.results.tables import layer_samples, read_layers, read_manifest, read_samples
 from diag.results.writing import file_stem, write, write_json, writing
 from diag.run.cache import measured
-from diag.run.environment import command_line, environment
+from diag.run.environment import environment
 from diag.run.plan import RUNS, ProbePlan, default_folder
 from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
-from diag.run.run_folder import alone_at_work
 from diag.run.shards import tower_samples
 from diag.studies.intervene.costs import costs
 from diag.studies.intervene.plan import IntervenePlan
 from diag.studies.intervene.sweep import cases, sweep
 from diag.studies.intervene.tables import LAYOUTS, relations, sensitivity
 from diag.studies.intervene.words import OF_SINKS, STUDY, main_effect
+from diag.studies.once import once
 
 OWNER = Owner(
     "intervene",
@@ -84,15 +83,16 @@ def run_intervene(
     listener = listener or Silent()
     prepared = Prepared.of(plan)
     key = prepared.key
-    what = {"kind": OWNER.verb, "key": key, "plan": plan.model_dump(mode="json")}
-    document = what | {"command": command_line()}
     folder = folder or sweep_folder(plan, RUNS, key)
-    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=listener.say) as place:
-        if place is not None:
-            _carry_out(plan, prepared, place, document, listener)
-        else:
-            for note in edited(folder, manifest_of(folder, OWNER.verb)):
-                listener.say(note)
+    once(
+        plan,
+        key,
+        folder,
+        OWNER,
+        lambda place, document: _carry_out(plan, prepared, place, document, listener),
+        overwrite=overwrite,
+        listener=listener,
+    )
     return open_sweep(folder)
 
 
@@ -224,11 +224,8 @@ def _truth(
 
 def open_sweep(folder: Path) -> Sweep:
     """A finished sweep. Raises UserError if it is none."""
-    if not is_finished(folder):
-        raise UserError(f"'{folder}' is not a finished sweep", "attnbias intervene -m MODEL … -o FOLDER")
-    manifest, tip = manifest_of(folder, OWNER.verb), again(folder, OWNER.verb)
-    if manifest.get("kind") != OWNER.verb:
-        raise UserError(f"'{folder}' was not made by attnbias intervene", tip)
+    manifest = finished(folder, OWNER.verb, "sweep", "attnbias intervene -m MODEL … -o FOLDER")
+    tip = again(folder, OWNER.verb)
     sensed, related = (
         read_table(folder / name, layout, "table", tip=tip) for name, layout in LAYOUTS.items()
     )

@@ -23,18 +23,17 @@ from diag.measure.meaning import understood
 from diag.models import load
 from diag.models.base import Sample, Tower
 from diag.results.caveats import columns_of, with_caveats
-from diag.results.folder import MANIFEST, PLAN, SAMPLES, is_finished
-from diag.results.hashes import edited, hashes
-from diag.results.manifest import again
-from diag.results.manifest import read as manifest_of
+from diag.results.folder import MANIFEST, PLAN, SAMPLES
+from diag.results.hashes import hashes
+from diag.results.manifest import again, finished
 from diag.results.staging import Owner, pictures, remove, settle
 from diag.results.writing import write, write_json, writing
-from diag.run.environment import command_line, environment
+from diag.run.environment import environment
 from diag.run.plan import RUNS, default_folder
 from diag.run.prepared import Prepared
 from diag.run.progress import Listener, Silent
-from diag.run.run_folder import alone_at_work
 from diag.run.shards import tower_samples
+from diag.studies.once import once
 from diag.studies.readout.classifiers import held_out, parts_of
 from diag.studies.readout.features import FILES, Features, features_of, metrics_of
 from diag.studies.readout.plan import ReadoutPlan
@@ -79,25 +78,23 @@ def run_readout(
             "a readout needs images whose class is known",
             "--images DIR with DIR/class/*.jpg, or demo-crops",
         )
-    what = {"kind": OWNER.verb, "key": prepared.key, "plan": plan.model_dump(mode="json")}
     folder = folder or RUNS / f"readout-{default_folder(plan, prepared.key).name}"
-    document = what | {"command": command_line()}
-    with alone_at_work(folder, OWNER, document, overwrite=overwrite, waiting=listener.say) as place:
-        if place is not None:
-            _carry_out(plan, prepared, place, document, listener)
-        else:
-            for note in edited(folder, manifest_of(folder, OWNER.verb)):
-                listener.say(note)
+    once(
+        plan,
+        prepared.key,
+        folder,
+        OWNER,
+        lambda place, document: _carry_out(plan, prepared, place, document, listener),
+        overwrite=overwrite,
+        listener=listener,
+    )
     return open_readout(folder)
 
 
 def open_readout(folder: Path) -> Readout:
     """A finished readout. Raises UserError if it is none."""
-    if not is_finished(folder):
-        raise UserError(f"'{folder}' is not a finished readout", "attnbias readout -m MODEL … -o FOLDER")
-    manifest, tip = manifest_of(folder, OWNER.verb), again(folder, OWNER.verb)
-    if manifest.get("kind") != OWNER.verb:
-        raise UserError(f"'{folder}' was not made by attnbias readout", tip)
+    manifest = finished(folder, OWNER.verb, "readout", "attnbias readout -m MODEL … -o FOLDER")
+    tip = again(folder, OWNER.verb)
     read, related = (read_table(folder / name, layout, "table", tip=tip) for name, layout in LAYOUTS.items())
     return Readout(folder, read, related, manifest)
 

@@ -23,9 +23,9 @@ import torch
 from diag.errors import UserError
 from diag.inputs.tables import COUNT, NAME, OPEN, Layout, read_table
 from diag.measure.device import device_of
-from diag.results.folder import MANIFEST, PLAN, is_finished
+from diag.results.folder import MANIFEST, PLAN
 from diag.results.hashes import edited, hashes
-from diag.results.manifest import again
+from diag.results.manifest import again, finished
 from diag.results.manifest import read as manifest_of
 from diag.results.staging import Owner, clear, pictures, remove, settle
 from diag.results.tables import read_layers
@@ -148,13 +148,8 @@ def run_train(
 
 def open_grid(folder: Path) -> TrainedGrid:
     """A finished grid folder. Raises UserError if it is not one."""
-    if not is_finished(folder):
-        raise UserError(
-            f"'{folder}' is not a finished grid (no {MANIFEST})", "attnbias train CONFIG -o FOLDER"
-        )
-    manifest, tip = manifest_of(folder, "train"), again(folder, "train")
-    if manifest.get("kind") != "train":
-        raise UserError(f"'{folder}' was not made by attnbias train", tip)
+    manifest = finished(folder, "train", f"grid (no {MANIFEST})", "attnbias train CONFIG -o FOLDER")
+    tip = again(folder, "train")
     layouts = dict.fromkeys(manifest["tables"], PLAIN) | {"outcomes": SHOWN}
     tables = {
         name: read_table(folder / f"{name}.csv", layout, "table", tip=tip) for name, layout in layouts.items()
