@@ -27,6 +27,8 @@ class SoftmaxStatistics:
     """A_i0, the weight on the first key that anyone sees"""
     row_sum: Tensor | None = None
     """Σ_j A_ij over tokens, of all rows; None of a softmax over tokens, where it is 1"""
+    received: Float[Tensor, "set batch head key"] | None = None
+    """Σ_i A_ij over the rows that give, for each set of them; None where it was not summed up on the way"""
     negative: Tensor | None = None
     """whether a row that sees a key has a negative weight, `[batch, head]`; None where none can have one, or
     where several maps are added up"""

@@ -5,11 +5,12 @@ Whoever measures a call makes one `CallStatistics` of it: what is computed there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
@@ -30,13 +31,15 @@ class CallStatistics:
     def __init__(self, call: AttentionCall, softmax: SoftmaxStatistics | None = None) -> None:
         """softmax: where it is known already."""
         self.call = call
+        self.givers: Sequence[Bool[Tensor, "#batch #head token"]] = ()
+        """for each token set, the rows whose weights are summed up key by key while `softmax` is computed"""
         self._softmax = softmax
 
     @property
     def softmax(self) -> SoftmaxStatistics:
         """The softmax statistics of every row, or of the call's sampled ones."""
         if self._softmax is None:
-            self._softmax = softmax_statistics(self.call)
+            self._softmax = softmax_statistics(self.call, self.givers)
         return self._softmax
 
     @property
@@ -57,8 +60,13 @@ class CallStatistics:
         return CallStatistics(whole)
 
 
-def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
+def softmax_statistics(
+    call: AttentionCall, givers: Sequence[Bool[Tensor, "#batch #head token"]] = ()
+) -> SoftmaxStatistics:
     """Every row statistic of a call's pattern in O(token) memory.
+
+    givers: sets of rows whose weights are summed up key by key on the way (`received`), where blocks are
+        read; of sampled rows, each counts for those that it stands for.
 
     Everything is read off blocks of query rows, one matrix product each. Where rows are sampled, only entropy
     and Σ A² are: the weights on single keys need the log-normaliser alone and are of all rows.
@@ -78,6 +86,7 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     entropy = lse.new_empty(*lse.shape[:2], call.tokens if sample is None else sample.rows)
     squares = torch.empty_like(entropy)
     scratch = Scratch(call.output.device)
+    received = Received(call, givers) if givers else None
     for where, logs in log2_pattern_blocks(call, lse, known):
         # logs: [block batch, block head, block row, key]
         pattern = torch.exp2(logs, out=scratch(*logs.shape))
@@ -91,6 +100,8 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
                 leading[where] = _on_key(pattern, first[where[0]])
             if call.outside is not None:
                 torch.sum(pattern, -1, out=sums[where])
+        if received is not None:
+            received.add(pattern, where)
         torch.sum(pattern.mul_(logs), -1, out=entropy[where])
     squares.square_()
     entropy.mul_(-LN2)
@@ -99,7 +110,33 @@ def softmax_statistics(call: AttentionCall) -> SoftmaxStatistics:
     total = None
     if call.outside is not None:
         total = row_sums(call) if sample is not None else sums.where(call.visibility.count > 0, 0.0)
-    return SoftmaxStatistics(lse, entropy, squares, own, leading, total)
+    summed = None if received is None else received.found
+    return SoftmaxStatistics(lse, entropy, squares, own, leading, total, summed)
+
+
+class Received:
+    """What keys receive from several sets of rows, summed up block by block.
+
+    found: `Σ_i A_ij`, `[set, batch, head, key]`, float32. With sampled rows, an estimate of it.
+    """
+
+    def __init__(self, call: AttentionCall, givers: Sequence[Bool[Tensor, "#batch #head token"]]) -> None:
+        shape, seen, sample = call.output.shape[:3], call.visibility, call.sample
+        rows = [part.expand(shape) for part in givers]
+        if sample is not None:
+            rows = [sample.at(part) * sample.weight[:, None] for part in rows]
+        self.givers = torch.stack(rows, 2).float()  # [batch, head, set, row]
+        self.found = self.givers.new_zeros(len(rows), *shape[:2], call.keys)
+        # rows of padding, and rows that see nothing, may hold anything
+        self.guarded = seen.keys is not None or seen.rule == "general" or call.padding is not None
+
+    def add(self, pattern: Float[Tensor, "batch head row key"], where: tuple[slice, slice, slice]) -> None:
+        """Adds a block of weights, which is left as it is."""
+        in_batch, in_head, in_row = where
+        givers = self.givers[in_batch, in_head, :, in_row]
+        if self.guarded and bool((silent := (givers == 0).all(2)).any()):
+            pattern = pattern.masked_fill(silent[..., None], 0.0)
+        self.found[:, in_batch, in_head, : pattern.shape[-1]] += (givers @ pattern).movedim(2, 0)
 
 
 def _on_key(pattern: Tensor, key: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
+from diag.metrics.ledger import FEW, LEDGER_METRICS, MANY, ledger_readings
 from diag.metrics.pattern_pass import Neighbour
 from diag.metrics.pattern_shape import SHAPE_METRICS, shape_readings
 from diag.metrics.readings import Reading, condensed, reduce, sampling_error
@@ -31,7 +32,7 @@ from diag.models.hooks.residual import check_states, projection_error, tolerance
 from diag.models.hooks.seam import other_windows
 from diag.results.layer_values import LayerFacts, LayerValues
 
-OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS
+OF_HEADS = METRICS | SHAPE_METRICS | DIVERGENCE_METRICS | LEDGER_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 FEW_KEYS = 64
@@ -73,6 +74,10 @@ class BatchReadings:
         self.plain = [name for name in names if name in METRICS]
         self.shape = [name for name in names if name in SHAPE_METRICS]
         self.diverging = [name for name in names if name in DIVERGENCE_METRICS]
+        self.ledger = [name for name in names if name in LEDGER_METRICS]
+        receiving = any("received" in SHAPE_METRICS[name].needs for name in self.shape)
+        of_rows = any(METRICS[name].of_weights for name in self.plain)
+        self.in_one_sweep = bool(self.ledger) or (receiving and of_rows)
         self.neutral = neutral or {}
         self.neighbour = Neighbour(len(batch.ids))
         self.readings: dict[int, dict[str, list[dict[str, Reading]]]] = {}
@@ -96,11 +101,17 @@ class BatchReadings:
         of_layer = self.readings.setdefault(call.layer, {name: [] for name in self.sets})
         masks = [self.tokens(token_set, call) for token_set in self.sets]
         selections = selections_of(self.sampled(call, masks), masks)
+        if self.in_one_sweep:
+            selections[0].statistics.givers = [on.rows for on in selections]
         found = [readings_of(on, self.plain) for on in selections]
         if self.shape:
             geometry = self.geometry(call)
             shape = shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
             found = [plain | optional for plain, optional in zip(found, shape, strict=True)]
+        if self.ledger:
+            kinds, geometry = self.kinds(call), self.geometry(call)
+            whose = ledger_readings(selections, self.ledger, geometry=geometry, kinds=kinds)
+            found = [plain | optional for plain, optional in zip(found, whose, strict=True)]
         if self.diverging:
             other = self.neutral[call.layer].pop(0)
             more = [divergence_readings(on, other, self.diverging) for on in selections]
@@ -146,6 +157,21 @@ class BatchReadings:
             return Geometry.unknown()
         size = self.tower.facts.get("image_size")
         return Geometry.of_image(call.tokens, self.tower.beside(call.tokens)[0], size, windows)
+
+    def kinds(self, call: AttentionCall) -> dict[str, Tensor]:
+        """Which tokens of a call are of the classes that have names: beside patches, or of image and text."""
+        marked = {name: self.tokens(name, call) for name in MANY if name in self.tower.marks}
+        if marked or "patch" not in self.tower.token_sets:
+            return marked
+        windows = call.batch // len(self.batch.ids)
+        patches, *beside = (
+            self.tower.tokens_in(name, call.tokens, windows)[None].to(call.output.device)
+            for name in ("patch", *(name for name in FEW if name in self.tower.token_sets))
+        )
+        known = [name for name in FEW if name in self.tower.token_sets]
+        found = dict(zip(known, beside, strict=True))
+        others = ~patches & ~torch.stack([patches, *beside]).any(0)
+        return {name: mask for name, mask in (found | {FEW[-1]: others}).items() if bool(mask.any())}
 
     def sized(self, layer: Layer, facts: LayerFacts) -> LayerFacts:
         """A layer's facts with the sizes of this batch: images of native resolution differ."""

@@ -108,6 +108,7 @@ SINKS, DISTANCE, NMI, OVERLAP, POSITION, SUM, NORMS = (
     for group in ("sinks", "distance", "nmi", "overlap", "position", "sum", "norms")
 )
 DIVERGENCE = Place("divergence", "Head divergence: what the image changes")
+LEDGER = Place("ledger", "The ledger: whose is y?")
 
 _XSA = "Exclusive Self Attention (Zhai 2026, arXiv 2603.09078), Fig. 1"
 _POST = "the vision post's generalisation"
@@ -121,6 +122,80 @@ _VISION = "after vision-aware head divergence (2412.13949), there with the image
 
 _COSINE, _SHARE, _RATIO, _NATS = "cosine", "share, 0 to 1", "ratio", "nats"
 _LENGTH, _UNIFORM = "pixels (images), tokens (texts)", "1 = uniform"
+
+LEDGER_CLASSES = {
+    "self": "the token itself",
+    "sink": "the key that receives most",
+    "cls": "the class token",
+    "registers": "the registers",
+    "prefix": "other tokens beside the patches",
+    "near": "near tokens",
+    "image": "image tokens",
+    "text": "text tokens",
+    "extra": "keys that are no tokens",
+    "rest": "all other tokens",
+}
+"""Classes of keys in words: a key is of the first that fits. `diag.metrics.ledger` says what is in them."""
+
+_CONTRIBUTION = "exact split of y; beside Contribution Weights (2606.07604), Kobayashi 2020 (2004.10102)"
+
+
+def _ledger() -> tuple[MetricEntry, ...]:
+    """The lines of the ledger: two for each class, and what part of the sinks' is of which kind."""
+    lines = []
+    for of, column, heading, formula, unit, source, words in (
+        (
+            "output",
+            "y",
+            "output",
+            "Σ Aᵢⱼ (vⱼ·yᵢ) / ‖yᵢ‖² over {}",
+            "signed share; all classes sum to 1",
+            _CONTRIBUTION,
+            "The share of what attention returns that comes from {}.",
+        ),
+        (
+            "bias",
+            "b",
+            "bias",
+            "Σ Aᵢⱼ (vⱼ·v̂ᵢ) / ‖yᵢ‖ over {}",
+            "cosine; all classes sum to the bias",
+            "exact split of the cosine",
+            "The part of the bias that comes from {}.",
+        ),
+    ):
+        for name, keys in LEDGER_CLASSES.items():
+            lines.append(
+                MetricEntry(
+                    f"{of}_from_{name}",
+                    LEDGER,
+                    f"{column} {name}",
+                    f"share of {column} from {keys}" if of == "output" else f"part of the bias from {keys}",
+                    f"{heading} from {name}",
+                    formula.format(keys),
+                    words.format(keys),
+                    unit,
+                    source,
+                    rank=3,
+                )
+            )
+    for name in ("cls", "registers"):
+        keys = LEDGER_CLASSES[name].replace("the registers", "a register")
+        lines.append(
+            MetricEntry(
+                f"output_from_sink_{name}",
+                LEDGER,
+                f"y s={name}",
+                f"share of y from sinks that are {keys}",
+                f"output from sink that is {name}",
+                f"output_from_sink where the sink is {keys}, else 0",
+                f"The part of the sink's share that it has as {keys}.",
+                "signed share, within output_from_sink",
+                _CONTRIBUTION,
+                rank=3,
+            )
+        )
+    return tuple(lines)
+
 
 # a table: three or four lines to a metric, which the formatter would make twelve
 # fmt: off
@@ -462,6 +537,8 @@ _TABLE = (
         "How far the image moves a head's output, whatever its size; 0 where the image does not matter.",
         "0 to 2", _VISION,
     ),
+    # --- whose y is
+    *_ledger(),
 )
 # fmt: on
 

@@ -18,7 +18,7 @@ from diag.attention.call import AttentionCall, first_key
 from diag.attention.kernels import fused_quantities
 from diag.attention.pattern import BLOCK_ELEMENTS, LN2, given_blocks, log2_pattern_blocks, positions
 from diag.attention.positions import Distances, Geometry
-from diag.attention.softmax_statistics import CallStatistics
+from diag.attention.softmax_statistics import CallStatistics, Received
 from diag.attention.value_statistics import value_blocks
 
 NOTHING = -1e30
@@ -45,7 +45,7 @@ def pattern_pass(
     """The wanted quantities of every live query row, in one pass; other rows hold zeros.
 
     Rows are those of the call's sample where it has one: `[…, token]` reads `[…, row]` below. `received`
-    is a sum over all rows, and is asked for without a sample.
+    is a sum over all rows; with a sample it is estimated from the drawn ones.
 
     statistics: of the call; what is known there already is not computed again.
     rows: for each token set, the rows that give to `received`.
@@ -63,11 +63,13 @@ def pattern_pass(
     call = statistics.call
     if call.maps:
         return _of_maps(statistics, wanted, rows, live, geometry)
-    assert call.sample is None or "received" not in wanted
     tokens, device = call.tokens, call.output.device
     of_keys = key_places(call, geometry)
     wanted = set(wanted) - (set() if of_keys.grid(call.keys) else {"distance", "near"})
-    fused = _fused(statistics, wanted, rows, live, geometry)
+    fused = _known(statistics, wanted, live)
+    wanted -= fused.keys()
+    of_blocks = {"received"} if call.sample is not None else set()
+    fused |= _fused(statistics, wanted - of_blocks, rows, live, geometry)
     wanted -= fused.keys()  # what is left needs the blocks
     if not wanted:
         return fused
@@ -81,10 +83,9 @@ def pattern_pass(
     keep = call.sample is None
     distances = _distances(call, geometry, keep=keep) if "distance" in names else None
     first = first_key(call)
-    givers = None
-    if "received" in wanted:
-        givers = torch.stack([part.expand(shape) for part in rows], 2).float()  # [batch, head, set, token]
-        found["received"] = torch.zeros(len(rows), *shape[:2], call.keys, dtype=torch.float32, device=device)
+    received = Received(call, rows) if "received" in wanted else None
+    if received is not None:
+        found["received"] = received.found
     if "top" in wanted:
         found["top"] = torch.full((*shape, top), -1, dtype=torch.int32, device=device)
     lengths_of = None
@@ -101,10 +102,8 @@ def pattern_pass(
             if len(found) == 1:
                 continue
         pattern = block if given else block.exp2()
-        if givers is not None:
-            found["received"][:, in_batch, in_head, :seen] += (
-                givers[in_batch, in_head, :, in_row] @ pattern
-            ).movedim(2, 0)
+        if received is not None:
+            received.add(pattern, where)
         if "own" in found:
             found["own"][where] = _of_keys(pattern, at)
         if "first" in found:
@@ -156,6 +155,20 @@ def _of_maps(
         alone = CallStatistics(statistics.call.of_map(one))
         for name, x in pattern_pass(alone, wanted, rows, live, geometry=geometry).items():
             found[name] = found.get(name, 0.0) + one.coefficient * x
+    return found
+
+
+def _known(statistics: CallStatistics, wanted: Collection[str], live: Tensor) -> dict[str, Tensor]:
+    """What of `wanted` the sweep over all rows for the default metrics has summed up, or does now."""
+    if "received" not in wanted or not statistics.givers:
+        return {}
+    softmax = statistics.softmax
+    if softmax.received is None:
+        return {}
+    found = {"received": softmax.received}
+    if statistics.call.sample is None:
+        of_rows = {"own": softmax.self_weight, "first": softmax.first_weight, "entropy": softmax.entropy}
+        found |= {name: x.masked_fill(~live, 0.0) for name, x in of_rows.items() if name in wanted}
     return found
 
 

@@ -1,9 +1,10 @@
 """Which function measures which metric, and how its tokens become one number.
 
 A new metric is a function with `@metric(...)` above it, in the file of its like (`default`, `stream`,
-`pattern_shape`, `divergence`), and a line of its name in `diag.metrics.catalogue`. The decorator writes it
-into `REGISTRY`; a file is imported before anything of it is measured, so nothing else has to list it. A ratio
-of two metrics' means needs its line only. Names come from the catalogue: they are known without torch.
+`pattern_shape`, `divergence`, `ledger`), and a line of its name in `diag.metrics.catalogue`. The decorator
+writes it into `REGISTRY`; a file is imported before anything of it is measured, so nothing else has to list
+it. A ratio of two metrics' means needs its line only. Names come from the catalogue: they are known without
+torch.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from diag.metrics.catalogue import CATALOGUE
 if TYPE_CHECKING:
     from diag.attention.call import AttentionCall
 
-Reads = Literal["call", "pattern", "neutral", "block", "depth"]
+Reads = Literal["call", "pattern", "neutral", "ledger", "block", "depth"]
 """What a metric is computed from, and so which arguments its function takes.
 
 call: a `Selection`, one attention call. pattern: a `View`, what the pass over its pattern found. neutral: a
-`Selection` and the outputs for a neutral image. block: a `Stream`, the states around one block. depth:
-`Sinks`, what the states of all blocks tell of one.
+`Selection` and the outputs for a neutral image. ledger: a `Ledger`, what each class of keys gave. block: a
+`Stream`, the states around one block. depth: `Sinks`, what the states of all blocks tell of one.
 """
 
 Compute = TypeVar("Compute", bound=Callable[..., Any])

@@ -17,6 +17,7 @@ from diag.metrics.names import GROUPS
 from diag.results.caveats import caveats
 from diag.results.decimals import shown
 from diag.show.figures.tables import span
+from diag.show.words.ledger import ledger_sentence
 from diag.show.words.unusual import OTHER_KEYS
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def result_table(layers: pd.DataFrame) -> str:
         cells = {"layer": [str(layer) for layer in wide.index]}
         others = {str(name): (str(name), "") for name in part["metric"].unique() if name not in COLUMNS}
         for name, (heading, meaning) in (COLUMNS | others).items():
-            if name not in wide:
-                continue
+            if name not in wide or (name in GROUPS["ledger"] and wide[name].isna().all()):
+                continue  # a ledger has classes of which the model has no key
             more = {heading: [shown(value) for value in wide[name]]}
             if name == "cos_y_vself" and spread["ci_low"].notna().any():
                 ends = spread.loc[wide.index, ["ci_low", "ci_high"]].itertuples(index=False)
@@ -57,7 +58,8 @@ def result_table(layers: pd.DataFrame) -> str:
                 break
             cells |= more
             legend |= {f"{heading}: {meaning}": None} if meaning else {}
-        blocks.append("\n".join([*filled(_title(part)), *aligned(cells)]))
+        whose = textwrap.wrap(ledger_sentence(part), WIDTH)
+        blocks.append("\n".join([*filled(_title(part)), *aligned(cells), *whose]))
     blocks.append("\n".join(filled([*legend], "; ")))
     return "\n\n".join(blocks)
 

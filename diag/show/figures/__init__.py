@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from diag.results.writing import file_stem, free_stem
-from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS
+from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, HEAD_METRICS, LEDGER_METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,7 @@ class Drawing:
 FIGURES: dict[str, Drawing] = {
     "curves": Drawing("layers", CURVE_METRICS, "curves:layer_curves"),
     "heads": Drawing("heads", HEAD_METRICS, "heatmaps:head_heatmaps"),
+    "ledger": Drawing("layers", LEDGER_METRICS, "ledger:ledger_over_depth"),
     "comparison": Drawing("layers", COMPARISON_METRICS, "curves:model_comparison", compares=True),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from diag.metrics.catalogue import CATALOGUE, DrawnAs
+from diag.metrics.catalogue import CATALOGUE, LEDGER_CLASSES, DrawnAs
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,44 @@ COMPARISON_METRICS = ("cos_y_vself", "excess", "value_similarity", "self_weight"
 """Only one of the two self weights is drawn."""
 
 HEAD_METRICS = ("cos_y_vself", "excess", "self_weight", "value_similarity")
+
+
+@dataclass(frozen=True)
+class LedgerPanel:
+    """One of the two ledgers. of: how its metrics' names begin. hint: how to read it, for the report."""
+
+    of: str
+    title: str
+    y_label: str
+    hint: str
+
+
+LEDGERS = (
+    LedgerPanel(
+        "output",
+        "Whose is y?",
+        "share of y",
+        "What attention returns, by the keys that it comes from: exact, signed shares that sum to 1. A key "
+        "is of the first class that fits, in the order of the legend.",
+    ),
+    LedgerPanel(
+        "bias",
+        "Whose is the bias?",
+        "part of cos(yᵢ, vᵢ)",
+        "The alignment bias by the same keys: parts that sum to it (the black line).",
+    ),
+)
+LEDGER_METRICS = tuple(f"{panel.of}_from_{name}" for panel in LEDGERS for name in LEDGER_CLASSES)
+LEDGER_COLOURS = {
+    "self": "vermillion",
+    "sink": "blue",
+    "cls": "purple",
+    "registers": "orange",
+    "prefix": "yellow",
+    "near": "green",
+    "image": "sky",
+    "text": "yellow",
+    "extra": "#6e6e6e",
+    "rest": "#c4c4c4",
+}
+"""Class of keys -> the Okabe-Ito colour of its bars, or a grey. No model has both classes that are yellow."""

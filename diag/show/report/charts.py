@@ -119,8 +119,8 @@ def chart(
     xs = [*itertools.chain.from_iterable(curve.points["x"] for curve in curves), *layers]
     first, last = (0.0, 1.0) if relative else (float(min(xs)), float(max(xs)))
     margin = 0.5 if first == last else 0.03 * (last - first)
-    across = _scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
-    up = _scale(limits[0], limits[1], HEIGHT - BOTTOM, TOP)
+    across = scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
+    up = scale(limits[0], limits[1], HEIGHT - BOTTOM, TOP)
     locator = MaxNLocator(nbins=6 if relative else 8, integer=not relative, min_n_ticks=1)
     x_ticks = [tick for tick in locator.tick_values(first, last) if first <= tick <= last]
     upwards = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(*limits)
@@ -133,18 +133,19 @@ def chart(
         x_label="relative depth" if relative else "layer",
         y_label=y_label,
         x_ticks=tuple((round(across(tick), 1), f"{tick:g}") for tick in x_ticks),
-        y_ticks=tuple((round(up(tick), 1), text) for tick, text in _named(y_ticks)),
+        y_ticks=tuple((round(up(tick), 1), text) for tick, text in named(y_ticks)),
         rule=round(up(rule), 1) if limits[0] <= rule <= limits[1] else None,
         curves=tuple(_drawn(curve, across, up) for curve in curves),
         exact=not relative,
     )
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Any:
+def scale(low: float, high: float, start: float, end: float) -> Any:
+    """A function from numbers to places, linear."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _named(ticks: Sequence[float]) -> list[tuple[float, str]]:
+def named(ticks: Sequence[float]) -> list[tuple[float, str]]:
     """Ticks with as many decimals as tell them apart."""
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diag.metrics.catalogue import CATALOGUE, DrawnAs, MetricEntry, entry_of
+from diag.metrics.names import GROUPS
 from diag.results.bootstrap import summary
 from diag.results.caveats import BETWEEN, apart
 from diag.results.collect import Collection
@@ -29,8 +30,10 @@ from diag.show.figures.tables import (
     span,
 )
 from diag.show.report.charts import Chart, ChartLine, chart, limits_of
+from diag.show.report.ledger import LedgerChart, ledger_charts
 from diag.show.report.maps import Map, head_maps, number
 from diag.show.report.palette import compared_colours
+from diag.show.words.ledger import ledger_sentence
 
 COMPARED_MARKERS = "osD^vPX"
 """Those of figures that are drawn on a page as well."""
@@ -65,7 +68,10 @@ class NumberTable:
 
 @dataclass(frozen=True)
 class ReportLine:
-    """One line of the collection. facts: what explains its numbers. heads: for the view of one head."""
+    """One line of the collection. facts: what explains its numbers. heads: for the view of one head.
+
+    whose, ledgers: what leads the page where the ledger was measured.
+    """
 
     label: str
     slug: str
@@ -73,6 +79,8 @@ class ReportLine:
     model: str
     facts: tuple[tuple[str, str], ...]
     sentences: tuple[str, ...]
+    whose: str
+    ledgers: tuple[LedgerChart, ...]
     charts: tuple[Chart, ...]
     tables: tuple[NumberTable, ...]
     maps: tuple[Map, ...]
@@ -92,6 +100,7 @@ def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> 
     for place, label in enumerate(collection.labels):
         slug = free_stem(file_stem(label) or "line", taken)
         rows, of_heads = layers[layers["label"] == label], heads[heads["label"] == label]
+        whose = ledger_sentence(rows)
         found.append(
             ReportLine(
                 label=label,
@@ -99,7 +108,9 @@ def lines_of(collection: Collection, sentences: Mapping[str, Sequence[str]]) -> 
                 colour=f"line-{place}",
                 model=str(rows["model"].iloc[0]),
                 facts=facts_of(rows, of_heads),
-                sentences=tuple(sentences.get(label, ())),
+                sentences=tuple(said for said in sentences.get(label, ()) if said != whose),  # it leads
+                whose=whose,
+                ledgers=tuple(ledger_charts(rows, slug)),
                 charts=tuple(_panels(rows, slug)),
                 tables=tuple(_tables(rows, slug)),
                 maps=tuple(head_maps(of_heads, f"map-{slug}")),
@@ -268,8 +279,14 @@ def _tables(rows: pd.DataFrame, slug: str) -> list[NumberTable]:
                 for layer, cells in _rows(layers, [_by_layer(rows, metric) for metric in metrics])
             ),
         )
-        for title, metrics in grouped(rows["metric"]).items()
+        for title, metrics in grouped(_filled(rows)).items()
     ]
+
+
+def _filled(rows: pd.DataFrame) -> list[str]:
+    """The metrics of a line, without the classes of a ledger of which its model has no key."""
+    known = set(rows["metric"][rows["mean"].notna()])
+    return [name for name in rows["metric"].unique() if name in known or name not in GROUPS["ledger"]]
 
 
 def _by_layer(rows: pd.DataFrame, metric: str) -> dict[int, NumberCell]:

@@ -38,6 +38,7 @@ def page(
     lines = content.lines_of(collection, sentences)
     looks = [section_of(found) for found in attended]
     side_by_side = content.comparison(lines, collection)
+    ledgers = [drawn for line in lines for drawn in line.ledgers]
     charts = [*(drawn for line in lines for drawn in line.charts), *(chart for chart, _ in side_by_side)]
     shown = [*(table.metrics for line in lines for table in line.tables), *(look.metrics for look in looks)]
     metrics = dict.fromkeys(entry.name for entries in shown for entry in entries)
@@ -64,7 +65,8 @@ def page(
         paper=PAPER,
         data=_embedded(
             {
-                "charts": {drawn.name: drawn.data for drawn in charts},
+                "charts": {drawn.name: drawn.data for drawn in ledgers}
+                | {drawn.name: drawn.data for drawn in charts},
                 "heads": {line.slug: {"label": line.label, **line.heads} for line in lines if line.heads},
                 "metrics": {name: {"heading": entry_of(name).heading} for name in metrics},
             }

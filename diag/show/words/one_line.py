@@ -12,6 +12,7 @@ from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.profiles import DOUBTS, FEWEST, SMALLEST, UNCLEAR
 from diag.show.words.control import random_lines
+from diag.show.words.ledger import ledger_sentence
 from diag.show.words.phrases import Profile, doubt_of, layer_of, profile_of, share
 from diag.show.words.unusual import unusual
 
@@ -44,6 +45,7 @@ def summary(collection: Collection, profiles: pd.DataFrame, label: str) -> list[
         *_depth(found, "value_similarity", "similarity of values"),
         *_growth(found),
     ]
+    said += filter(None, [ledger_sentence(collection.layers[collection.layers["label"] == label])])
     if said:
         said += coverage(collection.layers[collection.layers["label"] == label])
         said += unusual(collection.layers[collection.layers["label"] == label])

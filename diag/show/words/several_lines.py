@@ -10,6 +10,7 @@ from diag.results.collect import Collection
 from diag.results.decimals import fixed
 from diag.results.profiles import FEWEST, differences, strongest
 from diag.show.words.control import alike, control_sentence
+from diag.show.words.ledger import ledger_sentence
 from diag.show.words.one_line import NULLS
 from diag.show.words.phrases import Found, Profile, listed, profile_of, share
 
@@ -35,7 +36,7 @@ def comparison(
     """
     sure = strongest(collection.samples, seed=seed)
     if sure.empty:
-        return ["The alignment bias was measured in none of the lines."]
+        return ["The alignment bias was measured in none of the lines.", *_whose(collection)]
     labels = [str(label) for label in sure.index]
     found = {label: profile_of(profiles, label) for label in labels}
 
@@ -52,7 +53,14 @@ def comparison(
     said += [_nulls(found, labels), *_split(found[labels[0]])]
     if control is not None or alike(collection):
         said += _trend(collection, found, difference)
-    return [*said, *_coverage(collection), *control_sentence(collection, control)]
+    return [*said, *_whose(collection), *_coverage(collection), *control_sentence(collection, control)]
+
+
+def _whose(collection: Collection) -> Iterator[str]:
+    """Whose y is in each line of which the ledger was measured."""
+    for label, part in collection.layers.groupby("label", sort=False):
+        if sentence := ledger_sentence(part):
+            yield f"{label}: {sentence[0].lower()}{sentence[1:]}"
 
 
 def _coverage(collection: Collection) -> Iterator[str]:

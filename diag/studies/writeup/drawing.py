@@ -20,6 +20,7 @@ from diag.show.figures.attend import draw_attended
 from diag.show.figures.curves import layer_curves, model_comparison
 from diag.show.figures.depth import depth_profiles
 from diag.show.figures.heatmaps import head_heatmaps
+from diag.show.figures.ledger import ledger_over_depth
 from diag.show.figures.lengths import AXES, against
 from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
@@ -61,7 +62,7 @@ class DrawnFigure:
 
 
 def _per_line(
-    item: CurvesFigure | HeadsFigure, table: pd.DataFrame, stem: str
+    item: CurvesFigure | HeadsFigure | LedgerFigure, table: pd.DataFrame, stem: str
 ) -> list[tuple[str, pd.DataFrame]]:
     """`(stem, rows)` of every line that has the kind's metrics."""
     metrics = FIGURES[item.kind].metrics
@@ -118,6 +119,23 @@ class HeadsFigure(OfProbe):
         )
         return [
             DrawnFigure(name, head_heatmaps(rows), rows, words) for name, rows in _per_line(self, table, stem)
+        ]
+
+
+class LedgerFigure(OfProbe):
+    """Whose y is, and whose the bias: the two ledgers of every line, a figure each."""
+
+    kind: Literal["ledger"]
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = check_columns(material.table(self))
+        words = (
+            "The ledger over layers: signed shares of the attention output, and parts of the alignment bias, "
+            "by class of keys; a key is of the first class that fits. The black line is their sum."
+        )
+        return [
+            DrawnFigure(name, ledger_over_depth(rows), rows, words)
+            for name, rows in _per_line(self, table, stem)
         ]
 
 

@@ -56,6 +56,7 @@ class WriteupProbe(ProbePlan):
 AnyFigure = Annotated[
     drawing.CurvesFigure
     | drawing.HeadsFigure
+    | drawing.LedgerFigure
     | drawing.ComparisonFigure
     | drawing.DepthFigure
     | drawing.EntropyFigure
