@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import diag
-from diag.metrics import default, divergence, pattern_shape, stream
+from diag.metrics import default, divergence, ledger, pattern_shape, stream
 from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, SAMPLING_ERROR, entry_of
 from diag.metrics.names import GROUPS
 from diag.metrics.registry import REGISTRY, metric, registered
@@ -138,6 +138,7 @@ def test_every_line_has_a_function_or_is_a_ratio() -> None:
         pattern_shape.SHAPE_METRICS,
         stream.STREAM_METRICS,
         divergence.DIVERGENCE_METRICS,
+        ledger.LEDGER_METRICS,
     )
     assert sum(map(len, tables)) == len(REGISTRY)
     assert [name for names in GROUPS.values() for name in names if name in default.METRICS] == list(
