@@ -17,6 +17,7 @@ from commands import Ended, run_cli
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.ledger import LEDGER_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 
@@ -136,7 +137,14 @@ def test_the_monitor_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
     listed = set(re.findall(r"^\| `(\w+)`", PAGES["metrics.md"], re.MULTILINE))
-    assert listed == {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
+    assert listed == {
+        *METRICS,
+        *RATIOS,
+        *STREAM_METRICS,
+        *SHAPE_METRICS,
+        *DIVERGENCE_METRICS,
+        *LEDGER_METRICS,
+    }
 
 
 def test_every_option_that_is_mentioned_exists(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from diag.metrics.catalogue import RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.ledger import LEDGER_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.show import terminal
@@ -41,7 +42,7 @@ def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
 
 
 def test_every_metric_has_a_heading_of_its_own() -> None:
-    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
+    assert set(COLUMNS) == {*EVERY, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS, *LEDGER_METRICS}
     headings = [heading for heading, _ in COLUMNS.values()]
     assert len(set(headings)) == len(headings)
 

@@ -60,9 +60,7 @@ def variables(colours: Sequence[str], scheme: str) -> dict[str, str]:
     found = {name: readable(colour, paper, ratio) for name, colour in OKABE_ITO.items()}
     # black is the colour of the nulls; pure white would shine out of a dark page
     found["black"] = "#222222" if scheme == "light" else "#d6d3cc"
-    # of what is left over, bars that lie in the background
-    found |= {"ledger-rest": "#c4c4c4", "ledger-extra": "#6e6e6e"}
-    if scheme == "dark":
-        found |= {"ledger-rest": "#55565b", "ledger-extra": "#9a9a9f"}
+    # greys of classes of the ledger, far enough from each other and from black
+    found |= {"ledger-rest": "#8e8e8e", "ledger-extra": "#4d4d4d" if scheme == "light" else "#bdbdbd"}
     found |= {f"line-{place}": readable(colour, paper, ratio) for place, colour in enumerate(colours)}
     return found

@@ -25,6 +25,7 @@ from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, OTHER, RATIOS, DrawnAs, entry_of
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.ledger import LEDGER_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.results.caveats import BY_DEFAULT
@@ -509,7 +510,7 @@ def test_title_and_lead_of_one_model_say_its_caveats(tmp_path: Path) -> None:
 
 
 def test_every_metric_has_a_meaning_and_a_table() -> None:
-    every = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS}
+    every = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS, *LEDGER_METRICS}
     assert set(CATALOGUE) == every
     groups = grouped(every)
     assert OTHER not in groups
