@@ -43,7 +43,8 @@ PREDICTORS = {
 def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]) -> Figure:
     """The effect of each intervention over depth: a row of panels per effect, a column per scope.
 
-    table: `sensitivity.csv`, of all heads together. The matched control is black and dashed.
+    table: `sensitivity.csv`, of all heads together. The matched control is black, dashed, marked,
+    and above the others.
     Raises UserError if none of the effects was measured.
     """
     rows = table[(table["head"] < 0) & table["effect"].isin(list(effects)) & table["mean"].notna()]
@@ -52,6 +53,7 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
     there = set(zip(rows["effect"], rows["scope"], strict=True))
     panels = [place for place in itertools.product(effects, SCOPES) if place in there]
     names = list(dict.fromkeys(zip(rows["intervention"], rows["strength"], strict=True)))
+    names.sort(key=lambda name: name[0] == CONTROL)  # drawn last, over what it may lie on
     n = int(rows["n"].max())
     figure, axes = page(
         len(panels),
@@ -133,7 +135,7 @@ def _look(intervention: str, strength: float, number: int) -> DrawnAs:
     words = intervention.replace("_", " ")
     label = words if pd.isna(strength) or strength == 1 else f"{words} {strength:g}"
     if intervention == CONTROL:
-        return DrawnAs(label, "black", "--", "")
+        return DrawnAs(label, "black", "--", "X")
     return DrawnAs(label, COLOURS[number % len(COLOURS)], "-", MARKERS[number % len(MARKERS)])
 
 
