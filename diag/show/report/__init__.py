@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
+
 from diag.errors import UserError
-from diag.inputs.outside import mapping_in
-from diag.results.collect import collect
-from diag.results.folder import MANIFEST
+from diag.results.collect import Collection, collect
 from diag.results.manifest import ATTEND
 from diag.results.writing import sweep_beside, write_text
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
+from diag.show.report.studied import STUDIES, kind_of, read_studies
 
 __all__ = ["Report", "default_title", "page", "write_report"]
 
@@ -38,28 +39,52 @@ class Report:
 
 
 def write_report(folders: Iterable[Path], path: Path, *, title: str | None = None) -> Report:
-    """Reads run folders (and attend folders beside them) and writes the page.
+    """Reads folders of probe, attend, compare, intervene and train, and writes the page.
 
-    Raises UserError if no run can be read, or if `path` holds something that is no report.
+    Raises UserError if none can be read, or if `path` holds something that is no report.
     """
     check_free(path)
     given = list(dict.fromkeys(folders))
-    looks = [folder for folder in given if mapping_in(folder / MANIFEST).get("kind") == ATTEND]
-    runs = [folder for folder in given if folder not in looks]
-    if not runs:
+    if not given:
         raise UserError(
-            "no run was given" + (", only attend folders" if looks else ""),
+            "no run was given",
             "give at least one run folder, for example: attnbias report runs/demo-vision",
         )
-    collection = collect(runs)
-    attended, problems = read_attended(looks)
-    notes = [*collection.notes, *(note for look in attended for note in look.notes)]
-    collection = replace(collection, notes=notes)
+    kinds = {folder: kind_of(folder) for folder in given}
+    attended, unseen = read_attended([folder for folder in given if kinds[folder] == ATTEND])
+    studies, unread = read_studies([folder for folder in given if kinds[folder] in STUDIES])
+    problems = {**unseen, **unread}
+    runs = [folder for folder in given if kinds[folder] not in (ATTEND, *STUDIES)]
+    collection = collect_beside(runs, others=bool(attended or studies))
+    if not (collection.labels or attended or studies):
+        raise UserError(next(iter(problems.values())), "give folders that are finished and whole")
+    notes = [
+        *(note for look in attended for note in look.notes),
+        *(note for study in studies for note in study.notes),
+    ]
+    collection = replace(collection, notes=[*collection.notes, *notes])
     problems = {**collection.problems, **problems}
-    text = page(collection, attended, title=title, problems=problems)
+    text = page(collection, attended, studies, title=title, problems=problems)
     sweep_beside(path)
     write_text(text, path)
     return Report(path, len(text.encode("utf-8")), len(collection.labels), problems, collection.notes)
+
+
+def collect_beside(runs: Sequence[Path], *, others: bool) -> Collection:
+    """The runs as a collection, which may be empty: none is given, or none can be read and there are others.
+
+    Raises UserError where nothing else is there and none of them can be read.
+    """
+    nothing = pd.DataFrame({"label": [], "metric": []})
+    empty = Collection(nothing, nothing, nothing)
+    if not runs:
+        return empty
+    try:
+        return collect(runs)
+    except UserError as error:
+        if not others:
+            raise
+        return replace(empty, problems={str(folder): " ".join(str(error).split()) for folder in runs[:1]})
 
 
 def check_free(path: Path) -> None:
