@@ -81,10 +81,16 @@ def collect_beside(runs: Sequence[Path], *, others: bool) -> Collection:
         return empty
     try:
         return collect(runs)
-    except UserError as error:
+    except UserError:
         if not others:
             raise
-        return replace(empty, problems={str(folder): " ".join(str(error).split()) for folder in runs[:1]})
+    problems = {}
+    for folder in runs:  # none of them can be read: each says why
+        try:
+            collect([folder])
+        except UserError as error:
+            problems[str(folder)] = " ".join(str(error).split())
+    return replace(empty, problems=problems)
 
 
 def check_free(path: Path) -> None:

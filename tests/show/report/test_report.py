@@ -539,6 +539,7 @@ def test_what_was_asked_of_models_has_a_section(
     assert read.texts["td"] == cells
     assert len(read.tags("img")) == 3
     assert "1 more figure" in read.texts["summary"]
+    assert "summary" not in read.ids()
     assert f"attnbias {kind} <x>" in read.texts["code"]
 
 
@@ -550,6 +551,10 @@ def test_a_damaged_study_is_left_out_and_one_of_another_verb_is_named(
     done = write_report([finished[0], study, other], tmp_path / "report.html")
     assert "differences.csv" in done.problems[str(study)]
     assert "made by attnbias monitor" in done.problems[str(other)]
+    whole = study_folder(tmp_path / "whole", "compare", COMPARED, {"labels": ["A", "B"]})
+    alone = write_report([other, tmp_path / "none", whole], tmp_path / "report.html")
+    assert list(alone.problems) == [str(other), str(tmp_path / "none")]
+    assert "Left out." in alone.path.read_text("utf-8")
 
 
 def test_above_five_lines_no_bands_are_drawn_and_the_page_says_so(tmp_path: Path) -> None:
