@@ -1,4 +1,4 @@
-"""`attnbias report`: run folders → one HTML page that opens by double-click."""
+"""`attnbias report`: finished folders → one HTML page that opens by double-click."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from diag.errors import say
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], Argument(metavar="RUN…", help="Run folders; attend folders beside them.")],
+    runs: Annotated[
+        list[Path],
+        Argument(metavar="RUN|FOLDER…", help="Folders of probe, and of any other verb."),
+    ],
     out: Annotated[Path, output("The page to write; only a report is overwritten.")] = Path("report.html"),
     title: Annotated[str | None, Option(help="Title of the page [default: the models' names].")] = None,
     quiet: Annotated[bool, Option("-q", "--quiet", help="Print only the page's path.")] = False,
 ) -> None:
-    """Write runs as one self-contained HTML page."""
+    """Write runs, and what was asked of them, as one self-contained HTML page."""
     from diag.show.report import write_report
 
     found = write_report(runs, out, title=title)
@@ -32,7 +35,7 @@ def report(
         lines = "1 line" if found.lines == 1 else f"{found.lines} lines"
         say(f"{lines}, {found.size / 1e6:.1f} MB; open it in a browser")
         if found.size > 5_000_000:  # too heavy to send around
-            say("tip: fewer runs or attend folders make a smaller page")
+            say("tip: fewer folders make a smaller page")
     with answer(found.path):
         print(found.path)
     if found.problems:

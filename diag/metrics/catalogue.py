@@ -231,14 +231,14 @@ _TABLE = (
         "cos_y_vpartner", BIAS, "partner", "null, another token's value",
         "partner null", "mean over other visible j of cos(yᵢ, vⱼ)",
         "What the cosine is with another token's value instead of the token's own.",
-        _COSINE, rank=0, axis="cos(yᵢ, vⱼ)", line=DrawnAs("partner null", "black", "--", ""),
+        _COSINE, rank=0, axis="cos(yᵢ, vⱼ)", line=DrawnAs("partner null", "black", "--", "D"),
     ),
     MetricEntry(
         "cos_y_vuniform", BIAS, "uniform", "null, uniform attention",
         "uniform null", "cos(ȳᵢ, vᵢ), ȳᵢ the plain mean of the visible values",
         "What the cosine would be with uniform attention: √ρ for unit values of similarity ρ.",
         _COSINE, rank=0, drawn="uniform-attention null", axis="cosine",
-        line=DrawnAs("uniform-attention null", "black", ":", ""),
+        line=DrawnAs("uniform-attention null", "black", ":", "X"),
     ),
     MetricEntry(
         "excess", BIAS, "excess", "cos(y,v) - partner",

@@ -47,6 +47,12 @@ class Collection:
     problems: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
+    @classmethod
+    def empty(cls, problems: Mapping[str, str] | None = None) -> Collection:
+        """A collection of no runs."""
+        nothing = pd.DataFrame({"label": [], "metric": []})
+        return cls(nothing, nothing, nothing, problems=problems or {})
+
     @property
     def labels(self) -> list[str]:
         """The labels of the lines, in order."""
@@ -77,11 +83,13 @@ def read_run(folder: Path) -> Run:
     return Run(*tables, manifest, folder, edited(folder, manifest))
 
 
-def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) -> Collection:
+def collect(
+    folders: Iterable[Path], names: Mapping[Path, str] | None = None, *, needed: bool = True
+) -> Collection:
     """Reads finished run folders, each once; those that cannot be read are listed under `problems`.
 
-    names: what runs are called where that is not their folder's name.
-    Raises UserError if none can be read.
+    names: what runs are called where that is not their folder's name. needed: there must be one.
+    Raises UserError if none can be read and one is needed.
     """
     runs = list[tuple[str, Run]]()
     problems: dict[str, str] = {}
@@ -94,6 +102,8 @@ def collect(folders: Iterable[Path], names: Mapping[Path, str] | None = None) ->
             first = first or error
             continue
         runs.append(((names or {}).get(folder) or folder.resolve().name, run))
+    if not runs and not needed:
+        return Collection.empty(problems)
     if first is not None and not runs:
         raise first
     return collected(runs, problems)

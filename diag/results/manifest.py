@@ -119,6 +119,7 @@ class _Audited(_Read):
 
 class _Audit(_Any):
     models: list[_Audited] = []
+    verdicts: dict[str, dict[str, str]] = {}
 
 
 class _Changed(_Read):
@@ -134,6 +135,7 @@ class _Readout(_Any):
     model: _Changed
     classes: int
     chance: float
+    words: list[str] = []
 
 
 class _Train(_Any):
@@ -152,7 +154,7 @@ KINDS: Mapping[str, tuple[type[_Any], str]] = {
 }
 """Verb -> the fields that are read of its manifest, and what makes the folder anew."""
 
-FILLED = ("failed_models", "failed_inputs", "figures", "models", "inputs")
+FILLED = ("failed_models", "failed_inputs", "figures", "models", "inputs", "verdicts", "words")
 """What is empty where a manifest lacks it."""
 
 

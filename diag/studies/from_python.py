@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diag.errors import UserError
-from diag.inputs.outside import mapping_in
 from diag.results.collect import Collection, Run, collected, read_run
-from diag.results.folder import MANIFEST
-from diag.results.manifest import ATTEND
 from diag.run.in_memory import Probe
 from diag.studies.compare import Comparison
 from diag.studies.compare import compare as compared
@@ -48,15 +45,19 @@ def compare(
 def report(*runs: Measured, path: str | Path = "report.html", title: str | None = None) -> Report:
     """Writes runs as one self-contained HTML page, whose place is `report(…).path`.
 
-    runs: as in `compare`; attend folders may be among them.
+    runs: as in `compare`; folders of attend, compare, intervene, train, audit and readout may be among them.
 
-    Raises UserError where there is no run, or where something lies at `path` that is no report.
+    Raises UserError where nothing can be read, or where something lies at `path` that is no report.
     """
-    from diag.show.report import write_page
+    from diag.show.report import of_another_verb, write_page
 
-    looks = [Path(run) for run in runs if not isinstance(run, Probe) and _kind(Path(run)) == ATTEND]
-    measured = [run for run in runs if isinstance(run, Probe) or Path(run) not in looks]
-    return write_page(_side_by_side(measured), looks, Path(path), title=title)
+    folders = [Path(run).expanduser() for run in runs if isinstance(run, str | Path)]
+    others = [folder for folder in folders if of_another_verb(folder)]
+    measured = [
+        run for run in runs if not isinstance(run, str | Path) or Path(run).expanduser() not in others
+    ]
+    collection = Collection.empty() if others and not measured else _side_by_side(measured)
+    return write_page(collection, others, Path(path), title=title)
 
 
 def intervene(
@@ -120,10 +121,6 @@ def _side_by_side(runs: Iterable[Measured]) -> Collection:
                 "give what diag.probe handed out, or a run folder, each by itself: compare(a, b)",
             )
     return collected(named)
-
-
-def _kind(folder: Path) -> object:
-    return mapping_in(folder.expanduser() / MANIFEST).get("kind")
 
 
 def _words(given: Sequence[object] | object) -> tuple[object, ...]:

@@ -13,11 +13,20 @@ from matplotlib.transforms import ScaledTranslation
 
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
 from diag.results.caveats import BETWEEN, apart
-from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, published_handle, rule
+from diag.show.figures.lines import BANDS, NO_BANDS, layer_axis, line, lines_drawn, published_handle, rule
 from diag.show.figures.overlay import overlays
 from diag.show.figures.page import legend_size, letter, page
 from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, CURVES
-from diag.show.figures.style import BESIDE_ORDERED, DASHES, LINE_COLOURS, MARKERS, RULE, shades_of, style
+from diag.show.figures.style import (
+    BESIDE_ORDERED,
+    DASHES,
+    LINE_COLOURS,
+    MARKERS,
+    MOST_BANDS,
+    RULE,
+    shades_of,
+    style,
+)
 from diag.show.figures.tables import (
     CONDITIONS,
     caption,
@@ -93,7 +102,7 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     every label is a line. Where every patch size occurs once, the lines with a patch size go from dark
     (coarse) to light (fine), and so does one model at several T (few to many); all others take Okabe-Ito
     colours. `published`: values to lay over them, as in `layer_curves`; depth is relative to the last
-    published layer.
+    published layer. Above five lines, no bands are drawn.
     Self weight is shown relative to uniform weight if every model has it so: 49 and 256 tokens compare.
 
     Raises UserError if the table holds none of the metrics, or several values for one layer of one line.
@@ -101,6 +110,7 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     rows = drawable(check_columns(layers), COMPARISON_METRICS, "comparisons")
     entries = _entries(rows)
     metrics = compared_metrics([part for part, _ in entries])
+    banded = len(entries) <= MOST_BANDS
     # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
     columns, legend_height = legend_size([look.label for _, look in entries])
     known = overlays(published, metrics)
@@ -108,14 +118,16 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
         len(metrics),
         row_height=2.1,
         title="Comparison over relative depth",
-        caption=caption(rows, bands=BANDS),
+        caption=caption(rows, bands=BANDS if banded else NO_BANDS),
         extra=legend_height + 0.15 * len(known),
     )
     for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
         title, y_label = CATALOGUE[metric].panel
         for part, look in entries:
             curve = profile(part, metric)
-            _draw_line(ax, curve.assign(depth=curve["layer"] / last_layer(part)), look, x="depth")
+            _draw_line(
+                ax, curve.assign(depth=curve["layer"] / last_layer(part)), look, x="depth", bands=banded
+            )
         for overlay in known:
             overlay.of([metric]).draw(ax, relative=True)
         if metric == "self_weight_ratio":
@@ -192,11 +204,11 @@ def _numbered(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer") -> None:
+def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", bands: bool = True) -> None:
     """`line`, but where there is only one layer, and so no line, its dashes become a marker."""
     if len(curve) == 1:
         look = replace(look, marker=look.marker or LONE_MARKERS[look.dashes], dashes="")
-    line(ax, curve, look, x=x)
+    line(ax, curve, look, x=x, bands=bands)
 
 
 def _legends(axes: Sequence[Axes]) -> None:

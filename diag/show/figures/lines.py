@@ -20,6 +20,7 @@ from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, PUBLISHED, RULE, Co
 from diag.show.figures.tables import LABEL, depth_of, label_of, profile, shorten, span, wrapped
 
 BANDS = "bands: 95 % bootstrap interval over inputs"
+NO_BANDS = "more than 5 lines: intervals in the CSV"
 OPEN: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
 """Markers of published values."""
 OVER_DEPTH = ("layer", "depth")
@@ -50,19 +51,28 @@ def headings(parts: Mapping[str, pd.DataFrame]) -> tuple[list[str], float]:
     return titles, PANEL_LINE * max(title.count("\n") for title in titles)
 
 
-def line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer", marks: int = MARKS) -> None:
+def line(
+    ax: Axes,
+    curve: pd.DataFrame,
+    look: DrawnAs,
+    *,
+    x: str = "layer",
+    marks: int = MARKS,
+    bands: bool = True,
+) -> None:
     """A mean with its 95 % interval: a band, or a bar where a point is alone. Draws nothing if it is empty.
 
     curve: columns `x`, mean, ci_low, ci_high, over depth also layer; sorted by x. At most about `marks`
-    points are marked. Where layers between are not there, or the metric is undefined in them, the line is
-    broken, because nothing is known of them: every point is marked, and a fine dotted line leads over.
+    points are marked. bands: whether the interval is drawn. Where layers between are not there, or the
+    metric is undefined in them, the line is broken, because nothing is known of them: every point is marked,
+    and a fine dotted line leads over.
     """
     curve = curve[curve["mean"].notna()]
     if curve.empty:
         return
     colour = OKABE_ITO.get(str(look.colour), look.colour)
     runs = runs_of(curve) if x in OVER_DEPTH else [curve]
-    if curve["ci_low"].notna().any():
+    if bands and curve["ci_low"].notna().any():
         for run in runs:
             if len(run) == 1:
                 ax.vlines(run[x], run["ci_low"], run["ci_high"], color=colour, linewidth=1)

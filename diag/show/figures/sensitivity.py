@@ -56,7 +56,8 @@ PREDICTORS = {
 def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]) -> Figure:
     """The effect of each intervention over depth: a row of panels per effect, a column per scope.
 
-    table: `sensitivity.csv`, of all heads together. The matched control is black and dashed.
+    table: `sensitivity.csv`, of all heads together. Matched controls are black, dashed, marked,
+    and above the others.
     Raises UserError if none of the effects was measured.
     """
     rows = table[(table["head"] < 0) & table["effect"].isin(list(effects)) & table["mean"].notna()]
@@ -65,6 +66,7 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
     there = set(zip(rows["effect"], rows["scope"], strict=True))
     panels = [place for place in itertools.product(effects, SCOPES) if place in there]
     names = list(dict.fromkeys(zip(rows["intervention"], rows["strength"], strict=True)))
+    names.sort(key=lambda name: is_control(name[0]))  # drawn last, over what it may lie on
     n = int(rows["n"].max())
     figure, axes = page(
         len(panels),
@@ -232,7 +234,7 @@ def _look(intervention: str, strength: float, number: int, names: Sequence[tuple
     label = labelled(intervention, strength)
     if is_control(intervention):
         before = sum(is_control(name) for name, _ in names[:number])
-        return DrawnAs(label, "black", DASHES[before % len(DASHES)], "")
+        return DrawnAs(label, "black", DASHES[before % len(DASHES)], "X")
     number -= sum(is_control(name) for name, _ in names[:number])
     return DrawnAs(label, COLOURS[number % len(COLOURS)], "-", MARKERS[number % len(MARKERS)])
 

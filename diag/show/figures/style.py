@@ -54,6 +54,8 @@ COLOUR_MAPS = {
 MARKERS = "osD^vP*X"
 DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 BAND_OPACITY = 0.18
+MOST_BANDS = 5
+"""With more lines in a panel, their bands lie over each other as one grey: only lines are drawn."""
 
 
 @contextmanager

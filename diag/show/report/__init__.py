@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diag.errors import UserError
-from diag.inputs.outside import mapping_in
 from diag.results.collect import Collection, collect
-from diag.results.folder import MANIFEST
 from diag.results.manifest import ATTEND
 from diag.results.writing import sweep_beside, write_text
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
+from diag.show.report.studied import STUDIES, kind_of, read_studies
 
-__all__ = ["Report", "default_title", "page", "write_page", "write_report"]
+__all__ = ["Report", "default_title", "of_another_verb", "page", "write_page", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -38,35 +37,49 @@ class Report:
 
 
 def write_report(folders: Iterable[Path], path: Path, *, title: str | None = None) -> Report:
-    """Reads run folders (and attend folders beside them) and writes the page.
+    """Reads folders of probe, attend, audit, compare, intervene, readout and train, and writes the page.
 
-    Raises UserError if no run can be read, or if `path` holds something that is no report.
+    Raises UserError if none can be read, or if `path` holds something that is no report.
     """
     check_free(path)
     given = list(dict.fromkeys(folders))
-    looks = [folder for folder in given if mapping_in(folder / MANIFEST).get("kind") == ATTEND]
-    runs = [folder for folder in given if folder not in looks]
-    if not runs:
+    if not given:
         raise UserError(
-            "no run was given" + (", only attend folders" if looks else ""),
+            "no run was given",
             "give at least one run folder, for example: attnbias report runs/demo-vision",
         )
-    return write_page(collect(runs), looks, path, title=title)
+    others = [folder for folder in given if of_another_verb(folder)]
+    runs = [folder for folder in given if folder not in others]
+    return write_page(collect(runs, needed=not others), others, path, title=title)
 
 
 def write_page(
-    collection: Collection, looks: Sequence[Path], path: Path, *, title: str | None = None
+    collection: Collection, others: Sequence[Path], path: Path, *, title: str | None = None
 ) -> Report:
-    """`write_report` of runs that are read already. looks: attend folders."""
+    """`write_report` of runs that are read already, if any. others: those that are `of_another_verb`."""
     check_free(path)
-    attended, problems = read_attended(looks)
-    notes = [*collection.notes, *(note for look in attended for note in look.notes)]
+    kinds = {folder: kind_of(folder) for folder in others}
+    attended, unseen = read_attended([folder for folder in others if kinds[folder] == ATTEND])
+    studies, unread = read_studies([folder for folder in others if kinds[folder] in STUDIES])
+    problems = {**unseen, **unread}
+    if not (collection.labels or attended or studies):
+        raise UserError(next(iter(problems.values())), "give folders that are finished and whole")
+    notes = [
+        *collection.notes,
+        *(note for look in attended for note in look.notes),
+        *(note for study in studies for note in study.notes),
+    ]
     collection = replace(collection, notes=notes)
     problems = {**collection.problems, **problems}
-    text = page(collection, attended, title=title, problems=problems)
+    text = page(collection, attended, studies, title=title, problems=problems)
     sweep_beside(path)
     write_text(text, path)
     return Report(path, len(text.encode("utf-8")), len(collection.labels), problems, collection.notes)
+
+
+def of_another_verb(folder: Path) -> bool:
+    """Whether a folder is of a verb, other than probe, that the page has a section for."""
+    return kind_of(folder) in (ATTEND, *STUDIES)
 
 
 def check_free(path: Path) -> None:

@@ -93,7 +93,7 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
         AttendFolder(
             folder.resolve().name,
             manifest,
-            _pictures(paths, small),
+            pictures_of(paths, small),
             decomposition,
             edited(folder, manifest),
         )
@@ -102,7 +102,8 @@ def read_attended(folders: Iterable[Path]) -> tuple[list[AttendFolder], dict[str
     return attended, problems
 
 
-def _pictures(paths: Sequence[Path], small: bool) -> tuple[Picture, ...]:
+def pictures_of(paths: Sequence[Path], small: bool) -> tuple[Picture, ...]:
+    """Pictures in files as the page holds them."""
     from PIL import Image
 
     found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,7 @@ from diag.results.decimals import fixed
 from diag.show.figures.lines import runs_of
 
 WIDTH, HEIGHT = 380, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 38
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 38
 """Margins of the axes in units of the view box, which is about as wide as a phone."""
 
 MARKERS = {
@@ -90,9 +90,10 @@ class Chart:
         return {"exact": self.exact, "curves": [curve.data for curve in self.curves]}
 
 
-def limits_of(curves: Sequence[ChartLine]) -> tuple[float, float]:
-    """From the lowest to the highest mean or interval, zero included, with a margin."""
-    numbers = pd.concat([curve.points[["mean", "ci_low", "ci_high"]] for curve in curves])
+def limits_of(curves: Sequence[ChartLine], *, bands: bool = True) -> tuple[float, float]:
+    """From the lowest to the highest mean, or end of a band, zero included, with a margin."""
+    columns = ["mean", "ci_low", "ci_high"] if bands else ["mean"]
+    numbers = pd.concat([curve.points[columns] for curve in curves])
     low, high = min(float(numbers.min().min()), 0.0), max(float(numbers.max().max()), 0.0)
     margin = 0.04 * max(high - low, 0.05)
     return (low - margin if low < 0 else 0.0), high + margin
@@ -109,12 +110,14 @@ def chart(
     relative: bool = False,
     rule: float = 0.0,
     layers: Sequence[float] = (),
+    bands: bool = True,
 ) -> Chart:
     """Places curves, which have points, in the axes.
 
     relative: x is depth from 0 to 1 and curves need not share their points; otherwise x is the layer.
     layers: between which the axis of layers reaches, where not all of them have points.
     rule: where a thin line is drawn across, such as zero; none if outside the limits.
+    bands: whether intervals are drawn; what tooltips read has them always.
     """
     xs = [*itertools.chain.from_iterable(curve.points["x"] for curve in curves), *layers]
     first, last = (0.0, 1.0) if relative else (float(min(xs)), float(max(xs)))
@@ -135,7 +138,10 @@ def chart(
         x_ticks=tuple((round(across(tick), 1), f"{tick:g}") for tick in x_ticks),
         y_ticks=tuple((round(up(tick), 1), text) for tick, text in named(y_ticks)),
         rule=round(up(rule), 1) if limits[0] <= rule <= limits[1] else None,
-        curves=tuple(_drawn(curve, across, up) for curve in curves),
+        curves=tuple(
+            drawn if bands else replace(drawn, band="", bars="")
+            for drawn in (_drawn(curve, across, up) for curve in curves)
+        ),
         exact=not relative,
     )
 

@@ -18,7 +18,7 @@ from diag.results.collect import Collection
 from diag.results.writing import file_stem, free_stem
 from diag.show.figures.heatmaps import extent_of, field_of
 from diag.show.figures.panels import CURVES
-from diag.show.figures.style import DASHES
+from diag.show.figures.style import DASHES, MOST_BANDS
 from diag.show.figures.tables import (
     check_columns,
     compared_metrics,
@@ -151,7 +151,7 @@ def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[tupl
     for place, line in enumerate(lines):
         turn, marker = divmod(place, len(COMPARED_MARKERS))
         looks.append(DrawnAs(line.label, line.colour, DASHES[turn % len(DASHES)], COMPARED_MARKERS[marker]))
-    found = []
+    found, bands = [], len(lines) <= MOST_BANDS
     for metric in compared_metrics(parts, least=2):
         title, y_label = CATALOGUE[metric].panel
         curves = [
@@ -166,9 +166,10 @@ def comparison(lines: Sequence[ReportLine], collection: Collection) -> list[tupl
             title=title,
             hint=CATALOGUE[metric].sentence,
             y_label=y_label,
-            limits=limits_of(curves),
+            limits=limits_of(curves, bands=bands),
             relative=True,
             rule=1.0 if metric == "self_weight_ratio" else 0.0,
+            bands=bands,
         )
         found.append((drawn, _rows(set().union(*columns), columns)))
     return found

@@ -315,9 +315,16 @@
     if (returnTo && returnTo.isConnected) returnTo.focus({ preventScroll: true });
   });
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  // what is linked to may be folded; not every browser unfolds it
+  function unfold() {
+    const target = document.getElementById(location.hash.slice(1));
+    if (!target) return;
+    for (let at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+    target.scrollIntoView();
+  }
   function follow() {
     const found = /^#head=(.+)\/(\d+)\/(\d+)$/.exec(location.hash);
-    if (!found) { if (dialog.open) dialog.close(); return; }
+    if (!found) { if (dialog.open) dialog.close(); unfold(); return; }
     const line = decodeURIComponent(found[1]), layer = Number(found[2]), head = Number(found[3]);
     const heads = data.heads[line];
     if (heads && heads.layers.includes(layer) && head < heads.heads) open(line, layer, head);

@@ -67,6 +67,8 @@ def source(name: str, manifest: Mapping[str, Any]) -> Source:
     plan, environment = manifest.get("plan") or {}, manifest.get("environment") or {}
     packages = environment.get("packages") or {}
     inputs = manifest.get("inputs") or {}
+    if "source" in inputs:  # a sweep has one kind
+        inputs = {"input": inputs}
     if manifest.get("input"):  # an attend folder has one
         inputs = {manifest["input"].get("kind", "input"): manifest["input"]}
     failures = [
@@ -94,7 +96,7 @@ def source(name: str, manifest: Mapping[str, Any]) -> Source:
                 "key of the run": manifest.get("key"),
             }
         ),
-        models=tuple(_model(entry) for entry in manifest.get("models") or []),
+        models=tuple(_model(entry) for entry in manifest.get("models") or [manifest.get("model")] if entry),
         inputs=tuple((str(kind), _terms(_named(found, INPUT))) for kind, found in inputs.items()),
         failures=tuple(failures[:FAILURES_SHOWN]),
         more_failures=max(len(failures) - FAILURES_SHOWN, 0),

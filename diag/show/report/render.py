@@ -14,14 +14,18 @@ from diag.errors import visible
 from diag.metrics.catalogue import entry_of
 from diag.results.collect import Collection
 from diag.results.profiles import profiles
+from diag.show.figures.style import MOST_BANDS
 from diag.show.report import content, provenance
 from diag.show.report.attended import AttendFolder, section_of
 from diag.show.report.content import ReportLine
 from diag.show.report.palette import PAPER, variables
+from diag.show.report.studied import FIRST_PICTURES, StudyFolder
 from diag.show.words import comparison, summary
 from diag.show.words.control import series_control
 from diag.show.words.phrases import listed
 
+FIRST_WORDS = 3
+"""Sentences that stand open under the first charts; the others are unfolded."""
 GENERATOR = "attnbias"
 """What the page names as its maker; a file that does not is never overwritten."""
 
@@ -29,31 +33,41 @@ GENERATOR = "attnbias"
 def page(
     collection: Collection,
     attended: Sequence[AttendFolder] = (),
+    studies: Sequence[StudyFolder] = (),
     *,
     title: str | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> str:
     """The page as text."""
-    sentences, compared = words(collection)
-    lines = content.lines_of(collection, sentences)
+    sentences, compared = words(collection) if collection.labels else ({}, [])
+    lines = content.lines_of(collection, sentences) if sentences else []
+    said = compared or [words for line in lines for words in line.sentences]
     looks = [section_of(found) for found in attended]
     side_by_side = content.comparison(lines, collection)
     ledgers = [drawn for line in lines for drawn in line.ledgers]
     charts = [*(drawn for line in lines for drawn in line.charts), *(chart for chart, _ in side_by_side)]
     shown = [*(table.metrics for line in lines for table in line.tables), *(look.metrics for look in looks)]
     metrics = dict.fromkeys(entry.name for entries in shown for entry in entries)
-    manifests = [*collection.manifests.items(), *((found.name, found.manifest) for found in attended)]
+    manifests = [
+        *collection.manifests.items(),
+        *((found.name, found.manifest) for found in attended),
+        *((found.name, found.manifest) for found in studies),
+    ]
     colours = content.colours_of(collection)
     first_tokens = collection.layers.get("first_token", ())
     return _template().render(
-        title=title or default_title(lines),
+        title=title or default_title(lines, studies),
         lead=lead(lines),
         generator=GENERATOR,
-        compared_words=compared,
+        said=said,
+        first_count=FIRST_WORDS,
+        reading=reading(lines),
         lines=lines,
-        glance=content.glance(lines, collection),
+        glance=content.glance(lines, collection) if lines else None,
         comparison=side_by_side,
         looks=looks,
+        studies=studies,
+        first_pictures=FIRST_PICTURES,
         sources=[provenance.source(name, found) for name, found in manifests],
         problems=problems or {},
         notes=[
@@ -83,8 +97,10 @@ def words(collection: Collection) -> tuple[dict[str, list[str]], list[str]]:
     return sentences, comparison(collection, found, control=series_control(collection))
 
 
-def default_title(lines: Sequence[ReportLine]) -> str:
+def default_title(lines: Sequence[ReportLine], studies: Sequence[StudyFolder] = ()) -> str:
     """`Attention bias in A, B and C`, or how many models there are where names would be too long a title."""
+    if not lines:  # folders of other verbs alone
+        return studies[0].title if len(studies) == 1 else "Attention bias"
     models = list(dict.fromkeys(line.named for line in lines))
     named = listed(models)
     few = len(models) == 1 or len(named) <= 60
@@ -93,6 +109,8 @@ def default_title(lines: Sequence[ReportLine]) -> str:
 
 def lead(lines: Sequence[ReportLine]) -> str:
     """What the page is, in one sentence."""
+    if not lines:
+        return "How much of what attention returns does the token already have?"
     models = list(dict.fromkeys(line.model for line in lines))
     counts = sorted({dict(line.facts).get("inputs (n)", "") for line in lines})
     what = lines[0].named if len(models) == 1 else f"{len(models)} models"
@@ -102,6 +120,22 @@ def lead(lines: Sequence[ReportLine]) -> str:
     return (
         "How much of what attention returns does the token already have? "
         f"Measured in {what}{more}, layer by layer and head by head{n}."
+    )
+
+
+def reading(lines: Sequence[ReportLine]) -> str:
+    """How the first charts are read: what lines, bands and the horizontal axis are."""
+    several = len(lines) > 1
+    bands = "bands are 95 % bootstrap intervals over inputs"
+    if len(lines) > MOST_BANDS:
+        bands = (
+            f"with {len(lines)} of them, their bands are left out: intervals are in the tables, and told "
+            "when pointed at"
+        )
+    depth = " Depth runs from a model's first layer (0) to its last (1)." if several else ""
+    return (
+        f"Lines are means over heads and inputs; {bands}.{depth} Point at a chart, or select it and use the "
+        "arrow keys, to read values."
     )
 
 

@@ -38,6 +38,7 @@ from diag.studies.readout.classifiers import held_out, parts_of
 from diag.studies.readout.features import FILES, Features, features_of, metrics_of
 from diag.studies.readout.plan import ReadoutPlan
 from diag.studies.readout.tables import ATTENTIVE, CLS, LAYOUTS, MEAN, PREDICTORS, readout, relations, samples
+from diag.studies.readout.words import sentences
 
 OWNER = Owner(
     "readout",
@@ -154,6 +155,7 @@ def _carry_out(
             "tower": tower.name,
             "classes": len(names),
             "chance": chance,
+            "words": list(sentences(table, relation, list(table["readout"].unique()))),
             "inputs": inputs,
             "tables": hashes(folder, (SAMPLES, *LAYOUTS)),
             "failed_inputs": incidents.failed,

@@ -20,8 +20,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from diag.errors import UserError
+from diag.metrics.catalogue import CATALOGUE
 from diag.results.writing import file_stem
 from diag.show.figures import FIGURES, draw_run
 from diag.show.figures.curves import layer_curves, model_comparison
@@ -267,6 +269,12 @@ class TestLayerCurves:
         assert len(model_lines(layer_curves(table).axes[0])) == 3
 
 
+def test_both_nulls_are_told_apart_without_colour() -> None:
+    looks = [CATALOGUE[name].line for name in ("cos_y_vself", "cos_y_vpartner", "cos_y_vuniform")]
+    for part in ("dashes", "marker"):
+        assert len({getattr(look, part) for look in looks} - {""}) == 3
+
+
 class TestModelComparison:
     def test_one_line_per_model_over_relative_depth(self) -> None:
         sizes = {"small": 4, "large": 12}
@@ -285,6 +293,15 @@ class TestModelComparison:
             assert [small.get_color(), large.get_color()] == [OKABE_ITO["blue"], OKABE_ITO["vermillion"]]
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["small (T = 64)", "large (T = 64)"]
+
+    @pytest.mark.parametrize("count", [5, 6])
+    def test_above_five_lines_no_bands_are_drawn_and_the_caption_says_so(self, count: int) -> None:
+        table = pd.concat([layer_table(model=f"m{place}", patch_size=None) for place in range(count)])
+        figure = model_comparison(table)
+        bands = sum(isinstance(found, PolyCollection) for found in figure.axes[0].collections)
+        assert bands == (count if count == 5 else 0)
+        texts = [found.get_text() for found in figure.findobj(Text)]
+        assert any("intervals in the CSV" in text for text in texts) == (count > 5)
 
     def test_depth_is_relative_to_the_last_layer_of_the_model(self) -> None:
         hybrid = layer_table(model="hybrid", layers=8).query("layer in [3, 6]").assign(layer_count=9)

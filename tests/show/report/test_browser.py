@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from commands import Ended
+from made_runs import made_run
 from PIL import Image
 
 from diag.show.report import write_report
@@ -26,6 +27,7 @@ expect = api.expect
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FOUND = next((path for path in map(shutil.which, NAMES) if path), None)
 pytestmark = pytest.mark.skipif(FOUND is None, reason=f"none of {', '.join(NAMES)} is on the path")
+CURVES = ".plot[data-chart^=curves-]"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,17 @@ def file(finished: tuple[Path, Ended], tmp_path_factory: pytest.TempPathFactory)
 
 
 class Watched:
-    """An open page with everything that it said and asked for."""
+    """An open page with everything that it said and asked for. unfold: whether all models' details are."""
 
     def __init__(
-        self, browser: Browser, file: Path, *, hash: str = "", width: int = 1280, scheme: str = "light"
+        self,
+        browser: Browser,
+        file: Path,
+        *,
+        hash: str = "",
+        width: int = 1280,
+        scheme: str = "light",
+        unfold: bool = True,
     ):
         # without smooth scrolling, places are where they are at once
         self.context = browser.new_context(
@@ -60,6 +69,10 @@ class Watched:
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(file.as_uri() + hash)
+        if unfold:
+            self.page.evaluate(
+                "document.querySelectorAll('details.line').forEach((line) => { line.open = true; })"
+            )
 
     def bring(self, found: Locator) -> Locator:
         """Scrolls to an element and lets the page hear of it: scrolling hides tooltips."""
@@ -92,6 +105,48 @@ def test_it_opens_from_disk_and_asks_for_nothing(watched: Watched, file: Path) -
     assert watched.page.title() == "Attention bias in demo:vit-p16"
     assert watched.asked == [file.as_uri()]
     assert watched.page.locator("h2").first.inner_text() == "Summary"
+
+
+@pytest.mark.parametrize(("width", "most"), [(1400, 700), (390, 900)])
+@pytest.mark.parametrize("runs", [1, 9])
+def test_the_first_chart_is_on_the_first_screen(
+    browser: Browser, tmp_path: Path, width: int, most: int, runs: int
+) -> None:
+    """Its frame begins there, below title and legend, also with nine lines of long names."""
+    given = [
+        made_run(tmp_path / f"run-{place}", model=f"timm:a_model_with_a_name.of_run_{place}")
+        for place in range(runs)
+    ]
+    written = write_report(given, tmp_path / "report.html").path
+    opened = Watched(browser, written, width=width, unfold=False)
+    box = opened.page.locator(".plot").first.bounding_box()
+    assert box is not None
+    assert box["y"] < most
+    opened.context.close()
+
+
+def test_the_details_of_several_models_are_folded_until_linked_to(browser: Browser, file: Path) -> None:
+    opened = Watched(browser, file, unfold=False)
+    lines = opened.page.locator("details.line")
+    assert [line.get_attribute("open") for line in lines.all()] == [None] * 2
+    table = lines.nth(1).locator("section[id^=layers-]")
+    expect(table).to_be_hidden()
+    opened.page.evaluate(f"location.hash = '{table.get_attribute('id')}'")
+    expect(table).to_be_in_viewport()
+    expect(lines.nth(0).locator("section").first).to_be_hidden()
+    opened.context.close()
+    assert opened.said == []
+
+
+def test_a_row_of_few_numbers_is_a_card_on_a_phone(browser: Browser, file: Path) -> None:
+    opened = Watched(browser, file, width=390)
+    row = opened.page.locator("#glance tbody tr").first
+    boxes = [cell.bounding_box() for cell in row.locator("> *").all()]
+    assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
+    assert len({box["y"] for box in boxes if box}) == len(boxes)
+    named = opened.page.evaluate("getComputedStyle(document.querySelector('#glance td'), '::before').content")
+    assert named.strip('"') == "alignment bias"
+    opened.context.close()
 
 
 def test_the_watch_would_hear_an_error(browser: Browser, tmp_path: Path) -> None:
@@ -142,7 +197,7 @@ def test_a_definition_reached_by_key_stays_while_the_page_scrolls_to_it(watched:
 
 
 def test_pointing_at_a_curve_reads_its_values(watched: Watched) -> None:
-    plot = watched.page.locator(".plot").first
+    plot = watched.page.locator(CURVES).first
     assert watched.page.locator("#tip").is_hidden()
     watched.bring(plot).hover()
     expect(watched.page.locator("#tip")).to_be_visible()
@@ -157,7 +212,7 @@ def test_pointing_at_a_curve_reads_its_values(watched: Watched) -> None:
 
 
 def test_arrow_keys_read_a_curve_aloud(watched: Watched) -> None:
-    watched.page.locator(".plot").first.focus()
+    watched.page.locator(CURVES).first.focus()
     watched.page.keyboard.press("End")
     last = watched.page.locator("#live").inner_text()
     watched.page.keyboard.press("ArrowLeft")

@@ -178,9 +178,9 @@ def test_sections_come_in_the_order_of_a_reader(read: Page) -> None:
         a["id"]
         for a in read.tags("section")
         if str(a.get("id"))
-        in {"summary", "curves", "comparison", "layers", "heads", "looks", "glossary", "provenance"}
+        in {"summary", "ledger", "comparison", "models", "looks", "studies", "glossary", "provenance"}
     ]
-    assert sections == ["summary", "curves", "comparison", "layers", "heads", "glossary", "provenance"]
+    assert sections == ["summary", "models", "glossary", "provenance"]  # two metrics are compared, and lead
 
 
 def test_headings_are_in_order_and_landmarks_are_there(read: Page) -> None:
@@ -235,7 +235,7 @@ def test_pictures_drawn_from_data_are_described(read: Page, collected: Collectio
     rows = collected.layers
     bias = rows[(rows["label"] == collected.labels[0]) & (rows["metric"] == "cos_y_vself")]
     first = bias.loc[bias["layer"].idxmin(), "mean"]
-    assert f"own value: from {first:.3f} in layer 0" in read.texts["desc"][0]
+    assert read.texts["desc"][0].startswith(f"demo:vit-p16 · patch: from {first:.3f} in layer 0")
 
 
 def test_hover_values_are_those_of_the_tables(read: Page, collected: Collection) -> None:
@@ -416,13 +416,10 @@ def test_nothing_readable_is_an_error(attnbias: Callable[..., Ended], tmp_path: 
     ended = attnbias("report", "half")
     assert ended.code == 2
     assert ended.lines[0] == "error: 'half' is not a finished run (no manifest.json)"
-    attend_folder(tmp_path / "look")
+    (attend_folder(tmp_path / "look") / "tokens.parquet").write_text("")
     ended = attnbias("report", "look")
     assert ended.code == 2
-    assert ended.lines == [
-        "error: no run was given, only attend folders",
-        "tip: give at least one run folder, for example: attnbias report runs/demo-vision",
-    ]
+    assert ended.lines[0].startswith("error: cannot read table 'look")
     assert not Path("report.html").exists()
 
 
@@ -460,6 +457,148 @@ def test_attend_folders_bring_pictures_and_their_words(finished: tuple[Path, End
         "m: cosine of output and own value 0.300, of which 0.050 self part and 0.250 context part."
     )
     assert "attnbias attend <x>" in "".join(read.texts["code"])
+
+
+def study_folder(folder: Path, kind: str, tables: dict[str, str], manifest: dict[str, object]) -> Path:
+    """A folder as `attnbias compare`, `intervene` or `train` leaves it, made by hand."""
+    (folder / "figures").mkdir(parents=True)
+    for name in "abc":
+        Image.new("RGB", (30, 20), "white").save(folder / "figures" / f"picture-{name}.png")
+    for name, text in tables.items():
+        (folder / name).write_text(text)
+    written = {"kind": kind, "command": f"attnbias {kind} <x>"} | manifest
+    (folder / "manifest.json").write_text(json.dumps(written))
+    return folder
+
+
+COMPARED = {
+    "verdict.txt": "A has\nmore.\n\nTwo.\n\nThree.\n\nFour.\n",
+    "differences.csv": "a,b,quantity,difference,ci_low,ci_high\n"
+    "A,B,bias,-0.1,-0.2,-0.05\nA,B,self_share,0.3,,\n",
+}
+SWEPT = {
+    "sensitivity.csv": "intervention,strength,scope,layer,head,effect,mean,ci_low,ci_high,n\n"
+    "xsa,1,one,0,-1,loss_change,0.01,0,0.02,6\n"
+    "xsa,1,one,1,-1,loss_change,0.31,0.2,0.4,6\n"
+    "xsa,1,one,1,0,loss_change,9,8,10,6\n"
+    "xsa,1,one,1,-1,top1_change,-0.9,-1,-0.8,6\n"
+    "random_direction,1,one,0,-1,loss_change,0.5,0.4,0.6,6\n"
+    "random_direction,1,one,1,-1,loss_change,0.02,,,6\n"
+}
+TRAINED = {
+    "outcomes.csv": "task,patch_size,variant,n,accuracy,accuracy_gain,accuracy_gain_low,"
+    "accuracy_gain_high,loss\n"
+    "crops,16,sa,2,14.75,,,,\ncrops,16,xsa,2,16.5,1.75,-3,6.5,\n"
+}
+READ_OUT = {
+    "readout.csv": "readout,measure,layer,mean,std,ci_low,ci_high,n\n"
+    "mean,accuracy,0,0.6,0.1,0.5,0.7,6\nmean,loss,0,9,0.1,8,10,6\n"
+    "mean,accuracy,1,0.7,0.1,,,6\nattentive,accuracy,1,0.8,0.1,,,6\n"
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables", "manifest", "said", "cells"),
+    [
+        (
+            "compare",
+            COMPARED,
+            {"labels": ["A", "B"]},
+            ["A has more.", "1 more sentence", "Comparison of 2 lines"],
+            ["−0.100 (−0.200 to −0.050)"],
+        ),
+        (
+            "intervene",
+            SWEPT,
+            {"model": {"given": "gpt2", "weights": "random"}, "tower": "text"},
+            [
+                "xsa in one layer: most in layer 1, 0.310 (0.200 to 0.400), n = 6; its control, random "
+                "direction, 0.020 (loss, after − before (nats per token)).",
+                "Interventions on gpt2 · random weights",
+            ],
+            [
+                "one layer",
+                "1",
+                "0.310 (0.200 to 0.400)",
+                "6",
+                "one layer",
+                "0",
+                "0.500 (0.400 to 0.600)",
+                "6",
+            ],
+        ),
+        (
+            "train",
+            TRAINED,
+            {"tables": ["outcomes"], "words": ["Gains: <none>."], "plan": {"title": "A grid"}},
+            ["Gains: <none>.", "Training: A grid"],
+            ["16", "sa", "2", "14.750", "–", "16", "xsa", "2", "16.500", "1.750 (−3.000 to 6.500)"],
+        ),
+        (
+            "readout",
+            READ_OUT,
+            {"model": {"given": "demo:vit"}, "words": ["attentive: <best>."], "classes": 3, "chance": 0.5},
+            [
+                "attentive: <best>.",
+                "3 classes; the largest holds 0.500 of the images.",
+                "Classes read from demo:vit",
+            ],
+            ["0.600 (0.500 to 0.700)", "–", "0.700", "0.800"],
+        ),
+        (
+            "audit",
+            {},
+            {"models": [], "verdicts": {"gpt2 · text": {"hooks": "v_proj is <V>"}}},
+            ["Audit of hooks and batches"],
+            ["v_proj is <V>", "–"],
+        ),
+    ],
+)
+def test_what_was_asked_of_models_has_a_section(
+    tmp_path: Path,
+    kind: str,
+    tables: dict[str, str],
+    manifest: dict[str, object],
+    said: list[str],
+    cells: list[str],
+) -> None:
+    """Also without a run beside it: sentences, key figures, pictures, and where it is from."""
+    folder = study_folder(tmp_path / kind, kind, tables, manifest)
+    done = write_report([folder], tmp_path / "report.html")
+    assert (done.lines, done.problems) == (0, {})
+    read = Page(done.path.read_text("utf-8"))
+    words = ["".join(read.texts[tag]) for tag in ("li", "summary", "h3")]
+    assert all(any(sentence in part for part in words) for sentence in said)
+    assert read.texts["td"] == cells
+    assert len(read.tags("img")) == 3
+    assert "1 more figure" in read.texts["summary"]
+    assert "summary" not in read.ids()
+    assert f"attnbias {kind} <x>" in read.texts["code"]
+
+
+def test_a_damaged_study_is_left_out_and_one_of_another_verb_is_named(
+    finished: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    study = study_folder(tmp_path / "study", "compare", {"verdict.txt": "A."}, {"labels": ["A"]})
+    other = study_folder(tmp_path / "other", "monitor", {}, {})
+    done = write_report([finished[0], study, other], tmp_path / "report.html")
+    assert "differences.csv" in done.problems[str(study)]
+    assert "made by attnbias monitor" in done.problems[str(other)]
+    whole = study_folder(tmp_path / "whole", "compare", COMPARED, {"labels": ["A", "B"]})
+    alone = write_report([other, tmp_path / "none", whole], tmp_path / "report.html")
+    assert list(alone.problems) == [str(other), str(tmp_path / "none")]
+    assert "Left out." in alone.path.read_text("utf-8")
+
+
+def test_above_five_lines_no_bands_are_drawn_and_the_page_says_so(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / f"run-{place}", model=f"demo:{place}") for place in range(6)]
+    few, many = (page(collect(runs[:count])) for count in (5, 6))
+    assert [text.count("their bands are left out") for text in (few, many)] == [0, 1]
+    drawn = [sum(found.get("class") == "band" for found in Page(text).tags("path")) for text in (few, many)]
+    compared = sum(name.startswith("compared-") for name in Page(many).data["charts"])
+    of_each_line = drawn[1] // 6
+    assert drawn == [5 * (of_each_line + compared), 6 * of_each_line]
+    assert Page(many).data["charts"]["compared-cos_y_vself"]["curves"][0]["low"][0] is not None
 
 
 def test_a_look_is_on_the_page_once_and_its_edited_tables_are_told(

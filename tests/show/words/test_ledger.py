@@ -61,7 +61,8 @@ def test_each_line_of_a_comparison_and_the_lead_of_a_report_say_it(tmp_path: Pat
     text = "\n".join(comparison(found, profiles(found.samples)))
     assert f"demo:a: in{REGISTERS[2:]}\ndemo:b: in{REGISTERS[2:]}" in text
     html = page(found)
-    assert html.index('id="ledger"') < html.index('id="summary"')
+    first = [html.index(f'id="{name}"') for name in ("compared-cos_y_vself-t", "ledger", "models")]
+    assert first == sorted(first)
     assert html.count(REGISTERS) == 2  # in the lead of each line, and not again in its summary
     assert html.count('class="sum"') == 4
 
