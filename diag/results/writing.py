@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from diag.errors import UserError, one_of, visible
 from diag.inputs.csv_injection import to_csv
 from diag.inputs.outside import reason
-from diag.results.decimals import fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,30 +144,10 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWrite(f"cannot write '{path}': {reason(error)}", tip) from error
 
 
-LATEX = {
-    "−": "$-$",
-    "±": "$\\pm$",
-    "×": "$\\times$",
-    "→": "$\\rightarrow$",
-    "·": "$\\cdot$",
-    "–": "--",
-    "…": "\\dots{}",
-}
-"""Signs that not every TeX engine has in its fonts."""
-
-
 def _latex(frame: pd.DataFrame) -> str:
-    """A `tabular` between booktabs' rules, everything escaped: text to the left, numbers to the right."""
-    from pandas.api.types import is_float_dtype, is_numeric_dtype  # naming a file needs no tables
+    from diag.results.latex import latex  # naming a file needs no tables
 
-    numbers = [is_numeric_dtype(kind) for kind in frame.dtypes]
-    decimals: dict[Any, Any] = {name: fixed for name, kind in frame.dtypes.items() if is_float_dtype(kind)}
-    styler = frame.style.hide(axis="index").format(decimals, escape="latex", precision=3, na_rep="--")
-    styler = styler.format_index(escape="latex", axis=1)
-    text = styler.to_latex(hrules=True, column_format="".join("r" if number else "l" for number in numbers))
-    for sign, command in LATEX.items():
-        text = text.replace(sign, command)
-    return "% needs \\usepackage{booktabs}\n" + text
+    return latex(frame)
 
 
 def _markdown(frame: pd.DataFrame) -> str:

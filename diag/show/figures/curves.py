@@ -15,7 +15,7 @@ from diag.metrics.catalogue import CATALOGUE, DrawnAs
 from diag.results.caveats import BETWEEN, apart
 from diag.show.figures.lines import BANDS, NO_BANDS, layer_axis, line, lines_drawn, published_handle, rule
 from diag.show.figures.overlay import overlays
-from diag.show.figures.page import legend_size, letter, page
+from diag.show.figures.page import grow, legend_below, letter, page
 from diag.show.figures.panels import COMPARISON_METRICS, CURVE_METRICS, CURVES
 from diag.show.figures.style import (
     BESIDE_ORDERED,
@@ -24,6 +24,7 @@ from diag.show.figures.style import (
     MARKERS,
     MOST_BANDS,
     RULE,
+    paper,
     shades_of,
     style,
 )
@@ -71,8 +72,7 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     known = overlays(published, CURVE_METRICS)
     limits = _cosine_limits(rows_of(rows, cosines), [overlay.of(cosines).rows for overlay in known])
     said = caption(rows, bands=BANDS)
-    room = 0.15 * len(known) + 0.1 if known else 0.0
-    figure, axes = page(len(panels), row_height=2.45, title=label_of(rows), caption=said, extra=room)
+    figure, axes = page(len(panels), row_height=2.45, title=label_of(rows), caption=said)
     drawn: set[str] = set()
     for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
         for metric, look in panel.lines.items():
@@ -90,7 +90,7 @@ def layer_curves(layers: pd.DataFrame, published: pd.DataFrame | None = None) ->
     _legends(axes)
     if known:
         marks = [published_handle(overlay.label, overlay.marker) for overlay in known]
-        figure.legend(handles=marks, loc="outside lower center")
+        legend_below(figure, marks)
     return figure
 
 
@@ -111,15 +111,12 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     entries = _entries(rows)
     metrics = compared_metrics([part for part, _ in entries])
     banded = len(entries) <= MOST_BANDS
-    # Constrained layout makes room for the legend outside; the page grows so that panels do not shrink.
-    columns, legend_height = legend_size([look.label for _, look in entries])
     known = overlays(published, metrics)
     figure, axes = page(
         len(metrics),
         row_height=2.1,
         title="Comparison over relative depth",
         caption=caption(rows, bands=BANDS if banded else NO_BANDS),
-        extra=legend_height + 0.15 * len(known),
     )
     for place, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
         title, y_label = CATALOGUE[metric].panel
@@ -141,7 +138,7 @@ def model_comparison(layers: pd.DataFrame, published: pd.DataFrame | None = None
     handles = lines_drawn(axes)
     marks = [handles[look.label] for _, look in entries if look.label in handles]
     marks += [published_handle(overlay.label, overlay.marker) for overlay in known]
-    figure.legend(handles=marks, loc="outside lower center", ncols=columns)
+    legend_below(figure, marks)
     return figure
 
 
@@ -212,15 +209,22 @@ def _draw_line(ax: Axes, curve: pd.DataFrame, look: DrawnAs, *, x: str = "layer"
 
 
 def _legends(axes: Sequence[Axes]) -> None:
-    """A legend between title and axes, where it covers no line; titles of one row stand at one height."""
-    for start in range(0, len(axes), 2):
-        row = axes[start : start + 2]
-        lines = max(math.ceil(len(ax.get_legend_handles_labels()[0]) / 2) for ax in row)
+    """A legend between title and axes, where it covers no line; titles of one row stand at one height.
+
+    The figure grows by what a legend takes beyond two rows.
+    """
+    beside = min(2, paper().columns)  # panels in a row, and so columns of a legend
+    for start in range(0, len(axes), beside):
+        row = axes[start : start + beside]
+        lines = max(math.ceil(len(ax.get_legend_handles_labels()[0]) / beside) for ax in row)
         height = 3 + LEGEND_ROW * lines
         for ax in row:
             ax.set_title(ax.get_title(loc="left"), pad=height + 4)
             above = ScaledTranslation(0, height / 72, ax.figure.dpi_scale_trans)
-            ax.legend(loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + above, ncols=2)
+            ax.legend(
+                loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + above, ncols=beside
+            )
+        grow(row[0].figure.get_figure(root=True), LEGEND_ROW / 72 * max(lines - 2, 0))
 
 
 def _cosine_limits(rows: pd.DataFrame, published: Sequence[pd.DataFrame]) -> tuple[float, float]:

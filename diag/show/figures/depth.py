@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ from diag.show.figures.lines import (
     published_points,
     rule,
 )
-from diag.show.figures.page import columns_for, page
+from diag.show.figures.page import columns_for, legend_below, page
 from diag.show.figures.panels import CURVES, PROFILE_METRICS
 from diag.show.figures.style import OKABE_ITO, RULE, style
 from diag.show.figures.tables import caption, check_columns, drawable, rows_of
@@ -62,13 +61,11 @@ def depth_profiles(
     if len(known):
         # values, not a second measurement: what they are comes with the figure
         said += f"\nopen points: published values, {', '.join(dict.fromkeys(known['source']))}"
-    legend = 0.2 * math.ceil((len(shown) + 2) / 3) + 0.1
     figure, axes = page(
         len(parts),
         row_height=2.15 + room,
         title="Profiles over depth",
         caption=said,
-        extra=legend,
         columns=columns_for(len(parts)),
     )
     for ax, title, (label, part) in zip(axes, titles, parts.items(), strict=True):
@@ -91,7 +88,7 @@ def depth_profiles(
     named[f"minimum of {'the bias' if shown[0] == 'cos_y_vself' else looks[shown[0]].label}"] = ring
     if len(known):
         named["published"] = published_handle("published")
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3)
+    legend_below(figure, list(named.values()), list(named))
     return figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import BANDS, depth_curve, headings, layer_axis, line, lines_drawn, lines_of
-from diag.show.figures.page import columns_for, page
+from diag.show.figures.page import columns_for, legend_below, page
 from diag.show.figures.style import style
 from diag.show.figures.tables import caption, check_columns, drawable
 
@@ -41,7 +41,6 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
         row_height=2.15 + room,
         title="Entropy of attention",
         caption=caption(rows, bands=BANDS),
-        extra=0.45,
         columns=columns_for(len(parts)),
     )
     for ax, title, (label, part) in zip(axes, titles, parts.items(), strict=True):
@@ -59,7 +58,7 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     handles = lines_drawn(axes) | lines_drawn(axes, "bound")
     order = [*(drawn.label for drawn in LINES.values()), *(word for word, _ in BOUNDS.values())]
     words = [word for word in order if word in handles]
-    figure.legend([handles[word] for word in words], words, loc="outside lower center", ncols=2)
+    legend_below(figure, [handles[word] for word in words], words)
     return figure
 
 

@@ -13,15 +13,14 @@ from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, DrawnAs
 from diag.results.decimals import fixed
 from diag.show.figures.lines import handle, rule
-from diag.show.figures.page import letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.style import OKABE_ITO, Colour, ordered_colours, style
 from diag.show.figures.tables import span
 from diag.show.figures.variants import (
     BASELINE,
     UNITS,
     at_patch,
-    legend_below,
-    legend_height,
+    handles_of,
     patch_word,
     patches_of,
     seeds_word,
@@ -65,7 +64,6 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
         title="What a variant changes against the baseline of the same seed",
         caption=f"{task} · {seeds_word(rows['n'])} · small: one seed; "
         "large: mean and 95 % t interval over seeds",
-        extra=legend_height(shown),
         columns=1 if len(shown) * len(patches) > SIDE_BY_SIDE else 2,
     )
     for panel, (outcome, ax) in enumerate(zip(outcomes, axes, strict=True)):
@@ -94,7 +92,7 @@ def gain_by_patch(gains: pd.DataFrame, by_seed: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(patches)), [patch_word(patch, task) for patch in patches])
         ax.set_xlim(-0.5, len(patches) - 0.5)
         ax.grid(False, axis="x")
-    legend_below(figure, shown, lines=False)
+    legend_below(figure, handles_of(shown, lines=False))
     return figure
 
 
@@ -128,7 +126,6 @@ def gain_against_baseline(points: pd.DataFrame, relations: pd.DataFrame, *, outc
         title="Does what the baseline measures predict the gain?",
         caption=f"{task} · {span(cells)} pairs of cells, {one['seed'].nunique()} seeds{sizes} · "
         "baseline: mean over layers · r: Pearson, 95 % interval over seeds" + warned,
-        extra=0.35,
         columns=len(predictors),
     )
     pearson = relations.query("outcome == @outcome and correlation == 'pearson'")
@@ -144,9 +141,7 @@ def gain_against_baseline(points: pd.DataFrame, relations: pd.DataFrame, *, outc
         ax.set_xlabel(f"baseline: {PREDICTORS[predictor]}")
         ax.set_ylabel(f"{variant} − {BASELINE}\n{UNITS[outcome]}")
         ax.margins(0.08)
-    figure.legend(
-        handles=[handle(look) for look in looks], loc="outside lower center", ncols=min(len(looks), 6)
-    )
+    legend_below(figure, [handle(look) for look in looks])
     return figure
 
 

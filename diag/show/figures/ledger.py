@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from diag.metrics.catalogue import LEDGER_CLASSES
 from diag.show.figures.lines import layer_axis, rule
-from diag.show.figures.page import legend_size, letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.panels import LEDGER_COLOURS, LEDGER_METRICS, LEDGERS
 from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import caption, check_columns, drawable, label_of, one_selection
@@ -43,10 +43,7 @@ def ledger_over_depth(layers: pd.DataFrame) -> Figure:
     there = [
         name for name in LEDGER_CLASSES if any(f"{p.of}_from_{name}" in set(rows["metric"]) for p in panels)
     ]
-    columns, room = legend_size([LEDGER_CLASSES[name] for name in there])
-    figure, axes = page(
-        len(panels), row_height=2.6, title=label_of(rows), caption=caption(rows, bands=BARS), extra=room
-    )
+    figure, axes = page(len(panels), row_height=2.6, title=label_of(rows), caption=caption(rows, bands=BARS))
     for place, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
         _stack(ax, pieces(rows, panel.of))
         ax.set_title(letter(place, len(panels)) + panel.title)
@@ -59,7 +56,7 @@ def ledger_over_depth(layers: pd.DataFrame) -> Figure:
         Patch(facecolor=_colour(name), edgecolor="white", linewidth=0.3, label=LEDGER_CLASSES[name])
         for name in there
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    legend_below(figure, handles)
     return figure
 
 

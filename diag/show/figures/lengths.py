@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs, entry_of
 from diag.show.figures.lines import BANDS, line, lines_drawn
-from diag.show.figures.page import legend_size, letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.style import LINE_COLOURS, MARKERS, RULE, style
 from diag.show.figures.tables import caption, check_columns, shorten
 
@@ -48,13 +48,11 @@ def against(points: pd.DataFrame) -> Figure:
         )
     axis = str(rows["against"].iloc[0])
     lines, metrics = list(dict.fromkeys(rows["line"])), list(dict.fromkeys(rows["metric"]))
-    columns, legend = legend_size(lines)
     figure, axes = page(
         len(metrics),
         row_height=2.1,
         title=f"Means over layers against {AXES[axis].partition(',')[0]}",
         caption=caption(rows, bands=BANDS, labelled=False),
-        extra=legend,
     )
     for place, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
         for number, name in enumerate(lines):
@@ -70,7 +68,7 @@ def against(points: pd.DataFrame) -> Figure:
         _axis(ax, rows["at"], axis)
     handles = lines_drawn(axes)
     names = [shorten(name, 96) for name in handles]
-    figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns)
+    legend_below(figure, list(handles.values()), names)
     return figure
 
 

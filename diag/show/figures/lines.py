@@ -16,7 +16,7 @@ from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs
 from diag.results.caveats import apart
 from diag.show.figures.page import columns_for, letter
-from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, PUBLISHED, RULE, Colour
+from diag.show.figures.style import BAND_OPACITY, OKABE_ITO, PUBLISHED, RULE, Colour, paper
 from diag.show.figures.tables import LABEL, depth_of, label_of, profile, shorten, span, wrapped
 
 BANDS = "bands: 95 % bootstrap interval over inputs"
@@ -38,7 +38,9 @@ def headings(parts: Mapping[str, pd.DataFrame]) -> tuple[list[str], float]:
     caveats, stands in rows below it.
     """
     panels = len(parts)
-    width = 90 if panels == 1 else 27 if columns_for(panels) == 3 else 42
+    width = paper().panel
+    if paper().columns > 1 and panels > 1:
+        width = 27 if columns_for(panels) == 3 else 42
     titles = []
     for place, (label, rows) in enumerate(parts.items()):
         length = span(rows["n_tokens"]) if "n_tokens" in rows and "T =" not in label else ""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from diag.metrics.catalogue import CATALOGUE
 from diag.results.null_names import NULLS
 from diag.show.figures.lines import BANDS, layer_axis, line, lines_drawn, rule
-from diag.show.figures.page import letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.panels import NULL_METRICS
 from diag.show.figures.style import style
 from diag.show.figures.tables import (
@@ -36,7 +36,7 @@ def null_curves(layers: pd.DataFrame) -> Figure:
     rows = drawable(check_columns(layers), NULL_METRICS, "nulls")
     one_selection(rows, "nulls")
     said = caption(rows, bands=BANDS)
-    figure, axes = page(2, row_height=2.6, title=label_of(rows), caption=said, extra=0.45)
+    figure, axes = page(2, row_height=2.6, title=label_of(rows), caption=said)
     upper, lower = axes
     line(upper, profile(rows, "cos_y_vself"), replace(CATALOGUE["cos_y_vself"].line, label="alignment bias"))
     for null in NULLS:
@@ -50,5 +50,5 @@ def null_curves(layers: pd.DataFrame) -> Figure:
         ax.set_ylabel("cosine" if place == 0 else "cosine difference")
         layer_axis(ax, rows_of(rows, NULL_METRICS))
     handles = lines_drawn(axes)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    legend_below(figure, list(handles.values()), list(handles))
     return figure

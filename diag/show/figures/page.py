@@ -1,4 +1,4 @@
-"""A page of panels: title, caption, panels two to a row, or three, their letters, and the legend below."""
+"""A page of panels: title, caption, panels side by side, their letters, and the legend below."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import math
 import string
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diag.show.figures.style import PAGE_WIDTH
-from diag.show.figures.tables import title_lines
+from diag.results.caveats import BETWEEN
+from diag.show.figures.style import paper
+from diag.show.figures.tables import title_lines, wrapped
 
-TITLE_LENGTH = 66
-"""Characters of a bold title that surely fit a page-wide figure."""
-TITLE_LINE = 0.15
-"""Inches of a further line of it."""
-LEGEND_LENGTH = 104
-"""Characters of a legend's row, with 8 for each line's mark."""
+LINE = 0.15
+"""Inches of a further line of words, and of a legend's row."""
 
 
 def page(
-    count: int, *, row_height: float, title: str, caption: str, extra: float = 0.0, columns: int = 2
+    count: int, *, row_height: float, title: str, caption: str, columns: int = 2
 ) -> tuple[Figure, list[Axes]]:
-    """A page-wide figure with `count` panels.
+    """A figure with `count` panels, as wide as the paper that is drawn for.
 
-    Heights in inches; `extra` is room for a legend below the panels; columns: panels to a row, at most.
-    Caveats of a long title stand in lines of their own. Call it inside `style()`.
+    row_height: inches, on a page. columns: panels to a row, at most. Caveats of a long title stand in lines
+    of their own; the caption is broken between its parts. Call it inside `style()`.
     """
-    columns = min(count, columns)
+    sheet = paper()
+    columns = min(count, columns, sheet.columns)
     rows = math.ceil(count / columns)
-    titles = title_lines(title, TITLE_LENGTH)
-    extra += TITLE_LINE * (len(titles) - 1 + max(caption.count("\n") - 1, 0))
-    figure = Figure(figsize=(PAGE_WIDTH, row_height * rows + 0.6 + extra))
+    titles = title_lines(title, sheet.title)
+    said = [line for text in caption.split("\n") for line in wrapped(text.split(BETWEEN), sheet.caption)]
+    further = LINE * (len(titles) - 1 + max(len(said) - 1, 0))
+    figure = Figure(figsize=(sheet.width, sheet.height * row_height * rows + 0.6 + further))
     # Constrained layout keeps room for one heading per figure; the caption, in its own size, needs a second.
     body = figure.subfigures(1, 1, squeeze=False)[0, 0]
     figure.suptitle("\n".join(titles))
-    body.suptitle(caption, fontsize=7, fontweight="normal", color="0.3")
+    body.suptitle("\n".join(said), fontsize=7, fontweight="normal", color="0.3")
     grid = body.add_gridspec(rows, columns)
     return figure, [body.add_subplot(grid[index // columns, index % columns]) for index in range(count)]
 
@@ -51,7 +51,18 @@ def letter(place: int, panels: int = 2) -> str:
     return f"({string.ascii_lowercase[place % 26]}) " if panels > 1 else ""
 
 
-def legend_size(labels: Sequence[str]) -> tuple[int, float]:
-    """Columns of a legend below the panels, and the inches that its rows take."""
-    columns = max(1, min(len(labels), LEGEND_LENGTH // (max(map(len, labels)) + 8)))
-    return columns, 0.15 * math.ceil(len(labels) / columns) + 0.1
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str] | None = None) -> None:
+    """One legend under all panels, in as many columns as fit; the figure grows by the height that it takes.
+
+    labels: by default the handles' own.
+    """
+    words = [str(handle.get_label()) for handle in handles] if labels is None else list(labels)
+    columns = max(1, min(len(words), paper().legend // (max(map(len, words)) + 8)))
+    grow(figure, LINE * math.ceil(len(words) / columns) + 0.1)
+    figure.legend(list(handles), words, loc="outside lower center", ncols=columns)
+
+
+def grow(figure: Figure, inches: float) -> None:
+    """Makes a figure higher, by what stands beside its panels."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + inches)

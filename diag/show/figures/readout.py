@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from diag.metrics.catalogue import DrawnAs
 from diag.show.figures.lines import layer_axis, line, rule
-from diag.show.figures.page import letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.style import style
 
 LOOKS = {
@@ -30,7 +30,6 @@ def readout_over_depth(table: pd.DataFrame, *, title: str, chance: float) -> Fig
         row_height=2.5,
         title=title,
         caption=f"n = {n} images, each predicted without its part · bands: 95 % bootstrap over images",
-        extra=0.35,
     )
     for ax, measure, said in ((left, ACCURACY, "accuracy"), (right, GAIN, "accuracy beyond mean tokens")):
         rows = table[table["measure"] == measure]
@@ -52,5 +51,5 @@ def readout_over_depth(table: pd.DataFrame, *, title: str, chance: float) -> Fig
     left.set_title(letter(0) + "what can be read")
     right.set_title(letter(1) + "what a readout adds")
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    legend_below(figure, handles, labels)
     return figure

@@ -8,12 +8,11 @@ from matplotlib.figure import Figure
 
 from diag.errors import UserError
 from diag.metrics.catalogue import DrawnAs
-from diag.results.caveats import of_table
+from diag.results.caveats import BETWEEN, of_table
 from diag.results.decimals import fixed
 from diag.show.figures.lines import BANDS, finite_range, layer_axis, line, lines_drawn
-from diag.show.figures.page import columns_for, letter, page
+from diag.show.figures.page import columns_for, legend_below, letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, RULE, style
-from diag.show.figures.tables import CAPTION_WIDTH, wrapped
 
 SIDES = (DrawnAs("baseline", "blue"), DrawnAs("XSA-trained", "vermillion", "-", "s"))
 
@@ -86,8 +85,7 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
         len(pairs),
         row_height=2.1,
         title="Value similarity with and without XSA in training",
-        caption="\n".join(wrapped([said, *of_table(curves[curves["mean"].notna()])], CAPTION_WIDTH)),
-        extra=0.3,
+        caption=BETWEEN.join([said, *of_table(curves[curves["mean"].notna()])]),
         columns=columns_for(len(pairs)),
     )
     for place, (ax, pair) in enumerate(zip(axes, pairs, strict=True)):
@@ -101,7 +99,7 @@ def trained_similarity(curves: pd.DataFrame) -> Figure:
         ax.set_ylabel("value similarity")
         layer_axis(ax, part)
     handles = lines_drawn(axes[:1])
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
+    legend_below(figure, list(handles.values()), list(handles))
     return figure
 
 

@@ -14,7 +14,7 @@ from diag.metrics.catalogue import CATALOGUE, Dashes, DrawnAs
 from diag.models.names.changes import is_control, labelled
 from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
-from diag.show.figures.page import letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.style import LINE_COLOURS, OKABE_ITO, style
 from diag.show.figures.tables import span
 
@@ -73,7 +73,6 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
         row_height=2.3,
         title=title,
         caption=f"n = {n} inputs · paired with the untouched model · bands: 95 % bootstrap over inputs",
-        extra=0.35,
     )
     for place, ((effect, scope), ax) in enumerate(zip(panels, axes, strict=True)):
         part = rows[(rows["effect"] == effect) & (rows["scope"] == scope)]
@@ -87,7 +86,7 @@ def layer_sensitivity(table: pd.DataFrame, *, title: str, effects: Sequence[str]
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    legend_below(figure, handles, labels)
     return figure
 
 
@@ -103,7 +102,6 @@ def layer_costs(costs: pd.DataFrame, *, title: str) -> Figure:
         row_height=2.3,
         title=title,
         caption=f"one layer changed · n = {int(costs['n'].max())} inputs · bars: 95 % bootstrap over inputs",
-        extra=0.35,
     )
     for number, (part, ax) in enumerate(zip(parts, axes, strict=True)):
         name, strength = part["intervention"].iloc[0], part["strength"].iloc[0]
@@ -150,7 +148,6 @@ def costs_of_models(costs: pd.DataFrame) -> Figure:
         row_height=2.3,
         title=f"{len(models)} models, one layer changed at a time",
         caption=f"n = {span(costs['n'])} inputs · bands: 95 % bootstrap over inputs · dotted: the control",
-        extra=0.35,
     )
     for number, (part, ax) in enumerate(zip(parts, axes, strict=True)):
         for model, curve in part.sort_values("layer").groupby("model", sort=False):
@@ -173,7 +170,7 @@ def costs_of_models(costs: pd.DataFrame) -> Figure:
     drawn = {
         text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
     }
-    figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=min(len(drawn), 3))
+    legend_below(figure, [*drawn.values()], [*drawn])
     return figure
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from diag.metrics.catalogue import CATALOGUE
 from diag.show.figures.lines import depth_curve, headings, layer_axis, lines_of
-from diag.show.figures.page import columns_for, page
+from diag.show.figures.page import columns_for, legend_below, page
 from diag.show.figures.panels import SINK_CLASSES, SINK_METRICS
 from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import caption, check_columns, drawable, profile
@@ -38,7 +38,6 @@ def sink_events(layers: pd.DataFrame) -> Figure:
         row_height=2.0 + room,
         title="Sink events: heads in which nearly all queries attend to one key",
         caption=caption(rows, bands=BARS).replace("; dotted: over layers that are not measured", ""),
-        extra=0.3,
         columns=columns_for(len(parts)),
     )
     unknown = [_stacked(ax, part) for ax, part in zip(axes, parts.values(), strict=True)]
@@ -52,7 +51,7 @@ def sink_events(layers: pd.DataFrame) -> Figure:
     marks = [Patch(facecolor=_colour(name), label=CATALOGUE[name].line.label) for name in SINK_CLASSES]
     if any(unknown):
         marks.append(Patch(facecolor="none", edgecolor="black", label="class not known"))
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
+    legend_below(figure, marks)
     return figure
 
 

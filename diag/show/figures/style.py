@@ -5,19 +5,65 @@ Everything is set on matplotlib's defaults, so that a reader's own matplotlibrc 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import matplotlib.style
 
 from diag.metrics.catalogue import Dashes
+from diag.show.figures.glyphs import families
 
 STYLE_SHEET = Path(__file__).with_name("attnbias.mplstyle")
 
-PAGE_WIDTH = 6.75
-"""Inches: both columns of a paper."""
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a figure is to stand.
+
+    width: inches. columns: panels to a row, at most. height: of a panel, relative to that on a page.
+    title, panel, caption, legend: characters that surely fit a line of the bold title, of one panel's, of the
+    caption, and a legend's row, with 8 for each line's mark. settings: of the style, beyond the style sheet.
+    """
+
+    width: float
+    columns: int
+    height: float
+    title: int
+    panel: int
+    caption: int
+    legend: int
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+
+SIZES = (
+    "font.size",
+    "figure.titlesize",
+    "axes.titlesize",
+    "axes.labelsize",
+    "xtick.labelsize",
+    "ytick.labelsize",
+    "legend.fontsize",
+)
+PAPERS = {
+    "page": Paper(6.75, 3, 1.0, title=66, panel=90, caption=128, legend=104),
+    "column": Paper(
+        3.25,
+        1,
+        0.8,
+        title=34,
+        panel=38,
+        caption=60,
+        legend=46,
+        settings=dict.fromkeys(SIZES, 8),
+    ),
+}
+"""A page: both columns of a paper. A column: one of them, all print but the caption's in 8 points."""
+PAGE_WIDTH = PAPERS["page"].width
+_PAPER = ContextVar("paper", default=PAPERS["page"])
 
 Colour = str | tuple[float, float, float]
 
@@ -58,13 +104,30 @@ MOST_BANDS = 5
 """With more lines in a panel, their bands lie over each other as one grey: only lines are drawn."""
 
 
+def paper() -> Paper:
+    """What is drawn for now."""
+    return _PAPER.get()
+
+
+@contextmanager
+def on_paper(name: str) -> Iterator[None]:
+    """Figures that are made and saved in the `with` block are for this one of `PAPERS`."""
+    token = _PAPER.set(PAPERS[name])
+    try:
+        yield
+    finally:
+        _PAPER.reset(token)
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Apply the package's style sheet for the time of a `with` block, or of a function as `@style()`.
 
     Needed when a figure is made *and* when it is saved: fonts and embedding are read on saving.
     """
-    with matplotlib.style.context(["default", str(STYLE_SHEET)]):
+    with matplotlib.style.context(
+        ["default", str(STYLE_SHEET), {"font.family": list(families()), **paper().settings}]
+    ):
         yield
 
 

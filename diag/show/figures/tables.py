@@ -176,11 +176,14 @@ def wrapped(parts: Iterable[str], width: int) -> list[str]:
 
 
 def title_lines(label: str, width: int) -> list[str]:
-    """A label as a title: in one line where it fits, else its caveats below its name."""
+    """A label as a title: in one line where it fits, else its caveats below its name.
+
+    Words are broken between them; a name that is longer than a line loses its middle.
+    """
     if len(label) <= width:
         return [label]
     name, said = apart(label)
-    return [shorten(name, width), *wrapped(said, width)]
+    return [*(shorten(line, width) for line in wrapped([name], width)), *wrapped(said, width)]
 
 
 CAPTION_WIDTH = 128

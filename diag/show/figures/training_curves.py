@@ -12,13 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, capitalised, entry_of
 from diag.show.figures.lines import finite_range, layer_axis, line
-from diag.show.figures.page import columns_for, letter, page
+from diag.show.figures.page import columns_for, legend_below, letter, page
 from diag.show.figures.style import style
 from diag.show.figures.variants import (
     BASELINE,
     at_patch,
-    legend_below,
-    legend_height,
+    handles_of,
     patch_word,
     patches_of,
     seeds_word,
@@ -57,7 +56,6 @@ def curves_over_steps(curves: pd.DataFrame) -> Figure:
         title="While training" + ("" if math.isnan(patch) else f", {patch_word(patch, task)}"),
         caption=f"{task} · {seeds_word(curves['n'])} · means over layers · bands: smallest to largest "
         f"seed{smooth}",
-        extra=legend_height(variants),
         columns=columns_for(len(shown)),
     )
     for place, (metric, ax) in enumerate(zip(shown, axes, strict=True)):
@@ -72,7 +70,7 @@ def curves_over_steps(curves: pd.DataFrame) -> Figure:
         ax.set_ylabel(label)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-    legend_below(figure, variants)
+    legend_below(figure, handles_of(variants))
     return figure
 
 
@@ -103,7 +101,6 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
         title=f"{capitalised(name)} of the baseline and of trained variants",
         caption=f"{task} · {seeds_word(rows['n'])} · bands: 95 % t interval over seeds of the "
         f"paired difference from {BASELINE}; filled: it leaves out 0",
-        extra=legend_height(shown),
         columns=columns_for(len(patches)),
     )
     for place, (patch, ax) in enumerate(zip(patches, axes, strict=True)):
@@ -131,5 +128,5 @@ def compensation_over_layers(table: pd.DataFrame, *, metric: str) -> Figure:
         ax.set_title(letter(place) + patch_word(patch, task) if len(patches) > 1 else task)
         ax.set_ylabel(name)
         layer_axis(ax, part)
-    legend_below(figure, shown)
+    legend_below(figure, handles_of(shown))
     return figure

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.artist import Artist
 
 from diag.metrics.catalogue import Dashes, DrawnAs
 from diag.show.figures.lines import handle
@@ -21,7 +20,6 @@ COLOURS = ("vermillion", "green", "orange", "purple", "sky")
 MARKERS = "s^vPX"
 DASHES: tuple[Dashes, ...] = ("-", ":", "-.")
 CONTROL_DASHES: tuple[Dashes, ...] = ("--", ":")
-LEGEND_COLUMNS = 4
 UNITS = {"accuracy": "accuracy, points", "loss": "loss, nats"}
 
 
@@ -67,12 +65,6 @@ def seeds_word(counts: pd.Series) -> str:
     return f"n = {span(counts)} seed{'s' if counts.max() != 1 else ''}"
 
 
-def legend_height(shown: Mapping[str, DrawnAs]) -> float:
-    """Inches that `legend_below` takes."""
-    return 0.15 * math.ceil(len(shown) / LEGEND_COLUMNS) + 0.15
-
-
-def legend_below(figure: Figure, shown: Mapping[str, DrawnAs], *, lines: bool = True) -> None:
-    """One legend of the variants under all panels; its entries do not depend on what a panel lacks."""
-    handles = [handle(look if lines else replace(look, dashes="")) for look in shown.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND_COLUMNS))
+def handles_of(shown: Mapping[str, DrawnAs], *, lines: bool = True) -> list[Artist]:
+    """What a legend of the variants shows; its entries do not depend on what a panel lacks."""
+    return [handle(look if lines else replace(look, dashes="")) for look in shown.values()]

@@ -49,11 +49,13 @@ def pictures(figure: Figure, endings: Sequence[str] = tuple(PICTURES)) -> dict[s
     """The files of a figure by their endings. Its layout is solved once, for all of them, and stays."""
     import matplotlib
 
+    from diag.show.figures.glyphs import make_legible
     from diag.show.figures.style import style
 
     written = {ending: BytesIO() for ending in endings}
     # a figure without an engine for its layout takes the one that is set here
     with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        make_legible(figure)
         _lay_out(figure)
         for ending, file in written.items():
             figure.savefig(file, format=ending, **PICTURES[ending])

@@ -27,7 +27,7 @@ from diag.show.figures.tables import check_columns, rows_of
 from diag.studies.attend.folder import read as read_look
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup.captions import look_settings
-from diag.studies.writeup.item import Layers, Names, OfProbe, Published, Strict, WriteupItem
+from diag.studies.writeup.item import Layers, Names, OfProbe, Panels, Published, Strict, WriteupItem
 from diag.studies.writeup.material import Material, known_metrics, overlay, points
 
 LOOKS = {
@@ -89,7 +89,7 @@ def _overlaid(
     return DrawnFigure(stem, figure, pd.concat([rows, theirs], ignore_index=True), words)
 
 
-class CurvesFigure(OfProbe):
+class CurvesFigure(OfProbe, Panels):
     """The four panels of every line, a figure each."""
 
     kind: Literal["curves"]
@@ -108,7 +108,7 @@ class CurvesFigure(OfProbe):
         return drawn
 
 
-class HeadsFigure(OfProbe):
+class HeadsFigure(OfProbe, Panels):
     """Layer × head maps of every line, a figure each."""
 
     kind: Literal["heads"]
@@ -123,7 +123,7 @@ class HeadsFigure(OfProbe):
         ]
 
 
-class LedgerFigure(OfProbe):
+class LedgerFigure(OfProbe, Panels):
     """Whose y is, and whose the bias: the two ledgers of every line, a figure each."""
 
     kind: Literal["ledger"]
@@ -140,7 +140,7 @@ class LedgerFigure(OfProbe):
         ]
 
 
-class ComparisonFigure(OfProbe):
+class ComparisonFigure(OfProbe, Panels):
     """All lines beside each other over relative depth."""
 
     kind: Literal["comparison"]
@@ -156,7 +156,7 @@ class ComparisonFigure(OfProbe):
         return [_overlaid(stem, model_comparison(rows, known), rows, known, words)]
 
 
-class DepthFigure(OfProbe):
+class DepthFigure(OfProbe, Panels):
     """Three curves over depth, a panel per line, with the minimum of the first curve marked."""
 
     kind: Literal["depth"]
@@ -173,7 +173,7 @@ class DepthFigure(OfProbe):
         return [_overlaid(stem, figure, rows, known, words)]
 
 
-class EntropyFigure(OfProbe):
+class EntropyFigure(OfProbe, Panels):
     """Entropy over depth, a panel per line: mean, 15th percentile and the bound ln T."""
 
     kind: Literal["entropy"]
@@ -192,7 +192,7 @@ class EntropyFigure(OfProbe):
         return [DrawnFigure(stem, entropy.entropy_over_depth(rows), rows, words)]
 
 
-class SinksFigure(OfProbe):
+class SinksFigure(OfProbe, Panels):
     """Sink events over depth, a panel per line, stacked by what the sink does."""
 
     kind: Literal["sinks"]
@@ -211,7 +211,7 @@ class SinksFigure(OfProbe):
         return [DrawnFigure(stem, sink_events(rows), rows, words)]
 
 
-class LengthsFigure(OfProbe):
+class LengthsFigure(OfProbe, Panels):
     """Metrics, mean over layers, against what varies between the runs of a probe.
 
     layers: only the mean over these.
@@ -281,7 +281,7 @@ class Pair(Strict):
     trained: str
 
 
-class TrainedFigure(WriteupItem):
+class TrainedFigure(Panels):
     """Value similarity of baseline and XSA-trained models: the published ones, or pairs of a probe."""
 
     kind: Literal["trained-similarity"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -56,3 +56,9 @@ class OfProbe(WriteupItem):
     probe: str
     model: str | None = None
     tokens: str | None = None
+
+
+class Panels(WriteupItem):
+    """A figure of panels. width: both columns of a paper, or one of them."""
+
+    width: Literal["page", "column"] = "page"

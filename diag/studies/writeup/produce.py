@@ -29,6 +29,7 @@ from diag.run.content import replaced
 from diag.run.environment import version
 from diag.run.plan import HOW, RUNS, ProbePlan, inputs_of
 from diag.run.progress import Listener, Silent
+from diag.show.figures.style import on_paper
 from diag.studies.attend import run_attend
 from diag.studies.attend.folder import read_manifest as read_look_manifest
 from diag.studies.attend.plan import AttendPlan
@@ -224,8 +225,9 @@ def _draw_all(plan: WriteupPlan, material: Material, outcome: Produced, folder: 
     blocks = [f"# {plan.title}", *about]
     for _, stem, item in items_of(plan):
         try:
-            for made in item.made(stem, material):
-                endings = made.save(folder)
+            with on_paper(getattr(item, "width", "page")):
+                drawn = [(made, made.save(folder)) for made in item.made(stem, material)]
+            for made, endings in drawn:
                 said = caption(item.caption, made.words, made.rows, _inputs(item, plan))
                 blocks.append(f"## {made.stem}\n\n{' '.join(filter(None, (said, made.settings)))}")
                 outcome.shown.append(Shown(item.kind, made.stem, endings))

@@ -17,9 +17,11 @@ from diag.metrics.catalogue import CATALOGUE, entry_of
 from diag.results import published as literature
 from diag.results.caveats import with_caveats
 from diag.results.decimals import fixed
+from diag.results.latex import latex
 from diag.results.profiles import differences, profiles
-from diag.results.writing import write
+from diag.results.writing import write, write_text
 from diag.show.words.phrases import decimal, interval
+from diag.studies.writeup.captions import settings
 from diag.studies.writeup.item import Names, OfProbe, WriteupItem
 from diag.studies.writeup.material import Material, known_metrics, published_name
 
@@ -55,9 +57,9 @@ class Tabled:
 
     def save(self, folder: Path) -> tuple[str, ...]:
         """Writes its files; their endings."""
-        for suffix in SUFFIXES:
-            # the file's ending picks the writer
-            write(self.data if suffix == ".csv" else self.shown, folder / f"{self.stem}{suffix}")
+        write(self.data, folder / f"{self.stem}.csv")
+        write(self.shown, folder / f"{self.stem}.md")
+        write_text(latex(self.shown, settings(self.rows, ())), folder / f"{self.stem}.tex")
         return SUFFIXES
 
 

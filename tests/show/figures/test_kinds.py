@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +16,27 @@ from matplotlib.lines import Line2D
 
 from diag.errors import UserError
 from diag.results import published
+from diag.show.figures.curves import layer_curves, model_comparison
 from diag.show.figures.depth import depth_profiles
 from diag.show.figures.entropy import bounds_of, entropy_over_depth
+from diag.show.figures.heatmaps import head_heatmaps
 from diag.show.figures.lengths import against
 from diag.show.figures.page import page
 from diag.show.figures.scatter import effect, trained_similarity
-from diag.show.figures.style import PAGE_WIDTH, style
+from diag.show.figures.style import PAPERS, on_paper, style
 from diag.show.figures.write import save
 
 METRICS = ("cos_y_vself", "value_similarity", "self_weight", "entropy", "entropy_p15")
 BIAS = [0.6, 0.4, 0.2, 0.3, 0.5]
 
 
-def layers(*labels: str, inputs: int = 14, **constants: object) -> pd.DataFrame:
+def layers(*labels: str, inputs: int = 14, bias: Sequence[float] = BIAS, **constants: object) -> pd.DataFrame:
     """A per-layer table of made-up lines; the bias is a U with its minimum at layer 2."""
     rows = []
     for label in labels or ("one",):
         for metric in METRICS:
-            for layer, bias in enumerate(BIAS):
-                mean = bias if metric == "cos_y_vself" else 0.1 + 0.02 * layer
+            for layer, height in enumerate(bias):
+                mean = height if metric == "cos_y_vself" else 0.1 + 0.02 * layer
                 half = 0.05 if inputs > 1 else math.nan
                 rows.append((label, label, metric, layer, mean, mean - half, mean + half, inputs))
     names = ["label", "model", "metric", "layer", "mean", "ci_low", "ci_high", "n"]
@@ -113,7 +117,7 @@ class TestDepth:
         assert len({ax.get_ylim() for ax in found}) == 1
         assert [ax.get_title(loc="left") for ax in found] == [f"({x}) {x} (T = 64)" for x in "abc"]
         assert len({ax.get_subplotspec().rowspan.start for ax in found}) == 1  # three in one row
-        assert figure.get_size_inches()[0] == PAGE_WIDTH
+        assert figure.get_size_inches()[0] == PAPERS["page"].width
 
     def test_published_points_are_open_marked_and_in_their_panel(self) -> None:
         figure = depth_profiles(layers("one", "two"), overlay("two"))
@@ -284,6 +288,17 @@ DRAWN = {
 }
 
 
+LONG = {
+    "many layers": lambda: layer_curves(layers("a-long-name-" * 8, bias=[0.3] * 112)),
+    "heads": lambda: head_heatmaps(
+        pd.concat([layers(bias=[0.3] * 48).assign(head=head) for head in range(40)])
+    ),
+    "comparison": lambda: model_comparison(layers(*"abcdefghi", bias=[0.3] * 40)),
+}
+COLUMNS = [(kind, "column") for kind in (*DRAWN, *LONG) if kind != "effect"]
+COLUMNS += [(kind, "page") for kind in LONG]
+
+
 @pytest.mark.parametrize("kind", DRAWN)
 def test_the_same_bytes_twice(kind: str, tmp_path: Path) -> None:
     one, other = (save(DRAWN[kind](), layers(), tmp_path / folder, "x") for folder in ("one", "other"))
@@ -291,23 +306,42 @@ def test_the_same_bytes_twice(kind: str, tmp_path: Path) -> None:
         assert first.read_bytes() == second.read_bytes(), first.suffix
 
 
-@pytest.mark.parametrize("kind", DRAWN)
-def test_everything_is_inside_the_page(kind: str) -> None:
-    figure = DRAWN[kind]()
-    with style():
-        figure.draw_without_rendering()
-        width, height = figure.bbox.width, figure.bbox.height
-        texts = [
-            text
-            for ax in panels(figure)
-            for text in (ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)
-        ]
-        for text in [*texts, *figure.legends[0].get_texts()] if figure.legends else texts:
-            box = text.get_window_extent()
-            assert box.x0 >= -1, text.get_text()
-            assert box.x1 <= width + 1, text.get_text()
-            assert box.y0 >= -1, text.get_text()
-            assert box.y1 <= height + 1, text.get_text()
+@pytest.mark.parametrize(("kind", "width"), [*((kind, "page") for kind in DRAWN), *COLUMNS])
+def test_everything_is_inside_the_page_and_no_two_ticks_overlap(kind: str, width: str) -> None:
+    with on_paper(width):
+        figure = (DRAWN | LONG)[kind]()
+        assert figure.get_size_inches()[0] == PAPERS[width].width
+        with style():
+            figure.draw_without_rendering()
+    titled = [text for ax in panels(figure) for text in (ax.title, ax._left_title)]
+    named = [text for ax in panels(figure) for text in (ax.xaxis.label, ax.yaxis.label)]
+    heads = [figure._suptitle, figure.subfigs[0]._suptitle]
+    keys = [text for found in figure.legends for text in found.get_texts()]
+    keys += [text for ax in panels(figure) if ax.get_legend() for text in ax.get_legend().get_texts()]
+    for text in [*titled, *named, *heads, *keys]:
+        box = text.get_window_extent()
+        assert box.x0 >= -1, text.get_text()
+        assert box.x1 <= figure.bbox.width + 1, text.get_text()
+        assert box.y0 >= -1, text.get_text()
+        assert box.y1 <= figure.bbox.height + 1, text.get_text()
+    for axis in (axis for ax in panels(figure) for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        words = [word for tick in ticks for word in (tick.label1, tick.label2)]
+        boxes = [word.get_window_extent() for word in words if word.get_visible() and word.get_text()]
+        for one, next_one in itertools.pairwise(boxes):
+            assert not one.overlaps(next_one)
+
+
+def test_figures_for_a_column_are_in_eight_points() -> None:
+    with on_paper("column"):
+        figure = depth_profiles(layers("a"))
+        with style():
+            figure.draw_without_rendering()
+    (ax,) = panels(figure)
+    texts = [figure._suptitle, ax._left_title, ax.xaxis.label, *figure.legends[0].get_texts()]
+    texts += ax.get_xticklabels() + ax.get_yticklabels()
+    assert {text.get_fontsize() for text in texts} == {8}
 
 
 @pytest.mark.parametrize(

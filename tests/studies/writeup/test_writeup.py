@@ -782,8 +782,13 @@ def latex_rows(text: str) -> list[list[str]]:
     """Cells of a tabular that would compile: balanced, nothing special left bare. Raises AssertionError."""
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     begun, ended = (re.findall(rf"\\{word}{{(\w+)}}", body) for word in ("begin", "end"))
-    assert begun == ended == ["tabular"]
-    spec = re.search(r"\\begin{tabular}{([lr]+)}", body)
+    assert begun == ["adjustbox", "tabular"]
+    assert ended == begun[::-1]
+    spec = re.search(r"\\begin{tabular}{((?:l|S\[[^]]+\])+)}", body)
+    assert spec
+    body = re.sub(r"\\shortstack{((?:[^{}]|\\[{}])*)}", lambda heading: heading[1].replace(r"\\", " "), body)
+    count = len(re.sub(r"\[[^]]*\]", "", spec[1]))
+    spec = re.search(re.escape(spec[0]), body)
     assert spec
     inner = body[spec.end() : body.index(r"\end{tabular}")]
     assert re.findall(r"\\(\w+rule)", inner) == ["toprule", "midrule", "bottomrule"]
@@ -795,8 +800,8 @@ def latex_rows(text: str) -> list[list[str]]:
     assert bare.count("$") % 2 == 0
     assert bare.isascii()
     rows = [re.split(r"(?<!\\)&", row) for row in inner.split(r"\\") if row.strip()]
-    assert {len(row) for row in rows} == {len(spec[1])}
-    return [[cell.strip() for cell in row] for row in rows]
+    assert {len(row) for row in rows} == {count}
+    return [[re.sub(r"^{(.*)}$", r"\1", cell.strip()) for cell in row] for row in rows]
 
 
 class TestWriters:
@@ -804,8 +809,9 @@ class TestWriters:
         write(TABLE, tmp_path / "t.tex")
         text = (tmp_path / "t.tex").read_text()
         rows = latex_rows(text)
-        assert text.startswith("% needs \\usepackage{booktabs}\n")
-        assert r"\begin{tabular}{llrr}" in text
+        assert text.startswith("% needs \\usepackage{booktabs}\\usepackage{siunitx}\\usepackage{adjustbox}\n")
+        assert r"\begin{tabular}{llS[table-format=-1.3]S[table-format=2.0]}" in text
+        assert r"\begin{adjustbox}{max width=\linewidth}" in text
         assert rows[0] == [r"model\_name", r"$\pm$ of x", "value", "layer"]
         assert rows[1] == [r"vit\_b\#16 \& 50 \%", "$-$0.1 to 0.2", "0.123", "0"]
         assert rows[2][2:] == ["--", "10"]
