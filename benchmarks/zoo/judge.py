@@ -410,6 +410,7 @@ def counted(
         constant &= ~of_windows
     if constant is not None and ahead and not constant.all() and (windows or between or not first):
         rows.among &= ~constant
+    rows.among &= ~_seen_by_none(evidence.calls[number], call, layout)
     mask = evidence.masks[number] if number < len(evidence.masks) else None
     if mask is not None and rows.among.shape == (1, len(mask)):
         hidden = ~rows.visible[:, :, mask][..., ~mask].any()
@@ -441,6 +442,22 @@ def _prefix_of_windows(
         return None
     each = first.reshape(rows, -1)
     return first.reshape(here.shape) if each.any() and bool((each == each[0]).all()) else None
+
+
+def _seen_by_none(calls: list[Call], call: Call, layout: tuple[int, int | None]) -> Tensor:
+    """Which keys no query sees, `[row, token]`, neither here nor in the other layers over as many tokens.
+
+    A layer that selects keys may leave out one here and one there: those are tokens like others.
+    """
+    stack = re.sub(r"\d+", "#", call.path)
+    alike = [
+        rows_of(one, layout).visible
+        for one in calls
+        if re.sub(r"\d+", "#", one.path) == stack and one.lengths == call.lengths and one.value is not None
+    ]
+    here = rows_of(call, layout).visible
+    seen = torch.stack([x.any(1).any(1) for x in alike if x.shape == here.shape])
+    return ~seen.any(0)
 
 
 def _first_like(calls: list[Call], call: Call) -> Call:

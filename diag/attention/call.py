@@ -202,6 +202,19 @@ def head_chunks(call: AttentionCall, width: int) -> Iterator[tuple[slice, slice]
             )
 
 
+def repeats(value: Float[Tensor, "*any head token value_dim"]) -> int:
+    """How many heads after each other hold the same values, in all places: KV heads that were written out.
+
+    Models do that where heads are grouped and there is a mask, or attention is computed step by step.
+    """
+    heads = value.shape[-3]
+    for group in sorted((number for number in range(2, heads + 1) if heads % number == 0), reverse=True):
+        grouped = value.unflatten(-3, (heads // group, group))
+        if torch.equal(grouped, grouped[..., :1, :, :].expand_as(grouped)):
+            return group
+    return 1
+
+
 def of_threads(elements: Mapping[str, int], device: torch.device) -> int:
     """A block's size from a table by device; on a CPU that of one thread times their number."""
     return elements["cuda"] if device.type == "cuda" else elements["cpu"] * torch.get_num_threads()

@@ -139,7 +139,7 @@ def _parquet(file: Path, what: str, tip: str) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        return pd.read_parquet(file)
+        return pd.read_parquet(file.absolute())  # what looks like `NAME:` is a file system to it
     except Exception as error:  # as above; some of the format's errors are of no common kind
         raise UserError(f"cannot read {what} '{file}': {reason(error)}", tip) from error
 

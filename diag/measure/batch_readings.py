@@ -17,7 +17,7 @@ from diag.attention.positions import TEXT
 from diag.attention.sampling import RowSampling, sample_rows
 from diag.attention.states import BlockStates
 from diag.errors import MeasurementError, NotFinite
-from diag.measure.edited_model import geometry_of
+from diag.measure.edited_model import geometry_of, given_in_line
 from diag.measure.next_inputs import NextInputs
 from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import NOT_FINITE, refuse_non_finite
@@ -144,7 +144,7 @@ class BatchReadings:
     ) -> Iterator[list[dict[str, Reading]]]:
         """Yields what each optional group says of a call, for each token set; nothing of groups not asked."""
         placed = self.shape or self.sinks or self.ledger or self.nulls
-        geometry = geometry_of(self.tower, len(self.batch.ids), call) if placed else TEXT
+        geometry = geometry_of(self.tower, self.batch, call) if placed else TEXT
         if self.shape:
             yield shape_readings(selections, self.shape, geometry=geometry, neighbour=self.neighbour)
         if self.sinks:
@@ -213,7 +213,8 @@ class BatchReadings:
             return named
         every = self.tokens("all", call)
         if self.tower.name != "vision":
-            return {"text": every}
+            of_text = self.tower.input_kind == "text" or given_in_line(self.batch, call.tokens, ids=True)
+            return {"text": every} if of_text else {}
         if "patch" not in self.tower.token_sets:
             return {}
         beside = functools.reduce(torch.logical_or, named.values(), torch.zeros_like(every))

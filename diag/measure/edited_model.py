@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -55,10 +55,9 @@ def beside_of(
 
     held_out: what other inputs gave. noted: where edits say what they did.
     """
-    inputs = len(batch.ids)
     return Beside(
         ids=batch.ids,
-        geometry=lambda call: geometry_of(tower, inputs, call),
+        geometry=lambda call: geometry_of(tower, batch, call),
         image=lambda call: _of_an_image(tower, batch, call),
         real=batch.real,
         held_out=held_out,
@@ -66,20 +65,28 @@ def beside_of(
     )
 
 
-def geometry_of(tower: Tower, inputs: int, call: AttentionCall) -> Geometry:
+def geometry_of(tower: Tower, batch: Batch, call: AttentionCall) -> Geometry:
     """Where the tokens of a call lie: a grid of patches in a vision tower, else one line.
 
-    inputs: how many there are in the batch.
+    Of one's own module, which may take images, tokens lie in a line where as many were given in one.
     """
     if tower.name != "vision":
-        return TEXT if call.own_keys else Geometry.unknown()  # squares are none of a line
+        line = tower.input_kind == "text" or given_in_line(batch, call.tokens)
+        return TEXT if line and call.own_keys else Geometry.unknown()  # squares are none of a line
     if tower.suffix or len(tower.marks) > 1:  # a grid has no places for what is beside it
         return Geometry.unknown(len(tower.prefix))
-    windows = call.batch // inputs
+    windows = call.batch // len(batch.ids)
     if tower.windows_in_a_row(call.tokens, windows) > 1:  # prefix tokens stand between patches
         return Geometry.unknown()
     size = tower.facts.get("image_size")
     return Geometry.of_image(call.tokens, tower.beside(call.tokens)[0], size, windows)
+
+
+def given_in_line(batch: Batch, tokens: int, *, ids: bool = False) -> bool:
+    """Whether a batch holds so many tokens of each input in a line: as ids, or, unless `ids`, as vectors."""
+    given = batch.data.values() if isinstance(batch.data, Mapping) else (batch.data,)
+    lines = (x for x in given if isinstance(x, Tensor) and x.ndim in (2, 3) and tokens in x.shape[:2])
+    return any(not (ids and x.is_floating_point()) for x in lines)
 
 
 def _of_an_image(tower: Tower, batch: Batch, call: AttentionCall) -> Tensor | None:

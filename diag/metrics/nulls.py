@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 from torch.nn.functional import pad
 
+from diag.attention.call import repeats
 from diag.attention.positions import NEAR_PATCHES, NEAR_TOKENS, TEXT, Geometry
 from diag.attention.value_statistics import reciprocal, value_blocks
 from diag.attention.visibility import Visibility, of_inputs
@@ -71,16 +72,18 @@ class Beside:
     def of_groups(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mean over the other KV heads of cos(y_i, v_i) and of the partner null, and whether that has any j.
 
-        None where all query heads share one KV head.
+        KV heads that were written out for the query heads count once. None where there is only one.
         """
         on, call = self.on, self.on.call
-        if call.kv_heads < 2:
+        copies = repeats(call.value)
+        others = call.kv_heads // copies - 1
+        if not others:
             return None
         batch, _, tokens, dim = call.output.shape
         units = torch.zeros(batch, 1, tokens, dim, dtype=torch.float32, device=call.output.device)
         for (in_batch, _), value in value_blocks(call):  # Σ over KV heads of v̂_i
             per_norm = reciprocal(vector_norm(value, dim=-1))
-            units[in_batch] += (per_norm[..., None] * value).sum(1, keepdim=True)
+            units[in_batch] += (per_norm[..., None] * value).sum(1, keepdim=True) / copies
         at_place, over_keys = torch.empty(2, *call.output.shape[:3], device=call.output.device)
         inside = on.among[:, None].float()
         for row in range(batch):
@@ -89,7 +92,6 @@ class Beside:
             at_place[one] = vecdot(output, units[one])
             total = call.visibility.part(one, slice(None)).sum(units[one], of_inputs(inside, one))
             over_keys[one] = vecdot(output, total)
-        others = call.kv_heads - 1
         place = on.of_heads(at_place) * on.per_output_norm - on.cosine
         own = on.grouped(on.among[:, None] & call.visibility.sees_itself)
         partners = on.grouped(call.visibility.count_among(on.among)) - own.long()

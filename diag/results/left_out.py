@@ -1,8 +1,8 @@
-"""Layers that a run did not measure, in words: one phrase per reason, with the model's own numbers."""
+"""What a run did not measure, in words: layers, one phrase per reason, and metrics that are empty in some."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diag.errors import spans
@@ -25,6 +25,26 @@ def left_out(entry: Mapping[str, Any]) -> list[str]:
         if placed:
             said.append(f"layer{'s' if len(placed) > 1 else ''} {spans(placed)}: {why}")
         if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            said.append(f"{others[0]}{more}: {why}")
+            said.append(f"{_first(others)}: {why}")
     return said
+
+
+def emptied(unprojected: Sequence[str], sinks_unprojected: Sequence[str]) -> list[str]:
+    """What is empty in layers, given by path, of which the way from heads to the stream is not known.
+
+    unprojected: as the stream metrics found; sinks_unprojected: as the classes of sinks did.
+    """
+    stream = (
+        "value_stream_cosine and output_value_cosine are empty where the way from heads to the stream is not "
+        "understood"
+    )
+    sinks = (
+        "what sinks do (no-op, broadcast) is empty where the output projection is not known, or does not "
+        "read the heads' outputs as they are"
+    )
+    found = ((stream, unprojected), (sinks, sinks_unprojected))
+    return [f"{said}: {_first(paths)}" for said, paths in found if paths]
+
+
+def _first(paths: Sequence[str]) -> str:
+    return (paths[0] or "the module itself") + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

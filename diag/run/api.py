@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
-from diag.errors import UserError
+from diag.errors import NotFinite, UserError
 from diag.inputs.given import as_inputs, kind_of, listed
 from diag.inputs.items import sha256
 from diag.inputs.texts import is_typed
@@ -30,6 +30,7 @@ from diag.models.families.from_module import from_module, refuse_training
 from diag.models.families.from_object import Fed, from_object
 from diag.models.known import known_layers
 from diag.models.untrained import reinitialised, untrained_twin
+from diag.results.left_out import emptied
 from diag.results.tables import samples_frame, tables
 from diag.results.untrained import beside
 from diag.run import shards
@@ -123,7 +124,13 @@ def probe(
     twins = list[dict[str, pd.DataFrame]]()
     for seed in range(plan.seeds):
         twin = _prepare(_twin(model, loaded, plan, seed), inputs, plan, fed)[:3]
-        twins.append(_frames(*twin, measurement.of_untrained(), Incidents(), {}))
+        try:
+            twins.append(_frames(*twin, measurement.of_untrained(), Incidents(), {}))
+        except NotFinite as error:
+            raise UserError(
+                f"the untrained twin (seed {seed}), not the model: {error}",
+                "leave null= out: how its weights begin says nothing about it",
+            ) from error
     incidents, skipped = Incidents(tokens=TokenValues() if per_token else None), dict[str, str]()
     of_towers = _frames(loaded, towers, samples, measurement, incidents, skipped)
     frames = [
@@ -142,9 +149,14 @@ def probe(
         )
     meaning = {tower.name: tower.meaning for tower in towers}
     depths = {tower.name: tower.depth for tower in towers}
+    empty = emptied(incidents.unprojected, incidents.sinks_unprojected)
     entries = [
         shards.entry_of(loaded, tower, loaded.name, len(samples))
-        | {"skipped_layers": skipped, "tokenizer": tower.facts.get("tokenizer") or _windows(tower, samples)}
+        | {
+            "skipped_layers": skipped,
+            "emptied": empty,
+            "tokenizer": tower.facts.get("tokenizer") or _windows(tower, samples),
+        }
         for tower in towers
     ]
     given = given or {"source": "batches", "sha256": _content(samples)}

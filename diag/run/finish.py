@@ -22,7 +22,7 @@ from diag.inputs.items import content_digest
 from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, SINK_PLACES, is_finished
 from diag.results.hashes import hashes
-from diag.results.left_out import left_out
+from diag.results.left_out import emptied, left_out
 from diag.results.manifest import FORMAT
 from diag.results.moments import Moments, merged, moment_tables, quantiles
 from diag.results.sinks import places as places_of
@@ -171,9 +171,10 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawer: Draw
             # they hold nothing, and what the user mends is another run
             remove(folder, PROBE, (f"shards/{part.shard(place).name}" for place in range(note["shards"])))
             continue
-        models.append(note["entry"] | {"skipped_layers": told["skipped_layers"]})
-        _say_told(models[-1], told["unprojected"], say)
-        _say_sinks(models[-1], told.get("sinks_unprojected", ()), say)
+        empty = emptied(told["unprojected"], told.get("sinks_unprojected", ()))
+        models.append(note["entry"] | {"skipped_layers": told["skipped_layers"], "emptied": empty})
+        for phrase in (*left_out(models[-1]), *empty):
+            say(f"{part.given}: {phrase}")
         parts.append((part, note, kept))
         kind = note["entry"]["takes"]
         if told["content"] and isinstance(inputs.get(kind), dict):
@@ -231,27 +232,6 @@ def _told(part: Part, shards: int) -> dict[str, Any]:
     return first | of_inputs | {"seconds": sum(account["seconds"] for account in accounts)}
 
 
-def _say_told(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying) -> None:
-    given = entry["given"]
-    for phrase in left_out(entry):
-        say(f"{given}: {phrase}")
-    if unprojected:
-        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
-        say(
-            f"{given}: value_stream_cosine and output_value_cosine are empty where the way from "
-            f"heads to the stream is not understood: {unprojected[0]}{more}"
-        )
-
-
-def _say_sinks(entry: Mapping[str, Any], unprojected: Sequence[str], say: Saying) -> None:
-    if unprojected:
-        more = f" and {len(unprojected) - 1} more" if len(unprojected) > 1 else ""
-        say(
-            f"{entry['given']}: what sinks do (no-op, broadcast) is empty where the output projection is not "
-            f"known, or does not read the heads' outputs as they are: {unprojected[0]}{more}"
-        )
-
-
 class _NoNumbers(UserError):  # noqa: N818  it says what is the matter
     """A tower of which nothing can be told: no input could be read, or none gave a number."""
 
@@ -282,7 +262,7 @@ def _samples(part: Part, note: Mapping[str, Any], failed: Mapping[str, str]) -> 
 
 def _read(file: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(file)
+        return pd.read_parquet(file.absolute())  # what looks like `NAME:` is a file system to it
     except FileNotFoundError:
         raise
     except (ArrowInvalid, OSError) as error:

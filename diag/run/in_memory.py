@@ -57,6 +57,12 @@ class Probe:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     tokens: pd.DataFrame | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what is empty in these tables, and where."""
+        empty = (said for entry in self.manifest.get("models", ()) for said in entry.get("emptied", ()))
+        return list(dict.fromkeys(empty))
+
     def __repr__(self) -> str:
         """In one line: the model, and how much of what there is; the numbers are in the tables."""
         lines = []

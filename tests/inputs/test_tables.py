@@ -33,6 +33,17 @@ def read(file: Path, layout: Layout = LAYOUT) -> pd.DataFrame:
     return read_table(file, layout, "the table", tip="measure again")
 
 
+def test_a_folder_with_a_colon_in_its_name_is_no_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`demo:vit-p8/samples.parquet`, typed as a relative path."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("demo:vit-p8/t.parquet")
+    file.parent.mkdir()
+    pd.DataFrame(GOOD).to_parquet(file.absolute())
+    assert len(read(file)) == 3
+
+
 def test_text_is_text_and_only_an_empty_field_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text(

@@ -157,6 +157,20 @@ def test_excess_within_groups_is_positive_and_across_negative() -> None:
     assert (reduce([across], 1, "mean") < -0.3).all()
 
 
+@pytest.mark.parametrize("case", ["grouped", "padded", "one KV head"])
+def test_values_written_out_for_their_query_heads_are_of_one_head(case: str) -> None:
+    """As models do where there is a mask: a head's own values are none of another's."""
+    call = CALLS[case]
+    assert call.key is not None
+    key, value = (x.repeat_interleave(call.group, 1) for x in (call.key, call.value))
+    written = replace(call, key=key, value=value)
+    assert written.group == 1
+    for name in (name for name in NAMES if "group" in name):
+        shared, apart = (null_readings(Selection(x), [name])[name] for x in (call, written))
+        got, expected = (reduce([x], call.batch, "mean") for x in (apart, shared))
+        np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-6, err_msg=name)
+
+
 def test_an_input_that_is_the_same_leaves_no_excess() -> None:
     """The next input holds the same values: the null is the bias, and nothing depends on the input."""
     call = make_call(kv_heads=2)

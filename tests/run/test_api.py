@@ -443,6 +443,43 @@ def test_every_way_of_being_causal_gives_the_same_table(inside: str) -> None:
     assert means(free)[0, "entropy"] > whole[0, "entropy"] + 0.1
 
 
+def test_tokens_of_an_own_module_lie_in_a_line_only_where_they_were_given_in_one() -> None:
+    """Patches of images do not: what needs places is undefined, and no sink is called one on text."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.block = nn.Conv2d(3, 16, 4, 4), Block()
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.block(self.embed(pixels).flatten(2).transpose(1, 2))
+
+    placed = ["output_from_near", "cos_y_vnear", "attention_distance", "sink_on_text"]
+    torch.manual_seed(0)
+    images = diag.probe(Patches().eval(), [torch.randn(3, 3, 16, 16)], metrics=[*placed, "entropy"])
+    assert set(images.layers.loc[images.layers["mean"].notna(), "metric"]) == {"entropy"}
+    line = diag.probe(Block().eval(), batches(3, tokens=9), metrics=placed)
+    assert set(line.layers.loc[line.layers["mean"].notna(), "metric"]) == {*placed[:3]}
+
+
+def test_layers_whose_sink_classes_are_undefined_are_named(tmp_path: Path) -> None:
+    """Also from Python, and in what is saved: here the projection does not read the heads' outputs."""
+
+    class Scaled(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return x + self.out(heads * heads.std())
+
+    run = diag.probe(nn.Sequential(Scaled()).eval(), batches(2), metrics=["sink_event", "sink_no_op"])
+    (said,) = run.notes
+    assert said.startswith("what sinks do (no-op, broadcast) is empty where the output projection is not")
+    assert said.endswith(": 0")
+    run.save(tmp_path / "saved")
+    assert diag.Probe.load(tmp_path / "saved").notes == [said]
+    assert diag.probe(Mixer().eval(), batches(2), metrics=["sink_event", "sink_no_op"]).notes == []
+
+
 def test_causality_up_to_the_last_of_more_keys_is_named() -> None:
     class Attention(Block):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -128,6 +128,27 @@ def test_random_weights_follow_from_their_seed() -> None:
     assert torch.equal(torch.rand(1), before)  # and nobody else's draws do
 
 
+def test_a_twin_that_is_not_finite_is_told_apart_from_the_model() -> None:
+    class Wide(nn.Linear):
+        def reset_parameters(self) -> None:
+            nn.init.constant_(self.weight, 1e30)
+            nn.init.zeros_(self.bias)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = Wide(8, 24)
+            nn.init.normal_(self.qkv.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return nn.functional.scaled_dot_product_attention(*(part[:, None] for part in (q, k, v)))
+
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=r"the untrained twin \(seed 0\), not the model"):
+        diag.probe(Own().eval(), [torch.randn(2, 5, 8)], metrics=["cos_y_vself"], null="untrained=1")
+
+
 @pytest.mark.parametrize(
     ("changes", "said", "tip"),
     [

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from diag.models.hooks.seen import OWN, Seen
+from diag.models.hooks.seen import OWN, POOLED, Seen
 
 INPUTS, WINDOWS, OTHERWISE = "one per input", "those of an input side by side", "otherwise"
 EVERYWHERE = "everywhere"
@@ -230,18 +230,23 @@ def joining(calls: Sequence[Seen], own: Changed, groups: set[int]) -> dict[int, 
     input has several rows, windows of it, none of them has any, unless such tokens are found; nor have
     groups of patches.
 
-    groups: as in `of_groups`.
+    calls: of all layers in order; those over pooled keys tell only how many tokens there are. groups: as in
+    `of_groups`.
     """
-    found, alike = dict[int, tuple[int, int]](), dict[int, list[Tensor]]()
+    found, alike, lengths = dict[int, tuple[int, int]](), dict[int, list[Tensor]](), list[int]()
+    of_tokens = [one for one in calls if one.kind != POOLED]
     for one in calls:
-        if one in own and own[one].any():
-            alike.setdefault(own[one].shape[1], []).append(own[one])
-    in_windows = windows_in_a_row(calls, own) > 1
-    for place, (tokens, (first, *later)) in enumerate(alike.items()):
+        if one.kind == POOLED and one.sizes is not None:
+            lengths.append(one.sizes[0])
+        elif one in own and own[one].any():
+            lengths.append(own[one].shape[1])
+            alike.setdefault(lengths[-1], []).append(own[one])
+    in_windows = windows_in_a_row(of_tokens, own) > 1
+    for tokens, (first, *later) in alike.items():
         places = first[0].nonzero()[:, 0].tolist() or [0, tokens - 1]
         front, back = places[0], tokens - 1 - places[-1]
         if front + back and later and bool(later[-1].all()):
-            found |= {tokens: (front, back)} if place else {}
+            found |= {tokens: (front, back)} if tokens != lengths[0] else {}
         elif not front + back and (tokens in groups or (len(first) > 1 and not in_windows)):
             found[tokens] = (0, 0)
     return found

@@ -118,8 +118,10 @@ class Followed:
         where that is not known.
         """
         name = name_in_torch(func)
-        if in_place(func) or kwargs.get("out") is not None:
-            self._written(args[0] if in_place(func) else kwargs["out"])
+        # functions that begin parameters are called by keywords
+        written = next(tensors_in(args, kwargs), None) if in_place(func) else kwargs.get("out")
+        if written is not None:
+            self._written(written)
         if name in SOFTMAX or name == LOGARITHM:
             return self._begin(name, args, kwargs, result)
         if name == EXPONENTIAL:

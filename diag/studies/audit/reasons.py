@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diag.attention.call import repeats
 from diag.studies.audit.words import (
     CONSTANT,
     ELSEWHERE,
@@ -63,12 +64,7 @@ def error_of(shown: Tensor, used: Tensor) -> float:
 
 def distinct_heads(used: Float[Tensor, "row head dim"]) -> Float[Tensor, "row kv_head dim"]:
     """The heads without repetitions, of values that were repeated for the query heads that share them."""
-    heads = used.shape[1]
-    for group in sorted((n for n in range(2, heads + 1) if heads % n == 0), reverse=True):
-        first = used.unflatten(1, (heads // group, group))
-        if torch.equal(first, first[:, :, :1].expand_as(first)):
-            return first[:, :, 0]
-    return used
+    return used[:, :: repeats(used.transpose(0, 1))]
 
 
 def why_values_differ(

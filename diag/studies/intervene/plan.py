@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from diag.errors import one_of
+from diag.errors import UserError, one_of
 from diag.models.hooks.interventions import Edit, parse
 from diag.models.names.changes import CONTROLS
 from diag.run.plan import ProbePlan
@@ -49,12 +49,33 @@ class IntervenePlan(ProbePlan):
         return (*self.intervene, *self.interventions)
 
     def edits(self) -> list[Edit]:
-        """The interventions, and behind them the matched control of each that has one."""
+        """The interventions, and behind them the matched control of each that has one.
+
+        Raises UserError for two that the tables could not tell apart.
+        """
         found = [parse(text, self.seed) for text in self.interventions]
         controls = [
             replace(edit, name=CONTROLS[edit.name], text=f"{CONTROLS[edit.name]}={edit.strength}")
             for edit in found
             if edit.name in CONTROLS and isinstance(edit.strength, float)
         ]
-        unique = {(edit.name, str(edit.strength)): edit for edit in [*found, *controls]}
-        return list(unique.values())
+        return _together([*found, *controls])
+
+
+def _together(edits: Sequence[Edit]) -> list[Edit]:
+    """Edits of one name and strength as one, on the layers of all of them: the tables tell no more apart.
+
+    Raises UserError where such edits are of different heads, or take their strengths from different files.
+    """
+    found = dict[tuple[str, float | None], Edit]()
+    for edit in edits:
+        key = (edit.name, edit.strength if isinstance(edit.strength, float) else None)
+        first = found.setdefault(key, edit)
+        if (first.heads, first.strength) != (edit.heads, edit.strength):
+            raise UserError(
+                f"--intervene {first.text} and {edit.text}: the tables tell two such changes not apart",
+                "sweep one after the other, into folders of their own; --heads sweeps every head alone",
+            )
+        layers = None if first.layers is None or edit.layers is None else first.layers | edit.layers
+        found[key] = replace(first, layers=layers)
+    return list(found.values())

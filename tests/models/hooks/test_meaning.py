@@ -987,6 +987,29 @@ def test_scores_outside_the_largest_are_no_change_of_a_query() -> None:
     assert layer.path == "weigh"
 
 
+def test_a_module_that_is_made_while_the_model_runs_is_no_trouble() -> None:
+    """BigBird changes its attention in its first forward; what begins parameters is called by keywords."""
+
+    class Late(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            nn.Linear(4, 4)
+            return super().forward(x, mask)
+
+    (layer,) = layers_on(Late().eval(), torch.randn(2, 9, 16))
+    assert layer.index == 0
+
+
+def test_a_token_that_joins_behind_layers_over_pooled_keys_is_known() -> None:
+    """PVT's class token stands before the patches of its last stage, the first one with keys of its own."""
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 2], "num_attention_heads": [1, 1, 2, 2]}
+    module = transformers.PvtModel(transformers.PvtConfig(image_size=64, mlp_ratios=[1] * 4, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    (tower,) = meaning_on(module, images(64)).towers
+    assert dict(tower.joined) == {5: (1, 0)}
+
+
 def test_a_token_that_joins_the_others_later_is_known() -> None:
     """ConViT's class token stands before the patches in its last two blocks only."""
     sizes = {"img_size": 32, "depth": 5, "embed_dim": 32, "num_heads": 4}

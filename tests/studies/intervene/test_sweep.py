@@ -306,6 +306,18 @@ def test_every_projection_has_its_control_beside_it() -> None:
     ]
 
 
+def test_one_change_on_two_layers_is_one_with_both_and_so_is_its_control() -> None:
+    def edits(*texts: str) -> list[tuple[str, object, object]]:
+        plan = IntervenePlan.checked(models=("demo:lm",), interventions=texts)
+        return [(e.name, e.strength, e.layers) for e in plan.edits()]
+
+    assert edits("xsa:0", "xsa:2-3") == [("xsa", 1.0, {0, 2, 3}), ("random_direction", 1.0, {0, 2, 3})]
+    assert edits("xsa:0", "xsa") == [("xsa", 1.0, None), ("random_direction", 1.0, None)]
+    assert edits("sink_zero:0", "sink_mean:1")[2:] == [("random_zero", 0.0, {0, 1})]
+    with pytest.raises(UserError, match="xsa:0/0 and xsa:0/1: the tables tell two such changes not apart"):
+        edits("xsa:0/0", "xsa:0/1")
+
+
 def test_bytes_of_the_predicted_tokens() -> None:
     ids = torch.tensor([[0, 1, 2], [0, 3, 3]])
     words = {1: "ab", 2: "é", 3: "x"}
