@@ -477,7 +477,7 @@ def test_layers_whose_sink_classes_are_undefined_are_named(tmp_path: Path) -> No
     assert said.endswith(": 0")
     run.save(tmp_path / "saved")
     assert diag.Probe.load(tmp_path / "saved").notes == [said]
-    assert diag.probe(Mixer().eval(), batches(2), metrics=["sink_event", "sink_no_op"]).notes == []
+    assert diag.probe("demo:vit-p16", "demo", limit=2, metrics=["sink_event", "sink_no_op"]).notes == []
 
 
 def test_causality_up_to_the_last_of_more_keys_is_named() -> None:

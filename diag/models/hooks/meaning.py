@@ -417,7 +417,7 @@ def _towers(
         padded = tuple(_with_padding(layer, calls, padding) for layer in layers)
         places = with_reasons(stack.places, {(layer.path, layer.run) for layer in layers}, skipped)
         of_stack_or_pooled = [one for one in calls.seen.seen if one in of_stack or one.sizes is not None]
-        joined = joining(of_stack, own, of_groups(of_stack_or_pooled, own)) if everywhere else {}
+        joined = joining(list(of_stack), own, of_groups(of_stack_or_pooled, own)) if everywhere else {}
         in_a_row = windows_in_a_row(of_tokens, own) if everywhere else 1
         ahead = next((own[one] for one in of_tokens if one in own), None)
         prefix = int((~ahead).sum()) if everywhere and ahead is not None and len(ahead) == 1 else 0
