@@ -290,8 +290,8 @@ def test_every_projection_has_its_control_beside_it() -> None:
         ("xsa", 1.0),
         ("gated_xsa", 0.3),
         ("skip", 1.0),
-        ("random_direction", 1.0),
-        ("random_direction", 0.3),
+        ("matched_direction", 1.0),
+        ("matched_direction", 0.3),
         ("random_skip", 1.0),
     ]
     plan = IntervenePlan.checked(
@@ -304,6 +304,18 @@ def test_every_projection_has_its_control_beside_it() -> None:
         ("random_zero", 0.0, None, 3),
         ("random_zero", 0.5, None, 3),
     ]
+
+
+def test_strengths_of_heads_have_their_control_too(tmp_path: Path) -> None:
+    file = tmp_path / "alpha.csv"
+    file.write_text("layer,head,strength\n1,0,0.5\n")
+    plan = IntervenePlan.checked(models=("demo:lm",), interventions=(f"gated_xsa={file}:1",))
+    gated, matched = plan.edits()
+    assert (matched.name, matched.strength, matched.layers) == ("matched_direction", {(1, 0): 0.5}, {1})
+    assert matched.text == f"matched_direction={file}"
+    assert gated.strength == matched.strength
+    table = of_costs("loss_increase", {"gated_xsa": [0.03], "matched_direction": [0.02]})
+    assert costs(table.assign(strength=float("nan")))["control_cost"].tolist() == [0.02]
 
 
 def test_bytes_of_the_predicted_tokens() -> None:
@@ -497,7 +509,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(zip(by_head["layer"], by_head["head"], strict=True)) == {
         (a, b) for a in range(4) for b in range(3)
     }
-    control = found.sensitivity[found.sensitivity["intervention"] == "random_direction"]
+    control = found.sensitivity[found.sensitivity["intervention"] == "matched_direction"]
     assert len(control) == len(found.sensitivity) / 2
     stamp = (found.folder / "manifest.json").stat().st_mtime_ns
     heard = Heard()
@@ -561,7 +573,7 @@ def test_the_command(attnbias: Callable[..., Ended]) -> None:
     done = attnbias("intervene", *given, "--scope", "one", "-o", "out")
     assert done.code == 0, done.err
     assert "class_divergence" in done.out
-    assert "random direction" in done.out
+    assert "matched direction" in done.out
     assert "does it predict the effect?" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     assert done.lines[-1] == "folder: out"
