@@ -120,7 +120,7 @@ def _beside(real: Tensor, x: Tensor) -> Tensor | None:
 
 
 def mask_in(data: Mapping[str, Tensor]) -> Bool[Tensor, "image ..."] | None:
-    """Which pixels or patches of ready images are their own, if a tensor says that some of the first are not."""
+    """Which pixels or patches of ready images are their own, if a tensor says that some are not."""
     for mask in data.values():
         flags = mask.ndim in (2, 3) and bool(((mask == 0) | (mask == 1)).all()) and not bool(mask[0].all())
         if flags and any(x is not mask and _beside(mask, x) is not None for x in data.values()):
