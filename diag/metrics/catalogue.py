@@ -179,14 +179,14 @@ def _followed() -> tuple[MetricEntry, ...]:
             texts = (f"{column} {short}", gloss, heading, formula.format(keys), words.format(keys), unit)
             lines.append(MetricEntry(f"{prefix}_{name}", FOLLOWED, *texts, rank=3))
     gloss = FOLLOWED_CLASSES["carriers"][1]
-    texts = (
+    own = (
         "n carry",
         f"number of {gloss}",
         "carriers",
         f"number of {gloss}",
         f"How many {gloss} there are.",
     )
-    return (*lines, MetricEntry("carriers", FOLLOWED, *texts, "tokens", rank=3))
+    return (*lines, MetricEntry("carriers", FOLLOWED, *own, "tokens", rank=3))
 
 
 def _ledger() -> tuple[MetricEntry, ...]:

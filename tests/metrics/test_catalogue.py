@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import diag
-from diag.metrics import default, divergence, ledger, nulls, pattern_shape, sink_events, stream
+from diag.metrics import default, divergence, followed, ledger, nulls, pattern_shape, sink_events, stream
 from diag.metrics.catalogue import (
     CATALOGUE,
     OF_UNTRAINED,
