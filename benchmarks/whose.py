@@ -63,7 +63,7 @@ def probes(patches: int, layers: int, events: float) -> dict[str, Callable[[], o
 
 
 def _give_sinks(module: object, share: float) -> None:
-    """In every layer, the queries of the first heads have what the key of the class token has, and no other."""
+    """In each layer, queries of the first heads have what the key of the class token has, and no others."""
     import torch
 
     with torch.no_grad():
