@@ -254,7 +254,7 @@ def draw(
         told = relation[(relation["effect"] == effect) & ~relation["intervention"].map(is_control)]
         strengths = told.groupby("intervention")["strength"].nunique()
         for case, rows in told.groupby(["intervention", "strength"], sort=False, dropna=False):
-            name, strength = str(case[0]), float(case[1])
+            name, strength = str(case[0]), float(str(case[1]))
             alike = table["strength"].eq(strength) | (table["strength"].isna() & pd.isna(strength))
             figure = bias_against_effect(
                 table[alike], rows, layers, title=title, effect=effect, intervention=name
