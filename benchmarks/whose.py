@@ -5,7 +5,7 @@
     python benchmarks/whose.py --memory                 # only the peaks
 
 Times are of whole probes of a ViT-B shape in one process with one thread, processor time, in turn (default,
-ledger, …, default, ledger, …): a ratio is that of two neighbours of one round, and medians over rounds are
+ledger, …, default, ledger, …): a ratio is to the default probe of the same round, and medians over rounds are
 shown. Weights are random, and some heads are given a sink, as asked (`--events`): what a sink does is
 computed where there is an event. Memory is the peak of a process of its own beyond what it held before, of
 one causal layer of 4 heads that share a KV head. Linux only.
