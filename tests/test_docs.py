@@ -17,6 +17,7 @@ from commands import Ended, run_cli
 from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.followed import FOLLOWED_METRICS
 from diag.metrics.ledger import LEDGER_METRICS
 from diag.metrics.nulls import NULL_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
@@ -140,7 +141,7 @@ def test_the_monitor_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_metrics_page_lists_every_metric_and_no_other() -> None:
     listed = set(re.findall(r"^\| `(\w+)`", PAGES["metrics.md"], re.MULTILINE))
     measured = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *DIVERGENCE_METRICS, *NULL_METRICS}
-    measured |= {*SINK_METRICS, *LEDGER_METRICS}
+    measured |= {*SINK_METRICS, *LEDGER_METRICS, *FOLLOWED_METRICS}
     assert listed == measured | {*OF_UNTRAINED.values(), OVER_UNTRAINED}
 
 

@@ -58,12 +58,13 @@ class CompareOptions:
     ] = False
     null: options.Null = None
     random_init: options.RandomInit = False
+    trust_remote_code: options.TrustRemoteCode = False
     out: Annotated[Path | None, output("Folder [default: runs/compare-NAMES-KEY].")] = None
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    batch_size: options.BatchSize = 8
+    batch_size: options.AutoBatchSize = "8"
     figures: options.Figures = "all"
-    seed: Annotated[int, Option(min=0, help="Seed of the bootstrap.")] = 0
+    seed: Annotated[int, Option(help="Seed of the bootstrap.")] = 0
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False
     as_json: options.AsJson = False
     quiet: options.QuietFolder = False
@@ -160,6 +161,8 @@ def _plans(given: CompareOptions, sweeps: Mapping[str, tuple[int, ...]]) -> list
 
     fields = fields_of(given, ProbePlan)
     models = models_of(given.model, given.series)
+    if not models:
+        ProbePlan.checked(models=("runs alone",), **fields)  # a seed that none takes is none for runs either
     for argument in ("patch_size", "img_size"):
         if sweeps[argument]:
             models = tuple(f"{name},{argument}={size}" for name in models for size in sweeps[argument])

@@ -44,7 +44,8 @@ class InterveneOptions:
         list[str] | None,
         Option(
             "--intervene",
-            help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable [default: xsa; skip, window with --within].",
+            help="NAME[=STRENGTH][:LAYERS[/HEADS]], repeatable; 'attnbias interventions' lists them "
+            "[default: xsa; skip, window with --within].",
         ),
         Read(lambda words: tuple(words or ("xsa",))),
     ] = None
@@ -77,6 +78,7 @@ class InterveneOptions:
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
+    trust_remote_code: options.TrustRemoteCode = False
     out: Annotated[
         Path | None,
         output("Folder; of several models, where each gets its own [default: runs/intervene-NAME-KEY]."),
@@ -84,7 +86,7 @@ class InterveneOptions:
     overwrite: options.Overwrite = False
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    batch_size: options.BatchSize = 8
+    batch_size: options.AutoBatchSize = "8"
     seed: Annotated[int, Option(help="Seed of the bootstrap and of all that interventions draw.")] = 0
     as_json: options.AsJson = False
     quiet: options.QuietFolder = False

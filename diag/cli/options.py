@@ -137,7 +137,6 @@ AllowRandom = Annotated[
 Overwrite = Annotated[bool, Option("--overwrite", help="Measure again what the folder holds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda:0, or spread: an hf: model over every GPU.")]
 Dtype = Annotated[str, Option(help="float32, bfloat16 (bf16) or float16 (fp16).")]
-BatchSize = Annotated[int, Option(min=1, help="Inputs per forward pass; does not change the table.")]
 AutoBatchSize = Annotated[
     str,
     Option(help="Inputs per forward pass, or auto: as many as memory allows; same table."),

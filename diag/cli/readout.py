@@ -32,11 +32,12 @@ class ReadoutOptions:
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
+    trust_remote_code: options.TrustRemoteCode = False
     out: Annotated[Path | None, output("Folder [default: runs/readout-NAME-KEY].")] = None
     overwrite: options.Overwrite = False
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    batch_size: options.BatchSize = 8
+    batch_size: options.AutoBatchSize = "8"
     seed: Annotated[int, Option(help="Seed of the parts and of the bootstrap.")] = 0
     as_json: options.AsJson = False
     quiet: options.QuietFolder = False

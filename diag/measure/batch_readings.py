@@ -25,6 +25,7 @@ from diag.measure.token_values import Part, TokenValues, parts_of
 from diag.metrics.catalogue import SAMPLING_ERROR
 from diag.metrics.default import METRICS, Selection, readings_of, selections_of
 from diag.metrics.divergence import DIVERGENCE_METRICS, divergence_readings
+from diag.metrics.followed import FOLLOWED_METRICS, followed_readings
 from diag.metrics.ledger import FEW, LEDGER_METRICS, MANY, ledger_readings
 from diag.metrics.nulls import NULL_METRICS, null_readings
 from diag.metrics.pattern_pass import Neighbour
@@ -41,6 +42,7 @@ from diag.models.hooks.seam import other_windows
 from diag.results.layer_values import LayerFacts, LayerValues
 
 OF_HEADS = METRICS | SHAPE_METRICS | SINK_METRICS | DIVERGENCE_METRICS | LEDGER_METRICS | NULL_METRICS
+OF_HEADS |= FOLLOWED_METRICS
 """Every metric of an attention call; by default only those of `METRICS` are measured."""
 
 FEW_KEYS = 64
@@ -72,6 +74,7 @@ class BatchReadings:
         divergence metrics.
     projections: W_O of the layers, for what their sinks do.
     following: where the next input of each one is, for the null across inputs.
+    carrying: which image tokens carry sinks of the vision tower, and which do not; for followed sinks.
     per_token: whether numbers of single tokens are kept as well, in `each`.
     """
 
@@ -85,6 +88,7 @@ class BatchReadings:
         neutral: Mapping[int, list[Tensor]] | None = None,
         projections: OutputProjections | None = None,
         following: NextInputs | None = None,
+        carrying: Mapping[str, Tensor] | None = None,
         per_token: bool = False,
     ) -> None:
         self.names, self.sets, self.tower, self.batch = names, sets, tower, batch
@@ -100,6 +104,8 @@ class BatchReadings:
         of_rows = any(METRICS[name].of_weights for name in self.plain)
         self.in_one_sweep = bool(self.ledger) or ((receiving or bool(self.sinks)) and of_rows)
         self.nulls = [name for name in names if name in NULL_METRICS]
+        self.followed = [name for name in names if name in FOLLOWED_METRICS]
+        self.carrying = carrying
         self.neutral = neutral or {}
         self.following = following
         self.neighbour = Neighbour(len(batch.ids))
@@ -157,6 +163,8 @@ class BatchReadings:
         if self.diverging:
             other = self.neutral[call.layer].pop(0)
             yield [divergence_readings(on, other, self.diverging) for on in selections]
+        if self.followed:
+            yield followed_readings(selections, self.followed, self.carrying)
         if self.nulls:
             others = [None] * len(masks) if self.following is None else self.following.of(call, masks)
             yield [

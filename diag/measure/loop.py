@@ -31,6 +31,7 @@ from diag.measure.output_projections import OutputProjections
 from diag.measure.reconstruction import ReconstructionCheck
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.followed import FOLLOWED_METRICS
 from diag.metrics.nulls import OF_OTHER_INPUTS
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Batch, Sample, Tower
@@ -47,6 +48,7 @@ from diag.models.loading import theirs
 from diag.results.layer_values import LayerFacts, LayerValues
 
 Result = TypeVar("Result")
+Carriers = Callable[[Sequence[Sample], Batch], Mapping[str, Tensor]]
 
 MODEL_TIP = "config, weights, tokenizer and processor must belong together; on a GPU, try --device cpu"
 
@@ -130,6 +132,7 @@ def measure(
     incidents: Incidents | None = None,
     whole: bool = True,
     order: Sequence[Sample] | None = None,
+    carriers: Carriers | None = None,
 ) -> Iterator[list[LayerValues]]:
     """Runs a tower over samples and yields each batch's numbers, layer by layer.
 
@@ -147,6 +150,8 @@ def measure(
     whole: as in `run_batches`.
     order: all inputs of the run, of which `samples` may be a part: each is compared with the next one where a
         metric needs another input; `samples` if None.
+    carriers: which image tokens of a batch carry sinks of the vision tower, where a metric follows them
+        (`diag.measure.vision_sinks`).
     Inputs that cannot be read, or whose values are not finite, are noted in `incidents.failed` and left out.
     Raises MeasurementError, naming the layer, where the seam is blind or a call does not rebuild its
     output, NotFinite where no input has finite values, and UserError where divergence metrics are asked of a
@@ -182,6 +187,7 @@ def measure(
         sampling or RowSampling(),
         incidents,
         order or (),
+        carriers,
     )
     yield from run_batches(
         tower, samples, work.numbers, batch_size=batch_size, incidents=incidents, whole=whole
@@ -203,6 +209,7 @@ class _BatchWork:
     sampling: RowSampling
     incidents: Incidents
     order: Sequence[Sample]
+    carriers: Carriers | None
     facts: dict[int, LayerFacts] = field(default_factory=dict)
     projections: OutputProjections = field(init=False)
 
@@ -248,6 +255,9 @@ class _BatchWork:
         following = None
         if not OF_OTHER_INPUTS.isdisjoint(self.names):
             following = next_inputs(self.tower, batch, samples, self.order, self.values_seen)
+        carrying = None
+        if self.carriers is not None and not FOLLOWED_METRICS.keys().isdisjoint(self.names):
+            carrying = self.carriers(samples, batch)
         per_token = self.incidents.tokens is not None
         of_heads = BatchReadings(
             self.names,
@@ -258,6 +268,7 @@ class _BatchWork:
             neutral=neutral,
             projections=self.projections,
             following=following,
+            carrying=carrying,
             per_token=per_token,
         )
         around = [block for block in self.blocks if block.index in measured]

@@ -111,6 +111,7 @@ SINK_EVENTS = Place("sink_events", "Sink events: what a sink does")
 DIVERGENCE = Place("divergence", "Head divergence: what the image changes")
 LEDGER = Place("ledger", "The ledger: whose is y?")
 NULLS = Place("nulls", "Further nulls of the bias")
+FOLLOWED = Place("followed", "Sinks of the vision tower, followed into the language model")
 UNTRAINED = Place("untrained", "The untrained null")
 
 _XSA = "Exclusive Self Attention (Zhai 2026, arXiv 2603.09078), Fig. 1"
@@ -129,6 +130,13 @@ _COSINE, _SHARE, _RATIO, _NATS = "cosine", "share, 0 to 1", "ratio", "nats"
 _PER_EVENT = "0 or 1 per event"
 _LENGTH, _UNIFORM = "pixels (images), tokens (texts)", "1 = uniform"
 
+FOLLOWED_CLASSES = {
+    "carriers": ("carry", "image tokens that carry a sink of the vision tower"),
+    "other_image": ("other", "image tokens that carry none"),
+    "random_image": ("rand", "as many that carry none, drawn at random"),
+}
+"""Classes of image tokens that vision sinks are followed to: short, and in words."""
+
 LEDGER_CLASSES = {
     "self": "the token itself",
     "sink": "the key that receives most",
@@ -144,6 +152,41 @@ LEDGER_CLASSES = {
 """Classes of keys in words: a key is of the first that fits. `diag.metrics.ledger` says what is in them."""
 
 _CONTRIBUTION = "exact split of y; beside Contribution Weights (2606.07604), Kobayashi 2020 (2004.10102)"
+
+
+def _followed() -> tuple[MetricEntry, ...]:
+    """The lines of followed sinks: three for each class of image tokens, and how many carriers there are."""
+    lines = []
+    for prefix, column, formula, unit, words in (
+        (
+            "attention_to",
+            "A",
+            "mean of Aᵢⱼ over the {}",
+            "share, per token",
+            "What a row gives to one of the {}.",
+        ),
+        (
+            *("given_by", "y", "mean of Aᵢⱼ (vⱼ·yᵢ) / ‖yᵢ‖² over the {}", "signed share, per token"),
+            "The share of what attention returns that comes from one of the {}.",
+        ),
+        (
+            *("sink_among", "s", "1 if there is an event whose sink is one of the {}", "0 or 1 per head"),
+            "Whether nearly all queries of a head attend to one of the {}.",
+        ),
+    ):
+        for name, (short, keys) in FOLLOWED_CLASSES.items():
+            gloss, heading = f"{unit}: {keys}", f"{prefix} {name}".replace("_", " ")
+            texts = (f"{column} {short}", gloss, heading, formula.format(keys), words.format(keys), unit)
+            lines.append(MetricEntry(f"{prefix}_{name}", FOLLOWED, *texts, rank=3))
+    gloss = FOLLOWED_CLASSES["carriers"][1]
+    own = (
+        "n carry",
+        f"number of {gloss}",
+        "carriers",
+        f"number of {gloss}",
+        f"How many {gloss} there are.",
+    )
+    return (*lines, MetricEntry("carriers", FOLLOWED, *own, "tokens", rank=3))
 
 
 def _ledger() -> tuple[MetricEntry, ...]:
@@ -623,6 +666,8 @@ _TABLE = (
     ),
     # --- whose y is
     *_ledger(),
+    # --- what becomes of a vision tower's sinks
+    *_followed(),
     # --- further nulls
     MetricEntry(
         "cos_y_vnear", NULLS, "near v", "null, a near token's value",

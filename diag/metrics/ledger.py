@@ -291,22 +291,29 @@ def _sums(
             chosen = own.expand(-1, -1, call.group, -1, -1).take_along_dim(grouped, 3).mT
             into[where] = on_sink * torch.stack([output @ chosen, own @ chosen])[..., 0].flatten(2, 3)
     if places.many:
-        for name, found in _of_many(on.statistics, places).items():
+        for name, found in class_sums(
+            on.statistics, {name: places.kinds[name] for name in places.many}
+        ).items():
             sums[name] += found
     return sums, of_sinks
 
 
-def _of_many(statistics: CallStatistics, places: _Places) -> dict[str, Float[Tensor, "2 batch head token"]]:
-    """Σ A (v·y) and Σ A (v·v) over all keys of the classes of `MANY`, in one sweep over all rows."""
+def class_sums(
+    statistics: CallStatistics, classes: Kinds, *, mass: bool = False
+) -> dict[str, Float[Tensor, "sum batch head token"]]:
+    """Σ A (v·y) and Σ A (v·v_i) over all keys of each class, in one sweep over all rows.
+
+    mass: whether Σ A stands behind them.
+    """
     call = statistics.call
     if call.maps:
         parts = []
         for one in call.maps:
-            alone = _of_many(CallStatistics(call.of_map(one)), places)
+            alone = class_sums(CallStatistics(call.of_map(one)), classes, mass=mass)
             parts.append({name: x * one.coefficient for name, x in alone.items()})
-        return {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in places.many}
-    shape = (2, *call.output.shape[:3])
-    found = {name: torch.zeros(shape, dtype=torch.float32, device=call.output.device) for name in places.many}
+        return {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in classes}
+    shape = (2 + mass, *call.output.shape[:3])
+    found = {name: torch.zeros(shape, dtype=torch.float32, device=call.output.device) for name in classes}
     if call.pattern is not None:
         blocks = given_blocks(call)
     else:
@@ -322,10 +329,11 @@ def _of_many(statistics: CallStatistics, places: _Places) -> dict[str, Float[Ten
         hidden = None if seen_keys is None else ~of_inputs(seen_keys, in_batch)[:, None, :, None]
         value = value if hidden is None else value.masked_fill(hidden, 0.0)
         own, output = value[:, :, in_row], call.output[where].float()
-        for name in places.many:
-            among = of_inputs(places.kinds[name], in_batch)[:, None, :, None]
+        for name, mask in classes.items():
+            among = of_inputs(mask, in_batch)[:, None, :, None]
             along = pattern @ (value * among)[:, :, : block.shape[-1]]
-            found[name][:, in_batch, in_head, in_row] = torch.stack(
-                [vecdot(along, output), vecdot(along, own)]
-            )
+            of_class = [vecdot(along, output), vecdot(along, own)]
+            if mass:
+                of_class.append((pattern * among[:, :, : block.shape[-1], 0][:, :, None]).sum(-1))
+            found[name][:, in_batch, in_head, in_row] = torch.stack(of_class)
     return found

@@ -17,7 +17,7 @@ for _name in sorted(CATALOGUE, key=lambda name: CATALOGUE[name].ratio is not Non
     GROUPS[_group] = (*GROUPS.get(_group, ()), _name)
 
 
-NOT_OF_ALL = ("divergence", "untrained")
+NOT_OF_ALL = ("divergence", "followed", "untrained")
 """Groups that have to be named: they take images and a pass of their own, or other models."""
 
 OF_OTHERS = [entry for entry in CATALOGUE.values() if entry.place.group == "untrained"]

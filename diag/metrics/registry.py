@@ -1,10 +1,10 @@
 """Which function measures which metric, and how its tokens become one number.
 
 A new metric is a function with `@metric(...)` above it, in the file of its like (`default`, `stream`,
-`pattern_shape`, `sink_events`, `divergence`, `ledger`, `nulls`), and a line in `diag.metrics.catalogue`. The
-decorator writes it into `REGISTRY`; a file is imported before anything of it is measured, so nothing else
-has to list it. A ratio of two metrics' means needs its line only. Names come from the catalogue: they are
-known without torch.
+`pattern_shape`, `sink_events`, `divergence`, `ledger`, `nulls`, `followed`), and a line in
+`diag.metrics.catalogue`. The decorator writes it into `REGISTRY`; a file is imported before anything of it
+is measured, so nothing else has to list it. A ratio of two metrics' means needs its line only. Names come
+from the catalogue: they are known without torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from diag.metrics.catalogue import CATALOGUE
 if TYPE_CHECKING:
     from diag.attention.call import AttentionCall
 
-Reads = Literal["call", "pattern", "sinks", "neutral", "ledger", "nulls", "block", "depth"]
+Reads = Literal["call", "pattern", "sinks", "neutral", "ledger", "nulls", "followed", "block", "depth"]
 """What a metric is computed from, and so which arguments its function takes.
 
 call: a `Selection`, one attention call. pattern: a `View`, what the pass over its pattern found. sinks:
 `SinkEvents`, the keys that heads of a call attend to. neutral: a `Selection` and the outputs for a neutral
 image. ledger: a `Ledger`, what each class of keys gave. nulls: `Beside`, a selection and what its bias is
-compared with. block: a `Stream`, the states around one block. depth: `Sinks`, what the states of all blocks
-tell of one.
+compared with. followed: `Followed`, image tokens that carry sinks of the vision tower.
+block: a `Stream`, the states around one block. depth: `Sinks`, what the states of all blocks tell of one.
 """
 
 Compute = TypeVar("Compute", bound=Callable[..., Any])

@@ -104,6 +104,9 @@ class Tower:
     max_batch: the most samples that one forward may hold.
     frames: how many images one input is, of a tower of clips; None where it is a single one.
     capture: `capture(layers, on_call)`, the context manager under which calls are seen.
+    padded: encodes images of different sizes as one batch for `forward`, filled up as their processor does,
+        and says which pixels or patches of each are its own, `[image, height, width]` or `[image, patch]`.
+        None where the processor fills nothing up.
     look_again: finds how layers call attention in inputs of the size of some samples, for `encode` to say so
         from then on. None where it cannot.
     decode: token ids -> their text; None for images.
@@ -131,6 +134,7 @@ class Tower:
     max_batch: int | None = None
     frames: int | None = None
     capture: Callable[[Sequence[Layer], OnCall], AbstractContextManager[Any]] = attention_calls
+    padded: Callable[[Sequence[Sample]], tuple[Batch, Bool[Tensor, "image ..."]]] | None = None
     look_again: Callable[[Sequence[Sample]], None] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
     token_text: Callable[[int], str] | None = None

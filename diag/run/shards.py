@@ -14,7 +14,9 @@ from diag.errors import UserError
 from diag.inputs.items import Inputs
 from diag.measure.batch_readings import Incidents
 from diag.measure.batch_size import BatchSize
-from diag.measure.loop import measure, pick_layers
+from diag.measure.loop import Carriers, measure, pick_layers
+from diag.measure.vision_sinks import VisionSinks
+from diag.metrics.followed import FOLLOWED_METRICS
 from diag.metrics.sink_events import OF_PROJECTION
 from diag.metrics.stream import STREAM_METRICS
 from diag.models.base import Model, Sample, Tower
@@ -33,7 +35,8 @@ class TowerJob:
 
     constants: the columns that are the same in every row of the tower. removed: what `--values bias-free`
     takes out of each layer's values. blocks: where whole branches are changed, or the stream is measured.
-    size: of the next batch; it follows the memory, from shard to shard.
+    carriers: which image tokens carry sinks of the vision tower. size: of the next batch; it follows the
+    memory, from shard to shard.
     """
 
     tower: Tower
@@ -42,6 +45,7 @@ class TowerJob:
     constants: Mapping[str, Any]
     removed: Mapping[int, Tensor] | None
     blocks: Sequence[Block]
+    carriers: Carriers | None
     size: BatchSize
 
     @staticmethod
@@ -67,6 +71,7 @@ class TowerJob:
             {**_constants_of(model, tower, plan), "inputs": tower.facts.get("instead") or inputs},
             removed,
             _blocks_of(model, tower, measurement),
+            _carriers_of(model, tower, measurement),
             BatchSize.of(plan.batch_size, model.module),
         )
 
@@ -130,6 +135,7 @@ def shard_values(
         incidents=incidents,
         whole=first_input == 0,
         order=order,
+        carriers=job.carriers,
     ):
         for values in batch:
             yield replace(values, first_input=first_input + values.first_input)
@@ -166,6 +172,22 @@ def _blocks_of(model: Model, tower: Tower, asked: Measurement) -> Sequence[Block
     if STREAM_METRICS.keys().isdisjoint(asked.metrics):
         return () if set(OF_PROJECTION).isdisjoint(asked.metrics) else understood_blocks(model.module, layers)
     return find_blocks(model.module, [layer for layer in layers if layer.form.keys_of != "others"])
+
+
+def _carriers_of(model: Model, tower: Tower, asked: Measurement) -> Carriers | None:
+    """Which image tokens carry sinks of the vision tower, of a language model that reads images.
+
+    Raises UserError where followed sinks are asked of a model without one; its other towers have none.
+    """
+    followed = [name for name in asked.metrics if name in FOLLOWED_METRICS]
+    if followed and "language" not in model.towers:
+        raise UserError(
+            f"'{followed[0]}' follows sinks of a vision tower into a language model; '{model.name}' is none",
+            "give a vision-language model such as LLaVA, or leave the group 'followed' out of --metrics",
+        )
+    if not followed or tower.name != "language":
+        return None
+    return VisionSinks(model, tower, asked.plan.allow_random).classes
 
 
 def _size(size: Any) -> Any:

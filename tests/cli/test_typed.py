@@ -15,6 +15,14 @@ LONG = "a" * 5000
 BEYOND = 2**63
 MODEL = ("-m", "demo:vit-p16")
 
+SEEDED = [
+    ("probe", *MODEL, "--seed", -1),
+    ("compare", *MODEL, "--seed", -1),
+    ("compare", "run", "--seed", -1),
+    ("intervene", *MODEL, "--seed", -1),
+    ("readout", *MODEL, "--images", "demo-crops", "--seed", -1),
+]
+
 REFUSED: list[tuple[tuple[object, ...], str, str]] = [
     (("probe", *MODEL, "--images", "a", "--images", "b"), "--images is given 2 times", "the last, 'b'?"),
     (("probe", *MODEL, "-o", "a", "--output-path", "b"), "-o/--output-path is given 2 times", "once"),
@@ -30,10 +38,11 @@ REFUSED: list[tuple[tuple[object, ...], str, str]] = [
     (("merge", ""), "RUN is empty", "name a file or folder"),
     (("figures", ""), "PLAN… is empty", "name a file or folder"),
     (("probe", *MODEL, "--limit", BEYOND), f"--limit is at most {BEYOND - 1}", f"given: {BEYOND}"),
+    *((verb, "--seed is at least 0", "given: -1") for verb in SEEDED),
     (("attend", *MODEL, "--token", -BEYOND), f"--token is at most {BEYOND - 1}", "given"),
     (("probe", *MODEL, "--limit", "9" * 5000), "--limit does not understand '999", "attnbias probe --help"),
     (("train", "a.yaml", "--workers", -1), "--workers does not understand '-1'", "attnbias train --help"),
-    (("compare", *MODEL, "--batch-size", 0), "--batch-size does not understand '0'", "compare --help"),
+    (("compare", *MODEL, "--batch-size", 0), "--batch-size does not understand '0'", "auto"),
     (("probe", *MODEL, "--batch-size", "9" * 5000), "--batch-size does not understand", "auto"),
     (("probe", *MODEL, "--layers", "0-9999999999"), "--layers goes beyond every model", "0,5-11"),
     (("probe", *MODEL, "--shard", "1/0", "--dry-run"), "--shard does not understand '1/0'", "1/4"),

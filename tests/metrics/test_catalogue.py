@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import diag
-from diag.metrics import default, divergence, ledger, nulls, pattern_shape, sink_events, stream
+from diag.metrics import default, divergence, followed, ledger, nulls, pattern_shape, sink_events, stream
 from diag.metrics.catalogue import (
     CATALOGUE,
     OF_UNTRAINED,
@@ -150,6 +150,7 @@ def test_every_line_has_a_function_or_is_a_ratio() -> None:
         divergence.DIVERGENCE_METRICS,
         ledger.LEDGER_METRICS,
         nulls.NULL_METRICS,
+        followed.FOLLOWED_METRICS,
     )
     assert sum(map(len, tables)) == len(REGISTRY)
     assert [name for names in GROUPS.values() for name in names if name in default.METRICS] == list(

@@ -367,6 +367,59 @@ def test_the_balance_of_heads_joins_the_gradient_while_training() -> None:
     torch.testing.assert_close(gradients[1] - gradients[0], wanted, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["", "=0.5"])
+@pytest.mark.parametrize("name", ["timm", "gpt2", "llama"])
+def test_a_mixture_of_heads_in_a_whole_model_is_the_gated_one(name: str, form: str) -> None:
+    """The plain model, whose heads are weighed token by token in front of W_O: shared, and routed ones."""
+    build, _ = CASES[name]
+    plain, changed = (built(build).double() for _ in range(2))
+    apply(changed, parse(f"mixture_of_heads{form}"), seed=3)
+    given = IMAGES.double() if name == "timm" else WORDS
+    counts, read = [], dict[str, Tensor]()
+
+    def gated(path: str) -> None:
+        module: Any = plain.get_submodule(path)
+        change = changed.get_submodule(path).change.double()
+        heads = change.router.shape[0] - 2
+
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            read[path] = args[0] if args else kwargs["hidden_states"]
+
+        def weigh(module: nn.Module, args: Any) -> Any:
+            scores = read[path] @ change.router.T
+            gates = torch.tensor([[head_gates(token, change) for token in row] for row in scores.detach()])
+            counts.append((gates > 0).sum(-1))
+            assert bool((gates[..., : change.always] > 0).all())
+            return (args[0].unflatten(-1, (heads, -1)) * gates[..., None].double()).flatten(-2)
+
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+        names = [part for part in ("proj", "c_proj", "o_proj") if hasattr(module, part)]
+        getattr(module, names[0]).register_forward_pre_hook(weigh)
+
+    changed.double()
+    paths = [path for path, module in changed.named_modules() if hasattr(module, "change")]
+    assert len(paths) == len(attention_modules(plain))
+    for path in paths:
+        gated(path)
+
+    def ended(model: nn.Module) -> Tensor:
+        found = model(given)
+        return found if isinstance(found, Tensor) else found.logits
+
+    torch.testing.assert_close(ended(changed), ended(plain), atol=2e-5, rtol=2e-5)
+    on = {int(number) for count in counts for number in count.unique()}
+    change: Any = changed.get_submodule(paths[0]).change
+    assert on == {change.always + change.chosen}
+    heads = change.router.shape[0] - 2
+    share = float(form.lstrip("=") or change.forms[0])
+    assert on == {max(change.always + 1, round(share * heads))}
+    ended(changed.train()).square().mean().backward()
+    for path in paths:
+        gradient = changed.get_submodule(path).change.router.grad
+        assert bool(gradient.isfinite().all())
+        assert bool(gradient.abs().sum(1)[-2:].all())  # what weighs shared against routed heads
+
+
 def test_a_mixture_of_heads_has_heads_to_choose_from() -> None:
     with pytest.raises(UserError, match="chooses among heads, and the layer has 2"):
         CHANGES["mixture_of_heads"](Sizes(6, 2, 3), "0.5", torch.Generator())

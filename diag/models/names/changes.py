@@ -14,9 +14,12 @@ WRITTEN = re.compile(r"([^=:]+)(?:=(.+?))?(?::((?:[0-9,-]|last)+)(?:/([0-9,-]+))
 """Name, strength, layers and heads; those that are not there are None."""
 
 
+MATCHED = "matched_direction"
+"""The control of projections. A fixed random direction removes next to nothing: its line lies on zero."""
+
 CONTROLS = {
-    "xsa": "random_direction",
-    "gated_xsa": "random_direction",
+    "xsa": MATCHED,
+    "gated_xsa": MATCHED,
     "zero": "mean",
     "window": "random_window",
     "neighbourhood": "random_neighbourhood",
@@ -38,7 +41,7 @@ OF_EVERY_HEAD = frozenset(name for name in (*CONTROLS, *CONTROLS.values()) if "s
 
 def is_control(name: str) -> bool:
     """Whether a change is there for others to be compared with."""
-    return name.startswith("random_")
+    return name.startswith("random_") or name == MATCHED
 
 
 def labelled(name: str, strength: float) -> str:

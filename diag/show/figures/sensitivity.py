@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diag.errors import UserError
 from diag.metrics.catalogue import CATALOGUE, Dashes, DrawnAs
-from diag.models.names.changes import is_control, labelled
+from diag.models.names.changes import CONTROLS, is_control, labelled
 from diag.results.decimals import fixed
 from diag.show.figures.lines import line, rule
 from diag.show.figures.page import legend_below, letter, page
@@ -191,7 +191,10 @@ def bias_against_effect(
     """
     same = "intervention == @intervention and effect == @effect"
     chosen = relations.query(f"{same} and level == 'layer'")
-    cost = table.query(f"{same} and scope == 'one' and head < 0").set_index("layer")
+    alone = table.query("effect == @effect and scope == 'one' and head < 0").set_index("layer")
+    cost = alone[alone["intervention"] == intervention]
+    control = CONTROLS.get(intervention)
+    beside = alone[(alone["intervention"] == control) & alone["strength"].isin(cost["strength"])]
     names = [name for name in PREDICTORS if name in set(chosen["predictor"])][:4]
     if not names or cost.empty:
         raise UserError("nothing to draw: no layer was changed alone", "use --scope one")
@@ -201,7 +204,10 @@ def bias_against_effect(
         row_height=2.4,
         title=title,
         caption=f"does it predict what {intervention} costs? · each point a layer · n = {n} inputs\n"
-        "bars: 95 % bootstrap over inputs · p: random pairings of layers",
+        "bars: 95 % bootstrap over inputs · p: random pairings of layers"
+        + (
+            "" if beside.empty else f" · ×: {labelled(str(control), beside['strength'].iloc[0])}, the control"
+        ),
     )
     for place, (name, ax) in enumerate(zip(names, axes, strict=True)):
         given = layers[layers["metric"] == name].set_index("layer")
@@ -217,6 +223,8 @@ def bias_against_effect(
             markersize=3,
             elinewidth=0.6,
         )
+        both = [layer for layer in shown if layer in beside.index]
+        ax.plot(given.loc[both, "mean"], beside.loc[both, "mean"], "x", color="black", markersize=3)
         for layer, at in zip(shown, zip(first["mean"], second["mean"], strict=True), strict=True):
             ax.annotate(str(layer), at, xytext=(3, 3), textcoords="offset points", fontsize=6.5)
         row = chosen[chosen["predictor"] == name].iloc[0]

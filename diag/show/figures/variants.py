@@ -15,7 +15,7 @@ from diag.show.figures.style import OKABE_ITO
 from diag.show.figures.tables import span
 
 BASELINE = "sa"
-CONTROL = "random_direction"
+CONTROLS = ("random_direction", "matched_direction")
 COLOURS = ("vermillion", "green", "orange", "purple", "sky")
 MARKERS = "s^vPX"
 DASHES: tuple[Dashes, ...] = ("-", ":", "-.")
@@ -31,7 +31,7 @@ def styles_of(variants: Sequence[str]) -> dict[str, DrawnAs]:
         base = name.partition(":")[0].partition("=")[0]
         if base == BASELINE:
             found[name] = DrawnAs(name, OKABE_ITO["blue"])
-        elif base == CONTROL:
+        elif base in CONTROLS:
             dashes = CONTROL_DASHES[controls % 2]
             found[name] = DrawnAs(name, OKABE_ITO["black"], dashes, "dH8p"[controls % 4])
             controls += 1

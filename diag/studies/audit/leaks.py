@@ -53,6 +53,9 @@ Windows = Callable[[Sequence[int]], list[list[int]]]
 """Lengths -> token ids of texts that are so long, of other content each."""
 
 
+Pick = Callable[[Tensor], Tensor | None]
+
+
 @dataclass(frozen=True)
 class Change:
     """By how much the watched tokens change in one layer. changed: what was. layer: or `FINAL`.
@@ -77,7 +80,9 @@ class Case:
     """One batch. inputs: how many it holds. place: which tokens of its first input are watched.
 
     others: what is changed -> the batch then. alone: a batch of what is watched, and of nothing else; None
-    where the model takes none.
+    where the model takes none. own, own_alone: pick what is watched of the tokens of the first input, where
+    these are no stretch of them, `[token, channel]` to those rows, or to None where they are not known; in
+    the batch, and alone.
     """
 
     name: str
@@ -86,6 +91,8 @@ class Case:
     place: slice
     others: Mapping[str, Batch]
     alone: Batch | None = None
+    own: Pick | None = None
+    own_alone: Pick | None = None
 
 
 def untested(case: str, changed: str, why: str) -> Change:
@@ -240,25 +247,41 @@ def changes_of(tower: Tower, case: Case) -> list[Change]:
 
     Raises UserError as the model's run does.
     """
-    first, again = seen_of(tower, case.batch, case.inputs), seen_of(tower, case.batch, case.inputs)
-    others = {what: seen_of(tower, batch, case.inputs) for what, batch in case.others.items()}
-    alone = {} if case.alone is None else {ALONE: seen_of(tower, case.alone, 1)}
+    in_a_row = case.own is not None
+    first, again = (seen_of(tower, case.batch, case.inputs, in_a_row=in_a_row) for _ in range(2))
+    others = {
+        what: seen_of(tower, batch, case.inputs, in_a_row=in_a_row) for what, batch in case.others.items()
+    }
+    alone = {} if case.alone is None else {ALONE: seen_of(tower, case.alone, 1, in_a_row=in_a_row)}
     data = case.batch.data
     given = next(iter(data.values())) if isinstance(data, Mapping) else data  # ids, or patches
     tokens = given.shape[1] if case.place != WHOLE else None
+    rows = {x.shape[1] for layer, x in first.items() if layer != FINAL}  # how many tokens layers have
+
+    def at(layer: int, x: Tensor, own: Pick | None) -> Tensor | None:
+        """What is watched of a layer, or of what is returned; all of that where it is of no tokens."""
+        if own is None:
+            return _at(x, case, tokens)
+        no_tokens = layer == FINAL and (x.ndim == 2 or (x.ndim == 3 and x.shape[1] not in rows))
+        return x[0] if no_tokens else own(x[0]) if x.ndim == 3 else None
+
     found = list[Change]()
     for what, seen in {**others, **alone}.items():
         # in one layer it may be without consequence, as where padding sees nothing
         moved = max(map(apart, (seen.get(layer) for layer in first), first.values()), default=0.0)
         for layer, whole in first.items():
-            base = _at(whole, case, tokens)
+            base = at(layer, whole, case.own)
             if what == ALONE:
-                other = seen[layer][0] if layer in seen else None
+                by_itself = seen.get(layer)
+                if by_itself is None or case.own_alone is None:
+                    other = None if by_itself is None else by_itself[0]
+                else:
+                    other = at(layer, by_itself, case.own_alone)
                 control = math.nan
             else:
-                other = _at(seen[layer], case, tokens) if layer in seen else None
+                other = at(layer, seen[layer], case.own) if layer in seen else None
                 control = apart(seen.get(layer), whole)
-            noise, change = apart(_at(again[layer], case, tokens), base), apart(other, base)
+            noise, change = apart(at(layer, again[layer], case.own), base), apart(other, base)
             level, why = _level(what, change, noise, moved, whole.dtype)
             found.append(Change(case.name, what, layer, change, noise, control, level, why))
     return found
@@ -278,11 +301,12 @@ def _level(what: str, change: float, noise: float, moved: float, dtype: torch.dt
     return level, why
 
 
-def seen_of(tower: Tower, batch: Batch, inputs: int) -> dict[int, Tensor]:
+def seen_of(tower: Tower, batch: Batch, inputs: int, *, in_a_row: bool = False) -> dict[int, Tensor]:
     """Y of each layer, and as `FINAL` what the tower returns, `[input, token, channel]`, in one forward pass.
 
     Several rows of an input (windows) are side by side in its tokens. What has no row for each input is left
-    out; what is returned may lack the axis of tokens.
+    out; what is returned may lack the axis of tokens. in_a_row: whether tokens have to be in their order: of
+    windows there are none then.
     """
     parts = dict[int, list[Tensor]]()
 
@@ -299,6 +323,8 @@ def seen_of(tower: Tower, batch: Batch, inputs: int) -> dict[int, Tensor]:
     for layer, rows in parts.items():
         if all(len(x) % inputs == 0 for x in rows):
             found[layer] = torch.cat([x.reshape(inputs, -1, x.shape[-1]) for x in rows], 1)
+            if in_a_row and (len(rows) > 1 or len(rows[0]) > inputs):
+                found[layer] = found[layer][:, :0]
     if final is not None and len(final) == inputs:
         found[FINAL] = final
     return found

@@ -28,6 +28,7 @@ from diag.run.progress import Listener, Silent
 from diag.studies.audit.folder import HOOKS, LEAKS, Audited, table_of
 from diag.studies.audit.hooks import Row, audit_hooks
 from diag.studies.audit.leaks import (
+    Case,
     Change,
     batch_case,
     changes_of,
@@ -38,6 +39,7 @@ from diag.studies.audit.leaks import (
 )
 from diag.studies.audit.lens import lens_rows
 from diag.studies.audit.plan import DEFAULT_LENGTH, AuditPlan
+from diag.studies.audit.unequal import mask_in, padded_case, unequal_cases
 from diag.studies.audit.words import IN_BATCH, OTHER_INPUT, PADDING
 
 WINDOWS = 4
@@ -154,14 +156,24 @@ def _of_tower(
         changes = list(text_changes(model, tower, windows, length))
     else:
         changes = _batch_changes(tower, samples)
-        filled = filled_case(batch) if tower.max_batch == 1 else None
-        if filled is not None:
-            changes += changes_of(tower, filled)
-        elif tower.input_kind == "text" and len(samples) > 1:
-            changes += changes_of(tower, tail_case(*(tower.encode([sample]) for sample in samples[:2])))
-        else:
+        padded = list(_padded_cases(tower, samples, batch))
+        for case in padded:
+            changes += changes_of(tower, case)
+        if not padded:
             changes.append(untested("padded", PADDING, _unpadded(tower)))
     return _Found(facts, rows, changes)
+
+
+def _padded_cases(tower: Tower, samples: Sequence[Sample], batch: Batch) -> Iterator[Case]:
+    """Of a tower that takes no mask by name. batch: of the first sample, where it takes one at a time."""
+    if tower.input_kind == "text":
+        if len(samples) > 1:
+            yield tail_case(*(tower.encode([sample]) for sample in samples[:2]))
+        return
+    filled = filled_case(batch) if tower.max_batch == 1 else None
+    if filled is not None:
+        yield filled
+    yield from unequal_cases(tower, samples)
 
 
 def _facts(model: Model, tower: Tower, name: str) -> dict[str, Any]:
@@ -251,6 +263,13 @@ def _changes_of_batch(model: Model, tower: Tower, batch: Batch) -> Iterator[Chan
         parts = {name: torch.cat([x[name] for x in rows]) for name in tensors}
         return Batch(tuple(map(str, range(len(rows)))), parts[""] if single else parts)
 
+    if (real := mask_in(tensors)) is not None:
+        other = {
+            name: torch.cat([x[:1], other_than(x[1:], 2)]) if x.is_floating_point() and x.ndim > 2 else x
+            for name, x in tensors.items()
+        }
+        case = padded_case(tower, of([tensors]), real, of([other]))
+        yield from () if case is None else changes_of(tower, case)
     a, b = ({name: x[row : row + 1] for name, x in tensors.items()} for row in (0, 1))
     c = {name: other_than(x, 2) if x.is_floating_point() else x for name, x in b.items()}
     yield from changes_of(tower, batch_case(of([a, b]), of([a, c]), of([a])))

@@ -11,6 +11,7 @@ from diag.errors import spans
 # --- the cases of leaks
 
 IN_BATCH = "batch"
+UNEQUAL = "padded images"
 RIGHT, LEFT = "padded right", "padded left"
 UNCOUNTED, UNMASKED = "padded left without positions", "padded right without mask"
 PLAIN, BLOCKS = "packed", "packed with block mask"

@@ -75,7 +75,8 @@ def costs(sensitivity: pd.DataFrame) -> pd.DataFrame:
         if is_control(name):
             continue
         control = CONTROLS.get(name)
-        beside = rows[(rows["intervention"] == control) & (rows["strength"] == strength)].set_index("layer")
+        alike = rows["strength"].eq(strength) | (rows["strength"].isna() & pd.isna(strength))
+        beside = rows[(rows["intervention"] == control) & alike].set_index("layer")
         part = part.sort_values(["cost", "layer"], ignore_index=True)
         part = part.assign(rank=part.index + 1, control=control if len(beside) else None)
         part = part.assign(measure=measure)

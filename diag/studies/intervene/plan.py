@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from diag.errors import UserError, one_of
 from diag.models.hooks.interventions import Edit, parse
-from diag.models.names.changes import CONTROLS
+from diag.models.names.changes import CONTROLS, MATCHED, WRITTEN
 from diag.run.plan import ProbePlan
 from diag.studies.intervene.sweep import SCOPES
 
@@ -24,7 +24,7 @@ class IntervenePlan(ProbePlan):
         "interventions": "--intervene",
     }
 
-    interventions: tuple[str, ...] = Field(default=("xsa", "random_direction"), min_length=1)
+    interventions: tuple[str, ...] = Field(default=("xsa",), min_length=1)
     scopes: tuple[str, ...] = Field(default=("one",), min_length=1)
     heads: bool = False
     labelled: bool = False
@@ -55,9 +55,9 @@ class IntervenePlan(ProbePlan):
         """
         found = [parse(text, self.seed) for text in self.interventions]
         controls = [
-            replace(edit, name=CONTROLS[edit.name], text=f"{CONTROLS[edit.name]}={edit.strength}")
+            replace(edit, name=CONTROLS[edit.name], text=f"{CONTROLS[edit.name]}={_strength(edit)}")
             for edit in found
-            if edit.name in CONTROLS and isinstance(edit.strength, float)
+            if edit.name in CONTROLS and (isinstance(edit.strength, float) or CONTROLS[edit.name] == MATCHED)
         ]
         return _together([*found, *controls])
 
@@ -79,3 +79,9 @@ def _together(edits: Sequence[Edit]) -> list[Edit]:
         layers = None if first.layers is None or edit.layers is None else first.layers | edit.layers
         found[key] = replace(first, layers=layers)
     return list(found.values())
+
+
+def _strength(edit: Edit) -> str:
+    """An edit's strength as it was typed: a number, or the file of one for each head."""
+    typed = WRITTEN.fullmatch(edit.text)
+    return str(edit.strength) if isinstance(edit.strength, float) or typed is None else str(typed[2])

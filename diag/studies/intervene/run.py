@@ -251,12 +251,14 @@ def draw(
             paths += save(figure, table[table["effect"] == shown], folder, file_stem("sensitivity", shown))
         if relation.empty:
             return paths
-        for name in relation.loc[relation["effect"] == effect, "intervention"].unique():
-            if is_control(name):
-                continue
+        told = relation[(relation["effect"] == effect) & ~relation["intervention"].map(is_control)]
+        strengths = told.groupby("intervention")["strength"].nunique()
+        for case, rows in told.groupby(["intervention", "strength"], sort=False, dropna=False):
+            name, strength = str(case[0]), float(str(case[1]))
+            alike = table["strength"].eq(strength) | (table["strength"].isna() & pd.isna(strength))
             figure = bias_against_effect(
-                table, relation, layers, title=title, effect=effect, intervention=name
+                table[alike], rows, layers, title=title, effect=effect, intervention=name
             )
-            rows = relation[(relation["effect"] == effect) & (relation["intervention"] == name)]
-            paths += save(figure, rows, folder, file_stem("relation", name, effect))
+            stem = f"{name}-{strength:g}" if strengths[name] > 1 else name
+            paths += save(figure, rows, folder, file_stem("relation", stem, effect))
     return paths

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from diag.models.names.changes import CONTROLS, is_control, labelled
+from diag.models.names.changes import CONTROLS, MATCHED, is_control, labelled
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
 from diag.show.terminal import WIDTH, aligned, filled
@@ -23,7 +23,7 @@ PREDICTORS = {"cos_y_vself": "bias", "excess": "excess over partner"}
 STUDY = "state_change"
 OF_SINKS = [name for name in CONTROLS if name.startswith("sink_")]
 OF_SINKS += dict.fromkeys(CONTROLS[name] for name in OF_SINKS)
-PROJECTIONS = [name for name, control in CONTROLS.items() if control == "random_direction"]
+PROJECTIONS = [name for name, control in CONTROLS.items() if control == MATCHED]
 """Their control stands beside them in the table; more words would be the same."""
 
 SIDE_BY_SIDE = 3
@@ -119,14 +119,14 @@ def _by_layer(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _side_by_side(names: Mapping[str, str]) -> list[str]:
-    """Interventions by their labels, each control behind the last one that it is for; a random direction, of
-    all projections, is the last.
+    """Interventions by their labels, each control behind the last one that it is for; directions, of all
+    projections, are the last.
     """
     given, last = list(names), {CONTROLS.get(name): place for place, name in enumerate(names.values())}
 
     def place(label: str) -> tuple[bool, int, bool]:
         name = names[label]
-        return name == "random_direction", last.get(name, given.index(label)), name in last
+        return name.endswith("_direction"), last.get(name, given.index(label)), name in last
 
     return sorted(given, key=place)
 

@@ -21,6 +21,8 @@ from diag.errors import UserError, one_of
 # diag.variants has these names too, but loads torch
 BASELINE = "sa"
 CONTROL = "random_direction"
+MATCHED = "matched_direction"
+"""Takes as much of each token as `xsa` does."""
 
 LEVEL = 0.95
 OUTCOMES = {"accuracy": ("points", 100.0), "loss": ("nats", 1.0)}
@@ -43,14 +45,14 @@ def base_of(variant: str) -> str:
     return variant.partition(":")[0].partition("=")[0]
 
 
-def control_of(variant: str) -> str:
-    """The control of a variant: a random direction instead of the token's own value, on the same layers.
+def control_of(variant: str, control: str = CONTROL) -> str:
+    """The control of a variant: another direction instead of the token's own value, on the same layers.
 
     >>> control_of("xsa"), control_of("gated_xsa=sigmoid:0-5")
     ('random_direction', 'random_direction:0-5')
     """
     _, colon, layers = variant.partition(":")
-    return CONTROL + colon + layers
+    return control + colon + layers
 
 
 def cleaned(results: pd.DataFrame) -> pd.DataFrame:
@@ -97,13 +99,14 @@ def pairs(results: pd.DataFrame) -> pd.DataFrame:
     results: of `cleaned`.
 
     Columns task, patch_size, variant, against, outcome, unit, seed, difference: variant − `sa`, and variant −
-    its control; accuracy in percentage points, loss in nats (below 0 is better). A pair of which one is
-    missing is left out.
+    its controls, of which the matched one is `xsa`'s; accuracy in percentage points, loss in nats (below 0 is
+    better). A pair of which one is missing is left out.
     """
     bases = results["variant"].map(base_of)
     compared = (
         results[bases != BASELINE].assign(against=BASELINE),
         results[~bases.isin([BASELINE, CONTROL])].assign(against=results["variant"].map(control_of)),
+        results[bases == "xsa"].assign(against=results["variant"].map(lambda x: control_of(x, MATCHED))),
     )
     parts = []
     for ours in compared:

@@ -67,8 +67,10 @@ class TestLooks:
             "#000000",
             "--",
         )
-        found |= styles_of(["random_direction", *names])
-        assert len(set(found.values())) == len({*names, "random_direction"})
+        controls = ("random_direction", "matched_direction")
+        found |= styles_of([*controls, *names])
+        assert len(set(found.values())) == len({*names, *controls})
+        assert all(found[name].colour == "#000000" and found[name].dashes != "-" for name in controls)
         assert styles_of(["sa", *names])["xsa"] == found["xsa"]
 
 

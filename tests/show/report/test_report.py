@@ -482,8 +482,8 @@ SWEPT = {
     "xsa,1,one,1,-1,loss_change,0.31,0.2,0.4,6\n"
     "xsa,1,one,1,0,loss_change,9,8,10,6\n"
     "xsa,1,one,1,-1,top1_change,-0.9,-1,-0.8,6\n"
-    "random_direction,1,one,0,-1,loss_change,0.5,0.4,0.6,6\n"
-    "random_direction,1,one,1,-1,loss_change,0.02,,,6\n"
+    "matched_direction,1,one,0,-1,loss_change,0.5,0.4,0.6,6\n"
+    "matched_direction,1,one,1,-1,loss_change,0.02,,,6\n"
 }
 TRAINED = {
     "outcomes.csv": "task,patch_size,variant,n,accuracy,accuracy_gain,accuracy_gain_low,"
@@ -512,7 +512,7 @@ READ_OUT = {
             SWEPT,
             {"model": {"given": "gpt2", "weights": "random"}, "tower": "text"},
             [
-                "xsa in one layer: most in layer 1, 0.310 (0.200 to 0.400), n = 6; its control, random "
+                "xsa in one layer: most in layer 1, 0.310 (0.200 to 0.400), n = 6; its control, matched "
                 "direction, 0.020 (loss, after − before (nats per token)).",
                 "Interventions on gpt2 · random weights",
             ],

@@ -290,8 +290,8 @@ def test_every_projection_has_its_control_beside_it() -> None:
         ("xsa", 1.0),
         ("gated_xsa", 0.3),
         ("skip", 1.0),
-        ("random_direction", 1.0),
-        ("random_direction", 0.3),
+        ("matched_direction", 1.0),
+        ("matched_direction", 0.3),
         ("random_skip", 1.0),
     ]
     plan = IntervenePlan.checked(
@@ -311,11 +311,23 @@ def test_one_change_on_two_layers_is_one_with_both_and_so_is_its_control() -> No
         plan = IntervenePlan.checked(models=("demo:lm",), interventions=texts)
         return [(e.name, e.strength, e.layers) for e in plan.edits()]
 
-    assert edits("xsa:0", "xsa:2-3") == [("xsa", 1.0, {0, 2, 3}), ("random_direction", 1.0, {0, 2, 3})]
-    assert edits("xsa:0", "xsa") == [("xsa", 1.0, None), ("random_direction", 1.0, None)]
+    assert edits("xsa:0", "xsa:2-3") == [("xsa", 1.0, {0, 2, 3}), ("matched_direction", 1.0, {0, 2, 3})]
+    assert edits("xsa:0", "xsa") == [("xsa", 1.0, None), ("matched_direction", 1.0, None)]
     assert edits("sink_zero:0", "sink_mean:1")[2:] == [("random_zero", 0.0, {0, 1})]
     with pytest.raises(UserError, match="xsa:0/0 and xsa:0/1: the tables tell two such changes not apart"):
         edits("xsa:0/0", "xsa:0/1")
+
+
+def test_strengths_of_heads_have_their_control_too(tmp_path: Path) -> None:
+    file = tmp_path / "alpha.csv"
+    file.write_text("layer,head,strength\n1,0,0.5\n")
+    plan = IntervenePlan.checked(models=("demo:lm",), interventions=(f"gated_xsa={file}:1",))
+    gated, matched = plan.edits()
+    assert (matched.name, matched.strength, matched.layers) == ("matched_direction", {(1, 0): 0.5}, {1})
+    assert matched.text == f"matched_direction={file}"
+    assert gated.strength == matched.strength
+    table = of_costs("loss_increase", {"gated_xsa": [0.03], "matched_direction": [0.02]})
+    assert costs(table.assign(strength=float("nan")))["control_cost"].tolist() == [0.02]
 
 
 def test_bytes_of_the_predicted_tokens() -> None:
@@ -509,7 +521,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(zip(by_head["layer"], by_head["head"], strict=True)) == {
         (a, b) for a in range(4) for b in range(3)
     }
-    control = found.sensitivity[found.sensitivity["intervention"] == "random_direction"]
+    control = found.sensitivity[found.sensitivity["intervention"] == "matched_direction"]
     assert len(control) == len(found.sensitivity) / 2
     stamp = (found.folder / "manifest.json").stat().st_mtime_ns
     heard = Heard()
@@ -573,7 +585,7 @@ def test_the_command(attnbias: Callable[..., Ended]) -> None:
     done = attnbias("intervene", *given, "--scope", "one", "-o", "out")
     assert done.code == 0, done.err
     assert "class_divergence" in done.out
-    assert "random direction" in done.out
+    assert "matched direction" in done.out
     assert "does it predict the effect?" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     assert done.lines[-1] == "folder: out"

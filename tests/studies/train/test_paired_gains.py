@@ -165,3 +165,13 @@ class TestChecked:
         assert found[["cell", "seed", "variant", "alpha"]].to_numpy().tolist() == [
             ["p8-xsa-s0", 0, "xsa", 0.1]
         ]
+
+
+def test_xsa_is_compared_with_what_takes_as_much() -> None:
+    results = grid(patches=(8,), variants=("sa", "xsa:0-2", "gated_xsa", "matched_direction:0-2"), seeds=2)
+    found = pairs(results)
+    against = found[found["against"] == "matched_direction:0-2"]
+    assert set(against["variant"]) == {"xsa:0-2"}  # of a gated one it takes more than that does
+    cells = results.set_index(["variant", "seed"])["loss"]
+    row = against[(against["outcome"] == "loss") & (against["seed"] == 1)]["difference"].item()
+    assert row == pytest.approx(cells["xsa:0-2", 1] - cells["matched_direction:0-2", 1])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diag.errors import UserError
+from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower, device_of_module
 from diag.models.encoding import each, image_encoder, image_preparation, image_samples, preparation
 from diag.models.first_layer import placed
@@ -97,7 +100,12 @@ def vision_tower(
     fit_to, flags = next((fit for fit in fits if fit[0] is not NATIVE), fits[0])
     notes += fit_to.notes
     prepare = image_preparation(transform, dtype)
-    named = "pixel_values" in inspect.signature(module.forward).parameters
+    names = {
+        name: name
+        for name in ("pixel_values", *MASKS)
+        if name in inspect.signature(module.forward).parameters
+    }
+    named = "pixel_values" in names
     tower = Tower(
         name="vision",
         layers=layers,
@@ -105,9 +113,14 @@ def vision_tower(
         prepare=prepare,
         encode=image_encoder(prepare, device_of_module(module)),
         forward=lambda batch: (
-            module(pixel_values=batch.data, **flags) if named else module(batch.data, **flags)
+            module(**batch.data, **flags)
+            if isinstance(batch.data, Mapping)
+            else module(pixel_values=batch.data, **flags)
+            if named
+            else module(batch.data, **flags)
         ),
         max_batch=None if alike else 1,
+        padded=padding_of(partial(_processed, processor, **sizes), module, dtype, names) if named else None,
         facts={
             "image_size": plain((height, width)) if alike else "native",
             **fit_to.facts,
@@ -182,6 +195,7 @@ def native_tower(
         encode=encode,
         forward=lambda batch: call(**batch.data),
         max_batch=1,
+        padded=padding_of(partial(_processed, processor), part, dtype, names),
         facts={
             "image_size": "native",
             **NATIVE.facts,
@@ -193,13 +207,45 @@ def native_tower(
     return placed(tower, part, getattr(config, "patch_size", None))
 
 
+def padding_of(
+    process: Callable[[Any], Mapping[str, Tensor]],
+    module: Any,
+    dtype: torch.dtype,
+    names: Mapping[str, str],
+) -> Callable[[Sequence[Sample]], tuple[Batch, Tensor]] | None:
+    """`Tower.padded`, of an image processor that fills images of different sizes up to one, and says so.
+
+    process: what the processor gives for a list of images. names: a tensor's name there -> what it is called
+    by whatever runs the module. None where nothing is filled up, or each image has tensors of its own.
+    """
+    device, trial = device_of_module(module), dict[str, Tensor]()
+    with suppress(Exception):  # a processor of one image at a time says whatever breaks first
+        trial = dict(process([Image.new("RGB", size) for size in TRIALS]))
+    masked = next((name for name in MASKS if name in trial), None)
+    if masked is None or "pixel_values" not in trial or bool(trial[masked].all()):
+        return None
+
+    def padded(samples: Sequence[Sample]) -> tuple[Batch, Tensor]:
+        found = process([rgb(sample.read()) for sample in samples])
+        data = {
+            other: found[name].to(device, dtype)
+            if found[name].is_floating_point()
+            else found[name].to(device)
+            for name, other in names.items()
+            if name in found
+        }
+        return Batch(tuple(sample.id for sample in samples), data), found[masked].bool()
+
+    return padded
+
+
 def config_around(part: Any, whole: Any) -> Any:
     """The configuration of a part of a model, or of the model where the part has none of its own."""
     return getattr(part, "config", whole.config)
 
 
-def _processed(processor: Any, image: Image.Image, **sizes: Any) -> dict[str, Tensor]:
-    """The tensors that an image processor makes of one image."""
+def _processed(processor: Any, image: Any, **sizes: Any) -> dict[str, Tensor]:
+    """The tensors that an image processor makes of one image, or of a list of them."""
     found = processor(images=image, return_tensors="pt", **sizes)
     found = {"pixel_values": found} if isinstance(found, Tensor) else found
     tensors = {name: _as_tensor(value) for name, value in found.items()}
