@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from os.path import commonprefix
-from typing import Any
+from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -70,7 +69,8 @@ def _block_of(path: str, places: Sequence[Place]) -> Place | None:
     """The place of the block that a module stands in: they share all up to a number, and more than others."""
 
     def shared(place: Place) -> list[str]:
-        return commonprefix([path.split("."), place.path.split(".")])
+        pairs = zip(path.split("."), place.path.split("."), strict=False)
+        return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     numbered = [place for place in places if any(part.isdigit() for part in shared(place))]
     return max(numbered, key=lambda place: len(shared(place)), default=None)
