@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -37,8 +36,7 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     parts = lines_of(rows)
     titles, room = headings(parts)
     bounds = {label: bounds_of(part) for label, part in parts.items()}
-    ends = [bound["bound"].max() for bound in bounds.values()]
-    highest = np.nanmax([rows["mean"].max(), *ends])
+    highest = float(pd.concat([rows["mean"], *(bound["bound"] for bound in bounds.values())]).max())
     figure, axes = page(
         len(parts),
         row_height=2.15 + room,

@@ -20,9 +20,9 @@ from diag.show.figures.tables import label_of, shorten
 from diag.show.figures.token_scales import parts_of
 
 SHOWN = {
-    "task": "asked: weight aⱼ of the last token",
-    "contrast": "contrast aⱼ / (bⱼ + ε)",
-    "gaze_shift": "gaze shift over the question",
+    "task": "weight aⱼ, asked",
+    "contrast": "contrast aⱼ/(bⱼ + ε)",
+    "gaze_shift": "gaze shift",
 }
 LINES = {
     "entropy": DrawnAs("asked", "blue", "-", "o"),
@@ -44,8 +44,8 @@ def gaze_maps(gaze: pd.DataFrame, pictures: Pictures, layers: Mapping[str, int])
     heads = gaze["head"].iloc[0]
     figure = Figure(figsize=(PAGE_WIDTH, ROW * len(parts) + 0.75))
     figure.suptitle("Where the question makes the model look")
-    rows = np.atleast_1d(figure.subfigures(len(parts), 1))
-    for place, (row, (model, part)) in enumerate(zip(rows, parts.items(), strict=True)):
+    rows = figure.subfigures(len(parts), 1, squeeze=False)
+    for place, (row, (model, part)) in enumerate(zip(rows[:, 0], parts.items(), strict=True)):
         depths = per_layer(part)
         layer = layers[model]
         here = part[part["layer"] == layer]
@@ -93,7 +93,7 @@ def _depths(ax: Axes, depths: pd.DataFrame, layer: int) -> None:
     ax.axhline(float(depths["uniform"].iloc[0]), color="black", linestyle="--", linewidth=0.8, label="ln n")
     ax.axvline(layer, color=OKABE_ITO["vermillion"], linewidth=0.6, zorder=1)
     layer_axis(ax, depths)
-    ax.set_title("entropy over the image, nats", fontsize=7, fontweight="normal")
+    ax.set_title("entropy, nats", fontsize=7, fontweight="normal")
 
 
 def _bare(ax: Axes, title: str) -> None:

@@ -8,6 +8,7 @@
     read(folder)                       # without torch
 
     agreement(module, batches)         # does it attend to what its answer hangs on? One row per head
+    against_complexity(run, images)    # does its attention spread where there is more to see?
 
 Importing this package does not import torch; measuring does.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diag.inputs.items import Inputs
 from diag.run.progress import Listener, Silent
+from diag.studies.attend.complexity import Complexity, against_complexity
 from diag.studies.attend.folder import OWNER, Attended, read, write
 from diag.studies.attend.plan import AttendPlan, folder_of
 from diag.studies.once import once
@@ -28,7 +30,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor, nn
 
-__all__ = ["AttendPlan", "Attended", "agreement", "attend", "folder_of", "read", "run_attend", "write"]
+__all__ = [
+    "AttendPlan",
+    "Attended",
+    "Complexity",
+    "against_complexity",
+    "agreement",
+    "attend",
+    "folder_of",
+    "read",
+    "run_attend",
+    "write",
+]
 
 
 def attend(plan: AttendPlan, listener: Listener | None = None, *, given: Inputs | None = None) -> Attended:
