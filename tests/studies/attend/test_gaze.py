@@ -18,7 +18,7 @@ from diag.errors import UserError
 from diag.models import load
 from diag.models.names.resolve import parse
 from diag.results.gaze import contrast_of, entropy_of, gaze_shift_of, per_layer
-from diag.show.report.attended import read_attended
+from diag.show.report.attended import read_attended, section_of
 from diag.studies.attend import AttendPlan, attend, read
 
 QUESTION, GENERAL = "the dog ran after the cat ?", "the cat sat ."
@@ -118,8 +118,9 @@ def test_a_question_from_the_command_line(llava: str, attnbias: Callable[..., En
         "gaze.png",
         "gaze.csv",
     }
-    (looked,) = read_attended([tmp_path / "look"])
-    assert len(looked.pictures) == 1
+    (looked,), problems = read_attended([tmp_path / "look"])
+    assert [picture.name for picture, _ in section_of(looked).pictures] == ["gaze"]
+    assert not problems
 
 
 def test_the_tower_that_asks_is_the_one_of_that_prompt(llava: str) -> None:
