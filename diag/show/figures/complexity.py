@@ -28,7 +28,7 @@ def complexity_figure(
     layer: the model's own number; the one with the largest |ρ| if None.
     """
     if layer is None:
-        layer = int(correlations.loc[correlations["rho"].abs().idxmax()]["layer"])
+        layer = int(correlations["layer"].iloc[correlations["rho"].abs().fillna(0.0).to_numpy().argmax()])
     first, n = correlations.iloc[0], int(correlations["n"].max())
     figure, axes = page(
         3,

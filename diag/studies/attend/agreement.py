@@ -7,6 +7,7 @@ the set, or of cross-attention all that are real. No token × token matrix is ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -48,7 +49,7 @@ def agreement_in(
     for tower in towers:
         for sample in samples:
             batch = tower.encode([sample])
-            explained = of or (lambda result, data=batch.data: explained_by_default(result, data))
+            explained = of or partial(explained_by_default, data=batch.data)
             made.append(agreement_of(module, tower, batch, explained).assign(model=model.name))
     return pd.concat(made, ignore_index=True)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from diag.errors import UnreadableInput, UserError
 from diag.inputs.complexity import MEASURES, complexity_of
@@ -54,10 +56,10 @@ def against_complexity(
     found, wanted = dict[str, dict[str, float]](), set(values["input"])
     for item in images:
         if item.id in wanted:
-            try:
-                found[item.id] = complexity_of(item.read())
-            except UnreadableInput:
-                continue
+            with suppress(UnreadableInput):
+                content = item.read()
+                if isinstance(content, Image.Image):  # a text has nothing to see
+                    found[item.id] = complexity_of(content)
     if len(found) < LEAST_PLACES:
         raise UserError(
             f"{len(found)} of the run's {len(wanted)} images are among those given; a correlation needs "

@@ -97,7 +97,6 @@ def test_a_model_of_native_sizes_has_its_grid(tmp_path: Path) -> None:
     assert found.models[0]["general"] == GENERAL
 
 
-@pytest.mark.usefixtures("sketched")
 def test_a_question_from_the_command_line(llava: str, attnbias: Callable[..., Ended], tmp_path: Path) -> None:
     given = ["-m", llava, "--image", "demo:astronaut", "--question", QUESTION, "--layer", "0", "--top", "2"]
     ended = attnbias("attend", *given, "-o", str(tmp_path / "look"))
