@@ -18,7 +18,7 @@ from torch import Tensor
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import pattern_rows
 from diag.errors import MeasurementError, UserError
-from diag.measure.loop import capture
+from diag.measure.loop import told_if_the_model_fails
 from diag.measure.meaning import understood
 from diag.models.base import Batch, Model, Sample, Tower
 from diag.results.gaze import contrast_of, gaze_shift_of
@@ -85,11 +85,17 @@ def _looks(tower: Tower, batch: Batch, head: int | None) -> dict[int, Float64[np
             "give a model whose prompt puts the image first",
         )
     found, several = dict[int, np.ndarray](), set[int]()
-    for call in capture(tower, batch):
+
+    def on_call(call: AttentionCall) -> None:
         if call.layer in found or call.batch != 1 or call.tokens != len(image) or not call.own_keys:
             several.add(call.layer)
         elif call.has_pattern:
             found[call.layer] = rows_over(call, behind, image, head).numpy()
+
+    # call by call: those of all layers together may not fit into memory
+    watched = tower.capture(batch.layers(tower.layers), on_call)
+    with torch.inference_mode(), told_if_the_model_fails(tower, batch), watched:
+        tower.forward(batch)
     found = {layer: rows for layer, rows in found.items() if layer not in several}
     if not found:
         raise MeasurementError(

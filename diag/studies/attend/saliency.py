@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.linalg import vecdot, vector_norm
 
 from diag.errors import UserError
+from diag.measure.batch_size import is_out_of_memory
 from diag.models.base import Batch, Model, Tower
 from diag.models.cross import CROSS, REAL_ROWS
 from diag.models.hooks.layers import Layer
@@ -37,7 +38,7 @@ def saliency(
     """
     states = States()
     taken = _memory(tower, batch, states) if tower.meaning.get(CROSS) else _entering(model, tower, states)
-    with torch.inference_mode(False), torch.enable_grad(), taken:
+    with torch.inference_mode(False), torch.enable_grad(), taken, _told_without_gradients(tower):
         scores = explained(tower.forward(batch))
         if states.leaf is None or not scores.requires_grad:
             raise UserError(
@@ -50,6 +51,21 @@ def saliency(
         x, g = x.transpose(0, 1), g.transpose(0, 1)
     x, g = (one.flatten(1, -2) for one in (x, g))  # [batch, token, dim], also of a grid
     return {GRADIENT_X_INPUT: vecdot(g, x).abs(), GRADIENT: vector_norm(g, dim=-1)}
+
+
+@contextmanager
+def _told_without_gradients(tower: Tower) -> Iterator[None]:
+    """Raises UserError with what PyTorch says where a part of a model has no gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the {tower.name} tower gives no gradients: {said}",
+            "leave saliency out, or give a model whose parts can all be trained",
+        ) from error
 
 
 def explained_of(model: Model, tower: Tower, batch: Batch) -> tuple[Explained, str]:
@@ -101,17 +117,21 @@ def next_token_loss(logits: Tensor, ids: Tensor, real: Tensor | None = None) -> 
 
 @dataclass
 class States:
-    """What tokens enter with, as the leaf of a graph. tokens_first: whether inputs are its second axis."""
+    """What tokens enter with, as the leaf of a graph.
+
+    given: what the model goes on with in the place of `of`. tokens_first: whether inputs are the second axis.
+    """
 
     leaf: Tensor | None = None
+    given: Tensor | None = None
     of: Tensor | None = None
     tokens_first: bool = False
-    slots: list[int | str] = field(default_factory=list)
 
     def taken(self, x: Tensor) -> Tensor:
-        if self.leaf is None:
+        if self.given is None:
             self.of, self.leaf = x, x.detach().clone().requires_grad_()
-        return self.leaf
+            self.given = self.leaf.clone()  # a model may add to it in place, which a leaf does not allow
+        return self.given
 
 
 @contextmanager

@@ -120,6 +120,35 @@ def test_patterns_made_by_hand(order: list[int], rho: float) -> None:
     np.testing.assert_allclose(found["rho"], rho, atol=1e-12)
 
 
+class Adding(ByHand.Block):
+    """Adds to what it is given in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(0 * self.attn(x, self.row))
+
+
+class Untrainable(ByHand.Block):
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.round()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Untrainable.Rounded.apply(super().forward(x))
+
+
+def test_blocks_that_add_in_place_and_that_have_no_gradient() -> None:
+    torch.manual_seed(0)
+    row = torch.tensor([1.0, 2, 3, 4, 5]) / 15
+    model, x = ByHand(row, 15 * row).eval(), torch.ones(1, 5, 8) + 0.001 * torch.randn(1, 5, 8)
+    model.blocks[0] = Adding(row)
+    np.testing.assert_allclose(agreement(model, [x.clone()], of=lambda result: result)["rho"], 1.0)
+    model.blocks[0] = Untrainable(row)
+    with pytest.raises(UserError, match="the module tower gives no gradients: ") as told:
+        agreement(model, [x], of=lambda result: result)
+    assert told.value.tip == "leave saliency out, or give a model whose parts can all be trained"
+
+
 def small(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(1)
     tokens = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

@@ -13,6 +13,7 @@ import torch
 import transformers
 from checkpoints import save_vision_language_model
 from commands import Ended
+from PIL import Image
 
 from diag.errors import UserError
 from diag.models import load
@@ -117,6 +118,7 @@ def test_a_question_from_the_command_line(llava: str, attnbias: Callable[..., En
         "gaze.png",
         "gaze.csv",
     }
+    Image.new("RGB", (8, 8)).save(tmp_path / "look" / "figures" / "gaze.png")  # it was only sketched
     (looked,), problems = read_attended([tmp_path / "look"])
     assert [picture.name for picture, _ in section_of(looked).pictures] == ["gaze"]
     assert not problems
