@@ -124,7 +124,7 @@ class Adding(ByHand.Block):
     """Adds to what it is given in place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.add_(0 * self.attn(x, self.row))
+        return x.add_(0 * self.attn(x.clone(), self.row))
 
 
 class Untrainable(ByHand.Block):
