@@ -69,11 +69,27 @@ class AttendOptions:
         Option(help="Instead of --patch: X,Y in the first model's resized image."),
         Read(partial(_pair, flag="--pixel", form="X,Y")),
     ] = None
-    token: Annotated[int | None, Option(help="The target token of a text; -1 is the last.")] = None
+    token: Annotated[
+        int | None, Option(help="The target token of a text, or of --question; -1 is the last.")
+    ] = None
     seq_len: Annotated[
         int | None, Option(help="Tokens of the text [default: 128, or as many as there are].")
     ] = None
     top: Annotated[int, Option(help="List so many of the most attended tokens.")] = 10
+    saliency: Annotated[
+        bool,
+        Option(
+            "--saliency",
+            help="Compare what keys receive, in every layer, with gradients of the class logit or the loss.",
+        ),
+    ] = False
+    question: Annotated[
+        str | None, Option(help="Ask a vision-language model about --image; its language model is looked at.")
+    ] = None
+    general: Annotated[
+        str | None,
+        Option(help="What --question is compared with [default: the prompt of the model's name]."),
+    ] = None
     checkpoint: options.Checkpoint = None
     model_args: options.ModelArgs = None
     random_init: options.RandomInit = False
@@ -142,6 +158,8 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
         *textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  "),
         *columns(rows).splitlines(),
         *_split(numbers, mean),
+        *_agreement(entry, found),
+        *_gaze(entry, found),
     ]
 
 
@@ -164,6 +182,50 @@ def _split(numbers: pd.Series, mean: bool) -> list[str]:
     ]
 
 
+def _agreement(entry: Any, found: Attended) -> list[str]:
+    """How far what keys receive agrees with |g·x|: in this layer, in all of them, and in the best head."""
+    from diag.results.agreement import ALL, GRADIENT_X_INPUT
+    from diag.results.looks import MEAN
+
+    if found.agreement is None:
+        return []
+    rows = found.agreement
+    rows = rows[(rows["model"] == entry["given"]) & (rows["saliency"] == GRADIENT_X_INPUT)]
+    here = rows[(rows["head"] == MEAN) & (rows["layer"] == entry["layer"])]["rho"]
+    heads = rows[~rows["head"].isin([MEAN, ALL])].dropna(subset="rho")
+    if heads.empty:
+        return ["saliency undefined: fewer than 4 keys, or all alike"]
+    best = heads.loc[heads["rho"].idxmax()]
+    (whole,) = rows[rows["head"] == ALL]["rho"]
+    this = "".join(f"this layer {fixed(rho)}, " for rho in here)
+    return [
+        f"saliency |g·x| of the {entry['explained']}: ρ with received attention",
+        f"         {this}all layers {fixed(whole)}, best head {fixed(best['rho'])} "
+        f"(layer {best['layer']}, head {best['head']})",
+    ]
+
+
+def _gaze(entry: Any, found: Attended) -> list[str]:
+    """What the question changes in this layer: attention to the image, its entropy, contrast, gaze shift."""
+    from diag.results.gaze import per_layer
+
+    if found.gaze is None:
+        return []
+    here = found.gaze[(found.gaze["model"] == entry["given"]) & (found.gaze["layer"] == entry["layer"])]
+    if here.empty:
+        return ["image    not read in this layer, which attends in windows or without a softmax"]
+    numbers, most = per_layer(here).iloc[0], here.loc[here["contrast"].idxmax()]
+    where = f"image token {most['token']}" if here["row"].isna().any() else f"{most['row']},{most['col']}"
+    asked, general, uniform = (fixed(numbers[name]) for name in ("entropy", "entropy_general", "uniform"))
+    masses = (f"{numbers[name]:.1%}" for name in ("image_mass", "image_mass_general"))
+    return [
+        "image    {} of the last token's attention, in general {}".format(*masses),
+        f"entropy  {asked} over the image, in general {general}, uniform {uniform}",
+        f"contrast largest at {where} ({fixed(most['contrast'], 2)}), "
+        f"gaze shift {fixed(numbers['gaze_shift'])}",
+    ]
+
+
 def _document(found: Attended, folder: Path, top: int) -> dict[str, Any]:
     from diag.results.caveats import caveats
 
@@ -179,9 +241,27 @@ def _document(found: Attended, folder: Path, top: int) -> dict[str, Any]:
                 "most_attended": records(_most(tokens, top)),
                 "decomposition": records(numbers.to_frame().T.infer_objects())[0],
                 "heads": records(heads[heads["head"] != "mean"]),
+                **_agreements(entry, found),
+                **_gazes(entry, found),
             }
         )
     return {"folder": str(folder), "models": models, "failed": dict(found.failed)}
+
+
+def _agreements(entry: Any, found: Attended) -> dict[str, Any]:
+    if found.agreement is None:
+        return {}
+    rows = found.agreement[found.agreement["model"] == entry["given"]]
+    return {"explained": entry["explained"], "agreement": records(rows)}
+
+
+def _gazes(entry: Any, found: Attended) -> dict[str, Any]:
+    from diag.results.gaze import per_layer
+
+    if found.gaze is None:
+        return {}
+    rows = found.gaze[found.gaze["model"] == entry["given"]]
+    return {"question": entry["question"], "general": entry["general"], "gaze": records(per_layer(rows))}
 
 
 def _of_model(entry: Any, found: Attended) -> tuple[pd.DataFrame, pd.Series]:
@@ -196,10 +276,13 @@ def _most(tokens: pd.DataFrame, top: int) -> pd.DataFrame:
 
 
 def _name(token: pd.Series) -> str:
+    import pandas as pd
+
     from diag.show.figures.strip import printable
 
     if token["kind"] == "text":
         name = f"{token['token']} '{printable(token['text'])}'"
     else:
-        name = f"{token['row']},{token['col']}" if token["kind"] == "patch" else f"{token['kind']}"
+        placed = token["kind"] in ("patch", "image") and not pd.isna(token["row"])
+        name = f"{token['row']},{token['col']}" if placed else f"{token['kind']}"
     return f"{name} (itself)" if token["is_target"] else name

@@ -111,6 +111,7 @@ class Tower:
         from then on. None where it cannot.
     decode: token ids -> their text; None for images.
     token_text: token id -> the text of that token alone, with the space before it; None for images.
+    asking: the same tower with another text beside the image, where one stands there; None where none does.
     language_head: loads what turns the last states of a causal language model into next-token logits.
     ending: what `forward` ends in: "next-token logits", "class logits", "embedding" or "token states".
     facts: constants that explain a number: patch_size, image_size, context, preprocessing, bos …
@@ -138,6 +139,7 @@ class Tower:
     look_again: Callable[[Sequence[Sample]], None] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
     token_text: Callable[[int], str] | None = None
+    asking: Callable[[str], Tower] | None = None
     language_head: Callable[[], nn.Module] | None = None
     ending: str = "token states"
     places: tuple[Place, ...] = ()

@@ -100,7 +100,7 @@ class _ViewedPatch(_Viewed):
 
 
 class _ViewedToken(_Viewed):
-    tower: Literal["text"]
+    tower: Literal["text", "language"]
     target: int
     target_text: str
 

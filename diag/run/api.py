@@ -26,6 +26,7 @@ from diag.measure.meaning import understood
 from diag.measure.token_values import TokenValues
 from diag.models import in_single_precision, load
 from diag.models.base import Model, Sample, Tower
+from diag.models.cross import CROSS
 from diag.models.families.from_module import from_module, refuse_training
 from diag.models.families.from_object import Fed, from_object
 from diag.models.known import known_layers
@@ -65,6 +66,7 @@ def probe(
     dtype: str = "float32",
     seed: int = 0,
     allow_random: bool = False,
+    cross: bool = False,
 ) -> Probe:
     """Measures a model, named or as an object, on images or texts; or your own module on ready batches.
 
@@ -89,6 +91,8 @@ def probe(
         weights (docs/nulls.md). A module is initialised by the `reset_parameters` and `init_weights` that its
         parts have; where these leave a parameter, it is refused, by its name.
     allow_random: measure also what is in training mode, or gives other numbers for the same input.
+    cross: of a module on ready batches for encoder and decoder, measure cross-attention as well: a tower
+        "cross" with the metrics that need no v_i (docs/attend.md).
 
     Raises UserError for what you can mend, MeasurementError (a UserError) where a layer cannot be seen.
 
@@ -116,10 +120,11 @@ def probe(
         allow_random=allow_random,
     )
     measurement = Measurement.of(plan)
+    _refuse_cross(model, plan, cross, tokenizer or processor or preprocess)
     if plan.seeds and isinstance(inputs, Iterator):
         inputs = list(inputs)  # every twin is given all of them
     fed = Fed(tokenizer, processor, preprocess)
-    loaded, towers, samples, given = _prepare(model, inputs, plan, fed)
+    loaded, towers, samples, given = _prepare(model, inputs, plan, fed, cross=cross)
     loaded = loaded if name is None else replace(loaded, name=name)
     twins = list[dict[str, pd.DataFrame]]()
     for seed in range(plan.seeds):
@@ -227,11 +232,27 @@ def _frames(
     """Samples by tower, of those that have any. incidents, skipped: what happened is added to them."""
     frames = {}
     for tower in towers:
-        job = shards.TowerJob.of(loaded, tower, measurement)
+        asked = measurement.of_cross() if tower.meaning.get(CROSS) else measurement
+        if not asked.computed:
+            continue
+        job = shards.TowerJob.of(loaded, tower, asked)
         if found := list(shards.shard_values(job, samples, incidents)):
-            frames[tower.name] = samples_frame(found, measurement.ratios, job.constants)
+            frames[tower.name] = samples_frame(found, asked.ratios, job.constants)
         skipped |= incidents.skipped_layers
     return frames
+
+
+def _refuse_cross(model: Any, plan: ProbePlan, cross: bool, fed: Any) -> None:
+    """Raises UserError where cross-attention is asked of what gives a decoder nothing to read."""
+    if cross and (not isinstance(model, nn.Module) or fed is not None):
+        raise UserError(
+            "cross=True takes what encoder and decoder read, and neither a name nor a processor says it",
+            "probe(module, [{'input_ids': …, 'decoder_input_ids': …}], cross=True)",
+        )
+    if cross and (plan.null or plan.values != "as_computed" or plan.intervene):
+        raise UserError(
+            "cross=True does not go with null=, values= or intervene=", "measure them in a probe of their own"
+        )
 
 
 def _twin(model: str | nn.Module, loaded: Model, plan: ProbePlan, seed: int) -> nn.Module | Model:
@@ -244,11 +265,17 @@ def _twin(model: str | nn.Module, loaded: Model, plan: ProbePlan, seed: int) -> 
 
 
 def _prepare(
-    model: str | nn.Module | Model, inputs: Any, plan: ProbePlan, fed: Fed, *, apart: bool = True
+    model: str | nn.Module | Model,
+    inputs: Any,
+    plan: ProbePlan,
+    fed: Fed,
+    *,
+    apart: bool = True,
+    cross: bool = False,
 ) -> tuple[Model, Sequence[Tower], Sequence[Sample], Mapping[str, str]]:
     """The model, the towers that take the inputs, these, and what a manifest says of them, unless batches.
 
-    apart: as in `from_module`.
+    apart, cross: as in `from_module`.
     """
     module = model if isinstance(model, nn.Module) else None
     if module is None and not isinstance(model, str | Model):
@@ -282,7 +309,8 @@ def _prepare(
                 f"one batch was given (a {type(inputs).__name__}), where several are due",
                 "pass a list of batches, also where it is one: [batch]",
             )
-        own = from_module(module, inputs, plan.limit, allow_random=plan.allow_random, apart=apart)
+        how: dict[str, Any] = {"allow_random": plan.allow_random, "apart": apart, "cross": cross}
+        own = from_module(module, inputs, plan.limit, **how)
         return *own, {}
     if module is not None:
         refuse_training(module, plan.allow_random)

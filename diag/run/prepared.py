@@ -10,6 +10,7 @@ import torch
 from diag.attention.sampling import EXACT_TOKENS, SAMPLED_ROWS, RowSampling
 from diag.errors import UserError, one_of
 from diag.inputs.items import Inputs
+from diag.measure.batch_readings import OF_HEADS
 from diag.measure.device import device_of, dtype_of
 from diag.metrics.catalogue import OF_UNTRAINED, RATIOS
 from diag.metrics.names import metric_names
@@ -17,6 +18,9 @@ from diag.models.family import SPREAD
 from diag.models.hooks.interventions import INTERVENTIONS, Edit, parse
 from diag.models.names.spec import ModelSpec
 from diag.run.plan import ProbePlan, inputs_of, specs_of
+
+OF_CROSS = ("sink_share", "received_gini")
+"""What is measured of cross-attention beside the default group: what a key receives."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class Measurement:
     def of_untrained(self) -> Measurement:
         """What is measured of untrained twins: those of the metrics that have a null there."""
         names = [name for name in self.metrics if name in OF_UNTRAINED]
+        return replace(self, metrics=names, computed=names, ratios={})
+
+    def of_cross(self) -> Measurement:
+        """What is measured where keys are other tokens: those of the metrics that need no v_i.
+
+        By default also how evenly the keys share what they receive (`OF_CROSS`).
+        """
+        names = [*self.metrics, *(() if self.plan.metrics else OF_CROSS)]
+        names = [name for name in names if name in OF_HEADS and not OF_HEADS[name].of_own_keys]
         return replace(self, metrics=names, computed=names, ratios={})
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diag.errors import UserError
 from diag.models.base import Batch, Model, Sample, Tower, device_of_module, taken_beside_ids
 from diag.models.by_size import BySize
+from diag.models.cross import with_cross
 from diag.models.hooks.content import INPUTS, OTHERWISE
 from diag.models.hooks.layers import Layer
 from diag.models.hooks.meaning import Meaning, Understood, meaning_of, refuse_random, told
@@ -28,6 +29,7 @@ def from_module(
     *,
     allow_random: bool = False,
     apart: bool = True,
+    cross: bool = False,
 ) -> tuple[Model, tuple[Tower, ...], list[Sample]]:
     """A model with the towers that its forward pass runs, and one sample for each ready batch.
 
@@ -38,12 +40,13 @@ def from_module(
     allow_random: whether the module may be in training mode, or give other numbers for the same input.
     apart: whether batches are cut into inputs, a sample each, where their rows are not those of the calls:
         windows, tiles, several views of an input.
+    cross: whether layers that attend to another stack's tokens are a tower of their own.
     What the layers are is found by test on two inputs (`diag.models.hooks.meaning`), unless the module is as
     its library made it and known (`diag.models.known`). The module keeps its
     mode and its device; batches are moved to the device.
 
     Raises UserError if there is no batch, if a batch is neither, if the module is random without being
-    allowed to, or makes no attention call that can be seen.
+    allowed to, makes no attention call that can be seen, or no cross-attention where that is asked for.
     """
     ready = list(_ready(batches, limit, 0))
     if not ready:
@@ -101,6 +104,7 @@ def from_module(
         )
         for one in found.towers
     )
+    towers = with_cross(towers, module) if cross else towers
     name = type(module).__name__
     model = Model(name, "module", f"module:{name}", module, {tower.name: tower for tower in towers})
     return model, towers, samples

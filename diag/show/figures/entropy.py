@@ -12,6 +12,7 @@ from diag.show.figures.lines import BANDS, depth_curve, headings, layer_axis, li
 from diag.show.figures.page import columns_for, legend_below, page
 from diag.show.figures.style import style
 from diag.show.figures.tables import caption, check_columns, drawable
+from diag.show.words.unusual import OTHER_KEYS
 
 METRICS = ("entropy", "entropy_p15")
 LINES = {name: CATALOGUE[name].line for name in METRICS}
@@ -35,7 +36,7 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
     parts = lines_of(rows)
     titles, room = headings(parts)
     bounds = {label: bounds_of(part) for label, part in parts.items()}
-    highest = max(float(bound["bound"].max()) for bound in bounds.values())
+    highest = float(pd.concat([rows["mean"], *(bound["bound"] for bound in bounds.values())]).max())
     figure, axes = page(
         len(parts),
         row_height=2.15 + room,
@@ -63,10 +64,17 @@ def entropy_over_depth(layers: pd.DataFrame) -> Figure:
 
 
 def bounds_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """The bounds of each layer: columns layer, bound (ln T), causal (mean of ln i, i = 2 … T; else NaN)."""
+    """The bounds of each layer: columns layer, bound (ln T), causal (mean of ln i, i = 2 … T; else NaN); NaN
+    where keys are other tokens than queries.
+    """
     first = rows.sort_values("layer").drop_duplicates("layer")
     lengths = pd.to_numeric(first["n_tokens"]).astype(float)
     causal = (lengths + 1).map(math.lgamma) / (lengths - 1)
     excluded = "first_token" in first and first["first_token"] == "excluded"
-    bounds = {"bound": lengths.map(math.log), "causal": causal.where(excluded & (lengths > 1))}
+    # of keys that are others than the queries there may be more or fewer, which no table says
+    own = ~first["value_from"].isin(OTHER_KEYS) if "value_from" in first else lengths > 0
+    bounds = {
+        "bound": lengths.map(math.log).where(own),
+        "causal": causal.where(excluded & (lengths > 1) & own),
+    }
     return pd.DataFrame({"layer": first["layer"].astype(float), **bounds}, index=first.index)

@@ -7,20 +7,41 @@
     folder = run_attend(plan)          # the same, kept under runs/
     read(folder)                       # without torch
 
+    agreement(module, batches)         # does it attend to what its answer hangs on? One row per head
+    against_complexity(run, images)    # does its attention spread where there is more to see?
+
 Importing this package does not import torch; measuring does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diag.inputs.items import Inputs
 from diag.run.progress import Listener, Silent
+from diag.studies.attend.complexity import Complexity, against_complexity
 from diag.studies.attend.folder import OWNER, Attended, read, write
 from diag.studies.attend.plan import AttendPlan, folder_of
 from diag.studies.once import once
 
-__all__ = ["AttendPlan", "Attended", "attend", "folder_of", "read", "run_attend", "write"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor, nn
+
+__all__ = [
+    "AttendPlan",
+    "Attended",
+    "Complexity",
+    "against_complexity",
+    "agreement",
+    "attend",
+    "folder_of",
+    "read",
+    "run_attend",
+    "write",
+]
 
 
 def attend(plan: AttendPlan, listener: Listener | None = None, *, given: Inputs | None = None) -> Attended:
@@ -59,3 +80,25 @@ def run_attend(
         complete=f"already complete: {folder} (measure again with --overwrite)",
     )
     return folder
+
+
+def agreement(
+    module: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    of: Callable[[Any], Tensor] | None = None,
+    cross: bool = False,
+    limit: int = 64,
+) -> pd.DataFrame:
+    """Rank correlation of received attention with saliency in a module on ready batches, per input and head.
+
+    of: what the module returned → one number per input, of which saliency is taken; if None, the logit of the
+        predicted class or, with `decoder_input_ids`, the loss of their next token.
+    cross: also of an encoder–decoder's cross-attention, whose saliency is that of the encoder's tokens.
+    Columns as in `diag.results.agreement.AGREED`; `over_inputs` there gives means and intervals.
+
+    Raises UserError as `diag.probe` does, and where nothing is explained.
+    """
+    from diag.studies.attend.agreement import agreement_in
+
+    return agreement_in(module, batches, of=of, cross=cross, limit=limit)

@@ -2,6 +2,8 @@
 
 tokens.parquet      one row per model and token of the input
 decomposition.csv   one row per model and head, and one for the mean over heads
+gaze.parquet        where a question was asked about the image: the maps of every layer
+agreement.csv       where it was asked for: how received attention agrees with saliency, in every layer
 pictures/           the image as each model sees it
 figures/            PDF, PNG and the CSV behind each
 manifest.json       "kind": "attend"; written last
@@ -23,8 +25,10 @@ from diag.inputs.images import open_image
 from diag.inputs.items import Inputs
 from diag.inputs.outside import regular
 from diag.inputs.tables import read_table
+from diag.results.agreement import AGREED, AGREEMENT
 from diag.results.caveats import filled_in
 from diag.results.folder import MANIFEST, PLAN, is_finished
+from diag.results.gaze import GAZE, LOOKED
 from diag.results.hashes import hashes
 from diag.results.looks import DECOMPOSITION, SEEN, TOKENS, WHOLE_SPLIT
 from diag.results.manifest import ATTEND, FORMAT, again
@@ -38,8 +42,8 @@ from diag.studies.attend.plan import AttendPlan
 OWNER = Owner(
     ATTEND,
     result=(
-        *(PLAN, MANIFEST, TOKENS, DECOMPOSITION, "pictures/*.png"),
-        *pictures("strip", "similarity-map", "most-attended"),
+        *(PLAN, MANIFEST, TOKENS, DECOMPOSITION, AGREEMENT, GAZE, "pictures/*.png"),
+        *pictures("strip", "similarity-map", "most-attended", "agreement", "gaze"),
     ),
 )
 TOKEN_TYPES = {"row": "Int64", "col": "Int64", "rank": "Int64"}
@@ -60,6 +64,8 @@ class Attended:
     pictures: model -> the image as the model sees it, `[height, width, 3]` of uint8; empty for texts.
     models: what each name resolved to, its layer and target; for the manifest.
     failed: model -> why it is missing. given: the input that was looked at; None of what was read again.
+    agreement: as `diag.results.agreement.AGREED`, gaze: as `diag.results.gaze.LOOKED`; None where they were
+        not asked for.
     """
 
     tokens: pd.DataFrame
@@ -68,6 +74,8 @@ class Attended:
     models: Sequence[Mapping[str, Any]]
     failed: Mapping[str, str] = field(default_factory=dict)
     given: Inputs | None = None
+    agreement: pd.DataFrame | None = None
+    gaze: pd.DataFrame | None = None
 
 
 def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
@@ -79,11 +87,27 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
 
     write_table(attended.tokens, folder / TOKENS)
     write_table(attended.decomposition, folder / DECOMPOSITION)
+    tables = [TOKENS, DECOMPOSITION]
     for entry in attended.models:
         if entry.get("picture"):
             picture = Image.fromarray(attended.pictures[entry["given"]])
             atomically(folder / entry["picture"], partial(picture.save, format="png"))
-    drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
+    drawn = {}
+    if attended.gaze is None:
+        drawn = draw_attended(attended.tokens, attended.decomposition, attended.pictures, top=plan.top)
+    else:
+        from diag.show.figures.gaze import gaze_maps
+
+        write_table(attended.gaze, folder / GAZE)
+        tables.append(GAZE)
+        layers = {entry["given"]: entry["layer"] for entry in attended.models}
+        drawn["gaze"] = gaze_maps(attended.gaze, attended.pictures, layers), attended.gaze
+    if attended.agreement is not None:
+        from diag.show.figures.agreement import agreement_over_depth
+
+        write_table(attended.agreement, folder / AGREEMENT)
+        tables.append(AGREEMENT)
+        drawn["agreement"] = agreement_over_depth(attended.agreement), attended.agreement
     with writing(folder / "figures"):
         figures = save_all(drawn, folder / "figures")
     given = attended.given or plan.inputs()
@@ -100,7 +124,7 @@ def write(attended: Attended, plan: AttendPlan, folder: Path) -> list[Path]:
             "models": [dict(entry) for entry in attended.models],
             "failed_models": dict(attended.failed),
             "environment": environment(),
-            "tables": hashes(folder, (TOKENS, DECOMPOSITION)),
+            "tables": hashes(folder, tables),
             "figures": [str(path.relative_to(folder)) for path in figures],
         },
         folder / MANIFEST,
@@ -143,6 +167,19 @@ def read(folder: Path) -> Attended:
                 pictures[entry["given"]] = np.asarray(open_image(file))
             except UserError as error:
                 raise UserError(f"'{folder}': {error}", tip) from error
+    agreement = gaze = None
+    if GAZE in manifest.get("tables", {}):
+        gaze = filled_in(read_table(folder / GAZE, LOOKED, "table", tip=tip), manifest["models"])
+        gaze = gaze.astype({"row": "Int64", "col": "Int64"})
+    if AGREEMENT in manifest.get("tables", {}):
+        table = read_table(folder / AGREEMENT, AGREED, "table", tip=tip)
+        agreement = filled_in(table, manifest["models"]).astype({"layer": "Int64"})
     return Attended(
-        tokens.astype(TOKEN_TYPES), decomposition, pictures, manifest["models"], manifest["failed_models"]
+        tokens.astype(TOKEN_TYPES),
+        decomposition,
+        pictures,
+        manifest["models"],
+        manifest["failed_models"],
+        agreement=agreement,
+        gaze=gaze,
     )

@@ -28,10 +28,13 @@ from diag.results.looks import MEAN, NUMBERS
 from diag.results.writing import file_stem
 from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
+from diag.studies.attend.agreement import agreement_of
 from diag.studies.attend.folder import TOKEN_TYPES, Attended
+from diag.studies.attend.gaze import LANGUAGE, grid_of, maps_of, questioned, shown
 from diag.studies.attend.grid import Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
 from diag.studies.attend.row import TokenRow, row_of
+from diag.studies.attend.saliency import explained_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,16 @@ class _Target:
     point: Point | None = None
 
 
-_View = tuple[pd.DataFrame, pd.DataFrame, _Target, dict[str, Any]]
-"""One model's part of the answer: tokens, decomposition, target, and what the manifest says."""
+@dataclass(frozen=True)
+class _View:
+    """One model's part of the answer. entry: what the manifest says. agreement, gaze: where asked for."""
+
+    tokens: pd.DataFrame
+    decomposition: pd.DataFrame
+    target: _Target
+    entry: dict[str, Any]
+    agreement: pd.DataFrame | None = None
+    gaze: pd.DataFrame | None = None
 
 
 def measure_models(
@@ -66,7 +77,7 @@ def measure_models(
     views: list[_View] = []
     failed: dict[str, str] = {}
     for number, spec in enumerate(specs):
-        point = views[0][2].point if views else None
+        point = views[0].target.point if views else None
         listener.start(spec.given, 1)
         try:
             # no name for the model here: the next one is loaded when it is gone
@@ -79,13 +90,17 @@ def measure_models(
             failed[spec.given] = str(error)
             listener.say(f"{spec.given} failed: {error}")
         listener.advance(1)
+    agreed = [view.agreement for view in views if view.agreement is not None]
+    looks = [view.gaze for view in views if view.gaze is not None]
     return Attended(
-        pd.concat([tokens for tokens, *_ in views], ignore_index=True).astype(TOKEN_TYPES),
-        pd.concat([decomposition for _, decomposition, *_ in views], ignore_index=True),
-        {entry["given"]: target.picture for *_, target, entry in views if target.picture is not None},
-        [entry for *_, entry in views],
+        pd.concat([view.tokens for view in views], ignore_index=True).astype(TOKEN_TYPES),
+        pd.concat([view.decomposition for view in views], ignore_index=True),
+        {view.entry["given"]: view.target.picture for view in views if view.target.picture is not None},
+        [view.entry for view in views],
         failed,
         given,
+        pd.concat(agreed, ignore_index=True) if agreed else None,
+        pd.concat(looks, ignore_index=True) if looks else None,
     )
 
 
@@ -100,7 +115,7 @@ def _view(
 ) -> _View:
     for note in (f"{spec.given} → {model.resolved}", *model.notes):
         listener.say(note)
-    tower = _tower(model, plan.tower)
+    tower = _tower(model, plan.tower) if plan.question is None else questioned(model, plan.question)
     if plan.image is not None:
         sample = next(tower.samples(given, None))
     else:
@@ -109,11 +124,15 @@ def _view(
     layer = chosen_layer(model, tower, plan.layer, plan.depth)
     batch = tower.encode([sample])
     call = _one_call(tower, layer, batch)
-    if plan.image is not None:
+    among = None
+    if plan.question is not None:
+        target, among = _in_question(plan, model, tower, batch, sample), torch.ones(call.tokens).bool()
+    elif plan.image is not None:
         target = _in_image(plan, model, tower, batch, call, point)
     else:
         target = _in_text(plan, model, tower, batch)
-    row = row_of(call, target.position, tower.tokens_in(tower.token_sets[0], call.tokens))
+    among = tower.tokens_in(tower.token_sets[0], call.tokens) if among is None else among
+    row = row_of(call, target.position, among)
     same = {"input": sample.id, "model": spec.given, "tower": tower.name, "layer": layer.index}
     caveated = columns_of(model.facts, tower.facts)
     entry: dict[str, Any] = {
@@ -135,12 +154,26 @@ def _view(
     }
     if target.picture is not None:
         entry["picture"] = f"pictures/{number:02d}-{file_stem(spec.given)}.png"
-        if target.facts["picture_note"]:
+        if target.facts.get("picture_note"):
             listener.say(f"{spec.given}: {target.facts['picture_note']}")
     head = chosen_head(plan.head, call, model)
     tables = (_tokens(row, head, target, same), _decomposition(row, same))
     tokens, decomposition = (table.assign(**caveated, inputs="given") for table in tables)
-    return tokens, decomposition, target, entry
+    agreed = None
+    if plan.saliency:
+        explained, entry["explained"] = explained_of(model, tower, batch)
+        agreed = agreement_of(model.module, tower, batch, explained)
+        agreed = agreed.assign(input=sample.id, model=spec.given, **caveated)
+    gaze = None
+    if plan.question is not None:
+        entry["general"] = plan.general or model.towers[LANGUAGE].facts["prompt"]
+        gaze = maps_of(model, tower, batch, sample, entry["general"], head)
+        places = target.places[target.places["kind"] == "image"].reset_index(drop=True)
+        gaze = gaze.join(places[["row", "col"]], on="token").astype({"row": "Int64", "col": "Int64"})
+        gaze = gaze.assign(
+            input=sample.id, model=spec.given, head=MEAN if head is None else str(head), **caveated
+        )
+    return _View(tokens, decomposition, target, entry, agreed, gaze)
 
 
 def _in_image(
@@ -167,6 +200,33 @@ def _in_text(plan: AttendPlan, model: Model, tower: Tower, batch: Batch) -> _Tar
     texts = [tower.token_text(i) for i in ids]
     places = pd.DataFrame({"kind": "text", "row": None, "col": None, "text": texts})
     return _Target(position, places, {"target": position, "target_text": texts[position]})
+
+
+def _in_question(plan: AttendPlan, model: Model, tower: Tower, batch: Batch, sample: Sample) -> _Target:
+    """The last token of image and question, or the one that the plan names."""
+    assert tower.token_text is not None
+    ids = [int(i) for i in batch.data["input_ids"][0]]
+    position = _position(-1 if plan.token is None else plan.token, len(ids), model)
+    texts = [tower.token_text(i) for i in ids]
+    of_image, grid = batch.sets["image"][0].cpu().numpy(), grid_of(tower, batch)
+    places = pd.DataFrame(
+        {"kind": np.where(of_image, "image", "text"), "row": None, "col": None, "text": texts}
+    )
+    places.loc[of_image, "text"] = None
+    if grid is not None:
+        rows, columns = np.indices(grid).reshape(2, -1)
+        places.loc[of_image, "row"], places.loc[of_image, "col"] = rows, columns
+    pixels = batch.data.get("pixel_values")
+    seen = pixels[0] if isinstance(pixels, Tensor) and pixels.ndim == 4 and len(pixels) == 1 else None
+    picture = shown(sample.read()) if seen is None else picture_of(seen, _preprocessing(model))[0]
+    facts = {"target": position, "target_text": texts[position], "grid": grid and list(grid)}
+    return _Target(position, places, facts | {"question": plan.question}, picture)
+
+
+def _preprocessing(model: Model) -> Mapping[str, Any]:
+    """What was done to the image before the language model saw it."""
+    vision = model.towers.get("vision")
+    return {} if vision is None else vision.facts.get("preprocessing") or {}
 
 
 def chosen_layer(model: Model, tower: Tower, layer: int | None, depth: float | None) -> Layer:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,6 +25,8 @@ from diag.run.plan import MOST_TOKENS, RUNS, Dtype, Plan, ProbePlan
 Place = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 """Where something is, counted from the front or, negative, from the end."""
 
+ASKED: Mapping[str, Any] = {"saliency": False, "question": None, "general": None}
+"""Fields that came later, and what they are where nothing is asked for."""
 DEMO = "demo:"
 IMAGE_TIP = "--image takes an image file, or demo:NAME such as demo:astronaut"
 
@@ -37,6 +40,9 @@ class AttendPlan(Plan):
     head: query head; None for the mean over heads.
     patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
     token: position in the window of text, negative from the end.
+    saliency: whether attention is compared with gradients of the answer, in all layers.
+    question: what a vision-language model is asked beside the image; its language model is looked at then,
+        and `token` counts in image and question. general: what it is asked in general, for contrast.
     """
 
     models: tuple[str, ...] = Field(min_length=1)
@@ -50,6 +56,9 @@ class AttendPlan(Plan):
     token: Place | None = None
     seq_len: int | None = Field(default=None, ge=2, le=MOST_TOKENS)  # one token has no others to attend to
     top: int = Field(default=10, gt=0, le=LARGEST)
+    saliency: bool = False
+    question: str | None = Field(default=None, min_length=1)
+    general: str | None = Field(default=None, min_length=1)
     checkpoint: Path | None = None
     model_args: tuple[str, ...] = ()
     random_init: bool = False
@@ -72,7 +81,9 @@ class AttendPlan(Plan):
         if (self.layer is None) == (self.depth is None):
             both = "both --layer and --depth are given" if self.depth is not None else "no layer is given"
             raise UserError(both, "give --layer L (-1 is the last), or --depth 0.5 for the middle")
-        if self.image is not None:
+        if self.question is not None or self.general is not None:
+            self._check_question()
+        elif self.image is not None:
             if (self.patch is None) == (self.pixel is None):
                 both = "both --patch and --pixel are given" if self.patch else "no target is given"
                 raise UserError(both, "give --patch ROW,COLUMN or --pixel X,Y")
@@ -87,6 +98,25 @@ class AttendPlan(Plan):
             if self.token is None:
                 raise UserError("no target is given", "give --token I (0 is the first, -1 the last)")
         return self
+
+    def _check_question(self) -> None:
+        """Raises UserError."""
+        if self.question is None:
+            raise UserError(
+                "--general is what --question is compared with", "give --question 'STRING' as well"
+            )
+        if self.image is None:
+            raise UserError("--question is asked about an image", "give --image FILE; a text takes --token I")
+        for flag, given in (("--patch", self.patch), ("--pixel", self.pixel), ("--seq-len", self.seq_len)):
+            if given is not None:
+                raise UserError(
+                    f"{flag} does not go with --question",
+                    "the target is the last token, or another with --token I",
+                )
+        if self.saliency:
+            raise UserError(
+                "--saliency does not go with --question: no answer is scored", "leave one of them out"
+            )
 
     @property
     def tower(self) -> str:
@@ -111,15 +141,21 @@ class AttendPlan(Plan):
         assert self.text is not None
         return _one_text(self.text)
 
+    def identity(self) -> dict[str, Any]:
+        """What is looked at, but for the input; without what came later and is not asked for, so that looks
+        from before are still found.
+        """
+        what = self.model_dump(mode="json", exclude={"device", "image", "text"})
+        return {name: x for name, x in what.items() if name not in ASKED or x != ASKED[name]}
+
     def key(self, given: Inputs | None = None) -> str:
         """Identifies the result: the plan without its `how`, the input's name and content, and local weights.
 
         given: the input, where it was read already; where it lies and how that was typed is not in the key.
         Raises UserError if the input is not there.
         """
-        what = self.model_dump(mode="json", exclude={"device", "image", "text"})
         stamp = (given or self.inputs()).stamp
-        document = {"attend": what, "probe": self.probe_plan().key({self.tower: stamp})}
+        document = {"attend": self.identity(), "probe": self.probe_plan().key({self.tower: stamp})}
         return sha256(json.dumps(document, sort_keys=True))
 
 

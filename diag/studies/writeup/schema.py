@@ -171,6 +171,12 @@ def _check_item(plan: WriteupPlan, document: Document, place: Place, item: Any) 
             raise _refusal(document, error, here, AttendPlan) from error
         except UserError as error:
             raise document.error(here, str(error), error.tip) from error
+        if look.question is not None:
+            raise document.error(
+                (*here, "question"),
+                "a figure is of one target patch or token",
+                "leave question and general out",
+            )
         if (item.kind == "strip") != (look.tower == "text"):
             raise document.error(
                 (*place, "kind"),

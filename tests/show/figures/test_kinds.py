@@ -193,6 +193,15 @@ class TestEntropy:
         table.loc[table["layer"] == 3, "n_tokens"] = 7  # windows
         assert list(bounds_of(table)["bound"]) == [math.log(n) for n in (64, 64, 64, 7, 64)]
 
+    def test_of_keys_that_are_others_than_the_queries_no_bound_is_known(self) -> None:
+        cross = layers("a").assign(value_from="others")
+        assert bounds_of(cross)[["bound", "causal"]].isna().all(axis=None)
+        found = panels(entropy_over_depth(cross))
+        assert not of(found[0], "bound")
+        assert found[0].get_ylim()[1] == pytest.approx(
+            1.06 * float(cross.loc[cross["metric"].str.startswith("entropy"), "mean"].max())
+        )
+
 
 class TestLengths:
     def test_a_panel_per_metric_a_line_per_model(self) -> None:

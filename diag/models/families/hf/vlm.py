@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from math import isqrt
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from diag.errors import UserError
 from diag.inputs.images import rgb
 from diag.models.base import Batch, Sample, Tower, device_of_module
-from diag.models.encoding import each, image_samples, preparation, vocabulary_digest
+from diag.models.encoding import each, image_samples, preparation, token_text, vocabulary_digest
 from diag.models.loading import layers_of, theirs
 from diag.models.names.spec import ModelSpec
 from diag.models.sizes import IMAGE
@@ -103,6 +104,10 @@ def language_tower(
         sets = {"image": of_image, "text": ~of_image, "last": last}
         return Batch(tuple(sample.id for sample in samples), data, sets=sets)
 
+    def asking(question: str) -> Tower:
+        other = replace(spec, model_args={**spec.model_args, PROMPT: question})
+        return language_tower(other, module, prefix, processor, token, dtype)
+
     return Tower(
         name="language",
         takes="vision",
@@ -113,6 +118,8 @@ def language_tower(
         marks=("image", "text", "last"),
         together=("image", "text"),
         max_batch=1 if nested is None else None,
+        token_text=token_text(tokenizer),
+        asking=asking,
         facts={
             "patch_size": _side(trials[0], pixels, token, getattr(module.config, "vision_config", None)),
             "image_size": tuple(trials[0][pixels].shape[-2:]) if in_grid and alike else "native",
