@@ -12,7 +12,7 @@ from diag.results.agreement import ALL, GRADIENT, GRADIENT_X_INPUT, SALIENCIES, 
 from diag.results.caveats import of_table
 from diag.results.looks import MEAN
 from diag.show.figures.lines import BANDS, layer_axis, line, rule
-from diag.show.figures.page import columns_for, letter, page
+from diag.show.figures.page import columns_for, legend_below, letter, page
 from diag.show.figures.style import OKABE_ITO, style
 from diag.show.figures.tables import shorten
 
@@ -40,7 +40,6 @@ def agreement_over_depth(table: pd.DataFrame) -> Figure:
         row_height=2.3,
         title="Does attention go to what the answer hangs on?",
         caption=" · ".join([*said, *([BANDS] if n > 1 else [])]),
-        extra=0.45,
         columns=columns_for(len(parts)),
     )
     for place, (ax, ((model, tower), part)) in enumerate(zip(axes, parts.items(), strict=True)):
@@ -53,7 +52,7 @@ def agreement_over_depth(table: pd.DataFrame) -> Figure:
         Line2D([], [], color=OKABE_ITO[str(look.colour)], marker=look.marker, markersize=3, label=look.label)
         for look in LOOKS.values()
     ]
-    figure.legend(handles=[*lines, heads, whole], loc="outside lower center", ncols=4)
+    legend_below(figure, [*lines, heads, whole])
     return figure
 
 

@@ -9,7 +9,7 @@ from diag.inputs.complexity import COLOUR_ENTROPY, EDGE_DENSITY, MEASURES
 from diag.metrics.catalogue import DrawnAs
 from diag.results.decimals import fixed
 from diag.show.figures.lines import layer_axis, line, rule
-from diag.show.figures.page import letter, page
+from diag.show.figures.page import legend_below, letter, page
 from diag.show.figures.style import OKABE_ITO, style
 
 LOOKS = {
@@ -36,7 +36,6 @@ def complexity_figure(
         title=f"{metric.capitalize().replace('_', ' ')} of attention and what there is to see",
         caption=f"{first['model']}, {first['tower']} tower, {first['tokens']} tokens · n = {n} images · "
         "Spearman's ρ, bands and brackets: 95 % bootstrap over images",
-        extra=0.2,
         columns=3,
     )
     here = points[points["layer"] == layer]
@@ -56,5 +55,5 @@ def complexity_figure(
     axes[2].set_ylabel("ρ over images")
     axes[2].set_title(letter(2) + "every layer")
     layer_axis(axes[2], correlations)
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    legend_below(figure, *axes[2].get_legend_handles_labels())
     return figure
