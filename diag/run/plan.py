@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from diag.errors import LARGEST, UserError, ranges
 from diag.inputs.images import images
 from diag.inputs.items import Inputs, sha256
+from diag.inputs.mistakes import mistake
 from diag.inputs.texts import texts
 from diag.models.families import family_of
 from diag.models.names.arguments import local_files, read
@@ -105,40 +106,6 @@ class Plan(BaseModel):
             option = str(place[0]) if place else "what is given"
             flag = cls.flags.get(option, "--" + option.replace("_", "-")) if place else option
             raise UserError(f"{flag} {reason}", f"given: {as_typed(given)}") from error
-
-
-def mistake(error: ValidationError) -> tuple[tuple[int | str, ...], str, Any]:
-    """The first thing that is wrong with a plan: where, why in words, and what was given."""
-    first = error.errors(include_url=False)[0]
-    return first["loc"], in_words(first), first["input"]
-
-
-WORDS = {
-    "greater_than": "is above {gt:.16g}",
-    "greater_than_equal": "is at least {ge:.16g}",
-    "less_than": "is below {lt:.16g}",
-    "less_than_equal": "is at most {le:.16g}",
-    "finite_number": "is a number, and finite",
-    "literal_error": "is {expected}",
-    "too_short": "names too little: at least {min_length}",
-    "too_long": "names too much: at most {max_length}",
-    "missing": "is missing",
-    "extra_forbidden": "is not known",
-    "value_error": "{error}",
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "is a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "is a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "is true or false"),
-    **dict.fromkeys(("string_type", "string_unicode", "path_type"), "is text"),
-    **dict.fromkeys(("tuple_type", "list_type"), "is a list"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "is a mapping of names to values"),
-}
-"""What pydantic calls a mistake -> how it is told."""
-
-
-def in_words(mistake: Mapping[str, Any]) -> str:
-    """One of pydantic's errors, as what its field is or may be. What has no words here keeps pydantic's."""
-    said = WORDS.get(mistake["type"])
-    return said.format(**mistake.get("ctx", {})) if said else f"is refused ({mistake['msg']})"
 
 
 def as_typed(given: Any) -> str:
