@@ -29,7 +29,7 @@ from diag.results.writing import file_stem
 from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
 from diag.studies.attend.folder import TOKEN_TYPES, Attended
-from diag.studies.attend.grid import Grid, Point
+from diag.studies.attend.grid import MIDDLE, Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
 from diag.studies.attend.row import TokenRow, row_of
 
@@ -149,8 +149,8 @@ def _in_image(
     """The target patch: as the plan names it, or the one at another model's `point`."""
     grid = _grid(model, tower, batch, call)
     if point is None:
-        assert plan.patch is not None or plan.pixel is not None
-        point = grid.centre(plan.patch) if plan.patch is not None else grid.at_pixel(plan.pixel)  # type: ignore[arg-type]
+        point = MIDDLE if plan.pixel is None else grid.at_pixel(plan.pixel)
+        point = point if plan.patch is None else grid.centre(plan.patch)
     row, column = grid.patch_at(point)
     picture, note = picture_of(
         batch.data[0, :, : grid.height, : grid.width], tower.facts.get("preprocessing") or {}

@@ -35,7 +35,8 @@ class AttendPlan(Plan):
     layer: the model's own number, negative from its last; depth: relative, 0 the first and 1 the last layer.
         One of them.
     head: query head; None for the mean over heads.
-    patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
+    patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image. Without
+        either, the patch in the middle.
     token: position in the window of text, negative from the end.
     """
 
@@ -73,9 +74,10 @@ class AttendPlan(Plan):
             both = "both --layer and --depth are given" if self.depth is not None else "no layer is given"
             raise UserError(both, "give --layer L (-1 is the last), or --depth 0.5 for the middle")
         if self.image is not None:
-            if (self.patch is None) == (self.pixel is None):
-                both = "both --patch and --pixel are given" if self.patch else "no target is given"
-                raise UserError(both, "give --patch ROW,COLUMN or --pixel X,Y")
+            if self.patch is not None and self.pixel is not None:
+                raise UserError(
+                    "both --patch and --pixel are given", "give --patch ROW,COLUMN or --pixel X,Y"
+                )
             if self.token is not None or self.seq_len is not None:
                 flag = "--token" if self.token is not None else "--seq-len"
                 raise UserError(f"{flag} belongs to --text", "an image takes --patch or --pixel")
