@@ -118,7 +118,7 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
     from diag.results.caveats import with_caveats
     from diag.show.figures.strip import printable
     from diag.show.figures.tables import title_lines
-    from diag.show.terminal import WIDTH, columns
+    from diag.show.terminal import columns, text_width
 
     tokens, numbers = _of_model(entry, found)
     first, visible = tokens.iloc[0], int(tokens["weight"].notna().sum())
@@ -140,8 +140,8 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
     ]
     said = f"{entry['input']} · layer {entry['layer']} · {head} · target {target} · sees {visible}"
     return [
-        *title_lines(with_caveats(entry["given"], entry), WIDTH),
-        *textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  "),
+        *title_lines(with_caveats(entry["given"], entry), text_width()),
+        *textwrap.wrap(said, text_width(), initial_indent="  ", subsequent_indent="  "),
         *columns(rows).splitlines(),
         *_split(numbers, mean),
     ]

@@ -149,11 +149,14 @@ def _answered(
     """The folder of the comparison and what is said of it, measured and written where it is not there."""
     runs, quiet = given.runs or [], given.quiet
     folders, failed = _measured(plans, quiet, drawer)
+    from diag.show.terminal import WIDTH, text_width
     from diag.studies.comparisons import found_again, request_of
 
     compared = [*runs, *folders]
     asked: dict[str, Any] = {"growth": between, "seed": given.seed, "published": given.published}
     asked |= {"measured": list(map(str, folders)), "figures": given.figures}
+    if text_width() < WIDTH:  # what was said is kept as it was laid out
+        asked["width"] = text_width()
     request = None if failed else request_of(compared, asked)
     there = found_again(request, compared, given.out) if request else None
     if there is None:
