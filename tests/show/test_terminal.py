@@ -98,7 +98,7 @@ def test_a_table_has_as_many_metrics_as_the_terminal_has_room_for(
     assert {len(line) for line in table} == {len(heading)}
     assert all(len(line.split()) == len(table[0].split()) for line in table)  # no number is cut
     shown = len(heading.split()) - len(usual)
-    assert (shown > 0) - (shown < 0) == (columns_ > 90) - (columns_ < 80)
+    assert (shown > 0) - (shown < 0) == (columns_ > 90) - (columns_ < 70)
     if columns_ >= 140:
         assert shown >= 7
 
