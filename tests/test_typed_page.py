@@ -20,8 +20,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "typed.md"
 HEAD = """# What people type
 
 Every spelling below is one that somebody has typed, with what came of it. The answers are real: a test runs
-all of them and compares; `python tests/test_typed_page.py` renews this page. Lines that begin with `!` went to
-stderr, the number behind a command is its exit code where that is not 0, `KEY` stands for eight signs that
+all of them and compares; `python tests/test_typed_page.py` renews this page. Lines that begin with `!` went
+to stderr, the number behind a command is its exit code where that is not 0, `KEY` stands for eight signs that
 tell runs apart, and `…` for lines that are left out. The folder holds `photos/` (two PNG files), `notes.txt`,
 `notes/` (Markdown), `rows.jsonl`, `rows.csv` and `rows.parquet` (a column of texts each), `paper.pdf`, and
 `plans/` (plans for three verbs).
@@ -223,6 +223,7 @@ def test_what_is_shown_is_what_comes(
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(PAGE.parent.parent))  # this checkout, whatever is installed
     answers = dict[str, str]()
     for _, typed in SECTIONS.values():
         with tempfile.TemporaryDirectory() as scratch:
