@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pandas as pd
 
+from diag.results.decimals import fixed
 from diag.results.null_names import NULLS, Null
 from diag.results.profiles.curves import Curve, curves_of, interval, over
 
@@ -77,10 +78,10 @@ def for_people(table: pd.DataFrame, verdicts: Iterable[str]) -> pd.DataFrame:
     verdicts: a word or two for each row.
     """
     spread = [
-        "" if np.isnan(low) else f"{low:.3f} … {high:.3f}"
+        "" if np.isnan(low) else f"{fixed(low)} … {fixed(high)}"
         for low, high in zip(table["ci_low"], table["ci_high"], strict=True)
     ]
     named = {"label": "model", "null": "null", "bias": "bias", "value": "null value", "left": "left"}
     shown = table[[*named]].rename(columns=named)
-    shares = ["" if np.isnan(share) else f"{share:.0%}" for share in table["share_left"]]
+    shares = ["" if np.isnan(share) else f"{fixed(100 * share, 0)}%" for share in table["share_left"]]
     return shown.assign(**{"95 % interval": spread, "share left": shares, "verdict": list(verdicts)})
