@@ -218,7 +218,9 @@ def test_what_is_shown_is_what_comes(
 
     prepared(tmp_path)
     for command in SECTIONS[title][1]:
-        shown = re.split(r"\n\n\$ |\n```", text[text.index(f"$ {command}") :])[0]
+        start = re.search(rf"^\$ {re.escape(command)}(  # \d)?$", text, re.MULTILINE)
+        assert start is not None
+        shown = re.split(r"\n\n\$ |\n```", text[start.start() :])[0]
         assert_alike(shown, answer(command), 0.02)
 
 
