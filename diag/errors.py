@@ -17,6 +17,9 @@ LARGEST = 2**63 - 1
 DIGITS = 5
 """Of the number of a layer or head. No model has more, and a range of billions would fill memory."""
 
+NONE = 1, 0
+"""The ends of no number at all."""
+
 
 class UserError(Exception):
     """Something the user can mend: `str(error)` is the first line, `tip` the second, `exit_code` the code.
@@ -106,31 +109,40 @@ def one_of(names: Iterable[str]) -> str:
 
 
 def ranges(text: str, said: str, example: str, *, from_end: bool = False) -> tuple[int, ...]:
-    """`0,5-11` → (0, 5, …, 11), each once, in the order written.
+    """`0,5-11` → (0, 5, …, 11), each once, in the order written; `1:3` → (1, 2), as Python has it.
 
     said: where it was written, for the error; example: what to write instead. from_end: whether -1, or
-    `last`, is the last, `-4-last` the last four. Raises UserError where a part is no number or range, or
-    counts further than models do.
+    `last`, is the last, `-4-last` and `-4:` the last four. Raises UserError where a part is no number or
+    range, or counts further than models do.
     """
     found: dict[int, None] = {}
     end = "-?[0-9]+|last" if from_end else "[0-9]+"
-    for part in text.split(","):
-        ends = re.fullmatch(f"({end})(?:-({end}))?", part.strip())
+    for part in map(str.strip, text.split(",")):
+        ends = re.fullmatch(f"({end})(?:-({end}))?", part) or re.fullmatch(f"({end})?:({end})?", part)
         if ends and max(len(end.lstrip("-0")) for end in ends.groups("")) > DIGITS:
-            raise UserError(f"{said} goes beyond every model with '{part.strip()}'", f"for example {example}")
-        first, last = (
-            (int(end.replace("last", "-1")) for end in (ends[1], ends[2] or ends[1])) if ends else (0, 0)
-        )
+            raise UserError(f"{said} goes beyond every model with '{part}'", f"for example {example}")
+        first, last = _ends(ends, ":" in part) if ends else NONE
         if (first < 0) != (last < 0):
             raise UserError(
-                f"{said} counts '{part.strip()}' from both ends",
+                f"{said} counts '{part}' from both ends",
                 f"count from one: {example} from the first, -4-last for the last four",
             )
-        span = range(first, last + 1) if ends else range(0)
+        span = range(first, last + 1)
         if not span:
-            raise UserError(f"{said} does not understand '{part.strip()}'", f"for example {example}")
+            raise UserError(f"{said} does not understand '{part}'", f"for example {example}")
         found |= dict.fromkeys(span)
     return tuple(found)
+
+
+def _ends(typed: re.Match[str], cut: bool) -> tuple[int, int]:
+    """The first and the last number of a range as typed. cut: of a slice, which is without its end."""
+    first, last = (None if end is None else int(end.replace("last", "-1")) for end in typed.groups())
+    if cut and last == 0:
+        return NONE
+    if cut:
+        return first or 0, -1 if last is None else last - 1
+    assert first is not None
+    return first, first if last is None else last
 
 
 def spans(numbers: Iterable[int]) -> str:

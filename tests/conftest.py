@@ -6,6 +6,7 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # tables are as wide as nobody's terminal
 os.environ["OMP_NUM_THREADS"] = "1"  # for what runs in processes of its own
 
 from collections.abc import Callable

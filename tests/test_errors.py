@@ -44,6 +44,26 @@ def test_ranges_may_count_from_the_end() -> None:
         ranges("last", "--layers", "0")
 
 
+@pytest.mark.parametrize("text", ["1:3", ":4", "0:1", "-4:", "-4:-1", "2:12", "-1:", "-3:last"])
+def test_slices_are_those_of_python(text: str) -> None:
+    first, last = (None if end == "" else int(end.replace("last", "-1")) for end in text.split(":"))
+    places = list(range(20))[first:last]
+    found = ranges(text, "--layers", "0", from_end=True)
+    assert [layer % 20 for layer in found] == places
+    assert ranges(f"{text},{found[0]}", "--layers", "0", from_end=True) == found
+
+
+@pytest.mark.parametrize("text", ["3:", ":", ":-1", "-3:2"])
+def test_a_slice_whose_end_only_the_model_knows_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f"counts '{text}' from both ends"):
+        ranges(text, "--layers", "0", from_end=True)
+    with pytest.raises(UserError, match="does not understand '3:1'"):
+        ranges("3:1", "--layers", "0", from_end=True)
+    for empty in ("0:0", ":0", "-4:0", "1:3:2"):
+        with pytest.raises(UserError, match=f"does not understand '{empty}'"):
+            ranges(empty, "--layers", "0", from_end=True)
+
+
 def test_spans_are_what_ranges_reads() -> None:
     assert spans([6, 0, 1, 2, 4, 5, 9]) == "0-2, 4-6, 9"
     assert ranges(spans([6, 0, 1, 2, 4, 5, 9]), "", "") == (0, 1, 2, 4, 5, 6, 9)

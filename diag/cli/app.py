@@ -29,6 +29,7 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
         "help_option_names": ["-h", "--help"],
     },
+    subcommand_metavar="COMMAND|MODEL [ARGS]...",
     help="How much of what attention returns does the token already have?",
 )
 

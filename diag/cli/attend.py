@@ -13,6 +13,7 @@ from typer import Option
 
 from diag.cli import options
 from diag.cli.app import app, records, say_failures
+from diag.cli.defaults import completed
 from diag.cli.options import Read, fields_of, output, whole_numbers, with_options
 from diag.cli.streams import answer
 from diag.errors import say
@@ -47,11 +48,11 @@ class AttendOptions:
         list[str],
         Option("-m", "--model", help="Model name, repeatable: [family:]name[@revision] or a folder."),
     ]
-    image: Annotated[str | None, Option(help="An image file, or demo:NAME (demo:astronaut).")] = None
+    image: Annotated[str | None, Option(help="An image file, or demo:NAME [default: demo:astronaut].")] = None
     text: Annotated[str | None, Option(help="The text itself, a text file, or 'demo'.")] = None
     layer: Annotated[
         str | None,
-        Option(help="The model's own number of a layer; -1 or last is its last."),
+        Option(help="The model's own number of a layer; -1 or last is its last [default: last]."),
         Read(_layer),
     ] = None
     depth: Annotated[
@@ -61,7 +62,7 @@ class AttendOptions:
     head: Annotated[int | None, Option(help="One query head [default: the mean over heads].")] = None
     patch: Annotated[
         str | None,
-        Option(help="The target patch as ROW,COLUMN of the first model's grid."),
+        Option(help="The target patch as ROW,COLUMN of the first model's grid [default: the middle]."),
         Read(partial(_pair, flag="--patch", form="ROW,COLUMN")),
     ] = None
     pixel: Annotated[
@@ -70,7 +71,8 @@ class AttendOptions:
         Read(partial(_pair, flag="--pixel", form="X,Y")),
     ] = None
     token: Annotated[
-        int | None, Option(help="The target token of a text, or of --question; -1 is the last.")
+        int | None,
+        Option(help="The target token of a text, or of --question [default: -1, the last]."),
     ] = None
     seq_len: Annotated[
         int | None, Option(help="Tokens of the text [default: 128, or as many as there are].")
@@ -109,7 +111,8 @@ def attend(given: AttendOptions) -> None:
     from diag.show.terminal import StderrListener
     from diag.studies.attend import AttendPlan, read, run_attend
 
-    plan = AttendPlan.checked(models=tuple(given.model), **fields_of(given, AttendPlan))
+    models, fields = tuple(given.model), fields_of(given, AttendPlan)
+    plan = AttendPlan.checked(models=models, **completed(models, fields, quiet=given.quiet))
     with StderrListener(quiet=given.quiet) as listener:
         folder = run_attend(plan, given.out, overwrite=given.overwrite, listener=listener)
     found = read(folder)
@@ -132,7 +135,7 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
     from diag.results.caveats import with_caveats
     from diag.show.figures.strip import printable
     from diag.show.figures.tables import title_lines
-    from diag.show.terminal import WIDTH, columns
+    from diag.show.terminal import columns, text_width
 
     tokens, numbers = _of_model(entry, found)
     first, visible = tokens.iloc[0], int(tokens["weight"].notna().sum())
@@ -154,8 +157,8 @@ def _block(entry: Any, found: Attended, top: int) -> list[str]:
     ]
     said = f"{entry['input']} · layer {entry['layer']} · {head} · target {target} · sees {visible}"
     return [
-        *title_lines(with_caveats(entry["given"], entry), WIDTH),
-        *textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  "),
+        *title_lines(with_caveats(entry["given"], entry), text_width()),
+        *textwrap.wrap(said, text_width(), initial_indent="  ", subsequent_indent="  "),
         *columns(rows).splitlines(),
         *_split(numbers, mean),
         *_agreement(entry, found),

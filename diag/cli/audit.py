@@ -90,18 +90,18 @@ def _block(entry: Any, found: Audited) -> list[str]:
     """Of one tower: its hooks, its cases, and a sentence on each. At most 80 columns wide."""
     from diag.results.caveats import with_caveats
     from diag.show.figures.tables import title_lines
-    from diag.show.terminal import WIDTH, columns
+    from diag.show.terminal import columns, text_width
 
     hooks, leaks = (
         table[(table["model"] == entry["model"]) & (table["tower"] == entry["tower"])]
         for table in (found.hooks, found.leaks)
     )
     said = found.verdicts.get(f"{entry['model']} · {entry['tower']}", {})
-    lines = title_lines(f"{with_caveats(entry['model'], entry)} · {entry['tower']}", WIDTH)
+    lines = title_lines(f"{with_caveats(entry['model'], entry)} · {entry['tower']}", text_width())
     for table, rows, name in ((hooks, _hook_rows, "hooks"), (leaks, _leak_rows, "leaks")):
         if len(table):
             lines += columns(rows(table)).splitlines()
-            lines += textwrap.wrap(said[name], WIDTH, initial_indent="→ ", subsequent_indent="  ")
+            lines += textwrap.wrap(said[name], text_width(), initial_indent="→ ", subsequent_indent="  ")
     return lines
 
 

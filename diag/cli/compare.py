@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 class CompareOptions:
     """What `attnbias compare` can be told."""
 
-    runs: Annotated[list[Path] | None, Argument(metavar="[RUN…]", help="Run folders.")] = None
+    runs: Annotated[
+        list[Path] | None, Argument(metavar="RUN|MODEL", help="Run folders, and models as with -m.")
+    ] = None
     model: Annotated[
         list[str] | None,
         Option("-m", "--model", help="Model to probe if there is no run of it yet, repeatable."),
@@ -74,6 +77,7 @@ class CompareOptions:
 @with_options
 def compare(given: CompareOptions) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
+    given = _sorted_out(given)
     between, runs, quiet = _pair(given.growth), given.runs or [], given.quiet
     drawn(given.figures)
     sweeps = {
@@ -115,6 +119,28 @@ def compare(given: CompareOptions) -> None:
         raise SystemExit(3)
 
 
+def _sorted_out(given: CompareOptions) -> CompareOptions:
+    """Options whose words without one are told apart: what is no folder and a model's name is a model."""
+    runs, models = list[Path](), list[str]()
+    for word in given.runs or ():
+        name = str(word)
+        if os.path.lexists(word) or ("/" in name and ":" not in name) or not _is_model(name):
+            runs.append(word)
+        else:
+            models.append(name)
+    return replace(given, runs=runs, model=[*models, *(given.model or ())])
+
+
+def _is_model(name: str) -> bool:
+    from diag.models.names.resolve import parse
+
+    try:
+        parse(name)
+    except UserError:
+        return False
+    return True
+
+
 def _answered(
     given: CompareOptions,
     plans: Sequence[ProbePlan],
@@ -124,11 +150,14 @@ def _answered(
     """The folder of the comparison and what is said of it, measured and written where it is not there."""
     runs, quiet = given.runs or [], given.quiet
     folders, failed = _measured(plans, quiet, drawer)
+    from diag.show.terminal import WIDTH, text_width
     from diag.studies.comparisons import found_again, request_of
 
     compared = [*runs, *folders]
     asked: dict[str, Any] = {"growth": between, "seed": given.seed, "published": given.published}
     asked |= {"measured": list(map(str, folders)), "figures": given.figures}
+    if text_width() < WIDTH:  # what was said is kept as it was laid out
+        asked["width"] = text_width()
     request = None if failed else request_of(compared, asked)
     there = found_again(request, compared, given.out) if request else None
     if there is None:

@@ -115,7 +115,7 @@ def _said(outcome: Produced, check: bool) -> str:
 
 def _answers(outcome: Produced) -> list[str]:
     """Tables with a verdict, in full."""
-    from diag.show.terminal import WIDTH, columns
+    from diag.show.terminal import columns, text_width
 
     said = []
     for table in outcome.tables:
@@ -127,7 +127,9 @@ def _answers(outcome: Produced) -> list[str]:
                 for _, row in rows.iterrows()
             ]
             said.append(f"{model}\n{columns(cells)}")
-        said.append("\n".join(line for verdict in table.verdicts for line in textwrap.wrap(verdict, WIDTH)))
+        said.append(
+            "\n".join(line for verdict in table.verdicts for line in textwrap.wrap(verdict, text_width()))
+        )
     return said
 
 
@@ -160,7 +162,7 @@ def _print_needs(found: Sequence[tuple[Path, list[str], list[Need]]], as_json: b
 
 def _needs(file: Path, shows: Sequence[str], needs: Sequence[Need]) -> str:
     from diag.show.figures.tables import shorten
-    from diag.show.terminal import WIDTH
+    from diag.show.terminal import text_width
 
     counts = [
         f"{sum(need.state == state for need in needs)} {state}"
@@ -172,14 +174,16 @@ def _needs(file: Path, shows: Sequence[str], needs: Sequence[Need]) -> str:
     group = ("", "")
     for need in needs:
         if group != (group := (need.group, need.inputs)):
-            lines.append(shorten(f"  {need.group}: {need.inputs}", WIDTH))
+            lines.append(shorten(f"  {need.group}: {need.inputs}", text_width()))
         for place, (given, resolved) in enumerate(need.models.items()):
             length = f", T = {need.length}" if need.length else ""
             arrow = "" if resolved in (given, f"timm:{given}") else f" → {resolved}"
-            lines.append(shorten(f"    {need.state if place == 0 else '':8}  {given}{length}{arrow}", WIDTH))
+            lines.append(
+                shorten(f"    {need.state if place == 0 else '':8}  {given}{length}{arrow}", text_width())
+            )
     if any(need.state == "unknown" for need in needs):
         lines.append("  unknown: the data set is not looked up in a dry run")
     shown = textwrap.wrap(
-        f"draws {', '.join(shows)}", WIDTH - 2, break_on_hyphens=False, subsequent_indent="  "
+        f"draws {', '.join(shows)}", text_width() - 2, break_on_hyphens=False, subsequent_indent="  "
     )
     return "\n".join([*lines, *(f"  {line}" for line in shown)])

@@ -37,7 +37,7 @@ def models(
         raise UserError(
             f"no listed name contains '{query}'", f"other names work as they are: {', '.join(forms)}"
         )
-    print(json.dumps(rows, indent=1) if as_json else columns(rows))
+    print(json.dumps(rows, indent=1) if as_json else columns(rows, whole=True))
 
 
 def _print_series(query: str, as_json: bool) -> None:

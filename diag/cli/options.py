@@ -102,7 +102,10 @@ Metrics = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    Option(help="The model's own numbers of layers, such as 0,5-11; -1 or last is its last [default: all]."),
+    Option(
+        help="The model's own numbers of layers, such as 0,5-11, or 1:3 for 1 and 2; -1 or last is its last "
+        "[default: all]."
+    ),
     Read(layer_ranges),
 ]
 Tokens = Annotated[

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from diag.errors import UserError, say
 
+YAML = (".yaml", ".yml")
+
 KEYS = {
     "figures": {"figures", "tables", "probes"},
     "train": {"task", "recipe", "variants", "patch_sizes"},
@@ -37,8 +39,12 @@ def plans_for(verb: str, files: Sequence[Path]) -> list[Path]:
     others = {file: other for file, other in verbs.items() if other != verb}
     if others and len(others) == len(verbs):
         file, other = next(iter(others.items()))
-        option = "--config " if other == "train-clip" else ""
-        raise UserError(f"'{file}' is for attnbias {other}, not {verb}", f"attnbias {other} {option}{file}")
+        raise UserError(f"'{file}' is for attnbias {other}, not {verb}", for_verb(other, file))
     for file, other in others.items():
         say(f"left out: {file} is for attnbias {other}")
     return [file for file in files if file not in others]
+
+
+def for_verb(verb: str, file: str | Path) -> str:
+    """What to type for a file that is for a verb."""
+    return f"attnbias {verb} {'--config ' if verb == 'train-clip' else ''}{file}"

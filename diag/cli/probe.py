@@ -134,7 +134,7 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
         elif quiet:
             print(folder)
         else:
-            print(result_table(layers))
+            print(result_table(layers, _sources(manifest)))
             if "sink_event" in set(layers["metric"]):
                 print(_sinks(folder))
     failures = {**manifest["failed_models"], **manifest["failed_inputs"]}
@@ -146,14 +146,29 @@ def show(folder: Path, manifest: Mapping[str, Any], layers: Any, *, as_json: boo
         raise SystemExit(3)
 
 
+TOLD = {"-": "standard input", "typed": "text as typed", "demo": "demo", "demo-crops": "demo-crops"}
+"""Sources of inputs -> how they are told; any other stands in quotes."""
+
+
+def _sources(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Tower -> where its inputs are from; nothing where nobody named any, which is told as a caveat."""
+    inputs, plan = manifest.get("inputs") or {}, manifest.get("plan") or {}
+    found = dict[str, str]()
+    for entry in manifest.get("models") or ():
+        source = inputs.get(entry.get("takes") or entry["tower"], {}).get("source")
+        if source and (plan.get("images") or plan.get("texts")):
+            found[entry["tower"]] = TOLD.get(source, f"'{source}'")
+    return found
+
+
 def _sinks(folder: Path) -> str:
     """What the samples of a run say about its sinks, in words."""
     from diag.results.tables import read_samples
-    from diag.show.terminal import WIDTH
+    from diag.show.terminal import text_width
     from diag.show.words.sinks import sink_sentences
 
     said = [
-        "\n".join(textwrap.wrap(f"{line}: {'. '.join(sentences)}.", WIDTH, break_on_hyphens=False))
+        "\n".join(textwrap.wrap(f"{line}: {'. '.join(sentences)}.", text_width(), break_on_hyphens=False))
         for line, sentences in sink_sentences(read_samples(folder)).items()
     ]
     return "\n".join(["", "sinks", *said])

@@ -39,7 +39,7 @@ def train(
         document = {"plan": plan.model_dump(mode="json"), "cells": cells}
         print(json.dumps(document, indent=1) if as_json else "\n".join(cells))
         return
-    from diag.show.terminal import StderrListener
+    from diag.show.terminal import WIDTH, StderrListener, width
     from diag.studies.train.grid import run_train
     from diag.studies.train.summary import shown
 
@@ -57,12 +57,19 @@ def train(
         elif quiet:
             print(found.folder)
         else:
-            table = shown(found.tables)
+            table, room = shown(found.tables), width()
             named = [str(column) for column in table]
             by_accuracy = any(column.startswith("accuracy") for column in named)
             kept = [column for column in named if not (by_accuracy and column.startswith("loss"))]
-            print(table[kept].to_string(index=False))
-            print("", *(textwrap.fill(sentence, 100) for sentence in found.words), sep="\n")
+            print(table[kept].to_string(index=False, line_width=room if room < WIDTH else None))
+            print(
+                "",
+                *(
+                    textwrap.fill(sentence, 100 if room == WIDTH else min(room, 100))
+                    for sentence in found.words
+                ),
+                sep="\n",
+            )
     if not as_json and not quiet:
         say(f"folder: {found.folder}")
 

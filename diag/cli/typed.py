@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,20 @@ import typer
 from typer.core import TyperGroup
 
 from diag.cli.interrupts import Interrupted
+from diag.cli.plans import YAML, for_verb, verb_of
 from diag.errors import LARGEST, UserError
 from diag.inputs.outside import reason
 
-QUOTED = "a pattern stands in quotes: --images 'DIR/*.jpg'"
+DEFAULT, MODEL, RUNS = "probe", "--model", "runs"
+"""The verb that is meant where none is typed, the option that a word alone stands for, and the argument that
+takes run folders."""
 
-DEFAULT, MODEL = "probe", "--model"
-"""The verb that is meant where none is typed, and the option that a word alone stands for."""
+OPTIONS: Mapping[str, Sequence[str]] = {
+    "--images": (".jpg", ".jpeg", ".png", ".webp", ".tar"),
+    "--texts": (".txt", ".md", ".markdown", ".rst", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"),
+    "--checkpoint": (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz"),
+}
+"""What takes files, by their endings."""
 
 
 class CheckedVerbs(TyperGroup):
@@ -41,14 +48,19 @@ class CheckedVerbs(TyperGroup):
             raise UserError("the folder that this is run in was removed", "cd to one that is there") from None
         for parameter in verb.params:
             parameter.callback = _at_home
+        if _takes_models(verb) and all(parameter.name != RUNS for parameter in verb.params):
+            verb.options_metavar = "[MODEL…] [OPTIONS]"
         parser = verb.make_parser(typer.Context(verb, parent=ctx, info_name=name))
         words, alone, order = parser.parse_args(args=list(rest))
-        if alone and any(MODEL in parameter.opts for parameter in verb.params):
-            rest = _named(rest, alone)
+        if alone and _takes_models(verb):
+            rest = _named(rest, alone, verb)
             words, _, order = parser.parse_args(args=list(rest))
         given = {parameter: _listed(words.get(parameter.name)) for parameter in order}
         for parameter, times in Counter(order).items():
             _check_words(parameter, given[parameter], times)
+            if MODEL in parameter.opts or parameter.name == RUNS:
+                for word in map(str, given[parameter]):
+                    _refuse_plan(word, "a model" if MODEL in parameter.opts else "a run")
         try:
             context = verb.make_context(name, list(rest), parent=ctx)
         except typer.BadParameter as error:
@@ -79,18 +91,48 @@ def _meant(word: str, verbs: Iterable[str]) -> bool:
     return word.startswith("-") or bool(difflib.get_close_matches(word.lower(), verbs, cutoff=0.7))
 
 
-def _named(arguments: Sequence[str], alone: Sequence[str]) -> list[str]:
+def _takes_models(verb: Any) -> bool:
+    return any(MODEL in parameter.opts for parameter in verb.params)
+
+
+def _named(arguments: Sequence[str], alone: Sequence[str], verb: Any) -> list[str]:
     """Arguments with the words that belong to no option in front, each behind `--model`.
 
-    Raises UserError for files: a pattern that the shell has written out.
+    Raises UserError for files.
     """
     found, models = list(arguments), list[str]()
+    takes = {name for parameter in verb.params for name in parameter.opts}
     for word in alone:
         if os.path.isfile(word):
-            raise UserError(f"'{_short(word)}' is a file, and belongs to no option", QUOTED)
+            raise _no_model(word, takes, arguments)
         del found[max(place for place, argument in enumerate(found) if argument == word)]
         models += [MODEL, word]
     return [*models, *found]
+
+
+def _no_model(file: str, takes: Collection[str], arguments: Sequence[str]) -> UserError:
+    """The error for a file where a model may be named: what takes it. takes: the verb's options."""
+    _refuse_plan(file, "a model")
+    ending = os.path.splitext(file)[1].lower()
+    options = [name for name, endings in OPTIONS.items() if ending in endings]
+    option = next((name for one in options for name in (one, one.removesuffix("s")) if name in takes), None)
+    tip = "a model is a name, or a folder; attnbias models lists names"
+    if option in arguments:  # a pattern that the shell has written out
+        whole = "give a folder: --texts DIR"
+        tip = f"a pattern stands in quotes: --images 'DIR/*{ending}'" if option == "--images" else whole
+    elif option is not None:
+        tip = f"{option} {_short(file)}"
+    return UserError(f"'{_short(file)}' is a file, and belongs to no option", tip)
+
+
+def _refuse_plan(word: str, due: str) -> None:
+    """Raises UserError for a plan in YAML. due: what was expected in its place."""
+    if not word.lower().endswith(YAML) or not os.path.isfile(word):
+        return
+    verb = verb_of(Path(word))
+    what = f"a plan for attnbias {verb}" if verb else "a YAML file"
+    tip = for_verb(verb, word) if verb else "attnbias figures and attnbias train take plans in YAML"
+    raise UserError(f"'{_short(word)}' is {what}, not {due}", tip)
 
 
 def _listed(value: Any) -> Sequence[Any]:

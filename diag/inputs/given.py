@@ -14,8 +14,9 @@ from PIL import Image
 from diag.errors import UnreadableInput, UserError
 from diag.inputs.images import IMAGE_SUFFIXES, images, listed_images, rgb
 from diag.inputs.items import Inputs, Item
+from diag.inputs.kinds import PROSE
 from diag.inputs.outside import HALVES, reason
-from diag.inputs.texts import PROSE, documents, read_text, texts
+from diag.inputs.texts import documents, read_text, texts
 
 
 def as_inputs(given: object, tower: str) -> Inputs:

@@ -23,6 +23,7 @@ from diag.errors import UnreadableInput, UserError, one_of, visible
 from diag.inputs import tars
 from diag.inputs.folders import File, files_below
 from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256, stored
+from diag.inputs.kinds import IMAGES, PROSE, kind_of, others
 from diag.inputs.outside import MEGABYTE, reason, regular, too_large
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -80,6 +81,7 @@ def images(source: str | Path) -> Inputs:
         root = path
     else:
         regular(path, "image", tip)
+        _refuse_other(path)
         status, root = path.stat(), path.parent
         found = [(path.name, status.st_size, status.st_mtime_ns)]
     if len(unreadable) == len(found):
@@ -87,9 +89,33 @@ def images(source: str | Path) -> Inputs:
             return _tar_images(str(source), packed, path)
         why = "".join(f": '{visible(name)}' is {problem}" for name, problem in [*unreadable.items()][:1])
         raise UserError(
-            f"no image in '{path}'{why}", f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}"
+            f"no image in '{path}'{why or others(path)}",
+            f"image files end in {one_of((*IMAGE_SUFFIXES, '.tar'))}",
         )
     return _in_files(str(source), root, found, unreadable)
+
+
+def _refuse_other(file: Path) -> None:
+    """Raises UserError for a file that is no image, so that it is told before a model is loaded.
+
+    One that cannot be opened is told where it is read.
+    """
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(16)
+    except OSError:
+        return
+    if any(start.startswith(image) for image in IMAGES):
+        return
+    ending = file.suffix.lower()
+    kind = "a text" if ending in PROSE else kind_of(Path() if ending in IMAGE_SUFFIXES else file, start)
+    if kind == "an image":
+        raise UserError(f"'{file}' is an image, but no JPEG, PNG or WebP", "convert it, for example to PNG")
+    what = f"'{file}' is {kind}, not an image" if kind else f"'{file}' is no JPEG, PNG or WebP image"
+    as_text = kind in ("a text", "lines of JSON", "a table", "a Parquet file")
+    raise UserError(
+        what, f"--texts {file}" if as_text else "give an image in JPEG, PNG or WebP, or a folder of them"
+    )
 
 
 def _matching(pattern: str) -> Inputs:

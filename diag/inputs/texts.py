@@ -10,43 +10,15 @@ from pathlib import Path
 from diag.errors import UserError, one_of, visible
 from diag.inputs.folders import files_below
 from diag.inputs.items import COLUMNS_OF_TEXT, Inputs, Item, column_of, data_set, existing, sha256
+from diag.inputs.kinds import PROSE, kind_of, others
 from diag.inputs.outside import MEGABYTE, as_utf_8, reason, regular, too_large
 from diag.inputs.text_tables import SUFFIXES, cells, named_table
 
 MOST_TEXT = 1_000 * MEGABYTE
 """Bytes of the texts of one run, which are held in memory."""
 
-PROSE = (".txt", ".md", ".markdown", ".rst")
-"""Endings of the texts of a folder."""
-
 TABLES = ("JSON", "lines of JSON", "a table", "a Parquet file")
 """Kinds of files with texts in them."""
-
-OTHER_SUFFIXES = {
-    **dict.fromkeys((".json", ".ipynb"), "JSON"),
-    **dict.fromkeys((".xls", ".xlsx", ".ods", ".arrow", ".feather"), "a table"),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), "a web page"),
-    **dict.fromkeys((".pdf", ".ps", ".djvu"), "a printed page"),
-    **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".epub"), "a document of a word processor"),
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz"), "an archive"),
-    **dict.fromkeys((".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".gguf"), "a file of numbers"),
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "an image"),
-}
-"""What is no prose, by its suffix: read as such, its brackets and tags would be measured."""
-
-OTHER_STARTS = {
-    b"%PDF-": "a printed page",
-    b"{\\rtf": "a document of a word processor",
-    b"PK\x03\x04": "an archive",
-    b"\x1f\x8b": "an archive",
-    b"BZh": "an archive",
-    b"\xfd7zXZ": "an archive",
-    b"\x28\xb5\x2f\xfd": "an archive",
-    b"PAR1": "a Parquet file",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-}
-"""The same by the first bytes, whatever a file is called."""
 
 AS_TABLE = f"texts in a column: --texts FILE,column=NAME, where FILE ends in {one_of(SUFFIXES)}"
 AS_TEXT = "save its text as UTF-8, in a .txt file"
@@ -84,7 +56,7 @@ def texts(source: str | Path) -> Inputs:
             f"cannot read '{visible(str(path / name))}': {why}", "mend it, or leave it out of the folder"
         )
     if not listed:
-        raise UserError(f"no text file in '{path}'{_others(path)}", f"text files end in {one_of(PROSE)}")
+        raise UserError(f"no text file in '{path}'{others(path)}", f"text files end in {one_of(PROSE)}")
     if (size := sum(size for _, size, _ in listed)) > MOST_TEXT:
         raise _too_long(f"the texts in '{path}'", size)
     read = {visible(name): _read(path / name) for name, *_ in listed}
@@ -118,11 +90,10 @@ def _is_there(source: str) -> bool:
 
 def _read(file: Path) -> str:
     """`read_text`, which may be empty."""
-    kind = OTHER_SUFFIXES.get(file.suffix.lower())
     content = _content(file)
-    kind = kind or next((kind for start, kind in OTHER_STARTS.items() if content.startswith(start)), None)
-    if kind is not None:
-        raise UserError(f"'{file}' is {kind}, not a text", AS_TABLE if kind in TABLES else AS_TEXT)
+    if (kind := kind_of(file, content)) is not None:
+        tip = AS_TABLE if kind in TABLES else f"--images {file}" if kind == "an image" else AS_TEXT
+        raise UserError(f"'{file}' is {kind}, not a text", tip)
     return _decoded(content, f"'{file}'")
 
 
@@ -152,16 +123,6 @@ def _decoded(content: bytes, what: str) -> str:
             "convert UTF-16 first: iconv -f utf-16 -t utf-8 FILE > NEW",
         )
     return text
-
-
-def _others(folder: Path) -> str:
-    """What else lies in a folder that somebody may have taken for texts."""
-    found = {Path(name).suffix for name, *_ in files_below(folder, lambda name: bool(Path(name).suffix))[0]}
-    said = [
-        f"'{visible(suffix)}'" + (f" ({kind})" if (kind := OTHER_SUFFIXES.get(suffix.lower())) else "")
-        for suffix in sorted(found)[:3]
-    ]
-    return f", only {' and '.join(said)}" if found else ""
 
 
 def _too_long(what: str, size: int) -> UserError:

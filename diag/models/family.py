@@ -65,6 +65,7 @@ class Family:
     spreads: its models can lie on several devices.
     packages: what it is loaded with, for the record of versions.
     commit: of a name on the hub the commit that would be loaded; None where that is not known.
+    reads_text: whether a model takes texts and no images, as far as its name or its folder tells.
     repository: where on the hub a model's weights lie; None where that is not known without loading it.
     """
 
@@ -85,6 +86,7 @@ class Family:
     spreads: bool = False
     packages: tuple[str, ...] = ()
     commit: Callable[[ModelSpec], str | None] = lambda spec: None
+    reads_text: Callable[[ModelSpec], bool] = lambda spec: False
     repository: Callable[[ModelSpec], str | None] = lambda spec: spec.name.removeprefix(HUB)
 
 

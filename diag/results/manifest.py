@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diag.errors import UserError
+from diag.inputs.mistakes import WORDS, mistake
 from diag.inputs.outside import json_of
 from diag.results.folder import MANIFEST, is_finished
 
@@ -172,10 +173,9 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
     try:
         checked = fields.model_validate(found)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        said = f"is {first['input']!r:.60}: {first['msg'].lower()}"
-        why = "is missing" if first["type"] == "missing" else said
+        steps, why, given = mistake(error)
+        place = ".".join(map(str, steps))
+        why = why if why == WORDS["missing"] else f"is {given!r:.60}: it {why}"
         raise UserError(f"cannot read manifest '{folder / MANIFEST}': '{place}' {why}", tip) from error
     lacking = [name for name in FILLED if name in fields.model_fields and name not in found]
     return {name: getattr(checked, name) for name in lacking} | found

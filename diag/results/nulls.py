@@ -83,5 +83,5 @@ def for_people(table: pd.DataFrame, verdicts: Iterable[str]) -> pd.DataFrame:
     ]
     named = {"label": "model", "null": "null", "bias": "bias", "value": "null value", "left": "left"}
     shown = table[[*named]].rename(columns=named)
-    shares = ["" if np.isnan(share) else f"{share:.0%}" for share in table["share_left"]]
+    shares = ["" if np.isnan(share) else f"{fixed(100 * share, 0)}%" for share in table["share_left"]]
     return shown.assign(**{"95 % interval": spread, "share left": shares, "verdict": list(verdicts)})

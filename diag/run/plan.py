@@ -16,12 +16,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from diag.errors import LARGEST, UserError, ranges
 from diag.inputs.images import images
 from diag.inputs.items import Inputs, sha256
+from diag.inputs.mistakes import mistake
 from diag.inputs.texts import texts
+from diag.metrics.names import metric_names
 from diag.models.families import family_of
 from diag.models.names.arguments import local_files, read
 from diag.models.names.changes import strengths_file
 from diag.models.names.resolve import parse
-from diag.models.names.spec import CHECKPOINT, ModelSpec, folder_named
+from diag.models.names.spec import CHECKPOINT, ModelSpec, folder_named, written
 from diag.results.caveats import BY_DEFAULT
 from diag.results.folder import MANIFEST, PLAN
 from diag.results.hashes import sha256_of
@@ -105,40 +107,6 @@ class Plan(BaseModel):
             option = str(place[0]) if place else "what is given"
             flag = cls.flags.get(option, "--" + option.replace("_", "-")) if place else option
             raise UserError(f"{flag} {reason}", f"given: {as_typed(given)}") from error
-
-
-def mistake(error: ValidationError) -> tuple[tuple[int | str, ...], str, Any]:
-    """The first thing that is wrong with a plan: where, why in words, and what was given."""
-    first = error.errors(include_url=False)[0]
-    return first["loc"], in_words(first), first["input"]
-
-
-WORDS = {
-    "greater_than": "is above {gt:.16g}",
-    "greater_than_equal": "is at least {ge:.16g}",
-    "less_than": "is below {lt:.16g}",
-    "less_than_equal": "is at most {le:.16g}",
-    "finite_number": "is a number, and finite",
-    "literal_error": "is {expected}",
-    "too_short": "names too little: at least {min_length}",
-    "too_long": "names too much: at most {max_length}",
-    "missing": "is missing",
-    "extra_forbidden": "is not known",
-    "value_error": "{error}",
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "is a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "is a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "is true or false"),
-    **dict.fromkeys(("string_type", "string_unicode", "path_type"), "is text"),
-    **dict.fromkeys(("tuple_type", "list_type"), "is a list"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "is a mapping of names to values"),
-}
-"""What pydantic calls a mistake -> how it is told."""
-
-
-def in_words(mistake: Mapping[str, Any]) -> str:
-    """One of pydantic's errors, as what its field is or may be. What has no words here keeps pydantic's."""
-    said = WORDS.get(mistake["type"])
-    return said.format(**mistake.get("ctx", {})) if said else f"is refused ({mistake['msg']})"
 
 
 def as_typed(given: Any) -> str:
@@ -243,13 +211,14 @@ class ProbePlan(Plan):
         """
         what = self.model_dump(mode="json", exclude=set(HOW))
         what |= {kind: _given(what[kind]) for kind in ("images", "texts")}
+        what |= self._meant()
         if self.null is None:
             del what["null"]  # runs without one have the keys that they had
         commits = {name: commit for name in self.models if (commit := _commit(name))}
         local = [path for name in self.models for path in local_files(name)]
         local += [base for path in local if (base := _base_of(path))]
         common = (self.checkpoint, read(self.model_args).get(CHECKPOINT))
-        local += [path for path in common if path is not None and os.path.exists(path)]
+        local += [Path(path).absolute() for path in common if path is not None and os.path.exists(path)]
         files: dict[str, Any] = {str(path): _stamp(path) for path in local}
         files |= {str(path): _content(path) for path in filter(None, map(strengths_file, self.changes))}
         document: dict[str, Any] = {"plan": what, "inputs": inputs, "files": files, "version": version()}
@@ -258,6 +227,26 @@ class ProbePlan(Plan):
         if commits:
             document["commits"] = commits
         return sha256(json.dumps(document, sort_keys=True))
+
+    def _meant(self) -> dict[str, Any]:
+        """Fields that can be typed in several ways, in the one that stands for all: groups of metrics are
+        written out, layers and arguments in order, a checkpoint's path is whole.
+
+        Which layer -1 is only the loaded model tells.
+        """
+        try:
+            metrics = metric_names(self.metrics)
+        except UserError:  # which is told where they are read
+            metrics = list(self.metrics or ())
+        arguments = read(self.model_args)
+        if CHECKPOINT in arguments:
+            arguments[CHECKPOINT] = Path(arguments[CHECKPOINT]).absolute()
+        return {
+            "metrics": metrics,
+            "layers": self.layers and sorted(set(self.layers)),
+            "model_args": written(arguments),
+            "checkpoint": self.checkpoint and str(self.checkpoint.absolute()),
+        }
 
     @property
     def changes(self) -> tuple[str, ...]:

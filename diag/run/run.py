@@ -51,6 +51,7 @@ from diag.run.shard_ledger import (
     standing,
 )
 from diag.run.shards import TowerJob, entry_of, shard_values, tower_samples
+from diag.run.unused import unused
 from diag.run.weights_ahead import WeightsAhead, weights_ahead
 from diag.show.figures.drawer import Drawer
 from diag.variants import variants_in
@@ -235,6 +236,8 @@ def _measure_model(
     named = {kind for kind, flag in (("vision", plan.images), ("text", plan.texts)) if flag is not None}
     if not named:
         kinds = kinds[:1]
+    for line in unused(plan, kinds, spec.given) if seed is None else ():
+        job.listener.say(line)
     towers = [(kind, tower) for kind in kinds for tower in model.takers(kind, plan.tokens)]
     failed = dict[str, str]()
     for kind, tower in towers:

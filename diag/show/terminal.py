@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 WIDTH = 80
+"""Columns that text takes at most, and tables where nobody reads them in a terminal."""
+
+NARROWEST, WIDEST = 40, 240
 
 PLAIN_SECONDS = 15.0
 
@@ -37,8 +43,26 @@ COLUMNS = {entry.name: (entry.column, entry.gloss) for entry in sorted(CATALOGUE
 """Metric -> its heading and what that means. The table shows as many as fit, in this order."""
 
 
-def result_table(layers: pd.DataFrame) -> str:
-    """The per-layer table of every model, tower and token set, and a legend, at most `WIDTH` columns wide."""
+def width() -> int:
+    """Columns of the terminal that stdout is, or that COLUMNS says; `WIDTH` where it is none."""
+    told = os.environ.get("COLUMNS", "")
+    found = int(told) if re.fullmatch("[0-9]{1,5}", told) else 0
+    if not found and sys.stdout.isatty():
+        with suppress(OSError, ValueError):  # a stream without a file under it
+            found = os.get_terminal_size(sys.stdout.fileno()).columns
+    return min(max(found, NARROWEST), WIDEST) if found else WIDTH
+
+
+def text_width() -> int:
+    """Columns of text: as the terminal has, and at most `WIDTH`, beyond which lines are hard to read."""
+    return min(width(), WIDTH)
+
+
+def result_table(layers: pd.DataFrame, sources: Mapping[str, str] | None = None) -> str:
+    """The per-layer table of every model, tower and token set, and a legend, as wide as the terminal is.
+
+    sources: tower -> where its inputs are from, in words.
+    """
     blocks: list[str] = []
     legend: dict[str, None] = {}
     for _, part in layers.groupby(["model", "tower", "tokens"], sort=False):
@@ -54,20 +78,22 @@ def result_table(layers: pd.DataFrame) -> str:
                 ends = spread.loc[wide.index, ["ci_low", "ci_high"]].itertuples(index=False)
                 between = "…" if (spread["ci_low"] < 0).any() else "–"  # a dash would read as a minus
                 more["95 % CI"] = [f"{shown(low)}{between}{shown(high)}" for low, high in ends]
-            if len(aligned(cells | more)[0]) > WIDTH:
+            if len(_lines(_padded(cells | more, str.rjust))[0]) > width():
                 break
             cells |= more
             legend |= {f"{heading}: {meaning}": None} if meaning else {}
-        whose = textwrap.wrap(ledger_sentence(part), WIDTH)
-        blocks.append("\n".join([*filled(_title(part)), *aligned(cells), *whose]))
+        whose = textwrap.wrap(ledger_sentence(part), text_width())
+        blocks.append("\n".join([*filled(_title(part, sources or {})), *aligned(cells), *whose]))
     blocks.append("\n".join(filled([*legend], "; ")))
     return "\n\n".join(blocks)
 
 
-def _title(part: pd.DataFrame) -> list[str]:
+def _title(part: pd.DataFrame, sources: Mapping[str, str]) -> list[str]:
     first = part.iloc[0]
     size = f" (T = {span(part['n_tokens'])})" if "n_tokens" in part else ""
     title = [first["model"], first["tower"], f"{first['tokens']} tokens{size}", f"n = {part['n'].max()}"]
+    if source := sources.get(str(first["tower"])):
+        title[-1] += f" of {source}"
     title += [f"values {first['values']}"] if "values" in part else []
     if first.get("intervention", "none") != "none":
         title.append(f"with {first['intervention']}")
@@ -86,24 +112,51 @@ def _title(part: pd.DataFrame) -> list[str]:
 def aligned(
     cells: Mapping[str, Sequence[str]], justify: Callable[[str, int], str] = str.rjust, between: str = " "
 ) -> list[str]:
-    """Columns under their headings, aligned on the right."""
-    lines = [tuple(map(visible, line)) for line in [tuple(cells), *zip(*cells.values(), strict=True)]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [between.join(map(justify, line, widths)) for line in lines]
+    """Columns under their headings, aligned on the right; `beside` each other."""
+    return beside(_padded(cells, justify), between)
+
+
+def beside(columns: Sequence[Sequence[str]], between: str = " ") -> list[str]:
+    """The lines of columns of padded cells. A terminal of less than `WIDTH` columns that is too narrow for
+    all gets them in blocks below each other, each with the first column: it would break lines elsewhere.
+    """
+    first, *others = columns
+    blocks, room = [[first]], width()
+    for column in others:
+        block = [*blocks[-1], column]
+        if room < WIDTH and len(block) > 2 and len(_lines(block, between)[0]) > room:
+            blocks.append([first, column])
+        else:
+            blocks[-1] = block
+    return [line for n, block in enumerate(blocks) for line in [*[""] * (n > 0), *_lines(block, between)]]
+
+
+def _padded(cells: Mapping[str, Sequence[str]], justify: Callable[[str, int], str]) -> list[Sequence[str]]:
+    """Columns of cells of one length, each under its heading."""
+    found: list[Sequence[str]] = []
+    for column in ([visible(head), *map(visible, texts)] for head, texts in cells.items()):
+        longest = max(map(len, column))
+        found.append([justify(cell, longest) for cell in column])
+    return found
+
+
+def _lines(columns: Sequence[Sequence[str]], between: str = " ") -> list[str]:
+    return [between.join(line) for line in zip(*columns, strict=True)]
 
 
 def filled(parts: Sequence[str], between: str = " · ") -> list[str]:
-    """Parts in as few lines of `WIDTH` as they take, broken between parts."""
+    """Parts in as few lines of text as they take, broken between parts."""
     # textwrap does not break at no-break spaces
     text = between.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-    lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    lines = textwrap.wrap(text, text_width(), subsequent_indent="  ", break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as aligned columns."""
+def columns(rows: Sequence[Mapping[str, Any]], *, whole: bool = False) -> str:
+    """Rows of equal keys as aligned columns. whole: in one block, however narrow the terminal is."""
     cells = {head: ["" if row[head] is None else str(row[head]) for row in rows] for head in rows[0]}
-    return "\n".join(line.rstrip() for line in aligned(cells, str.ljust, "  "))
+    lines = _lines(_padded(cells, str.ljust), "  ") if whole else aligned(cells, str.ljust, "  ")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class StderrListener:

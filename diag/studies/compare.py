@@ -38,7 +38,7 @@ from diag.show.figures import ENDINGS, Asked
 from diag.show.figures.drawer import Drawer, draw_all
 from diag.show.figures.panels import COMPARISON_METRICS, PROFILE_METRICS
 from diag.show.figures.tables import rows_of, shorten, span
-from diag.show.terminal import WIDTH, filled
+from diag.show.terminal import beside, filled, text_width
 from diag.show.words import comparison as compared_words
 from diag.show.words import summary
 from diag.show.words.control import series_control
@@ -265,7 +265,7 @@ def draw_comparison(
 
 
 def screen(found: Comparison) -> str:
-    """Lines, means, depth, differences and verdict, at most `WIDTH` columns wide."""
+    """Lines, means, depth, differences and verdict, at most 80 columns wide."""
     names = (
         list(string.ascii_uppercase)
         if len(found.labels) <= 26
@@ -282,7 +282,7 @@ def screen(found: Comparison) -> str:
 def _filled(said: str) -> str:
     """A paragraph in lines; `n = 14` stays together, because textwrap does not break at no-break spaces."""
     bound = said.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
-    return textwrap.fill(bound, WIDTH, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
+    return textwrap.fill(bound, text_width(), break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
@@ -292,7 +292,7 @@ def _lines(found: Comparison, keys: Mapping[str, str]) -> str:
         facts = [f"T = {size}"] if size and " T = " not in str(label) else []
         facts += [f"n = {counts}", str(part["tokens"].iloc[0])]
         key, (name, behind) = keys[str(label)], apart(str(label))
-        room = WIDTH - len(key) - len(BETWEEN.join(["", *facts])) - 1
+        room = text_width() - len(key) - len(BETWEEN.join(["", *facts])) - 1
         said += filled([f"{key} {shorten(name, room)}", *behind, *facts])
     return "\n".join(said)
 
@@ -305,8 +305,8 @@ def _means(shown: Mapping[str, Profile]) -> str:
         said = {head: _with_interval(profile.get((metric, "mean"))) for head, metric in means.items()}
         own = percent(share.value) if share is not None and share.known else "–"
         rows.append({"": key, **said, "self": own})
-    title = "Mean over layers: bias cos(y,v) with 95 % CI, its excess over two nulls, share\n"
-    return title + "of it that is the token attending to itself\n" + _table(rows)
+    title = "Mean over layers: bias cos(y,v) with 95 % CI, its excess over two nulls, share "
+    return _titled(title + "of it that is the token attending to itself", rows)
 
 
 def _left(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
@@ -317,8 +317,7 @@ def _left(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
         row = {"": f"{keys[str(label)]} {null}", "bias": fixed(bias), "null": fixed(value)}
         of_bias = "–" if pd.isna(share) else percent(share)
         rows.append({**row, "left": _with_interval(Found(left, low, high, n)), "share left": of_bias})
-    title = "What each null leaves of the bias, bias - null, with 95 % CI\n"
-    return title + _table(rows) if rows else ""
+    return _titled("What each null leaves of the bias, bias - null, with 95 % CI", rows)
 
 
 def _depth(shown: Mapping[str, Profile]) -> str:
@@ -327,7 +326,7 @@ def _depth(shown: Mapping[str, Profile]) -> str:
         if ("cos_y_vself", "first") in profile:
             rise = _with_interval(profile["cos_y_vself", "last_minus_first"])
             rows.append({"": key, **_over_depth(profile, "cos_y_vself", {"last - first": rise})})
-    return "Bias over depth (minimum @layer, relative depth)\n" + _table(rows) if rows else ""
+    return _titled("Bias over depth (minimum @layer, relative depth)", rows)
 
 
 def _similarity(shown: Mapping[str, Profile]) -> str:
@@ -341,8 +340,7 @@ def _similarity(shown: Mapping[str, Profile]) -> str:
             rows.append({"": key, **_over_depth(profile, "value_similarity", more)})
             words.add(growth.word.split(":")[0])
     said = words.pop() if len(words) == 1 else "first to last"
-    title = f"Value similarity over depth (growth: {said}; after the onset it grows)\n"
-    return title + _table(rows) if rows else ""
+    return _titled(f"Value similarity over depth (growth: {said}; after the onset it grows)", rows)
 
 
 def _unclear(shown: Mapping[str, Profile]) -> str:
@@ -371,8 +369,7 @@ def _apart(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
         known = {name: Found(value, low, high, int(n)) for name, value, low, high, n in columns}
         said = {head: _with_interval(known.get(name)) for name, head in SHORT_DIFFERENCES.items()}
         rows.append({"": f"{b} - {a}", **said, "paired": "yes" if part["paired"].all() else "no"})
-    title = "Differences of means over layers, with 95 % CI (B - A above 0: B has more)\n"
-    return title + _table(rows) if rows else ""
+    return _titled("Differences of means over layers, with 95 % CI (B - A above 0: B has more)", rows)
 
 
 def _over_depth(profile: Profile, metric: str, more: Row) -> Row:
@@ -397,6 +394,10 @@ def _with_interval(number: Found | None, digits: int = 3) -> tuple[str, str]:
     return fixed(number.value, digits), spread
 
 
+def _titled(title: str, rows: Sequence[Row]) -> str:
+    return f"{_filled(title)}\n{_table(rows)}" if rows else ""
+
+
 def _table(rows: Sequence[Row]) -> str:
     """Aligned columns: words left, numbers right; of a number with an interval, both."""
     columns = []
@@ -412,4 +413,4 @@ def _table(rows: Sequence[Row]) -> str:
         left = head in ("", "shape")
         shown = head.ljust(width) if left or widths[1] else head.rjust(width)
         columns.append([shown, *(text.ljust(width) if left else text.rjust(width) for text in texts)])
-    return "\n".join(" ".join(line).rstrip() for line in zip(*columns, strict=True))
+    return "\n".join(line.rstrip() for line in beside(columns))

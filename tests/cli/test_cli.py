@@ -145,10 +145,11 @@ def test_stdout_carries_the_table_and_stderr_the_rest(finished: tuple[Path, Ende
     assert ended.code == 0
     lines = ended.out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0] == "demo:vit-p16 · vision · patch tokens (T = 17) · n = 4 · values as_computed"
-    assert [line.split()[0] for line in lines[2:8]] == list("012345")
+    assert lines[0] == "demo:vit-p16 · vision · patch tokens (T = 17) · n = 4 of demo ·"
+    assert lines[1] == "  values as_computed"
+    assert [line.split()[0] for line in lines[3:9]] == list("012345")
     first = pd.read_csv(folder / "layers.csv").iloc[0]
-    assert lines[2].split()[1] == f"{first['mean']:.3f}"
+    assert lines[3].split()[1] == f"{first['mean']:.3f}"
     assert ended.lines == ["demo:vit-p16 → demo:vit-p16", f"run: {folder}"]
 
 

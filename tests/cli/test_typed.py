@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,9 @@ def test_train_does_not_offer_what_it_refuses(attnbias: Attnbias) -> None:
 def test_a_model_needs_no_option(words: tuple[object, ...], attnbias: Attnbias) -> None:
     wanted = attnbias("probe", *MODEL, "--limit", 2, "--dry-run", "--json")
     found = attnbias(*words[:1], "--dry-run", "--json", *words[1:])
-    assert (found.code, found.out) == (0, wanted.out), found.err
+    assert found.code == 0, found.err
+    plans = [json.loads(ended.out)["plan"] for ended in (found, wanted)]
+    assert plans[0] == plans[1]  # the memory beside it is what happens to be there
 
 
 def test_several_models_and_options_whose_values_are_like_them(attnbias: Attnbias) -> None:
@@ -134,20 +137,71 @@ def test_several_models_and_options_whose_values_are_like_them(attnbias: Attnbia
         (
             ("probe", *MODEL, "--images", "a.png", "b.png"),
             "'b.png' is a file, and belongs to no option",
-            "DIR/*.jpg",
+            "DIR/*.png",
         ),
+        (("demo:vit-p16", "a.png"), "'a.png' is a file, and belongs to no option", "--images a.png"),
+        (("attend", "demo:vit-p16", "a.PNG"), "'a.PNG' is a file", "--image a.PNG"),
+        (("probe", "demo:lm", "--texts", "a.txt", "b.txt"), "'b.txt' is a file", "--texts DIR"),
+        (("demo:lm", "a.csv"), "'a.csv' is a file", "--texts a.csv"),
+        (("demo:vit-p16", "a.pt"), "'a.pt' is a file", "--checkpoint a.pt"),
+        (("readout", "demo:vit-p16", "a.txt"), "'a.txt' is a file", "a model is a name"),
         (("report", "one", "--nothing"), "No such option", ""),
     ],
 )
 def test_what_is_no_model_is_told(
     words: tuple[object, ...], message: str, tip: str, attnbias: Attnbias
 ) -> None:
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "a.PNG", "a.txt", "b.txt", "a.csv", "a.pt"):
         Path(name).write_bytes(b"")
     ended = attnbias(*words)
     assert ended.code == 2
     assert message in ended.lines[0], ended.err
     assert tip in ended.lines[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "due"),
+    [
+        ((), "a model"),
+        (("probe",), "a model"),
+        (("probe", "-m"), "a model"),
+        (("attend", "-m", "demo:vit-p16"), "a model"),
+        (("intervene",), "a model"),
+        (("compare",), "a run"),
+        (("report", "runs/a"), "a run"),
+    ],
+)
+def test_a_plan_goes_to_the_verb_that_it_is_for(words: tuple[str, ...], due: str, attnbias: Attnbias) -> None:
+    plans = {"figures": "figures: []", "train": "recipe: {}", "train-clip --config": "epochs: 1", "": "a: 1"}
+    for verb, text in plans.items():
+        Path("a.yml").write_text(text)
+        ended = attnbias(*words, "a.yml")
+        what = f"a plan for attnbias {verb.split()[0]}" if verb else "a YAML file"
+        assert ended.lines[0] == f"error: 'a.yml' is {what}, not {due}"
+        assert ended.lines[1].startswith(f"tip: attnbias {verb} a.yml" if verb else "tip: attnbias figures")
+        assert (ended.code, ended.out) == (2, "")
+
+
+def test_models_are_told_from_runs(attnbias: Attnbias) -> None:
+    Path("demo:vit-p4").mkdir()
+    given = ("demo:vit-p16", "runs/gpt2", "demo:vit-p4", "-m", "demo:vit-p8", "gone", "demo:vit-p16")
+    rows = json.loads(attnbias("compare", *given, "--limit", 1, "--dry-run", "--json").out)
+    assert [row.get("model", row["run"]) for row in rows] == [
+        *("runs/gpt2", "demo:vit-p4", "gone"),
+        *("demo:vit-p16", "demo:vit-p8"),
+    ]
+
+
+def test_help_shows_where_a_model_may_stand(attnbias: Attnbias) -> None:
+    usage = {verb: attnbias(*verb.split(), "--help").out.splitlines()[0] for verb in ("", "probe", "compare")}
+    assert usage == {
+        "": "Usage: attnbias [OPTIONS] COMMAND|MODEL [ARGS]...",
+        "probe": "Usage: attnbias probe [MODEL…] [OPTIONS]",
+        "compare": "Usage: attnbias compare [OPTIONS] [RUN|MODEL]...",
+    }
+    for verb in ("attend", "audit", "intervene", "readout"):
+        assert attnbias(verb, "--help").out.startswith(f"Usage: attnbias {verb} [MODEL…] [OPTIONS]\n")
+    assert "MODEL" not in attnbias("merge", "--help").out
 
 
 @pytest.mark.parametrize(
@@ -161,8 +215,11 @@ def test_what_is_no_model_is_told(
     ],
 )
 def test_one_meaning_is_one_plan(typed: tuple[str, ...], meant: tuple[str, ...], attnbias: Attnbias) -> None:
-    plans = [attnbias("probe", *MODEL, *words, "--dry-run", "--json").out for words in (typed, meant)]
-    assert plans[0] == plans[1] != ""
+    plans = [
+        json.loads(attnbias("probe", *MODEL, *words, "--dry-run", "--json").out)["plan"]
+        for words in (typed, meant)
+    ]
+    assert plans[0] == plans[1]
 
 
 def test_all_metrics_are_every_group_that_any_model_has() -> None:

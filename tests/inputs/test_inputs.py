@@ -362,7 +362,8 @@ def test_the_stamp_follows_times_and_what_was_replaced_meanwhile_is_told(album: 
     assert files is not None
     assert files.sha256(0) == hashlib.sha256(first.read_bytes()).hexdigest()
     files.check(0)
-    first.write_bytes(bytes(reversed(first.read_bytes())))
+    content = first.read_bytes()
+    first.write_bytes(content[:16] + content[:15:-1])  # a file that begins as an image does
     os.utime(first, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
     after = images(album)
     assert after.digest == before.digest
@@ -446,6 +447,45 @@ def test_what_is_no_prose_is_refused(
     assert tip in str(caught.value.tip)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message", "tip"),
+    [
+        ("a.txt", b"some words", "is a text, not an image", "--texts"),
+        ("a.pdf", b"%PDF-1.7", "is a printed page, not an image", "JPEG, PNG or WebP"),
+        ("a.png", b"%PDF-1.7", "is a printed page, not an image", "JPEG, PNG or WebP"),
+        ("a.csv", b"text\na", "is a table, not an image", "--texts"),
+        ("a.mp4", b"\0\0\0 ftyp", "is a video, not an image", "a folder of them"),
+        ("a.gif", b"GIF89a", "is an image, but no JPEG, PNG or WebP", "convert it"),
+        ("a.jpg", b"GIF89a", "is an image, but no JPEG, PNG or WebP", "convert it"),
+        ("a.png", b"", "is no JPEG, PNG or WebP image", "a folder of them"),
+        ("a", b"words", "is no JPEG, PNG or WebP image", "a folder of them"),
+    ],
+)
+def test_a_file_that_is_no_image_is_told_what_it_is(
+    name: str, content: bytes, message: str, tip: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        images(tmp_path / name)
+    assert str(caught.value) == f"'{tmp_path / name}' {message}"
+    assert tip in str(caught.value.tip)
+
+
+def test_an_image_is_one_whatever_it_is_called(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.txt", format="png")
+    (item,) = images(tmp_path / "a.txt")
+    assert isinstance(item.read(), Image.Image)
+
+
+def test_a_folder_without_images_tells_what_lies_there(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.pdf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no image in '.*', only '.pdf' \(a printed page\) and '.txt' \(texts\)"
+    ):
+        images(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.md", "a.rst", "a.py", "a.tex", "README", "a.txt"])
 def test_prose_and_code_are_texts(tmp_path: Path, name: str) -> None:
     """JSON too, in a file that is called a text."""
@@ -469,7 +509,7 @@ def test_texts_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_folder_of_other_texts_says_what_is_there(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "c.csv", "README"):
         (tmp_path / name).write_text("text")
-    with pytest.raises(UserError, match=r"no text file in '.*', only '\.csv' and '\.jsonl'"):
+    with pytest.raises(UserError, match=r"no text file in '.*', only '\.csv' \(a table\) and '\.jsonl'"):
         texts(tmp_path)
 
 

@@ -390,7 +390,7 @@ def test_an_empty_tar_is_two_lines(attnbias: Callable[..., Ended], tmp_path: Pat
 
 
 def test_the_only_image_is_told_once(attnbias: Callable[..., Ended], tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG no image")
     ended = attnbias("probe", "-m", "demo:vit-p16", "--images", tmp_path / "a.png", "-o", "run")
     assert ended.code == 2
     assert ended.err.count("cannot read image 'a.png'") == 1

@@ -12,7 +12,7 @@ from diag.results import decimals
 from diag.results.decimals import fixed, shown
 from diag.results.writing import write
 from diag.show.report.maps import number as in_report
-from diag.show.words.phrases import decimal, interval
+from diag.show.words.phrases import decimal, interval, percent
 
 
 def test_examples() -> None:
@@ -26,6 +26,7 @@ def test_there_is_no_minus_before_what_is_shown_as_0(value: float, tmp_path: Pat
     assert [fixed(value), fixed(value, sign=True), shown(value)] == ["0.000"] * 3
     assert [decimal(value), in_report(value)] == ["0.000"] * 2
     assert interval(value, value, sign=True) == "0.000 to 0.000"
+    assert percent(value) == "0%"
     write(pd.DataFrame({"v": [value]}), tmp_path / "table.tex")
     assert "\n0.000 \\\\\n" in (tmp_path / "table.tex").read_text()
 

@@ -78,6 +78,31 @@ def test_the_key_does_not_change_with_how_a_path_is_typed(tmp_path: Path) -> Non
         assert len({plan(**{kind: path}).key(DIGESTS) for path in ("d", "demo", "hf:d", None)}) == 4
 
 
+SPELLINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"dtype": "fp16"}, {"dtype": "float16"}),
+    ({"tokens": ("patches", "class")}, {"tokens": ("patch", "cls")}),
+    ({"metrics": ("default",)}, {}),
+    ({"metrics": ("default", "entropy")}, {"metrics": None}),
+    ({"metrics": ("excess", "excess")}, {"metrics": ("excess",)}),
+    ({"layers": (2, 0, 2)}, {"layers": (0, 2)}),
+    ({"layers": ("1:3",)}, {"layers": (1, 2)}),
+    ({"layers": ("last",)}, {"layers": (-1,)}),
+    ({"values": "bias-free"}, {"values": "bias_free"}),
+    ({"null": "untrained"}, {"null": "untrained=3"}),
+    ({"model_args": ("b=1", "a=0x2")}, {"model_args": ("a=2", "b=1")}),
+    ({"checkpoint": Path("x/../w.pt")}, {"checkpoint": Path("x/../w.pt").absolute()}),
+    ({"model_args": ("checkpoint=w.pt",)}, {"model_args": (f"checkpoint={Path('w.pt').absolute()}",)}),
+]
+
+
+@pytest.mark.parametrize(("typed", "meant"), SPELLINGS)
+def test_one_meaning_has_one_key(
+    typed: dict[str, Any], meant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda path: False)  # the checkpoints are names alone
+    assert plan(**typed).key(DIGESTS) == plan(**meant).key(DIGESTS) != plan(seed=1).key(DIGESTS)
+
+
 @pytest.mark.parametrize("prefix", ["", "hf:"])
 def test_the_key_changes_with_weights_in_a_folder_but_not_with_runs_below_it(
     tmp_path: Path, prefix: str

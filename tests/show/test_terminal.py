@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -19,7 +20,16 @@ from diag.metrics.pattern_shape import SHAPE_METRICS
 from diag.metrics.sink_events import SINK_METRICS
 from diag.metrics.stream import STREAM_METRICS
 from diag.show import terminal
-from diag.show.terminal import COLUMNS, WIDTH, StderrListener, columns, result_table
+from diag.show.terminal import (
+    COLUMNS,
+    WIDTH,
+    StderrListener,
+    aligned,
+    columns,
+    result_table,
+    text_width,
+    width,
+)
 
 EVERY = [*METRICS, *RATIOS]
 
@@ -73,6 +83,56 @@ def test_all_metrics_show_the_eight_that_tell_most() -> None:
     heading = result_table(layers()).splitlines()[1]
     words = ["layer", "cos(y,v)", "95 % CI", "self", "context", "partner", "uniform", "v~v", "A_ii", "H/max"]
     assert heading.split() == " ".join(words).split()
+
+
+@pytest.mark.parametrize("columns_", [40, 60, 79, 80, 100, 140, 200])
+def test_a_table_has_as_many_metrics_as_the_terminal_has_room_for(
+    columns_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = result_table(layers()).splitlines()[1].split()
+    monkeypatch.setenv("COLUMNS", str(columns_))
+    lines = result_table(layers()).splitlines()
+    table = [line for line in lines if line.split()[:1] in ([str(layer)] for layer in range(12))]
+    heading = lines[lines.index(table[0]) - 1]
+    assert max(map(len, lines)) <= columns_
+    assert {len(line) for line in table} == {len(heading)}
+    assert all(len(line.split()) == len(table[0].split()) for line in table)  # no number is cut
+    shown = len(heading.split()) - len(usual)
+    assert (shown > 0) - (shown < 0) == (columns_ > 90) - (columns_ < 70)
+    if columns_ >= 140:
+        assert shown >= 7
+
+
+def test_columns_that_do_not_fit_stand_below_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {"layer": ["0", "1"], **{f"metric {n}": [f"-0.12{n} [0.1, 0.2]", "0"] for n in range(5)}}
+    whole = aligned(cells)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = aligned(cells)
+    assert max(map(len, lines)) <= 60 < len(whole[0])
+    blocks = [block.splitlines() for block in "\n".join(lines).split("\n\n")]
+    assert [line.split()[0] for block in blocks for line in block] == ["layer", "0", "1"] * len(blocks)
+    assert sorted(" ".join(lines).split()) == sorted(
+        [*" ".join(whole).split(), *["layer", "0", "1"] * (len(blocks) - 1)]
+    )
+    row = {head: texts[0] for head, texts in cells.items()}
+    assert max(map(len, columns([row]).splitlines())) <= 60
+    assert len(columns([row], whole=True).splitlines()) == 2
+
+
+def test_the_width_is_that_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (width(), text_width()) == (WIDTH, WIDTH)  # no terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    for told, found, text in ((150, 150, 80), (60, 60, 60), (3, 40, 40), (5000, 240, 80), (0, 80, 80)):
+        monkeypatch.setattr("os.get_terminal_size", lambda descriptor, n=told: os.terminal_size((n, 24)))
+        assert (width(), text_width()) == (found, text)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert width() == 100
+
+
+def test_where_inputs_are_from_stands_in_the_header() -> None:
+    heading = result_table(layers(["entropy"]), {"vision": "'photos/'", "text": "demo"}).splitlines()[:2]
+    assert " ".join(heading).split(" · ")[3] == "n = 14 of 'photos/'"
 
 
 def test_what_was_asked_for_is_shown_in_place() -> None:

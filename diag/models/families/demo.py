@@ -160,4 +160,5 @@ FAMILY = Family(
     row=_row,
     always_listed=True,
     architecture=_architecture,
+    reads_text=lambda spec: spec.name == "lm",
 )

@@ -211,4 +211,5 @@ FAMILY = Family(
     folders=True,
     packages=("transformer-lens",),
     commit=commit_of,
+    reads_text=lambda spec: True,
 )

@@ -15,8 +15,10 @@ from typing import Any
 from diag.errors import UserError, did_you_mean, one_of
 from diag.models.families import FAMILIES, all_families, family_of
 from diag.models.family import LIST_TIP, Listed
+from diag.models.names import series
 from diag.models.names.aliases import aliases
 from diag.models.names.arguments import merged, read, split
+from diag.models.names.hub import listed
 from diag.models.names.spec import (
     CHECKPOINT,
     CHECKPOINT_KEY,
@@ -117,7 +119,7 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
     """Rows `name, resolves_to, tokens, licence, note` for `attnbias models [QUERY]`.
 
     Without a query: the short names and the embedded models. With one: every name of every
-    registry that contains all its words.
+    registry that contains all its words, text models on the hub, and series, as `--series NAME`.
     """
     always = [family for family in all_families() if family.always_listed]
     rows = []
@@ -136,7 +138,17 @@ def listing(query: str | None = None) -> list[dict[str, str]]:
             if not family.always_listed:
                 names = (name for name in family.names() if matches(f"{family.prefix}:{name}"))
                 rows += [family.row(name) for name in names]
+        known = {row.resolves_to for row in rows}
+        rows += [row for row in listed() if matches(row.resolves_to) and row.resolves_to not in known]
+        rows += map(_of_series, series.listing(query))
     return [asdict(row) for row in rows]
+
+
+def _of_series(row: Mapping[str, Any]) -> Listed:
+    members = row["members"]
+    return Listed(
+        f"--series {row['name']}", f"{len(members)} models, {members[0]} … {members[-1]}", note=row["varies"]
+    )
 
 
 def _refuse_unwritable(text: str) -> None:

@@ -120,7 +120,7 @@ def percent(value: float) -> str:
     """`18%`; what is not all or nothing is not said to be."""
     if 0.995 <= value < 1:
         return ">99%"
-    return "<1%" if 0 < value < 0.005 else f"{value:.0%}"
+    return "<1%" if 0 < value < 0.005 else f"{fixed(100 * value, 0)}%"
 
 
 def share(value: float) -> str:

@@ -14,6 +14,8 @@ from diag.errors import UserError
 Point = tuple[Fraction, Fraction]
 """(fraction of the width from the left, fraction of the height from the top)."""
 
+MIDDLE: Point = (Fraction(1, 2), Fraction(1, 2))
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -31,7 +31,7 @@ from diag.run.progress import Listener, Silent
 from diag.studies.attend.agreement import agreement_of
 from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.gaze import LANGUAGE, grid_of, maps_of, questioned, shown
-from diag.studies.attend.grid import Grid, Point
+from diag.studies.attend.grid import MIDDLE, Grid, Point
 from diag.studies.attend.plan import IMAGE_TIP, AttendPlan
 from diag.studies.attend.row import TokenRow, row_of
 from diag.studies.attend.saliency import explained_of
@@ -182,8 +182,8 @@ def _in_image(
     """The target patch: as the plan names it, or the one at another model's `point`."""
     grid = _grid(model, tower, batch, call)
     if point is None:
-        assert plan.patch is not None or plan.pixel is not None
-        point = grid.centre(plan.patch) if plan.patch is not None else grid.at_pixel(plan.pixel)  # type: ignore[arg-type]
+        point = MIDDLE if plan.pixel is None else grid.at_pixel(plan.pixel)
+        point = point if plan.patch is None else grid.centre(plan.patch)
     row, column = grid.patch_at(point)
     picture, note = picture_of(
         batch.data[0, :, : grid.height, : grid.width], tower.facts.get("preprocessing") or {}

@@ -38,7 +38,8 @@ class AttendPlan(Plan):
     layer: the model's own number, negative from its last; depth: relative, 0 the first and 1 the last layer.
         One of them.
     head: query head; None for the mean over heads.
-    patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image.
+    patch: (row, column) in the first model's grid; pixel: (x, y) in the first model's resized image. Without
+        either, the patch in the middle.
     token: position in the window of text, negative from the end.
     saliency: whether attention is compared with gradients of the answer, in all layers.
     question: what a vision-language model is asked beside the image; its language model is looked at then,
@@ -84,9 +85,10 @@ class AttendPlan(Plan):
         if self.question is not None or self.general is not None:
             self._check_question()
         elif self.image is not None:
-            if (self.patch is None) == (self.pixel is None):
-                both = "both --patch and --pixel are given" if self.patch else "no target is given"
-                raise UserError(both, "give --patch ROW,COLUMN or --pixel X,Y")
+            if self.patch is not None and self.pixel is not None:
+                raise UserError(
+                    "both --patch and --pixel are given", "give --patch ROW,COLUMN or --pixel X,Y"
+                )
             if self.token is not None or self.seq_len is not None:
                 flag = "--token" if self.token is not None else "--seq-len"
                 raise UserError(f"{flag} belongs to --text", "an image takes --patch or --pixel")

@@ -14,7 +14,7 @@ import pandas as pd
 from diag.errors import spans
 from diag.models.names.changes import CONTROLS, is_control, labelled
 from diag.results.decimals import fixed
-from diag.show.terminal import WIDTH, aligned
+from diag.show.terminal import aligned, text_width
 
 
 @dataclass(frozen=True)
@@ -184,5 +184,5 @@ def _percents(part: pd.DataFrame, mean: str, low: str, high: str) -> Iterator[st
 
 def wrapped(text: str) -> list[str]:
     """A sentence in lines, a number and its % in one."""
-    lines = textwrap.wrap(text.replace(" %", "\N{NO-BREAK SPACE}%"), WIDTH, break_on_hyphens=False)
+    lines = textwrap.wrap(text.replace(" %", "\N{NO-BREAK SPACE}%"), text_width(), break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]

@@ -11,7 +11,7 @@ import pandas as pd
 from diag.models.names.changes import CONTROLS, MATCHED, is_control, labelled
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
-from diag.show.terminal import WIDTH, aligned, filled
+from diag.show.terminal import aligned, filled, text_width
 from diag.studies.intervene.costs import costs, ranking, wrapped
 from diag.studies.intervene.effect import EFFECTS
 from diag.studies.intervene.sweep import SCOPES
@@ -52,7 +52,9 @@ def table(
     model = manifest["model"]
     lines = [
         *filled([model["given"], manifest["tower"], f"n = {int(rows['n'].max())}", *caveats(model)]),
-        *textwrap.wrap(f"{effect}: {EFFECTS[effect].definition}; in brackets 95 % CI over inputs", WIDTH),
+        *textwrap.wrap(
+            f"{effect}: {EFFECTS[effect].definition}; in brackets 95 % CI over inputs", text_width()
+        ),
     ]
     for scope, said in SCOPES.items():
         part = rows[rows["scope"] == scope]
@@ -72,7 +74,7 @@ def _of_sinks(sensitivity: pd.DataFrame) -> Iterator[str]:
     if not rows["intervention"].str.startswith("sink_").any():
         return
     yield ""
-    yield from textwrap.wrap(f"{STUDY}: {EFFECTS[STUDY].definition}", WIDTH)
+    yield from textwrap.wrap(f"{STUDY}: {EFFECTS[STUDY].definition}", text_width())
     yield from _by_layer(rows)
 
 

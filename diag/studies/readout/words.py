@@ -10,7 +10,7 @@ import pandas as pd
 
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
-from diag.show.terminal import WIDTH, aligned, filled
+from diag.show.terminal import aligned, filled, text_width
 from diag.studies.readout.tables import ACCURACY, ATTENTIVE, GAIN, PREDICTORS, READOUTS
 
 SHOWN = PREDICTORS[:2]
@@ -28,7 +28,9 @@ def table(readout: pd.DataFrame, relations: pd.DataFrame, manifest: Mapping[str,
         cells[name] = [fixed(row["mean"]) for row in rows]
         cells["95 % CI" + " " * place] = [_ends(row) for row in rows]  # a heading of its own for each
     legend = filled([f"{name}: {READOUTS[name]}" for name in names], "; ")
-    said = (line for text in sentences(readout, relations, names) for line in textwrap.wrap(text, WIDTH))
+    said = (
+        line for text in sentences(readout, relations, names) for line in textwrap.wrap(text, text_width())
+    )
     return "\n".join([*filled(title), "", *aligned(cells), "", *legend, "", *said])
 
 

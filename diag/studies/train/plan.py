@@ -13,9 +13,10 @@ from diag.errors import UserError
 from diag.inputs.document import read_document
 from diag.inputs.images import images
 from diag.inputs.items import sha256
+from diag.inputs.mistakes import mistake
 from diag.inputs.texts import read_text
 from diag.models.sizes import MOST_LAYERS
-from diag.run.plan import Plan, mistake
+from diag.run.plan import Plan
 from diag.variants import BASELINE, parse
 
 LIKE = "configs/train-smoke.yaml"

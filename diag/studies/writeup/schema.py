@@ -17,8 +17,9 @@ from pydantic_core import PydanticCustomError
 
 from diag.errors import UserError, did_you_mean, one_of
 from diag.inputs.document import Document, Place, read_document
+from diag.inputs.mistakes import in_words
 from diag.results.writing import file_stem
-from diag.run.plan import ProbePlan, in_words
+from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup import drawing, tables
 from diag.studies.writeup.captions import PLACEHOLDERS

@@ -33,6 +33,7 @@ from diag.metrics.catalogue import (
 )
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.followed import FOLLOWED_METRICS
 from diag.metrics.ledger import LEDGER_METRICS
 from diag.metrics.nulls import NULL_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
@@ -660,7 +661,7 @@ def test_title_and_lead_of_one_model_say_its_caveats(tmp_path: Path) -> None:
 
 def test_every_metric_has_a_meaning_and_a_table() -> None:
     every = {*METRICS, *RATIOS, *STREAM_METRICS, *SHAPE_METRICS, *SINK_METRICS, *DIVERGENCE_METRICS}
-    every |= {*LEDGER_METRICS, *NULL_METRICS, *OF_UNTRAINED.values(), OVER_UNTRAINED}
+    every |= {*LEDGER_METRICS, *NULL_METRICS, *FOLLOWED_METRICS, *OF_UNTRAINED.values(), OVER_UNTRAINED}
     assert set(CATALOGUE) == every
     groups = grouped(every)
     assert OTHER not in groups

@@ -618,7 +618,6 @@ def test_mistakes_name_what_is_allowed(given: dict[str, object], message: str, t
         ({"text": "a"}, "both --image and --text are given"),
         ({"layer": None}, "no layer is given"),
         ({"depth": 0.5}, "both --layer and --depth are given"),
-        ({"patch": None}, "no target is given"),
         ({"pixel": (0, 0)}, "both --patch and --pixel are given"),
         ({"token": 1}, "--token belongs to --text"),
         ({"seq_len": 8}, "--seq-len belongs to --text"),
@@ -745,7 +744,11 @@ def test_a_model_that_fails_beside_others_is_told(attnbias: Callable[..., Ended]
     [
         (("--patch", "9,9"), "error: --patch 9,9 is outside the 4 × 4 patches", "tip: rows are 0 to 3"),
         (("--patch", "3"), "error: --patch does not understand '3'", "tip: --patch ROW,COLUMN, for example"),
-        ((), "error: no target is given", "tip: give --patch ROW,COLUMN or --pixel X,Y"),
+        (
+            ("--patch", "1,1", "--pixel", "1,1"),
+            "error: both --patch and --pixel",
+            "tip: give --patch ROW,COL",
+        ),
     ],
 )
 def test_mistakes_are_two_lines(

@@ -18,6 +18,9 @@ from diag.models.family import Family, loaded_by
 from diag.models.names.aliases import aliases
 from diag.models.names.spec import ModelSpec, expanded, folder_named, looks_like_path
 
+OF_IMAGES = frozenset({"vision_config", "image_size", "num_channels", "patch_size", "image_token_id"})
+"""Keys of the configs of models that take images."""
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -62,6 +65,24 @@ def commit_of(spec: ModelSpec) -> str | None:
     except Exception:  # of a name, a network or a licence; loading it tells which
         return None
     return Path(file).parent.name if isinstance(file, str) else None
+
+
+def reads_text(spec: ModelSpec) -> bool:
+    """Whether nothing in a model's config is about images; also where there is no config yet.
+
+    Most names on the hub that are typed without a family are of language models.
+    """
+    folder = folder_named(spec.name)
+    if folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(spec.name, "config.json", revision=spec.revision)
+        folder = Path(file).parent if isinstance(file, str) else None
+    try:
+        config = {} if folder is None else config_of(folder)
+    except UserError:  # which is told where it is loaded
+        return True
+    return OF_IMAGES.isdisjoint(config)
 
 
 def config_of(folder: Path, given: str | None = None) -> dict[str, Any]:
@@ -111,4 +132,5 @@ FAMILY = Family(
     spreads=True,
     packages=("transformers",),
     commit=commit_of,
+    reads_text=reads_text,
 )
