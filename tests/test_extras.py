@@ -1,7 +1,7 @@
 """What works without the libraries of the extras, and what is said where one is needed.
 
-A library of which `sys.modules` says None is not there, for imports and for whoever asks beforehand. What these
-libraries leave loaded from other tests would still be used: each case runs what looks before it imports.
+A library of which `sys.modules` says None is not there, for imports and for whoever asks beforehand. What
+these libraries left loaded from other tests would still be used: each case runs what asks before it imports.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ for module in pkgutil.walk_packages(diag.__path__, "diag."):
 loaded = [library for library in {libraries!r} if sys.modules.get(library)]
 torch.manual_seed(0)
 layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
-run = diag.probe(torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), [torch.randn(2, 9, 32)])
+model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+run = diag.probe(model, [torch.randn(2, 9, 32)])
 print((lacking, loaded, run.layers["layer"].nunique(), bool(run.layers["mean"].notna().all())))
 """
 

@@ -127,7 +127,7 @@ def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype)
 
 
 def _card(file: Path) -> dict[str, Any]:
-    return {"card": json.loads(file.read_text())} if file.is_file() else {}
+    return {"card": json.loads(file.read_text("utf-8"))} if file.is_file() else {}
 
 
 def _named(spec: ModelSpec) -> ModelSpec:

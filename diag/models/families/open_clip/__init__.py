@@ -70,7 +70,7 @@ def _named(spec: ModelSpec) -> ModelSpec:
 
 def _row(name: str) -> Listed:
     """What a config says about its architecture."""
-    vision: Mapping[str, Any] = json.loads(open_clip_configs()[name].read_text())["vision_cfg"]
+    vision: Mapping[str, Any] = json.loads(open_clip_configs()[name].read_text("utf-8"))["vision_cfg"]
     tokens = patches(vision["image_size"], vision["patch_size"]) if vision.get("patch_size") else ""
     return Listed(name, f"open_clip:{name}", tokens, note="name the weights: NAME/TAG, or --checkpoint FILE")
 
