@@ -1,7 +1,7 @@
 """Which verb a YAML file is for, and where it lies.
 
-configs/ holds plans for several verbs, and `configs/*.yaml` names all of them. They are shipped with the
-package as well: `attnbias train patch-sizes` and `attnbias train configs/train-patch-sizes.yaml` work anywhere.
+configs/ holds plans for several verbs, and `configs/*.yaml` names all of them. They are in the package as
+well: `attnbias train patch-sizes` and `attnbias train configs/train-patch-sizes.yaml` work anywhere.
 """
 
 from __future__ import annotations
