@@ -2,7 +2,7 @@
 
     python benchmarks/install.py FOLDER [--constraint constraints.txt] [--extras vision,text]
 
-Prints docs/install.md's table. An environment of an extra is the base one, its files linked, and what pip adds.
+Prints docs/install.md's table. An environment of an extra is the base one, files linked, and what pip adds.
 Sizes are of site-packages without pip; times are processor time, medians of three processes. FOLDER takes
 6 GB, most of which is torch. POSIX only.
 """
@@ -58,7 +58,7 @@ class Place(NamedTuple):
         return next(self.folder.glob("lib/python*/site-packages"))
 
     def python(self, *words: str) -> str:
-        """Runs its Python outside the checkout; what it printed. Raises CalledProcessError with its errors."""
+        """Runs its Python outside the checkout; what it printed. Raises CalledProcessError."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(self.folder / "cache")}
         # not resolved: Python finds its environment by where the link lies
