@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import Ended
 from PIL import Image
 
@@ -173,3 +174,9 @@ def test_every_extra_brings_what_it_is_named_for() -> None:
         assert package.replace("_", "-") not in base
     assert extras["all"] == ["attnbias[vision,text,tl,train,diffusers]"]
     assert set(EXTRAS) >= {library for family in all_families() for library in family.needs}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert [author["name"] for author in citation["authors"]] == [one["name"] for one in PROJECT["authors"]]
