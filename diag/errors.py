@@ -7,12 +7,28 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 
 OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal would obey, not show: control characters, changes of direction, bytes that are no text."""
 
 LARGEST = 2**63 - 1
 """The largest whole number that every library takes."""
+
+EXTRAS = {
+    "timm": ("timm", "vision"),
+    "open_clip": ("open_clip_torch", "vision"),
+    "torchvision": ("torchvision", "vision"),
+    "skimage": ("scikit-image", "vision"),
+    "transformers": ("transformers", "text"),
+    "huggingface_hub": ("huggingface_hub", "text"),
+    "accelerate": ("accelerate", "text"),
+    "datasets": ("datasets", "text"),
+    "transformer_lens": ("transformer-lens", "tl"),
+    "webdataset": ("webdataset", "train"),
+    "diffusers": ("diffusers", "diffusers"),
+}
+"""Libraries that come with an extra alone: as they are imported -> as they are installed, and the extra."""
 
 DIGITS = 5
 """Of the number of a layer or head. No model has more, and a range of billions would fill memory."""
@@ -64,6 +80,22 @@ class MeasurementError(UserError):
     """The model ran, but what it did cannot be measured honestly; names the layer."""
 
     exit_code = 1
+
+
+def not_installed(what: str, library: str) -> UserError:
+    """The error where something needs a library that is not there: it names the extra that brings it."""
+    package, extra = EXTRAS[library]
+    return UserError(f"{what} needs {package}, which is not installed", f'pip install "attnbias[{extra}]"')
+
+
+def need(what: str, *libraries: str) -> None:
+    """Raises UserError for the first library that is not installed. None of them is imported.
+
+    what: what needs them, as it was given. libraries: keys of `EXTRAS`.
+    """
+    for library in libraries:
+        if find_spec(library) is None:
+            raise not_installed(what, library)
 
 
 def visible(text: str, *, keep: str = "") -> str:

@@ -15,7 +15,7 @@ from typer import Option
 from diag.cli.interrupts import interruption, signals_taken
 from diag.cli.streams import Unprinted, standard_streams
 from diag.cli.typed import CheckedVerbs
-from diag.errors import UserError, say
+from diag.errors import EXTRAS, UserError, not_installed, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,6 +128,8 @@ def _told(error: Exception) -> tuple[str, str]:
     """What is wrong and what to type. What neither user nor system did is a fault of ours, seen as one."""
     if isinstance(error, UserError):
         return str(error), error.tip or "'attnbias --help' shows what can be typed"
+    if isinstance(error, ModuleNotFoundError) and (library := (error.name or "").partition(".")[0]) in EXTRAS:
+        return _told(not_installed("this", library))
     first = (str(error).splitlines() or [""])[0]
     if _memory_ran_out(error):
         return "there is not enough memory", SYSTEM[errno.ENOMEM]

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 @app.command()
 def figures(
     plans: Annotated[
-        list[Path], Argument(metavar="PLAN…", help="Plans in YAML, see configs/; others are left out.")
+        list[Path],
+        Argument(
+            metavar="PLAN…",
+            help="Plans in YAML, or names of shipped ones, such as demo; others are left out.",
+        ),
     ],
     out: Annotated[Path, output("A folder per plan is written here.")] = Path("figures"),
     runs: Annotated[Path, Option(help="Where finished runs are, and missing ones are put.")] = Path("runs"),

@@ -1,11 +1,15 @@
-"""Which verb a YAML file is for: configs/ holds plans for several, and `configs/*.yaml` names all of them."""
+"""Which verb a YAML file is for, and where it lies.
+
+configs/ holds plans for several verbs, and `configs/*.yaml` names all of them. They are in the package as
+well: `attnbias train patch-sizes` and `attnbias train configs/train-patch-sizes.yaml` work anywhere.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from diag.errors import UserError, say
+from diag.errors import UserError, one_of, say
 
 YAML = (".yaml", ".yml")
 
@@ -15,6 +19,37 @@ KEYS = {
     "train-clip": {"train-data", "train-num-samples", "global-batch-size", "dataset-type", "epochs", "lr"},
 }
 """Keys that the files of one verb have, and those of no other."""
+
+
+HOUSE = Path(__file__).parents[1]
+FOLDER = "configs"
+
+
+def shipped() -> dict[str, Path]:
+    """The plans of this package by name: they lie in it where it is installed, beside it in a clone."""
+    files = sorted((HOUSE / FOLDER).glob("*.yaml")) or sorted((HOUSE.parent / FOLDER).glob("*.yaml"))
+    return {file.stem: file for file in files}
+
+
+def found(verb: str, given: Path) -> Path:
+    """The file as given, or the shipped plan of that name where there is no such file.
+
+    A plan `train-NAME` is found as NAME by the verb train. Raises UserError for a name without an ending that
+    neither a file nor a plan has.
+    """
+    if given.exists() or given.parent not in (Path(), Path(FOLDER)):
+        return given
+    plans, name = shipped(), given.name.removesuffix(".yaml")
+    file = plans.get(f"{verb}-{name}") or plans.get(name)
+    if file is not None:
+        return file
+    if given.suffix:
+        return given  # whoever reads it says that it is not there
+    own = [name.removeprefix(f"{verb}-") for name, file in plans.items() if verb_of(file) == verb]
+    raise UserError(
+        f"neither a file nor a shipped plan is called '{given}'",
+        f"for attnbias {verb} there are {one_of(own)}",
+    )
 
 
 def verb_of(file: Path) -> str | None:
@@ -33,8 +68,9 @@ def verb_of(file: Path) -> str | None:
 def plans_for(verb: str, files: Sequence[Path]) -> list[Path]:
     """The files that are for a verb, or for none that is known; says which of several are for another.
 
-    Raises UserError where all are for another.
+    files: as typed, see `found`. Raises UserError where all are for another, and for a name of none.
     """
+    files = [found(verb, file) for file in files]
     verbs = {file: verb_of(file) or verb for file in files}
     others = {file: other for file, other in verbs.items() if other != verb}
     if others and len(others) == len(verbs):

@@ -19,7 +19,9 @@ from diag.errors import say
 
 @app.command()
 def train(
-    config: Annotated[Path, Argument(metavar="CONFIG", help="A plan in YAML, see configs/.")],
+    config: Annotated[
+        Path, Argument(metavar="CONFIG", help="A plan in YAML, or the name of a shipped one, such as smoke.")
+    ],
     out: Annotated[Path | None, output("Folder [default: runs/train-KEY].")] = None,
     device: Annotated[str, Option(help="auto, cpu or cuda:0.")] = "auto",
     workers: Annotated[int, Option(min=0, help="Processes that prepare batches.")] = 0,

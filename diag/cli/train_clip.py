@@ -22,7 +22,7 @@ def train_clip(
     ] = "sa",
     text_attention: Annotated[str, Option(help="Text tower, in the same way.")] = "sa",
     config: Annotated[
-        Path | None, Option(help="YAML file of arguments; those after '--' go over them.")
+        Path | None, Option(help="YAML file of arguments, or clip-cc12m-b16; those after '--' go over them.")
     ] = None,
 ) -> None:
     """Train a CLIP model with open_clip_train, its attention changed. Runs under torchrun.
@@ -33,7 +33,7 @@ def train_clip(
     from diag.studies.train.clip import train_clip as run
 
     if config is not None:
-        plans_for("train-clip", [config])
+        (config,) = plans_for("train-clip", [config])
     last_words = "stopped; the same command with '--resume latest' goes on from the last checkpoint"
     with interruptible(lambda: last_words):
         run(arguments or [], attention=attention, text_attention=text_attention, config=config)

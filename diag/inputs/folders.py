@@ -69,29 +69,30 @@ def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[File]
                 if not wanted(entry.name) and not may_be_folder:
                     continue
                 status = entry.stat()
+                # on Windows, what an entry tells of itself is zeros
+                here = _identity(folder / name) if is_folder else (0, 0)
             except OSError as error:
                 missing = isinstance(error, FileNotFoundError)
                 unread(
-                    name if wanted(entry.name) else name + os.sep,
+                    name if wanted(entry.name) else f"{name}/",
                     "a link to nothing" if missing else reason(error),
                 )
                 continue
-            here = (status.st_dev, status.st_ino)
             if is_folder:
-                if here in known or status.st_dev in KERNEL:
+                if here in known or here[0] in KERNEL:
                     continue
                 if linked:
                     known.add(here)
-                    waiting.append((name + os.sep, known, True))
+                    waiting.append((f"{name}/", known, True))
                 else:
-                    waiting.append((name + os.sep, known | {here}, entry.is_symlink()))
+                    waiting.append((f"{name}/", known | {here}, entry.is_symlink()))
             elif not wanted(entry.name):
                 continue
             elif not stat.S_ISREG(status.st_mode):
                 unread(name, "no plain file")
             else:
                 found.append((name, status.st_size, status.st_mtime_ns))
-    return sorted(found, key=lambda file: file[0].split(os.sep)), unreadable
+    return sorted(found, key=lambda file: file[0].split("/")), unreadable
 
 
 def _identity(folder: Path) -> Identity:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, ImageStat
 
-from diag.errors import UnreadableInput, UserError, one_of, visible
+from diag.errors import UnreadableInput, UserError, need, one_of, visible
 from diag.inputs import tars
 from diag.inputs.folders import File, files_below
 from diag.inputs.items import Files, Inputs, Item, Listing, data_set, existing, sha256, stored
@@ -241,7 +241,8 @@ def _check_fractions(values: np.ndarray) -> None:
 
 
 def photograph(name: str) -> Path:
-    """The file of one of the `PHOTOGRAPHS`."""
+    """The file of one of the `PHOTOGRAPHS`. Raises UserError where scikit-image is not installed."""
+    need("a bundled photograph", "skimage")
     from importlib.resources import files
 
     return Path(str(files("skimage.data"))) / PHOTOGRAPHS[name]
@@ -257,18 +258,19 @@ def demo_images() -> Inputs:
 
 def demo_crops() -> Inputs:
     """Square crops of the photographs, which are their classes: `astronaut/00.png` …"""
+    files = {name: photograph(name) for name in PHOTOGRAPHS}
     items = [
-        Item(f"{name}/{number:02d}.png", partial(_crop, name, number))
-        for name in PHOTOGRAPHS
+        Item(f"{name}/{number:02d}.png", partial(_crop, file, name, number))
+        for name, file in files.items()
         for number in range(CROPS)
     ]
     names = sha256("".join(item.id for item in items))
     return Inputs("images", "demo-crops", items, names, sha256(names + version("scikit-image")))
 
 
-def _crop(name: str, number: int) -> Image.Image:
+def _crop(file: Path, name: str, number: int) -> Image.Image:
     """The same every time; its side is log-uniform from `SMALLEST_CROP` to the photograph's smaller side."""
-    image = open_image(photograph(name))
+    image = open_image(file)
     generator = np.random.default_rng([number, *name.encode()])
     side = round(math.exp(generator.uniform(math.log(SMALLEST_CROP), math.log(min(image.size)))))
     left, top = (int(generator.integers(0, size - side + 1)) for size in image.size)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from diag.errors import UnreadableInput, UserError, one_of
+from diag.errors import UnreadableInput, UserError, need, one_of
 from diag.inputs.outside import named, reason
 
 COLUMNS_OF_TEXT = ("text", "content", "document")
@@ -127,6 +127,7 @@ class Inputs:
 
 def data_set(source: str, columns: tuple[str, ...]) -> tuple[Any, str]:
     """The rows of a Hugging Face data set, and the column that holds what is wanted."""
+    need(f"'{source}'", "datasets")
     import datasets
 
     name, *options = source.removeprefix("hf:").split(",")

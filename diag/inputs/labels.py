@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diag.errors import UserError
+from diag.errors import UserError, need
 
 
 def class_names(ids: Sequence[str]) -> list[str]:
@@ -21,7 +21,7 @@ def labels(ids: Sequence[str], classes: int, *, named: bool = False) -> dict[str
     classes: how many the model has. named: the model's classes are the folders themselves, in order
         (zero-shot); otherwise folders are class numbers, as many as the model has classes (sorted, as
         torchvision's ImageFolder counts them), or ImageNet synsets such as n01440764.
-    Raises UserError where folders cannot be matched with the model's classes.
+    Raises UserError where folders cannot be matched with the model's classes, and for synsets without timm.
     """
     folders = class_names(ids)
     if named or len(folders) == classes:
@@ -29,6 +29,7 @@ def labels(ids: Sequence[str], classes: int, *, named: bool = False) -> dict[str
     elif all(name.isdigit() and int(name) < classes for name in folders):
         number = {name: int(name) for name in folders}
     elif classes == 1000 and all(name.startswith("n") and name[1:].isdigit() for name in folders):
+        need("folders named by ImageNet's synsets", "timm")
         from timm.data import ImageNetInfo
 
         synsets = list(ImageNetInfo().label_names())

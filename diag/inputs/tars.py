@@ -95,7 +95,7 @@ def named_tars(source: str) -> list[Path]:
 def tars_below(folder: Path) -> list[Path]:
     """The tars below a folder, in the order of their paths, also such as cannot be read."""
     found, _ = files_below(folder, lambda name: name.endswith(SUFFIX))
-    return [folder / name for name, *_ in found if not name.endswith(os.sep)]
+    return [folder / name for name, *_ in found if not name.endswith("/")]
 
 
 def listed(tars: Sequence[Path], root: Path, suffixes: tuple[str, ...], *, most: int = MOST_MEMBER) -> Index:

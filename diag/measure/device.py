@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from diag.errors import UserError
+from diag.errors import UserError, say
 from diag.models.family import SPREAD
 
 REFUSALS = (RuntimeError, AssertionError, ImportError, ValueError, AttributeError)
@@ -17,7 +17,8 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
     """`auto` is the first CUDA device, else the CPU. Raises UserError for a device that is not there.
 
     local_rank: which of several processes on this machine asks; each gets a device of its own from `auto`.
-    `spread` stays what it is: whoever loads the model chooses the devices of its layers.
+    `spread` stays what it is: whoever loads the model chooses the devices of its layers. `mps`, Apple's GPU,
+    is taken for the CPU of the same memory, and that is said: it has no float64, in which tokens are summed.
     """
     if name == SPREAD:
         if local_rank is not None:
@@ -41,6 +42,9 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device | str:
         if device.index:
             raise UserError(f"device '{name}' is not available", "there is one CPU: --device cpu")
         return torch.device("cpu")  # "cpu:0" would count as another one
+    if device.type == "mps":
+        say(f"--device {name}: it has no float64, in which tokens are summed; the CPU measures instead")
+        return torch.device("cpu")
     return device
 
 

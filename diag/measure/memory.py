@@ -20,9 +20,9 @@ once. A CPU's allocator keeps about as much again.
 from __future__ import annotations
 
 import os
-import resource
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,13 +30,19 @@ from torch import nn
 from diag.attention.call import TENSOR_ELEMENTS, of_threads
 from diag.attention.pattern import BLOCK_ELEMENTS
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 KEPT_BY_ALLOCATOR = {"cpu": 2.0, "cuda": 1.1}
 """Memory taken over memory in use: freed blocks of other sizes stay with the process."""
 
 HEAD, NUMBERS_PER_ROW = 64, 45
 """Channels of a head, as most have; numbers kept of each row of a head's pattern until its layer is done."""
 
-CGROUP = Path("/sys/fs/cgroup")
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+"""What Linux tells of processes and memory; elsewhere psutil asks the system."""
 
 
 class Widths(NamedTuple):
@@ -104,7 +110,11 @@ def predicted(
 
 def resident() -> int:
     """Bytes of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        pages = int((PROC / "self/statm").read_text().split()[1])
+    except OSError:
+        return int(_process().memory_info().rss)
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def restart_peak(device: torch.device) -> int:
@@ -113,7 +123,7 @@ def restart_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        (PROC / "self/clear_refs").write_text("5")
     except OSError:
         return peak(device)
     return resident()
@@ -124,11 +134,13 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
+        return _kilobytes(PROC / "self/status", "VmHWM")
     except (OSError, KeyError):
+        if resource is None:
+            return int(_process().memory_info().peak_wset)
         # survives exec: what the process that started this one held counts too
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes
 
 
 def available(device: torch.device) -> int:
@@ -137,14 +149,31 @@ def available(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        free = _kilobytes(PROC / "meminfo", "MemAvailable")
+    except (OSError, KeyError):
+        import psutil
+
+        return int(psutil.virtual_memory().available)
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
         used = int((CGROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    """Bytes of a line `NAME: 123 kB`. Raises OSError without the file, KeyError without the line."""
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def _process() -> Any:
+    """This process, as psutil sees it."""
+    import psutil
+
+    return psutil.Process()
 
 
 def _ends(module: nn.Module) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -55,9 +56,10 @@ def workers_for(asked: int | None, images: int, *, on_gpu: bool) -> int:
     """
     if asked == 0:
         return 0
-    if "fork" not in multiprocessing.get_all_start_methods():
-        if asked is None:
-            return 0
+    able = "fork" in multiprocessing.get_all_start_methods()
+    if asked is None and not (able and sys.platform == "linux"):  # macOS's own libraries do not stand it
+        return 0
+    if not able:
         raise UserError(f"--workers {asked}: this system cannot fork processes", "use --workers 0")
     if asked is not None:
         return asked

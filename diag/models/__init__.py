@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from diag.errors import UserError
+from diag.errors import UserError, need
 from diag.models.families import all_families, family_of
 from diag.models.family import SPREAD
 from diag.models.names.spec import ModelSpec
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads what a spec names, in evaluation mode, with finite weights, and says which weights they are.
 
-    Raises UserError if the weights are missing, damaged, do not fit, or if no attention of the
-    model can be seen.
+    Raises UserError if the family's library is not installed, if the weights are missing, damaged or do not
+    fit, or if no attention of the model can be seen.
     """
     from diag.models.loading import seeded, single_precision
     from diag.models.weights import digest
 
     family = family_of(spec.family)
+    need(f"'{spec.given}'", *family.needs)
     if device == SPREAD and not family.spreads:
         able = ", ".join(f"{other.prefix}:" for other in all_families() if other.spreads)
         raise UserError(

@@ -63,7 +63,8 @@ class Family:
     folders: its names may be folders. hub: they may begin with `hf-hub:`, as those of other families may.
     tagged: a comma in a name belongs to it (ARCHITECTURE,TAG) and is no mistyped argument.
     spreads: its models can lie on several devices.
-    packages: what it is loaded with, for the record of versions.
+    needs: the libraries that its models are loaded with, as they are imported (`diag.errors.EXTRAS`).
+    packages: the same as they are installed, for the record of versions.
     commit: of a name on the hub the commit that would be loaded; None where that is not known.
     reads_text: whether a model takes texts and no images, as far as its name or its folder tells.
     repository: where on the hub a model's weights lie; None where that is not known without loading it.
@@ -84,6 +85,7 @@ class Family:
     hub: bool = False
     tagged: bool = False
     spreads: bool = False
+    needs: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     commit: Callable[[ModelSpec], str | None] = lambda spec: None
     reads_text: Callable[[ModelSpec], bool] = lambda spec: False

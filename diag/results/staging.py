@@ -142,8 +142,8 @@ def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) ->
     while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(folder, os.O_RDONLY)
+            try:  # a folder cannot be opened where it cannot be locked either
+                descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
             except FileNotFoundError:  # removed since
                 continue
         try:
@@ -157,11 +157,12 @@ def alone(folder: Path, waiting: Callable[[str], object] = lambda text: None) ->
                 # a folder of this name that is not the one that was made is another process's
                 for place in made if _same(descriptor, folder) else made[1:]:
                     place.rmdir()
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
 
 
-def _wait(descriptor: int, folder: Path, waiting: Callable[[str], object]) -> None:
-    if fcntl is None:
+def _wait(descriptor: int | None, folder: Path, waiting: Callable[[str], object]) -> None:
+    if descriptor is None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +173,9 @@ def _wait(descriptor: int, folder: Path, waiting: Callable[[str], object]) -> No
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _same(descriptor: int, folder: Path) -> bool:
+def _same(descriptor: int | None, folder: Path) -> bool:
+    if descriptor is None:
+        return folder.is_dir()
     try:
         return os.path.samestat(os.fstat(descriptor), folder.stat())
     except OSError:

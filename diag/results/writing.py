@@ -113,6 +113,10 @@ def sweep_beside(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    if os.name == "nt":  # where os.kill(process, 0) is Ctrl-C
+        import psutil
+
+        return psutil.pid_exists(process)
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

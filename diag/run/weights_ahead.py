@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def weights_of(spec: ModelSpec) -> list[Path]:
 
 def _in_cache(spec: ModelSpec) -> Path | None:
     """The folder of a repository in the cache of the hub."""
+    if find_spec("huggingface_hub") is None:
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     repository = family_of(spec.family).repository(spec)

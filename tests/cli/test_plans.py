@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import Ended
 
-from diag.cli.plans import plans_for, verb_of
+from diag.cli.plans import HOUSE, plans_for, shipped, verb_of
+from diag.errors import UserError
 
 Attnbias = Callable[..., Ended]
 
@@ -52,3 +54,64 @@ def test_what_no_verb_is_for_is_for_whoever_was_asked_to_refuse(tmp_path: Path) 
         (tmp_path / "a.yaml").write_text(text)
         assert verb_of(tmp_path / "a.yaml") is None
     assert verb_of(tmp_path / "none.yaml") is None
+
+
+def test_a_shipped_plan_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plans = {file.stem: file for file in CONFIGS}
+    assert shipped() == plans
+    spelled = {
+        "train": (
+            "patch-sizes",
+            "train-patch-sizes",
+            "train-patch-sizes.yaml",
+            "configs/train-patch-sizes.yaml",
+        ),
+        "figures": ("patch-sizes", "patch-sizes.yaml", "configs/patch-sizes.yaml"),
+    }
+    for verb, names in spelled.items():
+        file = plans["train-patch-sizes" if verb == "train" else "patch-sizes"]
+        assert plans_for(verb, [Path(name) for name in names]) == [file] * len(names)
+    # a file of one's own goes before the plan of its name
+    Path("demo.yaml").write_text("figures: []")
+    assert plans_for("figures", [Path("demo.yaml"), Path("demo")]) == [Path("demo.yaml"), plans["demo"]]
+
+
+def test_a_wheel_has_its_plans_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "diag" / "configs" / "demo.yaml"
+    inside.parent.mkdir(parents=True)
+    inside.write_text((HOUSE.parent / "configs" / "demo.yaml").read_text())
+    monkeypatch.setattr("diag.cli.plans.HOUSE", tmp_path / "diag")
+    assert plans_for("figures", [Path("demo")]) == [inside]
+    text = (HOUSE.parent / "pyproject.toml").read_text()
+    included = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"configs": "diag/configs"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "tip"),
+    [
+        (
+            "train",
+            "patch-size",
+            "for attnbias train there are 'language', 'patch-sizes', 'smoke' or 'ten-seeds'",
+        ),
+        ("train-clip", "b16", "for attnbias train-clip there are 'clip-cc12m-b14', 'clip-cc12m-b16' or "),
+    ],
+)
+def test_names_of_no_plan_are_told_with_those_there_are(verb: str, name: str, tip: str) -> None:
+    with pytest.raises(UserError, match=f"neither a file nor a shipped plan is called '{name}'") as caught:
+        plans_for(verb, [Path(name)])
+    assert (caught.value.tip or "").startswith(tip)
+
+
+def test_what_has_an_ending_is_a_file_that_is_not_there(attnbias: Attnbias) -> None:
+    ended = attnbias("train", "nowhere.yaml", "--dry-run")
+    assert (ended.code, ended.lines[0]) == (
+        2,
+        "error: cannot read plan 'nowhere.yaml': No such file or directory",
+    )
+    ended = attnbias("train", "smoke", "--dry-run")
+    assert (ended.code, ended.err) == (0, "")
+    ended = attnbias("train", "demo", "--dry-run")
+    assert ended.lines[0].endswith("demo.yaml' is for attnbias figures, not train")

@@ -42,4 +42,4 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = run_cli("train-clip", "--", "--model", "ViT-B-14")
     assert ended.code == 2
     assert ended.lines[0] == "error: open_clip_train needs 'webdataset', which is not installed"
-    assert ended.lines[1] == "tip: pip install 'open-clip-torch[training]<4'"
+    assert ended.lines[1] == 'tip: pip install "attnbias[train]"'

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,34 @@ def test_what_is_hidden_or_the_systems_is_passed_over(store: Path) -> None:
     assert names(shown) == ["deep/cats.png"]
     assert [item.id for item in texts(shown)] == ["a.txt"]
     assert [item.id for item in images(shown)] == ["deep/cats.png"]
+
+
+def test_folders_are_told_apart_where_entries_of_a_listing_have_no_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows `DirEntry.stat` says 0 for the device and the file."""
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.of, self.name = entry, entry.name
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.of, name)
+
+        def stat(self) -> os.stat_result:
+            mode, _, _, *rest = self.of.stat()
+            return os.stat_result((mode, 0, 0, *rest))
+
+    @contextmanager
+    def scandir(folder: Path) -> Iterator[list[Entry]]:
+        with listed(folder) as entries:
+            yield [Entry(entry) for entry in entries]
+
+    deep = tmp_path / "a" / "b" / "c"
+    deep.mkdir(parents=True)
+    (deep / "x.txt").write_text("x")
+    (deep / "back").symlink_to(tmp_path)
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    found, unreadable = files_below(tmp_path, lambda name: name.endswith(".txt"))
+    assert ([name for name, *_ in found], unreadable) == (["a/b/c/x.txt"], {})

@@ -7,18 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2Model
 
+from diag.measure import memory
 from diag.measure.memory import Widths, available, peak, predicted, resident, restart_peak
 
 MEASURED = """
 import json, os, sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from diag.measure.loop import measure
+from diag.measure import memory
 from diag.measure.memory import Widths, peak, predicted, resident, restart_peak
 from diag.models.base import Batch, Sample, Tower
 from diag.models.hooks.layers import attention_modules
@@ -107,3 +110,36 @@ def test_what_is_held_and_what_is_left() -> None:
     del block
     assert peak(cpu) - before > 100 << 20
     assert 0 < available(cpu) < 1 << 50
+
+
+def test_memory_is_told_without_proc_and_without_resource(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS, which has no /proc, and on Windows, which has no `resource` either."""
+    cpu, linux = torch.device("cpu"), (peak(torch.device("cpu")), available(torch.device("cpu")))
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    restart_peak(cpu)
+    assert abs(available(cpu) - linux[1]) < 0.2 * linux[1]
+    most = 3 << 30
+    monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=most))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak(cpu) == most  # which counts bytes
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert peak(cpu) == most << 10
+    before = resident()
+    block = torch.ones(32 << 20)
+    assert resident() - before > 100 << 20
+    del block
+    monkeypatch.setattr(memory, "resource", None)
+    told = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1 << 20, peak_wset=1 << 21))
+    monkeypatch.setattr("psutil.Process", lambda: told)
+    assert (resident(), peak(cpu)) == (1 << 20, 1 << 21)
+
+
+def test_a_kernel_that_tells_less_is_asked_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "status").write_text("Name:\tpython\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 1 kB\n")
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    assert peak(torch.device("cpu")) > 1 << 20
+    assert available(torch.device("cpu")) > 1 << 20

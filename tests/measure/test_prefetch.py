@@ -294,6 +294,14 @@ def test_a_system_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.tip == "use --workers 0"
 
 
+def test_macos_forks_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert workers_for(None, 100_000, on_gpu=True) == 0
+    assert workers_for(None, 100_000, on_gpu=False) == 0
+    assert workers_for(2, 100_000, on_gpu=False) == 2
+
+
 def test_shared_memory_that_is_too_small_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 4 * prefetch.JOBS_AHEAD * 3 * 512 * 512 * 4  # half of it holds two workers' jobs of one image

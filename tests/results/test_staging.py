@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from diag.errors import UserError
-from diag.results import writing
+from diag.results import staging, writing
 from diag.results.staging import (
     NEXT,
     Owner,
@@ -227,3 +227,34 @@ def test_what_a_folder_that_was_removed_needs_is_not_room(tmp_path: Path) -> Non
     with pytest.raises(writing.CannotWrite, match="No such") as caught, writing.writing(tmp_path):
         os.stat(tmp_path / "x")
     assert "removed" in str(caught.value.tip)
+
+
+def test_a_system_that_locks_and_opens_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows, where opening a folder is an error."""
+    opened = os.open
+
+    def only_files(path: Any, *given: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given)
+
+    monkeypatch.setattr(staging, "fcntl", None)
+    monkeypatch.setattr(os, "open", only_files)
+    folder = tmp_path / "new" / "result"
+    with alone(folder) as made:
+        assert made == [folder, folder.parent]
+    assert not folder.parent.exists()
+    with staged(folder, OWNER) as place:
+        write_json({"kind": OWNER.verb}, place / OWNER.last)
+    assert (folder / OWNER.last).is_file()
+
+
+def test_whether_a_process_lives_is_asked_without_a_signal_where_that_would_be_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[int]()
+    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(os, "kill", lambda process, number: pytest.fail("it would be interrupted"))
+    monkeypatch.setattr("psutil.pid_exists", lambda process: not asked.append(process))
+    assert writing._alive(4711)
+    assert asked == [4711]

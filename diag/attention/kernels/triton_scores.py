@@ -11,6 +11,7 @@ Scores are in bits, `s_ij = log2(e) · (scale · q_i·k_j + mask_ij)`; a hidden 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from diag.attention.visibility import four_dimensional
 
 FORMATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on the CPU: for tests."""
 
 NOTHING = tl.constexpr(-1e30)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diag.errors import UserError
+from diag.errors import UserError, need
 from diag.models.family import Family, Listed
 from diag.models.names.spec import ModelSpec
 
@@ -67,7 +67,7 @@ def build_lm() -> GPT2LMHeadModel:
 def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
     """Loads `demo:vit-pN`, `demo:grid-pN-sa|xsa` (N = 16, 8, 4) or `demo:lm`, or its architecture alone.
 
-    Raises UserError if the package lacks its weights.
+    Raises UserError if the package lacks its weights, or its library is not installed.
     """
     taken = set() if spec.name == "lm" else {"img_size"}
     if spec.checkpoint is not None or spec.model_args.keys() - taken:
@@ -75,6 +75,7 @@ def load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> 
         raise UserError(
             f"'{spec.base}' comes with its own weights and sizes", f"use it alone: -m {spec.base}{also}"
         )
+    need(f"'{spec.given}'", *(("transformers",) if spec.name == "lm" else ("timm", "torchvision")))
     if spec.name == "lm":
         return _load_lm(spec, device=device, dtype=dtype)
     return _load_vit(spec, device=device, dtype=dtype)
@@ -126,7 +127,7 @@ def _load_lm(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype)
 
 
 def _card(file: Path) -> dict[str, Any]:
-    return {"card": json.loads(file.read_text())} if file.is_file() else {}
+    return {"card": json.loads(file.read_text("utf-8"))} if file.is_file() else {}
 
 
 def _named(spec: ModelSpec) -> ModelSpec:

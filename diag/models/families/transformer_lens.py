@@ -209,6 +209,7 @@ FAMILY = Family(
     load=load,
     named=folder_or_repository,
     folders=True,
+    needs=("transformer_lens",),
     packages=("transformer-lens",),
     commit=commit_of,
     reads_text=lambda spec: True,

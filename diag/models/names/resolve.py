@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ LANGUAGE_MODELS = {
     "roberta": "FacebookAI/roberta-base",
 }
 """How names of language models begin, which registries of image models only resemble; and one of each."""
+
+NO_REGISTRY = 'names of timm and open_clip are known with pip install "attnbias[vision]"'
+"""The tip for a name that may be one of theirs, where they are not installed."""
 
 LONGEST_NAME = 4096
 """Bytes of a name as typed: the longest path that a system takes."""
@@ -109,7 +113,7 @@ def unknown(given: str) -> UserError:
     example = next(begun, None)
     if example is None:
         known = [*aliases(), *(name for family in all_families() for name in family.names())]
-        tip = did_you_mean(given, known) or LIST_TIP
+        tip = did_you_mean(given, known) or (NO_REGISTRY if find_spec("timm") is None else LIST_TIP)
     else:
         tip = did_you_mean(given, aliases()) or f"name it as the hub does, ORG/NAME: for example -m {example}"
     return UserError(f"model '{given}' not found", tip)

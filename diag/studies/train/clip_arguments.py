@@ -34,8 +34,7 @@ def open_clip_train() -> Any:
         from open_clip_train import main
     except ImportError as error:
         raise UserError(
-            f"open_clip_train needs '{error.name}', which is not installed",
-            "pip install 'open-clip-torch[training]<4'",
+            f"open_clip_train needs '{error.name}', which is not installed", 'pip install "attnbias[train]"'
         ) from None
     for config in OWN_CONFIGS.glob("*.json"):
         if open_clip.get_model_config(config.stem) is None:

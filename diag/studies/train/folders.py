@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diag.errors import UserError
+from diag.errors import UserError, need
 from diag.variants import METADATA, variants_in
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -23,7 +23,11 @@ ARCHITECTURE = "vit_tiny_patch16_224"
 
 
 def timm_model(arguments: Mapping[str, Any], patch_size: int | None, classes: int) -> nn.Module:
-    """A timm ViT with random weights from a plan's `model`. Raises UserError for arguments it refuses."""
+    """A timm ViT with random weights from a plan's `model`.
+
+    Raises UserError for arguments that timm refuses, and where it is not installed.
+    """
+    need("an image model to train", "timm")
     import timm
 
     sizes = {key: value for key, value in arguments.items() if key != "architecture"}

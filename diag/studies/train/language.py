@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diag.errors import UserError
+from diag.errors import UserError, need
 from diag.inputs.outside import reason
 from diag.inputs.texts import demo_text, read_text
 from diag.results.writing import keep
@@ -88,7 +88,7 @@ class LanguageTask:
 
 
 def gpt2(sizes: Mapping[str, Any]) -> nn.Module:
-    """A GPT-2 with random weights. Raises UserError where its config refuses the sizes."""
+    """A GPT-2 with random weights. Raises UserError for sizes that its config refuses."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     try:
@@ -101,7 +101,11 @@ def gpt2(sizes: Mapping[str, Any]) -> nn.Module:
 
 
 def byte_pairs(text: str, vocabulary: int, context: int) -> Any:
-    """A byte-level BPE tokenizer trained on a text, as a fast tokenizer of transformers."""
+    """A byte-level BPE tokenizer trained on a text, as a fast tokenizer of transformers.
+
+    Raises UserError where that is not installed.
+    """
+    need("a language model to train", "transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

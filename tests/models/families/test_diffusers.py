@@ -330,8 +330,8 @@ def test_what_cannot_be_read_or_run_is_told(
     (folder / "config.json").write_text("{")
     assert "it is not JSON" in str(told(f"diffusers:{folder}"))
     assert "cannot be reached" in str(told("diffusers:org/name"))
-    monkeypatch.setattr("diag.models.families.diffusers.find_spec", lambda name: None)
-    assert "pip install 'attnbias[diffusers]'" in (told(folder_of("pixart")).tip or "")
+    monkeypatch.setattr("diag.errors.find_spec", lambda name: None)
+    assert told(folder_of("pixart")).tip == 'pip install "attnbias[diffusers]"'
 
 
 def test_two_time_steps_of_one_model_are_a_controlled_comparison(

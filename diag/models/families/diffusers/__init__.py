@@ -7,20 +7,12 @@ run, and `streams.py` which of its tokens are of the image.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diag.errors import UserError
 from diag.inputs.outside import mapping_in
 from diag.models.families.hf import folder_or_repository
 from diag.models.family import Family, loaded_by
-from diag.models.names.spec import ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-
-    from diag.models.base import Model
 
 PIPELINE, TRANSFORMER = "model_index.json", "config.json"
 """What lies in the folder of a pipeline, and in that of a transformer alone."""
@@ -49,21 +41,13 @@ def _in_folder(folder: Path, given: str) -> str | None:
     return str(folder) if class_in(document) in CLASSES else None
 
 
-def _load(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype) -> Model:
-    if find_spec("diffusers") is None:
-        raise UserError(
-            f"'{spec.resolved}' needs the package diffusers, which is not installed",
-            "pip install 'attnbias[diffusers]'",
-        )
-    return loaded_by("diag.models.families.diffusers.load")(spec, device=device, dtype=dtype)
-
-
 FAMILY = Family(
     "diffusers",
-    load=_load,
+    load=loaded_by("diag.models.families.diffusers.load"),
     named=folder_or_repository,
     in_folder=_in_folder,
     form="ORG/NAME",
     folders=True,
+    needs=("diffusers", "torchvision"),
     packages=("diffusers",),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def commit_of(spec: ModelSpec) -> str | None:
     Where the cache knows none, the repository is asked for its config, as loading it would do: a first run
     has the key of the next one.
     """
-    if folder_named(spec.name):
+    if folder_named(spec.name) or find_spec("huggingface_hub") is None:
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -130,6 +131,7 @@ FAMILY = Family(
     form="ORG/NAME",
     folders=True,
     spreads=True,
+    needs=("transformers",),
     packages=("transformers",),
     commit=commit_of,
     reads_text=reads_text,

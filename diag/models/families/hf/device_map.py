@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diag.errors import UserError
+from diag.errors import UserError, need
 
 
 def placement() -> dict[str, Any]:
@@ -19,7 +19,8 @@ def placement() -> dict[str, Any]:
 
 
 def room() -> dict[int | str, int]:
-    """Free bytes of each device that layers may lie on."""
+    """Free bytes of each device that layers may lie on. Raises UserError without accelerate."""
+    need("--device spread", "accelerate")
     from accelerate.utils import get_max_memory
 
     free: dict[int | str, int] = get_max_memory()

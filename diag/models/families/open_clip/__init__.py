@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diag.errors import UserError, did_you_mean, one_of
+from diag.errors import UserError, did_you_mean, need, one_of
 from diag.models.family import LIST_TIP, Family, Listed, loaded_by, patches
 from diag.models.names.spec import HUB, LOCAL, SCHEMAS, ModelSpec
 
@@ -62,6 +62,7 @@ def _named(spec: ModelSpec) -> ModelSpec:
         return spec
     architecture, _, tag = spec.name.replace(",", "/", 1).partition("/")
     if architecture not in open_clip_configs():
+        need(f"'{spec.given}'", "open_clip")
         near = did_you_mean(architecture, open_clip_configs())
         raise UserError(f"model '{spec.given}' not found in open_clip", near or LIST_TIP)
     return replace(spec, name=f"{architecture}/{tag.strip()}" if tag and spec.published else architecture)
@@ -69,7 +70,7 @@ def _named(spec: ModelSpec) -> ModelSpec:
 
 def _row(name: str) -> Listed:
     """What a config says about its architecture."""
-    vision: Mapping[str, Any] = json.loads(open_clip_configs()[name].read_text())["vision_cfg"]
+    vision: Mapping[str, Any] = json.loads(open_clip_configs()[name].read_text("utf-8"))["vision_cfg"]
     tokens = patches(vision["image_size"], vision["patch_size"]) if vision.get("patch_size") else ""
     return Listed(name, f"open_clip:{name}", tokens, note="name the weights: NAME/TAG, or --checkpoint FILE")
 
@@ -87,5 +88,6 @@ FAMILY = Family(
     folders=True,
     hub=True,
     tagged=True,
+    needs=("open_clip",),
     packages=("open_clip_torch",),
 )

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from diag.errors import UserError, did_you_mean, one_of
+from diag.errors import UserError, did_you_mean, need, one_of
 from diag.inputs.outside import mapping_in
 from diag.models.families.open_clip import open_clip_configs
 from diag.models.families.timm.registry import timm_registry
@@ -40,6 +40,7 @@ def _in_folder(folder: Path, given: str) -> str | None:
 def _named(spec: ModelSpec) -> ModelSpec:
     if spec.name.startswith(SCHEMAS):
         return spec
+    need(f"'{spec.given}'", "timm")
     known = timm_registry()
     architecture, _, tag = spec.name.partition(".")
     if not known.has(architecture):
@@ -100,6 +101,7 @@ FAMILY = Family(
     architecture=lambda name: re.split("[./]", name)[0],
     folders=True,
     hub=True,
+    needs=("timm", "torchvision"),
     packages=("timm",),
     repository=_repository,
 )

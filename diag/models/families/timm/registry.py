@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from diag.models.names.index import keep, kept
@@ -46,8 +47,16 @@ class Registry:
     config: Callable[[str], Config | None]
 
 
+NO_TIMM = Registry(list, lambda architecture: [], lambda name: False, lambda name: None)
+
+
 def timm_registry() -> Registry:
-    """What timm knows now. Where neither it nor its index is there, it is imported and the index is made."""
+    """What timm knows now. Where it is not loaded and has no index, it is imported and the index is made.
+
+    Where it is not installed, it knows no name.
+    """
+    if find_spec("timm") is None:
+        return NO_TIMM
     if "timm" in sys.modules:
         return _of_timm()
     indexed = _indexed()
