@@ -177,6 +177,14 @@ def _ends(typed: re.Match[str], cut: bool) -> tuple[int, int]:
     return first, first if last is None else last
 
 
+def counted(number: int, what: str) -> str:
+    """
+    >>> counted(1, "layer"), counted(12, "layer")
+    ('1 layer', '12 layers')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def spans(numbers: Iterable[int]) -> str:
     """Numbers as `ranges` reads them: `0-2, 4-6`, `3`.
 

@@ -79,6 +79,8 @@ def metrics_of(
     if per not in ("input", "token"):
         raise UserError(f"per = {per!r}", 'it is "input" or "token"')
     names = list(METRICS) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    if not names:
+        raise UserError("no metric is named", "metrics=None measures the default ones")
     for name in names:
         if name not in KNOWN:
             near = did_you_mean(name, KNOWN) or "`attnbias metrics` lists them"
@@ -135,12 +137,43 @@ def _tensor(name: str, given: Any) -> Tensor:
         x = given.detach() if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError):
         raise UserError(f"{name} is a {type(given).__name__}", "give a tensor or an array") from None
-    if x.dtype == torch.bool and name != "mask":
-        raise UserError(f"{name} holds True and False", "give numbers")
+    if x.layout != torch.strided:
+        raise UserError(f"{name} is not dense ({x.layout})", "give its to_dense()")
+    if x.dtype.is_complex or (x.dtype == torch.bool and name != "mask"):
+        raise UserError(f"{name} holds {str(x.dtype).removeprefix('torch.')}", "give real numbers")
+    if not x.numel():
+        raise UserError(
+            f"{name} has the shape {list(x.shape)}", "give one input, head, token and channel at least"
+        )
     if not 2 <= x.ndim <= 4:
         axes = "[batch, head, query, key]" if name in ("pattern", "mask") else AXES
         raise UserError(f"{name} has the shape {list(x.shape)}", f"give {axes}, [head, …] or two axes")
     return x[(None,) * (4 - x.ndim)]
+
+
+def _mask(mask: Tensor | None, leader: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A mask of the scores, in their dtype.
+
+    Raises UserError for other shapes, and for whole numbers, whose meaning is open.
+    """
+    if mask is None:
+        return None
+    batch, heads, tokens = leader.shape[:3]
+    wanted = (batch, heads, tokens, tokens)
+    if any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True)):
+        raise UserError(
+            f"mask has the shape {list(mask.shape)}, beside scores of {list(wanted)}",
+            "give [batch, head, query, key]; of an attention_mask of tokens, mask[:, None, None, :].bool()",
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UserError("mask holds whole numbers", "mask.bool(), where 1 is a key that is seen")
+    return mask if mask.dtype == torch.bool else mask.to(dtype)
+
+
+def _causal(mask: Tensor, tokens: int) -> Tensor:
+    """A mask with all later keys hidden as well."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
 def _of_tensors(given: Mapping[str, Tensor], causal: bool, scale: float | None) -> AttentionCall:
@@ -152,6 +185,8 @@ def _of_tensors(given: Mapping[str, Tensor], causal: bool, scale: float | None) 
         raise UserError(
             f"{what} is given", "give value= and pattern=, value=, query= and key=, or value= and output="
         )
+    if scale is not None and not isinstance(scale, int | float):
+        raise UserError(f"scale = {scale!r}", "give a number; 1/√dim if None")
     if both and "pattern" in given:
         raise UserError("pattern= is given, and query= and key= besides", "give the one or the others")
     value = given["value"] if given["value"].is_floating_point() else given["value"].float()
@@ -173,14 +208,20 @@ def _of_tensors(given: Mapping[str, Tensor], causal: bool, scale: float | None) 
     pattern, query, key = (
         x if x is None else x.to(value.dtype) for x in map(given.get, ("pattern", "query", "key"))
     )
-    mask, output = given.get("mask"), given.get("output")
+    mask, output = _mask(given.get("mask"), leader, value.dtype), given.get("output")
     if output is None and pattern is not None:
         output = (pattern.unflatten(1, (kv_heads, -1)) @ value[:, :, None]).flatten(1, 2)
     elif output is None:
         assert query is not None
         assert key is not None
         output = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True
+            query,
+            key,
+            value,
+            mask if mask is None or not causal else _causal(mask, tokens),
+            is_causal=causal and mask is None,
+            scale=scale,
+            enable_gqa=True,
         )
     seen = (
         Visibility.of(mask, causal, output)

@@ -73,7 +73,15 @@ def test_tensors_in_each_form_give_the_numbers_of_the_call(causal: bool, kv_head
         "query and key": common | scores | {"causal": causal},
         "a mask": common | scores | {"mask": torch.ones(call.tokens, call.tokens).tril().bool()},
     }
-    if not causal:
+    if causal:
+        half = {"mask": torch.ones(call.tokens, call.tokens).bool()}
+        forms |= {
+            "both": common | scores | half | {"causal": True},
+            "an added mask and both": {"value": call.value}
+            | scores
+            | {"causal": True, "mask": torch.zeros(call.tokens, call.tokens, dtype=torch.float64)},
+        }
+    else:
         forms.pop("a mask")
     for form, given in forms.items():
         table = diag.metrics_of(**given)
@@ -116,6 +124,9 @@ class Odd:
     """No tensor."""
 
 
+THREE = {name: np.eye(3) for name in ("value", "query", "key")}
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -137,6 +148,13 @@ class Odd:
             {"value": np.eye(3), "pattern": np.eye(3), "metrics": "value_similarity", "per": "token"},
             "all tokens",
         ),
+        ({"value": np.eye(3), "pattern": np.eye(3), "metrics": []}, "no metric is named"),
+        ({"value": np.eye(3) * 1j, "pattern": np.eye(3)}, "value holds complex128"),
+        ({"value": torch.eye(3).to_sparse(), "pattern": np.eye(3)}, "value is not dense"),
+        ({"value": np.ones((0, 4)), "pattern": np.ones((0, 0))}, r"value has the shape \[0, 4\]"),
+        (THREE | {"mask": np.ones((3, 3), int)}, "mask holds whole numbers"),
+        (THREE | {"mask": np.ones((2, 3), bool)}, r"mask has the shape \[1, 1, 2, 3\], beside scores"),
+        (THREE | {"scale": "x"}, "scale = 'x'"),
         ({"call": {"a": 1}}, "a dict was given, and no values"),
         ({"call": {"blocks.0.attn.hook_v": 1}}, r"the cache lacks blocks\.0\.attn\.hook_pattern"),
         ({"call": make_call(), "value": np.eye(3)}, "a call was given, and value besides"),

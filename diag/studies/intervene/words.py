@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from diag.errors import counted
 from diag.models.names.changes import CONTROLS, MATCHED, is_control, labelled
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
@@ -141,7 +142,7 @@ def _predicted(relations: pd.DataFrame) -> Iterator[str]:
             continue
         places = int(shown["places"].max())
         if shown["rho"].isna().all():
-            yield f"{places} {level}s are too few to tell whether the bias predicts the effect."
+            yield f"{counted(places, str(level))}: too few to tell whether the bias predicts the effect."
             continue
         yield f"does it predict the effect? Spearman ρ over {places} {level}s [95 % CI], p"
         cells: dict[str, list[str]] = {"intervention": []}

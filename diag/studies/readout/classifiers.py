@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diag.errors import UserError
+from diag.errors import UserError, counted
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 """Of the L2 penalty λ/2·(‖W‖² + ‖q‖²) beside the mean cross-entropy, of features of standard deviation 1."""
@@ -96,14 +96,19 @@ def held_out(
 def parts_of(labels: np.ndarray, parts: int, names: list[str], seed: int) -> np.ndarray:
     """The part of each image, `[image]`: classes are spread evenly over the parts, images drawn by `seed`.
 
-    Raises UserError for a class that has fewer images than there are parts.
+    Raises UserError for one class alone, and for a class that has fewer images than there are parts.
     """
+    if len(names) < 2:
+        raise UserError(
+            f"all images are of one class, '{names[0]}'", "give a folder of two class folders or more"
+        )
     found, generator = np.zeros(len(labels), int), np.random.default_rng(seed)
     for label, name in enumerate(names):
         where = generator.permutation(np.flatnonzero(labels == label))
         if len(where) < parts:
             raise UserError(
-                f"class '{name}' has {len(where)} images, and every one of {parts} parts needs one",
+                f"class '{name}' has {counted(len(where), 'image')}, and every one of {parts} parts "
+                "needs one",
                 "more images of it, a larger --limit, or fewer --folds (3 at least)",
             )
         found[where] = (np.arange(len(where)) + label) % parts

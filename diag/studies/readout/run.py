@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ def _carry_out(
     plan: ReadoutPlan, prepared: Prepared, folder: Path, document: Mapping[str, Any], listener: Listener
 ) -> None:
     started, (spec,), given = time.time(), prepared.specs, prepared.inputs["vision"]
-    class_names([item.id for item in given.items])  # before anything is loaded
+    _divided(
+        [given.items[place].id for place in _evenly(len(given.items), plan.limit)], plan
+    )  # before loading
     model = load(spec, device=prepared.device, dtype=prepared.dtype)
     tower = model.tower("vision")
     chosen, places = _spread(tower, given, plan.limit)
@@ -124,9 +126,7 @@ def _carry_out(
         advance=listener.advance,
     )
     measured = metrics_of(tower, chosen, layers, PREDICTORS, batch_size=size, advance=listener.advance)
-    names = class_names(found.ids)
-    labels = np.array([names.index(name.partition("/")[0]) for name in found.ids])
-    parts = parts_of(labels, plan.folds, names, plan.seed)
+    names, labels, parts = _divided(found.ids, plan)
     predicted = _predicted(found, labels, parts, next(model.module.parameters()).device, listener)
     remove(folder, OWNER, [f"{FILES}/{path.name}" for path in (folder / FILES).iterdir()])
     rows = samples(predicted, found.ids)
@@ -169,9 +169,20 @@ def _carry_out(
 def _spread(tower: Tower, given: Any, limit: int) -> tuple[list[Sample], list[int]]:
     """At most so many samples, evenly over all, with their places: folders come class by class."""
     every = tower_samples(tower, given, limit=len(given), seq_len=None)
-    count = min(limit, len(every))
-    places = np.linspace(0, len(every) - 1, count).round().astype(int).tolist()
+    places = _evenly(len(every), limit)
     return [every[place] for place in places], places
+
+
+def _evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` places of so many, evenly over all of them."""
+    return np.linspace(0, count - 1, min(limit, count)).round().astype(int).tolist()
+
+
+def _divided(ids: Sequence[str], plan: ReadoutPlan) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The classes of images, the class of each, and its part. Raises UserError as `parts_of` does."""
+    names = class_names(ids)
+    labels = np.array([names.index(name.partition("/")[0]) for name in ids])
+    return names, labels, parts_of(labels, plan.folds, names, plan.seed)
 
 
 def _predicted(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from diag.errors import counted
 from diag.results.caveats import caveats
 from diag.results.decimals import fixed
 from diag.show.terminal import aligned, filled, text_width
@@ -52,7 +53,8 @@ def sentences(readout: pd.DataFrame, relations: pd.DataFrame, names: list[str]) 
     related = relations[(relations["readout"] == ATTENTIVE) & relations["predictor"].isin(list(SHOWN))]
     for row in related.to_dict("records"):
         if pd.isna(row["rho"]):
-            yield f"{row['places']} layers are too few to say whether {row['predictor']} goes with it."
+            layers = counted(row["places"], "layer")
+            yield f"{layers}: too few to say whether {row['predictor']} goes with it."
             continue
         rho, low, high = (fixed(float(row[key]), 2, sign=True) for key in ("rho", "ci_low", "ci_high"))
         goes = "goes" if row["p"] <= 0.05 and row["ci_low"] * row["ci_high"] > 0 else "does not clearly go"

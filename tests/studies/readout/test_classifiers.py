@@ -83,6 +83,13 @@ def test_an_image_is_never_predicted_by_what_was_fitted_to_it() -> None:
     assert not again[0, inside][wrong].any()  # the same predictions, which are wrong now
 
 
+def test_one_class_alone_is_no_question() -> None:
+    with pytest.raises(UserError, match="all images are of one class, 'a'"):
+        parts_of(np.zeros(9, int), 3, ["a"], 0)
+    with pytest.raises(UserError, match="class 'b' has 1 image, and every one of 3 parts needs one"):
+        parts_of(np.array([0, 0, 0, 1]), 3, ["a", "b"], 0)
+
+
 def test_parts_hold_each_class_evenly() -> None:
     for label in range(3):
         counts = np.bincount(PARTS[LABELS.numpy() == label], minlength=4)

@@ -30,7 +30,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ended.code == 0, ended.err
     assert ended.out.startswith("demo:vit-p16 · 14 classes · n = 56 images · largest class 0.071\n")
     assert "attentive: best in layer" in ended.out
-    assert "2 layers are too few to say whether excess goes with it." in ended.out
+    assert "2 layers: too few to say whether excess goes with it." in ended.out
     return folder
 
 
