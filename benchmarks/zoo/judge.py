@@ -405,6 +405,8 @@ def counted(
         rows.among.shape[1] in evidence.texts
     )  # the same word in the same place of two texts is no padding
     between = constant is not None and not windows and not words and _between(constant[0])
+    if between and constant is not None:
+        between = _stays(evidence, call, layout, number, constant)
     of_windows = _prefix_of_windows(evidence, call, layout, number)
     if constant is not None and of_windows is not None:
         constant &= ~of_windows
@@ -483,6 +485,24 @@ def _constant(call: Call, other: Call, layout: tuple[int, int | None]) -> Tensor
     if apart.amax() <= least:  # what is left is rounding, and tells nothing
         return torch.ones_like(apart, dtype=torch.bool)
     return apart <= torch.minimum(least, SAME * apart.amax())
+
+
+def _stays(
+    evidence: Evidence, call: Call, layout: tuple[int, int | None], number: int, constant: Tensor
+) -> bool:
+    """Whether what is the same for two inputs still is in the last layer over as many tokens.
+
+    Learned tokens, as those that stand for what is to be predicted, are others by then.
+    """
+    stack = re.sub(r"\d+", "#", call.path)
+    here, there = (evidence.calls[place] for place in (number, 0 if number else 1))
+    pairs = [
+        (one, other)
+        for one, other in zip(here, there, strict=False)
+        if re.sub(r"\d+", "#", one.path) == stack and one.lengths == call.lengths
+    ]
+    last = _constant(*pairs[-1], layout) if pairs else None
+    return last is None or last.shape != constant.shape or bool((last & constant).any())
 
 
 def _between(constant: Tensor) -> bool:
