@@ -53,7 +53,7 @@ REFUSED: list[tuple[tuple[object, ...], str, str]] = [
     (("attend", *MODEL, "--pixel", "1,2,3"), "--pixel does not understand '1,2,3'", "--pixel 3,4"),
     (("probe", *MODEL, "-o", LONG), "File name too long", "give another path"),
     (("probe", *MODEL, "-o", "caf\udce9"), "-o/--output-path 'caf\\udce9' is not UTF-8", "renamed"),
-    (("report", LONG), "RUN… 'aaaa", "give another path"),
+    (("report", LONG), "RUN|FOLDER… 'aaaa", "give another path"),
     (("train", LONG), "CONFIG 'aaaa", "give another path"),
     (("probe", *MODEL, "-o", "a\0b"), "-o/--output-path does not understand 'a\\u0000b'", "--help"),
     (("probe", *MODEL, "-o", "loop"), "-o/--output-path 'loop/x': Too many levels", "give another path"),
@@ -225,5 +225,5 @@ def test_one_meaning_is_one_plan(typed: tuple[str, ...], meant: tuple[str, ...],
 def test_all_metrics_are_every_group_that_any_model_has() -> None:
     from diag.metrics.names import GROUPS, metric_names
 
-    of_any_model = [group for group in GROUPS if group not in ("untrained", "divergence")]
+    of_any_model = [group for group in GROUPS if group not in ("untrained", "divergence", "followed")]
     assert metric_names(["all"]) == metric_names(of_any_model)

@@ -431,7 +431,7 @@ def test_every_way_of_being_causal_gives_the_same_table(inside: str) -> None:
         torch.manual_seed(0)
         module = (Masked if inside == "function" else MaskedInside)(**options(9)).eval()
         runs[name] = diag.probe(
-            module, [x], metrics=sorted(GROUPS.keys() - {"stream", "divergence", "untrained"})
+            module, [x], metrics=sorted(GROUPS.keys() - {"stream", "divergence", "followed", "untrained"})
         )
         (call,) = diag.capture(module, x)
         assert torch.equal(diag.pattern_rows(call) > 0, torch.ones(3, 2, 9, 9).tril().bool()), name

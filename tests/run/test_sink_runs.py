@@ -12,7 +12,7 @@ import pytest
 
 from diag.metrics import sink_events
 from diag.results.hashes import sha256_of
-from diag.run.finish import _say_sinks
+from diag.results.left_out import emptied
 from diag.run.plan import ProbePlan
 from diag.run.run import run_probe
 from diag.studies.compare import published_for
@@ -46,11 +46,9 @@ def test_a_run_holds_where_sinks_are(
 
 
 def test_layers_without_a_known_projection_are_said() -> None:
-    said: list[str] = []
-    _say_sinks({"given": "m"}, ["a.0", "a.1"], said.append)
-    _say_sinks({"given": "m"}, [], said.append)
-    assert said == [
-        "m: what sinks do (no-op, broadcast) is empty where the output projection is not known, or does not "
+    assert emptied([], []) == []
+    assert emptied([], ["a.0", "a.1"]) == [
+        "what sinks do (no-op, broadcast) is empty where the output projection is not known, or does not "
         "read the heads' outputs as they are: a.0 and 1 more"
     ]
 

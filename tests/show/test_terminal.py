@@ -14,6 +14,7 @@ import pytest
 from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
 from diag.metrics.default import METRICS
 from diag.metrics.divergence import DIVERGENCE_METRICS
+from diag.metrics.followed import FOLLOWED_METRICS
 from diag.metrics.ledger import LEDGER_METRICS
 from diag.metrics.nulls import NULL_METRICS
 from diag.metrics.pattern_shape import SHAPE_METRICS
@@ -55,7 +56,7 @@ def layers(metrics: list[str] = EVERY, **constants: Any) -> pd.DataFrame:
 
 def test_every_metric_has_a_heading_of_its_own() -> None:
     optional = {*STREAM_METRICS, *SHAPE_METRICS, *SINK_METRICS, *DIVERGENCE_METRICS, *LEDGER_METRICS}
-    optional |= {*NULL_METRICS, *OF_UNTRAINED.values(), OVER_UNTRAINED}
+    optional |= {*NULL_METRICS, *FOLLOWED_METRICS, *OF_UNTRAINED.values(), OVER_UNTRAINED}
     assert set(COLUMNS) == {*EVERY, *optional}
     headings = [heading for heading, _ in COLUMNS.values()]
     assert len(set(headings)) == len(headings)

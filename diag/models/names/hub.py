@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from diag.models.family import Listed
@@ -49,7 +50,9 @@ def listed() -> Iterator[Listed]:
 
 
 def cached() -> set[str]:
-    """The repositories of models of which the cache of the hub holds anything."""
+    """The repositories of models of which the cache of the hub holds anything; none without its library."""
+    if find_spec("huggingface_hub") is None:
+        return set()
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)

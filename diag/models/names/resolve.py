@@ -112,7 +112,8 @@ def unknown(given: str) -> UserError:
     begun = (name for word, name in LANGUAGE_MODELS.items() if typed.startswith(word) and "vit" not in typed)
     example = next(begun, None)
     if example is None:
-        known = [*aliases(), *(name for family in all_families() for name in family.names())]
+        there = [family for family in all_families() if all(map(find_spec, family.needs))]
+        known = [*aliases(), *(name for family in there for name in family.names())]
         tip = did_you_mean(given, known) or (NO_REGISTRY if find_spec("timm") is None else LIST_TIP)
     else:
         tip = did_you_mean(given, aliases()) or f"name it as the hub does, ORG/NAME: for example -m {example}"

@@ -99,6 +99,6 @@ def agreement(
 
     Raises UserError as `diag.probe` does, and where nothing is explained.
     """
-    from diag.studies.attend.agreement import agreement_in
+    from diag.studies.attend.agreements import agreement_in
 
     return agreement_in(module, batches, of=of, cross=cross, limit=limit)

@@ -28,7 +28,7 @@ from diag.results.looks import MEAN, NUMBERS
 from diag.results.writing import file_stem
 from diag.run.plan import specs_of
 from diag.run.progress import Listener, Silent
-from diag.studies.attend.agreement import agreement_of
+from diag.studies.attend.agreements import agreement_of
 from diag.studies.attend.folder import TOKEN_TYPES, Attended
 from diag.studies.attend.gaze import LANGUAGE, grid_of, maps_of, questioned, shown
 from diag.studies.attend.grid import MIDDLE, Grid, Point

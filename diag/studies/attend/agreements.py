@@ -43,7 +43,7 @@ def agreement_in(
     cross: bool,
     limit: int,
 ) -> pd.DataFrame:
-    """What `diag.studies.attend.agreement` returns. Raises UserError as it does."""
+    """What `diag.studies.attend.agreements` returns. Raises UserError as it does."""
     model, towers, samples = from_module(module, batches, limit, cross=cross)
     made = list[pd.DataFrame]()
     for tower in towers:
