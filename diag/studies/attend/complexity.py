@@ -52,7 +52,15 @@ def against_complexity(
             f"the run holds no '{metric}' of single inputs",
             f"probe with --metrics {metric} and keep its samples",
         )
-    values = layer_samples(rows)[[*LINE, "input", "value"]]
+    return of_values(layer_samples(rows), images, seed=seed)
+
+
+def of_values(values: pd.DataFrame, images: Iterable[Item], *, seed: int = 0) -> Complexity:
+    """As `against_complexity`, of one metric's values: columns of `LINE`, input and value, mean over heads.
+
+    Raises UserError where fewer than 4 of the images are among those given.
+    """
+    values = values[[*LINE, "input", "value"]]
     found, wanted = dict[str, dict[str, float]](), set(values["input"])
     for item in images:
         if item.id in wanted:

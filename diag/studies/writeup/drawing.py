@@ -14,9 +14,11 @@ from diag.errors import UserError
 from diag.metrics.catalogue import entry_of
 from diag.results import published
 from diag.results.writing import file_stem, free_stem
+from diag.run.plan import inputs_of
 from diag.show.figures import FIGURES, entropy, scatter
 from diag.show.figures import write as figure_files
 from diag.show.figures.attend import draw_attended
+from diag.show.figures.complexity import complexity_figure
 from diag.show.figures.curves import layer_curves, model_comparison
 from diag.show.figures.depth import depth_profiles
 from diag.show.figures.heatmaps import head_heatmaps
@@ -24,6 +26,7 @@ from diag.show.figures.ledger import ledger_over_depth
 from diag.show.figures.lengths import AXES, against
 from diag.show.figures.sinks import sink_events
 from diag.show.figures.tables import check_columns, rows_of
+from diag.studies.attend.complexity import of_values
 from diag.studies.attend.folder import read as read_look
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup.captions import look_settings
@@ -233,6 +236,30 @@ class LengthsFigure(OfProbe, Panels):
         over = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
         words = f"Means over {over} against {AXES[self.against].partition(',')[0]}."
         return [DrawnFigure(stem, against(table), table, words)]
+
+
+class ComplexityFigure(OfProbe, Panels):
+    """A metric of images against what there is to see in them, a figure per line. layer: of the points."""
+
+    kind: Literal["complexity"]
+    metric: str = "entropy"
+    layer: int | None = None
+
+    def made(self, stem: str, material: Material) -> list[DrawnFigure]:
+        table = known_metrics(material.table(self, "samples"), (self.metric,), self.probe)
+        given = [inputs_of(plan).get("vision") for plan in material.runs[self.probe].values()]
+        images = {item.id: item for some in given if some is not None for item in some.items}
+        words = (
+            "Each image's edge density and colour entropy against the metric, and Spearman's ρ over layers, "
+            "with 95 % bootstrap intervals over images."
+        )
+        drawn, taken, parts = [], set[str](), list(table.groupby("label", sort=False))
+        for label, rows in parts:
+            found = of_values(rows, images.values())
+            figure = complexity_figure(found.points, found.correlations, layer=self.layer, metric=self.metric)
+            name = stem if len(parts) == 1 else free_stem(file_stem(stem, label), taken)
+            drawn.append(DrawnFigure(name, figure, pd.concat([found.points, found.correlations]), words))
+        return drawn
 
 
 class AttendFigure(WriteupItem):

@@ -63,6 +63,7 @@ AnyFigure = Annotated[
     | drawing.EntropyFigure
     | drawing.SinksFigure
     | drawing.LengthsFigure
+    | drawing.ComplexityFigure
     | drawing.AttendFigure
     | drawing.EffectFigure
     | drawing.TrainedFigure,

@@ -19,6 +19,7 @@ from made_runs import made_run
 from matplotlib.figure import Figure
 from PIL import Image
 
+import diag
 from diag.errors import UserError
 from diag.models.names.series import members
 from diag.results import tables as records
@@ -27,6 +28,7 @@ from diag.results.caveats import BY_DEFAULT
 from diag.results.collect import collect
 from diag.results.writing import write, write_json
 from diag.show.figures.style import style
+from diag.studies.attend import against_complexity
 from diag.studies.writeup import needs_of, read_plans, schema, shows
 from diag.studies.writeup.captions import caption
 from diag.studies.writeup.drawing import CurvesFigure, LengthsFigure, _per_line
@@ -305,6 +307,24 @@ class TestOwnPairs:
         assert set(table["tokens"]) == {"cls"}
 
 
+class TestComplexity:
+    @pytest.mark.usefixtures("sketched")
+    def test_a_figure_per_line_with_the_correlations_behind_it(self, there: Path) -> None:
+        """The same numbers as from Python; the images are those that the probe was given."""
+        probes = SMALL[SMALL.index("probes:") : SMALL.index("  words:")]
+        (there / "seen.yaml").write_text(
+            f"title: t\n{probes}figures:\n  - {{kind: complexity, probe: eyes, width: column}}\n"
+            "  - {kind: complexity, name: none, probe: eyes, metric: entropi}\n"
+        )
+        ended = run_cli("figures", "seen.yaml", "--json")
+        (outcome,) = json.loads(ended.out)["plans"]
+        assert "no metric 'entropi'" in outcome["failed"]["none"]
+        rows = pd.read_csv("figures/seen/complexity-eyes-demo-vit-p8.csv")
+        assert rows["input"].nunique() == 4
+        found = against_complexity(diag.probe("demo:vit-p8", "demo", limit=4), diag.images("demo"))
+        np.testing.assert_allclose(rows["rho"].dropna(), found.correlations["rho"], atol=1e-6)
+
+
 class TestDocs:
     """docs/figures.md shows what comes."""
 
@@ -331,7 +351,7 @@ class TestDocs:
     def test_every_kind_and_table_is_named(self) -> None:
         page = (ROOT / "docs" / "figures.md").read_text()
         kinds = [kind for union in (schema.AnyFigure, schema.AnyTable) for kind in schema.kinds(union)]
-        assert len(kinds) == 18
+        assert len(kinds) == 19
         for kind in kinds:
             assert f"`{kind}`" in page, kind
         for key in {*schema.keys_of(schema.WriteupProbe)} - {"trust_remote_code", "random_init"}:
