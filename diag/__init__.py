@@ -98,7 +98,15 @@ def __getattr__(name: str) -> Any:
         return import_module(f"diag.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'diag' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        from diag.errors import EXTRAS, not_installed
+
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        raise not_installed(f"diag.{name}", library) from error
 
 
 def __dir__() -> list[str]:

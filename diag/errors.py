@@ -154,6 +154,11 @@ def ranges(text: str, said: str, example: str, *, from_end: bool = False) -> tup
         if ends and max(len(end.lstrip("-0")) for end in ends.groups("")) > DIGITS:
             raise UserError(f"{said} goes beyond every model with '{part}'", f"for example {example}")
         first, last = _ends(ends, ":" in part) if ends else NONE
+        if from_end and re.fullmatch("[0-9]*:", part):
+            raise UserError(
+                f"{said} does not say where '{part}' ends: only the model knows how many there are",
+                f"give its end as well: {first}:{first + 4}; -4: are the last four",
+            )
         if (first < 0) != (last < 0):
             raise UserError(
                 f"{said} counts '{part}' from both ends",

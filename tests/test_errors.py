@@ -53,7 +53,13 @@ def test_slices_are_those_of_python(text: str) -> None:
     assert ranges(f"{text},{found[0]}", "--layers", "0", from_end=True) == found
 
 
-@pytest.mark.parametrize("text", ["3:", ":", ":-1", "-3:2"])
+@pytest.mark.parametrize("text", ["3:", ":"])
+def test_a_slice_without_an_end_asks_for_one(text: str) -> None:
+    with pytest.raises(UserError, match=f"--layers does not say where '{text}' ends"):
+        ranges(text, "--layers", "0", from_end=True)
+
+
+@pytest.mark.parametrize("text", [":-1", "-3:2"])
 def test_a_slice_whose_end_only_the_model_knows_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=f"counts '{text}' from both ends"):
         ranges(text, "--layers", "0", from_end=True)

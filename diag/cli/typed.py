@@ -96,18 +96,27 @@ def _takes_models(verb: Any) -> bool:
 
 
 def _named(arguments: Sequence[str], alone: Sequence[str], verb: Any) -> list[str]:
-    """Arguments with the words that belong to no option in front, each behind `--model`.
+    """Arguments in their order, with `--model` before each word that belongs to no option.
 
     Raises UserError for files.
     """
-    found, models = list(arguments), list[str]()
     takes = {name for parameter in verb.params for name in parameter.opts}
     for word in alone:
         if os.path.isfile(word):
             raise _no_model(word, takes, arguments)
-        del found[max(place for place, argument in enumerate(found) if argument == word)]
-        models += [MODEL, word]
-    return [*models, *found]
+    valued = {name for parameter in verb.params if not _is_flag(parameter) for name in parameter.opts}
+    found, of_option, left = list[str](), False, list(alone)
+    for word in arguments:
+        if not of_option and left and word == left[0]:
+            found += [MODEL, left.pop(0)]
+        elif of_option or word != "--":
+            found.append(word)
+        of_option = not of_option and word in valued
+    return found
+
+
+def _is_flag(parameter: Any) -> bool:
+    return bool(getattr(parameter, "is_flag", False) or getattr(parameter, "count", False))
 
 
 def _no_model(file: str, takes: Collection[str], arguments: Sequence[str]) -> UserError:

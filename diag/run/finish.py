@@ -19,7 +19,8 @@ from pyarrow import ArrowInvalid
 
 from diag.errors import UserError
 from diag.inputs.items import content_digest
-from diag.metrics.catalogue import OF_UNTRAINED, OVER_UNTRAINED, RATIOS
+from diag.metrics.catalogue import FOLLOWED, OF_UNTRAINED, OVER_UNTRAINED, RATIOS, entry_of
+from diag.metrics.names import metric_names
 from diag.results.folder import HEADS, LAYERS, MANIFEST, QUANTILES, SAMPLES, SINK_PLACES, is_finished
 from diag.results.hashes import hashes
 from diag.results.left_out import emptied, left_out
@@ -167,7 +168,8 @@ def _finish(folder: Path, document: Mapping[str, Any], say: Saying, drawer: Draw
                 note["entry"]["untrained"] = [its["entry"]["weights_sha256"] for _, its in twins]
                 seconds += sum(_told(twin, its["shards"])["seconds"] for twin, its in twins)
         except _NoNumbers as error:
-            nothing[part.given] = error
+            if not _followed(document["plan"].get("metrics")):  # which a vision tower alone has none of
+                nothing[part.given] = error
             # they hold nothing, and what the user mends is another run
             remove(folder, PROBE, (f"shards/{part.shard(place).name}" for place in range(note["shards"])))
             continue
@@ -230,6 +232,12 @@ def _told(part: Part, shards: int) -> dict[str, Any]:
         for name in ("failed", "content")
     }
     return first | of_inputs | {"seconds": sum(account["seconds"] for account in accounts)}
+
+
+def _followed(metrics: Sequence[str] | None) -> bool:
+    """Whether all metrics that were asked for are of language models that follow a vision tower."""
+    names = metric_names(metrics)
+    return bool(names) and all(entry_of(name).place == FOLLOWED for name in names)
 
 
 class _NoNumbers(UserError):  # noqa: N818  it says what is the matter

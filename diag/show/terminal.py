@@ -145,9 +145,10 @@ def _lines(columns: Sequence[Sequence[str]], between: str = " ") -> list[str]:
 
 
 def filled(parts: Sequence[str], between: str = " · ") -> list[str]:
-    """Parts in as few lines of text as they take, broken between parts."""
-    # textwrap does not break at no-break spaces
-    text = between.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    """Parts in as few lines of text as they take, broken between parts, and within one that is longer."""
+    most = text_width() - len(between) - 2
+    whole = (part.replace(" ", "\N{NO-BREAK SPACE}") if len(part) <= most else part for part in parts)
+    text = between.join(whole)  # textwrap does not break at no-break spaces
     lines = textwrap.wrap(text, text_width(), subsequent_indent="  ", break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 

@@ -227,3 +227,15 @@ def test_all_metrics_are_every_group_that_any_model_has() -> None:
 
     of_any_model = [group for group in GROUPS if group not in ("untrained", "divergence", "followed")]
     assert metric_names(["all"]) == metric_names(of_any_model)
+
+
+def test_models_stay_in_the_order_in_which_they_are_typed(attnbias: Attnbias) -> None:
+    """The first one gives `attend` its grid, and `compare` what others are compared with."""
+    for words in (("-m", "demo:vit-p8", "demo:vit-p16"), ("demo:vit-p8", "-m", "demo:vit-p16")):
+        lines = attnbias("compare", *words, "--limit", 2, "--dry-run").out.splitlines()
+        assert [line.rpartition(" ")[2] for line in lines] == ["demo:vit-p8", "demo:vit-p16"]
+
+
+def test_a_word_that_is_a_model_and_an_options_value_is_both(attnbias: Attnbias) -> None:
+    ended = attnbias("probe", "demo:vit-p8", "-o", "demo:vit-p8", "--layers", "-1", "--dry-run")
+    assert (ended.code, "demo:vit-p8" in ended.out) == (0, True), ended.err
