@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +76,6 @@ class CompareOptions:
 @with_options
 def compare(given: CompareOptions) -> None:
     """Compare runs or models: profiles over depth, differences with intervals, and what follows."""
-    given = _sorted_out(given)
     between, runs, quiet = _pair(given.growth), given.runs or [], given.quiet
     drawn(given.figures)
     sweeps = {
@@ -117,28 +115,6 @@ def compare(given: CompareOptions) -> None:
         say(f"folder: {folder}")
     if failed:
         raise SystemExit(3)
-
-
-def _sorted_out(given: CompareOptions) -> CompareOptions:
-    """Options whose words without one are told apart: what is no folder and a model's name is a model."""
-    runs, models = list[Path](), list[str]()
-    for word in given.runs or ():
-        name = str(word)
-        if os.path.lexists(word) or ("/" in name and ":" not in name) or not _is_model(name):
-            runs.append(word)
-        else:
-            models.append(name)
-    return replace(given, runs=runs, model=[*models, *(given.model or ())])
-
-
-def _is_model(name: str) -> bool:
-    from diag.models.names.resolve import parse
-
-    try:
-        parse(name)
-    except UserError:
-        return False
-    return True
 
 
 def _answered(

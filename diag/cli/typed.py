@@ -52,6 +52,8 @@ class CheckedVerbs(TyperGroup):
             verb.options_metavar = "[MODEL…] [OPTIONS]"
         parser = verb.make_parser(typer.Context(verb, parent=ctx, info_name=name))
         words, alone, order = parser.parse_args(args=list(rest))
+        if _takes_models(verb):
+            alone = [*alone, *filter(_is_model, _listed(words.get(RUNS)))]
         if alone and _takes_models(verb):
             rest = _named(rest, alone, verb)
             words, _, order = parser.parse_args(args=list(rest))
@@ -89,6 +91,19 @@ class CheckedVerbs(TyperGroup):
 def _meant(word: str, verbs: Iterable[str]) -> bool:
     """Whether a first word is an option, or a verb that was mistyped."""
     return word.startswith("-") or bool(difflib.get_close_matches(word.lower(), verbs, cutoff=0.7))
+
+
+def _is_model(word: object) -> bool:
+    """Whether what may be a run or a model is a model: a name that is known, and no path."""
+    if not isinstance(word, str) or os.path.lexists(word) or ("/" in word and ":" not in word):
+        return False
+    from diag.models.names.resolve import parse
+
+    try:
+        parse(word)
+    except UserError:
+        return False
+    return True
 
 
 def _takes_models(verb: Any) -> bool:

@@ -19,6 +19,12 @@ SIGNS = {
     "·": "$\\cdot$",
     "–": "--",
     "…": "\\dots{}",
+    "‖": "$\\|$",
+    "²": "$^2$",
+    "≤": "$\\leq$",
+    "≥": "$\\geq$",
+    "ρ": "$\\rho$",
+    "α": "$\\alpha$",
 }
 """Signs that not every TeX engine has in its fonts."""
 NUMBER = re.compile(r"([+−-]?)(\d+)(?:\.(\d+))?")

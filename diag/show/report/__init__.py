@@ -13,7 +13,8 @@ from pathlib import Path
 
 from diag.errors import UserError
 from diag.results.collect import Collection, collect
-from diag.results.manifest import ATTEND
+from diag.results.folder import MANIFEST
+from diag.results.manifest import ATTEND, PROBE
 from diag.results.writing import sweep_beside, write_text
 from diag.show.report.attended import read_attended
 from diag.show.report.render import GENERATOR, default_title, page
@@ -42,7 +43,7 @@ def write_report(folders: Iterable[Path], path: Path, *, title: str | None = Non
     Raises UserError if none can be read, or if `path` holds something that is no report.
     """
     check_free(path)
-    given = list(dict.fromkeys(folders))
+    given = list(dict.fromkeys(one for folder in folders for one in finished_in(folder)))
     if not given:
         raise UserError(
             "no run was given",
@@ -75,6 +76,14 @@ def write_page(
     sweep_beside(path)
     write_text(text, path)
     return Report(path, len(text.encode("utf-8")), len(collection.labels), problems, collection.notes)
+
+
+def finished_in(folder: Path) -> list[Path]:
+    """The folder itself; of one that only holds those of verbs, as that of several sweeps does, these."""
+    if (folder / MANIFEST).exists() or not folder.is_dir():
+        return [folder]
+    made = sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}"))
+    return [one for one in made if (kind_of(one) or PROBE) in (PROBE, ATTEND, *STUDIES)] or [folder]
 
 
 def of_another_verb(folder: Path) -> bool:

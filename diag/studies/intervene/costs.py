@@ -115,9 +115,11 @@ def spared(found: pd.DataFrame, within: float) -> Iterator[str]:
     for name, strength, part in _each(found):
         said = COSTS[part["measure"].iloc[0]].said
         done = DONE.get(name, f"changed by {labelled(name, strength)}").format(strength)
-        most = part["cost_high"].fillna(part["cost"])
-        cheap = part[most < within / 100]
+        cheap = part[part["cost_high"] < within / 100]
         at = f"at under {within:g} % {said}"
+        if part["cost_high"].isna().all():
+            yield f"Whether a layer can be {done} {at} is not judged: one input has no interval."
+            continue
         if cheap.empty:
             best = part.iloc[0]
             up_to = "" if pd.isna(best["cost_high"]) else f", up to {fixed(100 * best['cost_high'], 2)} %"

@@ -150,16 +150,19 @@ def _predicted(relations: pd.DataFrame) -> Iterator[str]:
             name = _label((row["intervention"], row["strength"]))
             if name not in cells["intervention"]:
                 cells["intervention"].append(name)
-            rho, low, high = (fixed(float(row[key]), 2, sign=True) for key in ("rho", "ci_low", "ci_high"))
-            cells.setdefault(PREDICTORS[row["predictor"]], []).append(
-                f"{rho} [{low}, {high}] p = {float(row['p']):.2g}"
-            )
+            rho, low, high = (_signed(row[key]) for key in ("rho", "ci_low", "ci_high"))
+            said = f"{rho} [{low}, {high}] p = {float(row['p']):.2g}" if row["p"] == row["p"] else "–"
+            cells.setdefault(PREDICTORS[row["predictor"]], []).append(said)
         yield from aligned(cells)
         clear = shown[(shown["p"] <= 0.05) & (shown["ci_low"] * shown["ci_high"] > 0)]
         if clear.empty:
             yield f"Over these {places} {level}s neither clearly predicts the effect."
         if len(shown) > 1:
             yield f"p: random pairings of {level}s; of {len(shown)} such tests, expect some below 0.05."
+
+
+def _signed(value: Any) -> str:
+    return "–" if pd.isna(value) else fixed(float(value), 2, sign=True)
 
 
 def _label(name: Any) -> str:

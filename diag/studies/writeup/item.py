@@ -13,6 +13,11 @@ def _listed(given: object) -> object:
     return given if isinstance(given, list | tuple) or given is None else [given]
 
 
+def _parted(given: object) -> object:
+    """`a,b` as on the command line, beside a list."""
+    return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+
+
 def _layers(given: object) -> object:
     """`0,5-11` as on the command line, beside a number and a list of numbers."""
     if not isinstance(given, str):
@@ -28,6 +33,7 @@ def _layers(given: object) -> object:
 
 Numbers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_listed)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+Parted = Annotated[tuple[str, ...], BeforeValidator(_parted), Field(min_length=1)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layers), Field(min_length=1)]
 Published = bool | dict[str, str]
 """false; true: what the models' names stand for; or model -> name of what is published."""

@@ -18,12 +18,13 @@ from pydantic_core import PydanticCustomError
 from diag.errors import UserError, did_you_mean, one_of
 from diag.inputs.document import Document, Place, read_document
 from diag.inputs.mistakes import in_words
+from diag.metrics.names import metric_names
 from diag.results.writing import file_stem
 from diag.run.plan import ProbePlan
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup import drawing, tables
 from diag.studies.writeup.captions import PLACEHOLDERS
-from diag.studies.writeup.item import Layers, Names, Numbers, Strict
+from diag.studies.writeup.item import Layers, Names, Numbers, Parted, Strict
 
 UNSAID = ("trust_remote_code", "save_activations", "keep_samples", "exact", "sampled_rows", "workers")
 """Fields of a probe that a writeup does not let be said: foreign code is trusted on the command line only,
@@ -42,11 +43,20 @@ class WriteupProbe(ProbePlan):
     seq_len: Numbers = ()  # type: ignore[assignment]
     image_size: Numbers = ()
     patch_size: Numbers = ()
-    metrics: Names | None = None
+    metrics: Parted | None = None
     layers: Layers | None = None
-    tokens: Names | None = None
+    tokens: Parted | None = None
     intervene: Names | None = None  # type: ignore[assignment]
     model_args: Names | None = None  # type: ignore[assignment]
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        try:
+            metric_names(names)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return names
 
     @field_validator(*UNSAID, mode="before")
     @classmethod

@@ -591,6 +591,16 @@ def test_a_damaged_study_is_left_out_and_one_of_another_verb_is_named(
     assert "Left out." in alone.path.read_text("utf-8")
 
 
+def test_a_folder_that_only_holds_those_of_verbs_stands_for_them(tmp_path: Path) -> None:
+    """As `intervene` of several models writes; what is of no verb of the page in it is left alone."""
+    made_run(tmp_path / "all" / "run")
+    study_folder(tmp_path / "all" / "cmp", "compare", COMPARED, {"labels": ["A", "B"]})
+    study_folder(tmp_path / "all" / "together", "intervene-together", {}, {})
+    done = write_report([tmp_path / "all"], tmp_path / "report.html")
+    assert (done.lines, done.problems) == (1, {})
+    assert "attnbias compare" in done.path.read_text("utf-8")
+
+
 def test_above_five_lines_no_bands_are_drawn_and_the_page_says_so(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / f"run-{place}", model=f"demo:{place}") for place in range(6)]
     few, many = (page(collect(runs[:count])) for count in (5, 6))

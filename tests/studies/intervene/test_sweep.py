@@ -467,6 +467,12 @@ def test_layers_are_ranked_by_what_they_cost() -> None:
     )
 
 
+def test_one_input_spares_no_layer() -> None:
+    table = of_costs("loss_increase", {"window": [0.03, 0.004]}, n=1).assign(ci_low=np.nan, ci_high=np.nan)
+    said, _ = spared(costs(table), 1)
+    assert said.endswith("at under 1 % of the loss is not judged: one input has no interval.")
+
+
 def test_none_of_few_inputs_is_no_proof() -> None:
     """Not one of 20 inputs changes its class: the true share may well be 3/20."""
     found = costs(of_costs("same_class", {"skip": [1.0, 0.5]}))

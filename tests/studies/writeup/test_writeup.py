@@ -611,6 +611,13 @@ class TestRefusedPlans:
                 "pairs: and probe: belong together",
                 "give both",
             ),
+            (
+                "title: t\nprobes:\n  p: {models: demo:lm, metrics: 'default, entropi'}\n"
+                "figures:\n  - {kind: depth, probe: p}\n",
+                3,
+                "metrics: unknown metric 'entropi'",
+                "",
+            ),
             ("title: t\ntitle: u\n", 2, "'title' is given again", "it is already on line 1"),
             ("title: [t\n", 2, "expected ',' or ']'", "needs quotes"),
         ],
