@@ -35,7 +35,7 @@ NO_OP_RATIO, BROADCAST_RATIO, BROADCAST_RANK = 0.2, 0.5, 1.5
 rank. Those of 2606.08105."""
 
 EVENT_ELEMENTS = 1 << 20
-"""How many numbers of values in float64 are made of heads with events at a time: 8 MiB."""
+"""How many numbers of values are copied of heads with events at a time: 4 MiB."""
 
 Roots = Callable[[], Float64[Tensor, "head value_dim root_dim"]]
 """Gives R of each query head with R Rᵀ = W Wᵀ, W = W_O γ of that head, so that ‖v W‖ = ‖v R‖. Asked only
@@ -111,22 +111,26 @@ class SinkEvents:
         events = self.event.nonzero()
         if not len(events):
             return found
-        roots = self.roots()
+        roots = self.roots().to(found.device, torch.float32)
+        all_keys, all_rows = bool(self.keys.all()), bool(rows.all())
         for part in events.split(max(1, EVENT_ELEMENTS // (call.keys * call.value.shape[-1]))):
             b, h = part.unbind(-1)
-            root, keys = roots[h].to(found.device), self.keys[b]  # [event, dim, root_dim], [event, key]
-            # padding may hold anything
-            value = call.value[b, h // call.group].float().masked_fill(~keys[..., None], 0.0)
-            norms = vector_norm(value @ root.float(), dim=-1).double()
+            root, keys = roots[h], self.keys[b]  # [event, dim, root_dim], [event, key]
+            value = call.value[b, h // call.group].float()
+            if not all_keys:  # padding may hold anything
+                value.masked_fill_(~keys[..., None], 0.0)
+            norms = vector_norm(value @ root, dim=-1).double()
             sink = self.sink[b, h][:, None]
             others = norms.scatter(-1, sink, 0.0).sum(-1) / (keys.sum(-1) - 1)
             ratio = norms.gather(-1, sink)[:, 0] / torch.where(others > 0, others, torch.nan)
             found[0, b, h] = torch.where(norms.isfinite().all(-1), ratio, torch.inf)
-            output = call.output[b, h].double()
+            output = call.output[b, h].float()
             if outside is not None:
-                output = output - outside.expand(call.output.shape)[b, h].double()
-            output = output.masked_fill(~rows[b, h][..., None], 0.0)
-            gram = root.mT @ (output.mT @ output) @ root  # that of U in as few dimensions as a head has
+                output -= outside.expand(call.output.shape)[b, h]
+            if not all_rows:
+                output.masked_fill_(~rows[b, h][..., None], 0.0)
+            output = output @ root  # U in as few dimensions as a head has
+            gram = (output.mT @ output).double()
             finite = gram.isfinite().all(-1).all(-1)
             gram = torch.where(finite[:, None, None], gram, 0.0)
             largest = eigvalsh(gram)[:, -1]
