@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
-from torch.linalg import eigvalsh, vector_norm
+from torch.linalg import cholesky_ex, eigvalsh, qr, vector_norm
 
 from diag.attention.positions import TEXT, Geometry
 from diag.attention.single_keys import pattern_columns
@@ -34,8 +34,11 @@ NO_OP_RATIO, BROADCAST_RATIO, BROADCAST_RANK = 0.2, 0.5, 1.5
 """No-op: a value norm ratio of at most the first. Broadcast: at least the second, and at most this stable
 rank. Those of 2606.08105."""
 
-EVENT_ELEMENTS = 1 << 20
-"""How many numbers of values are copied of heads with events at a time: 4 MiB."""
+EVENT_ELEMENTS = 1 << 18
+"""How many numbers of values are copied of heads with events at a time: 1 MiB."""
+
+GRAM_ROWS = 128
+"""Over how many rows products are summed up in float32, before float64 goes on."""
 
 Roots = Callable[[], Float64[Tensor, "head value_dim root_dim"]]
 """Gives R of each query head with R Rᵀ = W Wᵀ, W = W_O γ of that head, so that ‖v W‖ = ‖v R‖. Asked only
@@ -130,7 +133,8 @@ class SinkEvents:
             if not all_rows:
                 output.masked_fill_(~rows[b, h][..., None], 0.0)
             output = output @ root  # U in as few dimensions as a head has
-            gram = (output.mT @ output).double()
+            # many rows in one float32 sum would cost digits
+            gram = torch.stack([(x.mT @ x).double() for x in output.split(GRAM_ROWS, 1)]).sum(0)
             finite = gram.isfinite().all(-1).all(-1)
             gram = torch.where(finite[:, None, None], gram, 0.0)
             largest = eigvalsh(gram)[:, -1]
@@ -253,7 +257,9 @@ SINK_METRICS = registered("sinks")
 
 def roots_of(weight: Float[Tensor, "head value_dim width"]) -> Float64[Tensor, "head value_dim root_dim"]:
     """What stands for the projections in norms: R with R Rᵀ = W Wᵀ, as small as a head is wide."""
-    return torch.linalg.qr(weight.double().transpose(-1, -2), mode="r").R.transpose(-1, -2)
+    weight = weight.double()
+    root, failed = cholesky_ex(weight @ weight.mT)
+    return qr(weight.mT, mode="r").R.mT if bool(failed.any()) else root
 
 
 def sink_readings(
