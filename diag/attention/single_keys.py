@@ -52,7 +52,10 @@ class SingleWeights:
         """`A_i,i+s` for each step s."""
 
         def of_part(call: AttentionCall, lse: Tensor | None, b: slice, h: slice) -> Tensor:
-            found = torch.zeros(*call.output[b, h].shape[:3], len(steps), device=call.output.device)
+            shape, nothing = call.output[b, h].shape[:3], 0.0 if lse is None else -torch.inf
+            found = torch.full(
+                (len(steps), *shape), nothing, device=call.output.device
+            )  # a step lies in a row
             if lse is not None:
                 query, key = _grouped(call, b, in_kv_head, h)
                 mask = _mask(call, b, h)
@@ -62,13 +65,13 @@ class SingleWeights:
                     continue
                 if lse is None:
                     assert call.pattern is not None
-                    found[:, :, rows, place] = call.pattern[b, h].diagonal(step, -2, -1)
+                    found[place, :, :, rows] = call.pattern[b, h].diagonal(step, -2, -1)
                     continue
-                scores = vecdot(query[..., rows, :], key[..., keys, :]).flatten(1, 2) * call.scale
+                scores = vecdot(query[..., rows, :], key[..., keys, :]).flatten(1, 2).mul_(call.scale)
                 if mask is not None:
                     scores = masked(scores, mask.diagonal(step, -2, -1), call.hidden, -torch.inf)
-                found[:, :, rows, place] = scores.sub_(lse[b, h, rows]).exp_()
-            return found
+                found[place, :, :, rows] = scores
+            return (found if lse is None else found.sub_(lse[b, h]).exp_()).movedim(0, -1)
 
         return self._summed(of_part, in_batch, in_kv_head)
 
@@ -114,14 +117,20 @@ def pattern_columns(
 ) -> Float[Tensor, "batch head token chosen"]:
     """`A_ij` of every query i and the chosen keys j, which differ between heads; float32.
 
-    A row that sees no key is all zero.
+    A row that sees no key is all zero. What was asked for last is not computed again.
     """
+    known = statistics.columns
+    if known is not None and torch.equal(known[0], keys):
+        return known[1]
     call, weights = statistics.call, SingleWeights(statistics)
     found = torch.empty(*call.output.shape[:3], keys.shape[-1], device=call.output.device)
     for in_batch, in_kv_head in head_chunks(call, call.value.shape[-1]):
         where = (in_batch, call.query_heads(in_kv_head))
-        found[where] = weights.on_keys(in_batch, in_kv_head, keys[where])
-    return torch.where((call.visibility.count > 0)[..., None], found, 0.0)
+        for number, key in enumerate(keys[where].split(1, -1)):  # one by one: the same whatever stands beside
+            found[(*where, slice(None), number)] = weights.on_keys(in_batch, in_kv_head, key)[..., 0]
+    found = torch.where((call.visibility.count > 0)[..., None], found, 0.0)
+    statistics.columns = keys, found
+    return found
 
 
 def sum_of_steps(

@@ -33,6 +33,8 @@ class CallStatistics:
         self.call = call
         self.givers: Sequence[Bool[Tensor, "#batch #head token"]] = ()
         """for each token set, the rows whose weights are summed up key by key while `softmax` is computed"""
+        self.columns: tuple[Tensor, Tensor] | None = None
+        """the keys whose weights were read last by `pattern_columns`, and these weights"""
         self._softmax = softmax
 
     @property

@@ -28,7 +28,7 @@ from torch.linalg import vecdot
 from diag.attention.call import AttentionCall
 from diag.attention.pattern import given_blocks, log2_pattern_blocks
 from diag.attention.positions import TEXT, Geometry
-from diag.attention.single_keys import SingleWeights, sum_of_steps
+from diag.attention.single_keys import SingleWeights, pattern_columns, sum_of_steps
 from diag.attention.softmax_statistics import CallStatistics
 from diag.attention.value_statistics import reciprocal, value_blocks
 from diag.attention.visibility import of_inputs, part_of
@@ -66,8 +66,7 @@ class Ledger:
         """The share of y that a class has; undefined where y is zero, or the class is not there."""
         if name != "rest" and name not in self.sums:
             return self.on.nothing
-        scale = reciprocal(self.on.values.output_norm).square()
-        rows = self.on.rows & (scale > 0)
+        scale, rows = self._per_output
         if name != "rest":
             return Reading(self.sums[name][OUTPUT] * scale, rows)
         return Reading(1 - self._taken(OUTPUT) * scale, rows)
@@ -76,10 +75,10 @@ class Ledger:
         """The part of the bias that a class has."""
         if name != "rest" and name not in self.sums:
             return self.on.nothing
-        scale = self._flat(self.on.per_output_norm * self.on.per_value_norm)
         if name != "rest":
-            return Reading(self.sums[name][BIAS] * scale, self.on.rows)
-        return Reading(self._flat(self.on.cosine) - self._taken(BIAS) * scale, self.on.rows)
+            return Reading(self.sums[name][BIAS] * self._per_bias, self.on.rows)
+        cosine = self.on.cosine.flatten(1, 2)
+        return Reading(cosine - self._taken(BIAS) * self._per_bias, self.on.rows)
 
     def of_sinks_that_are(self, kind: str) -> Reading:
         """The share of y that the sink has where it is of a class; 0 where it is not."""
@@ -91,8 +90,16 @@ class Ledger:
     def _taken(self, which: int) -> Float[Tensor, "batch head token"]:
         return functools.reduce(torch.add, (x[which] for x in self.sums.values()))
 
-    def _flat(self, x: Float[Tensor, "batch kv_head group token"]) -> Float[Tensor, "batch head token"]:
-        return x.flatten(1, 2)
+    @functools.cached_property
+    def _per_output(self) -> tuple[Float[Tensor, "batch head token"], Bool[Tensor, "batch head token"]]:
+        """1/‖y_i‖², and the rows that have one."""
+        scale = reciprocal(self.on.values.output_norm).square()
+        return scale, self.on.rows & (scale > 0)
+
+    @functools.cached_property
+    def _per_bias(self) -> Float[Tensor, "batch head token"]:
+        """1/(‖y_i‖ ‖v_i‖)"""
+        return (self.on.per_output_norm * self.on.per_value_norm).flatten(1, 2)
 
 
 for _name in CLASSES:
@@ -132,14 +139,14 @@ def ledger_readings(
     defined = [name for name in names if LEDGER_METRICS[name].defined_for(call)]
     if not defined:
         return [dict.fromkeys(names, on.nothing) for on in selections]
-    sinks = _sinks(selections, geometry) if not call.maps else [None for _ in selections]
-    places = _Places(call, geometry, kinds)
+    places, sinks = _Places(call, geometry, kinds), None if call.maps else _sinks(selections, geometry)
     shared, of_sinks = _sums(selections[0], places, sinks)
     found = []
-    for on, sink, sums in zip(selections, sinks, of_sinks, strict=True):
-        view = Ledger(
-            on, shared if sink is None else places.without(shared, sink, sums), places.kinds_of(sink)
-        )
+    for number, on in enumerate(selections):
+        view = Ledger(on, shared, {})
+        if sinks is not None:
+            sink = sinks[..., number]
+            view = Ledger(on, places.without(shared, sink, of_sinks[..., number]), places.kinds_of(sink))
         readings = {name: LEDGER_METRICS[name].compute(view) for name in defined}
         readings = without_negative(on, readings, LEDGER_METRICS)
         found.append({name: readings.get(name, on.nothing) for name in names})
@@ -181,10 +188,8 @@ class _Places:
         near = self.geometry.near(rows - prefix, keys - prefix, self.call.tokens)
         return near & (rows >= prefix) & (keys >= prefix)
 
-    def kinds_of(self, sink: Int[Tensor, "batch head"] | None) -> dict[str, Tensor]:
+    def kinds_of(self, sink: Int[Tensor, "batch head"]) -> dict[str, Tensor]:
         """Of each class of known places, whether the heads' sinks are of it."""
-        if sink is None:
-            return {}
         index = sink.clamp(min=0)
         batch = len(index)
         found = {name: mask.expand(batch, -1).gather(-1, index) for name, mask in self.kinds.items()}
@@ -211,7 +216,7 @@ class _Places:
         return {"sink": of_sink, **left}
 
 
-def _sinks(selections: Sequence[Selection], geometry: Geometry) -> list[Int[Tensor, "batch head"] | None]:
+def _sinks(selections: Sequence[Selection], geometry: Geometry) -> Int[Tensor, "batch head set"]:
     """For each token set, the key of each head that receives most from its rows; -1 where there is none."""
     call, statistics = selections[0].call, selections[0].statistics
     among = functools.reduce(torch.logical_or, (on.among for on in selections))
@@ -224,15 +229,15 @@ def _sinks(selections: Sequence[Selection], geometry: Geometry) -> list[Int[Tens
     place = torch.where(most > 0, place, -1)
     if call.pattern is not None and (negative := statistics.softmax.negative) is not None:
         place = torch.where(negative, -1, place)
-    return list(place)
+    return place.movedim(0, -1)
 
 
 def _sums(
-    on: Selection, places: _Places, sinks: Sequence[Int[Tensor, "batch head"] | None]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+    on: Selection, places: _Places, sinks: Int[Tensor, "batch head set"] | None
+) -> tuple[dict[str, Tensor], Float[Tensor, "2 batch head token set"]]:
     """Σ A (v·y) and Σ A (v·v) of each class, the sink in the class that it is in otherwise; and the sinks'.
 
-    All `[2, batch, head, token]`.
+    Of classes all are `[2, batch, head, token]`.
     """
     call, weights = on.call, SingleWeights(on.statistics)
     shape = (2, *call.output.shape[:3])
@@ -240,8 +245,13 @@ def _sums(
     names = ["self", *(name for name in FEW if name in places.kinds), *(["near"] if places.near else [])]
     names += [*places.many, *(["extra"] if call.outside is not None else [])]
     sums = {name: torch.zeros(shape, dtype=torch.float32, device=call.output.device) for name in names}
-    of_sinks = [torch.zeros(shape, dtype=torch.float32, device=call.output.device) for _ in sinks]
     rows = torch.arange(call.tokens, device=call.output.device)
+    sets = 0 if sinks is None else sinks.shape[-1]
+    of_sinks = torch.zeros(*shape, sets, dtype=torch.float32, device=call.output.device)
+    if sinks is not None:
+        at = sinks.clamp(min=0)
+        no_sink = (rows[:, None] == at[:, :, None]) | (sinks < 0)[:, :, None]
+        on_sinks = pattern_columns(on.statistics, at).masked_fill(no_sink, 0.0)
     for (in_batch, in_kv_head), value in value_blocks(call):
         in_head = call.query_heads(in_kv_head)
         where = (slice(None), in_batch, in_head)
@@ -263,13 +273,19 @@ def _sums(
             on_few = on_few.masked_fill(rows[:, None] == few, 0.0)
             chosen = own[..., few, :].mT
             along = torch.stack(torch.broadcast_tensors(output @ chosen, own @ chosen)).flatten(2, 3)
+            along *= on_few
             for name in FEW:
                 if name in kinds:
                     of_class = kinds[name][..., None, few]  # [batch, 1, 1, key]
-                    sums[name][where] = (on_few * along * of_class).sum(-1)
+                    sums[name][where] = (along * of_class).sum(-1)
+        for number in range(sets):
+            index = at[in_batch, in_head, number].unflatten(1, (-1, call.group))[..., None, None]
+            chosen = own.expand(-1, -1, call.group, -1, -1).take_along_dim(index, 3).mT
+            along = torch.stack([output @ chosen, own @ chosen])[..., 0].flatten(2, 3)
+            of_sinks[(*where, slice(None), number)] = on_sinks[in_batch, in_head, :, number] * along
         if places.steps:
             around = weights.on_steps(in_batch, in_kv_head, places.steps)
-            around = around * of_inputs(places.on_steps, in_batch)[:, None]
+            around *= of_inputs(places.on_steps, in_batch)[:, None]
             around = around.unflatten(1, (-1, call.group))
             sums["near"][where] = products(sum_of_steps(around, value, places.steps))
             for name in places.many:
@@ -281,15 +297,6 @@ def _sums(
             outside = part_of(call.outside_at(slice(None)), in_batch, in_head)  # type: ignore[arg-type]
             outside = outside.expand(*output.flatten(1, 2).shape).unflatten(1, (-1, call.group))
             sums["extra"][where] = products(outside)
-        for sink, into in zip(sinks, of_sinks, strict=True):
-            if sink is None:
-                continue
-            at = sink[in_batch, in_head]
-            on_sink = weights.on_keys(in_batch, in_kv_head, at.clamp(min=0)[..., None])[..., 0]
-            on_sink = on_sink.masked_fill((rows == at[..., None]) | (at < 0)[..., None], 0.0)
-            grouped = at.clamp(min=0).unflatten(1, (-1, call.group))[..., None, None]
-            chosen = own.expand(-1, -1, call.group, -1, -1).take_along_dim(grouped, 3).mT
-            into[where] = on_sink * torch.stack([output @ chosen, own @ chosen])[..., 0].flatten(2, 3)
     if places.many:
         for name, found in class_sums(
             on.statistics, {name: places.kinds[name] for name in places.many}

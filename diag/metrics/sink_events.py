@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
-from torch.linalg import eigvalsh, vector_norm
+from torch.linalg import cholesky_ex, eigvalsh, qr, vector_norm
 
 from diag.attention.positions import TEXT, Geometry
 from diag.attention.single_keys import pattern_columns
@@ -34,8 +34,11 @@ NO_OP_RATIO, BROADCAST_RATIO, BROADCAST_RANK = 0.2, 0.5, 1.5
 """No-op: a value norm ratio of at most the first. Broadcast: at least the second, and at most this stable
 rank. Those of 2606.08105."""
 
-EVENT_ELEMENTS = 1 << 20
-"""How many numbers of values in float64 are made of heads with events at a time: 8 MiB."""
+EVENT_ELEMENTS = 1 << 18
+"""How many numbers of values are copied of heads with events at a time: 1 MiB."""
+
+GRAM_ROWS = 128
+"""Over how many rows products are summed up in float32, before float64 goes on."""
 
 Roots = Callable[[], Float64[Tensor, "head value_dim root_dim"]]
 """Gives R of each query head with R Rᵀ = W Wᵀ, W = W_O γ of that head, so that ‖v W‖ = ‖v R‖. Asked only
@@ -111,22 +114,27 @@ class SinkEvents:
         events = self.event.nonzero()
         if not len(events):
             return found
-        roots = self.roots()
+        roots = self.roots().to(found.device, torch.float32)
+        all_keys, all_rows = bool(self.keys.all()), bool(rows.all())
         for part in events.split(max(1, EVENT_ELEMENTS // (call.keys * call.value.shape[-1]))):
             b, h = part.unbind(-1)
-            root, keys = roots[h].to(found.device), self.keys[b]  # [event, dim, root_dim], [event, key]
-            # padding may hold anything
-            value = call.value[b, h // call.group].float().masked_fill(~keys[..., None], 0.0)
-            norms = vector_norm(value @ root.float(), dim=-1).double()
+            root, keys = roots[h], self.keys[b]  # [event, dim, root_dim], [event, key]
+            value = call.value[b, h // call.group].float()
+            if not all_keys:  # padding may hold anything
+                value.masked_fill_(~keys[..., None], 0.0)
+            norms = vector_norm(value @ root, dim=-1).double()
             sink = self.sink[b, h][:, None]
             others = norms.scatter(-1, sink, 0.0).sum(-1) / (keys.sum(-1) - 1)
             ratio = norms.gather(-1, sink)[:, 0] / torch.where(others > 0, others, torch.nan)
             found[0, b, h] = torch.where(norms.isfinite().all(-1), ratio, torch.inf)
-            output = call.output[b, h].double()
+            output = call.output[b, h].float()
             if outside is not None:
-                output = output - outside.expand(call.output.shape)[b, h].double()
-            output = output.masked_fill(~rows[b, h][..., None], 0.0)
-            gram = root.mT @ (output.mT @ output) @ root  # that of U in as few dimensions as a head has
+                output -= outside.expand(call.output.shape)[b, h]
+            if not all_rows:
+                output.masked_fill_(~rows[b, h][..., None], 0.0)
+            output = output @ root  # U in as few dimensions as a head has
+            # many rows in one float32 sum would cost digits
+            gram = torch.stack([(x.mT @ x).double() for x in output.split(GRAM_ROWS, 1)]).sum(0)
             finite = gram.isfinite().all(-1).all(-1)
             gram = torch.where(finite[:, None, None], gram, 0.0)
             largest = eigvalsh(gram)[:, -1]
@@ -249,7 +257,9 @@ SINK_METRICS = registered("sinks")
 
 def roots_of(weight: Float[Tensor, "head value_dim width"]) -> Float64[Tensor, "head value_dim root_dim"]:
     """What stands for the projections in norms: R with R Rᵀ = W Wᵀ, as small as a head is wide."""
-    return torch.linalg.qr(weight.double().transpose(-1, -2), mode="r").R.transpose(-1, -2)
+    weight = weight.double()
+    root, failed = cholesky_ex(weight @ weight.mT)
+    return qr(weight.mT, mode="r").R.mT if bool(failed.any()) else root
 
 
 def sink_readings(
