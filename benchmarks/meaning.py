@@ -84,9 +84,7 @@ def probe(model: str, images: int, way: str) -> None:
     pictures = [
         Image.fromarray(generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)) for _ in range(images)
     ]
-    load = api.parse
-    api.parse = lambda name: load(name, random_init=True)  # type: ignore[assignment]
-    api.probe(model, pictures, limit=images)
+    api.probe(model, pictures, limit=images, random_init=True)
 
 
 if __name__ == "__main__":
