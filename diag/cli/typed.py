@@ -52,10 +52,9 @@ class CheckedVerbs(TyperGroup):
             verb.options_metavar = "[MODEL…] [OPTIONS]"
         parser = verb.make_parser(typer.Context(verb, parent=ctx, info_name=name))
         words, alone, order = parser.parse_args(args=list(rest))
-        if _takes_models(verb):
-            alone = [*alone, *filter(_is_model, _listed(words.get(RUNS)))]
-        if alone and _takes_models(verb):
-            rest = _named(rest, alone, verb)
+        models = [*alone, *filter(_is_model, _listed(words.get(RUNS)))] if _takes_models(verb) else []
+        if models:
+            rest = _named(rest, models, verb)
             words, _, order = parser.parse_args(args=list(rest))
         given = {parameter: _listed(words.get(parameter.name)) for parameter in order}
         for parameter, times in Counter(order).items():

@@ -69,6 +69,8 @@ def chance(
 
 
 def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    below = values[:, None] < values
-    equal = values[:, None] == values
-    return weights @ below + 0.5 * (weights @ equal) + 0.5
+    if np.isnan(values).any():
+        return np.full(len(values), np.nan)
+    _, place = np.unique(values, return_inverse=True)
+    alike = np.bincount(place, weights)  # how often a sample holds each distinct value
+    return (np.cumsum(alike) - 0.5 * alike + 0.5)[place]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diag.attention.call import AttentionCall
-from diag.errors import NotFinite, UserError
+from diag.errors import NotFinite, UserError, counted
 from diag.inputs.given import as_inputs, kind_of, listed
 from diag.inputs.items import sha256
 from diag.inputs.texts import is_typed
@@ -149,7 +149,7 @@ def probe(
     if frame["value"].isna().all():
         count = int(frame["n_tokens"].max())
         raise UserError(
-            f"none of the metrics has a number ({count} token{'' if count == 1 else 's'} per input)",
+            f"none of the metrics has a number ({counted(count, 'token')} per input)",
             "give inputs of more tokens, or other tokens= or metrics=; one alone has nothing to measure",
         )
     meaning = {tower.name: tower.meaning for tower in towers}

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from diag.errors import counted
 from diag.metrics.catalogue import DrawnAs
 from diag.results.agreement import ALL, GRADIENT, GRADIENT_X_INPUT, SALIENCIES, over_inputs
 from diag.results.caveats import of_table
@@ -33,7 +34,7 @@ def agreement_over_depth(table: pd.DataFrame) -> Figure:
     table: as `diag.results.agreement.AGREED`.
     """
     found, n = over_inputs(table), table["input"].nunique()
-    said = [f"Spearman's ρ over keys · n = {n} input{'' if n == 1 else 's'}", *of_table(table)]
+    said = [f"Spearman's ρ over keys · n = {counted(n, 'input')}", *of_table(table)]
     parts = dict(list(found.groupby(["model", "tower"], sort=False)))
     figure, axes = page(
         len(parts),

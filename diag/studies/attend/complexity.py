@@ -15,7 +15,7 @@ from diag.errors import UnreadableInput, UserError
 from diag.inputs.complexity import MEASURES, complexity_of
 from diag.inputs.items import Item
 from diag.results.bootstrap import INTERVAL, drawn
-from diag.results.correlation import LEAST_PLACES, pearson
+from diag.results.correlation import LEAST_PLACES, pearson, ranks
 from diag.results.tables import layer_samples, read_samples
 from diag.run.in_memory import Probe
 
@@ -52,16 +52,16 @@ def against_complexity(
             f"the run holds no '{metric}' of single inputs",
             f"probe with --metrics {metric} and keep its samples",
         )
-    return of_values(layer_samples(rows), images, seed=seed)
+    values = layer_samples(rows)
+    return of_values(values, measured_in(images, values["input"]), seed=seed)
 
 
-def of_values(values: pd.DataFrame, images: Iterable[Item], *, seed: int = 0) -> Complexity:
-    """As `against_complexity`, of one metric's values: columns of `LINE`, input and value, mean over heads.
+def measured_in(images: Iterable[Item], wanted: Iterable[str]) -> pd.DataFrame:
+    """Column `input` and every measure of those images whose ids are wanted, each read once.
 
-    Raises UserError where fewer than 4 of the images are among those given.
+    Raises UserError where they are fewer than 4.
     """
-    values = values[[*LINE, "input", "value"]]
-    found, wanted = dict[str, dict[str, float]](), set(values["input"])
+    found, wanted = dict[str, dict[str, float]](), set(wanted)
     for item in images:
         if item.id in wanted:
             with suppress(UnreadableInput):
@@ -74,8 +74,15 @@ def of_values(values: pd.DataFrame, images: Iterable[Item], *, seed: int = 0) ->
             f"{LEAST_PLACES}",
             "give the images that were measured: diag.images(FOLDER)",
         )
-    of_images = pd.DataFrame.from_dict(found, orient="index").rename_axis("input").reset_index()
-    points = values.merge(of_images, on="input").dropna(subset="value")
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("input").reset_index()
+
+
+def of_values(values: pd.DataFrame, measured: pd.DataFrame, *, seed: int = 0) -> Complexity:
+    """As `against_complexity`, of one metric's values: columns of `LINE`, input and value, mean over heads.
+
+    measured: what `measured_in` gave.
+    """
+    points = values[[*LINE, "input", "value"]].merge(measured, on="input").dropna(subset="value")
     lines = [
         {**dict(zip(LINE, line, strict=True)), "measure": measure, **correlation(part, measure, seed)}
         for line, part in points.groupby(LINE, sort=False, observed=True)
@@ -88,20 +95,9 @@ def correlation(part: pd.DataFrame, measure: str, seed: int) -> dict[str, float]
     """Spearman's ρ of `value` and a measure over images, with the interval of resampled images."""
     first, second = part["value"].to_numpy(float), part[measure].to_numpy(float)
     counts = drawn(len(part), seed).astype(float)
-    once = np.ones((1, len(part)))
-    rho, *_ = pearson(ranks_of(first, once), ranks_of(second, once), once)
-    resampled = pearson(ranks_of(first, counts), ranks_of(second, counts), counts)
+    rho, *_ = pearson(ranks(first[None]), ranks(second[None]))
+    one, other = (ranks(np.broadcast_to(x, counts.shape), counts) for x in (first, second))
+    resampled = pearson(one, other, counts)
     known = resampled[~np.isnan(resampled)]
     low, high = np.quantile(known, INTERVAL) if len(known) else (np.nan, np.nan)
     return {"rho": float(rho), "ci_low": float(low), "ci_high": float(high), "n": len(part)}
-
-
-def ranks_of(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Ranks of values `[place]` in samples that hold each so often, `[sample, place]`; ties at the mean."""
-    order = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(values[order]) != 0])
-    sizes = np.add.reduceat(counts[:, order], starts, axis=1)  # [sample, distinct value]
-    ranks = np.cumsum(sizes, axis=1) - sizes + 0.5 * sizes + 0.5
-    group = np.empty(len(values), int)
-    group[order] = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(values)]))
-    return ranks[:, group]

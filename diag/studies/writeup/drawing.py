@@ -26,7 +26,7 @@ from diag.show.figures.ledger import ledger_over_depth
 from diag.show.figures.lengths import AXES, against
 from diag.show.figures.sinks import sink_events
 from diag.show.figures.tables import check_columns, rows_of
-from diag.studies.attend.complexity import of_values
+from diag.studies.attend.complexity import measured_in, of_values
 from diag.studies.attend.folder import read as read_look
 from diag.studies.attend.plan import AttendPlan
 from diag.studies.writeup.captions import look_settings
@@ -249,13 +249,14 @@ class ComplexityFigure(OfProbe, Panels):
         table = known_metrics(material.table(self, "samples"), (self.metric,), self.probe)
         given = [inputs_of(plan).get("vision") for plan in material.runs[self.probe].values()]
         images = {item.id: item for some in given if some is not None for item in some.items}
+        seen = measured_in(images.values(), table["input"])
         words = (
             "Each image's edge density and colour entropy against the metric, and Spearman's ρ over layers, "
             "with 95 % bootstrap intervals over images."
         )
         drawn, taken, parts = [], set[str](), list(table.groupby("label", sort=False))
         for label, rows in parts:
-            found = of_values(rows, images.values())
+            found = of_values(rows, seen)
             figure = complexity_figure(found.points, found.correlations, layer=self.layer, metric=self.metric)
             name = stem if len(parts) == 1 else free_stem(file_stem(stem, label), taken)
             drawn.append(DrawnFigure(name, figure, pd.concat([found.points, found.correlations]), words))

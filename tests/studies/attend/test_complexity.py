@@ -11,20 +11,21 @@ from diag.errors import UserError
 from diag.inputs.complexity import MEASURES, complexity_of
 from diag.inputs.images import images
 from diag.results.bootstrap import drawn
+from diag.results.correlation import ranks
 from diag.run.api import probe
 from diag.show.figures.complexity import complexity_figure
 from diag.studies.attend import against_complexity
-from diag.studies.attend.complexity import correlation, ranks_of
+from diag.studies.attend.complexity import correlation
 
 
 def test_ranks_of_resamples_are_those_of_the_values_written_out() -> None:
     generator = np.random.default_rng(0)
     values = generator.integers(0, 4, 9).astype(float)
     counts = drawn(9, 1, 20)
-    found = ranks_of(values, counts.astype(float))
+    found = ranks(np.broadcast_to(values, counts.shape), counts.astype(float))
     for row, count in zip(found, counts, strict=True):
-        ranks = rankdata(np.repeat(values, count))
-        np.testing.assert_allclose(np.repeat(row, count), ranks)
+        expected = rankdata(np.repeat(values, count))
+        np.testing.assert_allclose(np.repeat(row, count), expected)
 
 
 def test_an_interval_is_that_of_resampled_images() -> None:
